@@ -297,6 +297,11 @@ RETIRED: dict[str, tuple[Any, str]] = {
         None,
         "delete it; multiply the GPU seconds that `olora-ray registry show` prints by your price",
     ),
+    "model.allow_pickle": (
+        False,
+        "delete it; convert the weights to safetensors at https://huggingface.co/spaces/safetensors/convert, and set"
+        " model.revision to the pull request that it opens (refs/pr/N)",
+    ),
     "gate.confirm": (
         0.0,
         "delete it; the gate looks at all held-out rows at once, which finds better versions as often",

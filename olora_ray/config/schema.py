@@ -341,9 +341,6 @@ class Model(Section):
     compiler."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Keep false unless you have read that code."""
-    allow_pickle: bool = False
-    """Convert pickled weights (pytorch_model*.bin) if the model has no safetensors; no other pickled objects are
-    loaded."""
 
 
 class Data(Section):

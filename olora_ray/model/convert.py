@@ -5,8 +5,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,10 @@ import torch
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.config.schema import AnyConfig, Model
+from olora_ray.config.schema import AnyConfig
 from olora_ray.model.folder import (
     foreign,
-    is_unknown_bias,
-    of_folder,
     of_weights,
-    unsupported_bias,
-    unsupported_packing,
-    unused_tensors,
     whole_model,
 )
 
@@ -180,10 +175,6 @@ def _are_of_llama3(divisors: Any, theta: Any, factor: float) -> bool:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PICKLES = "pytorch_model*.bin"
-# Files of a tokenizer, a generation config or, if it is allowed, code.
-TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 
 
 def gguf(file: Path, config: AnyConfig) -> Path:
@@ -191,19 +182,6 @@ def gguf(file: Path, config: AnyConfig) -> Path:
     announcement = f"model: dequantising {file.name} to {dtype}, once on this machine"
     write = partial(_dequantise, file, DTYPES[dtype])
     return _converted(write, file.stem, f"{of_weights([file])}/{dtype}", config, announcement)
-
-
-def pickled(folder: Path, config: AnyConfig) -> Path:
-    """Return the folder with the converted weights of a folder without safetensors.
-
-    Raise UserError if `model.allow_pickle` is not set, or if there are no such weights.
-    """
-    files = _pickles(folder, config.model)
-    announcement = f"model: converting {files[0].name} to safetensors, once on this machine"
-    trusted = config.model.trust_remote_code
-    # The key includes the copied files, because a config or a template that was fixed later makes another model.
-    key = f"{of_weights(files)}/{of_folder(folder, trusted)}"
-    return _converted(partial(_unpickle, folder, trusted), folder.name, key, config, announcement)
 
 
 def _converted(
@@ -246,19 +224,6 @@ def _link(source: str, target: str) -> None:
     except OSError:  # on another disk
         shutil.copyfile(source, target)
         storage.open_up(Path(target))
-
-
-def _pickles(folder: Path, config: Model) -> list[Path]:
-    if not config.allow_pickle:
-        raise UserError(
-            f"model.name: {folder} has no usable weights: no *.safetensors; use a model with safetensors, or set"
-            f" model.allow_pickle: true to have the tensors of its {PICKLES} converted, which are pickles"
-        )
-    if not (weights := sorted(folder.glob(PICKLES))):
-        raise UserError(
-            f"model.name: {folder} has no usable weights: neither *.safetensors nor {PICKLES}"
-        )
-    return weights
 
 
 def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
@@ -314,82 +279,6 @@ def _check_biases(file: Path, model: Any) -> None:
                 f"model.name: {file} has {tensor.name}, which transformers ignores for {type(model).__name__};"
                 f" {_INSTEAD}"
             )
-
-
-def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
-    """Convert the pytorch_model*.bin of a model folder; copy its other files.
-
-    Only tensors are unpickled (`weights_only`, the default of transformers): raise UserError for a file that holds
-    anything else, and run nothing in it.
-    """
-    what = f"model.name: {folder} does not load"
-    with foreign(what):
-        precision = _precision(folder, trust_remote_code)
-    model, unused = whole_model(
-        what,
-        folder,
-        dtype=precision,
-        use_safetensors=False,
-        weights_only=True,
-        trust_remote_code=trust_remote_code,
-    )
-    _check_left_out(folder, model, unused)
-    model.save_pretrained(out)
-    for file in folder.iterdir():
-        if (
-            file.suffix in TEXTS
-            and not (out / file.name).exists()
-            and not file.name.endswith(".index.json")
-        ):
-            shutil.copyfile(file, out / file.name)
-    _readable(out)
-
-
-# Ends of names of tensors that earlier versions of transformers stored in float32, although they follow from the
-# config.
-_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
-
-
-def _precision(folder: Path, trust_remote_code: bool) -> torch.dtype | str:
-    """Return the widest precision of config and weights: config.json may name another than that of the weights.
-
-    Raise UserError for numbers of 8 bits or less without a quantization_config that says how they are meant.
-    """
-    from transformers import AutoConfig
-
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if getattr(shape, "quantization_config", None) is not None:
-        return "auto"
-    dtypes = (
-        {declared} if isinstance(declared := getattr(shape, "dtype", None), torch.dtype) else set()
-    )
-    for name, tensor in _tensors(folder, "meta"):
-        if tensor.dtype in _FLOATS:
-            if tensor.dim() and not name.endswith(_COMPUTED):
-                dtypes.add(tensor.dtype)
-        elif name.endswith("weight"):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"model.name: {folder} {unsupported_packing(name, kind)}")
-    return reduce(torch.promote_types, dtypes) if dtypes else "auto"
-
-
-def _check_left_out(folder: Path, model: Any, names: Sequence[str]) -> None:
-    biases = tuple(name for name in names if is_unknown_bias(model, name))
-    for name, tensor in _tensors(folder, "cpu") if biases else ():
-        if name.endswith(biases) and bool(tensor.any()):
-            raise UserError(f"model.name: {folder} {unsupported_bias(model, name)}")
-    if names:
-        logger.warning(unused_tensors(model, names, str(folder)))
-
-
-def _tensors(folder: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
-    # A file in torch's present format is mapped: its tensors are not read all at once.
-    from transformers.modeling_utils import load_state_dict
-
-    for file in sorted(folder.glob(PICKLES)):
-        for name, tensor in load_state_dict(file, map_location=device).items():
-            if isinstance(tensor, torch.Tensor):
-                yield name, tensor
 
 
 def _readable(folder: Path) -> None:

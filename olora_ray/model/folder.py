@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -280,8 +279,6 @@ def why(error: BaseException) -> str:
             "it needs its own Python code, which is not run; read that code, and if you trust it set"
             " model.trust_remote_code: true"
         )
-    if isinstance(error, pickle.UnpicklingError):
-        return "its pickled weights hold more than tensors, or are damaged: they are not loaded"
     known = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
     return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
 

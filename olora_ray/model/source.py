@@ -49,6 +49,13 @@ class BaseModel:
         return f"{self.name}@{commit}" if (commit := self.commit()) else self.name
 
 
+CONVERT = (
+    "a model with pickled weights alone (pytorch_model*.bin) is not loaded; convert a model of the hub at"
+    " https://huggingface.co/spaces/safetensors/convert and set model.revision to the pull request that it opens"
+    " (refs/pr/N), or name another model"
+)
+
+
 def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     """Find, download or convert the base model of a run; `registered` is the folder of a models:/ name.
 
@@ -65,7 +72,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     elif not command_line.is_there(source / folder.CONFIG, "model.name"):
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
     elif not folder.weight_files(source):
-        source = convert.pickled(source, config)
+        raise UserError(f"model.name: {source} has no usable weights: no *.safetensors; {CONVERT}")
     folder.check_model(source)
     _keep(source)
     code = config.model.trust_remote_code
@@ -192,8 +199,6 @@ def _from_hub(config: ModelConfig) -> Path:
     ]  # the card has the license
     if config.trust_remote_code:
         patterns.append("*.py")
-    if config.allow_pickle:
-        patterns += ["pytorch_model*.bin"]
     # A pattern's * matches folders too, which may have the same weights in other forms (gpt-oss: original/).
     # Mistral has its own form beside the weights.
     others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]

@@ -32,7 +32,6 @@ def _names(section: Any) -> list[str]:
         ("revision", "(text or null) [null]"),
         ("eval", "(list of source) [[]]"),
         ("train", "(list of source, 1 or more) [required]"),
-        ("allow_pickle", "(true or false) [false]"),
         ("rank", "(whole number (≥ 1)) [16]"),
     ],
 )
