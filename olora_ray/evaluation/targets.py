@@ -30,6 +30,7 @@ from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking import models
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
+from olora_ray.train.scoring import SCORERS
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class Target:
 def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     """Return the settings of the file, otherwise of the first model that belongs to a run, otherwise the defaults.
 
-    Raises UserError for a wrong config, or a path that does not exist.
+    Raises UserError for a wrong config, a path that does not exist, or a scorer in Python that only the run's config
+    names: its code runs only if this call names it.
     """
     for name in names:
         _refuse_nowhere(name)
@@ -77,6 +79,12 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
         # The user has moved the run's storage, so the config still names the old path.
         if name == own.run.name and run != own.folder():
             own = override(own, {"run.storage": parent})
+        scorer = own.evaluation.scorer
+        if scorer and scorer not in SCORERS and "evaluation.scorer" not in changes:
+            raise UserError(
+                f"evaluation.scorer: the config in {run} names the Python code {scorer}, and others may write there; if"
+                f" you trust that code, add --scorer {scorer}, or name your own config with --config"
+            )
         return override(own, {**NO_GATE, **changes})
     defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
     return command_line.resolved(override(defaults, changes), Path.cwd())

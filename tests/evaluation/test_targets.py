@@ -130,6 +130,23 @@ def test_settings_are_those_of_the_run_with_changes(run: Path) -> None:
     assert targets.run_of("org/base") is None
 
 
+def test_a_scorer_in_python_counts_only_from_this_call(
+    case: export_parts.Case, tmp_path: Path
+) -> None:
+    """Others may write in a run folder, and a scorer's module runs as soon as it is imported."""
+    mine = override(config(case.base, tmp_path), {"evaluation.scorer": "os:getcwd"})
+    tiny.claimed(mine)
+    (Path(mine.folder()) / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"evaluation\.scorer: .*add --scorer os:getcwd"):
+        targets.settings([mine.folder()], None, {})
+    for scorer in ("os:getcwd", "exact_match", None):
+        found = targets.settings([mine.folder()], None, {"evaluation.scorer": scorer})
+        assert found.evaluation.scorer == scorer
+    file = tmp_path / "own.yaml"
+    file.write_text(dump(mine))
+    assert targets.settings([mine.folder()], str(file), {}).evaluation.scorer == "os:getcwd"
+
+
 def test_a_storage_that_was_moved_is_written_to_where_it_lies_now(
     run: Path, tmp_path: Path
 ) -> None:
