@@ -30,7 +30,7 @@ import yaml
 
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
-from olora_ray.config import command_line, other_tools
+from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config, Source
 from olora_ray.data import first_look
@@ -116,7 +116,9 @@ def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, An
         )
     fields = ("run.name", "registry.model") if "--name" in parsed.options else ()
     names = dict.fromkeys(fields, parsed.options.get("--name"))
-    return other_tools.convert(other, parsed.changes() | names)
+    from other_tools import convert  # beside this file
+
+    return convert(other, parsed.changes() | names)
 
 
 def _tree(parsed: command_line.Arguments) -> dict[str, Any]:

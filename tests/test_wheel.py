@@ -21,6 +21,7 @@ def test_the_wheel_has_what_its_commands_name_and_no_name_of_others(wheel: Path)
         *(ROOT / "pipelines" / "quickstart").glob("*.jsonl"),
         *(ROOT / "tune_spaces").glob("*.yaml"),
         *(ROOT / "docs" / "generated").glob("*.json"),
+        ROOT / "pipelines" / "other_tools.yaml",
         ROOT / "pipelines" / "configs" / "quickstart.yaml",
     }
     assert {f"olora_ray/shipped/{file.relative_to(ROOT)}" for file in kept} == {

@@ -14,7 +14,7 @@ from olora_ray.pipeline.dry_run import dry_run
 from pipelines import init
 from tests.pipelines import project
 
-THEIRS = Path(__file__).parents[1] / "config" / "other_tools"
+THEIRS = Path(__file__).parent / "other_tools"
 """Files in the dialects of other tools; ours/ has the config for each."""
 FILES = sorted(file.name for file in THEIRS.iterdir() if file.is_file())
 
@@ -22,6 +22,7 @@ FILES = sorted(file.name for file in THEIRS.iterdir() if file.is_file())
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(project.ROOT / "pipelines")  # as the commands do
     shutil.copytree(THEIRS, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
