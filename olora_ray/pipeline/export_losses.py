@@ -1,11 +1,10 @@
-"""The opened base model and adapter of an export, and the losses that an export may change."""
+"""The losses that an export may change."""
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,52 +12,22 @@ import torch
 
 from olora_ray.adapter.inject import inject, remove
 from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import first_line
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton, too_large
-from olora_ray.model.source import BaseModel, on_this_node
-from olora_ray.model.stored import Group, groups
+from olora_ray.model.load import pick_dtype, too_large
+from olora_ray.pipeline.export_work import Work
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import checkpoints
-from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
 from olora_ray.train.self_test import choose_attention
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Work:
-    """The opened base model and adapter on this node."""
-
-    spec: TrainSpec
-    base: BaseModel
-    model: "PreTrainedModel"
-    """The base model without weights."""
-    adapter: dict[str, AdapterWeights]
-    state: TrainState
-    groups: list[Group]
-    """The adapted weights of the whole model."""
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.base, self.spec.config.model)
-
-
-def prepare(spec: TrainSpec, checkpoint: str) -> Work:
-    """Open base model and adapter; raise UserError if export.merged is set and a weight cannot be merged."""
-    base, read = on_this_node(spec.base, spec.config), checkpoints.read(checkpoint)
-    model, adapter = skeleton(base, spec.config.model), read.best_adapter()
-    adapted = groups(Path(base.folder), model, adapter) if spec.config.export.merged else []
-    return Work(spec, base, model, adapter, read.state, adapted)
+    pass
 
 
 # The loss of a finished adapter before and after a change by the export (compression, original weights).

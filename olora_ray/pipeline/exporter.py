@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from olora_ray.config.schema import Config
 from olora_ray.config.tables import EXPORTERS
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.export_losses import Work
+from olora_ray.pipeline.export_work import Work
 from olora_ray.pipeline.peft_folder import replacing
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exporter:
-    """How one kind of export is checked before step 0, and written after the training."""
+    """A further export: its check before step 0, and its files."""
 
     label: str
-    """What it is, for the report: `GGUF (llama.cpp)`."""
+    """Its name in the report, such as `GGUF (llama.cpp)`."""
     needs: Literal["adapter", "merged"]
     """The export that it is made of."""
     options: tuple[str, ...]

@@ -187,9 +187,7 @@ def test_no_secret_is_repeated() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "script", ["finetune", "sweep", "compare", "retrain", "evaluate", "registry"]
-)
+@pytest.mark.parametrize("script", ["finetune", "sweep", "retrain", "evaluate", "registry"])
 def test_every_script_has_help(
     script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
