@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from olora_ray.config.schema import Gate
+from olora_ray.config.nights import Gate
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.statistics import quantile
 from olora_ray.retrain.gate import LEVEL, SETS, HeldOut, decide

@@ -32,7 +32,8 @@ from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
 from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
-from olora_ray.config.schema import IN_STORAGE, Config, Source
+from olora_ray.config.schema import IN_STORAGE, Config
+from olora_ray.config.section import Source
 from olora_ray.data import first_look
 from olora_ray.data.formats import Rejected, columns_of, to_example
 from olora_ray.data.reader import read_unit

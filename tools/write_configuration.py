@@ -22,7 +22,8 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 from comparison.arguments import ComparedConfig  # noqa: E402
 from olora_ray.config import command_line  # noqa: E402
-from olora_ray.config.schema import Config, Section  # noqa: E402
+from olora_ray.config.schema import Config  # noqa: E402
+from olora_ray.config.section import Section  # noqa: E402
 from olora_ray.sweep.space import Space  # noqa: E402
 
 PAGE = ROOT / "docs" / "generated" / "configuration.md"

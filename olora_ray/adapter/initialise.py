@@ -23,8 +23,8 @@ from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import Method, Options, method_named
-from olora_ray.adapter.methods.method import DEFAULTS
+from olora_ray.adapter.methods import method_named
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 from olora_ray.common import collectives, node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter

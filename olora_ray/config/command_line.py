@@ -39,8 +39,9 @@ from olora_ray.config.load import (
     parse_assignments,
     spelling_advice,
 )
-from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
-from olora_ray.config.section import AnySection, NameIn, Section
+from olora_ray.config.nights import Condition
+from olora_ray.config.schema import AnyConfig, Config, Data
+from olora_ray.config.section import AnySection, NameIn, Section, Source
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
 

@@ -7,10 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.nights import Condition as Condition
-from olora_ray.config.nights import Gate as Gate
-from olora_ray.config.nights import Notify as Notify
-from olora_ray.config.nights import Retrain as Retrain
+from olora_ray.config.nights import Gate, Notify, Retrain
 from olora_ray.config.section import (
     HUB_NAME,
     AliasName,
@@ -20,12 +17,11 @@ from olora_ray.config.section import (
     Fraction,
     ModelName,
     NameIn,
+    PositiveInt,
     Reference,
+    Section,
+    Source,
 )
-from olora_ray.config.section import PositiveInt as PositiveInt
-from olora_ray.config.section import Section as Section
-from olora_ray.config.section import Source as Source
-from olora_ray.config.section import extended as extended
 from olora_ray.config.tables import EXPORTERS, METHODS
 
 # The config's section `adapter`: what is trained, and where it starts.

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import formats
 from olora_ray.data.formats import FIELDS, Chat, Example, one_line
 

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override, read_config
-from olora_ray.config.schema import Config, Source
+from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
 from olora_ray.data import columns, formats, reader
 from olora_ray.data.formats import (
     EMPTY,

@@ -31,7 +31,8 @@ from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.patience import is_temporary
 from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
-from olora_ray.config.schema import AnyConfig, Config, Source
+from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.section import Source
 from olora_ray.data.formats import FIELDS, NONE, check_fields
 
 logger = logging.getLogger(__name__)

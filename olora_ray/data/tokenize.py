@@ -30,12 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import columns
 from olora_ray.data.chat_template import left_out, reasoning, text_of
-from olora_ray.data.columns import unanswered as unanswered
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.encoder import Unlike as Unlike
 from olora_ray.data.formats import (
     REASONING,
     Chat,

@@ -23,7 +23,7 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 
 logger = logging.getLogger(__name__)
 

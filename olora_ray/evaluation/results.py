@@ -21,8 +21,7 @@ from olora_ray.config.load import flatten
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.evaluation import lm_eval_tasks, rows, targets
 from olora_ray.evaluation.groups import group_numbers, origins
-from olora_ray.evaluation.held_out import Answer
-from olora_ray.evaluation.held_out import measure as measure
+from olora_ray.evaluation.held_out import Answer, measure
 from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.statistics import Interval, difference

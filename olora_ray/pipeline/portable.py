@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from olora_ray.common import storage
-from olora_ray.config.schema import Adapter, Source
+from olora_ray.config.schema import Adapter
+from olora_ray.config.section import Source
 
 TOKENIZER_FILES = (
     "tokenizer.json",

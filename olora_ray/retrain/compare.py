@@ -16,11 +16,12 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
-from olora_ray.config.schema import NO_GATE, AnyConfig, Config, Source
+from olora_ray.config.schema import NO_GATE, AnyConfig, Config
+from olora_ray.config.section import Source
 from olora_ray.evaluation import lm_eval_tasks
 from olora_ray.evaluation.groups import group_names
+from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.lm_eval_tasks import Tasks, load_tasks
-from olora_ray.evaluation.results import measure
 from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from olora_ray.common.text import plural
-from olora_ray.config.schema import Condition, Gate
+from olora_ray.config.nights import Condition, Gate
 from olora_ray.evaluation.rows import (
     LOSS,
     SCORE,

@@ -24,7 +24,8 @@ from olora_ray.common.secrets import mask
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.load import flatten, read_config
-from olora_ray.config.schema import Config, Source, extended
+from olora_ray.config.schema import Config
+from olora_ray.config.section import Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import lower_is_better
 from olora_ray.model.source import glance

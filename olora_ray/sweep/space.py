@@ -20,7 +20,8 @@ from pydantic import Field, model_validator
 
 from olora_ray.common.text import plural
 from olora_ray.config.load import at, override
-from olora_ray.config.schema import Config, PositiveInt, Section
+from olora_ray.config.schema import Config
+from olora_ray.config.section import PositiveInt, Section
 
 # `FIELD:times` is the draw of the factor for a field with `of`.
 TIMES = ":times"

@@ -8,7 +8,8 @@ from typing import Any
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.config.load import at, override
-from olora_ray.config.schema import Config, extended
+from olora_ray.config.schema import Config
+from olora_ray.config.section import extended
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep.space import SAME_BASE, Space
 from olora_ray.tokens.store import TokenStore

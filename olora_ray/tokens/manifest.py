@@ -25,7 +25,8 @@ from pydantic import Field
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.tokenize import form_line, unanswered
+from olora_ray.data.columns import unanswered
+from olora_ray.data.tokenize import form_line
 from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.config.load import override
-from olora_ray.config.schema import AnyConfig, Config, Source
+from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.section import Source
 from olora_ray.data.formats import FIELDS
 from olora_ray.data.reader import FileScan, Table, Unit, Units
 from olora_ray.data.sources import File, grouped, list_files

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, Source
+from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
 from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import FileScan, Units
 from olora_ray.data.scan import head, scan

@@ -15,9 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
+from olora_ray.data.encoder import Unlike
 from olora_ray.data.formats import Rejected, columns_of
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike
+from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS
 from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation
 

@@ -25,7 +25,8 @@ from olora_ray.adapter.initialise import (
     weight_sizes,
 )
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import Components, method_named, principal
+from olora_ray.adapter.methods import method_named
+from olora_ray.adapter.methods.eva import Components, principal
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural

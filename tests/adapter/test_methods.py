@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import Options, from_weights, lora, method_named, olora
+from olora_ray.adapter.methods import from_weights, lora, method_named, olora
+from olora_ray.adapter.methods.method import Options
 from olora_ray.config.schema import METHOD_OPTIONS, Adapter
 from olora_ray.config.tables import METHODS
 from tests import tiny

@@ -10,7 +10,8 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from olora_ray.config.schema import Adapter, Source
+from olora_ray.config.schema import Adapter
+from olora_ray.config.section import Source
 from olora_ray.model.folder import text_class
 from olora_ray.pipeline import merge, portable
 from olora_ray.pipeline.portable import Card, model_card

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from olora_ray.config.command_line import WIDTH, help_text
-from olora_ray.config.schema import Condition, Config, Source
+from olora_ray.config.nights import Condition
+from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
 from olora_ray.data.formats import FIELDS
 
 

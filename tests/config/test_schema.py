@@ -20,7 +20,8 @@ from olora_ray.config.load import (
     parse_assignments,
     parse_yaml,
 )
-from olora_ray.config.schema import IN_STORAGE, Config, Source
+from olora_ray.config.schema import IN_STORAGE, Config
+from olora_ray.config.section import Source
 from tests import tiny
 from tests.said import said
 

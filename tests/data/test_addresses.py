@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
 

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from olora_ray.config.load import build
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import first_look, scan, sources
 from olora_ray.data.formats import Chat, to_example
 from olora_ray.data.reader import read_unit

@@ -13,7 +13,7 @@ from pyarrow import fs, parquet
 
 from olora_ray.common import patience
 from olora_ray.common.errors import StoreUnavailable, TryAgain
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
 from olora_ray.tokens import prepare

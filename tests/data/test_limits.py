@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import reader, scan, sources
 from olora_ray.data.reader import FileScan
 

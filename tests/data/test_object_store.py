@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
 from tests.s3_server import Faults, Server

@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import reader, scan, sources
 from olora_ray.data.formats import Rejected
 from olora_ray.data.sources import File

@@ -18,7 +18,8 @@ from pyarrow import parquet
 
 from olora_ray.common import records
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, Source
+from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import Unit, read_unit
 from olora_ray.data.sources import Changed, File

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data import reader, scan, sources
 from olora_ray.data.reader import Units
 from olora_ray.data.sources import File

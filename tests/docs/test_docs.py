@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from olora_ray.config.schema import Section
+from olora_ray.config.section import Section
 from tools import list_messages, run_recipes, write_configuration
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from olora_ray.config.schema import Gate
+from olora_ray.config.nights import Gate
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.retrain.gate import HeldOut, decide
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Gate
+from olora_ray.config.nights import Gate
 from olora_ray.evaluation.rows import RowResults, improvement
 from olora_ray.retrain.gate import HeldOut, decide
 

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from olora_ray.config.load import load_config, override
-from olora_ray.config.schema import Config, Gate
+from olora_ray.config.nights import Gate
+from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.lm_eval_tasks import TaskResult
 from olora_ray.evaluation.rows import RowResults

@@ -8,7 +8,7 @@ import pytest
 
 from olora_ray.common import lock
 from olora_ray.tracking.checksums import GATE
-from pipelines import registry as registry
+from pipelines import registry
 from tests.pipelines import project
 from tests.retrain.nightly import Nightly
 from tests.serving.engine import Engine, following

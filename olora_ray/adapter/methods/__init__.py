@@ -2,10 +2,7 @@
 
 from functools import cache
 
-from olora_ray.adapter.methods.eva import Components as Components
-from olora_ray.adapter.methods.eva import principal as principal
-from olora_ray.adapter.methods.method import Method as Method
-from olora_ray.adapter.methods.method import Options as Options
+from olora_ray.adapter.methods.method import Method
 from olora_ray.config.tables import METHODS
 
 

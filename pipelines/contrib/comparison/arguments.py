@@ -22,8 +22,8 @@ from olora_ray.config.load import (
     read_tree,
     validated,
 )
-from olora_ray.config.schema import Config, Section
-from olora_ray.config.section import NAME
+from olora_ray.config.schema import Config
+from olora_ray.config.section import NAME, Section
 
 logger = logging.getLogger("olora_ray.comparison")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import zstandard
 
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data.formats import Rejected
 from olora_ray.data.reader import BOM, read_unit
 from olora_ray.data.scan import scan

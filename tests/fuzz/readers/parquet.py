@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import list_files
