@@ -83,7 +83,7 @@ def advice(place: str, uri: str) -> str:
 def refuse_moved(location: str, uri: str) -> None:
     """Raise UserError if `location`, of an experiment in a storage's own database, lies where the storage was before.
 
-    Otherwise MLflow would write into the old folder. Artifacts that lie in another folder on purpose are written
+    Otherwise MLflow would write into the earlier folder. Artifacts that lie in another folder on purpose are written
     there: it exists, and has no database beside it.
     """
     now = os.path.join(os.path.dirname(uri.removeprefix(SQLITE)), FOLDER)
