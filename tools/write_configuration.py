@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 from comparison.arguments import ComparedConfig  # noqa: E402
 from olora_ray.config import command_line  # noqa: E402
+from olora_ray.config.load import SYNONYMS  # noqa: E402
 from olora_ray.config.schema import Config  # noqa: E402
 from olora_ray.config.section import Section  # noqa: E402
 from olora_ray.sweep.space import Space  # noqa: E402
@@ -61,6 +62,14 @@ Values are YAML: `null` unsets a field, `[2, 8]` is a list, `true` is a boolean.
 split. An entry of a list is named by its index, counted from 0. Space files of searches use the same dotted names. On
 the command line, `train.epochs` overrides `train.steps` of the file.
 
+## Names of other libraries
+
+These names of Hugging Face's libraries and of MLflow work in the field's section, in a file and on the command line,
+and the log says how each is read. A field that is set under two names is an error. Other names of theirs are refused
+with advice: `per_device_train_batch_size` counts rows, but `train.micro_batch` counts packs.
+
+{synonyms}
+
 ## Secrets
 
 Runs copy the configuration into checkpoints and MLflow, so it must not contain secrets: an address with a password or a
@@ -98,7 +107,7 @@ def schema(name: str) -> str:
 def page() -> str:
     return "\n".join(
         [
-            INTRO,
+            INTRO.replace("{synonyms}", _synonyms()),
             *(
                 line
                 for name, field in Config.model_fields.items()
@@ -106,6 +115,14 @@ def page() -> str:
             ),
         ]
     )
+
+
+def _synonyms() -> str:
+    names: dict[str, list[str]] = {}
+    for name, field in SYNONYMS.items():
+        names.setdefault(field, []).append(f"`{name.partition('.')[2]}`")
+    rows = [f"| `{field}` | {', '.join(others)} |" for field, others in names.items()]
+    return "\n".join(["| field | other names |", "|---|---|", *rows])
 
 
 def _section(name: str, field: FieldInfo) -> Iterator[str]:

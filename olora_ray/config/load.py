@@ -104,6 +104,63 @@ TRACKERS = ("wandb_", "mlflow_", "comet_", "neptune_", "swanlab_", "trackio_", "
 """Prefixes of names of settings about trackers."""
 
 
+SYNONYMS = {
+    "model.model_name_or_path": "model.name",
+    "model.model_revision": "model.revision",
+    "model.torch_dtype": "model.dtype",
+    "model.attn_implementation": "model.attention",
+    "adapter.r": "adapter.rank",
+    "adapter.lora_r": "adapter.rank",
+    "adapter.lora_alpha": "adapter.alpha",
+    "adapter.lora_dropout": "adapter.dropout",
+    "adapter.target_modules": "adapter.targets",
+    "adapter.lora_target_modules": "adapter.targets",
+    "adapter.use_rslora": "adapter.rank_stabilized",
+    "train.num_train_epochs": "train.epochs",
+    "train.max_steps": "train.steps",
+    "train.learning_rate": "train.lr",
+    "train.loraplus_lr_ratio": "train.lr_ratio",
+    "train.warmup_ratio": "train.warmup",
+    "train.max_grad_norm": "train.clip",
+    "train.gradient_checkpointing": "train.activation_checkpointing",
+    "train.eval_steps": "train.eval_every",
+    "train.save_steps": "train.checkpoint_every",
+    "train.logging_steps": "train.log_every",
+    "train.save_total_limit": "train.keep",
+    "train.early_stopping_patience": "train.early_stop",
+    "tracking.tracking_uri": "tracking.uri",
+    "tracking.experiment_name": "tracking.experiment",
+    "registry.registered_model_name": "registry.model",
+}
+"""Names in Hugging Face's libraries and MLflow with exactly the meaning and values of a field -> the field.
+
+They work in config files and on the command line. Another name of `PLAIN` may count something else, such as rows
+instead of packs, or its values differ: it stays an error with advice."""
+
+
+def renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested mapping with the fields' own names instead of SYNONYMS; log each.
+
+    Raises UserError if a field is set under two names.
+    """
+    result = dict(tree)
+    for name, field in SYNONYMS.items():
+        section, _, word = name.partition(".")
+        own = field.removeprefix(f"{section}.")
+        values = result.get(section)
+        if not isinstance(values, dict) or word not in values:
+            continue
+        if own in values:
+            raise _set_twice(name, field)
+        result[section] = {own if key == word else key: value for key, value in values.items()}
+        logger.info(f"{name} is read as {field}")
+    return result
+
+
+def _set_twice(name: str, field: str) -> UserError:
+    return UserError(f"{name}: means {field}, which is set too, by this or another name; set one")
+
+
 @cache
 def _fields() -> dict[str, str]:
     # A field's own name means that field only if no other section has a field of this name.
@@ -350,12 +407,19 @@ def _section_of(tree: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
 def parse_assignments(given: list[str]) -> dict[str, Any]:
     """Return the `section.field=value` words of a command line as changes; values are YAML."""
     changes = {}
+    names: dict[str, str] = {}
     for word in given:
         field, equals, value = word.partition("=")
         if not equals or "." not in field or "" in field.split("."):
             advice = spelling_advice(field) if equals else None
             hint = f"; {advice}" if advice else ""
             raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value{hint}")
+        name = field
+        field = SYNONYMS.get(name, name)
+        if names.setdefault(field, name) != name:
+            raise _set_twice(name if name != field else names[field], field)
+        if name != field:
+            logger.info(f"{name} is read as {field}")
         changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
     return changes
 
@@ -613,7 +677,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}"
         )
-    return tree
+    return renamed(tree)
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
@@ -632,9 +696,9 @@ def build(tree: Mapping[str, Any], where: str = "config") -> Config:
 
     A section `compare` (of `olora-ray compare`) is ignored. A run without a name gets one.
     """
-    config = validated(
-        Config, {name: section for name, section in tree.items() if name != "compare"}, where
-    )
+    tree = renamed(tree)
+    tree.pop("compare", None)
+    config = validated(Config, tree, where)
     if config.run.name == "auto":
         config = override(config, {"run.name": _own_name(config)})
         logger.info(f"run.name: auto is {config.run.name}")
