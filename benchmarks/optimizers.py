@@ -17,8 +17,8 @@ from common import MODEL, MemoryStore, config, machine, model_folder, our_traine
 from olora_ray.tokens.plan import Pack
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
-from olora_ray.train.optim import AdamW
-from olora_ray.train.spectral import Spectral
+from olora_ray.train.optimizers.adamw import AdamW
+from olora_ray.train.optimizers.spectral import Spectral
 
 TOKENS, ROWS = 152, 8
 
@@ -32,7 +32,7 @@ class Both:
         self.flat = flat
         self.each = {
             "adamw": AdamW(flat, train),
-            "spectral": Spectral(flat, trainer.adapted, train, sizes),
+            "spectral": Spectral(flat, train, sizes),
         }
         self.seconds: dict[str, list[float]] = {name: [] for name in self.each}
 

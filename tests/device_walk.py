@@ -17,6 +17,7 @@ from olora_ray.train.generate import Question, answer
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.optimizers import optimizer_named
 from olora_ray.train.parallel import place_model
 from tests import tiny
 
@@ -63,7 +64,8 @@ def start(
     factors, _ = initialise(
         targets, adapter.method, adapter.rank, settings.run.seed, device, options
     )
-    sizes = weight_sizes(targets, device) if settings.train.optimizer == "spectral" else {}
+    chosen = optimizer_named(settings.train.optimizer)
+    sizes = weight_sizes(targets, device) if chosen.sizes else {}
     adapted = wrap(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     install(model, adapted)
     place_model(loss, "ddp", device)

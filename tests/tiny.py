@@ -230,6 +230,7 @@ def trainer(
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
+    from olora_ray.train.optimizers import optimizer_named
     from olora_ray.train.parallel import place_model
 
     model = model or llama(attention=attention)
@@ -239,7 +240,8 @@ def trainer(
     factors, _ = initialise(
         targets, adapter.method, adapter.rank, settings.run.seed, device, options
     )
-    sizes = weight_sizes(targets, device) if settings.train.optimizer == "spectral" else {}
+    chosen = optimizer_named(settings.train.optimizer)
+    sizes = weight_sizes(targets, device) if chosen.sizes else {}
     adapted = inject(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     loss = SupervisedLoss(model)
     place_model(loss, strategy, device)

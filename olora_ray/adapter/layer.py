@@ -210,7 +210,7 @@ class AdaptedWeight(nn.Module):
         if not self._stand_still:
             return self._join(dtype, expert)
         # The versions show a change of the parameters themselves, against the promise. They do not show the
-        # optimizer's: it changes one vector that holds all dA and dB (train/optim.py).
+        # optimizer's: it changes one vector that holds all dA and dB (train/optimizers/).
         key = (dtype, expert, self.da.device, self.da._version, self.db._version)
         if key not in self._made:
             self._made[key] = self._join(dtype, expert)

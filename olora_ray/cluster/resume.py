@@ -37,6 +37,7 @@ from olora_ray.train.data_driven import new_factors, sizes_of
 from olora_ray.train.loader import Waiting, planned_steps, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
+from olora_ray.train.optimizers import optimizer_named
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import (
     SHORT,
@@ -84,9 +85,8 @@ def starting_point(
         model: Any = loss.model
         known = restart.adapter if restart else start
         sizes = {}
-        if (
-            restart is None and spec.config.train.optimizer == "spectral"
-        ):  # before a method shards the base
+        # Sizes come before the factors, because a method may shard the base.
+        if restart is None and optimizer_named(spec.config.train.optimizer).sizes:
             sizes = sizes_of(
                 loss, known or find_targets(model, adapter.targets, adapter.rank), context.device
             )
@@ -265,7 +265,7 @@ def tested(
             except (
                 UserError
             ):  # its advice fits only causal models, so look for another reason first
-                if hasattr(loss, "unshard") or not _sees_ahead(loss.model, packs, device):
+                if loss.sharded or not _sees_ahead(loss.model, packs, device):
                     raise
                 raise UserError(
                     f"model.name: {type(loss.model).__name__} is no causal language model: its output for a token"
@@ -299,7 +299,7 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
         raise
     except Exception as error:
         # A failed exchange of a sharded base has the same types, and may pass.
-        if is_out_of_memory(error) or hasattr(loss, "unshard"):
+        if is_out_of_memory(error) or loss.sharded:
             raise
         if isinstance(error, TakenWeight):
             raise UserError(

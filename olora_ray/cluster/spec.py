@@ -7,6 +7,7 @@ from typing import Any
 from olora_ray.adapter.methods import method_named
 from olora_ray.common import storage
 from olora_ray.config.schema import Config
+from olora_ray.config.tables import OPTIMIZERS
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState
@@ -54,7 +55,7 @@ class TrainSpec:
                 "adapter": self.config.adapter.identity(),
             }
             | self._packed()
-            | {"optimizer": self.config.train.optimizer}
+            | {"optimizer": OPTIMIZERS.identity(self.config.train.optimizer)}
             | ({"start": self.start} if self.start else {})
             | ({"order": "one draw"} if self.train.shard_count > IN_WINDOWS else {})
         )

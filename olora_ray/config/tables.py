@@ -1,4 +1,4 @@
-"""The open tables: which formats, methods and exporters there are, by name.
+"""The open tables: which formats, methods, optimizers and exporters there are, by name.
 
 A member is one object in a module of its own, and one line in the index below. The index holds texts, so that a config
 is validated, and `--help` printed, without importing any member.
@@ -83,6 +83,13 @@ class Table:
         if spec is None:
             raise UserError(f"{self._said(entry)} has no module {entry.module}; repair the package")
         return Plugin(name, entry.dist.name, entry.dist.version, _digest(spec))
+
+    def identity(self, name: str) -> str:
+        """Return what decides the numbers that a member computes: its name, and the package that it comes from."""
+        plugin = self.plugin(name)
+        if plugin is None:
+            return name
+        return f"{name} of {plugin.package} {plugin.version} {plugin.digest[:16]}"
 
     def _entry(self, name: str) -> metadata.EntryPoint:
         found: list[metadata.EntryPoint] = [*metadata.entry_points(group=self.group, name=name)]
@@ -169,4 +176,14 @@ METHODS = Table(
     },
 )
 
+
 EXPORTERS = Table("olora_ray.exporters", {"gguf": "olora_ray.contrib.gguf:EXPORTER"})
+
+OPTIMIZERS = Table(
+    "olora_ray.optimizers",
+    {
+        "adamw": "olora_ray.train.optimizers.adamw:OPTIMIZER",
+        "preconditioned": "olora_ray.train.optimizers.preconditioned:OPTIMIZER",
+        "spectral": "olora_ray.train.optimizers.spectral:OPTIMIZER",
+    },
+)

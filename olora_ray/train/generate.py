@@ -91,7 +91,7 @@ def answer(
     model: Any = trainer.loss.model
     own: list[tuple[int, list[int]]] = []
     problem = None
-    sharded = hasattr(trainer.loss, "unshard")
+    sharded = trainer.loss.sharded
     if sharded and not takes_padding(model):
         batch = 1  # otherwise a worker with prompts of several lengths would run the model more often than the others
     # Prompts of similar length are answered together, because they need less padding.

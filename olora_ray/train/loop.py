@@ -24,12 +24,7 @@ from olora_ray.train import checkpoint, first_step, tree
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import AdamW, FlatAdapters, precondition
-from olora_ray.train.spectral import Spectral
-
-SPECTRAL_RATE = 0.004
-"""Peak rate of the spectral step in a training of 20 steps at rank 16 (docs/generated/settings.jsonl: tuned rates of
-four starts on three tasks, 0.0015 to 0.006)."""
+from olora_ray.train.optimizers import FlatAdapters, optimizer_named
 
 
 # The result of an optimizer step is the same on every worker, except for the times.
@@ -60,15 +55,12 @@ class Trainer:
     signal: Callable[[], bool] = lambda: False
     """Called in each step on each worker, at the last moment at which the result can still reach all workers."""
     sizes: Mapping[str, Tensor] = field(default_factory=dict)
-    """`weight_sizes` of the adapted weights, if the spectral step starts; a resumed one has them in its checkpoint."""
+    """`weight_sizes` of the adapted weights, if `Optimizer.sizes` asks for them; a checkpoint has them, too."""
 
     def __post_init__(self) -> None:
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
-        self.optimizer: AdamW | Spectral = (
-            Spectral(self.flat, self.adapted, self.config.train, self.sizes)
-            if self.config.train.optimizer == "spectral"
-            else AdamW(self.flat, self.config.train)
-        )
+        chosen = optimizer_named(self.config.train.optimizer)
+        self.optimizer = chosen.begin(self.flat, self.config.train, self.sizes)
         self.gradient = tree.TreeSum(self.flat.grad)
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
@@ -81,8 +73,7 @@ class Trainer:
             losses = self._accumulate(number, data)
             shared = self._shared(losses, data)
             self.gradient.finish()
-            if self.config.train.optimizer == "preconditioned":
-                precondition(self.adapted)
+            self.optimizer.prepare()
             # The only wait for the device in a step: losses, signal and norm come to the CPU in one copy.
             numbers = torch.cat([shared, self.flat.grad.norm()[None]]).cpu()
             loss, (signal, norm) = float(tree.total(numbers[:-2])), numbers[-2:].tolist()
@@ -104,11 +95,9 @@ class Trainer:
 
         All workers must call it together, with the same sequences.
         """
-        if self.config.train.optimizer == "spectral":
-            # A step is even in all directions, so its Frobenius norm grows with the root of their number.
-            return first_step.for_steps(
-                SPECTRAL_RATE * (16 / self.config.adapter.rank) ** 0.5, steps
-            )
+        known = optimizer_named(self.config.train.optimizer).rate
+        if known is not None:
+            return first_step.for_steps(known(self.config.adapter.rank), steps)
         batch = collate(first_step.examples(packs), attention).to(self.device)
         moves = first_step.moves(self.loss, self.adapted, batch, self.config.train.lr_ratio)
         moves = collectives.from_first(
@@ -280,11 +269,7 @@ def _shares(
 ) -> Generator[tuple[int, Batch]]:
     groups = _groups(trainer, store)
     # With a sharded base all workers must run the model equally often, so a worker with fewer groups repeats group 0.
-    rounds = (
-        -(-len(groups) // workers)
-        if hasattr(trainer.loss, "unshard")
-        else len(groups[worker::workers])
-    )
+    rounds = -(-len(groups) // workers) if trainer.loss.sharded else len(groups[worker::workers])
     for number in range(worker, worker + rounds * workers, workers):
         group = groups[number] if number < len(groups) else groups[0]
         yield number, collate([store[i] for i in group], attention).to(trainer.device)

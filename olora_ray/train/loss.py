@@ -179,6 +179,8 @@ class SupervisedLoss(nn.Module):
         self.tested: SelfTest | None = None
         self.read_rows: Callable[[str, int, int], Tensor] | None = None
         """Reads rows first..last of a parameter from the files of a sharded base; None if the base is not sharded."""
+        self.sharded = False
+        """True if FSDP has sharded the base: then all workers must run the model equally often (`parallel.shard`)."""
         self.given_masks = False
         """True if the model gets masks made of the positions, because its own masks ignore the positions."""
         self.recompute = False

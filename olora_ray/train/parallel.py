@@ -156,7 +156,7 @@ def place_model(
     May be called again after adapters are added; a sharded base stays sharded.
     """
     install(loss)
-    if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
+    if strategy == "fsdp" and collectives.world_size() > 1 and not loss.sharded:
         shard(loss, device, replicas)
     # FSDP has moved the shards of the base, but not adapters and buffers.
     loss.to(device)
@@ -189,6 +189,7 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=adapters)
     fully_shard(loss, mesh=mesh, ignored_params=whole)
+    loss.sharded = True
 
 
 def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
@@ -209,7 +210,7 @@ def begin_at_root(loss: Any) -> None:
     """Make `loss` FSDP's root; call it before a part of a sharded base runs alone."""
     # FSDP takes the first module that runs for the root. If that were a part, the first loss would fail. So an empty
     # method of the root runs first.
-    if not hasattr(loss, "unshard"):
+    if not loss.sharded:
         return
     from torch.distributed.fsdp import register_fsdp_forward_method
 

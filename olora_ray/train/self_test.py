@@ -574,7 +574,7 @@ def _check_compiled(
         f"model.compile: set it to false; compiled, {type(model).__name__}",
     )
     # The compiler has many types of errors. Failed exchanges of a sharded base have them too, and may pass.
-    sharded = hasattr(loss, "unshard")
+    sharded = loss.sharded
     with (
         parallel.compiled(loss),
         nullcontext() if sharded else as_user_error(f"{refused} fails", Exception),

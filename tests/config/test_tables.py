@@ -23,7 +23,7 @@ def other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("table", [tables.FORMATS, tables.METHODS])
+@pytest.mark.parametrize("table", [tables.FORMATS, tables.METHODS, tables.OPTIMIZERS])
 def test_the_names_are_the_lines_of_the_index_in_their_order(table: Table) -> None:
     assert table.names()[: len(table.own)] == (*table.own,)
 
@@ -41,6 +41,14 @@ def test_names_of_installed_packages_come_last_and_nothing_is_imported() -> None
 def test_a_member_is_imported_at_its_first_use() -> None:
     assert TABLE.load("other", str) == "a text"
     assert TABLE.load("own", type).__name__ == "Fraction"
+
+
+@pytest.mark.usefixtures("other")
+def test_the_identity_of_an_installed_member_has_its_package_and_code() -> None:
+    assert TABLE.identity("own") == "own"
+    plugin = TABLE.plugin("other")
+    assert plugin is not None
+    assert TABLE.identity("other") == f"other of other-member 1.0 {plugin.digest[:16]}"
 
 
 @pytest.mark.usefixtures("other")

@@ -19,7 +19,7 @@ from olora_ray.train import loss as losses
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loop import Trainer, evaluate
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import AdamW
+from olora_ray.train.optimizers.adamw import AdamW
 from tests import device_walk, tiny
 from tests.device import gpu
 from tests.device_walk import STEPS
@@ -188,7 +188,7 @@ ONE_WORKER: dict[str, Mistake] = {
         AdamW,
         "__init__",
         _moment_stays,
-        "refused: train/optim.py: .*same device",
+        "refused: train/optimizers/adamw.py: .*same device",
     ),
     "dropout draws with a generator of the CPU": (
         AdaptedWeight,

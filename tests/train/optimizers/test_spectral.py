@@ -11,8 +11,8 @@ from olora_ray.adapter.candidates import candidates
 from olora_ray.adapter.initialise import weight_sizes
 from olora_ray.adapter.layer import AdaptedWeight, Factors
 from olora_ray.config.schema import Train
-from olora_ray.train.optim import FlatAdapters
-from olora_ray.train.spectral import Spectral
+from olora_ray.train.optimizers.optimizer import FlatAdapters
+from olora_ray.train.optimizers.spectral import Spectral
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -32,9 +32,7 @@ class Fit:
         self.layer = AdaptedWeight(Factors(a0, b0), M if b0 is None else b0.shape[-2], SCALE)
         self.flat = FlatAdapters({"layer": self.layer}, apart="lr_ratio" in changes)
         sizes = {"layer": torch.full(a0.shape[:-2] or (1,), SIZE)}
-        self.optimizer = Spectral(
-            self.flat, {"layer": self.layer}, Train(**{"clip": None, **changes}), sizes
-        )
+        self.optimizer = Spectral(self.flat, Train(**{"clip": None, **changes}), sizes)
         self.count = 0
 
     def factors(self) -> tuple[Tensor, Tensor]:

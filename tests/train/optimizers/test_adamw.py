@@ -9,7 +9,8 @@ from torch import nn
 from olora_ray.adapter.layer import AdaptedLinear, Factors
 from olora_ray.config.schema import Train
 from olora_ray.train.loader import lr_at
-from olora_ray.train.optim import AdamW, FlatAdapters
+from olora_ray.train.optimizers.adamw import AdamW
+from olora_ray.train.optimizers.optimizer import FlatAdapters
 
 SHAPES = {"first": (5, 3), "second": (4, 7)}
 RANK = 2
@@ -81,7 +82,7 @@ def moved(device: str, fused: bool | None = None) -> tuple[AdamW, list[float]]:
     """Return an optimizer after a few steps on a device, some of them clipped, and the norms."""
     layers = {name: layer.to(device) for name, layer in adapted().items()}
     config = Train(weight_decay=0.1, lr_ratio=4.0, clip=10.0)
-    optimizer = AdamW(FlatAdapters(layers, apart=True), config, fused)
+    optimizer = AdamW(FlatAdapters(layers, apart=True), config, fused=fused)
     norms = []
     for step in range(6):
         for name, gradient in random_gradients(optimizer.flat, step).items():

@@ -22,36 +22,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.config.schema import Train
-from olora_ray.train.optim import FlatAdapters
+from olora_ray.train.optimizers.optimizer import FlatAdapters, Optimizer, Update
 
 MOMENTUM = 0.9
 KAPPA = 3.0
 WEAKEST = 1e-4
 """Directions of a momentum whose square is below this share of the mean square move less than the others."""
+RATE = 0.004
+"""Peak rate of a training of 20 steps at rank 16 (docs/generated/settings.jsonl: tuned rates of four starts on three
+tasks, 0.0015 to 0.006)."""
 AT_ONCE = 2**20
 """Numbers of layers of one shape that are computed together."""
 
 
-class Spectral:
+class Spectral(Update):
     """The spectral step on the flat vector, with Nesterov's momentum; `sizes` are `weight_sizes` of the weights."""
 
+    keys = ("momentum",)
+
     def __init__(
-        self,
-        flat: FlatAdapters,
-        adapted: Mapping[str, AdaptedWeight],
-        config: Train,
-        sizes: Mapping[str, Tensor],
+        self, flat: FlatAdapters, config: Train, sizes: Mapping[str, Tensor] | None = None
     ) -> None:
-        self.flat, self.adapted, self.config = flat, adapted, config
-        self.momentum = torch.zeros_like(flat.vector)
+        super().__init__(flat, config, sizes)
+        self.adapted = flat.layers
+        self.momentum = self.moments["momentum"]
         self.sizes = {
-            name: size.to(flat.vector.device) for name, size in sizes.items() if name in adapted
+            name: size.to(flat.vector.device)
+            for name, size in self.sizes.items()
+            if name in self.adapted
         }
-        self.count = 0
         alike: dict[tuple[torch.Size, torch.Size], list[str]] = defaultdict(list)
-        for name, layer in adapted.items():
+        for name, layer in self.adapted.items():
             alike[layer.da.shape[-2:], layer.db.shape[-2:]].append(name)
         self.groups = [part for names in alike.values() for part in self._parts(names)]
 
@@ -66,13 +68,7 @@ class Spectral:
             numbers += more
         return parts
 
-    @torch.no_grad()
-    def step(self, lr: float, norm: float | None = None) -> float:
-        """Clip and update with learning rate `lr` (of dA); return the norm before clipping. `norm` as in AdamW."""
-        norm = float(self.flat.grad.norm()) if norm is None else norm
-        if self.config.clip is not None and norm > self.config.clip:
-            self.flat.grad.mul_(self.config.clip / norm)
-        self.count += 1
+    def update(self, lr: float) -> None:
         far = {
             name: self.sizes[name] * self._used(name) * (lr / layer.scale)
             for name, layer in self.adapted.items()
@@ -89,7 +85,6 @@ class Spectral:
         self.flat.vector.mul_(1 - lr * self.config.weight_decay)
         for names in self.groups:
             self._move(names, torch.cat([far[name] for name in names])[:, None, None])
-        return norm
 
     def _used(self, name: str) -> Tensor | float:
         """Return 0 for each expert that has seen no token, so that it stands still; otherwise 1."""
@@ -115,15 +110,12 @@ class Spectral:
             layer.db.add_(step_b[rows].mT.reshape(layer.db.shape))
 
     def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
-        """Return momenta and sizes as named tensors; `copied_to` as in AdamW."""
-        momentum = self.momentum.to(copied_to, copy=True) if copied_to else self.momentum
-        momenta = {f"{name}.momentum": part for name, part in self.flat.named(momentum).items()}
-        return momenta | {f"{name}.size": size.cpu() for name, size in self.sizes.items()}
+        """Return momenta and sizes as named tensors; `copied_to` as in Update."""
+        sizes = {f"{name}.size": size.cpu() for name, size in self.sizes.items()}
+        return super().state(copied_to) | sizes
 
     def load(self, named: Mapping[str, Tensor], step: int) -> None:
-        """Take over what `state` returned after `step` updates."""
-        self.count = step
-        self.flat.load(self.momentum, {name: named[f"{name}.momentum"] for name in self.flat.slots})
+        super().load(named, step)
         self.sizes = {name: named[f"{name}.size"].to(self.momentum.device) for name in self.adapted}
 
 
@@ -175,3 +167,12 @@ def _inverse_root(gram: Tensor) -> Tensor:
         root, inverse = root @ turn, turn @ inverse
         least = 0.5 * scale * least * (3 - (scale * least) ** 2)
     return inverse / size.sqrt()
+
+
+def _rate(rank: int) -> float:
+    # A step is even in all directions, so its Frobenius norm grows with the root of their number.
+    rate: float = RATE * (16 / rank) ** 0.5
+    return rate
+
+
+OPTIMIZER = Optimizer("spectral", Spectral, sizes=True, rate=_rate)
