@@ -17,7 +17,7 @@ from olora_ray.common.logs import quiet_bitsandbytes
 from olora_ray.config.schema import Config
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
-from olora_ray.tokens.plan import Pack
+from olora_ray.tokens.plan import Counts, Pack
 from olora_ray.tokens.shard import pack
 from olora_ray.tokens.store import order
 
@@ -146,11 +146,8 @@ class MemoryStore(list[Pack]):
     def refresh(self) -> None:
         """Nothing to look for."""
 
-    def tokens(self, indices: Sequence[int]) -> int:
-        return sum(len(self[i].input_ids) for i in indices)
-
-    def supervised(self, indices: Sequence[int]) -> int:
-        return sum(int(self[i].supervised.sum()) for i in indices)
+    def counts(self, indices: Sequence[int]) -> Counts:
+        return sum((each for i in indices for each in self[i].examples()), Counts())
 
 
 def machine() -> str:

@@ -91,7 +91,7 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     taken = timed(lambda: deque(trainer.steps(loader, 0, whole), maxlen=0))
     done = [int(i) for i in order(len(store), cfg.run.seed, 0, steps * size)]
     rows = sum(len(store[i].segments) for i in done)
-    return {**taken, "rows": rows, "supervised": store.supervised(done)}
+    return {**taken, "rows": rows, "supervised": store.counts(done).supervised}
 
 
 def run_peer(setting: Setting, job: dict[str, Any]) -> dict[str, float]:

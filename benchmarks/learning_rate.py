@@ -38,8 +38,9 @@ from olora_ray.tokens.plan import Pack
 from olora_ray.train import first_step
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.first_step import Move
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
 
@@ -209,7 +210,7 @@ def tune(cell: Cell, loss: Any, rows: Any, held_out: Any, results: Path, first: 
         try:
             for _ in trainer.steps(loader, 0, Schedule(trainer.config.train, rows)):
                 pass
-            found = evaluate(trainer, held_out, attention)
+            found = evaluate(trainer, held_out, attention).loss
         except Exception as error:  # diverged
             print(error)
             found = math.inf

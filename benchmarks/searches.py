@@ -38,8 +38,9 @@ from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import first_step
 from olora_ray.train.data_driven import new_factors
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 
 FILE = Path(__file__).resolve().parent / "searches.jsonl.gz"
@@ -250,12 +251,12 @@ def train(
         )
     trainer = Trainer(loss, adapted, settings(rate), CPU)
     loader = StepLoader(rows, trainer.config.train, seed, attention)
-    losses, measured = [], [round(evaluate(trainer, held_out, attention), 5)]
+    losses, measured = [], [round(evaluate(trainer, held_out, attention).loss, 5)]
     try:
         for step in trainer.steps(loader, 0, Schedule(trainer.config.train, rows)):
             losses.append(round(step.loss, 5))
             if step.step % (STEPS // 16) == 0:
-                measured.append(round(evaluate(trainer, held_out, attention), 5))
+                measured.append(round(evaluate(trainer, held_out, attention).loss, 5))
     except UserError as error:  # diverged
         print(error)
     ended = len(losses) == STEPS and math.isfinite(measured[-1])

@@ -43,8 +43,9 @@ from olora_ray.pipeline import merge
 from olora_ray.pipeline.peft_folder import write_adapter
 from olora_ray.tokens.plan import Pack
 from olora_ray.train.data_driven import new_factors
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.parallel import load_base, place_model
 
 CPU = torch.device("cpu")
@@ -252,7 +253,7 @@ def train(base: Path, way: str, args: argparse.Namespace, rank: int) -> Seen:
             result.loss for result in trainer.steps(loader, 0, Schedule(settings.train, store))
         ]
     with peak(seen, "evaluate", start):
-        losses.append(evaluate(trainer, store, "sdpa", rank, args.workers))
+        losses.append(evaluate(trainer, store, "sdpa").loss)
     with peak(seen, "adapter folder", start):
         weights = {name: layer.weights() for name, layer in adapted.items()}
         model = skeleton(BaseModel(str(base), str(base), ""), settings.model)
@@ -297,7 +298,7 @@ class Rows(MemoryStore):
 
     @property
     def manifest(self) -> Any:
-        return SimpleNamespace(supervised=self.supervised(range(len(self))), packs=len(self))
+        return SimpleNamespace(packs=len(self))
 
     def locate(self, index: int) -> tuple[int, int, int]:
         return 0, index, len(self)

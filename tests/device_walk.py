@@ -14,8 +14,9 @@ from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.generate import Question, answer
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optimizers import optimizer_named
 from olora_ray.train.parallel import place_model
@@ -75,7 +76,7 @@ def start(
 def walk(trainer: Trainer, keep: Keep) -> Seen:
     """All that a worker does with a trainer."""
     attention, held_out = trainer.loss.model.config._attn_implementation, tiny.store(2, seed=9)
-    before = evaluate(trainer, held_out, attention)
+    before = evaluate(trainer, held_out, attention).loss
     losses = steps(trainer, 0)
     state = TrainState(step=STEPS, best_step=STEPS - 1)
     best = resume.resume(
@@ -88,7 +89,7 @@ def walk(trainer: Trainer, keep: Keep) -> Seen:
     assert (
         trainer.loss.each(batch.to(trainer.device)).shape == batch.labels.shape
     )  # as an evaluation measures rows
-    return Seen(before, losses, evaluate(trainer, held_out, attention), answers(trainer))
+    return Seen(before, losses, evaluate(trainer, held_out, attention).loss, answers(trainer))
 
 
 def kept_in(folder: Path) -> Keep:

@@ -168,12 +168,8 @@ class ListStore:
     @property
     def manifest(self) -> Counts:
         every = range(len(self))
-        return Counts(
-            self.supervised(every),
-            len(self),
-            self.tokens(every),
-            sum(len(x.segments) for x in self._packs),
-        )
+        size = self.counts(every)
+        return Counts(size.supervised, len(self), size.tokens, size.examples)
 
     def refresh(self) -> None:
         """Look for more shards."""
@@ -202,12 +198,12 @@ class ListStore:
             raise IndexError(index)
         return self._packs[index]
 
-    def supervised(self, indices: Sequence[int]) -> int:
-        """Supervised tokens of these packs."""
-        return sum(int(self._packs[index].supervised.sum()) for index in indices)
+    def counts(self, indices: Sequence[int]) -> Any:
+        """The size of these packs together."""
+        from olora_ray.tokens import plan
 
-    def tokens(self, indices: Sequence[int]) -> int:
-        return sum(len(self._packs[index].input_ids) for index in indices)
+        parts = (each for index in indices for each in self._packs[index].examples())
+        return sum(parts, plan.Counts())
 
     def origins(self, index: int) -> list[str]:
         """Where the examples of a pack come from."""

@@ -10,6 +10,7 @@ from olora_ray.config.schema import Config
 from olora_ray.config.tables import OPTIMIZERS
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
+from olora_ray.train import objectives
 from olora_ray.train.checkpoint import TrainState
 
 IN_WINDOWS = 512
@@ -55,6 +56,7 @@ class TrainSpec:
                 "adapter": self.config.adapter.identity(),
             }
             | self._packed()
+            | objectives.identity(self.config.train.objective)
             | {"optimizer": OPTIMIZERS.identity(self.config.train.optimizer)}
             | ({"start": self.start} if self.start else {})
             | ({"order": "one draw"} if self.train.shard_count > IN_WINDOWS else {})

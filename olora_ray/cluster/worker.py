@@ -7,9 +7,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import torch
@@ -29,12 +29,13 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump
-from olora_ray.train.checkpoint import TrainState, perplexity
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
+from olora_ray.train.held_out import HeldOut, evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import StepResult, evaluate, evaluate_examples
+from olora_ray.train.loop import StepResult
 from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
@@ -149,8 +150,11 @@ class Worker:
             else ""
         )
         self._peak = context.world * (peak_of(name) or 0.0)
-        # Of the adapted layers, forward and backward: 2 per number and token each; frozen weights have no gradient.
-        self._operations = 4.0 * sum(layer.db.shape[-2] * layer.da.shape[-1] for layer in layers)
+        # Of the adapted layers: 2 per number and token in each forward pass, and in the backward pass, because frozen
+        # weights have no gradient.
+        passes = self.trainer.objective.forwards + 1.0
+        numbers = sum(layer.db.shape[-2] * layer.da.shape[-1] for layer in layers)
+        self._operations = 2.0 * passes * numbers
 
     def run(self) -> TrainResult:
         self._begin()
@@ -182,7 +186,7 @@ class Worker:
             )
             self.state.before = baseline.answers
             if baseline.loss is not None:
-                self._tell(self.evaluator.note(self.state, baseline.loss))
+                self._tell(self.evaluator.note(self.state, [baseline.loss]))
         # A run that has stopped early and is resumed has nothing left to train.
         if self._stale():
             return False
@@ -279,10 +283,9 @@ def _metrics(result: StepResult) -> dict[str, float]:
         "train/all_tokens_per_second": result.tokens / result.seconds,
         "train/step_seconds": result.seconds,
         "data/wait_fraction": result.waited / result.seconds,
+        **{f"train/{name}": value for name, value in result.more.items()},
     }
 
-
-Losses = TypeVar("Losses", float, list[float])
 
 # Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far.
 
@@ -297,16 +300,16 @@ class Evaluator:
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        if not self.spec.each_example:
-            return self.note(state, self.loss(state.step))
-        assert self.spec.eval is not None
-        state.examples = self._evaluated(evaluate_examples, state.step)
-        return self.note(state, sum(state.examples) / self.spec.eval.manifest.supervised)
+        found = self.evaluate(state.step, self.spec.each_example)
+        if self.spec.each_example:
+            state.examples = found.losses()
+        return self.note(state, found.means)
 
-    def note(self, state: TrainState, loss: float) -> dict[str, float]:
-        if state.note_evaluation(loss):
+    def note(self, state: TrainState, means: Sequence[float]) -> dict[str, float]:
+        """Note an evaluation, and return its metrics; `means` are a loss and the means of `Objective.more`."""
+        if state.note_evaluation(means[0]):
             self.best = self.trainer.flat.vector.clone()
-        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+        return self.trainer.objective.evaluated(means)
 
     @contextlib.contextmanager
     def _best_in_place(self) -> Iterator[None]:
@@ -320,16 +323,12 @@ class Evaluator:
         finally:
             vector.copy_(last)
 
-    def loss(self, step: int) -> float:
-        """Return the mean held-out loss per supervised token after `step` steps; raises UserError if not finite."""
-        return self._evaluated(evaluate, step)
-
-    def _evaluated(self, how: Callable[..., Losses], step: int) -> Losses:
+    def evaluate(self, step: int, each: bool = False) -> HeldOut:
+        """Measure the held-out rows after `step` steps; raises UserError if a loss is not finite."""
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
-            rank, world = self.context.rank, self.context.world
-            return how(self.trainer, self.spec.eval, self.attention, rank, world, step)
+            return evaluate(self.trainer, self.spec.eval, self.attention, step, each)
 
     def answers(self, answering: str) -> list[list[int]]:
         """Return the answers to the held-out prompts as token ids. `answering` names the model in the log.
@@ -380,7 +379,7 @@ class Evaluator:
         )
         if baseline is None:
             logger.info("evaluating before the first step")
-            loss = self.loss(0) if self.spec.eval else None
+            loss = self.evaluate(0).loss if self.spec.eval else None
             start = (
                 "adapter that training starts with"
                 if self.spec.config.train.start

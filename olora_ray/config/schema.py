@@ -22,7 +22,7 @@ from olora_ray.config.section import (
     Section,
     Source,
 )
-from olora_ray.config.tables import EXPORTERS, METHODS, OPTIMIZERS
+from olora_ray.config.tables import EXPORTERS, METHODS, OBJECTIVES, OPTIMIZERS
 
 # The config's section `adapter`: what is trained, and where it starts.
 
@@ -246,6 +246,8 @@ class Train(Section):
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that the same run gives the same bits. Slower; not measured how much."""
+    objective: Annotated[str, NameIn(OBJECTIVES)] = "tokens"
+    """What the training makes small. tokens: the cross-entropy of the supervised tokens, each of which counts alike."""
     optimizer: Annotated[str, NameIn(OPTIMIZERS)] = "adamw"
     """preconditioned: AdamW on the gradient of A times (B^T B)^-1 and that of B times (A A^T)^-1, each scaled to length
     1 (as NoRA+, arXiv 2410.18965). spectral: steps that change the weight by a given share of its size, whatever the

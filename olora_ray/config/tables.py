@@ -1,4 +1,4 @@
-"""The open tables: which formats, methods, optimizers and exporters there are, by name.
+"""The open tables: which formats, methods, objectives, optimizers and exporters there are, by name.
 
 A member is one object in a module of its own, and one line in the index below. The index holds texts, so that a config
 is validated, and `--help` printed, without importing any member.
@@ -178,6 +178,10 @@ METHODS = Table(
 
 
 EXPORTERS = Table("olora_ray.exporters", {"gguf": "olora_ray.contrib.gguf:EXPORTER"})
+
+OBJECTIVES = Table(
+    "olora_ray.objectives", {"tokens": "olora_ray.train.objectives.tokens:OBJECTIVE"}
+)
 
 OPTIMIZERS = Table(
     "olora_ray.optimizers",

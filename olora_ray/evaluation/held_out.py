@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from olora_ray.cluster import resources
@@ -26,12 +25,13 @@ from olora_ray.pipeline.answers import as_text, check_answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
 from olora_ray.pipeline.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
-from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
 from olora_ray.train.generate import Question, greedy, questions
+from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.objectives import objective_named
 from olora_ray.train.self_test import choose_attention
 
 logger = logging.getLogger(__name__)
@@ -172,15 +172,17 @@ def measure(
         for pair in zip(group, part, strict=True)
     )
     judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
+    objective = objective_named(config.train.objective)
     results = RowResults(
         data=store.digest,
-        tokens=tuple(size for pack in packs for size in _supervised(pack)),
+        tokens=tuple(objective.weight(each) for pack in packs for each in pack.examples()),
         losses=tuple(loss for part in done[len(groups) :] for loss in part),
         scores={
             name: {item.row: item.scores[name] for item in judged if name in item.scores}
             for name in scoring.means([item.scores for item in judged])
         },
         origins=origins(store),
+        perplexity=objective.perplexity,
     )
     return results, judged
 
@@ -209,6 +211,7 @@ class Measurer:
         self.loss = SupervisedLoss(self.model)
         # All actors test the same examples, so that all choose the same attention and compute the same bits.
         self.attention = choose_attention(self.loss, tried, config, self.device).attention
+        self.objective = objective_named(config.train.objective)
 
     def __call__(self, work: Works) -> list[Any]:
         """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""
@@ -218,11 +221,10 @@ class Measurer:
                 self.model, [item.prompt for item in questions], self.limit, self.eos, self.device
             )
         packs = [item for item in work if isinstance(item, Pack)]
-        each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
-        return [
-            float(part.sum())
-            for part in each.split([size for pack in packs for size in _supervised(pack)])
-        ]
+        found = held_out(
+            self.loss, packs, self.objective, self.attention, width=len(packs), each=True
+        )
+        return found.losses()
 
 
 def load_adapted(
@@ -257,10 +259,6 @@ def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
         wrapped: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
     # PEFT puts the adapted layers into the model itself. Its wrapper is dropped, because the loss needs the backbone.
     return wrapped.get_base_model().requires_grad_(False).eval()
-
-
-def _supervised(pack: Pack) -> list[int]:
-    return [int(part.sum()) for part in np.split(pack.supervised, np.cumsum(pack.segments)[:-1])]
 
 
 def _judged(

@@ -36,20 +36,23 @@ class RowResults:
     data: str
     """Digest of the token store; rows of two results are the same only if their digests are equal."""
     tokens: tuple[int, ...]
-    """Number of supervised tokens of each row."""
+    """Weight of each row in the mean loss (`Objective.weight`): its supervised tokens."""
     losses: tuple[float, ...]
-    """Loss of each row, summed over its supervised tokens."""
+    """Loss of each row: the sum, for a mean per `tokens`."""
     scores: Mapping[str, Mapping[int, float]]
     """Name of a score -> index of a row -> value, for the rows that were answered and have the score."""
     origins: tuple[Origin, ...]
     """Origin of each row; several rows of the store may come from one row of a file."""
+    perplexity: bool = True
+    """True if the exponential of the mean loss is a perplexity (`Objective.perplexity`)."""
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.losses) == len(self.origins):
             raise ValueError("columns of different lengths")
 
     def names(self) -> list[str]:
-        return [LOSS, PERPLEXITY, *(f"{SCORE}{name}" for name in self.scores)]
+        of_losses = [LOSS, PERPLEXITY] if self.perplexity else [LOSS]
+        return [*of_losses, *(f"{SCORE}{name}" for name in self.scores)]
 
     def metric(self, name: str) -> float:
         """Return the mean over all rows that have the metric: eval/loss (per token), eval/perplexity or eval/SCORE.
@@ -64,7 +67,7 @@ class RowResults:
 
     def column(self, name: str) -> Column:
         """Return the values of a metric; raises UserError if it was not measured."""
-        if name in (LOSS, PERPLEXITY):
+        if name == LOSS or (name == PERPLEXITY and self.perplexity):
             sizes = np.array(self.tokens, dtype=np.float64)
             return Column(
                 np.arange(len(sizes)), np.array(self.losses, dtype=np.float64) / sizes, sizes
@@ -94,6 +97,7 @@ class RowResults:
             tuple(self.losses[row] for row in rows),
             scores,
             tuple(self.origins[row] for row in rows),
+            self.perplexity,
         )
 
 

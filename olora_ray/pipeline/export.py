@@ -43,6 +43,7 @@ from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
 from olora_ray.train import checkpoints
 from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.objectives import objective_named
 
 logger = logging.getLogger(__name__)
 
@@ -323,6 +324,7 @@ def complete(
         max_length=config.data.length(),
         steps=step_of_best(state),
         eval_loss=state.best_loss,
+        unit=objective_named(config.train.objective).unit,
         own_template=template is not None or had != models.has_chat_template(adapter),
         loader=text_class(Path(base.folder)).__name__,
         license=license_of(config, base),

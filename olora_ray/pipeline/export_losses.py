@@ -19,10 +19,11 @@ from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, too_large
 from olora_ray.pipeline.export_work import Work
-from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
+from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.objectives import objective_named
 from olora_ray.train.parallel import load_frozen
 from olora_ray.train.self_test import choose_attention
 
@@ -43,7 +44,7 @@ Side = tuple[str, Adapter]
 
 @dataclass(frozen=True)
 class LossPair:
-    """Mean losses per supervised token on the same rows."""
+    """The objective's mean losses on the same rows."""
 
     tokens: int
     """Number of supervised tokens."""
@@ -95,15 +96,13 @@ def _on_one_base(
     model: Any = load_frozen(Path(work.base.folder), config.model, device)
     loss = SupervisedLoss(model).to(device)
     attention = choose_attention(loss, packs[:8], config, device).attention
-    width = config.train.micro()
-    batches = [
-        collate(packs[start : start + width], attention) for start in range(0, len(packs), width)
-    ]
-    tokens, losses = sum(len(batch.labels) for batch in batches), []
+    objective = objective_named(config.train.objective)
+    losses = []
     for adapter in adapters:
-        with _adapted(loss, adapter, config.adapter.scale(), device), torch.no_grad():
-            losses.append(sum(float(loss(batch.to(device)).double()) for batch in batches) / tokens)
-    return tokens, losses
+        with _adapted(loss, adapter, config.adapter.scale(), device):
+            found = held_out(loss, packs, objective, attention, config.train.micro())
+        losses.append(found.loss)
+    return found.whole.supervised, losses
 
 
 @contextmanager

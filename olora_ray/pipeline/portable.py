@@ -222,7 +222,8 @@ class Card:
     max_length: int
     steps: int
     eval_loss: float | None
-    """The trained adapter's loss per supervised token of the held-out rows."""
+    """The trained adapter's mean loss on the held-out rows, per `unit`."""
+    unit: str = "supervised token"
     rows: str = ""
     """The size of the training data (`1,200 rows, 34,000 tokens, of `), if it is known."""
     held_out: str = ""
@@ -292,7 +293,7 @@ def model_card(card: Card) -> str:
         + ", from the adapter of an earlier run" * card.continued,
         *([f"Held-out data: {card.held_out}"] if card.held_out else []),
         *(
-            [f"Held-out loss: {card.eval_loss:.4f} per supervised token"]
+            [f"Held-out loss: {card.eval_loss:.4f} per {card.unit}"]
             if card.eval_loss is not None
             else []
         ),

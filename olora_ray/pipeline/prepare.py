@@ -27,6 +27,7 @@ from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, scoring
 from olora_ray.train.estimate import MemoryEstimate, estimate
 from olora_ray.train.loader import total_steps
+from olora_ray.train.objectives import objective_named
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def plan(config: Config, base: BaseModel, prefix: str = "") -> MemoryEstimate:
 
     `prefix` comes before each line of the plan.
     """
+    _check_objective(config)
     _check_scorer(config)
     if config.train.early_stop and not config.data.holds_out():
         logger.warning(
@@ -47,6 +49,16 @@ def plan(config: Config, base: BaseModel, prefix: str = "") -> MemoryEstimate:
     for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
         logger.info(f"{prefix}{line}")
     return size
+
+
+def _check_objective(config: Config) -> None:
+    """Raise UserError if the gate needs a perplexity, and the objective has none."""
+    name = config.train.objective
+    metrics = [config.gate.metric, *(condition.metric for condition in config.gate.conditions)]
+    if "eval/perplexity" in metrics and not objective_named(name).perplexity:
+        raise UserError(
+            f"gate: metric eval/perplexity is not measured with train.objective={name}; use eval/loss"
+        )
 
 
 def _check_scorer(config: Config) -> None:

@@ -76,9 +76,10 @@ class Progress:
         if "train/loss" in row:
             self._step(step, row)
         if "eval/loss" in row:
-            self.line(
-                f"{self._of(step)} | eval loss {row['eval/loss']:.4f} | perplexity {row['eval/perplexity']:.2f}"
-            )
+            text = f"{self._of(step)} | eval loss {row['eval/loss']:.4f}"
+            if "eval/perplexity" in row:
+                text += f" | perplexity {row['eval/perplexity']:.2f}"
+            self.line(text)
 
     def _step(self, step: int, row: dict[str, float]) -> None:
         seconds = row["train/step_seconds"]

@@ -24,7 +24,6 @@ from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import BASE, CPU_SECONDS, GPU_SECONDS, RUN
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
-from olora_ray.train.checkpoint import perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -167,10 +166,10 @@ def _result(
     last: dict[str, float] = {}
     for row in state.history:
         last |= {name: value for name, value in row.items() if name != "step"}
-    if (
-        state.best_loss is not None
-    ):  # the last evaluation may be of a worse adapter than the exported one
-        last |= {"eval/loss": state.best_loss, "eval/perplexity": perplexity(state.best_loss)}
+    # The last evaluation may be of a worse adapter than the exported one.
+    for row in state.history:
+        if row["step"] == state.best_step and "eval/loss" in row:
+            last |= {name: value for name, value in row.items() if name.startswith("eval/")}
     registered = {"model": registry.model, "version": version, "alias": registry.alias}
     return {
         "run": spec.config.run.name,

@@ -14,6 +14,7 @@ from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.portable import facts_of
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Contents, has_chat_template
+from olora_ray.train.objectives import objective_named
 
 # The description of a version, in the Markdown that MLflow's page shows.
 
@@ -107,7 +108,7 @@ def _measured(exported: Exported, scores: Scores) -> list[tuple[int, list[str], 
         held_out = ("evaluation", spec.eval.digest)
         names = [f"score/{name}" for name in scores.get("after", {})]
         found += [
-            (step, ["eval/loss", "eval/perplexity"], held_out),
+            (step, [*objective_named(spec.config.train.objective).measures()], held_out),
             (exported.state.step, names, held_out),
         ]
     return found

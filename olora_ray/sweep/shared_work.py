@@ -29,7 +29,8 @@ from olora_ray.config.schema import Config
 from olora_ray.sweep.space import Space
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.generate import answer, wanted_questions
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def _measure(spec: TrainSpec, shared: SharedBase, folder: str) -> None:
     trainer = Trainer(shared.loss, adapted, config, shared.device)
     attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
     asked = wanted_questions(config.evaluation, spec.eval)
-    loss = evaluate(trainer, spec.eval, attention) if spec.eval else None
+    loss = evaluate(trainer, spec.eval, attention).loss if spec.eval else None
     answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos) if asked else None
     Baseline(loss, answers).write(storage.join(folder, "baseline.json"), spec.baseline_identity())
 

@@ -14,11 +14,12 @@ from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import open_base
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space
+from olora_ray.train.objectives import objective_named
 
 # A space cannot change these sections: they decide where a run is and what it is called, not its result.
 FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.")
 # A space can set these but not search them: all trials are measured in the same way, on the same rows.
-MEASURE = ("data.eval", "data.max_rejected", "evaluation.")
+MEASURE = ("data.eval", "data.max_rejected", "evaluation.", "train.objective")
 # A space can set these but not search them: they do not change the result of a training.
 IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
 
@@ -84,6 +85,7 @@ def overlap(field: str, other: str) -> bool:
 
 def _check_metric(space: Space, config: Config, where: str) -> None:
     scorer = config.evaluation.scorer
+    objective = config.train.objective
     held_out = config.data.holds_out()
     if space.metric.startswith("score/") and space.metric != "score/":
         if not scorer or not held_out:
@@ -102,6 +104,10 @@ def _check_metric(space: Space, config: Config, where: str) -> None:
     elif space.metric.startswith("eval/") and not held_out:
         raise UserError(
             f"{where}: metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction"
+        )
+    elif space.metric == "eval/perplexity" and not objective_named(objective).perplexity:
+        raise UserError(
+            f"{where}: metric: train.objective={objective} has no perplexity; use eval/loss"
         )
 
 

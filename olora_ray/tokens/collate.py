@@ -7,7 +7,7 @@ and chunks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -27,6 +27,8 @@ class Batch:
     """Flat positions (int64) whose hidden state predicts a supervised token, in order."""
     labels: Tensor
     """The supervised tokens (int64), one per entry of `predicts`."""
+    examples: tuple[int, ...]
+    """Number of supervised tokens of each example; they sum up to the length of `labels`."""
     tokens: int
     """Without padding."""
 
@@ -40,7 +42,12 @@ class Batch:
         }  # the borders are in it twice
         moved = dict(zip(each, _moved(list(each.values()), device), strict=True))
         inputs = self.inputs | {name: moved[id(part)] for name, part in named.items()}
-        return Batch(inputs, moved[id(self.predicts)], moved[id(self.labels)], self.tokens)
+        return replace(
+            self,
+            inputs=inputs,
+            predicts=moved[id(self.predicts)],
+            labels=moved[id(self.labels)],
+        )
 
 
 def _moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -75,6 +82,7 @@ def _flat(packs: Sequence[Pack]) -> Batch:
         },
         predicts=torch.from_numpy(chosen - 1),
         labels=torch.from_numpy(ids[chosen]),
+        examples=_supervised(packs),
         tokens=len(ids),
     )
 
@@ -100,8 +108,13 @@ def _padded(packs: Sequence[Pack]) -> Batch:
         inputs=inputs,
         predicts=torch.from_numpy(chosen - 1),
         labels=torch.from_numpy(ids.reshape(-1)[chosen]),
+        examples=_supervised(packs),
         tokens=sum(len(pack.input_ids) for pack in packs),
     )
+
+
+def _supervised(packs: Sequence[Pack]) -> tuple[int, ...]:
+    return tuple(each.supervised for pack in packs for each in pack.examples())
 
 
 def _positions(lengths: Sequence[int]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

@@ -27,6 +27,23 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 
 
 @dataclass(frozen=True)
+class Counts:
+    """The size of some examples, in the units over which the mean of a loss can be taken."""
+
+    tokens: int = 0
+    examples: int = 0
+    supervised: int = 0
+    """Number of supervised ones among the tokens."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.tokens + other.tokens,
+            self.examples + other.examples,
+            self.supervised + other.supervised,
+        )
+
+
+@dataclass(frozen=True)
 class Pack:
     """One sequence of a store: several examples side by side that do not see each other."""
 
@@ -36,6 +53,11 @@ class Pack:
     """(tokens,) True for tokens that count in the loss; never the first of a segment."""
     segments: tuple[int, ...]
     """Tokens of each example; they sum up to the length of the sequence."""
+
+    def examples(self) -> list[Counts]:
+        """Return the counts of each example."""
+        parts = np.split(self.supervised, np.cumsum(self.segments)[:-1])
+        return [Counts(len(part), 1, int(part.sum())) for part in parts]
 
 
 # Pseudo-random numbers as functions of a key and a counter: the same on every machine, with every numpy and Ray.

@@ -37,7 +37,7 @@ from olora_ray.tokens.manifest import (
     read_sidecar,
     shard_name,
 )
-from olora_ray.tokens.plan import Pack, key, permute_at
+from olora_ray.tokens.plan import Counts, Pack, key, permute_at
 
 
 @dataclass(frozen=True)
@@ -244,16 +244,17 @@ class TokenStore:
             segments=tuple(_slice(batch, "segments", row).to_pylist()),
         )
 
-    def supervised(self, indices: Iterable[int]) -> int:
-        total = 0
+    def counts(self, indices: Iterable[int]) -> Counts:
+        """Return the size of these sequences together; reads none of their tokens."""
+        total = Counts()
         for index in indices:
             batch, row = self._find(int(index))
-            total += batch.column("supervised_count")[row].as_py()
+            total += Counts(
+                tokens=len(_slice(batch, "input_ids", row)),
+                examples=len(_slice(batch, "segments", row)),
+                supervised=batch.column("supervised_count")[row].as_py(),
+            )
         return total
-
-    def tokens(self, indices: Iterable[int]) -> int:
-        found = (self._find(int(index)) for index in indices)
-        return sum(len(_slice(batch, "input_ids", row)) for batch, row in found)
 
     def origins(self, index: int) -> list[str]:
         """Return the origins of a sequence's examples as file:line (a row number if there are no lines)."""

@@ -155,7 +155,7 @@ def first_tokens(store: TokenStore, limit: int, waiting: Waiting | None = None) 
         until(store, lambda: store.available > sequence or store.total is not None, waiting)  # noqa: B023  # called now
         if sequence >= store.available:
             break
-        count = min(store.supervised([sequence]), limit - position)
+        count = min(store.counts([sequence]).supervised, limit - position)
         if count:
             pieces.append(Piece(sequence, position, count))
         position, sequence = position + count, sequence + 1

@@ -82,10 +82,6 @@ class TrainState:
         return False
 
 
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 80.0))
-
-
 FORMAT = 1
 ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "adapter.safetensors",
@@ -193,7 +189,9 @@ def load(folder: Path) -> Checkpoint:
 
 def require_same(saved: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
     """Raise UserError if another model, data, adapter or optimizer is `wanted` than a checkpoint has (`saved`)."""
-    saved = {"optimizer": "adamw", **saved}  # older checkpoints know no other
+    # Older checkpoints know no other optimizer, and an identity names no objective but others than `tokens`.
+    saved = {"optimizer": "adamw", "objective": "tokens", **saved}
+    wanted = {"objective": "tokens", **wanted}
     changed = [part for part in wanted if saved.get(part) != wanted[part]]
     # Another tokenizer makes other tokens, so the digest of the data differs too. Only the cause is reported.
     if "tokenizer" in changed:

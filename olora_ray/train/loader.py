@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from olora_ray.common import collectives
 from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch, collate
+from olora_ray.tokens.plan import Counts
 from olora_ray.tokens.store import TokenStore
 
 Waiting = Callable[[int, int], None]
@@ -38,10 +39,8 @@ class StepData:
     """Index in the step of this worker's first micro-batch."""
     count: int
     """Number of micro-batches of the step, over all workers."""
-    tokens: int
-    """Number of tokens of the global batch, over all workers."""
-    supervised: int
-    """Number of supervised ones among them."""
+    whole: Counts
+    """Size of the global batch, over all workers."""
     padding_batches: int
     """Number of micro-batches that this worker has less than the worker with the most."""
     padding: Batch
@@ -124,8 +123,7 @@ class StepLoader:
             sequences=tuple(groups[own.start : own.stop]),
             first=own.start,
             count=len(groups),
-            tokens=self.store.tokens(sequences),
-            supervised=self.store.supervised(sequences),
+            whole=self.store.counts(sequences),
             padding_batches=-(-len(groups) // self.workers) - len(own),
             padding=micro[-1] if micro else self._batch(groups[0]),
         )

@@ -2,7 +2,7 @@
 
     loss = sum over supervised tokens t of -log p(token t | tokens before t in its segment)
 
-The caller divides by the number of supervised tokens of the *global* batch, so that the gradient does
+The caller divides by the objective's weight of the *global* batch (its supervised tokens), so that the gradient does
 not depend on workers, micro-batches or packing. Only positions whose next token is supervised go
 through the head, a chunk at a time; the chunk's gradient is taken at once, so logits (rows x
 vocabulary) never exist for more than one chunk.
@@ -192,28 +192,22 @@ class SupervisedLoss(nn.Module):
         patch_rms_norm(model)
 
     def forward(self, batch: Batch, each: bool = False) -> Tensor:
-        """Return the summed loss, a float32 scalar; with `each`, what the method `each` returns."""
-        if each:  # the forward of a sharded model, whose other methods lack its parameters
-            return self.each(batch)
+        """Return the summed loss, a float32 scalar; with `each` the loss of each supervised token, as `batch.labels`.
+
+        Both are differentiable: the backward pass scales the gradient of each token's hidden state, which the forward
+        pass has computed. So an objective may be any function of the tokens' losses, for one pass through the head.
+        """
         hidden = self.hidden(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
         chunked: Any = _ChunkedLoss  # torch leaves `apply` untyped
-        total: Tensor = chunked.apply(rows, batch.labels, self)
-        return total
+        total, losses = chunked.apply(rows, batch.labels, self)
+        chosen: Tensor = losses if each else total
+        return chosen
 
     @torch.no_grad()
     def each(self, batch: Batch) -> Tensor:
-        """Return the loss of each supervised token in float32, in the order of `batch.labels`."""
-        hidden = self.hidden(batch)
-        rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
-        size = self.chunk(rows.device)
-        parts = zip(rows.split(size), batch.labels.split(size), strict=True)
-        return torch.cat(
-            [
-                F.cross_entropy(self.logits(part).float(), target, reduction="none")
-                for part, target in parts
-            ]
-        )
+        """Return the loss of each supervised token in float32, in the order of `batch.labels`, without gradient."""
+        return SupervisedLoss.forward(self, batch, each=True)
 
     def chunk(self, device: torch.device) -> int:
         model: Any = self.model
@@ -252,10 +246,16 @@ def _arguments(module: nn.Module) -> frozenset[str] | None:
 
 
 class _ChunkedLoss(torch.autograd.Function):
+    """Hidden states and their next tokens -> the sum of the tokens' losses, and each of them."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: SupervisedLoss) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: SupervisedLoss
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]
+        losses = []
         grads = []
         rows = head.chunk(hidden.device)
         for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
@@ -263,7 +263,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 part = part.detach().requires_grad_(wants_grad)
                 logits = head.logits(part)
             log_p = F.log_softmax(logits.detach().float(), dim=-1)
-            total -= log_p.gather(1, target[:, None]).sum()
+            of_targets = log_p.gather(1, target[:, None])
+            total -= of_targets.sum()
+            losses.append(-of_targets[:, 0])
             if wants_grad:
                 # d(-log p_target) / d logits = p - onehot(target), in place, because it is as large as the logits
                 grad = log_p.exp_()
@@ -271,13 +273,16 @@ class _ChunkedLoss(torch.autograd.Function):
                 grads.append(torch.autograd.grad(logits, part, grad.to(logits.dtype))[0])
         if wants_grad:
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
-        return total
+        return total, torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         (grad_hidden,) = ctx.saved_tensors
+        of_total, of_each = grads
+        # One of both is None, because `SupervisedLoss.forward` returns one of them.
+        factor = of_total if of_each is None else of_each[:, None]
         # The product is in float32. A factor rounded to bfloat16 would change the size of all gradients by up to 0.4 %.
-        return (grad_hidden.float() * grads[0]).to(grad_hidden.dtype), None, None
+        return (grad_hidden.float() * factor).to(grad_hidden.dtype), None, None
 
 
 # The inputs and outputs of layers while the model runs.

@@ -31,7 +31,7 @@ def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
     loader = StepLoader(store, train, 0, "segments")
     steps = [data for data, _ in loader.steps(0, lambda done: done >= 3)]
     assert len(steps) == 3  # into the second pass
-    assert [data.supervised for data in steps] == [8, 8, 8]
+    assert [data.whole.supervised for data in steps] == [8, 8, 8]
 
 
 def test_eva_finds_on_a_batch_what_peft_finds(benchmark: Any) -> None:

@@ -18,7 +18,7 @@ from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loss import SupervisedLoss
-from tests import tiny
+from tests import example_objective, tiny
 from tests.said import said
 
 SETTINGS: dict[str, Any] = {
@@ -144,6 +144,22 @@ def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) ->
     assert result.state is not None
     assert (result.problem, result.interrupted, result.stopped_early) == (None, None, False)
     assert [list(pair.before) for pair in result.answers] == result.state.before
+
+
+def test_an_installed_objective_is_trained_and_measured_to_the_end(
+    whole: tuple[Path, TrainResult, Channel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with example_objective.installed(monkeypatch, tmp_path):
+        result, channel = train(tmp_path / "run", train__objective="examples")
+    assert result.problem is None
+    assert list(channel.metrics("train/hard")) == [1, 2, 3, 4, 5, 6]
+    assert list(channel.metrics("eval/hard")) == [2, 4, 6]
+    assert channel.metrics("eval/perplexity") == {}
+    losses = channel.metrics("eval/loss")
+    assert list(losses) == [0, 2, 4, 6]
+    assert losses[6] < losses[0]
+    assert losses != whole[2].metrics("eval/loss")
+    assert list(whole[2].metrics("eval/perplexity")) == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("lost", [(6,), (6, 3)])

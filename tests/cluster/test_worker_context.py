@@ -17,8 +17,9 @@ from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, agre
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 from tests.crew import Crew
@@ -56,7 +57,7 @@ def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, fl
             if next(steps, None) is None:
                 break
     with context.activate(adapted):
-        return trainer.flat.vector.clone(), evaluate(trainer, store, "segments")
+        return trainer.flat.vector.clone(), evaluate(trainer, store, "segments").loss
 
 
 def in_threads(functions: list[Callable[[], Any]]) -> list[Any]:

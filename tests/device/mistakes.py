@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,8 @@ from olora_ray.common import collectives
 from olora_ray.tokens.collate import Batch
 from olora_ray.train import loss as losses
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.optimizers.adamw import AdamW
 from tests import device_walk, tiny
@@ -104,12 +106,12 @@ def planted(mistake: str | None) -> Iterator[None]:
 
 def _labels_stay(to: Any, batch: Batch, device: torch.device) -> Batch:
     moved: Batch = to(batch, device)
-    return Batch(moved.inputs, moved.predicts, batch.labels, batch.tokens)
+    return replace(moved, labels=batch.labels)
 
 
 def _mask_picks(to: Any, batch: Batch, device: torch.device) -> Batch:
     moved: Batch = to(batch, device)
-    return Batch(moved.inputs, moved.predicts, moved.labels[moved.labels >= 0], batch.tokens)
+    return replace(moved, labels=moved.labels[moved.labels >= 0])
 
 
 def _copied_one_by_one(_: Any, batch: Batch, device: torch.device) -> Batch:
@@ -117,7 +119,12 @@ def _copied_one_by_one(_: Any, batch: Batch, device: torch.device) -> Batch:
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.inputs.items()
     }
-    return Batch(inputs, batch.predicts.to(device), batch.labels.to(device), batch.tokens)
+    return replace(
+        batch,
+        inputs=inputs,
+        predicts=batch.predicts.to(device),
+        labels=batch.labels.to(device),
+    )
 
 
 def _factor_stays(begin: Any, trainer: Trainer) -> None:
@@ -137,10 +144,10 @@ def _numpys(snapshot: Any, trainer: Trainer, *arguments: Any) -> Any:
     return snapshot(trainer, *arguments)
 
 
-def _loss_is_read(backward: Any, trainer: Trainer, *arguments: Any) -> Tensor:
-    loss: Tensor = backward(trainer, *arguments)
-    assert loss.item() > 0
-    return loss
+def _loss_is_read(forward: Any, loss: SupervisedLoss, *arguments: Any, **named: Any) -> Tensor:
+    found: Tensor = forward(loss, *arguments, **named)
+    assert found.sum().item() > 0
+    return found
 
 
 def _mask_of_the_cpu(taken: Any, loss: SupervisedLoss, batch: Batch) -> dict[str, Any]:
@@ -161,10 +168,9 @@ class _Converted:
         return self.weight.to(device, torch.float32)
 
 
-def _objects(shared: Any, trainer: Trainer, *arguments: Any) -> Tensor:
-    found: Tensor = shared(trainer, *arguments)
-    collectives.gather(found.tolist())
-    return found
+def _objects(summed: Any, tensor: Tensor) -> None:
+    summed(tensor)
+    collectives.gather(tensor.tolist())
 
 
 def _sent(change: Callable[[Tensor], Tensor]) -> Callable[..., None]:
@@ -198,10 +204,10 @@ ONE_WORKER: dict[str, Mistake] = {
     ),
     "an adapter becomes numpy's": (Trainer, "snapshot", _numpys, "refused: .*to numpy"),
     "a micro-batch's loss is read": (
-        Trainer,
-        "_backward",
+        SupervisedLoss,
+        "forward",
         _loss_is_read,
-        "waits of a step: .* _accumulate: a number",
+        "waits of a step: .* _loss: a number",
     ),
     "a mask picks the labels": (Batch, "to", _mask_picks, "waits of a step: .*aten::nonzero"),
     "a batch is copied by tensors": (
@@ -247,8 +253,8 @@ TWO_WORKERS: dict[str, Mistake] = {
         "isend: NCCL takes only contiguous tensors",
     ),
     "losses are exchanged as objects": (
-        Trainer,
-        "_shared",
+        collectives,
+        "sum_in_place",
         _objects,
         "all_gather_object: a step sends no objects",
     ),

@@ -13,7 +13,8 @@ from olora_ray.pipeline.version import describe
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.models import BaseOfAdapter
 from olora_ray.tracking.start import resolve_uri, start_run
-from olora_ray.train.checkpoint import TrainState, perplexity
+from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.objectives.objective import perplexity
 from tests import finished_run
 from tests.finished_run import FinishedRun
 

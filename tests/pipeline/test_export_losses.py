@@ -68,7 +68,7 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     assert after == pytest.approx(by_peft(run, Path(run.folder.adapter), packs), rel=1e-5)
     assert abs(after - before) > 1e-4 * before
     assert found["loss"]["difference"] == after - before
-    assert found["loss"]["tokens"] == spec.eval.supervised(range(3))  # type: ignore[attr-defined]
+    assert found["loss"]["tokens"] == spec.eval.counts(range(3)).supervised  # type: ignore[attr-defined]
     shown = f"is lost; held-out loss {before:.4f} before compression, {after:.4f} after ({after - before:+.4f}, on "
     assert [line for line in lines if line.startswith("adapter of rank 2: ") and shown in line]
     assert shown in (Path(run.folder.adapter) / "README.md").read_text()

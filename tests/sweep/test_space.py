@@ -13,7 +13,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, flatten, load_config, override
 from olora_ray.sweep import outcome, search_folder, space_file
 from olora_ray.sweep.space import Space, Suggested
-from tests import tiny
+from tests import example_objective, tiny
 
 ROOT = Path(__file__).parents[2]
 SPACES = sorted((ROOT / "tune_spaces").glob("*.yaml"))
@@ -237,6 +237,18 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 BAD |= ODD
+
+
+def test_trials_are_measured_by_one_objective_that_has_the_metric(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with example_objective.installed(monkeypatch, tmp_path):
+        other = {"train.objective": "examples"}
+        with pytest.raises(UserError, match=r"metric: train\.objective=examples has no perplexity"):
+            space(tmp_path, search=LR, set=other, metric="eval/perplexity")
+        both = {"train.objective": {"choice": ["tokens", "examples"]}}
+        with pytest.raises(UserError, match=r"search\.train\.objective: all trials"):
+            space(tmp_path, search=both)
 
 
 @pytest.mark.parametrize("case", BAD)

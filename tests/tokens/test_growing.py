@@ -66,7 +66,7 @@ def test_what_is_there_at_the_front_is_known(
         assert (store.available_shards, store.available) == (shards, sum(sizes[:shards]))
     known = range(store.available)
     assert all(same(store[index], made[index]) for index in known)
-    assert store.supervised(known) == made.supervised(known)
+    assert store.counts(known) == made.counts(known)
     assert [store.origins(index) for index in known] == [made.origins(index) for index in known]
     assert store.locate(sizes[0]) == (1, 0, sizes[1])
     with pytest.raises(IndexError):

@@ -17,6 +17,7 @@ from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import preview
 from olora_ray.tokens.manifest import shard_name
+from olora_ray.tokens.plan import Counts
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.store import TokenStore
 from tests.data.test_tokenize import BOT
@@ -39,14 +40,15 @@ def test_packs(corpus: Config, tiny_spec: TokenizerSpec) -> None:
         assert len(pack.input_ids) == len(pack.supervised) == sum(pack.segments) <= 128
         starts = np.cumsum([0, *pack.segments[:-1]])
         assert not pack.supervised[starts].any()
-        assert store.supervised([index]) == pack.supervised.sum()
-        assert store.tokens([index]) == len(pack.input_ids)
+        assert store.counts([index]) == sum(pack.examples(), Counts())
+        assert store.counts([index]).supervised == pack.supervised.sum()
+        assert store.counts([index]).tokens == len(pack.input_ids)
         assert len(store.origins(index)) == len(pack.segments)
         seen.update(store.origins(index))
         tokens += len(pack.input_ids)
         supervised += int(pack.supervised.sum())
     assert (tokens, supervised) == (manifest.tokens, manifest.supervised)
-    assert store.supervised(range(len(store))) == supervised
+    assert store.counts(range(len(store))).supervised == supervised
     assert manifest.fill == round(tokens / (128 * len(store)), 4)
     assert len(seen) == 620
     with pytest.raises(IndexError):

@@ -21,8 +21,9 @@ from olora_ray.config.schema import Config
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.generate import Question, answer
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate, evaluate_examples
+from olora_ray.train.loop import Trainer
 from tests import tiny
 from tests.crew import Crew
 
@@ -114,8 +115,8 @@ def trained(
         if result.step == stop:
             break
     rows: Any = tiny.store(case.held_out, seed=9)
-    held_out = [evaluate(trainer, rows, attention, rank, workers)]
-    held_out += evaluate_examples(trainer, rows, attention, rank, workers)
+    held_out = [evaluate(trainer, rows, attention).loss]
+    held_out += evaluate(trainer, rows, attention, each=True).losses()
     answers = answer(trainer, QUESTIONS, 3, [1], rank, workers, batch=2)
     if end and rank == 0:
         trainer.snapshot(state, None, {}, "")(end)

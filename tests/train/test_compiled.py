@@ -20,7 +20,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.train.checkpoint import TrainState, load
 from olora_ray.train.generate import Question, answer
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
 from tests import tiny
@@ -156,7 +157,7 @@ def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[li
         made = trainer(model_of("llama"), on, recompute=True, **changes)
         losses = [result.loss for result in tiny.steps(made, count=3)]
     rank = dist.get_rank()
-    held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
+    held_out = evaluate(made, tiny.store(3, seed=9), "segments").loss
     return (
         losses,
         made.flat.vector.clone(),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -58,10 +59,10 @@ def trained(case: Case) -> tuple[list[float], Tensor]:
     trainer, held_out = made(case), tiny.store(2, seed=9)
     numbers, earlier = [], trainer.flat.vector.clone()
     for loss in steps(trainer):
-        numbers += [loss, evaluate(trainer, held_out, "sdpa")]
+        numbers += [loss, evaluate(trainer, held_out, "sdpa").loss]
         earlier, now = trainer.flat.vector.clone(), earlier
         trainer.flat.vector.copy_(now)
-        numbers.append(evaluate(trainer, held_out, "sdpa"))
+        numbers.append(evaluate(trainer, held_out, "sdpa").loss)
         trainer.flat.vector.copy_(earlier)
     trainer.optimizer.load(
         {name: torch.zeros_like(part) for name, part in trainer.optimizer.state().items()}, 1

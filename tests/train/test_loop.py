@@ -13,8 +13,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model import attention as varlen_attention
 from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader, total_steps
-from olora_ray.train.loop import StepResult, Trainer, evaluate, evaluate_examples
+from olora_ray.train.loop import StepResult, Trainer
 from tests import tiny
 from tests.crew import Crew
 from tests.varlen_on_cpu import varlen_on_cpu
@@ -208,19 +209,19 @@ def _poisoned_worker() -> None:
     run(trainer, store, 0, STEPS, worker=torch.distributed.get_rank())
 
 
-@pytest.mark.parametrize("how", [evaluate, evaluate_examples])
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("step", [0, 7])
 def test_a_held_out_loss_that_is_not_finite_names_the_step_and_the_rows(
-    step: int, how: Callable[..., Any]
+    step: int, each: bool
 ) -> None:
     settings, store = tiny.config(train__micro_batch=2), tiny.store(7)
     trainer, index = poisoned(settings, store)
     with pytest.raises(
         UserError, match=f"step {step}: the held-out loss is not finite; it comes from"
     ) as caught:
-        how(trainer, store, "segments", step=step)
+        evaluate(trainer, store, "segments", step, each)
     first = index - index % 2
-    bad = store.origins(index) if how is evaluate else store.origins(index)[:1]
+    bad = store.origins(index)[:1] if each else store.origins(index)
     assert all(origin in str(caught.value) for origin in bad)
     others = {
         origin
@@ -243,9 +244,7 @@ def test_a_held_out_loss_that_is_not_finite_is_the_same_error_on_all_workers(
 
 def _evaluate_poisoned() -> float:
     settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
-    return evaluate(
-        poisoned(settings, store)[0], store, "segments", torch.distributed.get_rank(), 2
-    )
+    return evaluate(poisoned(settings, store)[0], store, "segments").loss
 
 
 def test_a_loss_that_is_not_finite_is_no_best_one() -> None:
@@ -279,7 +278,7 @@ def test_dropout_is_off_outside_steps() -> None:
     run(trainer, tiny.store(), 0, 1)
     assert not any(layer.training for layer in trainer.adapted.values())
     store = tiny.store(3)
-    assert evaluate(trainer, store, "segments") == evaluate(trainer, store, "segments")
+    assert evaluate(trainer, store, "segments").loss == evaluate(trainer, store, "segments").loss
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
@@ -289,12 +288,12 @@ def test_evaluation_takes_every_row(count: int, micro: int) -> None:
     store = tiny.store(count)
     singles = tiny.unpacked([store[i] for i in range(count)])
     sums = [
-        evaluate(trainer, tiny.ListStore([single]), "segments") * single.supervised.sum()
+        evaluate(trainer, tiny.ListStore([single]), "segments").loss * single.supervised.sum()
         for single in singles
     ]
     expected = sum(sums) / store.manifest.supervised
-    assert evaluate(trainer, store, "segments") == pytest.approx(expected, rel=1e-6)
-    assert evaluate_examples(trainer, store, "segments") == pytest.approx(sums, rel=1e-5)
+    assert evaluate(trainer, store, "segments").loss == pytest.approx(expected, rel=1e-6)
+    assert evaluate(trainer, store, "segments", each=True).losses() == pytest.approx(sums, rel=1e-5)
 
 
 def flat(found: Iterable[tuple[int, ...]]) -> list[int]:

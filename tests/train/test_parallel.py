@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from olora_ray.train.base_files import blocks_to_shard, decoder_layers
 from olora_ray.train.generate import Question, answer, decoding
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
@@ -24,7 +25,7 @@ def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     rank = dist.get_rank()
     settings = tiny.config(cluster__workers=2, train__micro_batch=1, train__lr=0.1)
     trainer = tiny.trainer(settings, strategy=strategy)
-    evaluate(trainer, tiny.store(3), "segments", rank, 2)
+    evaluate(trainer, tiny.store(3), "segments")
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
     list(tiny.steps(trainer, count=4))
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]

@@ -13,7 +13,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.generate import Question, answer
-from olora_ray.train.loop import Trainer, evaluate, train_mode
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
 from tests import tiny
@@ -118,7 +119,7 @@ def _steps(
     count = runs(made.loss.model)
     losses = [result.loss for result in tiny.steps(made, count=3)]
     runs_of_steps = len(count)
-    held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
+    held_out = evaluate(made, tiny.store(3, seed=9), "segments").loss
     answers = answer(
         made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2
     )

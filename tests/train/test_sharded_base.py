@@ -19,7 +19,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.train import base_files, parallel
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loop import Trainer, evaluate, evaluate_examples
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import LightRMSNorm, SupervisedLoss
 from olora_ray.train.parallel import load_base, own_rows, place_model
 from tests import tiny
@@ -87,11 +88,7 @@ def trained(
     folder: Path, strategy: str, dtype: str = "float32", changes: dict[str, Any] | None = None
 ) -> Outcome:
     """Load a base, make factors, and train three steps, like a worker without its self-test."""
-    settings, rank, world = (
-        config(folder, strategy, dtype, **(changes or {})),
-        dist.get_rank(),
-        dist.get_world_size(),
-    )
+    settings = config(folder, strategy, dtype, **(changes or {}))
     with said() as lines:
         loss = load_base(str(folder), settings, CPU)
     model: Any = loss.model
@@ -116,8 +113,8 @@ def trained(
         losses,
         gradients,
         trainer.flat.vector.clone(),
-        evaluate(trainer, held_out, attention, rank, world),
-        evaluate_examples(trainer, held_out, attention, rank, world),
+        evaluate(trainer, held_out, attention).loss,
+        evaluate(trainer, held_out, attention, each=True).losses(),
         _base(loss),
         sum(isinstance(module, LightRMSNorm) for module in model.modules()),
         lines,

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Literal
 
 import ray
@@ -42,7 +41,6 @@ from olora_ray.tracking.run import Tracker
 from olora_ray.train import estimate
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
-from olora_ray.train.loop import supervised_of
 
 logger = logging.getLogger("olora_ray.comparison")
 
@@ -185,7 +183,9 @@ class Run:
 
     def _measured(self, ended: Sequence[Ended], tested: TokenStore | None) -> list[Final]:
         assert tested is not None
-        places, tokens = row_losses.places_of(tested), list(chain(*supervised_of(tested)))
+        places = row_losses.places_of(tested)
+        packs = [tested[number] for number in range(len(tested))]
+        tokens = [each.supervised for pack in packs for each in pack.examples()]
         results = {
             each.trial.name(): row_losses.result_of(
                 each.record.folder, each.spec.config, len(places)

@@ -1,6 +1,5 @@
 """The losses on each test row are those of the adapter after the last step, even if an earlier one was better."""
 
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.train.loop import supervised_of
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
 
@@ -62,7 +60,9 @@ def test_they_add_up_to_the_last_evaluation(
     if lr > 0.1:
         assert curve[-1] > min(curve) + 0.01  # the best adapter is another
     losses, trainable, precision = row_losses.result_of(folder.root, settings, len(places))
-    found = RowLosses(places, tuple(chain(*supervised_of(held_out))), losses, trainable)
+    packs = [held_out[number] for number in range(len(held_out))]
+    tokens = tuple(each.supervised for pack in packs for each in pack.examples())
+    found = RowLosses(places, tokens, losses, trainable)
     assert precision == result.state.precision is not None
     assert found.mean() == pytest.approx(curve[-1], rel=1e-12)
     assert found.trainable == tiny.trainer(settings).flat.vector.numel()
