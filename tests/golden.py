@@ -169,13 +169,13 @@ def _artefacts(runs: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _stable(file: Path) -> bytes:
-    return json.dumps(_without_varying(json.loads(file.read_text())), indent=1).encode()
+    return json.dumps(without_varying(json.loads(file.read_text())), indent=1).encode()
 
 
-def _without_varying(value: Any) -> Any:
+def without_varying(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_varying(item) for key, item in value.items() if key not in VARYING}
-    return [_without_varying(item) for item in value] if isinstance(value, list) else value
+        return {key: without_varying(item) for key, item in value.items() if key not in VARYING}
+    return [without_varying(item) for item in value] if isinstance(value, list) else value
 
 
 def _quickstart(folder: Path, checkout: Path) -> list[str]:

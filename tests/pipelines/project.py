@@ -21,7 +21,7 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, layers: int = 2) -> Path:
+def make_model(folder: Path, layers: int = 2, width: int = 64) -> Path:
     """A random Llama and a byte-level tokenizer with a chat template, as a model folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -41,8 +41,8 @@ def make_model(folder: Path, layers: int = 2) -> Path:
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
