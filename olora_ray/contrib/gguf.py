@@ -26,8 +26,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.folder import foreign, loaded_files
 from olora_ray.model.load import tokenizer_in
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.export_work import Work
-from olora_ray.pipeline.exporter import Exporter
+from olora_ray.pipeline.exporter import Exporter, Work
 from olora_ray.pipeline.run_folder import RunFolder
 
 if TYPE_CHECKING:

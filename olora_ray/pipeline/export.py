@@ -26,9 +26,9 @@ from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_losses, export_work, exporter, merge, portable
+from olora_ray.pipeline import export_losses, exporter, merge, portable
 from olora_ray.pipeline.export_losses import Compressed, OnOriginal
-from olora_ray.pipeline.export_work import Work
+from olora_ray.pipeline.exporter import Work
 from olora_ray.pipeline.parity import (
     Folders,
     Logits,
@@ -163,7 +163,7 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
     """
     quiet_transformers()
     checkpoint = storage.join(folder.checkpoints, checkpoints.name_of(step))
-    work = export_work.prepare(spec, checkpoint)
+    work = exporter.prepare(spec, checkpoint)
     with ExitStack() as stack:
         plain = stack.enter_context(node_cache.local_folder(folder.adapter))
         merged = merged_check = None

@@ -18,7 +18,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, too_large
-from olora_ray.pipeline.export_work import Work
+from olora_ray.pipeline.exporter import Work
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.held_out import held_out

@@ -14,6 +14,7 @@ from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.secrets import mask
 from olora_ray.config.load import (
+    ADDED,
     FREE_TO_CHANGE,
     LENGTH,
     RETIRED,
@@ -39,13 +40,16 @@ PLACES = re.compile(
 def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that must not change in a run folder: neither free to change nor paths of contents.
 
-    Removed fields count with their defaults: search.json has them, and the name of a retrained run is made of them.
+    search.json has them, and the name of a retrained run is made of them, so all releases must give the same: removed
+    fields count with their defaults, and fields of ADDED do not count at theirs.
     """
     removed = {field: default for field, (default, _) in RETIRED.items()}
     bound = {
         field: value
         for field, value in (removed | dict(settings)).items()
-        if not field.startswith(FREE_TO_CHANGE) and not PLACES.fullmatch(field)
+        if not field.startswith(FREE_TO_CHANGE)
+        and not PLACES.fullmatch(field)
+        and (field not in ADDED or value != ADDED[field])
     }
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
 

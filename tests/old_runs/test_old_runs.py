@@ -10,9 +10,9 @@ project.tar.xz holds a project with its runs, made by tests/old_runs/make.py wit
 wanted.json holds what the same release makes of `steady`, `automatic` and `trial-part` in the end.
 
 The project lies in another folder than the one where it was made, as after a move. Nothing in it is rewritten, since
-that release continues it so, too: the command's config says where model and data are, and MLflow's paths are corrected
-by olora_ray. Only `chat` and `evaluate RUN` find the base model by the path that the export holds, in that release too:
-their tests correct it (`with_base`).
+that release continues it so, too: the command's config says where model and data are, and `registry moved`
+corrects MLflow's paths. Only `chat` and `evaluate RUN` find the base model by the path that the export holds, in that
+release too: their tests correct it (`with_base`).
 
 **Which bytes are compared.** The bytes of a training depend on the processor and on the versions of a few packages.
 Where these versions, and the gradients that transformers alone computes of the project's model (ends.CANARY), are those
@@ -22,7 +22,6 @@ TOLERANCE at most, and the digests of exports are not compared.
 
 import contextlib
 import copy
-import dataclasses
 import json
 import os
 import subprocess
@@ -30,14 +29,15 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from olora_ray.config.load import at, changed, load_config, parse_yaml
+from olora_ray.common.errors import UserError
+from olora_ray.config.load import changed, load_config, parse_yaml
 from olora_ray.data import first_look
+from olora_ray.tracking.moved_storage import relocate_artifacts
 from tests.old_runs import ends
 from tests.pipelines import project
 from tests.recovery import processes
@@ -74,6 +74,8 @@ def unpacked(folder: Path) -> Path:
     folder.mkdir()
     with tarfile.open(HERE / "project.tar.xz") as archive:
         archive.extractall(folder, filter="data")
+    runs = folder / "runs"
+    relocate_artifacts(f"{WANTED['place']}/runs", str(runs), f"sqlite:///{runs}/mlflow.db")
     return folder
 
 
@@ -290,30 +292,52 @@ def test_an_old_search_is_the_same_search(own: Path, space: str, ended: int) -> 
     assert sum(trial.status == "finished" for trial in trials) == ended
 
 
-# Configs with fields that leave.
+# Configs with fields and values that have been removed since.
 
 
-@dataclass(frozen=True)
-class Leaving:
-    """A field that a later release does not have."""
-
-    field: str
-    default: Any
-    other: Any
-    needs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields that the other value needs."""
-
-
-LEAVING = (
-    Leaving("adapter.gamma", 16.0, 4.0, {"adapter.method": "lora_ga"}),
-    Leaving("adapter.method", "olora", "lora_ga"),
-    Leaving("cluster.fsdp_offload", False, True, {"cluster.strategy": "fsdp"}),
-    Leaving("cluster.price", None, 2.5),
-    Leaving("export.gguf", None, "q8_0"),
-    Leaving("gate.confirm", 0.0, 0.3),
-    Leaving("model.allow_pickle", False, True),
+@pytest.mark.parametrize(
+    ("field", "default"),
+    [
+        ("adapter.gamma", 16.0),
+        ("adapter.method", "olora"),
+        ("cluster.fsdp_offload", False),
+        ("cluster.price", None),
+        ("export.gguf", None),
+        ("gate.confirm", 0.0),
+        ("model.allow_pickle", False),
+    ],
 )
-"""Whoever takes a field out of the schema decides here what becomes of old configs: see the two tests."""
+def test_an_old_config_with_the_default_of_a_removed_field_is_read(
+    old: Path, tmp_path: Path, field: str, default: Any
+) -> None:
+    """Each config.yaml of an old run has all fields of its release."""
+    assert load_config(written(old, tmp_path, {field: default})) == load_config(
+        old / "runs" / "finished" / "config.yaml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("adapter.gamma", 4.0),
+        ("adapter.method", "lora_ga"),
+        ("cluster.fsdp_offload", True),
+        ("cluster.price", 2.5),
+        ("gate.confirm", 0.3),
+        ("model.allow_pickle", True),
+    ],
+)
+def test_another_value_of_a_removed_field_is_refused_by_name(
+    old: Path, tmp_path: Path, field: str, value: Any
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(written(old, tmp_path, {field: value}))
+    assert f"{field}: " in str(caught.value)
+
+
+def test_a_gguf_file_is_one_of_the_further_exports(old: Path, tmp_path: Path) -> None:
+    config = load_config(written(old, tmp_path, {"export.gguf": "q8_0"}))
+    assert config.export.also == {"gguf": "q8_0"}
 
 
 def written(old: Path, folder: Path, changes: Mapping[str, Any]) -> str:
@@ -321,22 +345,3 @@ def written(old: Path, folder: Path, changes: Mapping[str, Any]) -> str:
     text = (old / "runs" / "finished" / "config.yaml").read_text()
     tree = changed(parse_yaml(text, "config.yaml"), changes)
     return str(project.write_config(folder, tree))
-
-
-@pytest.mark.parametrize("leaving", LEAVING, ids=lambda leaving: leaving.field)
-def test_an_old_config_with_the_default_of_a_field_that_leaves_is_read(
-    old: Path, tmp_path: Path, leaving: Leaving
-) -> None:
-    """It stays so: each config.yaml of an old run has all fields."""
-    config = load_config(written(old, tmp_path, {leaving.field: leaving.default}))
-    assert at(config, leaving.field, "none") == leaving.default
-
-
-@pytest.mark.parametrize("leaving", LEAVING, ids=lambda leaving: leaving.field)
-def test_an_old_config_with_another_value_of_a_field_that_leaves_is_read(
-    old: Path, tmp_path: Path, leaving: Leaving
-) -> None:
-    """Until the field leaves: then the config is refused with the field's name, or read as what replaces it."""
-    changes = {**leaving.needs, leaving.field: leaving.other}
-    config = load_config(written(old, tmp_path, changes))
-    assert at(config, leaving.field, "none") == leaving.other

@@ -13,7 +13,7 @@ from olora_ray.config.load import build, dump, parse_yaml
 from olora_ray.config.schema import Config
 from olora_ray.contrib.gguf import write_gguf
 from olora_ray.model.load import load_model
-from olora_ray.pipeline import export, export_work
+from olora_ray.pipeline import export, exporter
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import prepare
@@ -33,7 +33,7 @@ class Served:
     config: Config
     base: Path
     folder: RunFolder
-    work: export_work.Work
+    work: exporter.Work
 
     @property
     def chats(self) -> list[Chat]:
@@ -73,7 +73,7 @@ def make(folder: Path) -> Served:
     trainer.snapshot(TrainState(STEPS), None, {}, dump(config))(checkpoint)
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
     export.export_run(spec, run, STEPS)
-    return Served(config, Path(base.model.folder), run, export_work.prepare(spec, str(checkpoint)))
+    return Served(config, Path(base.model.folder), run, exporter.prepare(spec, str(checkpoint)))
 
 
 @dataclass(frozen=True)
