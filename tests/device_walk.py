@@ -18,7 +18,7 @@ from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optimizers import optimizer_named
+from olora_ray.train.optimizers.optimizer import optimizer_named
 from olora_ray.train.parallel import place_model
 from tests import tiny
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.train.objectives import objective_named
+from olora_ray.train.objectives.objective import objective_named
 from tests import plugins
 
 CODE = '''
@@ -14,7 +14,7 @@ CODE = '''
 
 import torch
 
-from olora_ray.train.objectives import Objective
+from olora_ray.train.objectives.objective import Objective
 
 
 def _each(model, batch):

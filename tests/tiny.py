@@ -226,7 +226,7 @@ def trainer(
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
-    from olora_ray.train.optimizers import optimizer_named
+    from olora_ray.train.optimizers.optimizer import optimizer_named
     from olora_ray.train.parallel import place_model
 
     model = model or llama(attention=attention)

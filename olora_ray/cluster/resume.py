@@ -37,7 +37,7 @@ from olora_ray.train.data_driven import new_factors, sizes_of
 from olora_ray.train.loader import Waiting, planned_steps, until
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.optimizers import optimizer_named
+from olora_ray.train.optimizers.optimizer import optimizer_named
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import (
     SHORT,

@@ -10,8 +10,8 @@ from olora_ray.config.schema import Config
 from olora_ray.config.tables import OPTIMIZERS
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import objectives
 from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.objectives.objective import objective_named
 
 IN_WINDOWS = 512
 """Shards above which earlier versions drew a pass in windows. The identity of such a store names its order, so that no
@@ -56,7 +56,7 @@ class TrainSpec:
                 "adapter": self.config.adapter.identity(),
             }
             | self._packed()
-            | objectives.identity(self.config.train.objective)
+            | objective_named(self.config.train.objective).identity()
             | {"optimizer": OPTIMIZERS.identity(self.config.train.optimizer)}
             | ({"start": self.start} if self.start else {})
             | ({"order": "one draw"} if self.train.shard_count > IN_WINDOWS else {})

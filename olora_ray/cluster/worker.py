@@ -33,7 +33,7 @@ from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
-from olora_ray.train.held_out import HeldOut, evaluate
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import StepResult
 from olora_ray.train.scoring import Baseline
@@ -300,10 +300,10 @@ class Evaluator:
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        found = self.evaluate(state.step, self.spec.each_example)
+        means, losses = self.evaluate(state.step, self.spec.each_example)
         if self.spec.each_example:
-            state.examples = found.losses()
-        return self.note(state, found.means)
+            state.examples = losses
+        return self.note(state, means)
 
     def note(self, state: TrainState, means: Sequence[float]) -> dict[str, float]:
         """Note an evaluation, and return its metrics; `means` are a loss and the means of `Objective.more`."""
@@ -323,12 +323,16 @@ class Evaluator:
         finally:
             vector.copy_(last)
 
-    def evaluate(self, step: int, each: bool = False) -> HeldOut:
-        """Measure the held-out rows after `step` steps; raises UserError if a loss is not finite."""
+    def evaluate(self, step: int, each: bool = False) -> tuple[list[float], list[float]]:
+        """Return the objective's means after `step` steps, and the losses of parts, with `each` of each example.
+
+        Raises UserError if a loss is not finite.
+        """
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
-            return evaluate(self.trainer, self.spec.eval, self.attention, step, each)
+            found = evaluate(self.trainer, self.spec.eval, self.attention, step, each)
+        return found.means, found.losses()
 
     def answers(self, answering: str) -> list[list[int]]:
         """Return the answers to the held-out prompts as token ids. `answering` names the model in the log.
@@ -379,7 +383,10 @@ class Evaluator:
         )
         if baseline is None:
             logger.info("evaluating before the first step")
-            loss = self.evaluate(0).loss if self.spec.eval else None
+            loss = None
+            if self.spec.eval:
+                means, _ = self.evaluate(0)
+                loss = means[0]
             start = (
                 "adapter that training starts with"
                 if self.spec.config.train.start

@@ -31,7 +31,7 @@ from olora_ray.train import scoring
 from olora_ray.train.generate import Question, greedy, questions
 from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.objectives import objective_named
+from olora_ray.train.objectives.objective import objective_named
 from olora_ray.train.self_test import choose_attention
 
 logger = logging.getLogger(__name__)

@@ -43,7 +43,7 @@ from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
 from olora_ray.train import checkpoints
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.objectives import objective_named
+from olora_ray.train.objectives.objective import objective_named
 
 logger = logging.getLogger(__name__)
 

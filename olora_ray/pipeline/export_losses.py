@@ -23,7 +23,7 @@ from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.objectives import objective_named
+from olora_ray.train.objectives.objective import objective_named
 from olora_ray.train.parallel import load_frozen
 from olora_ray.train.self_test import choose_attention
 

@@ -27,7 +27,7 @@ from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, scoring
 from olora_ray.train.estimate import MemoryEstimate, estimate
 from olora_ray.train.loader import total_steps
-from olora_ray.train.objectives import objective_named
+from olora_ray.train.objectives.objective import objective_named
 
 logger = logging.getLogger(__name__)
 

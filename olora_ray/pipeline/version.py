@@ -14,7 +14,7 @@ from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.portable import facts_of
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Contents, has_chat_template
-from olora_ray.train.objectives import objective_named
+from olora_ray.train.objectives.objective import objective_named
 
 # The description of a version, in the Markdown that MLflow's page shows.
 

@@ -36,7 +36,8 @@ from olora_ray.tracking import models
 from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import RUN, Version
 from olora_ray.tracking.start import resolve_uri
-from olora_ray.train import objectives, scoring
+from olora_ray.train import scoring
+from olora_ray.train.objectives.objective import objective_named
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +345,7 @@ def note_file(rows: RowSet, version: Version) -> str:
         scoring.source_digest(scorer) if scorer else None,
         node_cache.code(),
         _computed_by(config),
-        *objectives.identity(config.train.objective).values(),
+        *objective_named(config.train.objective).identity().values(),
     ]
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")

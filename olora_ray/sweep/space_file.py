@@ -14,7 +14,7 @@ from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import open_base
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space
-from olora_ray.train.objectives import objective_named
+from olora_ray.train.objectives.objective import objective_named
 
 # A space cannot change these sections: they decide where a run is and what it is called, not its result.
 FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.")

@@ -17,7 +17,7 @@ from olora_ray.tokens.store import TokenStore
 from olora_ray.train import tree
 from olora_ray.train.loop import Trainer, not_finite
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.objectives import Objective
+from olora_ray.train.objectives.objective import Objective
 
 
 class Packs(Protocol):

@@ -23,8 +23,8 @@ from olora_ray.train import checkpoint, first_step, tree
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.objectives import objective_named
-from olora_ray.train.optimizers import FlatAdapters, optimizer_named
+from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.optimizers.optimizer import FlatAdapters, optimizer_named
 
 
 @dataclass(frozen=True)

@@ -15,5 +15,6 @@ def test_a_gate_on_the_perplexity_of_an_objective_without_one_is_refused(
 ) -> None:
     with example_objective.installed(monkeypatch, tmp_path):
         config = tiny.config(train__objective="examples", gate__metric="eval/perplexity")
-        with pytest.raises(UserError, match=r"^gate: .*train\.objective=examples; use eval/loss"):
+        with pytest.raises(UserError) as error:
             prepare.plan(config, BaseModel("m", str(tmp_path), ""))
+    assert str(error.value).startswith("gate: metric eval/perplexity")

@@ -244,11 +244,13 @@ def test_trials_are_measured_by_one_objective_that_has_the_metric(
 ) -> None:
     with example_objective.installed(monkeypatch, tmp_path):
         other = {"train.objective": "examples"}
-        with pytest.raises(UserError, match=r"metric: train\.objective=examples has no perplexity"):
+        with pytest.raises(UserError) as error:
             space(tmp_path, search=LR, set=other, metric="eval/perplexity")
+        assert "metric: train.objective=examples" in str(error.value)
         both = {"train.objective": {"choice": ["tokens", "examples"]}}
-        with pytest.raises(UserError, match=r"search\.train\.objective: all trials"):
+        with pytest.raises(UserError) as error:
             space(tmp_path, search=both)
+        assert "search.train.objective" in str(error.value)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -40,8 +40,8 @@ def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(
     assert {part.count for part in parts} == {len(groups)} == {train.micro_batches()}
     assert [part.padding_batches for part in parts] == [max(shares) - share for share in shares]
     assert [len(part.micro) for part in parts] == shares
-    assert len({(part.tokens, part.supervised) for part in parts}) == 1
-    assert parts[0].tokens > parts[0].supervised
+    assert len({part.whole for part in parts}) == 1
+    assert parts[0].whole.tokens > parts[0].whole.supervised
 
 
 @settings(max_examples=60)

@@ -11,9 +11,11 @@ objective is.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
+from olora_ray.config.tables import OBJECTIVES
 from olora_ray.tokens.collate import Batch
 from olora_ray.tokens.plan import Counts
 from olora_ray.train.loss import SupervisedLoss
@@ -49,6 +51,13 @@ class Objective:
     version: int = 1
     """Raise it when the same settings give other numbers; runs of another version are then other runs."""
 
+    def identity(self) -> dict[str, str]:
+        """Return what a run's identity has of it: nothing for `tokens`, which older runs do not name."""
+        text = OBJECTIVES.identity(self.name)
+        if self.version != 1:
+            text = f"{text}, version {self.version}"
+        return {} if text == "tokens" else {"objective": text}
+
     def measures(self) -> tuple[str, ...]:
         """Return the names of the metrics of an evaluation."""
         return tuple(self.evaluated([0.0] * (1 + len(self.more))))
@@ -62,6 +71,11 @@ class Objective:
         for name, value in zip(self.more, others, strict=False):
             metrics[f"eval/{name}"] = value
         return metrics
+
+
+@cache
+def objective_named(name: str) -> Objective:
+    return OBJECTIVES.load(name, Objective)
 
 
 def perplexity(loss: float) -> float:

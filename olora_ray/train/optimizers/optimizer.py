@@ -10,6 +10,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.config.schema import Train
+from olora_ray.config.tables import OPTIMIZERS
 
 
 class FlatAdapters:
@@ -140,3 +142,8 @@ class Optimizer:
     """True if it needs the sizes of the adapted weights (`weight_sizes`) when a training starts."""
     rate: Callable[[int], float] | None = None
     """Rank of the adapter -> automatic peak rate of a training of 20 steps; None: measured on the first rows."""
+
+
+@cache
+def optimizer_named(name: str) -> Optimizer:
+    return OPTIMIZERS.load(name, Optimizer)
