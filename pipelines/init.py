@@ -35,7 +35,7 @@ from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
 from olora_ray.config.section import Source
 from olora_ray.data import first_look
-from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.data.formats import Rejected, columns_of, format_named, to_example
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import KINDS, File, list_files
@@ -179,8 +179,10 @@ def _config(given: Config) -> str:
         any(look.source.path.startswith("hf://") for look in looks),
     )
     rows = 5000 if hub else sum(look.rows for look in looks)
-    turns = all(source.format in ("messages", "sharegpt", "auto") for source in sources)
-    texts = all(source.format == "text" for source in sources)
+    # The format of hub data is still auto.
+    formats = [format_named(source.format) for source in sources if source.format != "auto"]
+    turns = all(format.has_turns for format in formats)
+    texts = len(formats) == len(sources) and all(format.makes == "text" for format in formats)
     if others := [look.held_out for look in looks if look.held_out]:
         words = (
             f"eval: [{', '.join(f'{{path: {_yaml(other)}}}' for other in others)}]  # by its name"

@@ -1,6 +1,7 @@
 """Installed packages for tests of plug-ins: a module and its metadata in a folder on sys.path."""
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ def install(
     version: str = "1.0",
 ) -> None:
     """Write what pip would write: `module`.py with `code`, and metadata with `entries` (entry_points.txt)."""
+    monkeypatch.delitem(sys.modules, module, raising=False)  # of another test
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{module}.py").write_text(code)
     info = folder / f"{module}-{version}.dist-info"

@@ -24,7 +24,7 @@ from comparison.arguments import ComparedConfig  # noqa: E402
 from olora_ray.config import command_line  # noqa: E402
 from olora_ray.config.load import SYNONYMS  # noqa: E402
 from olora_ray.config.schema import Config  # noqa: E402
-from olora_ray.config.section import Section  # noqa: E402
+from olora_ray.config.section import Section, described  # noqa: E402
 from olora_ray.sweep.space import Space  # noqa: E402
 
 PAGE = ROOT / "docs" / "generated" / "configuration.md"
@@ -147,7 +147,7 @@ def _table(section: type[Section]) -> str:
             f"`{field.alias or name}`",
             accepted,
             value,
-            " ".join((field.description or "").split()),
+            " ".join(described(field).split()),
         )
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)

@@ -17,6 +17,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.common import node_cache, storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.tables import Table
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ WAIT = 60.0
 @dataclass(frozen=True)
 class NodeInfo:
     versions: dict[str, str | None]
-    """Package -> version, for python, olora_ray (a digest of its code), ray, torch, ...; None if not installed."""
+    """Package -> version, for python, olora_ray (a digest of its code), ray, torch, ..., and the plug-ins of a run;
+    None if not installed."""
     memory: int
     """Bytes of the machine, or the limit of its container."""
     gpu_memory: int | None = None
@@ -48,8 +51,11 @@ class NodeInfo:
     """Ids of the processes that compute on the GPUs."""
 
 
-def node_info() -> NodeInfo:
-    """Return the facts about this node. Imports neither torch nor transformers, which would take seconds."""
+def node_info(plugins: Sequence[tuple[Table, str]] = ()) -> NodeInfo:
+    """Return the facts about this node. Imports neither torch nor transformers, which would take seconds.
+
+    `plugins` are the members that a run takes from installed packages.
+    """
     versions = {name: _version(name) for name in (*PACKAGES, *FOR_SOME)}
     memory, oldest = (
         ray_internals.system_memory(),
@@ -61,6 +67,7 @@ def node_info() -> NodeInfo:
         "python": platform.python_version(),
         "olora_ray": f"code {node_cache.project()}",
         **versions,
+        **{f"{table.group}:{name}": _plugin(table, name) for table, name in plugins},
     }
     cuda = (ray_internals.driver_cuda(), _torch_cuda())
     in_use = ray_internals.gpus_in_use()
@@ -71,7 +78,9 @@ def node_info() -> NodeInfo:
     return NodeInfo(versions, memory, gpu_memory, None, oldest, *cuda, free, processes)
 
 
-def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo | str]:
+def query_nodes(
+    nodes: Sequence[dict[str, Any]], location: str, plugins: Sequence[tuple[Table, str]] = ()
+) -> list[NodeInfo | str]:
     """Return the facts about each node (an entry of ray.nodes()), or the reason why it does not answer.
 
     This process writes a file below `location`; each node reads it and writes a file of its own. All files are removed.
@@ -89,7 +98,7 @@ def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo
                 max_retries=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
             )
-            .remote(folder, node["NodeID"])
+            .remote(folder, node["NodeID"], plugins)
             for node in nodes
         ]
         limit = WAIT + _installation()
@@ -102,9 +111,9 @@ def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo
         storage.remove(folder)
 
 
-def _answer(folder: str, node: str) -> NodeInfo:
+def _answer(folder: str, node: str, plugins: Sequence[tuple[Table, str]]) -> NodeInfo:
     # Runs on the node. Each problem is shown after `node ADDRESS: run.storage LOCATION`.
-    info = node_info()
+    info = node_info(plugins)
     problem = None
     try:
         if storage.read_text(storage.join(folder, "driver")) != folder:
@@ -150,6 +159,16 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _plugin(table: Table, name: str) -> str | None:
+    try:
+        plugin = table.plugin(name)
+    except UserError:
+        return None
+    if plugin is None:
+        return None
+    return f"code {plugin.digest[:12]} of {plugin.package} {plugin.version}"
 
 
 def _torch_cuda() -> int | None:

@@ -22,6 +22,8 @@ from olora_ray.common.errors import of_problems
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.section import Source
+from olora_ray.config.tables import EXPORTERS, FORMATS, METHODS, Table
 from olora_ray.model.folder import loaded_files
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.quantised import KINDS
@@ -316,7 +318,9 @@ def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False)
     problems = [*_workers(config, wanted), *silent]
     packing = KINDS.get(config.model.quantization)
     problems += version_problems(
-        node_facts.node_info(), answers, None if packing is None else packing.library
+        node_facts.node_info(plugins_in(config)),
+        answers,
+        None if packing is None else packing.library,
     )
     problems += code_problems()
     problems += gpu_problems(wanted, answers)
@@ -414,9 +418,10 @@ def _ask(
 ) -> tuple[Answers, list[str]]:
     # A single node is this one, and RunFolder.check has already written into its local storage.
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
-        return [_with_others(nodes[0], node_facts.node_info(), tell)], []
+        info = node_facts.node_info(plugins_in(config))
+        return [_with_others(nodes[0], info, tell)], []
     try:
-        every = node_facts.query_nodes(nodes, config.run.storage)
+        every = node_facts.query_nodes(nodes, config.run.storage, plugins_in(config))
     except (OSError, ValueError) as error:
         return [], [f"run.storage: {config.run.storage} cannot be written: {error}"]
     named = list(zip(nodes, every, strict=True))
@@ -445,6 +450,19 @@ def _with_others(node: Mapping[str, Any], info: NodeInfo, tell: bool) -> tuple[s
             " CUDA_VISIBLE_DEVICES set to the free GPUs"
         )
     return address, replace(info, gpu_memory=free)
+
+
+def plugins_in(config: AnyConfig) -> list[tuple[Table, str]]:
+    """Return the formats, exports and method that this config takes from installed packages."""
+    sources = [*config.data.train, *config.data.eval]
+    used = list[tuple[Table, str]]()
+    if isinstance(config, Config):
+        if isinstance(config.gate.guard, tuple):
+            sources += [each for each in config.gate.guard if isinstance(each, Source)]
+        used.append((METHODS, config.adapter.method))
+        used += [(EXPORTERS, name) for name in config.export.also]
+    used += [(FORMATS, source.format) for source in sources if source.format != "auto"]
+    return [(table, name) for table, name in dict.fromkeys(used) if name not in table.own]
 
 
 def version_problems(here: NodeInfo, answers: Answers, library: str | None = None) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from olora_ray.adapter.methods import method_named
 from olora_ray.common import storage
 from olora_ray.config.schema import Config
-from olora_ray.config.tables import OPTIMIZERS
+from olora_ray.config.tables import METHODS, OPTIMIZERS
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState
@@ -92,6 +92,8 @@ class TrainSpec:
             "targets": json.dumps(adapter.targets),
             "seed": str(self.config.run.seed),
         } | {name: str(value) for name, value in adapter.options().items()}
+        if plugin := METHODS.plugin(adapter.method):
+            origin["plug-in"] = plugin.identity()
         origin |= self._packed()
         # Other methods derive the factors from what the base computes from the data, in its precision.
         if method_named(adapter.method).needs != "weight":

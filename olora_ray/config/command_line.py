@@ -41,7 +41,7 @@ from olora_ray.config.load import (
 )
 from olora_ray.config.nights import Condition
 from olora_ray.config.schema import AnyConfig, Config, Data
-from olora_ray.config.section import AnySection, NameIn, Section, Source
+from olora_ray.config.section import AnySection, NameIn, Section, Source, described
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
 
@@ -150,7 +150,7 @@ def _section(
         if only is not None and name not in only:
             continue
         accepted = shape(field.annotation, field.metadata).replace("`", "")
-        text = " ".join(f"{field.description} ({accepted}) [{default(field)}]".split())
+        text = " ".join(f"{described(field)} ({accepted}) [{default(field)}]".split())
         start = f"{indent}{field.alias or name:<18} "
         yield textwrap.fill(
             text,

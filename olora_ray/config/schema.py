@@ -454,10 +454,10 @@ class Config(Section):
                     f" to gate.min_rows={self.gate.min_rows} or more"
                 )
             held_out = self.data.eval or (self.data.train if self.data.eval_fraction else ())
-            if held_out and all(source.format == "text" for source in held_out):
+            if held_out and all(source.has_no_questions() for source in held_out):
                 raise ValueError(
-                    f"gate: metric {metric} is not measured: held-out rows of format text have no questions; use"
-                    " eval/loss or eval/perplexity"
+                    f"gate: metric {metric} is not measured: held-out rows of format {held_out[0].format} have no"
+                    " questions; use eval/loss or eval/perplexity"
                 )
         return self
 

@@ -1,9 +1,19 @@
 """The base class of all config sections, and the types of single fields."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    runtime_checkable,
+)
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from olora_ray.config.tables import FORMATS, Table
@@ -45,6 +56,17 @@ class Section(BaseModel):
             if kinds & {int, float} and bool not in kinds:
                 raise ValueError(f"expected a number, not {str(switch).lower()}")
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        shown = handler(schema)
+        properties = handler.resolve_ref_schema(shown).get("properties", {})
+        for name, field in cls.model_fields.items():
+            if field.description:
+                properties[field.alias or name]["description"] = described(field)
+        return shown
 
     @model_validator(mode="after")
     def _numbers_have_bounds(self) -> Self:
@@ -173,6 +195,8 @@ class NameIn:
 
     table: Table
     also: tuple[str, ...] = ()
+    more: Callable[[], str] | None = None
+    """Returns what the members add to the field's docstring, for people who read the help."""
 
     def names(self) -> tuple[str, ...]:
         return (*self.also, *self.table.names())
@@ -194,16 +218,46 @@ class NameIn:
         return name
 
 
+@runtime_checkable
+class RowFormat(Protocol):
+    """The part of a format that the config reads (data/formats/format.py)."""
+
+    names: tuple[str, ...]
+    makes: str
+
+    def takes(self, chat: Literal["auto"] | bool) -> bool: ...
+
+
+def described(field: FieldInfo) -> str:
+    """Return a field's docstring, with what the members of its table add."""
+    words = field.description or ""
+    for limit in field.metadata:
+        if isinstance(limit, NameIn) and limit.more:
+            words = f"{words} {limit.more()}"
+    return words
+
+
+def row_format(name: str) -> RowFormat:
+    return FORMATS.load(name, RowFormat)  # type: ignore[type-abstract]
+
+
+def fields_of_formats() -> str:
+    shown = [f"{name} {{{', '.join(row_format(name).names)}}}" for name in FORMATS.own]
+    return f"{', '.join(shown)}."
+
+
+ALWAYS = {"chat": "always chats", "text": "always plain text", "ids": "used as they are"}
+"""The type of a format's examples, in the words of a message about `chat`."""
+
+
 class Source(Section):
     """One source of rows: a file, a folder, a glob or a hub dataset."""
 
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://."""
-    format: Annotated[str, NameIn(FORMATS, also=("auto",))] = "auto"
+    format: Annotated[str, NameIn(FORMATS, also=("auto",), more=fields_of_formats)] = "auto"
     """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
-    fields are: messages {messages, system, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction,
-    input, output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens
-    {input_ids, labels, attention_mask, completion_mask, assistant_masks, position_ids}."""
+    fields are:"""
     fields: dict[str, str] = {}
     """Columns for fields of the format, e.g. {prompt: question}; {NAME: none} ignores one. auto detects the others."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
@@ -216,15 +270,22 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _chat_fits_the_format(self) -> "Source":
-        if self.format == "tokens" and self.chat != "auto":
-            raise ValueError(
-                "chat: rows of format tokens are used as they are; chat is for prompt_completion"
-            )
-        if self.format not in ("auto", "prompt_completion") and self.chat is (
-            self.format == "text"
-        ):
-            form = "plain text" if self.chat else "chats"
-            raise ValueError(
-                f"chat: rows of format {self.format} are always {form}; chat is for prompt_completion"
-            )
+        if self.format == "auto" or self.chat == "auto":
+            return self
+        problem = self.wrong_chat(self.format)
+        if problem:
+            raise ValueError(problem)
         return self
+
+    def wrong_chat(self, format: str) -> str | None:
+        """Return the problem if rows of this format cannot have this `chat`."""
+        rows = row_format(format)
+        if rows.takes(self.chat):
+            return None
+        return (
+            f"chat: rows of format {format} are {ALWAYS[rows.makes]}; chat is for prompt_completion"
+        )
+
+    def has_no_questions(self) -> bool:
+        """True if the rows are plain text; a format that is still to be detected is not known to be."""
+        return self.format != "auto" and row_format(self.format).makes == "text"

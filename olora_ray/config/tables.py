@@ -38,8 +38,12 @@ class Plugin:
     digest: str
     """SHA-256 of the package's Python files, or of its one module."""
 
+    def identity(self) -> str:
+        """Return what decides what the member makes, for digests."""
+        return f"{self.package} {self.version} {self.digest}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Table:
     group: str
     """Name of the entry points with which installed packages add members."""

@@ -19,7 +19,8 @@ import yaml
 from olora_ray.common.errors import UserError
 from olora_ray.config.section import Source
 from olora_ray.data import formats
-from olora_ray.data.formats import FIELDS, Chat, Example, one_line
+from olora_ray.data.formats import Chat, Example, format_named, one_line, own_formats
+from olora_ray.data.formats.prompt_completion import COMPLETION
 
 WORD = re.compile(r"[^\W\d_]+")
 # A column is about the row if these words are the last one of its name, ...
@@ -55,10 +56,13 @@ MEDIA = re.compile(
     r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|mov|avi|webm)\b", re.IGNORECASE
 )
 # Names of fields in this and other tools. A column of such a name is never a constant without meaning.
-KNOWN = {*itertools.chain(*FIELDS.values(), *formats.OTHER_NAMES.values())} - {
-    *formats.INSIDE,
-    *FIELDS["tokens"],
-}
+KNOWN = {
+    name
+    for format in own_formats()
+    for field in format.fields
+    if format.makes != "ids"
+    for name in (field.name, *field.other_names)
+} - {field.name for format in own_formats() for field in format.fields if field.in_turn}
 # A tokenizer writes these columns beside a text.
 TOKENIZED = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}
 # A number, a time, or true or false in a cell of csv; an address; a reference such as TN-10007 or 7 C 10007/23.
@@ -137,12 +141,12 @@ def weight(format: str, name: str, value: Any) -> int:
     words, texts, known = _words(name), [*_texts(value)], name.lower().strip()
     if (
         DECIDES.intersection(words)
-        or known in formats.OTHER_NAMES["completion"]
+        or known in COMPLETION.other_names
         or any(map(MEDIA.match, texts))
     ):
         return 2
     # A title is a part of a question, but not of a document or a chat.
-    if words == ("title",) and len(formats.NEEDED[format]) == 1:
+    if words == ("title",) and len(format_named(format).needed) == 1:
         return 0
     # A prompt may stand in metadata, too, and a sentence to translate in a column `source`.
     if ENDS.intersection(words[-1:]) or (ABOUT.issuperset(words) and not WEAK.issuperset(words)):
@@ -208,13 +212,11 @@ def _refusal(
 ) -> UserError:
     needed = dict(itertools.islice(needed.items(), 12))
     name, (kind, example) = next(iter(needed.items()))
-    free = {*FIELDS[source.format]} - {
-        *formats.NEEDED[source.format],
-        *formats.INSIDE,
-        *source.fields,
-    }
+    format = format_named(source.format)
+    free = {field.name for field in format.fields if not field.needed and not field.in_turn}
+    free -= source.fields.keys()
     way = f"map it to a field ({', '.join(sorted(free))}), or " if free and kind == "column" else ""
-    if auto and source.format == "text" and example.startswith('"'):
+    if auto and format.makes == "text" and example.startswith('"'):
         answer = {"instruction": source.fields.get("text", "text"), "output": name}
         way = f"train it as the answer with {fields(where, answer)}, or "
     shown = ", ".join(

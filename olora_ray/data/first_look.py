@@ -10,23 +10,23 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override, read_config
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
-from olora_ray.data import columns, formats, reader
+from olora_ray.data import columns, reader
 from olora_ray.data.formats import (
     EMPTY,
-    FIELDS,
-    INSIDE,
-    NEEDED,
     NONE,
     Example,
+    Field,
+    Format,
     Rejected,
     listed,
+    own_formats,
     sequence,
     to_example,
 )
@@ -110,17 +110,21 @@ def find_format(source: Source, where: str, storage_root: str) -> tuple[Source, 
     that can be read in two ways.
     """
     looked = list(_looked(source, where, storage_root))
+    rows = [row for _, _, row in looked]
     try:
-        reading = find([row for _, _, row in looked], source.fields, source.chat)
+        reading = find(rows, source.fields, source.chat)
+        other = find(rows, source.fields) if reading is None else None
     except UserError as unclear:
         raise UserError(f"{where}: {unclear}") from None
+    if other is not None:
+        raise UserError(f"{where}.{source.wrong_chat(other.format)}")
     if reading is None:
         raise _unusable(where, looked, why_not(looked[0][2], source.fields, where))
     kinds = " and ".join(dict.fromkeys(file.form for file, _, _ in looked))
     fields = "".join(f"; {field}: {column}" for field, column in reading.fields.items())
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
-    rows = [row for _, _, row in looked if isinstance(row, Mapping)]
-    _answered(where, known, zip(rows, reading.examples, strict=True), auto=True)
+    read = [row for row in rows if isinstance(row, Mapping)]
+    _answered(where, known, zip(read, reading.examples, strict=True), auto=True)
     unread = f"; not read: {listed(reading.unread)}" if reading.unread else ""
     return known, f"{reading.format} rows in {kinds}{fields}{unread}"
 
@@ -229,7 +233,9 @@ class Reading:
         return f"format: {self.format}" + f", fields: {{{shown}}}" * bool(shown)
 
 
-def find(rows: Sequence[Any], given: Mapping[str, str], chat: object = "auto") -> Reading | None:
+def find(
+    rows: Sequence[Any], given: Mapping[str, str], chat: Literal["auto"] | bool = "auto"
+) -> Reading | None:
     """Detect how rows are meant; return None if no format can use any of them.
 
     `given` are the fields, and `chat` the choice, that their source sets. Raise UserError if two readings are equally
@@ -239,9 +245,8 @@ def find(rows: Sequence[Any], given: Mapping[str, str], chat: object = "auto") -
     meant = {field for field, column in given.items() if column != NONE}
     candidates = [
         _reading(format, fields, rows, given)
-        for format in NEEDED
-        if meant <= set(FIELDS[format])
-        and (format == "prompt_completion" or chat is not (format == "text"))
+        for format in own_formats()
+        if meant <= set(format.names) and format.takes(chat)
         for fields in _assignments(format, rows, given)
     ]
     # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
@@ -268,9 +273,9 @@ def why_not(row: Any, given: Mapping[str, str], where: str) -> Rejected:
     try:
         if not isinstance(row, Mapping):
             to_example("text", row, {})
-        for format in NEEDED:
+        for format in own_formats():
             for fields in _assignments(format, [row], given):
-                to_example(format, row, fields, as_chat=True)
+                to_example(format.name, row, fields, as_chat=True)
     except Rejected as why:
         return why
     # The columns may have names of another language.
@@ -289,32 +294,29 @@ def why_not(row: Any, given: Mapping[str, str], where: str) -> Rejected:
 
 
 def _assignments(
-    format: str, rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]
+    format: Format, rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]
 ) -> Iterator[dict[str, str]]:
-    def called(field: str, found: Iterable[Any]) -> list[str]:
+    """Yield the ways to take the fields of a format from the columns: field -> column."""
+
+    def called(field: Field, found: Iterable[Any]) -> list[str]:
+        if field.name in given:
+            return [given[field.name]]
         found = [name for name in found if given.get(name) != NONE]
-        by_name = {str(column).lower().strip(): str(column) for column in found} | {
-            name: name for name in found
-        }
-        names = (field, *formats.OTHER_NAMES.get(field, ()))
-        return (
-            [given[field]]
-            if field in given
-            else [by_name[name] for name in names if name in by_name]
-        )
+        by_name = {str(column).lower().strip(): str(column) for column in found}
+        by_name |= {name: name for name in found}
+        return [by_name[name] for name in (field.name, *field.other_names) if name in by_name]
 
     every = list(itertools.chain(*rows))
-    for needed in itertools.product(*(called(field, every) for field in NEEDED[format])):
-        fields = dict(zip(NEEDED[format], needed, strict=True))
-        for field in FIELDS[format]:
-            free = called(
-                field,
-                _keys(rows, needed[0]) if field in INSIDE else set(every) - set(fields.values()),
-            )
-            if free:
-                fields.setdefault(field, free[0])
-        if len(set(needed)) == len(needed):
-            yield fields
+    ways = [called(field, every) for field in format.fields if field.needed]
+    for needed in itertools.product(*ways):
+        if len(set(needed)) < len(needed):
+            continue
+        fields = dict(zip(format.needed, needed, strict=True))
+        for field in format.fields:
+            left = _keys(rows, needed[0]) if field.in_turn else set(every) - set(fields.values())
+            if free := called(field, left):
+                fields.setdefault(field.name, free[0])
+        yield fields
 
 
 def _keys(rows: Iterable[Mapping[Any, Any]], column: str) -> Iterable[Any]:
@@ -326,10 +328,15 @@ def _keys(rows: Iterable[Mapping[Any, Any]], column: str) -> Iterable[Any]:
 
 
 def _reading(
-    format: str, fields: dict[str, str], rows: Sequence[Mapping[Any, Any]], given: Mapping[str, str]
+    format: Format,
+    fields: dict[str, str],
+    rows: Sequence[Mapping[Any, Any]],
+    given: Mapping[str, str],
 ) -> Reading | None:
-    """Return the reading with these columns; None if format text would read one of several columns by another name."""
-    used = {column for field, column in fields.items() if field not in INSIDE}
+    """Return the reading with these columns; None if plain text would be one of several columns by another name."""
+    used = {
+        fields[field.name] for field in format.fields if field.name in fields and not field.in_turn
+    }
     left = {
         str(name): str(name).lower().strip()
         for row in rows
@@ -339,29 +346,37 @@ def _reading(
     left = {
         name: lower for name, lower in left.items() if name not in used and given.get(name) != NONE
     }
-    own = {field if field in given else fields[field].lower().strip() for field in NEEDED[format]}
-    if format == "text" and left and own != {"text"}:
+    own = {field if field in given else fields[field].lower().strip() for field in format.needed}
+    if format.makes == "text" and left and own != {*format.needed}:
         return None
-    tier = {"text": 3, "tokens": 4}.get(
-        format, 0 if own == {"messages"} else 2 - (own in map(set, NEEDED.values()))
-    )
-    asked = formats.ASKED.get(format, ())
     called = {
-        field: column for field, column in fields.items() if field != column or field in asked
-    } | dict(given)
+        field: column
+        for field, column in fields.items()
+        if field != column or field in format.asked
+    }
+    called |= given
+    ignored = len(columns.KNOWN.intersection(left.values()))
     return Reading(
-        format,
+        format.name,
         called,
-        tuple(fields[field] for field in NEEDED[format]),
-        tuple(_example(format, row, called) for row in rows),
-        (
-            tier,
-            len(columns.KNOWN.intersection(left.values())),
-            len(called),
-            list(NEEDED).index(format),
-        ),
+        tuple(fields[field] for field in format.needed),
+        tuple(_example(format.name, row, called) for row in rows),
+        (_doubt(format, own), ignored, len(called), own_formats().index(format)),
         left,
     )
+
+
+def _doubt(format: Format, own: set[str]) -> int:
+    """Return how little the names of the needed columns say; lower is better."""
+    if format.makes == "ids":
+        return 4
+    if format.makes == "text":
+        return 3
+    if own == {"messages"}:
+        return 0
+    if any(own == {*other.needed} for other in own_formats()):
+        return 1
+    return 2
 
 
 def _example(format: str, row: Any, fields: Mapping[str, str]) -> Example | None:

@@ -33,7 +33,7 @@ from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.config.section import Source
-from olora_ray.data.formats import FIELDS, NONE, check_fields
+from olora_ray.data.formats import NONE, check_fields, field_names
 
 logger = logging.getLogger(__name__)
 
@@ -305,11 +305,14 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
 def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
     """Return the sources with the answer for the column of `gate.group`, which the gate reads."""
     group = config.gate.group if isinstance(config, Config) else None
-    if group in (None, "@file", *itertools.chain(*FIELDS.values())):
+    if group is None or group == "@file":
         return tuple(sources)
-    return tuple(
-        each.model_copy(update={"fields": {str(group): NONE, **each.fields}}) for each in sources
-    )
+    answered = []
+    for source in sources:
+        if group not in (*field_names("auto"), *field_names(source.format)):
+            source = source.model_copy(update={"fields": {group: NONE, **source.fields}})
+        answered.append(source)
+    return tuple(answered)
 
 
 def _of_split(files: list[File], path: str, where: str) -> list[File]:

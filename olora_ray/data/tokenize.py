@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.section import Source
+from olora_ray.config.tables import FORMATS
 from olora_ray.data import columns
 from olora_ray.data.chat_template import left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
@@ -42,6 +43,7 @@ from olora_ray.data.formats import (
     Ids,
     Rejected,
     Text,
+    format_named,
     to_example,
 )
 from olora_ray.data.tokenizer_spec import CALL, TokenizerSpec, end_of_turn
@@ -560,26 +562,23 @@ def _same(text: str, other: str) -> int:
 # The form in which a source's prompts and completions are trained: turns of a chat, or joined texts.
 
 
-# Raised by one whenever the tokens of a format's rows change; formats that are not listed have 1.
-RULES = {"text": 2, "prompt_completion": 3, "alpaca": 2, "sharegpt": 2}
-# Formats whose messages may have tool calls.
-WITH_TOOLS = ("messages", "prompt_completion", "sharegpt")
 # Types of files in which an object has the keys of all rows.
 COLUMNS_OF_STRUCTS = {"parquet", "arrow"}
 
 
 def as_chat(source: Source, spec: TokenizerSpec) -> bool:
     """True if the prompts and completions of a source become turns of a chat."""
-    return source.format == "prompt_completion" and (
-        spec.has_template if source.chat == "auto" else source.chat
-    )
+    if format_named(source.format).makes != "completion":
+        return False
+    return spec.has_template if source.chat == "auto" else source.chat
 
 
 def asks_in_chats(source: Source, spec: TokenizerSpec) -> bool:
     """True if the model answers in chats after a training on this source."""
-    if source.format in ("prompt_completion", "tokens"):
-        return as_chat(source, spec) if source.format == "prompt_completion" else spec.has_template
-    return source.format != "text"
+    format = format_named(source.format)
+    if format.makes == "ids":
+        return spec.has_template
+    return format.is_chat(as_chat(source, spec))
 
 
 def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -> dict[str, Any]:
@@ -588,15 +587,20 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
     Empty if the same rows have always had the same tokens.
     """
     inputs: dict[str, Any] = {}
+    format = format_named(source.format)
     structs = COLUMNS_OF_STRUCTS.intersection(kinds)
-    if rules := RULES.get(source.format, 2 if structs else None):
+    if plugin := FORMATS.plugin(source.format):
+        inputs["plugin"] = plugin.identity()
+    # Beside Parquet, rules 1 and 2 are the same.
+    rules = max(2, format.rules) if structs else format.rules
+    if rules > 1:
         inputs["rules"] = rules
-    if source.format in WITH_TOOLS and structs:
+    if format.tools and structs:
         inputs["maps"] = "objects"
-    if source.format == "prompt_completion":
+    if format.makes == "completion":
         inputs["chat"] = as_chat(source, spec)
-    chats = inputs.get("chat", source.format not in ("text", "tokens"))
-    if chats and source.format in WITH_TOOLS:
+    chats = format.is_chat(as_chat(source, spec))
+    if chats and format.tools:
         forms = [spec.chat_form(tools) for tools in (False, True)]
         if wanted := sorted({form.arguments for form in forms if form.arguments}):
             inputs["arguments"] = wanted[0]
@@ -618,7 +622,7 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
 
 def form_line(source: Source, spec: TokenizerSpec, setting: str) -> str | None:
     """Return a log line about the form of a source's rows; None if their format leaves no choice."""
-    if source.format != "prompt_completion":
+    if format_named(source.format).makes != "completion":
         return None
     if as_chat(source, spec):
         template = (

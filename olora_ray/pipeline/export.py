@@ -22,6 +22,7 @@ from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.schema import Config
 from olora_ray.config.tables import EXPORTERS
+from olora_ray.data.formats import format_named
 from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
@@ -53,8 +54,7 @@ logger = logging.getLogger(__name__)
 def give_template(config: Config, tokenizer: Any, folder: Path, chosen: str | None = None) -> None:
     """Write the training's chat template into `folder`: `chosen`, or the default one if the base model has none."""
     chats = any(
-        source.format not in ("text", "tokens", "prompt_completion") or source.chat is True
-        for source in config.data.train
+        format_named(source.format).is_chat(source.chat is True) for source in config.data.train
     )
     if chosen or (chats and not models.has_chat_template(folder)):
         portable.put_template(folder, chosen or plain_template(tokenizer))

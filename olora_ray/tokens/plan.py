@@ -19,7 +19,7 @@ from olora_ray.common.storage import digest_json
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.config.section import Source
-from olora_ray.data.formats import FIELDS
+from olora_ray.data.formats import format_named
 from olora_ray.data.reader import FileScan, Table, Unit, Units
 from olora_ray.data.sources import File, grouped, list_files
 from olora_ray.data.tokenize import digest_inputs
@@ -404,7 +404,7 @@ class Plan(Rules):
                     # Without the columns that are left out: they change no token.
                     "fields": {
                         name: source.fields[name]
-                        for name in FIELDS[source.format]
+                        for name in format_named(source.format).names
                         if name in source.fields
                     },
                     "weight": source.weight,

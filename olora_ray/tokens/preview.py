@@ -17,6 +17,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
 from olora_ray.data.first_look import read_as
+from olora_ray.data.formats import format_named
 from olora_ray.data.reader import FileScan, Units
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File
@@ -193,6 +194,7 @@ def _preview(
     first = next(
         shard for shard in made if shard.packs
     )  # the first of all may have no held-out row
+    in_one_piece = [format_named(each.format).makes != "text" for each in plan.sources]
     return Preview(
         limits=limits,
         rows=round(
@@ -213,9 +215,7 @@ def _preview(
         lengths=tuple(
             int(n) for n in np.quantile(counts[:, 0], QUANTILES, method="closest_observation")
         ),
-        longest=max(
-            counts[[plan.sources[number].format != "text" for number in source], 0], default=0
-        ),
+        longest=max(counts[[in_one_piece[number] for number in source], 0], default=0),
         too_long=totals.reasons["too_long"] + totals.notes["cut"] + totals.notes["drop_turns"],
         sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
         examples=_examples(plan, first),

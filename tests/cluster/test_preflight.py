@@ -18,9 +18,10 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
+from olora_ray.config.tables import FORMATS
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.train.estimate import estimate
-from tests import tiny
+from tests import plugins, tiny
 from tests.pipelines import project
 from tests.recovery import processes
 from tests.said import said
@@ -313,6 +314,26 @@ def test_other_code_in_the_folder_of_now_is_told(
     (tmp_path / "olora_ray" / "__init__.py").write_text("")
     [line] = preflight.code_problems()
     assert line.startswith(f"{tmp_path}/olora_ray differs from {node_cache.PACKAGE}, ")
+
+
+def test_each_node_needs_the_same_code_of_the_plugins_that_a_run_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = "[olora_ray.formats]\ndialogs = my_rows:FORMAT\n"
+    plugins.install(monkeypatch, tmp_path, "my-rows", "my_rows", "", entries)
+    sources = [{"path": "a", "format": "dialogs"}, {"path": "b", "format": "text"}, "c"]
+    config = Config.model_validate({"model": {"name": "m"}, "data": {"train": sources}})
+    used = preflight.plugins_in(config)
+    assert used == [(FORMATS, "dialogs")]
+    here = node_facts.node_info(used)
+    assert preflight.version_problems(here, [("a", node_facts.node_info(used))]) == []
+    (tmp_path / "my_rows.py").write_text("CHANGED = 1\n")
+    changed = node_facts.node_info(used)
+    (tmp_path / "my_rows.py").unlink()
+    missing = node_facts.node_info(used)
+    another, none = preflight.version_problems(here, [("a", changed), ("b", missing)])
+    assert another.startswith("node a: has olora_ray.formats:dialogs code ")
+    assert none.startswith("node b: has no olora_ray.formats:dialogs, here it is code ")
 
 
 def test_only_a_run_that_needs_a_package_wants_it_on_all_nodes() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.data import chat_template
+from olora_ray.data import chat_template, first_look
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tokens.preview import describe
@@ -71,6 +71,8 @@ def test_the_form_is_said_and_trained(
         ("text", True, "rows of format text are always plain text"),
         ("alpaca", False, "rows of format alpaca are always chats"),
         ("messages", False, "rows of format messages are always chats"),
+        ("tokens", True, "rows of format tokens are used as they are"),
+        ("tokens", False, "rows of format tokens are used as they are"),
         ("prompt_completion", "sometimes", "chat"),
     ],
 )
@@ -81,6 +83,23 @@ def test_a_form_that_a_format_does_not_have_is_refused(
         helpers.config(tmp_path, source(chat, format, path="x.jsonl"))
     assert "data.train.0" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "chat", "message"),
+    [
+        ({"input_ids": [1, 2]}, True, "rows of format tokens are used as they are"),
+        ({"input_ids": [1, 2]}, False, "rows of format tokens are used as they are"),
+        ({"text": "some text"}, True, "rows of format text are always plain text"),
+        (helpers.chat("two and two?", "four"), False, "rows of format messages are always chats"),
+    ],
+)
+def test_a_form_is_refused_for_a_detected_format_too(
+    row: dict[str, Any], chat: bool, message: str, tmp_path: Path
+) -> None:
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=rf"^data\.train\.0\.chat: {message}"):
+        first_look.check_data(helpers.config(tmp_path, source(chat, "auto", path=str(path))))
 
 
 def inputs(

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from olora_ray.config import tables
 from olora_ray.data import first_look
-from olora_ray.data.formats import ASKED, FIELDS, NEEDED
+from olora_ray.data.formats import format_named, own_formats
 from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers
@@ -37,21 +36,21 @@ VALUES: dict[str, list[Any]] = {
     "assistant_masks": [[0] * 13 + [1] * 4],
     "position_ids": [[*range(len(IDS))]],
 }
-"""What each field may hold; the first of one field goes with the first of the others."""
-INSIDE = {"from", "value"}
-"""Fields that are keys of a turn."""
-FORMATS = [*tables.FORMATS.own]
+"""What each field may hold; the first of one field goes with the first of the others. Other fields hold a text."""
+FORMATS = [format.name for format in own_formats()]
 
 
 def rows(format: str) -> list[dict[str, Any]]:
     """Each way to write the fields that are needed, alone and with each way to write each of the others."""
-    count = max(len(VALUES[name]) for name in NEEDED[format])
-    needed = [{name: VALUES[name][way] for name in NEEDED[format]} for way in range(count)]
+    known = format_named(format)
+    values = {name: VALUES.get(name, ["four"]) for name in known.names}
+    count = max(len(values[name]) for name in known.needed)
+    needed = [{name: values[name][way] for name in known.needed} for way in range(count)]
     others = [
-        {name: value}
-        for name in FIELDS[format]
-        if name not in {*NEEDED[format], *INSIDE}
-        for value in VALUES[name]
+        {field.name: value}
+        for field in known.fields
+        if not field.needed and not field.in_turn
+        for value in values[field.name]
     ]
     return [{**row, **more} for row in needed for more in ({}, *others)]
 
@@ -70,7 +69,7 @@ def test_a_documented_row_is_used_as_it_is(
     fields = {
         name: f"my {name}" if renamed else name
         for name in columns
-        if renamed or name in ASKED.get(format, ())
+        if renamed or name in format_named(format).asked
     }
     path = helpers.write_jsonl(
         tmp_path / "a.jsonl", [{fields.get(name, name): columns[name] for name in columns}]

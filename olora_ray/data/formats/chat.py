@@ -1,0 +1,245 @@
+"""Roles, content, tool calls and tools of messages: the common part of all formats of chats."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from olora_ray.data.formats.format import Chat, Field, Rejected, Row, listed, type_name
+
+ROLES = {"developer", "system", "user", "assistant", "tool"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+}
+"""Roles of format sharegpt, and their names in our chats."""
+CALL = "function_call"
+"""Role of a tool call in format sharegpt; the turn's value is JSON text."""
+ANSWERS = ("target", "solution", "label", "chosen", "assistant", "generation")
+"""Other names of the column with the answer, after those that differ between formats."""
+TURNS = ("chat", "dialogue", "dialog", "turns")
+"""Other names of the column with all turns."""
+SYSTEM = Field("system", ("system_prompt", "system_message", "system_instruction"))
+# Types of content parts that are text. Images may have a `text` too, and reasoning is not part of an answer.
+TEXTS = (None, "text", "input_text", "output_text")
+# Keys under which messages hold the reasoning before an answer.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# Keys by which Axolotl, ms-swift and LLaMA-Factory mark whether an answer is supervised.
+MARKS = ("train", "training", "loss")
+
+
+def to_chat(
+    turns: list[Any], tools: Any = None, role: str = "role", content: str = "content"
+) -> Chat:
+    """Return the chat of turns whose keys are `role` and `content`; raise Rejected if they are not a valid chat."""
+    messages = tuple(
+        [_message(turn, number, role, content) for number, turn in enumerate(turns, 1)]
+    )
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise Rejected("no_answer", f"no assistant message; roles: {', '.join(roles) or 'none'}")
+    first = next((name for name in roles if name not in ("system", "developer")), None)
+    if first != "user":
+        raise Rejected(
+            "bad_role",
+            f"the first message after the system message must be from user, not from {first}",
+        )
+    for number, (before, name) in enumerate(itertools.pairwise(roles), 2):
+        if name in ("system", "developer") and before not in ("system", "developer"):
+            raise Rejected(
+                "bad_role", f"message {number}: a {name} message is allowed only at the start"
+            )
+    return Chat(messages, _tools(tools))
+
+
+def sequence(value: Any, name: str) -> list[Any]:
+    """Return a list, or the list in a JSON text (csv and some parquet files); raise Rejected for anything else.
+
+    Also restores a list that `datasets` has stored as a Sequence of objects: {"role": [...], "content": [...]}.
+    """
+    if isinstance(value, str):
+        value = parsed(value, f"field {name!r} is text, not a list of messages")
+    value = _turned_back(value)
+    if not isinstance(value, list):
+        raise Rejected("wrong_type", f"field {name!r} is {type_name(value)}, not a list")
+    return value
+
+
+def in_a_cell(value: Any) -> Any:
+    # csv holds messages as JSON text; a value that is no list of messages stays unchanged.
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return _turned_back(value)
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return turns if isinstance(turns, list) and turns and all(map(_has_role, turns)) else value
+
+
+def _turned_back(value: Any) -> Any:
+    # {"role": [...], "content": [...]} -> [{"role": ..., "content": ...}, ...]; any other value stays unchanged.
+    if (
+        not isinstance(value, dict)
+        or not value
+        or not all(isinstance(part, list) for part in value.values())
+    ):
+        return value
+    if len({len(part) for part in value.values()}) > 1:
+        return value
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
+
+
+def _has_role(turn: Any) -> bool:
+    return isinstance(turn, dict) and "role" in turn and ("content" in turn or "tool_calls" in turn)
+
+
+def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
+    if type(turn) is dict and turn.keys() == {
+        role,
+        content,
+    }:  # most turns, in a quarter of the time
+        name, text = turn[role], turn[content]
+        if type(name) is type(text) is str and name in ROLES and text.strip():
+            return {"role": name, "content": text}
+    if not isinstance(turn, Mapping):
+        raise Rejected(
+            "wrong_type",
+            f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}",
+        )
+    if not isinstance(turn.get(role), str):
+        hint = (
+            "; from and value need format: sharegpt, and no fields"
+            if role == "role" and "from" in turn
+            else ""
+        )
+        raise Rejected(
+            "missing_field", f"message {number} has no {role!r}; it has {listed(turn)}{hint}"
+        )
+    if turn[role] not in ROLES:
+        hint = (
+            f"; format: sharegpt has the role {turn[role]!r}"
+            if turn[role] in (*SHAREGPT_ROLES, CALL)
+            else ""
+        )
+        raise Rejected(
+            "bad_role",
+            f"message {number}: unknown role {turn[role]!r}; known: {', '.join(sorted(ROLES))}{hint}",
+        )
+    # Templates want a missing key, not a null.
+    rest = {
+        key: without_nulls(value)
+        for key, value in turn.items()
+        if value is not None and key not in (role, content)
+    }
+    marks = [rest.pop(key) for key in MARKS if rest.get(key) in (False, True)]
+    if False in marks and turn[role] == "assistant":
+        rest["weight"] = 0
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"message {number}: 'tool_calls'")
+        if not rest[
+            "tool_calls"
+        ]:  # servers write [] without calls, but templates only check whether the key exists
+            del rest["tool_calls"]
+    text = content_of(turn.get(content), number, content)
+    if not text.strip() and not rest.get("tool_calls"):
+        if turn[role] == "assistant":
+            raise Rejected(
+                "empty_answer", f"message {number}: {content!r} of the assistant is empty"
+            )
+        if content not in turn:
+            raise Rejected(
+                "missing_field", f"message {number} has no {content!r}; it has {listed(turn)}"
+            )
+    if rest.get("weight", 1) not in (0, 1):
+        raise Rejected(
+            "wrong_type", f"message {number}: weight must be 0 or 1, not {rest['weight']!r}"
+        )
+    return {**rest, "role": turn[role], "content": text}
+
+
+def content_of(value: Any, number: int, name: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
+    ):
+        if type_ := next((part["type"] for part in value if part.get("type") not in TEXTS), None):
+            raise Rejected(
+                "wrong_type",
+                f"message {number}: {name!r} has a part of type {type_!r}, which is not text",
+            )
+        if any(part.get(key) == 0 for part in value for key in (*MARKS, "weight")):
+            raise Rejected(
+                "wrong_type", f"message {number}: {name!r} has a part that is not to be trained"
+            )
+        return "".join(part["text"] for part in value)
+    raise Rejected("wrong_type", f"message {number}: {name!r} is {type_name(value)}, not text")
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+    if isinstance(value, str) and value.strip():
+        value = parsed(value, "field 'tools' is text, but not JSON")
+    else:
+        value = without_nulls(value)
+    if not value:
+        return None
+    return tuple(_objects(sequence(value, "tools"), "field 'tools'"))
+
+
+def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        value = parsed(value, f"{what} is text, but not JSON") if value.strip() else []
+    return _objects(value, what)
+
+
+def _objects(values: Any, what: str) -> list[dict[str, Any]]:
+    if not isinstance(values, list):
+        raise Rejected("wrong_type", f"{what} is {type_name(values)}, not a list of objects")
+    for value in values:
+        if not isinstance(value, dict):
+            raise Rejected(
+                "wrong_type", f"{what} must contain only objects, not {type_name(value)}"
+            )
+    return values
+
+
+def without_nulls(value: Any) -> Any:
+    """Return the value without the keys, at any depth, whose value is null; null entries of lists stay."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def parsed(text: str, otherwise: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise Rejected("wrong_type", otherwise) from None
+
+
+def after_system(row: Row, turns: list[Any], role: str, content: str) -> list[Any]:
+    # Anthropic and Bedrock write the system message beside the others, as a text or as a list of parts.
+    if (value := row.optional("system")) is None:
+        return turns
+    system = (
+        content_of(value, 0, "system") if isinstance(value, list) else row.optional_text("system")
+    )
+    if not system:
+        return turns
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    if first.get(role) != "system":
+        return [{role: "system", content: system}, *turns]
+    if content_of(first.get(content), 1, content) != system:
+        where = f"field {row.column('system')!r} and the first message"
+        raise Rejected("bad_role", f"{where} have different system messages")
+    return turns
+
+
+def question_answer(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,62 @@
+"""Format sharegpt: a chat as a list of turns with from and value; a tool call is a turn of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from olora_ray.data.formats.chat import (
+    CALL,
+    SHAREGPT_ROLES,
+    SYSTEM,
+    TURNS,
+    after_system,
+    parsed,
+    sequence,
+    to_chat,
+    without_nulls,
+)
+from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
+
+
+def read(row: Row) -> Example:
+    role = row.column("from")
+    content = row.column("value")
+    given = sequence(row.value("conversations"), "conversations")
+    # Entries that are no turns stay as they are, for `to_chat` to reject.
+    turns = [_renamed(turn, number, role, content) for number, turn in enumerate(given, 1)]
+    return to_chat(after_system(row, turns, role, content), row.optional("tools"), role, content)
+
+
+def _renamed(turn: Any, number: int, role: str, content: str) -> Any:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get(role), str):
+        return turn
+    if turn[role] == CALL:
+        calls = _calls(turn.get(content), number)
+        return {**turn, role: "assistant", content: None, "tool_calls": calls}
+    return {**turn, role: SHAREGPT_ROLES.get(turn[role], turn[role])}
+
+
+def _calls(value: Any, number: int) -> list[dict[str, Any]]:
+    problem = f"message {number}: the value of a {CALL} is not JSON text of {{name, arguments}}"
+    found = parsed(value, problem) if isinstance(value, str) else without_nulls(value)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(
+        isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls
+    ):
+        raise Rejected("wrong_type", problem)
+    return [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
+
+
+FORMAT = Format(
+    "sharegpt",
+    read,
+    makes="chat",
+    fields=(
+        Field("conversations", ("conversation", "messages", *TURNS), needed=True),
+        Field("from", ("role", "speaker"), in_turn=True),
+        Field("value", ("content", "text"), in_turn=True),
+        SYSTEM,
+        Field("tools"),
+    ),
+    tools=True,
+    rules=2,
+)
