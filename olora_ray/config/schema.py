@@ -247,7 +247,7 @@ class Train(Section):
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that the same run gives the same bits. Slower; not measured how much."""
     objective: Annotated[str, NameIn(OBJECTIVES)] = "tokens"
-    """What the training makes small. tokens: the cross-entropy of the supervised tokens, each of which counts alike."""
+    """The loss of the training. tokens: the cross-entropy of the supervised tokens, which all count alike."""
     optimizer: Annotated[str, NameIn(OPTIMIZERS)] = "adamw"
     """preconditioned: AdamW on the gradient of A times (B^T B)^-1 and that of B times (A A^T)^-1, each scaled to length
     1 (as NoRA+, arXiv 2410.18965). spectral: steps that change the weight by a given share of its size, whatever the

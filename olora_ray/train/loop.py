@@ -51,7 +51,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What the workers exchange in a step beside the gradient: one vector, so that one exchange carries all of it.
+    """The numbers that workers exchange in a step beside the gradient: one vector, so that one exchange carries them.
 
     Each worker fills in its own micro-batches, and the others have 0 there. So the order of the sum over workers
     changes no bit.
@@ -119,7 +119,8 @@ class Trainer:
         with the step and the source rows if the loss or the gradient is not finite.
         """
         objective = self.objective
-        weight_of_step = objective.weight(data.whole)
+        whole = data.whole
+        weight_of_step = objective.weight(whole)
         numbers = StepNumbers.zeros(data.count, 1 + len(objective.more), self.device)
         self.gradient.begin(data.count)
         train_mode(self.adapted, True)
@@ -129,7 +130,7 @@ class Trainer:
         # it on padding. This comes first, because each real micro-batch starts with a new gradient and a new seed.
         if self.loss.sharded:
             for _ in range(data.padding_batches):
-                padding_sums = objective.loss(self.loss, data.padding.to(self.device), data.whole)
+                padding_sums = objective.loss(self.loss, data.padding.to(self.device), whole)
                 if padding_sums.requires_grad:
                     padding_sums[0].backward()
 
@@ -139,7 +140,7 @@ class Trainer:
                 seed = plan.key("dropout", self.config.run.seed, number, micro_batch)
                 torch.manual_seed(seed >> 1)  # of 63 bits
             with self.gradient.leaf(micro_batch):
-                sums = objective.loss(self.loss, batch.to(self.device), data.whole)
+                sums = objective.loss(self.loss, batch.to(self.device), whole)
                 parts_of_mean = sums / weight_of_step
                 if parts_of_mean.requires_grad:
                     parts_of_mean[0].backward()
@@ -181,8 +182,8 @@ class Trainer:
             loss=mean_loss,
             lr=lr,
             grad_norm=norm,
-            tokens=data.whole.tokens,
-            supervised=data.whole.supervised,
+            tokens=whole.tokens,
+            supervised=whole.supervised,
             signal=float(known.signal) > 0,
             more=dict(zip(objective.more, more, strict=True)),
         )

@@ -1,4 +1,4 @@
-"""An objective: what a training makes small, and all that other code may ask about it.
+"""An objective: the loss that a training makes small, and all that other code may ask about it.
 
     mean loss = sum over the micro-batches of a global batch of `loss` / `weight` of the global batch
 
@@ -39,7 +39,7 @@ class Objective:
     weight: Callable[[Counts], int]
     """Size of some examples -> the divisor of their summed loss; the weight of a sum is the sum of the weights."""
     unit: str
-    """What `weight` counts, for messages: the loss is a mean per this unit."""
+    """The unit that `weight` counts, for messages: the loss is a mean per this unit."""
     takes: frozenset[str]
     """The types of examples that it can learn from (`Format.makes`)."""
     more: tuple[str, ...] = ()
