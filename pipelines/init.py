@@ -35,7 +35,8 @@ from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
 from olora_ray.config.section import Source
 from olora_ray.data import first_look
-from olora_ray.data.formats import Rejected, columns_of, format_named, to_example
+from olora_ray.data.formats import columns_of, format_named, to_example
+from olora_ray.data.formats.format import Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import KINDS, File, list_files

@@ -23,7 +23,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.config.section import Source
-from olora_ray.config.tables import EXPORTERS, FORMATS, METHODS, Table
+from olora_ray.config.tables import EXPORTERS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Table
 from olora_ray.model.folder import loaded_files
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.quantised import KINDS
@@ -453,13 +453,15 @@ def _with_others(node: Mapping[str, Any], info: NodeInfo, tell: bool) -> tuple[s
 
 
 def plugins_in(config: AnyConfig) -> list[tuple[Table, str]]:
-    """Return the formats, exports and method that this config takes from installed packages."""
+    """Return the members of tables that this config takes from installed packages."""
     sources = [*config.data.train, *config.data.eval]
     used = list[tuple[Table, str]]()
     if isinstance(config, Config):
         if isinstance(config.gate.guard, tuple):
             sources += [each for each in config.gate.guard if isinstance(each, Source)]
         used.append((METHODS, config.adapter.method))
+        used.append((OBJECTIVES, config.train.objective))
+        used.append((OPTIMIZERS, config.train.optimizer))
         used += [(EXPORTERS, name) for name in config.export.also]
     used += [(FORMATS, source.format) for source in sources if source.format != "auto"]
     return [(table, name) for table, name in dict.fromkeys(used) if name not in table.own]

@@ -21,7 +21,8 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from olora_ray.common.errors import as_user_error
-from olora_ray.data.formats import REASONING, Chat, Rejected
+from olora_ray.data.formats.chat import REASONING
+from olora_ray.data.formats.format import Chat, Rejected
 
 Message = Mapping[str, Any]
 

@@ -18,8 +18,9 @@ import yaml
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.section import Source
-from olora_ray.data import formats
-from olora_ray.data.formats import Chat, Example, format_named, one_line, own_formats
+from olora_ray.data.formats import columns_of, format_named, own_formats
+from olora_ray.data.formats.chat import REASONING, ROLES, SHAREGPT_ROLES
+from olora_ray.data.formats.format import EMPTY, NONE, Chat, Example, one_line
 from olora_ray.data.formats.prompt_completion import COMPLETION
 
 WORD = re.compile(r"[^\W\d_]+")
@@ -101,7 +102,7 @@ def count(
     ]
     left += [key for key in keys if template or DECIDES.intersection(_words(key[1]))]
     for kind, name, value in left:
-        if name in TOKENIZED or mapped.get(name, name) != name or value in formats.EMPTY:
+        if name in TOKENIZED or mapped.get(name, name) != name or value in EMPTY:
             continue
         if not (needed := weight(source.format, str(name), value)):
             continue
@@ -110,7 +111,7 @@ def count(
         ]
         # Columns that repeat what is read: the first question beside messages, all texts joined beside a question.
         seen = [*_texts(own if kind == "key" else [row.get(column) for column in used])]
-        texts = {*_texts(value)} - formats.ROLES - {*formats.SHAREGPT_ROLES}
+        texts = {*_texts(value)} - ROLES - {*SHAREGPT_ROLES}
         if texts and (
             texts <= {*seen}
             or (len(seen) > 1 and isinstance(value, str) and all(t in value for t in seen))
@@ -125,13 +126,13 @@ def count(
 
 @lru_cache(64)
 def _used(format: str, *fields: tuple[str, str]) -> frozenset[str]:
-    return frozenset(formats.columns_of(format, dict(fields)))
+    return frozenset(columns_of(format, dict(fields)))
 
 
 @lru_cache(8)
 def _read_keys(template: str) -> frozenset[str]:
     named = re.findall(r"(?<=[.'\"])\w+", template)
-    return frozenset({"role", "content", "tool_calls", "weight", *formats.REASONING, *named})
+    return frozenset({"role", "content", "tool_calls", "weight", *REASONING, *named})
 
 
 def weight(format: str, name: str, value: Any) -> int:
@@ -222,7 +223,7 @@ def _refusal(
     shown = ", ".join(
         f"{kind} {name!r} (such as {example})" for name, (kind, example) in needed.items()
     )
-    out = fields(where, {**source.fields, **dict.fromkeys(needed, formats.NONE)})
+    out = fields(where, {**source.fields, **dict.fromkeys(needed, NONE)})
     return UserError(
         f"{where}: {source.format} rows do not use {shown}; {way}leave it out with {out}"
     )

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.data.formats import Rejected
+from olora_ray.data.formats.format import Rejected
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

@@ -18,18 +18,9 @@ from olora_ray.config.load import override, read_config
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
 from olora_ray.data import columns, reader
-from olora_ray.data.formats import (
-    EMPTY,
-    NONE,
-    Example,
-    Field,
-    Format,
-    Rejected,
-    listed,
-    own_formats,
-    sequence,
-    to_example,
-)
+from olora_ray.data.formats import own_formats, to_example
+from olora_ray.data.formats.chat import sequence
+from olora_ray.data.formats.format import EMPTY, NONE, Example, Field, Format, Rejected, listed
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, grouped, list_files, say_once
 

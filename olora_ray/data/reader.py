@@ -32,7 +32,7 @@ from pyarrow import ipc, parquet
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.common.storage import digest
-from olora_ray.data.formats import Rejected
+from olora_ray.data.formats.format import Rejected
 from olora_ray.data.sources import Changed, File, as_scanned
 from olora_ray.data.text_files import BOM, DELIMITERS
 

@@ -33,7 +33,8 @@ from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.config.section import Source
-from olora_ray.data.formats import NONE, check_fields, field_names
+from olora_ray.data.formats import check_fields, field_names
+from olora_ray.data.formats.format import NONE
 
 logger = logging.getLogger(__name__)
 

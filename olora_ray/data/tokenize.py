@@ -35,17 +35,9 @@ from olora_ray.config.tables import FORMATS
 from olora_ray.data import columns
 from olora_ray.data.chat_template import left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import (
-    REASONING,
-    Chat,
-    Completion,
-    Example,
-    Ids,
-    Rejected,
-    Text,
-    format_named,
-    to_example,
-)
+from olora_ray.data.formats import format_named, to_example
+from olora_ray.data.formats.chat import REASONING
+from olora_ray.data.formats.format import Chat, Completion, Example, Ids, Rejected, Text
 from olora_ray.data.tokenizer_spec import CALL, TokenizerSpec, end_of_turn
 
 Span = tuple[int, int]

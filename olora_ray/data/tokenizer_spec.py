@@ -21,7 +21,7 @@ from olora_ray.data.chat_template import (
     text_of,
 )
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import Chat
+from olora_ray.data.formats.format import Chat
 
 log = logging.getLogger(__name__)
 

@@ -77,21 +77,23 @@ def _lines() -> Iterator[str]:
 
 def _system(sources: Sequence[Source]) -> str | None:
     """Return the system message of all rows at the beginning of the data; None if there is none or the data is gone."""
-    from olora_ray.data import formats, reader, scan
+    from olora_ray.data import reader, scan
+    from olora_ray.data.formats import columns_of, to_example
+    from olora_ray.data.formats.format import Chat, Rejected
     from olora_ray.data.sources import list_files
 
     found = set[str | None]()
     for source in sources:
-        columns = formats.columns_of(source.format, source.fields)
+        columns = columns_of(source.format, source.fields)
         with contextlib.suppress(UserError, OSError, IndexError):
             file = scan.head(list_files(source, "data.train", "")[0])
             assert file.file
             for _, row in itertools.islice(
                 reader.read_unit(file.file, file.units[0], file.columns, columns), 100
             ):
-                with contextlib.suppress(formats.Rejected):
-                    example = formats.to_example(source.format, row, source.fields, True)
-                    first = example.messages[0] if isinstance(example, formats.Chat) else {}
+                with contextlib.suppress(Rejected):
+                    example = to_example(source.format, row, source.fields, True)
+                    first = example.messages[0] if isinstance(example, Chat) else {}
                     found.add(first.get("content") if first.get("role") == "system" else None)
     system = found.pop() if len(found) == 1 else None
     if system:

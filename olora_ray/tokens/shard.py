@@ -16,7 +16,8 @@ from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
 from olora_ray.data.encoder import Unlike
-from olora_ray.data.formats import Rejected, columns_of
+from olora_ray.data.formats import columns_of
+from olora_ray.data.formats.format import Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS

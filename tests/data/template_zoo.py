@@ -26,7 +26,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers.utils import chat_template_utils
 
 from olora_ray.data.chat_template import TODAY
-from olora_ray.data.formats import REASONING, Chat, Rejected, to_example
+from olora_ray.data.formats import to_example
+from olora_ray.data.formats.chat import REASONING
+from olora_ray.data.formats.format import Chat, Rejected
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 

@@ -10,7 +10,8 @@ from pyarrow import parquet
 from olora_ray.config.load import build
 from olora_ray.config.section import Source
 from olora_ray.data import first_look, scan, sources
-from olora_ray.data.formats import Chat, to_example
+from olora_ray.data.formats import to_example
+from olora_ray.data.formats.format import Chat
 from olora_ray.data.reader import read_unit
 
 

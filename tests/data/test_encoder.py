@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import ChatTemplate
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
+from olora_ray.data.formats.format import Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from tests.data import small_tokenizers
 from tests.data.test_chat_template import conversation

@@ -6,7 +6,8 @@ import datasets
 import pytest
 from pyarrow import parquet
 
-from olora_ray.data.formats import Chat, Completion, Rejected, to_example
+from olora_ray.data.formats import to_example
+from olora_ray.data.formats.format import Chat, Completion, Rejected
 from tests.tokens.helpers import chat
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.data.formats import Chat, Rejected
+from olora_ray.data.formats.format import Chat, Rejected
 from olora_ray.data.tokenize import ExampleTokenizer
 from tests.data.test_chat_template import ALL, conversation
 from tests.tokens import helpers

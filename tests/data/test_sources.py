@@ -23,7 +23,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.section import Source
 from olora_ray.data import reader, scan, sources
-from olora_ray.data.formats import Rejected
+from olora_ray.data.formats.format import Rejected
 from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.prepare import prepare

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import Chat, Completion, Ids, Rejected, Text
+from olora_ray.data.formats.format import Chat, Completion, Ids, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation

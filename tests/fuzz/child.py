@@ -50,7 +50,7 @@ def main(folder: Path, seed: int, jobs: list[str]) -> None:
 def outcome(reader: Any, case: Case, place: Path, made: Any) -> tuple[str, str]:
     """What came of one input, and the message."""
     from olora_ray.common.errors import UserError
-    from olora_ray.data.formats import Rejected
+    from olora_ray.data.formats.format import Rejected
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kind, message = "ok", ""

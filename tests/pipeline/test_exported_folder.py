@@ -164,7 +164,9 @@ def exported(folder: Path, begin: bool, **source: Any) -> str | None:
 
 
 @pytest.mark.parametrize("begin", [False, True])
-@pytest.mark.parametrize("source", [{}, {"format": "prompt_completion", "chat": True}])
+@pytest.mark.parametrize(
+    "source", [{"format": "messages"}, {"format": "prompt_completion", "chat": True}]
+)
 def test_chats_get_the_template_that_was_trained(
     begin: bool, source: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -181,7 +183,7 @@ def test_mistrals_own_form_of_a_tokenizer_does_not_go_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where its package is installed, the same folder had another tokenizer than elsewhere, or none."""
-    exported(tmp_path, False)
+    exported(tmp_path, False, format="messages")
     asked: list[Any] = []
     old = AutoTokenizer.from_pretrained
     monkeypatch.setattr(

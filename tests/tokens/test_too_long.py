@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.data.formats import Chat, Completion, Example, Rejected
+from olora_ray.data.formats.format import Chat, Completion, Example, Rejected
 from olora_ray.data.tokenize import ExampleTokenizer
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tokens.preview import describe

@@ -1,7 +1,4 @@
-"""Formats of rows: one file per format, in the terms of format.py. Their index is config/tables.py.
-
-This is the front: other packages, and formats of installed packages, import from here.
-"""
+"""Formats of rows: one file per format, in the terms of format.py and chat.py. Their index is config/tables.py."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -9,27 +6,7 @@ from typing import Any
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.tables import FORMATS
-from olora_ray.data.formats.chat import REASONING as REASONING
-from olora_ray.data.formats.chat import ROLES as ROLES
-from olora_ray.data.formats.chat import SHAREGPT_ROLES as SHAREGPT_ROLES
-from olora_ray.data.formats.chat import question_answer as question_answer
-from olora_ray.data.formats.chat import sequence as sequence
-from olora_ray.data.formats.chat import to_chat as to_chat
-from olora_ray.data.formats.format import EMPTY as EMPTY
-from olora_ray.data.formats.format import EXAMPLES
-from olora_ray.data.formats.format import NONE as NONE
-from olora_ray.data.formats.format import Chat as Chat
-from olora_ray.data.formats.format import Completion as Completion
-from olora_ray.data.formats.format import Example as Example
-from olora_ray.data.formats.format import Field as Field
-from olora_ray.data.formats.format import Format as Format
-from olora_ray.data.formats.format import Ids as Ids
-from olora_ray.data.formats.format import Rejected as Rejected
-from olora_ray.data.formats.format import Row as Row
-from olora_ray.data.formats.format import Text as Text
-from olora_ray.data.formats.format import listed as listed
-from olora_ray.data.formats.format import one_line as one_line
-from olora_ray.data.formats.format import type_name as type_name
+from olora_ray.data.formats.format import EXAMPLES, NONE, Example, Format, Rejected, Row, type_name
 
 
 @cache

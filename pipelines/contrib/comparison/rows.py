@@ -24,7 +24,8 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
-from olora_ray.data.formats import Rejected, column_of, columns_of
+from olora_ray.data.formats import column_of, columns_of
+from olora_ray.data.formats.format import Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.manifest import Limits

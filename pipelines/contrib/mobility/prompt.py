@@ -21,7 +21,7 @@ import answer
 from stays import DAYS, LARGEST_PLACE, Stay, When
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.data.formats import Chat, Rejected
+from olora_ray.data.formats.format import Chat, Rejected
 from olora_ray.data.tokenize import ExampleTokenizer
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 

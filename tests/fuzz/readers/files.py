@@ -12,7 +12,7 @@ from typing import Any
 import zstandard
 
 from olora_ray.config.section import Source
-from olora_ray.data.formats import Rejected
+from olora_ray.data.formats.format import Rejected
 from olora_ray.data.reader import BOM, read_unit
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import list_files
