@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.tracking.moved_storage import relocate_artifacts
 from tests.pipelines import project
 from tests.recovery import processes, runs
 from tests.recovery.runs import Fault, Run
@@ -196,8 +197,10 @@ def test_a_finished_run_is_trained_longer_by_more_steps(
     from ray.train import Result
 
     storage = tmp_path / "runs"
-    shutil.copytree(finished[0].parent, storage)
-    file = finished[0].parent.parent / "config.yaml"
+    old = finished[0].parent
+    shutil.copytree(old, storage)
+    relocate_artifacts(str(old), str(storage), f"sqlite:///{storage}/mlflow.db")
+    file = old.parent / "config.yaml"
     before = json.loads((finished[0] / "result.json").read_text())
     done = project.finetune(file, f"run.storage={storage}", "train.steps=8", env=small_shards)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -26,6 +26,7 @@ from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import GATE, LAST, Aliases
 from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.moved_storage import relocate_artifacts
 from pipelines import registry
 from tests import mlflow_database
 from tests.retrain.nightly import Nightly, write
@@ -138,7 +139,10 @@ def replaced(patch: pytest.MonkeyPatch, nights: Nights) -> None:
 @pytest.fixture
 def nights(begun: Begun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
     """After three nights: champion 3, previous 2."""
-    shutil.copytree(begun.folder / "runs", tmp_path / "runs")
+    old = begun.folder / "runs"
+    new = tmp_path / "runs"
+    shutil.copytree(old, new)
+    relocate_artifacts(str(old), str(new), f"sqlite:///{new}/mlflow.db")
     found = Nights(tmp_path, begun.config)
     replaced(monkeypatch, found)
     return found
