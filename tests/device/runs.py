@@ -23,6 +23,7 @@ from tests.families.variants import LONGEST
 
 STEPS = 3
 SETTINGS: dict[str, Any] = {
+    "data__train": [{"path": "unused.jsonl", "format": "messages"}],
     "data__max_length": LONGEST,
     "data__eval_fraction": 0.1,
     "train__steps": STEPS,
