@@ -190,6 +190,7 @@ def configs() -> dict[str, dict[str, Any]]:
     steady = project.settings(Path(), Path("model"))
     steady["run"]["storage"] = "runs"
     steady["data"]["packing"] = True
+    # With dropout layers with the same input are computed one by one, also in releases that otherwise join them.
     steady["adapter"]["dropout"] = 0.1
     steady["train"] |= {"checkpoint_every": 3, "log_every": 1}
     steady["registry"]["model"] = "steady"
@@ -202,7 +203,7 @@ def configs() -> dict[str, dict[str, Any]]:
     automatic["model"] = {"name": "model"}
     automatic["data"]["max_length"] = "auto"
     automatic["data"]["packing"] = "auto"
-    automatic["adapter"] = {"method": "eva", "rank": 4, "alpha": 8}
+    automatic["adapter"]["method"] = "eva"
     automatic["train"] |= {"lr": "auto", "micro_batch": "auto", "activation_checkpointing": "auto"}
     automatic["cluster"] = {"cpus_per_worker": 0.5}
     automatic["registry"]["model"] = "automatic"

@@ -6,7 +6,7 @@ project.tar.xz holds a project with its runs, made by tests/old_runs/make.py wit
     finished     a finished run with its exports, registered as finished@candidate
     nightly      two nights of retrain.py: two versions with aliases and the gate's tags
     trial-whole  a finished search, whose best model is registered
-    trial-part   a search that was stopped by SIGTERM after 2 of 4 trials
+    trial-part   a search that was stopped by SIGTERM in the third of its 4 trials
 wanted.json holds what the same release makes of `steady`, `automatic` and `trial-part` in the end.
 
 The project lies in another folder than the one where it was made, as after a move. Nothing in it is rewritten, since
