@@ -48,7 +48,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free: float = 80.0, busy
         "Resources": {"CPU": 64.0, "GPU": float(gpus)},
     }
     told: dict[Any, Any] = {
-        (node_facts, "node_info"): lambda: info,
+        (node_facts, "node_info"): lambda *_: info,
         (resources, "schedulable_nodes"): lambda: [node],
         (resources, "autoscaler_limits"): list,
         (resources.ray_internals, "free_resources"): lambda: {

@@ -116,6 +116,7 @@ def _config(folder: Path, precision: str) -> Config:
         run__storage=str(folder / "runs"),
         model__name=str(folder / "model"),
         model__dtype=str(PRECISIONS[precision]).removeprefix("torch."),
+        data__train=[{"path": "unused.jsonl", "format": "messages"}],
         data__max_length=LONGEST,
         data__eval_fraction=0.1,
         train__steps=STEPS,

@@ -17,9 +17,10 @@ release too: their tests correct it (`with_base`).
 **Which bytes are compared.** The bytes of a training depend on the processor and on the versions of a few packages.
 Where these versions, and the gradients that transformers alone computes of the project's model (ends.CANARY), are those
 of the machine that made the runs, exports have the same bytes and all numbers are equal. Elsewhere numbers differ by
-TOLERANCE at most, and the digests of exports are not compared. `automatic` and `trial-part` are compared so everywhere:
-the release before computed layers with the same input together where there is no dropout, and this one computes each by
-itself, so that the last bits of gradients differ. `steady` has dropout, and must end with the same bytes.
+TOLERANCE at most, and the digests of exports are not compared.
+
+All runs have dropout: without it that release computed layers with the same input together, and this one computes each
+by itself, so that the last bits of gradients differ.
 """
 
 import contextlib
@@ -158,17 +159,11 @@ def tolerance(continued: dict[str, Path]) -> dict[str, float]:
     here = ends.machine(continued["steady"] / "model")
     if here != WANTED["machine"]:
         return TOLERANCE
-    return TOLERANCE | {"steady": 0.0}
-
-
-JOINED = pytest.mark.xfail(
-    reason="its layers were computed together: last bits of gradients differ since, which may turn an answer",
-    strict=False,
-)
+    return dict.fromkeys(TOLERANCE, 0.0)
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["steady", pytest.param("automatic", marks=JOINED)])
+@pytest.mark.parametrize("name", ["steady", "automatic"])
 def test_an_old_run_that_was_stopped_ends_with_the_same_bytes(
     continued: dict[str, Path], tolerance: dict[str, float], name: str
 ) -> None:
@@ -176,7 +171,6 @@ def test_an_old_run_that_was_stopped_ends_with_the_same_bytes(
     assert [*ends.differences(found, WANTED[name], tolerance[name])] == []
 
 
-@JOINED
 @pytest.mark.ray
 def test_an_old_search_that_was_stopped_ends_with_the_same_trials(
     continued: dict[str, Path], tolerance: dict[str, float]

@@ -67,6 +67,7 @@ def work(adapted: bool) -> Work:
 
 def test_adapters_add_few_kernels_and_bytes() -> None:
     frozen, adapted = work(False), work(True)
-    assert adapted.kernels <= 140
-    # The low-rank path has to read x and the gradients of y twice, and to read and write y and the gradients of x.
-    assert adapted.bytes - frozen.bytes <= 4 * 2**30
+    assert adapted.kernels <= 155  # each layer by itself; layers of one input together took 140
+    # The low-rank path has to read x and the gradients of y twice, and to read and write y and the gradients of x. Each
+    # layer does so by itself: layers of one input together took 4 GiB.
+    assert adapted.bytes - frozen.bytes <= 5.1 * 2**30
