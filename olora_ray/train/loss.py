@@ -8,7 +8,6 @@ through the head, a chunk at a time; the chunk's gradient is taken at once, so l
 vocabulary) never exist for more than one chunk.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,29 +23,47 @@ from olora_ray.model.packing import OutputHead, backbone
 from olora_ray.tokens.collate import Batch
 
 # RMSNorm with a backward pass written by hand, for frozen weights.
+#
+# A family's own norm keeps its input in float32 for the backward pass. This one keeps the input as it is: in bfloat16
+# SmolLM2-135M then saves 889 instead of 958 KB per token for the backward pass, 7 % less. It takes the same time on a
+# CPU.
 
 
-def patch_rms_norm(model: nn.Module) -> int:
-    """Let the model's RMSNorms use this backward pass; return how many do."""
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    # A family may compute something else under this name. So a norm is replaced only if LightRMSNorm gives the same
-    # bits for random input.
-    chosen = [module for module in norms if _same(module)]
-    for module in chosen:
-        module.__dict__["family"], module.__class__ = type(module), LightRMSNorm
-    return len(chosen)
+def replace_rms_norms(model: nn.Module) -> None:
+    """Put a LightRMSNorm in place of each frozen RMSNorm that computes the same."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, LightRMSNorm) or not type(norm).__name__.endswith("RMSNorm"):
+                continue
+            # A family may compute something else under this name. So a norm is replaced only if LightRMSNorm gives the
+            # same bits for random input.
+            if _same(norm):
+                setattr(parent, name, LightRMSNorm(norm))
 
 
 class LightRMSNorm(nn.Module):
-    """Replacement of a family's RMSNorm, with the same forward pass."""
+    """Replacement of a family's RMSNorm, with the same weight and the same forward pass."""
 
-    weight: Tensor
-    variance_epsilon: float
-    family: type[nn.Module]
-    """The class that it replaces."""
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
+        self._replaced = (
+            norm,
+        )  # in a tuple, because a module would be a child with a weight of its own name
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+    def plainly(self, x: Tensor) -> Tensor:
+        """Compute `forward` with the family's norm and torch's own backward pass: the self-test compares with it."""
+        # Its own weight may be from before the base was sharded or read from its files.
+        return _with_weight(self._replaced[0], self.weight, x)
+
+
+def _with_weight(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    y: Tensor = torch.func.functional_call(norm, {"weight": weight}, (x,))
+    return y
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -70,20 +87,17 @@ class _RMSNorm(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _same(module: nn.Module) -> bool:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or eps is None or weight.requires_grad:
+def _same(norm: Any) -> bool:
+    names = [name for name, _ in norm.named_parameters()]
+    if names != ["weight"] or norm.weight.requires_grad or not hasattr(norm, "variance_epsilon"):
         return False
-    # A model on the meta device has no weights to compute with, so a copy of the norm gets random ones.
-    if weight.is_meta:
-        weight, module = _some_like(weight), copy.copy(module)
-        module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    weight = norm.weight
+    if weight.is_meta:  # it has no numbers to compute with
+        numbers = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
+        weight = numbers.to(weight.dtype)
     x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    return torch.equal(module(x), _RMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
-
-
-def _some_like(weight: Tensor) -> Tensor:
-    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+    light = _RMSNorm.apply(x, weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+    return torch.equal(_with_weight(norm, weight, x), light)
 
 
 # The result of a model's self-test (train/self_test.py).
@@ -167,7 +181,7 @@ class SupervisedLoss(nn.Module):
     """Causal language model as a function from a batch to its summed loss.
 
     FSDP shards this module as the root, so that one forward uses backbone and head. The model's frozen norms get a
-    lighter backward pass (`patch_rms_norm`).
+    lighter backward pass (`replace_rms_norms`).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -189,7 +203,7 @@ class SupervisedLoss(nn.Module):
         """True if training steps run the blocks compiled; has no effect before `parallel.install`. `compiled` is true
         while a step runs."""
         self._takes = _arguments(backbone(model))
-        patch_rms_norm(model)
+        replace_rms_norms(model)
 
     def forward(self, batch: Batch, each: bool = False) -> Tensor:
         """Return the summed loss, a float32 scalar; with `each` the loss of each supervised token, as `batch.labels`.

@@ -636,13 +636,8 @@ def _gradients(adapted: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """Let torch compute the backward passes of norms and adapted layers, instead of those written by hand."""
-    forwards: dict[Any, Any] = {
-        part: partial(part.family.forward, part)
-        for part in model.modules()
-        if isinstance(part, LightRMSNorm)
-    }
-    forwards |= {part: part.plainly for part in model.modules() if isinstance(part, AdaptedLinear)}
-    with _forwards(forwards):
+    by_hand = (LightRMSNorm, AdaptedLinear)
+    with _forwards({part: part.plainly for part in model.modules() if isinstance(part, by_hand)}):
         yield
 
 
