@@ -14,6 +14,7 @@ from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.data.formats import format_named
 from olora_ray.model.load import skeleton
 from olora_ray.model.packing import most_tokens
 from olora_ray.model.source import BaseModel
@@ -52,10 +53,22 @@ def plan(config: Config, base: BaseModel, prefix: str = "") -> MemoryEstimate:
 
 
 def _check_objective(config: Config) -> None:
-    """Raise UserError if the gate needs a perplexity, and the objective has none."""
+    """Raise UserError if the objective cannot learn from a format, or has no perplexity for the gate."""
     name = config.train.objective
+    objective = objective_named(name)
+    sources = {"data.train": config.data.train, "data.eval": config.data.eval}
+    for field, listed in sources.items():
+        for number, source in enumerate(listed):
+            if source.format == "auto":
+                continue
+            makes = format_named(source.format).makes
+            if makes not in objective.takes:
+                raise UserError(
+                    f"{field}.{number}.format: train.objective={name} cannot learn from {source.format}; use rows that"
+                    f" make {' or '.join(sorted(objective.takes))}"
+                )
     metrics = [config.gate.metric, *(condition.metric for condition in config.gate.conditions)]
-    if "eval/perplexity" in metrics and not objective_named(name).perplexity:
+    if "eval/perplexity" in metrics and not objective.perplexity:
         raise UserError(
             f"gate: metric eval/perplexity is not measured with train.objective={name}; use eval/loss"
         )
