@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from olora_ray.common.logs import quiet_bitsandbytes
+from olora_ray.config.decided import DecidedConfig, Expected, is_auto, with_values
+from olora_ray.config.load import at
 from olora_ray.config.schema import Config
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
@@ -33,6 +35,27 @@ def config(storage: str, model: dict[str, str], **sections: Any) -> Config:
     return Config.model_validate(
         {"run": run, "model": model, "data": data, "train": train, **sections}
     )
+
+
+def decided(asked: Config) -> DecidedConfig:
+    """Return the config without auto, for one process on CPUs: no driver is there to decide."""
+    values = {
+        "data.packing": True,
+        "train.micro_batch": 4,
+        "train.activation_checkpointing": False,
+        "cluster.workers": 1,
+        "cluster.gpus_per_worker": 0.0,
+    }
+    auto = {field: value for field, value in values.items() if is_auto(at(asked, field))}
+    return with_values(asked, DecidedConfig, auto)
+
+
+def expected(asked: Config, gpu: bool = False) -> Expected:
+    """Return what the plan of a run assumes: bfloat16 on GPUs, unless the config names a precision."""
+    dtype = str(pick_dtype(asked.model, torch.device("cpu"))).removeprefix("torch.")
+    if gpu and is_auto(asked.model.dtype):
+        dtype = "bfloat16"
+    return Expected(gpu, dtype, asked.model.attention)
 
 
 def model_folder(model: str, storage: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import config, memory_store
+from common import config, decided, memory_store
 from contestants import Setting
 from gpu_models import SIZES, Row, chats, random_model
 from multiplications import needed, shapes_of, timed, wait
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import Target, find_targets, inject
+from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.config.schema import Config
 from olora_ray.model import attention
 from olora_ray.model.quantised import QuantisedLinear
@@ -142,7 +143,7 @@ CLASSES = {
 """Class of work -> parts of the names of its kernels; the first that fits."""
 
 
-def _planned(job: dict[str, Any], settings: Config) -> float:
+def _planned(job: dict[str, Any], settings: DecidedConfig) -> float:
     """Return the bytes of the project's plan for this training."""
     dtype = getattr(torch, job["dtype"])
     model = random_model(job["size"], dtype, torch.device("meta"))
@@ -155,13 +156,18 @@ def _planned(job: dict[str, Any], settings: Config) -> float:
     trainable = sum(
         settings.adapter.rank * sum(shape[-2:]) * math.prod(shape[:-2]) for shape in whole
     )
-    step = measure(model, targets, settings, dtype, gpu=job["device"] == "cuda").step
+    step = measure(
+        model,
+        targets,
+        settings,
+        Expected(job["device"] == "cuda", job["dtype"], settings.model.attention),
+    ).step
     return base + 4 * trainable * (COPIES + 2) + step  # beside the copies: the factors A0 and B0
 
 
-def _settings(job: dict[str, Any]) -> Config:
+def _settings(job: dict[str, Any]) -> DecidedConfig:
     micro = int(job["batch"])
-    return config(
+    asked = config(
         "unused",
         {"name": "unused", "dtype": job["dtype"], "attention": job.get("attention", "auto")},
         adapter={"rank": job["rank"], "alpha": job["rank"]},
@@ -176,6 +182,7 @@ def _settings(job: dict[str, Any]) -> Config:
         },
         cluster={"workers": 1},
     )
+    return decided(asked)
 
 
 def _our_trainer(

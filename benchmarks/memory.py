@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import config, machine, memory_store, table
+from common import config, decided, expected, machine, memory_store, table
 
 MIB = 2**20
 LLAMA = {
@@ -96,9 +96,8 @@ def sections_of(changes: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def made(sections: dict[str, Any]) -> Any:
     model = sections["model"]
-    return config(
-        "unused", model, **{name: part for name, part in sections.items() if name != "model"}
-    )
+    others = {name: part for name, part in sections.items() if name != "model"}
+    return decided(config("unused", model, **others))
 
 
 def plan(sections: dict[str, Any]) -> int:
@@ -106,7 +105,7 @@ def plan(sections: dict[str, Any]) -> int:
     from olora_ray.train.estimate import estimate
 
     cfg = made(sections)
-    return estimate(cfg, obtain(cfg), gpu=False).total_bytes()
+    return estimate(cfg, obtain(cfg), expected(cfg)).total_bytes()
 
 
 def measured(sections: dict[str, Any]) -> int:
@@ -138,7 +137,7 @@ def grown(sections: dict[str, Any]) -> int:
     )  # freed memory must leave the process, or the peak would contain it
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system
     cfg = made(sections)
-    length = cfg.data.length()
+    length = cfg.data.max_length
     rng = np.random.default_rng(0)
     rows = [
         (rng.integers(2, 8192, length).astype(np.int32), np.arange(length) > 0) for _ in range(12)
@@ -150,10 +149,10 @@ def grown(sections: dict[str, Any]) -> int:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     trainer, attention = our_trainer(cfg, cfg.model.name)
-    trainer.loss.recompute = cfg.train.activation_checkpointing is True
+    trainer.loss.recompute = cfg.train.activation_checkpointing
     parallel.install(trainer.loss)
     best = None
-    batch = collate(list(store)[: cfg.train.micro()], attention)
+    batch = collate(list(store)[: cfg.train.micro_batch], attention)
     train_mode(trainer.adapted, True)
     for _ in range(3):
         (trainer.loss(batch) / len(batch.labels)).backward()

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import config, hollow, llama_shape, table
+from common import config, decided, expected, hollow, llama_shape, table
 from torch import Tensor
 
 from olora_ray.model.load import skeleton
@@ -609,7 +609,7 @@ def plan(case: Case, scratch: str) -> float:
     with ExitStack() as stack:
         for patch in case.trainer.patches:
             stack.enter_context(patch(case))
-        found = estimate.estimate(cfg, base, gpu=True)
+        found = estimate.estimate(decided(cfg), base, expected(cfg, gpu=True))
     if found.problem is not None:
         raise SystemExit(f"{case.model}: {found.problem}")
     model = skeleton(base, cfg.model)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import MODEL, config, machine, met, model_folder, table
+from common import MODEL, config, decided, machine, met, model_folder, table
 
 CORPUS = Path(__file__).resolve().parent.parent / "pipelines" / "quickstart" / "train.jsonl"
 PROCESSES = os.cpu_count() or 1
@@ -208,7 +208,7 @@ def mapped(corpus: str, folder: str) -> Found:
 def settings(corpus: str, folder: str, storage: str) -> Any:
     source = {"path": corpus, "format": Path(corpus).stem}
     data = {"train": [source], "max_length": LENGTH}
-    return config(storage, {"name": folder}, data=data)
+    return decided(config(storage, {"name": folder}, data=data))
 
 
 def one_process(corpus: str, folder: str) -> Found:

@@ -155,13 +155,15 @@ def write_files(folder: Path, files: int) -> None:
 
 
 def made(folder: Path, rows: int, files: int) -> Any:
+    from common import decided
+
     from olora_ray.config.load import build
     from olora_ray.data.tokenizer_spec import TokenizerSpec
     from olora_ray.tokens import prepare
 
     data = {"train": [{"path": str(folder / "corpus"), "format": "text"}], "max_length": 2048}
     run = {"name": "scale", "storage": str(folder / "runs")}
-    config = build({"run": run, "model": {"name": "none"}, "data": data})
+    config = decided(build({"run": run, "model": {"name": "none"}, "data": data}))
     prepare.scan = partial(made_up, units=max(1, rows // files // UNIT_ROWS))
     return prepare.plan_here(config, TokenizerSpec("{}", "", {}, 0), "train")
 

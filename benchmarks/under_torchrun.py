@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import decided
 
 from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -50,7 +51,7 @@ class NobodyAsks:
 
 def main(file: str) -> None:
     quiet_transformers()
-    config = load_config(file)
+    config = decided(load_config(file))
     dist.init_process_group("gloo")
     result = train(TorchrunContext(config), config)
     if result.problem or result.state is None:

@@ -51,14 +51,14 @@ def finetune(
         read = command_line.loaded(config, dict(changes or {}))
         from olora_ray.data import first_look
 
-        checked = first_look.check_data(read)
+        found = first_look.check_data(read)
         from olora_ray.pipeline import publish, run
 
-        content = run.run(checked)
-        publish.push(checked)
+        content = run.run(read, found=found)
+        publish.push(read)
     loss, registered = content["metrics"].get("eval/loss"), content["registered"]
     model = f"models:/{registered['model']}/{registered['version']}" if registered else None
-    return Result(checked.folder(), content["eval_loss_before"], loss, content["scores"], model)
+    return Result(read.folder(), content["eval_loss_before"], loss, content["scores"], model)
 
 
 def load(run: str, system: str | None = None) -> Answers:

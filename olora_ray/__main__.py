@@ -32,7 +32,7 @@ COMMANDS = {
         "olora_ray.evaluation.chat",
     ),
     "runs": (
-        "list all runs of a storage, with steps, losses and versions",
+        "list all runs of a storage, or show what a run decided and why",
         "olora_ray.pipeline.runs",
     ),
     "evaluate": (

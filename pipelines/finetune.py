@@ -30,19 +30,19 @@ def main(argv: list[str]) -> None:
     config, flags = command_line.read_arguments(argv, usage=__doc__ or "")
     from olora_ray.data import first_look
 
-    config = first_look.check_data(config)
+    found = first_look.check_data(config)
     logging.getLogger("olora_ray").info("importing torch, transformers and Ray")
     if "--dry-run" in flags:
         from olora_ray.pipeline.dry_run import dry_run
 
-        dry_run(config, show_config="--show-config" in flags)
+        dry_run(config, show_config="--show-config" in flags, found=found)
     else:
         from olora_ray.cluster import address
 
         with address.begun():
             from olora_ray.pipeline import publish, run
 
-            run.run(config)
+            run.run(config, found=found)
         publish.push(config)
 
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
-from olora_ray.config.load import build
+from olora_ray.config.decided import DataConfig, DecidedConfig, Expected, with_values
+from olora_ray.config.load import at, build
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import order
 
 VOCABULARY = 96
+Known = TypeVar("Known", bound=Config)
 
 
 def llama(
@@ -92,10 +94,62 @@ def config(**changes: Any) -> Config:
     return build(tree)
 
 
+def decided(config: Config | None = None, **changes: Any) -> DecidedConfig:
+    """The config without `auto`, as one process without GPUs would decide; with changes as of `config`."""
+    given = _config(**changes) if config is None else config
+    if isinstance(given, DecidedConfig):
+        return given
+    values: dict[str, Any] = {
+        "data.max_length": 512,
+        "data.packing": True,
+        "train.micro_batch": 4,
+        "train.activation_checkpointing": False,
+        "cluster.workers": 2,
+        "cluster.gpus_per_worker": 0.0,
+    }
+    asked = {field: value for field, value in values.items() if at(given, field) == "auto"}
+    return with_values(given, DecidedConfig, asked)
+
+
+def of_data(config: Config) -> Any:
+    """What is decided about the data of a config: length and packing."""
+    from olora_ray.cluster.decide import DataDecisions
+
+    known = decided(config)
+    values = {"data.max_length": known.data.max_length, "data.packing": known.data.packing}
+    return DataDecisions(with_values(config, DataConfig, values), {})
+
+
+def plan(config: Config, base: Any) -> None:
+    """Log the plan of a run on this machine."""
+    from olora_ray.cluster.decide import decide
+    from olora_ray.cluster.preflight import ClusterFacts
+    from olora_ray.pipeline import prepare
+
+    prepare.check_settings(config)
+    here = ClusterFacts.here(config.cluster)
+    made = decide(config, of_data(config), base, here)
+    prepare.plan(made, base)
+    prepare.tell(made)
+
+
+def read_as(config: Known) -> Known:
+    """The config with the formats that the first look finds."""
+    from olora_ray.data import first_look
+
+    return first_look.with_formats(config, first_look.check_data(config))
+
+
+_config = config
+ON_CPU = Expected(gpu=False, dtype="float32", attention="auto")
+"""What a plan expects on this machine."""
+ON_GPU = Expected(gpu=True, dtype="bfloat16", attention="auto")
+
+
 def claimed(config: Config) -> RunFolder:
     """The folder of a run that has begun."""
     folder = RunFolder(config.folder())
-    folder.claim(config, folder.state())
+    folder.claim(config, {}, folder.state())
     return folder
 
 
@@ -219,7 +273,7 @@ def store(count: int = 8, seed: int = 0) -> ListStore:
 
 
 def trainer(
-    settings: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp"
+    config: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp"
 ) -> Any:
     """A Trainer over a tiny Llama with adapters on all linear layers."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
@@ -229,7 +283,7 @@ def trainer(
     from olora_ray.train.optimizers.optimizer import optimizer_named
     from olora_ray.train.parallel import place_model
 
-    model = model or llama(attention=attention)
+    model, settings = model or llama(attention=attention), decided(config)
     adapter, device = settings.adapter, torch.device("cpu")
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)

@@ -15,7 +15,7 @@ from olora_ray.common.errors import (
     first_line,
     of_the_machine,
 )
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig
 
 # Parts of the messages of workers that fail because another worker has died. These are consequences, not causes.
 CONSEQUENCES = (
@@ -50,16 +50,16 @@ def user_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def advice_for_memory(config: Config) -> Iterator[None]:
+def advice_for_memory(config: DecidedConfig) -> Iterator[None]:
     """Raise a UserError where torch gets no memory, because the same step would need as much after a restart."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        micro, length = config.train.micro(), config.data.length()
+        micro, length = config.train.micro_batch, config.data.max_length
         change = [f"train.micro_batch={micro // 2}"] if micro > 1 else []
-        if not change and config.train.activation_checkpointing is not True:
+        if not change and not config.train.activation_checkpointing:
             change = ["train.activation_checkpointing=true"]
         raise UserError(
             f"a worker has too little memory for train.micro_batch={micro} and data.max_length={length}: set"

@@ -11,7 +11,7 @@ import ray
 import yaml
 
 from olora_ray.cluster import ray_internals
-from olora_ray.config.schema import AnyConfig
+from olora_ray.config.decided import AnyDecided
 
 Resources = Mapping[str, float]
 """Name -> amount: {"CPU": 2.0, "GPU": 1.0}."""
@@ -25,13 +25,18 @@ class Nodes:
     count: int
 
 
-def worker_resources(config: AnyConfig) -> dict[str, float]:
-    """Return the resources of one worker. With gpus_per_worker=auto it has a GPU if the cluster has or can get one."""
-    gpus = config.cluster.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1.0 if amount("GPU", [*present(), *autoscaler_limits()]) else 0.0
-    wanted = {"CPU": float(config.cluster.cpus_per_worker)}
-    return wanted | ({"GPU": float(gpus)} if gpus else {})
+def has_gpus() -> bool:
+    """True if the cluster has GPUs, or can get some."""
+    return amount("GPU", [*present(), *autoscaler_limits()]) > 0
+
+
+def worker_resources(config: AnyDecided) -> dict[str, float]:
+    """Return the resources of one worker."""
+    cluster = config.cluster
+    wanted = {"CPU": float(cluster.cpus_per_worker)}
+    if cluster.gpus_per_worker:
+        wanted["GPU"] = cluster.gpus_per_worker
+    return wanted
 
 
 def free_workers(wanted: Resources) -> int:

@@ -416,7 +416,7 @@ def _without(
         return start
     logger.info(
         f"adapter.targets: all-linear leaves out {plural(len(layers), 'layer')}: no gradient reaches them with"
-        f" data.max_length={spec.config.data.length()} (for example {layers[0]})"
+        f" data.max_length={spec.config.data.max_length} (for example {layers[0]})"
     )
     kept = {name: layer for name, layer in before.adapted.items() if name not in layers}
     with context.activate(kept):
@@ -435,8 +435,8 @@ def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -
         "model": json.dumps(model, sort_keys=True),
         "precision": str(dtype),  # model.dtype may be `auto`, which depends on the other workers
         "strategy": spec.config.cluster.strategy,
-        "recompute": str(spec.recompute),
-        "micro-batch": str(spec.config.train.micro()),
+        "recompute": str(spec.config.train.activation_checkpointing),
+        "micro-batch": str(spec.config.train.micro_batch),
     }
 
 

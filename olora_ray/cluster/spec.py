@@ -6,7 +6,7 @@ from typing import Any
 
 from olora_ray.adapter.methods import method_named
 from olora_ray.common import storage
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.tables import METHODS, OPTIMIZERS
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
@@ -22,7 +22,7 @@ run resumes in another one."""
 class TrainSpec:
     """The input of a worker. It refers to large data by digests and by paths in the storage."""
 
-    config: Config
+    config: DecidedConfig
     base: BaseModel
     tokenizer: str
     """Digest of the tokenizer and its chat template."""
@@ -39,9 +39,8 @@ class TrainSpec:
     """The chat template that data.chat_template names. Exports contain it."""
     each_example: bool = False
     """True if evaluations keep the loss of each held-out example."""
-    recompute: bool = False
-    """train.activation_checkpointing with `auto` resolved for this cluster. Not a part of the identity: it does not
-    change the numbers."""
+    auto: tuple[str, ...] = ()
+    """Fields that were asked for as auto and are decided in `config`."""
     planned: int = 0
     """Bytes that the plan expects on the device of the model."""
 

@@ -21,6 +21,7 @@ from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model import attention
@@ -101,7 +102,7 @@ class RayTrainContext:
         """Return the base model, which is loaded at the first call. Use it only inside `activate`."""
         if self._loss is None:
             self._loss = load_loss(spec, self.device)
-        self._loss.recompute = spec.recompute
+        self._loss.recompute = spec.config.train.activation_checkpointing
         return self._loss
 
     @contextlib.contextmanager
@@ -146,7 +147,7 @@ class SharedBaseContext:
         self._shared = shared
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
-        self._shared.loss.recompute = spec.recompute
+        self._shared.loss.recompute = spec.config.train.activation_checkpointing
         return self._shared.loss
 
     @contextlib.contextmanager
@@ -211,7 +212,7 @@ def _on_every_node(spec: TrainSpec) -> BaseModel:
         collectives.wait_for_all()
 
 
-def agreed(config: Config, device: torch.device, began: str | None = None) -> Config:
+def agreed(config: DecidedConfig, device: torch.device, began: str | None = None) -> DecidedConfig:
     """Return the config with the same precision for all workers instead of `auto`.
 
     This is `began`, the precision in which the run started, if there is one. Otherwise it is float32 if the workers

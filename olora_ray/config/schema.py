@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.common.errors import UserError
 from olora_ray.config.nights import Gate, Notify, Retrain
 from olora_ray.config.section import (
     HUB_NAME,
@@ -157,25 +156,12 @@ class Cluster(Section):
 
     def may_share_gpus(self) -> bool:
         """True if Ray may put several workers on one GPU."""
-        gpus = self.gpus_per_worker
-        return isinstance(gpus, float) and 0 < gpus <= 0.5 and self.max_workers() > 1
-
-    def is_elastic(self) -> bool:
-        return self.min_workers() < self.max_workers()
+        gpus, alone = self.gpus_per_worker, self.workers in (1, (1, 1))
+        return isinstance(gpus, float) and 0 < gpus <= 0.5 and not alone
 
     def each_trial(self) -> int | str:
-        return "auto" if self.workers == "auto" else self.min_workers()
-
-    def min_workers(self) -> int:
-        return self._range()[0]
-
-    def max_workers(self) -> int:
-        return self._range()[1]
-
-    def _range(self) -> tuple[int, int]:
-        # On GPUs, and where a run has begun, `auto` is a number already (cluster/preflight.py).
-        workers = 2 if self.workers == "auto" else self.workers
-        return (workers, workers) if isinstance(workers, int) else workers
+        """Return the workers of a trial: of a range the smallest number."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
 
 
 # Sections for the time after a training: exports and registry; nights.py has those of a scheduled retraining.
@@ -282,12 +268,6 @@ class Train(Section):
     """Checkpoint folder of a run with the same base model and adapter settings; training starts from its best
     adapter."""
 
-    def micro(self) -> int:
-        return 4 if self.micro_batch == "auto" else self.micro_batch
-
-    def micro_batches(self) -> int:
-        return -(-self.global_batch // self.micro())
-
 
 IN_STORAGE = (
     *("tokens", "models", "locks", "mlartifacts", "retraining", "adapters"),
@@ -386,14 +366,6 @@ class Data(Section):
             raise ValueError("set data.eval or data.eval_fraction, not both")
         return self
 
-    def length(self) -> int:
-        """Return `max_length`; raise UserError if it is still auto."""
-        if self.max_length == "auto":
-            raise UserError(
-                "data.max_length: auto works only in finetune, sweep and retrain; set the number from their log"
-            )
-        return self.max_length
-
     def holds_out(self) -> bool:
         return bool(self.eval or self.eval_fraction)
 
@@ -476,7 +448,7 @@ class Config(Section):
         if self.cluster.may_share_gpus():
             raise ValueError(
                 f"cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} with"
-                f" cluster.workers={self.cluster.max_workers()}: NCCL cannot connect workers that share a GPU;"
+                f" cluster.workers={self.cluster.workers}: NCCL cannot connect workers that share a GPU;"
                 " use cluster.gpus_per_worker=1 or cluster.workers=1"
             )
         return self
@@ -500,10 +472,6 @@ class Config(Section):
                 f"{fields}: no weight would be sharded; use strategy=ddp or fewer replicas"
             )
         return self
-
-    def accumulation(self, workers: int | None = None) -> int:
-        """Return the largest number of micro-batches of one worker in a step; `workers` defaults to the maximum."""
-        return -(-self.train.micro_batches() // (workers or self.cluster.max_workers()))
 
     def folder(self) -> str:
         return f"{self.run.storage.rstrip('/')}/{self.run.name}"

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.load import override, read_config
+from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
 from olora_ray.data import columns, reader
@@ -31,22 +31,34 @@ Item = TypeVar("Item")
 Looked = tuple[File, int, Any]
 
 
-def check_data(config: Config) -> Config:
-    """Return the config with the formats that its sources have.
+def check_data(config: Config) -> dict[str, Source]:
+    """Return the sources of format auto with the format and fields that their rows have, by their settings.
 
     Raise UserError for a source without files, and if none of its first, middle and last rows can be used. The data
-    of a finished run is not read. The preparation checks data sets of the hub whose format is set.
+    of a finished run is not read: it may be gone. The preparation checks data sets of the hub whose format is set.
     """
     with contextlib.suppress(OSError):  # the run itself reports a storage that does not answer
         if storage.exists(storage.join(config.folder(), "result.json")):
-            return _with(config, _as_trained(config))
+            return {}
     for where, source in _sources(config).items():
         if source.format != "auto" and not source.path.startswith("hf://"):
             _check(source, where, config.run.storage)
-    return _with(
-        config,
-        {name: read_as(each, name, config.run.storage) for name, each in _sources(config).items()},
-    )
+    return find_formats(config)
+
+
+def find_formats(config: Config) -> dict[str, Source]:
+    """Return the sources of format auto as `check_data`; the other ones are not read, except those of the hub."""
+    sources = _sources(config)
+    read = {name: read_as(each, name, config.run.storage) for name, each in sources.items()}
+    return {name: each for name, each in read.items() if sources[name].format == "auto"}
+
+
+def with_formats(config: Config, found: Mapping[str, Source]) -> Config:
+    """Return the config with the formats that `check_data` has found."""
+    values: dict[str, Any] = {}
+    for setting, source in found.items():
+        values |= {f"{setting}.format": source.format, f"{setting}.fields": source.fields}
+    return override(config, values)
 
 
 def _sources(config: Config) -> dict[str, Source]:
@@ -56,30 +68,6 @@ def _sources(config: Config) -> dict[str, Source]:
         f"{name}.{number}": source
         for name, sources in answered.items()
         for number, source in enumerate(sources)
-    }
-
-
-def _with(config: Config, known: Mapping[str, Source]) -> Config:
-    return override(
-        config,
-        {
-            f"{where}.{name}": getattr(known[where], name)
-            for where in known
-            for name in ("format", "fields")
-        },
-    )
-
-
-def _as_trained(config: Config) -> dict[str, Source]:
-    # The data of a finished run may be gone, so the formats come from its config.yaml, if it can be read.
-    try:
-        trained = _sources(read_config(storage.join(config.folder(), "config.yaml")))
-    except (OSError, ValueError):
-        return {}
-    return {
-        name: trained[name]
-        for name, each in _sources(config).items()
-        if each.format == "auto" and name in trained
     }
 
 

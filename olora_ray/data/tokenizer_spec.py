@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
@@ -53,9 +53,6 @@ class TokenizerSpec:
     """Ids at which the model stops, by its own files; a plan's digest has what follows from them."""
     chosen: str = field(default="", compare=False)
     """The value of data.chat_template; empty: the template is the model's."""
-
-    def packing(self, wanted: Literal["auto"] | bool) -> bool:
-        return self.apart is None if wanted == "auto" else wanted
 
     @property
     def has_template(self) -> bool:

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from olora_ray.cluster import resources
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.logs import quiet_transformers
+from olora_ray.config.decided import AnyDecided
 from olora_ray.config.schema import AnyConfig, Model
 from olora_ray.evaluation.groups import origins
 from olora_ray.evaluation.rows import RowResults
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 def map_over_actors(
-    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: AnyConfig
+    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: AnyDecided
 ) -> list[Result]:
     """Return the results of all `works`, in their order.
 
@@ -64,11 +64,7 @@ def map_over_actors(
     # arguments of the start may be lost with that node.
     actor_type: Any = ray.remote(max_restarts=-1, max_task_retries=-1)(_Actor)
     actor_type = actor_type.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-    every_gpu = config.cluster.workers == "auto" and "GPU" in wanted
-    most = (
-        resources.room(wanted, resources.present()) if every_gpu else config.cluster.max_workers()
-    )
-    actors = [actor_type.remote() for _ in range(min(len(works), most))]
+    actors = [actor_type.remote() for _ in range(min(len(works), config.cluster.most))]
     made_of, numbers = ray.put((make, threads, config.model)), iter(range(len(works)))
     # An actor without room in the cluster never answers `ready`, so it is never given work.
     pending: dict[Any, tuple[Any, int | None]] = {
@@ -141,7 +137,7 @@ class Answer:
 
 
 def measure(
-    base: Base, adapter: str | None, store: TokenStore, config: AnyConfig
+    base: Base, adapter: str | None, store: TokenStore, config: AnyDecided
 ) -> tuple[RowResults, tuple[Answer, ...]]:
     """Return the loss of each held-out example in `store`, and scored answers to the first evaluation.rows of them.
 
@@ -151,7 +147,7 @@ def measure(
     score a reference.
     """
     check_answers(config, store, base.tokenizer)
-    width = config.train.micro()
+    width = config.train.micro_batch
     packs = [store[number] for number in range(len(store))]
     asked = questions(store, config.evaluation.rows) if config.evaluation.scorer else []
     # Prompts of similar length are answered together, because shorter ones are padded to the longest.
@@ -198,7 +194,7 @@ class Measurer:
         self,
         base: BaseModel,
         adapter: str | None,
-        config: AnyConfig,
+        config: AnyDecided,
         eos: tuple[int, ...],
         tried: Sequence[Pack],
     ) -> None:
@@ -262,7 +258,7 @@ def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
 
 
 def _judged(
-    config: AnyConfig,
+    config: AnyDecided,
     store: TokenStore,
     asked: Sequence[Question],
     answers: Sequence[Sequence[int]],

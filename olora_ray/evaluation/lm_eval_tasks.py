@@ -13,7 +13,7 @@ from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line
 from olora_ray.common.patience import is_temporary
 from olora_ray.config import command_line
-from olora_ray.config.schema import AnyConfig
+from olora_ray.config.decided import AnyDecided
 from olora_ray.evaluation import held_out
 from olora_ray.model import attention
 from olora_ray.model.load import load_tokenizer
@@ -91,7 +91,7 @@ class ClusterLM:
     `run` joins it with LM itself, because this module must be imported without lm-eval, too.
     """
 
-    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyDecided) -> None:
         super().__init__()
         self._make = partial(HarnessModel, base, adapter, config)
         self._config = config
@@ -121,7 +121,7 @@ class ClusterLM:
 
 
 class HarnessModel:
-    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyDecided) -> None:
         from lm_eval.models.huggingface import HFLM
 
         _quiet_lm_eval()
@@ -198,7 +198,7 @@ def load_tasks(names: Sequence[str], data: str | None) -> Tasks:
 
 
 def run(
-    tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: AnyConfig
+    tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: AnyDecided
 ) -> dict[str, TaskResult]:
     """Run each task on its first `limit` rows (None: all), with the work spread over the cluster.
 

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from olora_ray.cluster import address
+from olora_ray.cluster import address, preflight
+from olora_ray.cluster.decide import decide_evaluation, length_of
 from olora_ray.cluster.failures import user_errors
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import aligned
@@ -138,8 +140,9 @@ def run(request: Request) -> tuple[list[Evaluation], dict[str, Interval]]:
     sets = lm_eval_tasks.load_tasks(request.tasks, request.task_data)
     found = [targets.resolve(name, config) for name in request.models]
     uri = tracking_address(request, found)
-    with connection.connect(config), user_errors():
-        measured = [evaluate(target, sets, request.limit) for target in found]
+    with connection.connect(config) as (_, cluster), user_errors():
+        preflight.require(decide_evaluation(config, cluster), cluster)
+        measured = [evaluate(target, cluster, sets, request.limit) for target in found]
     intervals = differences(*measured) if len(measured) == 2 else {}
     write_results(request, measured, intervals, uri)
     return measured, intervals
@@ -147,7 +150,7 @@ def run(request: Request) -> tuple[list[Evaluation], dict[str, Interval]]:
 
 def check_request(request: Request, config: AnyConfig) -> None:
     """Raise UserError if there is nothing to evaluate, the scorer cannot be used, or Ray does not answer."""
-    config.data.length()  # raises UserError for data.max_length=auto
+    length_of(config)
     if config.evaluation.scorer:
         scoring.resolve(config.evaluation.scorer)
     if not request.tasks and not config.data.holds_out():
@@ -164,14 +167,15 @@ def check_request(request: Request, config: AnyConfig) -> None:
     address.find()
 
 
-def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
+def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | None) -> Evaluation:
     """Measure one model on held-out rows and tasks; needs ray.init. Raises UserError for what the user can fix."""
     logger.info(f"evaluating {target.name}")
-    config, adapter = target.config, target.adapter
+    adapter, config = target.adapter, decide_evaluation(target.config, cluster)
     held_out, groups = None, None
     answers: Sequence[Answer] = ()
     if config.data.holds_out():
         base = with_tokenizer(target.base, config)
+        config = decide_evaluation(target.config, cluster, base.spec)
         store = prepare.prepare(config, base.spec, "eval")
         if isinstance(config, Config) and config.gate.group is not None:
             # Groups come first: a gate.group that no row has must fail before the long measurement, not after it.

@@ -26,7 +26,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
 from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
 from olora_ray.pipeline.peft_folder import write_adapter
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.run_folder import RunFolder, read_for_others
 from olora_ray.tracking import models
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
@@ -74,7 +74,7 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
     if file is not None:
         return command_line.resolved(load_config(file, {**NO_GATE, **changes}), Path.cwd())
     if run := next(filter(None, map(run_of, names)), None):
-        own = read_config(storage.join(run, SETTINGS))
+        own = read_for_others(run)
         parent, _, name = run.rpartition("/")
         # The user has moved the run's storage, so the config still names the old path.
         if name == own.run.name and run != own.folder():
@@ -168,9 +168,7 @@ def _of_run(name: str, shared: AnyConfig) -> Target:
     storage_path, _, run = root.rpartition(
         "/"
     )  # from the path, because the folder may have been moved or renamed
-    own = override(
-        read_config(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run}
-    )
+    own = override(read_for_others(root), {"run.storage": storage_path, "run.name": run})
     folder = RunFolder(own.folder())
     newest = checkpoints.latest_good(folder.checkpoints)
     done = folder.state().finished(own)

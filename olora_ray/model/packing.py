@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import AnyConfig
+from olora_ray.config.decided import AnyDecided
 
 # The two parts of a causal language model: the backbone, which computes hidden states, and the head, for logits.
 
@@ -153,23 +153,17 @@ def why_not_in_one_row(model: Any, tokens: int) -> str | None:
     return why_apart(model) or why_scaled(model, tokens)
 
 
-def shares_sequences(model: Any, config: AnyConfig) -> bool:
-    return config.data.packing is True or (
-        config.data.packing == "auto" and why_apart(model) is None
-    )
-
-
-def check_lengths(model: Any, config: AnyConfig) -> None:
+def check_lengths(model: Any, config: AnyDecided) -> None:
     """Raise UserError if sequences may exceed the model's positions, or make a loss depend on neighbours.
 
     The self-test has too few tokens to detect this.
     """
-    family, most = type(model).__name__, config.data.length()
+    family, most = type(model).__name__, config.data.max_length
     if (rows := positions(model)) is not None and most > rows:
         raise UserError(
             f"data.max_length={most}: {family} has positions for {rows} tokens; set data.max_length to {rows} at most"
         )
-    packed = shares_sequences(model, config)
+    packed = config.data.packing
     for kind, limit in _limits_of_positions(model.config.get_text_config()):
         if most <= limit:
             continue
@@ -179,7 +173,7 @@ def check_lengths(model: Any, config: AnyConfig) -> None:
                 f"data.max_length={most}: once a sequence has more than {limit} tokens, {family} changes the positions"
                 f" of all later ones ({kind}), so a loss would depend on earlier sequences; {shorter}"
             )
-        if packed or config.train.micro() > 1:
+        if packed or config.train.micro_batch > 1:
             raise UserError(
                 f"data.max_length={most}: above {limit} tokens {family} changes the positions ({kind}) of the whole"
                 f" micro-batch, so one long example would change the loss of the others; {shorter}, or"

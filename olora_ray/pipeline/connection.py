@@ -12,9 +12,9 @@ from types import FrameType
 import ray
 
 from olora_ray.cluster import address, preflight, ray_internals
-from olora_ray.cluster.preflight import Checked
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common.errors import Stopped, TakenOver
-from olora_ray.model.source import BaseModel
+from olora_ray.config.schema import AnyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -82,19 +82,16 @@ class Stop:
 
 
 @contextlib.contextmanager
-def connect(
-    config: Checked, base: BaseModel | None = None, trials: bool = False
-) -> Iterator[tuple[Stop, Checked]]:
+def connect(config: AnyConfig, trains: bool = False) -> Iterator[tuple[Stop, ClusterFacts]]:
     """Connect to the Ray cluster that `address.find` returns, or start a local one.
 
-    Yields the handler of signals, and the config with this cluster's numbers (see `preflight.check_cluster`).
-
-    Raises UserError if the cluster does not answer or the run does not fit it; with `base`, memory and disk are checked
-    too. Leaving the context disconnects, and stops a local cluster.
+    Yields the handler of signals, and the facts of the cluster, which is asked once. `trains`: the workers of a
+    training follow. Raises UserError if the cluster does not answer. Leaving the context disconnects, and stops a
+    local cluster.
     """
     ray_internals.quiet_ray()
     own = address.join_or_start()
-    if own and base is not None:
+    if own and trains:
         with contextlib.suppress(
             Exception
         ):  # only saves time: Ray Train starts it if it is missing
@@ -105,7 +102,7 @@ def connect(
             logger.info(
                 f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
             )
-            yield stop, preflight.check_cluster(config, base, trials)
+            yield stop, preflight.ask(config)
     except BaseException:
         # A thread of Ray Data that calls Ray after ray.shutdown kills the process without a message, so the user would
         # not see the real error. These threads end by themselves within a second.

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster import preflight, ray_internals
+from olora_ray.cluster.decide import Decided, decide
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common.text import aligned, duration
+from olora_ray.config.decided import DataConfig
 from olora_ray.config.load import dump
 from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare, report
 from olora_ray.pipeline.base import open_base
@@ -22,31 +26,39 @@ from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.preview import Example, Preview, describe_splits
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import estimate
-from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
 
 logger = logging.getLogger(__name__)
 
 
-def dry_run(config: Config, show_config: bool = False) -> None:
-    """Print the plan of a run, with `show_config` after the complete config; raise UserError as the run would."""
-    config, state = RunFolder(config.folder()).check(config)
+def dry_run(
+    config: Config, show_config: bool = False, found: Mapping[str, Source] | None = None
+) -> None:
+    """Print the plan of a run, with `show_config` after the complete config; raise UserError as the run would.
+
+    `found` is the result of `first_look.check_data`.
+    """
+    state = RunFolder(config.folder()).check(config)
     if done := state.finished(config):
         report.already_finished(config, state, done)
     resolve_uri(config)  # checks the address, but does not connect
     base = open_base(config)
-    config = prepare.with_length(config, base)
-    size = prepare.plan(config, base.model)
+    prepare.check_settings(config)
+    data = prepare.read_data(config, base, state.kept, found)
+    here = ClusterFacts.here(config.cluster)
+    decided = decide(config, data, base.model, here, state.kept)
+    prepare.plan(decided, base.model)
+    prepare.tell(decided, assumed=" (assuming this machine)")
     logger.info("reading rows")
-    train, held_out = describe_splits(config, base.spec)
+    train, held_out = describe_splits(data.config, base.spec)
     if show_config:
-        print(dump(config))
+        print(dump(data.config))
     table = [
-        ("targets", layers(size.targets)),
+        ("targets", layers(decided.size.targets)),
         *_source_rows(train, held_out),
-        *_data(config, train, held_out),
-        ("training", prepare.length(config, train.packs, about=not train.exact)),
-        *_measured(config, base.model, size, train, held_out),
+        *_data(data.config, train, held_out),
+        ("training", prepare.length(decided.config, train.packs, about=not train.exact)),
+        *_measured(decided, base.model, train, held_out),
     ]
     print("\n".join(aligned(table)))
     print("\nexamples, with the supervised tokens in [[ ]]")
@@ -56,7 +68,7 @@ def dry_run(config: Config, show_config: bool = False) -> None:
         )
         print(_shown(base.tokenizer, example))
     if not _elsewhere():
-        preflight.refuse_here(config, base.model, size)
+        preflight.refuse_here(decided.config, base.model, decided.size, decided.expected, here)
 
 
 def _elsewhere() -> bool:
@@ -96,7 +108,9 @@ def _source_rows(train: Preview, held_out: Preview | None) -> Iterator[tuple[str
         yield f"and {len(rest)} more", f"{sum(each.rows for each in rest):,} rows read"
 
 
-def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[tuple[str, str]]:
+def _data(
+    config: DataConfig, train: Preview, held_out: Preview | None
+) -> Iterator[tuple[str, str]]:
     yield "rows", _rows(train)
     if held_out is None:
         yield "held out", "none (set data.eval or data.eval_fraction)"
@@ -105,7 +119,7 @@ def _data(config: Config, train: Preview, held_out: Preview | None) -> Iterator[
     about = "" if train.exact else "about "
     yield (
         "sequences",
-        f"{about}{train.packs:,} of at most {config.data.length():,} tokens, fill {train.fill:.2f}",
+        f"{about}{train.packs:,} of at most {config.data.max_length:,} tokens, fill {train.fill:.2f}",
     )
     yield (
         "tokens",
@@ -133,14 +147,15 @@ def _rows(preview: Preview) -> str:
 
 
 def _measured(
-    config: Config, base: BaseModel, size: MemoryEstimate, train: Preview, held_out: Preview | None
+    decided: Decided, base: BaseModel, train: Preview, held_out: Preview | None
 ) -> Iterator[tuple[str, str]]:
-    if why := estimate.not_measured(config, size, _elsewhere()):
+    config = decided.config
+    if why := estimate.not_measured(config, decided.size, _elsewhere()):
         yield "time", f"not estimated: {why}"
         return
     logger.info("training on one micro-batch to estimate the time")
-    workers = config.cluster.max_workers()
-    width = min(config.train.micro(), config.train.global_batch)
+    workers = config.cluster.most
+    width = min(config.train.micro_batch, config.train.global_batch)
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
     steps = total_steps(config.train, train.packs)
     once, rate = estimate.micro_batch(config, base, packs, steps)
@@ -152,7 +167,7 @@ def _measured(
     if held_out is not None:
         # An evaluation runs only the forward pass, a third of the work of a training step.
         rounds = -(-steps // config.train.eval_every) + 1
-        seconds += rounds * -(-held_out.packs // (config.train.micro() * workers)) * once / 3
+        seconds += rounds * -(-held_out.packs // (config.train.micro_batch * workers)) * once / 3
         words += f" and {rounds} evaluations"
     words = f"about {duration(seconds)} for {words} (measured on one micro-batch here)"
     yield "time", f"{words}, plus start, answers and export"

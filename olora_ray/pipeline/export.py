@@ -20,6 +20,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.schema import Config
 from olora_ray.config.tables import EXPORTERS
 from olora_ray.data.formats import format_named
@@ -134,7 +135,7 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
     # The workers have ended, so a merge on CPUs may use the cores of all of them, as far as they are on one node.
     if "GPU" not in wanted:
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-        cpus = min(cpus * spec.config.cluster.max_workers(), largest)
+        cpus = min(cpus * spec.config.cluster.most, largest)
     logger.info("exporting and checking the adapter and the merged model")
     channel, done = make_channel(ray.get_runtime_context().get_node_id()), list[Any]()
     with user_errors():
@@ -295,7 +296,7 @@ def _revision(config: Config, base: BaseModel) -> str | None:
 
 
 def complete(
-    config: Config,
+    config: DecidedConfig,
     base: BaseModel,
     state: TrainState,
     adapter: Path,
@@ -321,7 +322,7 @@ def complete(
         rank=rank,
         sources=config.data.train,
         batch=config.train.global_batch,
-        max_length=config.data.length(),
+        max_length=config.data.max_length,
         steps=step_of_best(state),
         eval_loss=state.best_loss,
         unit=objective_named(config.train.objective).unit,

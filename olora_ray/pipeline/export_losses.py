@@ -14,8 +14,8 @@ from olora_ray.adapter.inject import inject, remove
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import first_line
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, too_large
 from olora_ray.pipeline.exporter import Work
@@ -87,7 +87,7 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
 
 
 def _on_one_base(
-    config: Config,
+    config: DecidedConfig,
     work: Work,
     adapters: Sequence[Adapter],
     packs: Sequence[Pack],
@@ -100,7 +100,7 @@ def _on_one_base(
     losses = []
     for adapter in adapters:
         with _adapted(loss, adapter, config.adapter.scale(), device):
-            found = held_out(loss, packs, objective, attention, config.train.micro())
+            found = held_out(loss, packs, objective, attention, config.train.micro_batch)
         losses.append(found.loss)
     return found.whole.supervised, losses
 

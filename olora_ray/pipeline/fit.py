@@ -148,10 +148,10 @@ class Attempts:
         """Train until done; raise UserError with the last failure, and Stopped after a signal."""
         cluster = self.spec.config.cluster
         # A trial must not wait for room: processes that trials share hold their resources until the search ends.
-        at_once = self.placed or not cluster.is_elastic()
+        at_once = self.placed or not cluster.is_elastic
         while True:
             group = Group(
-                self.fit, cluster.max_workers() if at_once else self._wait_for_room(), self.channel
+                self.fit, cluster.most if at_once else self._wait_for_room(), self.channel
             )
             try:
                 result = self._follow(group)
@@ -195,8 +195,8 @@ class Attempts:
     def _wait_for_room(self) -> int:
         """Wait until cluster.workers' minimum fits, and return how many workers fit."""
         fewest, most = (
-            self.spec.config.cluster.min_workers(),
-            self.spec.config.cluster.max_workers(),
+            self.spec.config.cluster.fewest,
+            self.spec.config.cluster.most,
         )
         free, since, told = -1, time.monotonic(), False
         with PlacementRequest(self.worker, fewest, after=3 * SETTLE) as request:
@@ -255,7 +255,7 @@ class Attempts:
 
     def _grow(self) -> None:
         """End the group if more workers fit, so that a larger one resumes."""
-        most = self.spec.config.cluster.max_workers()
+        most = self.spec.config.cluster.most
         missing = most - (self.workers or most)
         quiet = (
             self._running and not self._asked
@@ -326,7 +326,7 @@ class Attempts:
                 f" {plural(again, 'step')} done again{self._split(workers)}"
             )
             self.progress.back_to(step)
-        elif workers != self.spec.config.cluster.max_workers():
+        elif workers != self.spec.config.cluster.most:
             self.progress.line(
                 f"training starts with {plural(workers, 'worker')}{self._split(workers)}"
             )
@@ -334,7 +334,7 @@ class Attempts:
 
     def _split(self, workers: int) -> str:
         config = self.spec.config
-        if workers == (self.workers or config.cluster.max_workers()):
+        if workers == (self.workers or config.cluster.most):
             return ""
         return f"; {batch_split(config, workers)}"
 

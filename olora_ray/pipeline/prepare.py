@@ -2,18 +2,31 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from olora_ray.adapter.inject import Selection
 from olora_ray.cluster import preflight
+from olora_ray.cluster.decide import (
+    LENGTH,
+    DataDecisions,
+    DataFacts,
+    Decided,
+    Lengths,
+    decide,
+    decide_data,
+)
 from olora_ray.cluster.failures import user_errors
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
+from olora_ray.config.decided import NOTHING, DataConfig, DecidedConfig, Kept, is_auto
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
+from olora_ray.data import first_look
 from olora_ray.data.formats import format_named
 from olora_ray.model.load import skeleton
 from olora_ray.model.packing import most_tokens
@@ -21,12 +34,12 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers, export_preflight
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.progress import batch_split
-from olora_ray.tokens.plan import Split, as_found
+from olora_ray.tokens.plan import Split
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.preview import describe
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, scoring
-from olora_ray.train.estimate import MemoryEstimate, estimate
+from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
 from olora_ray.train.objectives.objective import objective_named
 
@@ -35,25 +48,40 @@ logger = logging.getLogger(__name__)
 # The plan of a run: adapted layers, layers that are left out, and memory.
 
 
-def plan(config: Config, base: BaseModel, prefix: str = "") -> MemoryEstimate:
-    """Log and return the size of the run; raise UserError for impossible targets, rank or scorer.
-
-    `prefix` comes before each line of the plan.
-    """
+def check_settings(config: Config) -> None:
+    """Raise UserError for an objective or scorer that cannot be used; warn of settings without effect."""
     _check_objective(config)
     _check_scorer(config)
     if config.train.early_stop and not config.data.holds_out():
         logger.warning(
             "train.early_stop: has no effect, because no rows are held out; set data.eval or data.eval_fraction"
         )
-    size = _deliverable(config, base)
-    for line in (_model_line(config, size), *_left_out(size.selection), _memory_line(config, size)):
+
+
+def plan(decided: Decided, base: BaseModel, prefix: str = "") -> None:
+    """Log the layers of the run; raise UserError for layers that could not be exported.
+
+    `prefix` comes before each line of the plan.
+    """
+    config, size = decided.config, decided.size
+    _refuse_undeliverable(config, base, size)
+    for line in (_model_line(config, size), *_left_out(size.selection)):
         logger.info(f"{prefix}{line}")
-    return size
 
 
 def _check_objective(config: Config) -> None:
     """Raise UserError if the objective cannot learn from a format, or has no perplexity for the gate."""
+    _check_formats(config)
+    name = config.train.objective
+    metrics = [config.gate.metric, *(condition.metric for condition in config.gate.conditions)]
+    if "eval/perplexity" in metrics and not objective_named(name).perplexity:
+        raise UserError(
+            f"gate: metric eval/perplexity is not measured with train.objective={name}; use eval/loss"
+        )
+
+
+def _check_formats(config: Config) -> None:
+    """Raise UserError if the objective cannot learn from a format; `auto` is checked when it is decided."""
     name = config.train.objective
     objective = objective_named(name)
     sources = {"data.train": config.data.train, "data.eval": config.data.eval}
@@ -67,11 +95,6 @@ def _check_objective(config: Config) -> None:
                     f"{field}.{number}.format: train.objective={name} cannot learn from {source.format}; use rows that"
                     f" make {' or '.join(sorted(objective.takes))}"
                 )
-    metrics = [config.gate.metric, *(condition.metric for condition in config.gate.conditions)]
-    if "eval/perplexity" in metrics and not objective.perplexity:
-        raise UserError(
-            f"gate: metric eval/perplexity is not measured with train.objective={name}; use eval/loss"
-        )
 
 
 def _check_scorer(config: Config) -> None:
@@ -85,15 +108,13 @@ def _check_scorer(config: Config) -> None:
         )
 
 
-def _deliverable(config: Config, base: BaseModel) -> MemoryEstimate:
-    """Return the size of a training; raise UserError if it could not be trained or exported."""
-    size = estimate(config, base)
+def _refuse_undeliverable(config: Config, base: BaseModel, size: MemoryEstimate) -> None:
+    """Raise UserError if the training could not be exported."""
     if problems := export_preflight.problems(base, config, size.targets):
         more = [f"{plural(len(problems) - 2, 'more type')} of layers cannot be exported"] * (
             len(problems) > 2
         )
         raise UserError("; ".join([*problems[:2], *more]))
-    return size
 
 
 def _model_line(config: Config, size: MemoryEstimate) -> str:
@@ -144,10 +165,10 @@ def _memory_line(config: Config, size: MemoryEstimate) -> str:
     )
 
 
-def length(config: Config, packs: int, about: bool = False) -> str:
+def length(config: DecidedConfig, packs: int, about: bool = False) -> str:
     """Return the number of steps and the size of a step in words; `about`: `packs` is an estimate."""
     steps = f"{'about ' if about else ''}{total_steps(config.train, packs)} steps"
-    return f"{steps}; {batch_split(config, config.cluster.max_workers())}"
+    return f"{steps}; {batch_split(config, config.cluster.most)}"
 
 
 def say_steps(spec: TrainSpec) -> None:
@@ -164,41 +185,78 @@ def say_steps(spec: TrainSpec) -> None:
             if train.steps
             else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
         )
-        split = batch_split(spec.config, spec.config.cluster.max_workers())
+        split = batch_split(spec.config, spec.config.cluster.most)
         logger.info(
             f"training: {steps}; {split}; tokens are prepared in {spec.train.shard_count:,} shards"
         )
 
 
-# The length of sequences, and the tokens of a run.
+# The decisions of a run, and its tokens.
 
 
-def with_length(config: Config, base: Base) -> Config:
-    """Return the config with a number instead of `data.max_length: auto`, enough for the longest row of a sample.
+def read_data(
+    config: Config,
+    base: Base,
+    kept: Kept = NOTHING,
+    found: Mapping[str, Source] | None = None,
+) -> DataDecisions:
+    """Decide what the tokens depend on; needs no Ray. `found` is the result of `first_look.check_data`, if it is known.
 
-    Raises UserError if all rows are plain text, which has no longest row because it is cut into pieces.
+    Raises UserError for unusable data. For `data.max_length: auto` the rows of a sample are read.
     """
-    if config.data.max_length != "auto":
-        return config
-    most = most_tokens(skeleton(base.model, config.model))
-    wide = override(config, {"data.max_length": most, "data.max_rejected": 1.0})
+    facts = DataFacts(first_look.find_formats(config) if found is None else found)
+    if is_auto(config.data.max_length) and kept.decision(LENGTH) is None:
+        most = most_tokens(skeleton(base.model, config.model))
+        changes = {LENGTH: most, "data.max_rejected": 1.0}
+        wide = decide_data(override(config, changes), base.spec, facts, kept)
+        facts = replace(facts, lengths=_lengths(wide.config, base, most))
+    data = decide_data(config, base.spec, facts, kept)
+    _check_formats(data.config)
+    return data
+
+
+def _lengths(config: DataConfig, base: Base, most: int) -> Lengths:
     splits: tuple[Split, ...] = ("train", "eval") if config.data.holds_out() else ("train",)
-    looks = [describe(wide, base.spec, split, tell=False) for split in splits]
-    longest, rows = max(look.longest for look in looks), sum(look.read for look in looks)
-    if not longest:
-        raise UserError(
-            "data.max_length: auto is not possible for plain text, which is cut into pieces; set a number"
+    looks = [describe(config, base.spec, split, tell=False) for split in splits]
+    return Lengths(
+        longest=max(look.longest for look in looks),
+        rows=sum(look.read for look in looks),
+        exact=all(look.exact for look in looks),
+        over=sum(look.too_long for look in looks),
+        most=most,
+    )
+
+
+def tell(decided: Decided, assumed: str = "") -> None:
+    """Log what was decided and why, and the memory of a worker; `assumed` follows the decisions about the cluster."""
+    for name, decision in decided.decisions.items():
+        if name == LENGTH:
+            logger.info(f"{name}: auto is {decision.value:,}: {decision.why}")
+        elif name.startswith(("cluster.", "train.")):
+            value = str(decision.value).lower()
+            logger.info(f"{name}: auto is {value}: {decision.why}{assumed}")
+    logger.info(_memory_line(decided.config, decided.size))
+    if decided.size.problem:
+        logger.info(
+            f"memory: the estimate is without {decided.size.problem}: the model's code does not run without weights;"
+            " if memory runs out, set train.activation_checkpointing=true or lower train.micro_batch"
         )
-    number = min(max(256, -(-longest // 64) * 64), most)
-    read = f"{rows:,} rows{'' if all(look.exact for look in looks) else ' of a sample'}"
-    said = f"the longest of {read} has {longest:,} tokens"
-    if over := sum(look.too_long for look in looks):
-        said = (
-            f"enough for all of {read} but {over:,} with more than the model's {most:,} tokens, which follow"
-            f" data.too_long: {config.data.too_long}"
-        )
-    logger.info(f"data.max_length: auto is {number:,}: {said}")
-    return override(config, {"data.max_length": number})
+
+
+def decided(
+    config: Config,
+    data: DataDecisions,
+    base: BaseModel,
+    cluster: ClusterFacts,
+    kept: Kept = NOTHING,
+    trial: bool = False,
+) -> Decided:
+    """Decide about the training on this cluster, and log it. Raises UserError if it cannot run there. Needs Ray."""
+    made = decide(config, data, base, cluster, kept, trial)
+    tell(made)
+    resumed = bool(kept.settings)
+    preflight.require(made.config, cluster, base, made.size, made.expected, resumed)
+    return made
 
 
 Check = Callable[[Mapping[str, str]], None]
@@ -216,8 +274,10 @@ class Prepared:
 
 
 def prepare_tokens(
-    config: Config,
+    config: DecidedConfig,
     base: Base,
+    planned: int,
+    auto: Iterable[str] = (),
     *,
     wait: bool = False,
     cpus_held: float = 0.0,
@@ -228,7 +288,8 @@ def prepare_tokens(
     The store of held-out rows is complete on return. The training store may still grow during the training: keep the
     returned build entered as long as tokens are needed; the next run prepares the shards that are then missing. With
     `wait` both stores are complete. `cpus_held` is the number of CPUs that others hold; if they hold nearly all, this
-    process prepares alone. `check` gets the digests before any row is tokenised. Raises UserError for unusable data.
+    process prepares alone. `planned` are the bytes that the plan expects, `auto` the decided fields. `check` gets the
+    digests before any row is tokenised. Raises UserError for unusable data.
     """
     start = _digest_of_start(config)
     with user_errors():
@@ -242,8 +303,6 @@ def prepare_tokens(
             }
         )
         check({"start": start} if start else {})
-        # A search may vary whole sources, so their formats are not known before this point.
-        config = as_found(config, build.plan, *([other.plan] if other else ()))
         if other:
             other.run()
             build.check_against(other)
@@ -256,9 +315,8 @@ def prepare_tokens(
             build.run()
         elif not wait:
             logger.info("tokens: train: being prepared; training starts with the first shards")
-            build.start(config.cluster.max_workers() * config.cluster.cpus_per_worker)
+            build.start(config.cluster.most * config.cluster.cpus_per_worker)
     store = TokenStore.open(build.store.uri) if wait else build.store
-    size = preflight.planned(config, base.model)
     template = base.spec.chat_template if base.spec.chosen else None
     spec = TrainSpec(
         config,
@@ -269,13 +327,13 @@ def prepare_tokens(
         held_out,
         start,
         template=template,
-        recompute=size.recompute,
-        planned=size.total_bytes(),
+        planned=planned,
+        auto=tuple(auto),
     )
     return Prepared(spec, build, scores)
 
 
-def contents(config: Config, base: Base) -> dict[str, str]:
+def contents(config: DataConfig, base: Base) -> dict[str, str]:
     """Return the digests that `prepare_tokens` passes to `check`, and the model's; needs no Ray.
 
     Raises UserError for unusable data.

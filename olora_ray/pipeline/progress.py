@@ -11,7 +11,7 @@ from tqdm import tqdm
 from olora_ray.common import logs
 from olora_ray.common.collectives import share
 from olora_ray.common.text import plural
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +126,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def batch_split(config: Config, workers: int) -> str:
+def batch_split(config: DecidedConfig, workers: int) -> str:
     """Return `16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)`, with advice if workers are idle."""
     size, micro, count = (
         config.train.global_batch,
-        config.train.micro(),
+        config.train.micro_batch,
         config.train.micro_batches(),
     )
     parts = [share(count, worker, workers) for worker in range(workers)]
@@ -145,7 +145,7 @@ def batch_split(config: Config, workers: int) -> str:
     )
 
 
-def _idle(config: Config, workers: int, idle: int) -> str:
+def _idle(config: DecidedConfig, workers: int, idle: int) -> str:
     advice = f"train.micro_batch={config.train.global_batch // workers}"
     if config.train.global_batch < workers:
         advice = f"train.global_batch={workers} and train.micro_batch=1"

@@ -11,10 +11,13 @@ from functools import partial
 from typing import Any
 
 from olora_ray.cluster import address
+from olora_ray.cluster.decide import DataDecisions, decide
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import TakenOver, TryAgain
 from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
 from olora_ray.pipeline import export, fit, prepare, publish, report
 from olora_ray.pipeline.answers import answered
 from olora_ray.pipeline.base import Base, open_base
@@ -78,27 +81,33 @@ def only_driver(config: Config) -> Iterator[Driver]:
 
 
 def run(
-    config: Config, tags: Mapping[str, str] | None = None, base: Base | None = None
+    config: Config,
+    tags: Mapping[str, str] | None = None,
+    base: Base | None = None,
+    found: Mapping[str, Source] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, export, check and register as the config says; return the content of result.json.
 
     `tags` are set on the registered version, and override its own tags. `base` is the config's base model if the
-    caller has opened it. A finished run is only reported. Raises UserError for a problem that the user can fix,
-    TryAgain for one that passes (another driver works on the run, MLflow does not answer), and Stopped after a signal.
+    caller has opened it, `found` the result of `first_look.check_data`. A finished run is only reported. Raises
+    UserError for a problem that the user can fix, TryAgain for one that passes (another driver works on the run, MLflow
+    does not answer), and Stopped after a signal.
     """
     folder = RunFolder(config.folder())
-    config, state = folder.check(config)
-    if done := _finished(config, state):
+    if done := _finished(config, folder.check(config)):
         return done
     publish.check_tracking(config, folder)
     address.find()
     with only_driver(config) as driver:
-        config, state = folder.check(
-            config
-        )  # another driver may have finished it before this one got the lock
-        return _finished(config, state) or _run(
-            config, folder, state, driver, tags or {}, base or open_base(config)
-        )
+        # Another driver may have finished it before this one got the lock.
+        state = folder.check(config)
+        if done := _finished(config, state):
+            return done
+        base = base or open_base(config)
+        publish.check_license(config, base.model)
+        prepare.check_settings(config)
+        data = prepare.read_data(config, base, state.kept, found)
+        return _run(config, data, folder, state, driver, tags or {}, base)
 
 
 def _finished(config: Config, state: RunState) -> dict[str, Any] | None:
@@ -106,31 +115,41 @@ def _finished(config: Config, state: RunState) -> dict[str, Any] | None:
         if state.moved(
             config
         ):  # other paths may have other contents, and this result would not be theirs
-            state.require_same(config, prepare.contents(config, open_base(config)))
+            base = open_base(config)
+            data = prepare.read_data(config, base, state.kept)
+            state.require_same(config, prepare.contents(data.config, base))
         report.already_finished(config, state, done)
     return done
 
 
 def _run(
     config: Config,
+    data: DataDecisions,
     folder: RunFolder,
     state: RunState,
     driver: Driver,
     tags: Mapping[str, str],
     base: Base,
 ) -> dict[str, Any]:
-    publish.check_license(config, base.model)
-    config = prepare.with_length(config, base)
     state.require_same(config, {"base model": base.model.digest, "tokenizer": base.spec.digest})
-    prepare.plan(config, base.model)
+    # The first checks come before Ray starts, so what this machine would decide is enough.
+    here = ClusterFacts.here(config.cluster)
+    prepare.plan(decide(config, data, base.model, here, state.kept), base.model)
 
-    with connect(config, base.model) as (stop, config), driver.watch(stop):
-        prepared = prepare.prepare_tokens(config, base, check=partial(state.require_same, config))
+    with connect(config, trains=True) as (stop, cluster), driver.watch(stop):
+        decided = prepare.decided(config, data, base.model, cluster, state.kept)
+        prepared = prepare.prepare_tokens(
+            decided.config,
+            base,
+            decided.size.total_bytes(),
+            decided.decisions,
+            check=partial(state.require_same, config),
+        )
         spec = prepared.spec
         with prepared.build as build:
             prepare.say_steps(spec)
             result = fit.finished_training(spec, folder, state)
-            folder.claim(config, state)
+            folder.claim(config, decided.decisions, state)
             with publish.tracked(spec, folder) as tracker:
                 result = result or fit.train(spec, folder, build, tracker, stop)
                 exported = export.run_export(spec, folder, result)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.secrets import mask
+from olora_ray.config.decided import KEPT, NOTHING, Decision, Decisions, Kept
 from olora_ray.config.load import (
     ADDED,
     FREE_TO_CHANGE,
     LENGTH,
     RETIRED,
+    at,
     dump,
     flatten,
     override,
@@ -37,6 +39,12 @@ PLACES = re.compile(
 """Fields with paths and names of contents; a resumed run compares the contents instead."""
 
 
+LEFT_OUT = re.compile(r"data\.(train|eval)\.\d+\.fields\..+")
+"""Columns of sources."""
+DECIDED = "decided.json"
+"""File with each field that was asked for as auto, its value, and why."""
+
+
 def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that must not change in a run folder: neither free to change nor paths of contents.
 
@@ -54,10 +62,17 @@ def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
 
 
-def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    # A column that is left out (`fields: {NAME: none}`) changes no token.
     return {
-        field: value for field, value in bound_settings(settings).items() if field not in LENGTH
+        field: value
+        for field, value in bound_settings(settings).items()
+        if not (LEFT_OUT.fullmatch(field) and value == "none")
     }
+
+
+def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in _compared(settings).items() if field not in LENGTH}
 
 
 def _all_but_evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +110,11 @@ class RunState:
 
     root: str
     config: Config | None
-    """The content of config.yaml."""
+    """The content of config.yaml, with the values of decided.json."""
+    decisions: Decisions
+    """The content of decided.json."""
+    precision: str | None
+    """The precision in which the run started, from the newest checkpoint."""
     step: int | None
     """Step of the newest checkpoint, which may be damaged; None without checkpoints."""
     identity: Mapping[str, str]
@@ -104,6 +123,13 @@ class RunState:
     """The content of training.json; None if it is missing or damaged."""
     result: dict[str, Any] | None
     """The content of result.json; None if it is missing or damaged."""
+
+    @property
+    def kept(self) -> Kept:
+        """The decisions that the next attempt keeps; none without a checkpoint or result."""
+        if self.config is None or (self.step is None and self.result is None):
+            return NOTHING
+        return Kept(flatten(self.config), self.decisions, self.precision)
 
     def finished(self, config: Config) -> dict[str, Any] | None:
         """Return the result if the run is finished and has the length of `config`."""
@@ -115,7 +141,7 @@ class RunState:
 
     def other_settings(self, config: Config) -> str:
         """Return the changed settings that affect the result, with both values."""
-        return self.changes(config, bound_settings)
+        return self.changes(config, _compared)
 
     def moved(self, config: Config) -> str:
         """Return the changed paths of model and data, with both values; empty if there are none."""
@@ -129,8 +155,12 @@ class RunState:
         if self.config is None:
             return ""
         old, new = part(flatten(self.config)), part(flatten(config))
+        # A version without decided.json left auto where the decision follows from the contents.
         changed = [
-            field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)
+            field
+            for field in sorted(old.keys() | new.keys())
+            if old.get(field) != new.get(field)
+            and not (old.get(field) == "auto" and KEPT.fullmatch(field))
         ]
         return ", ".join(
             f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4]
@@ -173,6 +203,48 @@ class RunState:
             checkpoint.require_same({**contents, **self.identity}, contents, location)
 
 
+OF_MODEL = re.compile(r"data\.packing|data\.(train|eval)\.\d+\.chat")
+"""Decisions that another model would not share."""
+
+
+def read_settings(root: str) -> tuple[Config, Decisions]:
+    """Return config.yaml of a run folder with the values of decided.json, and the latter; raises ValueError."""
+    decisions = read_decisions(root)
+    config = read_config(storage.join(root, "config.yaml"))
+    return _with_decisions(config, decisions), decisions
+
+
+def read_for_others(root: str) -> Config:
+    """Return config.yaml of a run folder for evaluations, also of other models: with its formats and numbers."""
+    decisions = {
+        name: decision
+        for name, decision in read_decisions(root).items()
+        if not name.startswith("cluster.") and not OF_MODEL.fullmatch(name)
+    }
+    return _with_decisions(read_config(storage.join(root, "config.yaml")), decisions)
+
+
+def _with_decisions(config: Config, decisions: Decisions) -> Config:
+    values = {
+        name: decision.value
+        for name, decision in decisions.items()
+        if at(config, name) == decision.asked
+    }
+    return override(config, values)
+
+
+def read_decisions(root: str) -> Decisions:
+    return records.read(storage.join(root, DECIDED), dict[str, Decision]) or {}
+
+
+def write_decisions(root: str, decisions: Decisions) -> None:
+    tree = {
+        name: {"asked": decision.asked, "value": decision.value, "why": decision.why}
+        for name, decision in decisions.items()
+    }
+    records.write(storage.join(root, DECIDED), tree, indent=2, end="\n")
+
+
 class RunFolder:
     """The paths of a run, and its files. It knows no config: a stage gets the one config that the run has by then."""
 
@@ -192,29 +264,22 @@ class RunFolder:
         """Return the folder of a further export, such as gguf."""
         return storage.join(self.root, "export", name)
 
-    def check(self, config: Config) -> tuple[Config, RunState]:
+    def check(self, config: Config) -> RunState:
         """Check that the storage is writable and that no run with other settings has this name; write nothing.
 
-        Return the config with the existing run's numbers for `data.max_length: auto` and `train.micro_batch: auto`, and
-        the state of that run.
-        Another length is allowed. Raises UserError if a check fails, and TryAgain if an object store does not answer.
+        Return the state of that run. Another length is allowed. Raises UserError if a check fails, and TryAgain if an
+        object store does not answer.
         """
         storage.check_storage(config.run.storage, "run.storage")
         with as_user_error(
             f"run.storage: {self.root} cannot be read", OSError, reason=short_reason
         ):
             state = self.state()
-        if state.config and (state.step is not None or state.result):
-            old, new = flatten(state.config), flatten(config)
-            decided = ("data.max_length", "train.micro_batch")
-            config = override(
-                config, {field: old[field] for field in decided if new[field] == "auto"}
-            )
-        if problem := state.problem(config):
+        if problem := state.problem(state.kept.filled(config)):
             raise UserError(
                 f"{problem}; set another run.name, remove run.name, or delete {self.root}"
             )
-        return config, state
+        return state
 
     def state(self) -> RunState:
         """Read what earlier attempts have left; raises OSError, and UserError for a config.yaml that does not read."""
@@ -222,7 +287,7 @@ class RunFolder:
         from olora_ray.cluster.spec import TrainResult
         from olora_ray.train import checkpoints
 
-        config, (step, kept) = self._config(), checkpoints.newest(self.checkpoints)
+        (config, decisions), (step, kept) = self._config(), checkpoints.newest(self.checkpoints)
         result = records.read(self.result, dict[str, Any])
         metrics = result.get("metrics", {}) if result else None
         if not isinstance(metrics, dict) or not all(
@@ -230,15 +295,16 @@ class RunFolder:
         ):
             result = None
         identity = kept.identity or _identity_in(result or {})
+        training = records.read(self.training, TrainResult)
         return RunState(
-            self.root, config, step, identity, records.read(self.training, TrainResult), result
+            self.root, config, decisions, kept.precision, step, identity, training, result
         )
 
-    def _config(self) -> Config | None:
+    def _config(self) -> tuple[Config | None, Decisions]:
         if not storage.exists(self.settings):
-            return None
+            return None, {}
         try:
-            return read_config(self.settings)
+            return read_settings(self.root)
         except (
             ValueError
         ) as error:  # never "delete these fields": the numbers of the run may depend on them
@@ -248,8 +314,11 @@ class RunFolder:
                 " folder"
             ) from None
 
-    def claim(self, config: Config, state: RunState) -> None:
-        """Write config.yaml, which claims the name for this run; after a change of length, delete the old results."""
+    def claim(self, config: Config, decisions: Decisions, state: RunState) -> None:
+        """Write decided.json and config.yaml, which claims the name for this run.
+
+        After a change of length, delete the old results.
+        """
         if shown := state.changes(config, _length):
             if state.step:
                 logger.info(
@@ -263,6 +332,7 @@ class RunFolder:
             if state.result:  # `olora-ray runs` shows it until the longer run ends
                 records.write(storage.join(self.root, "earlier.json"), state.result)
             storage.remove(self.result)
+        write_decisions(self.root, decisions)
         storage.write_text(self.settings, dump(config))
 
     def exported(self, config: Config, step: int) -> dict[str, Any] | None:

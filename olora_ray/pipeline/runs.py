@@ -1,14 +1,17 @@
-"""List the runs, searches and comparisons of a storage. This command writes and starts nothing.
+"""List the runs, searches and comparisons of a storage, or show what one decided. Writes and starts nothing.
 
     olora-ray runs [STORAGE]        a folder or URI as in run.storage; the default is ./runs
+    olora-ray runs show RUN         its name in ./runs, or its folder: each field that was asked for as auto, with the
+                                    value that was decided, and why (decided.json)
 
-Each line has the name, the state, the steps done / all steps, the held-out loss before > after training, the registered
-version, the base model, the data, and the time of the last change. The newest line is the last. Until a run that is
-trained longer ends, its loss and version are those of the shorter training.
+Each line of the list has the name, the state, the steps done / all steps, the held-out loss before > after training,
+the registered version, the base model, the data, and the time of the last change. The newest line is the last. Until a
+run that is trained longer ends, its loss and version are those of the shorter training.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.config.schema import IN_STORAGE
+from olora_ray.pipeline.run_folder import read_decisions
 
 HEAD = ("name", "state", "steps", "loss", "version", "model", "data", "changed")
 KINDS = {
@@ -38,6 +42,9 @@ EARLIER = "earlier.json"
 
 def main(argv: list[str]) -> None:
     arguments = command_line.parse(argv, usage=__doc__ or "").words
+    if arguments[:1] == ("show",):
+        show(arguments[1:])
+        return
     if len(arguments) > 1:
         raise UserError(f"arguments {' '.join(arguments)}: name one storage")
     storage_root = command_line.absolute(arguments[0] if arguments else "runs", Path.cwd())
@@ -46,6 +53,36 @@ def main(argv: list[str]) -> None:
     if arguments and not lines:
         raise UserError(f"{storage_root}: has no runs; name the folder or URI of run.storage")
     print("\n".join(lines) or f"no runs in {storage_root}")
+
+
+def show(arguments: Sequence[str]) -> None:
+    """Print what a run or search has decided, and why."""
+    if len(arguments) != 1:
+        raise UserError(f"arguments show {' '.join(arguments)}: name one run")
+    name = arguments[0]
+    places = (
+        [command_line.absolute(storage.join("runs", name), Path.cwd())] if "/" not in name else []
+    )
+    places.append(command_line.absolute(name, Path.cwd()))
+    with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
+        folder = next((place for place in places if _is_run(place)), None)
+        if folder is None:
+            raise UserError(
+                f"{name}: no run has this name in ./runs, and no run lies in this folder"
+            )
+        decisions = read_decisions(folder)
+    if not decisions:
+        print("nothing was asked for as auto: config.yaml has all values")
+        return
+    rows = [
+        (field, json.dumps(decision.value), decision.why) for field, decision in decisions.items()
+    ]
+    print("\n".join(aligned([("field", "decided", "why"), *rows])))
+
+
+def _is_run(folder: str) -> bool:
+    names = storage.names(folder) if storage.exists(folder) else []
+    return any(name in KINDS for name in names)
 
 
 def table(storage_root: str) -> list[str]:

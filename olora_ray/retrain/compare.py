@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
+from olora_ray.cluster import preflight
+from olora_ray.cluster.decide import decide_evaluation
 from olora_ray.cluster.failures import user_errors
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.worker_context import kind_of
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
 from olora_ray.common.text import plural
+from olora_ray.config.decided import DataConfig
 from olora_ray.config.load import override
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config
 from olora_ray.config.section import Source
@@ -56,7 +60,7 @@ class RowSet:
     """Rows on which versions are measured: the held-out rows, or those of the guard."""
 
     name: str
-    config: Config
+    config: DataConfig
     """Its data.eval and data.eval_fraction are these rows."""
     digest: str
     tasks: Tasks | None = None
@@ -77,10 +81,12 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
     plain |= NO_GATE
     if names := [each for each in wanted if isinstance(each, str)] if wanted != "text" else []:
         digest = digest_json([names, ANSWERED])
-        return RowSet("the guard's tasks", override(config, plain), digest, load_tasks(names, None))
+        return RowSet(
+            "the guard's tasks", override(inputs.data, plain), digest, load_tasks(names, None)
+        )
     sources = [each.model_dump(mode="json") for each in wanted if isinstance(each, Source)]
     changed = override(
-        config, {**plain, "data.eval": sources or [{"path": str(TEXT), "format": "text"}]}
+        inputs.data, {**plain, "data.eval": sources or [{"path": str(TEXT), "format": "text"}]}
     )
     try:
         plan = plan_here(changed, inputs.base.spec, "eval")
@@ -104,7 +110,7 @@ def decision(
         inputs.config,
         {version.number: version for version in versions if not version.rolled_back},
     )
-    held_out = RowSet("the held-out rows", config, inputs.fingerprint.held_out)
+    held_out = RowSet("the held-out rows", inputs.data, inputs.fingerprint.held_out)
     best: dict[str, Version] = {}
     if champion is not None:
         best = {tag: there.get(champion.tags.get(tag, ""), champion) for tag in (ANCHOR, GUARD)}
@@ -239,7 +245,8 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
     known = {note: records.read(note, Measured) for note in notes}
     _same_tokens([each.tokenizer for each in known.values() if each])
     if None in known.values():
-        with connection.connect(inputs.config):
+        with connection.connect(inputs.config) as (_, cluster):
+            preflight.require(decide_evaluation(inputs.config, cluster), cluster)
             missing = {
                 note: pair for note, pair in zip(notes, wanted, strict=True) if known[note] is None
             }
@@ -254,18 +261,21 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
                 with user_errors():
                     # The answers of both versions end at the same tokens, which the config's base model defines.
                     results = results_on(
-                        rows, replace(inputs.base, model=own.model), adapter, named
+                        rows, replace(inputs.base, model=own.model), adapter, named, cluster
                     )
                 known[note] = done = Measured(own.spec.digest, results)
                 records.write(note, done)
     return [each.rows for note in notes if (each := known[note]) is not None]
 
 
-def results_on(rows: RowSet, base: Base, adapter: str | None, named: AnyConfig) -> RowResults:
+def results_on(
+    rows: RowSet, base: Base, adapter: str | None, named: AnyConfig, cluster: ClusterFacts
+) -> RowResults:
+    config = decide_evaluation(named, cluster, base.spec)
     if rows.tasks is None:
         held_out = prepare(rows.config, base.spec, "eval", tell=False)  # the training has told it
-        return measure(base, adapter, held_out, named)[0]
-    done = lm_eval_tasks.run(rows.tasks, ANSWERED, base.model, adapter, named)
+        return measure(base, adapter, held_out, config)[0]
+    done = lm_eval_tasks.run(rows.tasks, ANSWERED, base.model, adapter, config)
     if without := [name for name, task in done.items() if "acc" not in task.values]:
         raise UserError(
             f"gate.guard: {without[0]} has no accuracy (acc) per row; use another of lm-eval's tasks"

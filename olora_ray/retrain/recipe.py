@@ -23,7 +23,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import flatten, read_config
+from olora_ray.config.decided import DataConfig
+from olora_ray.config.load import flatten, override, read_config
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
@@ -31,7 +32,7 @@ from olora_ray.evaluation.rows import lower_is_better
 from olora_ray.model.source import glance
 from olora_ray.pipeline.run_folder import Fingerprint, bound_settings, settings_digest
 from olora_ray.tokens import prepare
-from olora_ray.tokens.plan import Plan, Split, as_found, sources_of
+from olora_ray.tokens.plan import Plan, Split, sources_of
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, PREVIOUS, Aliases
 from olora_ray.tracking.checksums import BASE, RUN, Version
@@ -54,7 +55,9 @@ class Inputs:
     held_out: Plan
     fingerprint: Fingerprint
     config: Config
-    """The user's config, with the formats that were recognised in the sources."""
+    """The user's config, with the formats that were recognised in the sources, and with the length of sequences."""
+    data: DataConfig
+    """The config with which rows become tokens."""
 
 
 def look(config: Config) -> Inputs:
@@ -67,19 +70,27 @@ def look(config: Config) -> Inputs:
             "data.eval: retraining compares on held-out rows; set data.eval or data.eval_fraction"
         )
     from olora_ray.pipeline.base import open_base
-    from olora_ray.pipeline.prepare import with_length
+    from olora_ray.pipeline.prepare import read_data
 
     model, base, seen = glance(config), open_base(config), prepare.look_here(config)
-    long = with_length(config, base)
-    plan = prepare.plan_here(long, base.spec, "train", seen)
-    held_out = prepare.plan_here(long, base.spec, "eval", seen)
+    data = read_data(config, base).config
+    plan = prepare.plan_here(data, base.spec, "train", seen)
+    held_out = prepare.plan_here(data, base.spec, "eval", seen)
     made_of = Fingerprint(
         base.model.digest, plan.digest(), held_out.digest(), settings_digest(config)
     )
     files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
     if model:
         node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
-    return Inputs(base, plan, held_out, made_of, as_found(long, plan, held_out))
+    return Inputs(base, plan, held_out, made_of, _as_found(config, data, plan, held_out), data)
+
+
+def _as_found(config: Config, data: DataConfig, *plans: Plan) -> Config:
+    changes: dict[str, Any] = {"data.max_length": data.data.max_length}
+    for plan in plans:
+        setting, _ = sources_of(config, plan.split)
+        changes[setting] = [source.model_dump(mode="json") for source in plan.sources]
+    return override(config, changes)
 
 
 def look_again(config: Config) -> Fingerprint | None:

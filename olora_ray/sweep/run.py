@@ -15,14 +15,16 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from olora_ray.cluster import preflight, resources, shared_base
+from olora_ray.cluster import resources, shared_base
+from olora_ray.cluster.decide import MICRO, RECOMPUTE, Decided, recomputation
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.resources import PlacementRequest, free_workers, worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
+from olora_ray.config.decided import DecidedConfig, Decisions
 from olora_ray.config.load import flatten, override
-from olora_ray.config.schema import Config
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
@@ -33,35 +35,52 @@ from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
+from olora_ray.train.estimate import estimate
 
 logger = logging.getLogger(__name__)
 
-MICRO = "train.micro_batch"
 
-
-def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, float]:
+def train_spec(
+    decided: Decided, space: Space, base: Base, cluster: ClusterFacts
+) -> tuple[TrainSpec, float]:
     """Return the specification that all trials vary, and the seconds of preparing its tokens.
 
     Raises UserError if the metric is a score that no trial would have: otherwise only a finished trial would say so.
     """
     began = time.monotonic()
-    prepared = prepare_tokens(config, base, wait=True)
-    spec, seconds = prepared.spec, time.monotonic() - began
-    _check_score(config, space, prepared.scores)
-    largest = max(space.possible(MICRO, config.train.micro()))
-    if spec.recompute or largest <= config.train.micro():
-        return spec, seconds
+    decided = _with_room_for_the_largest(decided, space, base, cluster)
+    prepared = prepare_tokens(
+        decided.config, base, decided.size.total_bytes(), decided.decisions, wait=True
+    )
+    _check_score(decided.config, space, prepared.scores)
+    return prepared.spec, time.monotonic() - began
+
+
+def _with_room_for_the_largest(
+    decided: Decided, space: Space, base: Base, cluster: ClusterFacts
+) -> Decided:
+    """Recompute in all trials if one with the largest micro-batch of the space would not fit in memory without it."""
     # One choice for all trials, because recomputing changes no result. In a trial that has memory enough it only costs
     # time.
-    if again := preflight.planned(override(config, {MICRO: largest}), base.model).recompute:
-        logger.info(
-            "train.activation_checkpointing=auto: on for all trials, because a trial with"
-            f" {MICRO}={largest} would not fit in memory without it"
-        )
-    return replace(spec, recompute=again), seconds
+    config = decided.config
+    largest = max(space.possible(MICRO, config.train.micro_batch))
+    undecided = RECOMPUTE in decided.decisions and not config.train.activation_checkpointing
+    if not undecided or largest <= config.train.micro_batch:
+        return decided
+    wide = override(config, {MICRO: largest})
+    size = estimate(wide, base.model, decided.expected)
+    nodes = cluster.with_room(config.cluster.fewest)
+    decision, _ = recomputation(wide, base.model, decided.expected, nodes, size)
+    if not decision.value:
+        return decided
+    logger.info(
+        "train.activation_checkpointing=auto: on for all trials, because a trial with"
+        f" {MICRO}={largest} would not fit in memory without it"
+    )
+    return replace(decided, config=override(config, {RECOMPUTE: True}))
 
 
-def _check_score(config: Config, space: Space, names: Collection[str]) -> None:
+def _check_score(config: DecidedConfig, space: Space, names: Collection[str]) -> None:
     wanted = space.metric.removeprefix("score/")
     if wanted == space.metric or wanted in names:
         return
@@ -72,13 +91,15 @@ def _check_score(config: Config, space: Space, names: Collection[str]) -> None:
     )
 
 
-def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, float]:
+def share(
+    spec: TrainSpec, space: Space, seconds: float, decisions: Decisions
+) -> tuple[TrainSpec, float]:
     """Make what the trials share. Return the spec that points to it, and the seconds saved per trial.
 
     `seconds` is the time of the tokens. Raises UserError for a rank or targets that the model does not have, and for a
     search that started with another model or other data.
     """
-    search_folder.begin(spec.config, space, spec.base_identity())
+    search_folder.begin(spec.config, space, spec.base_identity(), decisions)
     folder = storage.join(spec.config.folder(), "shared")
     kinds = shared_work.factor_keys(spec.config, space)
     work = shared_work.made(spec, folder, kinds, "what all trials share")
@@ -105,14 +126,22 @@ def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
 
 
 def run(
-    spec: TrainSpec, space: Space, spared: float, tracker: Tracker
+    spec: TrainSpec, space: Space, spared: float, tracker: Tracker, decisions: Decisions
 ) -> tuple[SweepSpec, SearchRecord]:
     """Run the search until all trials have ended or a limit of the space is reached; resume an interrupted one.
 
     Raises UserError if not even one trial fits in the cluster, or if no trial has measured the metric.
     """
     config = spec.config
-    sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
+    sweep_spec = SweepSpec(
+        config.run.name,
+        config.folder(),
+        spec,
+        space,
+        tracker.run_id,
+        spared,
+        decisions=decisions,
+    )
     search(sweep_spec)
     record = outcome.record(sweep_spec)
     if record.best() is None:
@@ -161,10 +190,10 @@ def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
     """Return how many trials run at the same time, and the actors for trials that share one base model."""
     spec, space = sweep_spec.train_spec, sweep_spec.space
     config, count = spec.config, space.count()
-    wanted, workers = worker_resources(config), config.cluster.min_workers()
+    wanted, workers = worker_resources(config), config.cluster.fewest
     fitting, trials = _fitting(wanted, workers), space.in_words()
     each, asked = min(space.trials_per_worker, count), min(space.concurrency or count, count)
-    if config.cluster.max_workers() > 1 or not sweep_spec.shares_data():
+    if config.cluster.most > 1 or not sweep_spec.shares_data():
         concurrent = min(fitting // workers, asked)
         logger.info(
             f"search: {trials}, {concurrent} at the same time, {plural(workers, 'worker')} per trial"

@@ -15,10 +15,16 @@ from typing import Any
 from olora_ray.cluster import address
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import NOTHING, DecidedConfig, Decisions, Kept
 from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.pipeline import publish
-from olora_ray.pipeline.run_folder import RunFolder, bound_settings
+from olora_ray.pipeline.run_folder import (
+    RunFolder,
+    bound_settings,
+    read_decisions,
+    write_decisions,
+)
 from olora_ray.sweep.space import Space
 from olora_ray.train import checkpoint
 
@@ -42,21 +48,25 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
     return override(config, {**NO_GATE, **space.set, **own})
 
 
-def check_search(config: Config, space: Space) -> None:
-    """Raise UserError if storage, MLflow or Ray cannot be used, or if the folder holds a different search."""
+def check_search(config: Config, space: Space) -> Kept:
+    """Return what earlier attempts have decided.
+
+    Raise UserError if storage, MLflow or Ray cannot be used, or if the folder holds a different search."""
     folder = RunFolder(config.folder())
     folder.check(config)
     publish.check_tracking(config, folder)
     path = storage.join(folder.root, _BEGUN_WITH)
-    if storage.exists(path) and (
-        changed := _changes(records.read(path, Begun), description(config, space))
-    ):
+    begun = records.read(path, Begun)
+    kept = NOTHING if begun is None else Kept(begun.config, read_decisions(folder.root))
+    described = description(kept.filled(config), space)
+    if storage.exists(path) and (changed := _changes(begun, described)):
         shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         raise UserError(
             f"run.name: {folder.root} holds a search with different settings ({shown}); set another run.name, use"
             " another space file, or delete the folder"
         )
     address.find()
+    return kept
 
 
 @dataclass(frozen=True)
@@ -90,8 +100,10 @@ def _changes(kept: Begun | None, described: Begun) -> list[str]:
     return changes
 
 
-def begin(config: Config, space: Space, contents: Mapping[str, str]) -> None:
-    """Write search.json: from now on the folder belongs to this search.
+def begin(
+    config: DecidedConfig, space: Space, contents: Mapping[str, str], decisions: Decisions
+) -> None:
+    """Write decided.json and search.json: from now on the folder belongs to this search.
 
     `contents` are the digests of model and data, under their names in a checkpoint's identity. Raises UserError if the
     search started with other contents.
@@ -100,6 +112,7 @@ def begin(config: Config, space: Space, contents: Mapping[str, str]) -> None:
     path = storage.join(folder, _BEGUN_WITH)
     kept = records.read(path, Begun)
     checkpoint.require_same({**contents, **(kept.contents if kept else {})}, contents, folder)
+    write_decisions(folder, decisions)
     storage.write_text(path, description(config, space, contents).text())
 
 

@@ -24,8 +24,8 @@ from olora_ray.cluster.worker_context import SharedBase, assigned_device, on_cpu
 from olora_ray.common import storage
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import duration
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
 from olora_ray.sweep.space import Space
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.generate import answer, wanted_questions
@@ -47,7 +47,7 @@ class Shared:
     """Seconds of the base model's evaluation on the held-out rows; 0 if the result existed."""
 
 
-def factor_keys(config: Config, space: Space) -> list[FactorKey]:
+def factor_keys(config: DecidedConfig, space: Space) -> list[FactorKey]:
     """Return the factors that all trials share: for each method, the factors of the largest rank."""
     # Smaller ranks are a prefix of the largest for most methods. Other methods need factors of every rank. If the space
     # has a range of ranks, each trial makes these itself.
@@ -61,7 +61,7 @@ def factor_keys(config: Config, space: Space) -> list[FactorKey]:
     ]
 
 
-def check_ranks(config: Config, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_ranks(config: DecidedConfig, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> None:
     rank = max(space.possible("adapter.rank", config.adapter.rank))
     for method in space.listed("adapter.method", config.adapter.method):
         check_rank(shapes, method, rank)

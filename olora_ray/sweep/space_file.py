@@ -3,15 +3,17 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from olora_ray.cluster.decide import DataDecisions, decide
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common.errors import UserError, of_problems
 from olora_ray.config.load import at, flatten, override, read_yaml, validated
 from olora_ray.config.schema import NO_GATE, Config
-from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare
-from olora_ray.pipeline.base import open_base
+from olora_ray.pipeline.base import Base, open_base
 from olora_ray.sweep import shared_work
 from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space
 from olora_ray.train.objectives.objective import objective_named
@@ -22,6 +24,10 @@ FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "not
 MEASURE = ("data.eval", "data.max_rejected", "evaluation.", "train.objective")
 # A space can set these but not search them: they do not change the result of a training.
 IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
+
+
+# A search decides these once, so a trial cannot draw auto.
+DECIDED = ("data.max_length", "data.packing", "train.micro_batch")
 
 
 def load_space(path: str | Path, config: Config) -> Space:
@@ -61,6 +67,11 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
         if field in IDLE:
             raise UserError(
                 f"{where}: search.{field}: it does not change the result of a training; put it under set"
+            )
+        domain = space.search[field]
+        if field in DECIDED and "auto" in domain.options():
+            raise UserError(
+                f"{where}: search.{field}: auto is decided once for all trials; name values, or set auto in the config"
             )
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
             raise UserError(
@@ -141,18 +152,26 @@ DECIDE = (
 )
 
 
-def plan(config: Config, space: Space, base: BaseModel) -> None:
+def plan(config: Config, data: DataDecisions, space: Space, base: Base) -> None:
     """Log which layers the trials adapt and how large the adapters are, at the largest rank of the space.
 
-    `base` is the model of the config. Raises one UserError with all problems: an unknown scorer and, for each setting
-    of the trials, unknown targets, an impossible rank, or layers that could be trained but not exported.
+    `base` is the model of the config, `data` what was decided for it. Raises one UserError with all problems: an
+    unknown scorer and, for each setting of the trials, unknown targets, an impossible rank, or layers that could be
+    trained but not exported.
     """
     problems: dict[str, str] = {}
     for where, changes in _settings(config, space):
         try:
             trial = override(config, changes)
-            model = base if trial.model == config.model else open_base(trial).model
-            shared_work.check_ranks(trial, space, prepare.plan(trial, model, where).targets)
+            own, found = base, replace(data, config=override(data.config, changes))
+            if trial.model != config.model or trial.data != config.data:
+                own = base if trial.model == config.model else open_base(trial)
+                found = prepare.read_data(trial, own)
+            prepare.check_settings(trial)
+            here = ClusterFacts.here(config.cluster)
+            decided = decide(trial, found, own.model, here, trial=True)
+            prepare.plan(decided, own.model, where)
+            shared_work.check_ranks(decided.config, space, decided.size.targets)
         except UserError as error:
             problems.setdefault(
                 str(error), f"{where}{error}"

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from olora_ray.cluster.decide import PACKING
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
+from olora_ray.config.decided import DecidedConfig, Decisions, with_values
 from olora_ray.config.load import at, override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import extended
@@ -50,6 +52,8 @@ class SweepSpec:
     """Actors that train several adapters on one base model; empty if every trial has its own workers."""
     tracking: str | None = None
     """The search's MLflow address, valid in every process of a trial; None: the config's."""
+    decisions: Decisions = field(default_factory=dict)
+    """The decisions of the search, which hold for all trials."""
 
     def values(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
         return {} if number == 0 and self.space.has_default() else self.space.values(draws)
@@ -60,12 +64,35 @@ class SweepSpec:
             field: at(self.train_spec.config, field) for field in self.space.search
         }
 
-    def config(self, number: int, draws: Mapping[str, Any]) -> Config:
+    def config(self, number: int, draws: Mapping[str, Any]) -> DecidedConfig:
         return override(self.train_spec.config, self.values(number, draws) | self._own(number))
 
-    def spec_of(self, config: Config) -> TrainSpec:
+    def spec_of(self, config: DecidedConfig) -> TrainSpec:
         """Return the specification of a trial, if all trials have the same base model and tokens."""
         return replace(self.train_spec, config=config)
+
+    def asked(self, config: DecidedConfig) -> Config:
+        """Return the config of a trial with sources or a model of its own, with auto where the search has decided."""
+        values = {
+            name: decision.asked
+            for name, decision in self.decisions.items()
+            if name == PACKING or name.endswith(".chat")
+        }
+        drawn = {*self.space.search, *self.space.set}
+        known = {
+            name: value
+            for name, value in values.items()
+            if name not in drawn and at(config, name) is not None
+        }
+        return with_values(config, Config, known)
+
+    def decided(self, config: DecidedConfig) -> Decisions:
+        """Return the decisions that hold in a trial."""
+        return {
+            name: decision
+            for name, decision in self.decisions.items()
+            if at(config, name) == decision.value
+        }
 
     def tracked(self, spec: TrainSpec) -> TrainSpec:
         # Tune runs each trial in its own folder, where a relative path would lead elsewhere, and its process has the
@@ -83,7 +110,7 @@ class SweepSpec:
     def total(self) -> int:
         return self.steps(self.train_spec.config)
 
-    def steps(self, config: Config, store: TokenStore | None = None) -> int:
+    def steps(self, config: DecidedConfig, store: TokenStore | None = None) -> int:
         total = Schedule(config.train, store or self.train_spec.train).total()
         assert total is not None, "a search starts with complete tokens"
         return total

@@ -16,12 +16,12 @@ from olora_ray.cluster.failures import reason
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import logs, storage
 from olora_ray.common.errors import Stopped, UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig, with_values
 from olora_ray.model import load
 from olora_ray.pipeline import fit, publish
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.connection import Stop
-from olora_ray.pipeline.prepare import prepare_tokens
+from olora_ray.pipeline.prepare import prepare_tokens, read_data
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tokens.prepare import CompleteStore
@@ -30,14 +30,19 @@ from olora_ray.tracking.run import Tracker
 logger = logging.getLogger(__name__)
 
 
-def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) -> TrainSpec:
+def trial_spec(sweep_spec: SweepSpec, config: DecidedConfig, cpus_held: float = 0.0) -> TrainSpec:
     """Return the specification of a trial; raise UserError as `open_base` and `prepare_tokens` do.
 
-    If the search varies `model.*` or `data.*`, missing tokens are made while other trials hold their CPUs.
+    If the search varies `model.*` or `data.*`, the trial decides for itself what follows from them: formats, chats and
+    packing. Missing tokens are made while other trials hold their CPUs.
     """
     if sweep_spec.shares_data():
         return sweep_spec.spec_of(config)
-    return prepare_tokens(config, open_base(config), wait=True, cpus_held=cpus_held).spec
+    base = open_base(config)
+    data = read_data(sweep_spec.asked(config), base)
+    own = with_values(data.config, DecidedConfig, {})
+    planned = sweep_spec.train_spec.planned
+    return prepare_tokens(own, base, planned, wait=True, cpus_held=cpus_held).spec
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class TrialRun:
                     f"the resumed search gave this trial other values, so the trial restarts: {others}"
                 )
             state = self.folder.state()
-            self.folder.claim(self.config, state)
+            self.folder.claim(spec.config, self.sweep_spec.decided(spec.config), state)
             result = fit.finished_training(spec, self.folder, state)
             if result is None:
                 self._file.keep_curve(state.step or 0)

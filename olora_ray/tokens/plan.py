@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
-from olora_ray.config.load import override
-from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.decided import AnyData
+from olora_ray.config.schema import AnyConfig
 from olora_ray.config.section import Source
 from olora_ray.data.formats import format_named
 from olora_ray.data.reader import FileScan, Table, Unit, Units
@@ -441,16 +441,6 @@ def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]
     return "data.eval", grouped(config, config.data.eval)
 
 
-def as_found(config: Config, *plans: Plan) -> Config:
-    sources = {
-        sources_of(config, plan.split)[0]: [
-            source.model_dump(mode="json") for source in plan.sources
-        ]
-        for plan in plans
-    }
-    return override(config, sources)
-
-
 def looking(
     storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]
 ) -> Look:
@@ -485,7 +475,7 @@ def once(look: Look) -> Look:
     return kept_look
 
 
-def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) -> Plan:
+def make_plan(config: AnyData, spec: TokenizerSpec, split: Split, look: Look) -> Plan:
     """List the files of a split and lay out the shards; raise UserError for missing or empty sources."""
     setting, sources = sources_of(config, split)
     if not sources:
@@ -525,8 +515,8 @@ def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) 
         files=tuple(files),
         pieces=pieces,
         shards=_shards(pieces),
-        max_length=config.data.length(),
-        packing=spec.packing(config.data.packing),
+        max_length=config.data.max_length,
+        packing=config.data.packing,
         seed=config.run.seed,
         eval_fraction=config.data.eval_fraction,
         last_turn_only=config.data.last_turn_only,

@@ -16,6 +16,7 @@ from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
+from olora_ray.config.decided import AnyData
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.first_look import read_as
 from olora_ray.data.reader import FileScan
@@ -376,7 +377,7 @@ def look_here(config: AnyConfig) -> Look:
 
 
 def begin(
-    config: AnyConfig,
+    config: AnyData,
     spec: TokenizerSpec,
     split: Split,
     look: Look | None = None,
@@ -411,7 +412,7 @@ def _say(split: Split, manifest: Manifest, when: str = "") -> None:
         logger.info(f"tokens: {split}: {line}")
 
 
-def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split, tell: bool = True) -> TokenStore:
+def prepare(config: AnyData, spec: TokenizerSpec, split: Split, tell: bool = True) -> TokenStore:
     """Return the complete token store of a split; first build what is missing or damaged.
 
     `tell` logs the existing parts. Needs ray.init unless the data is small. Raise UserError for data that cannot be
@@ -427,9 +428,7 @@ def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split, tell: bool = T
     return TokenStore.open(preparation.store.uri)
 
 
-def plan_here(
-    config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None
-) -> Plan:
+def plan_here(config: AnyData, spec: TokenizerSpec, split: Split, look: Look | None = None) -> Plan:
     """Return the plan of a split's store; its digest identifies the content.
 
     For both splits, pass the same `look` (by default `look_here`) to both calls. Raise UserError for missing or empty

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DataConfig
 from olora_ray.config.section import Source
 from olora_ray.data.first_look import read_as
 from olora_ray.data.formats import format_named
@@ -107,7 +107,7 @@ class Preview:
         return manifest.reason_counts(self.rejected)
 
 
-def describe_splits(config: Config, spec: TokenizerSpec) -> tuple[Preview, Preview | None]:
+def describe_splits(config: DataConfig, spec: TokenizerSpec) -> tuple[Preview, Preview | None]:
     """Preview the training rows, and the held-out rows if there are any; log held-out rows that are training rows too.
 
     Raise UserError as the preparation would.
@@ -126,7 +126,7 @@ def describe_splits(config: Config, spec: TokenizerSpec) -> tuple[Preview, Previ
 
 
 def describe(
-    config: Config,
+    config: DataConfig,
     spec: TokenizerSpec,
     split: Split = "train",
     limit: int = 2000,

@@ -30,7 +30,8 @@ from olora_ray.adapter.methods.eva import Components, principal
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.schema import Adapter, Config
+from olora_ray.config.decided import DecidedConfig
+from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
@@ -263,7 +264,7 @@ def _gathered(own: Mapping[int, Value]) -> dict[int, Value]:
 def new_factors(
     loss: SupervisedLoss,
     targets: Mapping[str, Target],
-    config: Config,
+    config: DecidedConfig,
     store: TokenStore,
     device: torch.device,
     waiting: Waiting | None = None,

@@ -24,11 +24,12 @@ from olora_ray.adapter.inject import Selection, find_targets, inject, select
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import method_named
 from olora_ray.common.errors import UserError, first_line
+from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.config.load import override
-from olora_ray.config.schema import Adapter, Config
+from olora_ray.config.schema import Adapter
 from olora_ray.model import attention
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import pick_dtype, skeleton
+from olora_ray.model.load import skeleton
 from olora_ray.model.packing import check_lengths, why_scaled
 from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
@@ -59,10 +60,11 @@ class Measured:
 
 
 def measure(
-    model: Any, targets: Mapping[str, Target], config: Config, dtype: torch.dtype, gpu: bool
+    model: Any, targets: Mapping[str, Target], config: DecidedConfig, expected: Expected
 ) -> Measured:
     """Run a step and answers on fake tensors; the model must be on the meta device, and is unusable afterwards."""
     config, times = _small_enough(config)
+    gpu, dtype = expected.gpu, getattr(torch, expected.dtype)
     problem = "activations (no attention can be tried)"
     with attention.on_fake_tensors(gpu):
         fake = FakeModel(model, targets, config.adapter, dtype)
@@ -74,11 +76,11 @@ def measure(
         for layer in fake.adapted.values():
             if gpu and config.adapter.dropout:
                 layer.__dict__["dropped_out"] = partial(_dropped_out, layer)
-        for name in _implementations(model, config, dtype, gpu):
+        for name in _implementations(model, config, expected):
             try:
                 model.set_attn_implementation(name)
                 step = _step_bytes(
-                    fake, _batch(config, name), config.train.activation_checkpointing is True
+                    fake, _batch(config, name), config.train.activation_checkpointing
                 )
             except Exception as error:  # the family's code may raise anything on fake tensors
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
@@ -96,25 +98,25 @@ def _dropped_out(layer: AdaptedWeight, x: Tensor) -> Tensor:
     return torch.native_dropout(x, layer.dropout, True)[0] if layer.training else x
 
 
-def _small_enough(config: Config) -> tuple[Config, float]:
+def _small_enough(config: DecidedConfig) -> tuple[DecidedConfig, float]:
     """Return the config with a micro-batch that is small enough to try, and the factor to the tokens of the real one.
 
     Token ids and segment borders are not fake: they take memory and time.
     """
-    length, most = config.data.length(), 2**16
-    tokens = config.train.micro() * length
+    length, most = config.data.max_length, 2**16
+    tokens = config.train.micro_batch * length
     if tokens <= most:
         return config, 1.0
     small = override(
         config, {"train.micro_batch": max(1, most // length), "data.max_length": min(length, most)}
     )
-    return small, tokens / (small.train.micro() * small.data.length())
+    return small, tokens / (small.train.micro_batch * small.data.max_length)
 
 
-def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
-    wanted: str = config.model.attention
-    apart = why_scaled(model, config.train.micro() * config.data.length())
-    if not gpu:
+def _implementations(model: Any, config: DecidedConfig, expected: Expected) -> tuple[str, ...]:
+    wanted, dtype = expected.attention, getattr(torch, expected.dtype)
+    apart = why_scaled(model, config.train.micro_batch * config.data.max_length)
+    if not expected.gpu:
         try:
             names = attention.candidates(model, config.model, dtype, torch.device("cpu"))
         except UserError:  # raised again when the workers load the model
@@ -134,15 +136,15 @@ def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) 
     return (first, attention.own(model))
 
 
-def _batch(config: Config, name: str) -> Batch:
-    length = config.data.length()
+def _batch(config: DecidedConfig, name: str) -> Batch:
+    length = config.data.max_length
     # Short segments need the most memory, because their attention is computed by products (model/attention.py).
     size = min(length, attention.SHORT)
     segments = (*[size] * (length // size), *([rest] if (rest := length % size) else []))
     supervised = np.ones(length, dtype=bool)
     supervised[np.cumsum((0, *segments[:-1]))] = False
     pack = Pack(np.zeros(length, dtype=np.int32), supervised, segments)
-    return collate([pack] * config.train.micro(), name)
+    return collate([pack] * config.train.micro_batch, name)
 
 
 def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
@@ -169,13 +171,13 @@ def _of_skipped(fake: FakeModel, before: Sequence[int]) -> int:
     return sum(more * kept[position] for position, more in fake.more.items())
 
 
-def answers_at_once(config: Config) -> int:
+def answers_at_once(config: DecidedConfig) -> int:
     """Return the largest number of held-out prompts that a worker answers together."""
     return min(AT_ONCE, wanted(config.evaluation)) if config.data.holds_out() else 0
 
 
-def _answer_bytes(fake: FakeModel, config: Config) -> int:
-    rows, prompt = answers_at_once(config), config.data.length()
+def _answer_bytes(fake: FakeModel, config: DecidedConfig) -> int:
+    rows, prompt = answers_at_once(config), config.data.max_length
     if not rows:
         return 0
     train_mode(fake.adapted, False)
@@ -278,23 +280,19 @@ class MemoryEstimate:
         )
 
 
-def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> MemoryEstimate:
-    """Estimate a run; raises UserError if targets, rank or sequence length do not fit the model.
-
-    `gpu` is True if the workers have GPUs; None: as this machine.
-    """
-    gpu = torch.cuda.is_available() if gpu is None else gpu
+def estimate(config: DecidedConfig, base: BaseModel, expected: Expected) -> MemoryEstimate:
+    """Estimate a run; raises UserError if targets, rank or sequence length do not fit the model."""
     asked = (
         config.model,
         config.adapter,
-        config.data.length(),
+        config.data.max_length,
         config.data.packing,
-        config.train.micro(),
+        config.train.micro_batch,
     )
     answers = (answers_at_once(config), config.evaluation.max_new_tokens)
-    again = config.train.activation_checkpointing is True
-    key = f"{base} {gpu} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)}"
-    question = _Question(key, config, base, gpu)
+    again = config.train.activation_checkpointing
+    key = f"{base} {expected} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)}"
+    question = _Question(key, config, base, expected)
     return _estimate(question) if base.digest else _estimate.__wrapped__(question)
 
 
@@ -302,16 +300,16 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
 @dataclass(frozen=True)
 class _Question:
     key: str
-    config: Config = field(compare=False)
+    config: DecidedConfig = field(compare=False)
     base: BaseModel = field(compare=False)
-    gpu: bool = field(compare=False)
+    expected: Expected = field(compare=False)
 
 
 @lru_cache(
     maxsize=16
 )  # a run estimates itself several times: for the report, the preflight and the workers
 def _estimate(question: _Question) -> MemoryEstimate:
-    config, base = question.config, question.base
+    config, base, expected = question.config, question.base, question.expected
     model: Any = skeleton(base, config.model)
     check_lengths(model, config)
     selection = select(model, config.adapter.targets, config.adapter.rank)
@@ -320,16 +318,15 @@ def _estimate(question: _Question) -> MemoryEstimate:
     if method_named(config.adapter.method).needs != "weight":
         refuse(selection.targets, config.adapter.method)
     trainable = _trainable(targets.values(), config.adapter)
-    # GPUs are assumed to be fast at bfloat16 (cluster/preflight.py: as_loaded). Asking a GPU of this machine would make
-    # torch take memory on it that the workers need, and the workers' GPUs may be on other machines.
-    fast = question.gpu and config.model.dtype == "auto"
-    dtype = torch.bfloat16 if fast else pick_dtype(config.model, torch.device("cpu"))
+    # The workers' GPUs are not asked. Asking a GPU of this machine would make torch take memory on it that the workers
+    # need, and the workers' GPUs may be on other machines.
+    dtype = getattr(torch, expected.dtype)
     count = parameters(base.folder)
     stored = 2 if method_named(config.adapter.method).has_b0 else 1
     in_parts = _shards(config) > 1 or config.model.quantization != "none"
     by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
     base_bytes, gathered = _base_bytes(config, model, count, dtype)
-    taken = measure(model, selection.targets, config, dtype, question.gpu)
+    taken = measure(model, selection.targets, config, expected)
     return MemoryEstimate(
         targets,
         trainable,
@@ -339,14 +336,16 @@ def _estimate(question: _Question) -> MemoryEstimate:
         activation_bytes=taken.step,
         answer_bytes=taken.answers,
         selection=selection,
-        recompute=config.train.activation_checkpointing is True,
+        recompute=config.train.activation_checkpointing,
         gathered_bytes=gathered,
         problem=taken.problem,
         by_rows=by_rows,
     )
 
 
-def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype) -> tuple[int, int]:
+def _base_bytes(
+    config: DecidedConfig, model: Any, count: int, dtype: torch.dtype
+) -> tuple[int, int]:
     """Return MemoryEstimate's (base_bytes, gathered_bytes); `count` is the numbers in the files."""
     quantization, width, shards = config.model.quantization, dtype.itemsize, _shards(config)
     if quantization != "none":
@@ -365,15 +364,13 @@ def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype) -> t
     return root + (count * width - root) // shards, 3 * max(sizes, default=0)
 
 
-def _set_aside(config: Config) -> int:
-    return most_held(config.train.micro_batches(), config.cluster.min_workers())
+def _set_aside(config: DecidedConfig) -> int:
+    return most_held(config.train.micro_batches(), config.cluster.fewest)
 
 
-def _shards(config: Config) -> int:
+def _shards(config: DecidedConfig) -> int:
     cluster = config.cluster
-    return (
-        max(1, cluster.min_workers() // cluster.fsdp_replicas) if cluster.strategy == "fsdp" else 1
-    )
+    return max(1, cluster.fewest // cluster.fsdp_replicas) if cluster.strategy == "fsdp" else 1
 
 
 def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
@@ -396,19 +393,19 @@ MOST_WORK = 5e11
 """Largest weights x tokens of a micro-batch that is measured: half a minute on a slow core, and it runs twice."""
 
 
-def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str | None:
+def not_measured(config: DecidedConfig, size: MemoryEstimate, elsewhere: bool) -> str | None:
     """Return the reason why the pace is not measured here, or None. `elsewhere`: the run is on other machines."""
     if elsewhere:
         return "the workers run on another machine"
     if torch.cuda.is_available():
         return "only CPUs are measured"
-    if size.parameters * config.train.micro() * config.data.length() > MOST_WORK:
+    if size.parameters * config.train.micro_batch * config.data.max_length > MOST_WORK:
         return "one micro-batch of this model and length would take a minute or more"
     return None
 
 
 def micro_batch(
-    config: Config, base: BaseModel, packs: Sequence[Pack], steps: int
+    config: DecidedConfig, base: BaseModel, packs: Sequence[Pack], steps: int
 ) -> tuple[float, float | None]:
     """Train on these sequences, forward and backward, in one process with a worker's threads.
 
@@ -428,7 +425,7 @@ def micro_batch(
         )
         adapted = inject(model, at_scale(factors, adapter), adapter.scale())
         loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
-        loss.recompute = config.train.activation_checkpointing is True
+        loss.recompute = config.train.activation_checkpointing
         parallel.install(loss)
         short = collate(first_step.examples(packs), model.config._attn_implementation)
         moves = (

@@ -99,7 +99,7 @@ def evaluate(
     `step` is the number of steps done, for messages. Raises UserError on all workers, with the step and the source
     rows, if the loss is not finite.
     """
-    width = trainer.config.train.micro()
+    width = trainer.config.train.micro_batch
     found = held_out(trainer.loss, store, trainer.objective, attention, width, each)
     if math.isfinite(found.loss):
         return found

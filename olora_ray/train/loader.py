@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from olora_ray.common import collectives
+from olora_ray.config.decided import DecidedTrain
 from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.plan import Counts
@@ -53,7 +54,7 @@ class StepLoader:
     def __init__(
         self,
         store: TokenStore,
-        train: Train,
+        train: DecidedTrain,
         seed: int,
         attention: str,
         worker: int = 0,
@@ -113,7 +114,7 @@ class StepLoader:
         ) * self.train.global_batch <= self.store.available or self.store.total is not None
 
     def _read(self, step: int) -> StepData:
-        size, width = self.train.global_batch, self.train.micro()
+        size, width = self.train.global_batch, self.train.micro_batch
         sequences = [int(i) for i in self.store.order(self.seed, step * size, (step + 1) * size)]
         groups = [tuple(sequences[i : i + width]) for i in range(0, size, width)]
         own = collectives.share(len(groups), self.worker, self.workers)

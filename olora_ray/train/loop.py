@@ -14,7 +14,7 @@ from torch import Tensor
 from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights, Factors
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.tokens import plan
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
@@ -88,7 +88,7 @@ class StepNumbers:
 class Trainer:
     loss: SupervisedLoss
     adapted: dict[str, AdaptedWeight]
-    config: Config
+    config: DecidedConfig
     device: torch.device
     signal: Callable[[], bool] = lambda: False
     """Called in each step on each worker, at the last moment at which the result can still reach all workers."""

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight, TakenWeight
 from olora_ray.common.errors import UserError, as_user_error, first_line
-from olora_ray.config.schema import AnyConfig
+from olora_ray.config.decided import AnyDecided
 from olora_ray.model import attention
-from olora_ray.model.packing import check_lengths, shares_sequences, why_not_in_one_row
+from olora_ray.model.packing import check_lengths, why_not_in_one_row
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import parallel
@@ -53,9 +53,9 @@ LONG = 512
 Ids = tuple[int, ...]
 
 
-def three_examples(packs: Sequence[Pack], config: AnyConfig, model: Any) -> tuple[Ids, Ids, Ids]:
+def three_examples(packs: Sequence[Pack], config: AnyDecided, model: Any) -> tuple[Ids, Ids, Ids]:
     """Return three cut examples; the second repeats the text until it exceeds the model's windows, or is a sequence."""
-    most = config.data.length()
+    most = config.data.max_length
     short = max(3, min(SHORT, most // 4))
     rows = list(examples_of(packs, short))
     windows = _limits(model.config.get_text_config(), most)
@@ -273,7 +273,7 @@ def _off(measured: Tensor, wanted: Tensor) -> Tensor:
 
 
 def choose_attention(
-    loss: SupervisedLoss, packs: Sequence[Pack], config: AnyConfig, device: torch.device
+    loss: SupervisedLoss, packs: Sequence[Pack], config: AnyDecided, device: torch.device
 ) -> SelfTest:
     """Test the base model on examples of `packs`, and set the first attention that passes.
 
@@ -283,12 +283,12 @@ def choose_attention(
     began = time.perf_counter()
     dtype = next(model.parameters()).dtype
     check_lengths(model, config)
-    tokens = config.train.micro() * config.data.length()
+    tokens = config.train.micro_batch * config.data.max_length
     wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device), tokens)
     # `packs` are only the first sequences. Even if each has one example, later ones may have several.
-    packed = shares_sequences(model, config) or any(len(pack.segments) > 1 for pack in packs)
+    packed = config.data.packing or any(len(pack.segments) > 1 for pack in packs)
     examples = three_examples(packs, config, model)
-    beside = packed or config.train.micro() > 1
+    beside = packed or config.train.micro_batch > 1
     trial = _Trial(loss, examples if beside else examples[1:2], packed, device)
     failed = attention.left_out(model, config.model, dtype, device)
     for name in wanted:
@@ -314,15 +314,15 @@ def choose_attention(
     raise UserError(text)
 
 
-def require_layout(loss: SupervisedLoss, config: AnyConfig) -> None:
+def require_layout(loss: SupervisedLoss, config: AnyDecided) -> None:
     """Raise UserError if the attention that passed for another trial does not work with the settings of this one."""
     # Trials of a search may share a base, and differ in the number of sequences that go through it at once.
     model: Any = loss.model
     check_lengths(model, config)
-    why = why_not_in_one_row(model, config.train.micro() * config.data.length())
+    why = why_not_in_one_row(model, config.train.micro_batch * config.data.max_length)
     if loss.tested is not None and loss.tested.attention in FLAT_ATTENTION and why:
         raise UserError(
-            f"train.micro_batch={config.train.micro()}: other trials on this base put all examples of a micro-batch"
+            f"train.micro_batch={config.train.micro_batch}: other trials on this base put all examples of a micro-batch"
             f" into one row, but {type(model).__name__} {why}; set trials_per_worker: 1 or"
             " model.attention: sdpa"
         )

@@ -92,7 +92,7 @@ def test_what_counts_against_the_limit(
     ("error", "advised"), [(torch.OutOfMemoryError("CUDA"), True), (RuntimeError("NCCL"), False)]
 )
 def test_only_a_lack_of_memory_is_advised_as_one(error: RuntimeError, advised: bool) -> None:
-    with pytest.raises(UserError if advised else RuntimeError), advice_for_memory(tiny.config()):
+    with pytest.raises(UserError if advised else RuntimeError), advice_for_memory(tiny.decided()):
         raise error
 
 

@@ -27,7 +27,7 @@ def test_the_start_equals_the_base_exactly(dtype: torch.dtype) -> None:
     with torch.no_grad():
         expected = base(ids, use_cache=False).logits
         adapted = tiny.trainer(
-            tiny.config(), attention="sdpa", model=tiny.llama(attention="sdpa", dtype=dtype)
+            tiny.decided(), attention="sdpa", model=tiny.llama(attention="sdpa", dtype=dtype)
         )
         adapted.loss.cuda()
         assert torch.equal(adapted.loss.model(ids, use_cache=False).logits, expected)
@@ -35,7 +35,7 @@ def test_the_start_equals_the_base_exactly(dtype: torch.dtype) -> None:
 
 def test_the_attention_that_is_picked_keeps_segments_apart() -> None:
     device = torch.device("cuda")
-    settings = tiny.config()
+    settings = tiny.decided()
     dtype = pick_dtype(settings.model, device)
     attention = candidates(tiny.llama(), settings.model, dtype, device)[0]
     model = tiny.llama(attention=attention, dtype=dtype).cuda()
@@ -66,7 +66,7 @@ def test_losses_and_gradients_do_not_depend_on_the_attention(window: int | None)
 
     def measured(attention: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
         torch.manual_seed(0)
-        trainer = tiny.trainer(tiny.config(), attention=attention, model=model(attention, dtype))
+        trainer = tiny.trainer(tiny.decided(), attention=attention, model=model(attention, dtype))
         trainer.flat.vector.copy_(0.05 * torch.randn(trainer.flat.vector.shape))
         trainer.loss.cuda()
         adapters = [

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from olora_ray.cluster import node_facts, preflight, resources
+from olora_ray.cluster.decide import decide
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import Kept
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import obtain
@@ -68,10 +70,22 @@ def test_every_gpu_has_an_equal_part_of_a_step(
     config: Config, monkeypatch: pytest.MonkeyPatch, gpus: int, busy: int, workers: Any, micro: int
 ) -> None:
     machine(monkeypatch, gpus, busy=busy)
-    found = preflight.check_cluster(config, obtain(config))
+    base, cluster = obtain(config), preflight.ask(config)
+    data = tiny.of_data(config)
+    made = decide(config, data, base, cluster)
+    found = made.config
     assert (found.cluster.workers, found.train.micro_batch) == (workers, micro)
-    assert preflight.check_cluster(config, obtain(config), trials=True).cluster.workers == 1
-    assert preflight.check_cluster(found, obtain(found)) == found
+    assert made.decisions["train.micro_batch"].why
+    assert decide(config, data, base, cluster, trial=True).config.cluster.workers == 1
+    assert decide(found, tiny.of_data(found), base, cluster).config == found
+    kept = Kept({"train.micro_batch": 7})
+    assert decide(config, data, base, cluster, kept).config.train.micro_batch == 7
+
+
+def _require(config: Config) -> None:
+    base, cluster = obtain(config), preflight.ask(config)
+    made = decide(config, tiny.of_data(config), base, cluster)
+    preflight.require(made.config, cluster, base, made.size, made.expected)
 
 
 def test_other_processes_on_a_gpu_are_named_and_their_memory_is_not_planned_with(
@@ -82,7 +96,7 @@ def test_other_processes_on_a_gpu_are_named_and_their_memory_is_not_planned_with
         said() as lines,
         pytest.raises(UserError, match=r"GPU memory, so there is room for 0 .*has 0\.5 GiB"),
     ):
-        preflight.check_cluster(config, obtain(config))
+        _require(config)
     assert any(
         "other processes (4711) leave 0.5 of 80.0 GiB on a GPU: stop them" in line for line in lines
     )

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from olora_ray.cluster import node_facts, preflight, resources
+from olora_ray.cluster.decide import decide, decide_evaluation
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
@@ -92,8 +93,17 @@ def config(place: Path, **changes: Any) -> Config:
 
 def refused(settings: Config, base: BaseModel | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        preflight.check_cluster(settings, base)
+        check(settings, base)
     return str(caught.value)
+
+
+def check(settings: Config, base: BaseModel | None = None) -> None:
+    cluster = preflight.ask(settings)
+    if base is None:
+        preflight.require(decide_evaluation(settings, cluster), cluster)
+        return
+    made = decide(settings, tiny.of_data(settings), base, cluster)
+    preflight.require(made.config, cluster, base, made.size, made.expected)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +166,7 @@ class TestTwoNodes:
 
     def test_a_range_of_workers_waits(self, cluster: Path) -> None:
         with said() as lines, pytest.raises(UserError, match="torch"):  # nothing else is wrong
-            preflight.check_cluster(config(cluster, cluster__workers=[3, 4]), None)
+            check(config(cluster, cluster__workers=[3, 4]))
         assert lines[0].startswith("training waits for the cluster to grow: cluster.workers=3 ")
 
     def test_what_the_launcher_may_start_counts(
@@ -169,7 +179,7 @@ class TestTwoNodes:
         (home / "ray_bootstrap_config.yaml").write_text(str(tree))
         monkeypatch.setenv("HOME", str(home))
         with said() as lines, pytest.raises(UserError, match=r"^node 127.0.0.2: has torch [^;]*$"):
-            preflight.check_cluster(config(cluster, cluster__workers=4), None)
+            check(config(cluster, cluster__workers=4))
         assert "waits for the cluster to grow" in lines[0]
         assert "can grow to 5" in refused(
             config(cluster, cluster__workers=6, train__global_batch=8)
@@ -206,12 +216,12 @@ def test_no_part_of_a_gpu_lies_on_two(each: float, gpus: float, fits: int) -> No
 def test_uploads_need_room_in_the_temporary_folder(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tiny.config(run__storage="s3://b/runs")
+    settings = tiny.decided(run__storage="s3://b/runs")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for trainable, refused in ((10**3, False), (10**15, True)):
         found = list(
             preflight.disk_problems(
-                settings, replace(estimate(settings, base, gpu=False), trainable=trainable), base
+                settings, replace(estimate(settings, base, tiny.ON_CPU), trainable=trainable), base
             )
         )
         assert bool(found) is refused
@@ -222,8 +232,8 @@ def test_uploads_need_room_in_the_temporary_folder(
 def test_the_tokens_of_other_runs_are_no_room_for_this_one(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tiny.config(run__storage=str(tmp_path))
-    size = replace(estimate(settings, base, gpu=False), trainable=10**8)
+    settings = tiny.decided(run__storage=str(tmp_path))
+    size = replace(estimate(settings, base, tiny.ON_CPU), trainable=10**8)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
 
     def lies(name: str) -> None:

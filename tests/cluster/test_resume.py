@@ -35,7 +35,7 @@ def known(model: Any, targets: Any) -> dict[str, AdapterWeights]:
 
 def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> None:
     model: Any = zoo.make(ALL["mixtral"])
-    spec: Any = SimpleNamespace(config=tiny.config())
+    spec: Any = SimpleNamespace(config=tiny.decided())
     before = known(
         model, ("q_proj", "v_proj")
     )  # what all-linear meant as long as experts were left out
@@ -59,7 +59,7 @@ def test_a_checkpoint_that_a_worker_cannot_fetch_now_is_for_another_group_of_wor
 
     put(monkeypatch, resume.collectives, rank=lambda: 1, from_first=lambda _: "s3://b/step-3")
     put(monkeypatch, resume.checkpoints, read=read)
-    spec: Any = SimpleNamespace(config=tiny.config(train__start="s3://b/step-3"))
+    spec: Any = SimpleNamespace(config=tiny.decided(train__start="s3://b/step-3"))
     with pytest.raises(Exception, match=r"worker 1 cannot read .*: slow down") as caught:
         restored(spec, "s3://b")
     assert type(caught.value) is raised

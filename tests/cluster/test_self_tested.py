@@ -34,15 +34,12 @@ CONTEXT: Any = SimpleNamespace(
 
 def spec_of(config: Config, digest: str = "") -> TrainSpec:
     store: Any = tiny.store(3)
-    recompute = config.train.activation_checkpointing is True
-    return TrainSpec(
-        config, BaseModel("tiny", "", digest), "digest", (0,), store, None, recompute=recompute
-    )
+    return TrainSpec(config, BaseModel("tiny", "", digest), "digest", (0,), store, None)
 
 
 def _tested(wrong: int | None) -> tuple[str, list[int]]:
     """The attention that all take; on worker `wrong` an adapter does not start where the base is."""
-    settings = tiny.config(cluster__workers=2)
+    settings = tiny.decided(cluster__workers=2)
     trainer = tiny.trainer(settings)
     if dist.get_rank() == wrong:
         trainer.flat.vector[3] = 0.5
@@ -69,7 +66,7 @@ def _resumed(state: TrainState, digest: str = "", **settings: Any) -> tuple[Star
 
     What is found of a base without a digest is not kept on the node.
     """
-    config = tiny.config(**settings)
+    config = tiny.decided(**settings)
     state = TrainState(**json.loads(json.dumps(asdict(state))))
     start = StartingPoint(
         tiny.trainer(config), "eager", state, None, resumed=state.self_test is not None
@@ -110,7 +107,7 @@ def _partly_unused(change: Callable[[Any], Any], **settings: Any) -> StartingPoi
     """A start with a first MLP that `change` makes of it."""
     model = tiny.llama(attention="segments")
     model.model.layers[0].mlp.forward = change(model.model.layers[0].mlp)
-    config = tiny.config(**settings)
+    config = tiny.decided(**settings)
     start = StartingPoint(
         tiny.trainer(config, model=model), "segments", TrainState(), None, resumed=False
     )
@@ -170,7 +167,7 @@ def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
 
 def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
     def again(loss: SupervisedLoss, **settings: Any) -> SelfTest:
-        return resume.tested(loss, spec_of(tiny.config(**settings)), [], CONTEXT.device)
+        return resume.tested(loss, spec_of(tiny.decided(**settings)), [], CONTEXT.device)
 
     neighbours = SupervisedLoss(tiny.of_kind("phi3", tiny.LONG_ROPE))
     neighbours.tested = SelfTest("segments")

@@ -41,7 +41,7 @@ def run(
         "cluster__strategy": strategy,
         "train__micro_batch": 1,
     }
-    settings = tiny.config(
+    settings = tiny.decided(
         **(SETTINGS | {"model__name": str(model), "model__dtype": "bfloat16"} | sizes | changes)
     )
     train: Any = tiny.store(8)

@@ -29,7 +29,7 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -
     def identity(start: str | None, **changes: Any) -> dict[str, str]:
         base = BaseModel("m", "/m", "base")
         return TrainSpec(
-            tiny.config(**changes), base, "tokenizer", (0,), store, None, start
+            tiny.decided(**changes), base, "tokenizer", (0,), store, None, start
         ).identity()
 
     assert "start" not in identity(None), "runs from before there was such a setting are resumed"
@@ -46,7 +46,7 @@ def test_a_run_that_was_drawn_in_windows_is_not_resumed_in_one_draw() -> None:
     )
     base = BaseModel("m", "/m", "base")
     before, now = (
-        TrainSpec(tiny.config(), base, "tokenizer", (0,), store, None).identity()
+        TrainSpec(tiny.decided(), base, "tokenizer", (0,), store, None).identity()
         for store in (few, many)
     )
     assert "order" not in before, "the identity of all other stores stays as it was"
@@ -61,7 +61,7 @@ def test_a_run_that_was_drawn_in_windows_is_not_resumed_in_one_draw() -> None:
 def spec(shared: str | None = None, **changes: Any) -> TrainSpec:
     store: Any = tiny.store()
     return TrainSpec(
-        tiny.config(**changes),
+        tiny.decided(**changes),
         BaseModel("m", "/m", "base"),
         "tokenizer",
         (0,),

@@ -53,7 +53,7 @@ def train(
 ) -> tuple[TrainResult, Channel]:
     store: Any = tiny.store(8)
     held_out: Any = measured_on or tiny.store(3, seed=9)
-    settings = tiny.config(**(SETTINGS | changes))
+    settings = tiny.decided(**(SETTINGS | changes))
     spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out)
     channel = Channel()
     shared = SharedBase(
@@ -370,6 +370,6 @@ def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
     }
     for (module, name), instead in around.items():
         monkeypatch.setattr(module, name, instead)
-    spec: Any = SimpleNamespace(config=tiny.config())
+    spec: Any = SimpleNamespace(config=tiny.decided())
     assert worker.train_worker(spec, "", channel) == TrainResult(problem=problem)
     assert given == ([] if problem is None else [TrainResult(problem=problem)])

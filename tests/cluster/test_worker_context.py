@@ -40,7 +40,7 @@ def base() -> SharedBase:
 
 def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """The flat vector of adapters after training, and the held-out loss, taking turns with whoever else is there."""
-    settings, store = tiny.config(train__steps=STEPS, **changes), tiny.store(8)
+    settings, store = tiny.decided(train__steps=STEPS, **changes), tiny.store(8)
     context, adapter = SharedBaseContext(shared), settings.adapter
     with context.activate({}):
         model = shared.loss.model
@@ -91,7 +91,7 @@ def test_adapters_that_share_a_base_train_as_if_each_were_alone() -> None:
 def load_what_lies_there(folders: list[str]) -> None:
     """In a worker: load the model of its node."""
     base = BaseModel("/models/m", folders[collectives.rank()], "digest")
-    spec: Any = SimpleNamespace(base=base, config=tiny.config(cluster__workers=2))
+    spec: Any = SimpleNamespace(base=base, config=tiny.decided(cluster__workers=2))
     load_loss(spec, CPU)
 
 
@@ -119,7 +119,7 @@ def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tu
             "pick_dtype",
             lambda model, _: own if model.dtype == "auto" else torch.bfloat16,
         )
-        return agreed(tiny.config(model__dtype=dtype), CPU, began).model.dtype, lines
+        return agreed(tiny.decided(model__dtype=dtype), CPU, began).model.dtype, lines
 
 
 def test_workers_of_several_kinds_compute_in_one_precision(crew: Callable[[int], Crew]) -> None:

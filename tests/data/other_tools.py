@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.data import first_look
 from olora_ray.tokens.preview import describe
+from tests import tiny
 from tests.said import said
 from tests.tokens import helpers
 
@@ -610,7 +610,7 @@ def outcome(file: File, folder: Path) -> str:
     )
     try:
         with said() as lines:
-            known = first_look.check_data(config).data.train[0]
+            known = tiny.read_as(config).data.train[0]
             rows = sorted(
                 _read(
                     helpers.config(

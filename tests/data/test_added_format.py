@@ -14,11 +14,11 @@ from olora_ray.common.errors import UserError
 from olora_ray.config import tables
 from olora_ray.config.command_line import help_text
 from olora_ray.config.load import override
-from olora_ray.data import first_look, formats
+from olora_ray.data import formats
 from olora_ray.data.sources import grouped
 from olora_ray.tokens.prepare import plan_here
 from olora_ray.tokens.preview import describe
-from tests import plugins
+from tests import plugins, tiny
 from tests.pipelines.project import ROOT
 from tests.tokens import helpers
 
@@ -70,7 +70,7 @@ def digest(config: Any) -> str:
 
 
 def supervised(config: Any) -> str:
-    example = describe(first_look.check_data(config), helpers.spec()).examples[0]
+    example = describe(tiny.read_as(config), helpers.spec()).examples[0]
     return helpers.decode(example.input_ids[example.mask])
 
 
@@ -85,7 +85,7 @@ def test_one_file_and_one_line_are_detected_shown_in_the_help_and_supervised(
     tmp_path: Path,
 ) -> None:
     assert supervised(config(tmp_path)) == "four<|im_end|>"
-    assert first_look.check_data(config(tmp_path, "auto")).data.train[0].format == "input_target"
+    assert tiny.read_as(config(tmp_path, "auto")).data.train[0].format == "input_target"
     text = " ".join(help_text().split())
     assert "text, tokens, input_target" in text
     assert "input_target {input, target}" in text
@@ -97,7 +97,7 @@ def test_the_format_of_an_installed_package_supervises_the_answer(tmp_path: Path
     renamed = {"q": "two and two?", "target": "four"}
     assert supervised(config(tmp_path, row=renamed, fields={"input": "q"})) == "four<|im_end|>"
     with pytest.raises(UserError, match="has no field 'prompt'; it has input, target"):
-        first_look.check_data(config(tmp_path, fields={"prompt": "input"}))
+        tiny.read_as(config(tmp_path, fields={"prompt": "input"}))
     with pytest.raises(UserError, match="rows of format input_target are always chats"):
         config(tmp_path, chat=False)
 
@@ -105,10 +105,10 @@ def test_the_format_of_an_installed_package_supervises_the_answer(tmp_path: Path
 def test_installing_a_package_changes_no_other_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = first_look.check_data(config(tmp_path, "auto"))
+    before = tiny.read_as(config(tmp_path, "auto"))
     name = digest(before)
     plugins.install(monkeypatch, tmp_path / "site", "my-rows", "my_rows", CODE, ENTRIES)
-    after = first_look.check_data(config(tmp_path, "auto"))
+    after = tiny.read_as(config(tmp_path, "auto"))
     assert after == before
     assert after.data.train[0].format == "prompt_completion"
     assert digest(after) == name

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from olora_ray.common.errors import UserError
-from olora_ray.data import first_look
 from olora_ray.tokens.preview import describe
+from tests import tiny
 from tests.data.other_tools import TEMPLATE
 from tests.data.own_files import HARMLESS, MATTERS, Case, without, write
 from tests.tokens import helpers
@@ -40,7 +40,7 @@ def dry_run(path: Path, fields: dict[str, str], folder: Path) -> tuple[str, str,
     source = {"path": str(path), "fields": fields}
     config = helpers.config(folder / "runs", source, max_length=8192, max_rejected=0)
     try:
-        preview = describe(first_look.check_data(config), SPEC)
+        preview = describe(tiny.read_as(config), SPEC)
     except UserError as error:
         return str(error), "", []
     ids = [int(one) for pack in preview.some_packs for one in pack.input_ids]

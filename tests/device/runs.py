@@ -57,14 +57,13 @@ def run(model: Path, storage: Path, device: torch.device, changes: Mapping[str, 
         "run__storage": str(storage),
         "model__name": str(model),
     }
-    settings = tiny.config(**(SETTINGS | own | changes))
-    again = settings.train.activation_checkpointing is True
+    settings = tiny.decided(**(SETTINGS | own | changes))
     base, folder, stores = (
         open_base(settings),
         RunFolder(settings.folder()),
         (tiny.store(8), tiny.store(3, seed=9)),
     )
-    spec = TrainSpec(settings, base.model, base.spec.digest, base.eos, *stores, recompute=again)  # type: ignore[arg-type]
+    spec = TrainSpec(settings, base.model, base.spec.digest, base.eos, *stores)  # type: ignore[arg-type]
     with mock.patch.object(StopRequests, "_listen"):
         whole = train_at(Context(device), spec, folder.checkpoints, Channel())
         collectives.wait_for_all()

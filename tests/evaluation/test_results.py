@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
@@ -216,8 +217,9 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
 
 def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(config: Config) -> None:
     mistaken = override(config, {"gate.group": "person"})
+    target = Target("runs/small", open_base(config).model, None, mistaken)
     with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'person'"):
-        results.evaluate(Target("runs/small", open_base(config).model, None, mistaken), {}, None)
+        results.evaluate(target, ClusterFacts((), False, 1, 1), {}, None)
     assert not ray.is_initialized()
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.inject import find_targets
+from olora_ray.cluster.decide import decide
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker import StopRequests, Worker
@@ -112,7 +114,7 @@ def _ends_well(state: State, *stages: Callable[[State], None]) -> bool:
 
 
 def _config(folder: Path, precision: str) -> Config:
-    return tiny.config(
+    return tiny.decided(
         run__storage=str(folder / "runs"),
         model__name=str(folder / "model"),
         model__dtype=str(PRECISIONS[precision]).removeprefix("torch."),
@@ -141,7 +143,9 @@ def _shown(error: object, state: State) -> str:
 def _open(state: State) -> None:
     """Do what the driver does with a model before it starts anything."""
     state.base = open_base(state.config)
-    prepare.plan(state.config, state.base.model)
+    here = ClusterFacts.here(state.config.cluster)
+    data = prepare.read_data(state.config, state.base)
+    prepare.plan(decide(state.config, data, state.base.model, here), state.base.model)
 
 
 def _start(state: State) -> None:

@@ -118,7 +118,7 @@ def is_refused(planted: Planted, dtype: torch.dtype) -> bool:
         replace(variant, sizes={**variant.sizes, "sliding_window": planted.window}), dtype
     )
     planted.prepare(made)
-    config = tiny.config(data__max_length=LENGTH, model__attention="segments")
+    config = tiny.decided(data__max_length=LENGTH, model__attention="segments")
     trainer = tiny.trainer(config, model=made)
     with _in_place(planted.attend):
         try:

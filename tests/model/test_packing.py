@@ -78,7 +78,7 @@ def refusal(kind: str, sizes: dict[str, Any], length: int, **changes: Any) -> st
     with torch.device("meta"):
         made = of_kind(kind, sizes)
     try:
-        check_lengths(made, tiny.config(data__max_length=length, **changes))
+        check_lengths(made, tiny.decided(data__max_length=length, **changes))
     except UserError as error:
         return str(error)
     return None
@@ -125,10 +125,10 @@ def test_positions_that_are_encoded_by_the_longest_so_far_are_refused(
 def test_positions_that_are_looked_up_in_a_table_end_with_it(family: str) -> None:
     made = zoo.on_meta(ALL[family])
     assert positions(made) == 128
-    check_lengths(made, tiny.config(data__max_length=128))
+    check_lengths(made, tiny.decided(data__max_length=128))
     with pytest.raises(UserError) as caught:
         check_lengths(
-            made, tiny.config(data__max_length=129, data__packing=False, train__micro_batch=1)
+            made, tiny.decided(data__max_length=129, data__packing=False, train__micro_batch=1)
         )
     assert str(caught.value) == (
         f"data.max_length=129: {type(made).__name__} has positions for 128 tokens; set data.max_length to 128 at most"

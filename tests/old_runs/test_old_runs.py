@@ -39,7 +39,6 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import changed, load_config, parse_yaml
-from olora_ray.data import first_look
 from olora_ray.tracking.moved_storage import relocate_artifacts
 from tests.old_runs import ends
 from tests.pipelines import project
@@ -288,7 +287,7 @@ def test_an_old_search_is_the_same_search(own: Path, space: str, ended: int) -> 
     from olora_ray.sweep.record import read_all
     from olora_ray.sweep.space_file import load_space
 
-    config = first_look.check_data(load_config("trial.yaml"))
+    config = load_config("trial.yaml")
     found = load_space(f"{space}.yaml", config)
     search = search_folder.search_config(config, found, f"{space}.yaml", registers=True)
     search_folder.check_search(search, found)

@@ -92,7 +92,7 @@ class Training:
             channel=channel, progress=progress, highest=0, collect=self.collect, telemetry=telemetry
         )
         build: Any = SimpleNamespace(store=tiny.store(8), problem=None, join=lambda: None)
-        spec: Any = SimpleNamespace(config=tiny.config(**settings))
+        spec: Any = SimpleNamespace(config=tiny.decided(**settings))
         return Attempts(spec, build, monitor, self.stop, self.worker, self.fit, placed)
 
 

@@ -26,8 +26,11 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         base = folder / "base"
-        self.config = tiny.config(
-            run__storage=str(folder / "runs"), model__name=str(base), data__max_length=64
+        self.config = tiny.decided(
+            run__storage=str(folder / "runs"),
+            model__name=str(base),
+            data__max_length=64,
+            data__train=[{"path": "unused.jsonl", "format": "messages"}],
         )
         self.case = export_parts.make_case(
             base, tiny.llama(dtype=torch.bfloat16), self.config.adapter

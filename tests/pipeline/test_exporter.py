@@ -9,7 +9,7 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export, prepare
+from olora_ray.pipeline import export
 from olora_ray.pipeline.exporter import exporter_named
 from olora_ray.pipeline.run_folder import RunFolder
 from tests import plugins, tiny
@@ -72,7 +72,7 @@ def test_what_cannot_be_written_is_refused_before_the_training(
     tiny.llama().save_pretrained(tmp_path)
     config = tiny.config(model__name=str(tmp_path), data__max_length=64, **changes)
     with pytest.raises(UserError) as error:
-        prepare.plan(config, BaseModel(str(tmp_path), str(tmp_path), ""))
+        tiny.plan(config, BaseModel(str(tmp_path), str(tmp_path), ""))
     assert str(error.value) == line
 
 

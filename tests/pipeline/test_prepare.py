@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare
 from tests import example_objective, tiny
 
@@ -16,7 +15,7 @@ def test_a_gate_on_the_perplexity_of_an_objective_without_one_is_refused(
     with example_objective.installed(monkeypatch, tmp_path):
         config = tiny.config(train__objective="examples", gate__metric="eval/perplexity")
         with pytest.raises(UserError) as error:
-            prepare.plan(config, BaseModel("m", str(tmp_path), ""))
+            prepare.check_settings(config)
     assert str(error.value).startswith("gate: metric eval/perplexity")
 
 
@@ -28,5 +27,5 @@ def test_rows_from_which_the_objective_cannot_learn_are_refused(
     with example_objective.installed(monkeypatch, tmp_path):
         config = tiny.config(train__objective="examples", **{field: [rows]})
         with pytest.raises(UserError) as error:
-            prepare.plan(config, BaseModel("m", str(tmp_path), ""))
+            prepare.check_settings(config)
     assert str(error.value).startswith(f"{field.replace('__', '.')}.0.format: ")

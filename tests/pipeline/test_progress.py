@@ -57,7 +57,7 @@ def lines(total: int, every: int, *rows: dict[str, float]) -> list[str]:
 def test_the_split_of_a_batch_says_who_has_nothing_to_do(
     batch: int, micro: int, workers: int, expected: str
 ) -> None:
-    config = tiny.config(train__global_batch=batch, train__micro_batch=micro)
+    config = tiny.decided(train__global_batch=batch, train__micro_batch=micro)
     assert batch_split(config, workers) == expected
 
 

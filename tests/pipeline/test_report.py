@@ -12,7 +12,6 @@ import pytest
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.model.source import obtain
 from olora_ray.pipeline.export import Exported
-from olora_ray.pipeline.prepare import plan
 from olora_ray.pipeline.report import already_finished, finished, next_steps
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train.checkpoint import TrainState
@@ -130,7 +129,7 @@ def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
     zoo.build(family, folder)
     config = tiny.config(model__name=str(folder), model__dtype="float32", **changes)
     with said() as lines:
-        plan(config, obtain(config))
+        tiny.plan(config, obtain(config))
     return lines
 
 

@@ -10,6 +10,7 @@ import pytest
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import NOTHING, Decision
 from olora_ray.config.load import load_config, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder, RunState
@@ -23,7 +24,7 @@ def config(tmp_path: Path) -> Config:
     return tiny.config(run__name="mine", run__storage=str(tmp_path / "runs"))
 
 
-def check(config: Config) -> tuple[Config, RunState]:
+def check(config: Config) -> RunState:
     return RunFolder(config.folder()).check(config)
 
 
@@ -49,13 +50,27 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
 
 def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Config) -> None:
     begin(override(config, {"data.max_length": 704}))
-    assert check(override(config, {"data.max_length": "auto"}))[0].data.max_length == 704
-    assert (
-        check(override(config, {"run.name": "new", "data.max_length": "auto"}))[0].data.max_length
-        == "auto"
-    )
     both = override(config, {"data.max_length": "auto", "train.micro_batch": "auto"})
-    assert check(both)[0].train.micro_batch == config.train.micro_batch
+    kept = check(both).kept
+    assert kept.filled(both).data.max_length == 704
+    assert kept.filled(both).train.micro_batch == config.train.micro_batch
+    assert check(override(both, {"run.name": "new"})).kept == NOTHING
+
+
+def test_what_was_decided_is_kept_with_its_reason(config: Config) -> None:
+    asked = override(config, {"data.max_length": "auto", "cluster.workers": "auto"})
+    decisions = {
+        "data.max_length": Decision(640, "the longest of 9 rows has 600 tokens"),
+        "cluster.workers": Decision(2, "without GPUs there are two"),
+    }
+    folder = begin(asked)
+    folder.claim(asked, decisions, folder.state())
+    assert load_config(folder.settings) == asked
+    kept = check(asked).kept
+    assert kept.decision("data.max_length") == decisions["data.max_length"]
+    check(override(asked, {"data.max_length": 640}))
+    with pytest.raises(UserError, match=r"data\.max_length was 640, is 512"):
+        check(override(asked, {"data.max_length": 512}))
 
 
 @pytest.mark.parametrize(
@@ -102,12 +117,13 @@ def test_a_run_may_be_made_longer_and_has_not_ended_then(
 ) -> None:
     folder = ended(short := override(config, before))
     for _ in range(2):  # until it is claimed the shorter run is as it was, whatever was looked at
-        longer, state = check(override(short, after))
+        longer = override(short, after)
+        state = check(longer)
         assert (state.finished(longer), state.trained(longer)) == (None, None)
         assert state.finished(short) == {"steps": 6, "metrics": {}}
         assert state.trained(short)
     with said() as lines:
-        folder.claim(longer, state)
+        folder.claim(longer, {}, state)
         tiny.claimed(longer)
     assert len(lines) == 1
     assert "training continues after step 6 with the optimizer's state" in lines[0]
@@ -115,12 +131,13 @@ def test_a_run_may_be_made_longer_and_has_not_ended_then(
     assert (state.result, state.training, load_config(folder.settings)) == (None, None, longer)
 
 
-@pytest.mark.parametrize("written", range(4))
+@pytest.mark.parametrize("written", range(5))
 def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(
     config: Config, written: int
 ) -> None:
     folder = ended(short := override(config, {"train.steps": 6}))
-    longer, state = check(override(short, {"train.steps": 12}))
+    longer = override(short, {"train.steps": 12})
+    state = check(longer)
     left, kill = iter(range(written)), KeyboardInterrupt()
 
     def limited(change: Callable[..., None]) -> Callable[..., None]:
@@ -135,11 +152,11 @@ def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(
         for name in ("remove", "write_text"):
             patch.setattr(storage, name, limited(getattr(storage, name)))
         with pytest.raises(KeyboardInterrupt):
-            folder.claim(longer, state)
+            folder.claim(longer, {}, state)
     for each in (short, longer):
-        _, state = check(each)
+        state = check(each)
         assert each is short or (state.finished(each), state.trained(each)) == (None, None)
-    assert (state.finished(short) is None) == (written == 3)
+    assert (state.finished(short) is None) == (written >= 3)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +223,13 @@ def trained(config: Config, identity: dict[str, str] = CONTENTS) -> RunFolder:
 
 def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config: Config) -> None:
     folder = trained(config)
-    moved, state = check(override(config, ELSEWHERE))
+    moved = override(config, ELSEWHERE)
+    state = check(moved)
     assert state.moved(moved)
     assert not state.moved(config)
     state.require_same(moved, CONTENTS)
     state.require_same(moved, {"base model": CONTENTS["base model"]})
-    folder.claim(moved, state)
+    folder.claim(moved, {}, state)
     assert not folder.state().moved(moved)
     assert load_config(folder.settings).model.name == "/moved/model"
 
@@ -238,7 +256,8 @@ def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_conte
     folder.write_result({"base": {"digest": "base"}, "data": {"train": "rows", "eval": None}})
     with pytest.raises(UserError, match=r"adapter\.rank was 4, is 8"):
         check(override(config, {"adapter.rank": 8}))
-    moved, state = check(override(config, ELSEWHERE))
+    moved = override(config, ELSEWHERE)
+    state = check(moved)
     state.require_same(moved, {"base model": "base", "training data": "rows", "held-out data": ""})
     with pytest.raises(UserError, match="another training data"):
         state.require_same(

@@ -8,6 +8,7 @@ import pytest
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import Decision
 from olora_ray.pipeline import runs
 from olora_ray.pipeline.run import only_driver
 from olora_ray.pipeline.run_folder import RunFolder
@@ -103,3 +104,19 @@ def test_a_folder_without_runs_is_an_error_if_it_is_named(
         runs.main(["nothere"])
     runs.main([])
     assert capsys.readouterr().out == f"no runs in {tmp_path}/runs\n"
+
+
+def test_what_a_run_decided_is_shown_with_its_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(str(tmp_path / "runs"), "mine")
+    why = "3 would need about 81.2 GiB on each GPU"
+    folder.claim(tiny.config(), {"train.micro_batch": Decision(2, why)}, folder.state())
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "runs/mine", folder.root):
+        runs.main(["show", name])
+        head, line = capsys.readouterr().out.splitlines()
+        assert head.split() == ["field", "decided", "why"]
+        assert line.split(maxsplit=2) == ["train.micro_batch", "2", why]
+    with pytest.raises(UserError, match="another: no run has this name"):
+        runs.main(["show", "another"])

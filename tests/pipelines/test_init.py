@@ -17,6 +17,7 @@ from olora_ray.evaluation.groups import count_planned
 from olora_ray.pipeline.dry_run import dry_run
 from olora_ray.tokens.prepare import plan_here
 from pipelines import init
+from tests import tiny
 from tests.pipelines import project
 from tests.said import said
 from tests.tokens import helpers
@@ -58,7 +59,10 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(
     assert (found.run.name, found.model.name, found.registry.model) == ("chats", "model", "chats")
     assert [each.path for each in found.data.train] == ["chats.jsonl"]
     assert (found.data.eval, found.data.eval_fraction) == ((), 0.15)
-    assert found.train.global_batch >= found.train.micro() * found.cluster.max_workers()
+    assert (
+        found.train.global_batch
+        >= tiny.decided(found).train.micro_batch * tiny.decided(found).cluster.most
+    )
     printed = capsys.readouterr().out
     assert printed.startswith(
         "chats.jsonl: about 200 messages rows in jsonl\nheld out: eval_fraction: 0.15  # about 30 rows\n"

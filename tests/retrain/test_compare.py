@@ -34,7 +34,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         monkeypatch.delitem(
             sys.modules, name, raising=False
         )  # another test imported it from another folder
-    return tiny.config(
+    return tiny.decided(
         run__storage=str(tmp_path / "runs"), evaluation__scorer="scorer_of_a_test:score"
     )
 

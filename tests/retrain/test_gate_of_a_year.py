@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.config.load import load_config, override
 from olora_ray.config.nights import Gate
 from olora_ray.config.schema import Config
@@ -169,11 +170,11 @@ BASE = Base(BaseModel("m", "", "base"), None, TokenizerSpec("{}", "", {}, 0), ()
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return tiny.config(run__storage=str(tmp_path / "runs"), evaluation__scorer="exact_match")
+    return tiny.decided(run__storage=str(tmp_path / "runs"), evaluation__scorer="exact_match")
 
 
 def test_the_guard_rows_are_the_shipped_text_or_the_sources(config: Config, tmp_path: Path) -> None:
-    inputs: Any = SimpleNamespace(base=BASE)
+    inputs: Any = SimpleNamespace(base=BASE, data=config)
     shipped = compare.guard(config, inputs)
     assert shipped is not None
     assert (shipped.config.evaluation.scorer, shipped.config.data.eval[0].path) == (
@@ -196,7 +197,7 @@ def test_tasks_as_a_guard_count_their_wrong_answers(
 ) -> None:
     monkeypatch.setattr(compare, "load_tasks", lambda names, _: dict.fromkeys(names))
     tasks = compare.guard(
-        override(config, {"gate.guard": ["arc_easy"]}), SimpleNamespace(base=BASE)
+        override(config, {"gate.guard": ["arc_easy"]}), SimpleNamespace(base=BASE, data=config)
     )  # type: ignore[arg-type]
     assert tasks is not None
     done = {
@@ -205,6 +206,6 @@ def test_tasks_as_a_guard_count_their_wrong_answers(
         )
     }
     monkeypatch.setattr(compare.lm_eval_tasks, "run", lambda *_: done)
-    rows = compare.results_on(tasks, BASE, None, config)
+    rows = compare.results_on(tasks, BASE, None, config, ClusterFacts((), False, 1, 1))
     assert rows.losses == (0.0, 1.0, 0.0)
     assert rows.metric("eval/loss") == pytest.approx(1 / 3)

@@ -25,7 +25,7 @@ from olora_ray.tokens import prepare
 from olora_ray.tracking.checksums import GATE, Version
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
-from tests import mlflow_database, registered
+from tests import mlflow_database, registered, tiny
 from tests.pipelines import project
 from tests.said import said
 from tests.tokens import helpers
@@ -99,10 +99,12 @@ def write(file: Path) -> None:
 
 
 def inputs(config: Config) -> Inputs:
-    plan = prepare.plan_here(config, SPEC, "train")
+    data = tiny.of_data(config).config
+    plan = prepare.plan_here(data, SPEC, "train")
     made_of = Fingerprint("base", plan.digest(), "held", settings_digest(config))
-    held_out = prepare.plan_here(config, SPEC, "eval") if config.data.holds_out() else plan
-    return Inputs(Base(BaseModel("m", "", "base"), None, SPEC, ()), plan, held_out, made_of, config)
+    held_out = prepare.plan_here(data, SPEC, "eval") if config.data.holds_out() else plan
+    base = Base(BaseModel("m", "", "base"), None, SPEC, ())
+    return Inputs(base, plan, held_out, made_of, config, data)
 
 
 def champion_of(config: Config, folder: Path, **identity: str) -> Version:
@@ -175,7 +177,7 @@ def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(
     assert found.tags["olora.data_digest"] == inputs(config).plan.digest(), (
         "it stands on all the data"
     )
-    plan = prepare.plan_here(found.config, SPEC, "train")
+    plan = prepare.plan_here(tiny.decided(found.config), SPEC, "train")
     assert plan.rows == 20 + 0.25 * 40 + 0.5 * 20
 
 

@@ -71,7 +71,7 @@ def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(
     spec, tracker = ended
     keep(spec.config, trial(0, 1.0), trial(1, 0.5))
     with said() as lines:
-        _, found = run.run(spec, SPACE, 0.0, tracker)
+        _, found = run.run(spec, SPACE, 0.0, tracker, {})
     assert lines == ["search: already complete; no trial runs, the report is written again"]
     assert found.seconds == 318.0
     assert dict(text.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
@@ -92,7 +92,7 @@ def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     search_folder.keep(
         folder, Progress(9.0, complete=True, note="The search ended early: why.", cut=(2, 4))
     )
-    _, found = run.run(spec, SPACE, 0.0, tracker)
+    _, found = run.run(spec, SPACE, 0.0, tracker, {})
     assert [(one.status, one.reason) for one in found.trials] == [
         ("finished", ""),
         ("stopped", "asha after 50% of its 8 steps"),
@@ -119,7 +119,7 @@ def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(
         *(trial(i, None, status="failed", reason=reason) for i, reason in enumerate(reasons)),
     )
     with pytest.raises(UserError) as error:
-        run.run(spec, SPACE, 0.0, tracker)
+        run.run(spec, SPACE, 0.0, tracker, {})
     folder = spec.config.folder()
     assert str(error.value) == (
         "metric: no trial has measured train/loss: out of memory (5 trials); loss is not finite (3 trials); reason 0 (1"

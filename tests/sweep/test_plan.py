@@ -9,9 +9,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from olora_ray.cluster.decide import Decided
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import Problems, UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.prepare import Prepared
@@ -52,7 +54,8 @@ def planned(model: Path, space: dict[str, Any], **changes: Any) -> list[str]:
     """Return the log lines about a search over the model, or the error."""
     config = tiny.config(model__name=str(model), model__dtype="float32", **changes)
     with said() as lines:
-        plan(config, Space.model_validate(space), BaseModel(str(model), str(model), ""))
+        base: Any = SimpleNamespace(model=BaseModel(str(model), str(model), ""))
+        plan(config, tiny.of_data(config), Space.model_validate(space), base)
     return lines
 
 
@@ -64,7 +67,7 @@ def over(*targets: Any, **more: Any) -> dict[str, Any]:
 def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Existing tokens."""
 
-    def prepare(config: Config, base: Any, wait: bool) -> Prepared:
+    def prepare(config: DecidedConfig, base: Any, planned: int, auto: Any, wait: bool) -> Prepared:
         store: Any = tiny.store()
         spec = TrainSpec(config, base.model, "t", (1,), store, store)
         return Prepared(spec, store, answers.check_answers(config, store, base.tokenizer))
@@ -85,7 +88,7 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
     metric: str, rows: int, given: str | None, prepared: None
 ) -> None:
     """Regression: each trial failed after its complete training, and the search ended without a result."""
-    config = tiny.config(
+    config = tiny.decided(
         evaluation__scorer="exact_match", evaluation__rows=rows, evaluation__samples=0
     )
     base: Any = SimpleNamespace(
@@ -94,11 +97,13 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
     )
     lr = {"train.lr": {"choice": [1e-3]}}
     space = Space.model_validate({"search": lr, "metric": metric, "scheduler": {"kind": "none"}})
+    size: Any = SimpleNamespace(total_bytes=lambda: 0)
+    decided, cluster = Decided(config, {}, tiny.ON_CPU, size), ClusterFacts((), False, 1, 1)
     if given is None:
-        assert run.train_spec(config, space, base)[0].config == config
+        assert run.train_spec(decided, space, base, cluster)[0].config == config
         return
     with pytest.raises(UserError) as found:
-        run.train_spec(config, space, base)
+        run.train_spec(decided, space, base, cluster)
     assert str(found.value) == (
         f"metric: {metric} is not measured: exact_match returns {given} for the answers to the"
         " held-out rows; set another metric"
@@ -156,7 +161,8 @@ def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     ]
     assert ["rank 16 on 2 layers" in line for line in sizes] == [True, True, False]
     assert "rank 16 on 4 layers" in sizes[2]
-    assert sum("memory per worker" in line for line in lines) == 3
+    # The cluster, and so the memory of a worker, is not known yet.
+    assert not any("memory per worker" in line for line in lines)
 
 
 def test_the_command_refuses_before_it_starts_a_ray(

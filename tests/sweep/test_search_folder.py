@@ -9,8 +9,8 @@ from ray import cloudpickle
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.space import Space
@@ -25,12 +25,12 @@ TREE: dict[str, Any] = {
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecidedConfig:
     """Config of a search in a storage with nothing but MLflow's database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "local")  # whether or not Ray runs on this machine
     return override(
-        tiny.config(),
+        tiny.decided(),
         {"run.storage": str(mlflow_database.place(tmp_path)), "run.name": "quick-space"},
     )
 
@@ -39,8 +39,8 @@ def space(**changes: Any) -> Space:
     return Space.model_validate({**TREE, **changes})
 
 
-def begun(config: Config) -> Path:
-    search_folder.begin(config, space(), {"training data": "list", "base model": "base"})
+def begun(config: DecidedConfig) -> Path:
+    search_folder.begin(config, space(), {"training data": "list", "base model": "base"}, {})
     return Path(config.folder(), "search.json")
 
 
@@ -62,7 +62,7 @@ def begun(config: Config) -> Path:
     ],
 )
 def test_a_search_with_another_space_is_refused_and_the_difference_told(
-    config: Config, changes: dict[str, Any], said: str
+    config: DecidedConfig, changes: dict[str, Any], said: str
 ) -> None:
     begun(config)
     with pytest.raises(UserError) as error:
@@ -76,7 +76,7 @@ def test_a_search_with_another_space_is_refused_and_the_difference_told(
 
 
 def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_change(
-    config: Config,
+    config: DecidedConfig,
 ) -> None:
     begun(config)
     search_folder.check_search(
@@ -89,8 +89,8 @@ def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_chang
         search_folder.check_search(override(config, {"train.weight_decay": 0.1}), space())
 
 
-def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: Config) -> None:
-    search_folder.begin(config, space(), {"training data": "old", "base model": "base"})
+def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: DecidedConfig) -> None:
+    search_folder.begin(config, space(), {"training data": "old", "base model": "base"}, {})
     kept = (file := Path(config.folder(), "search.json")).read_text()
     store: Any = tiny.store()
     spec = TrainSpec(config, BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None)
@@ -98,13 +98,13 @@ def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: Con
         UserError,
         match=rf"{config.folder()} was trained with another training data \(was old, is now list",
     ):
-        run.share(spec, space(), 0.0)
+        run.share(spec, space(), 0.0, {})
     assert file.read_text() == kept
 
 
 @pytest.mark.parametrize("file", ["my space.yaml", "ünter.yaml", "a;b.yaml", "trailing..yaml"])
 def test_a_space_file_whose_name_cannot_be_part_of_a_name_is_refused_by_its_name(
-    config: Config, file: str
+    config: DecidedConfig, file: str
 ) -> None:
     with pytest.raises(UserError, match=r"^config: run\.name: "):
         search_folder.search_config(config, space(), file, registers=False)

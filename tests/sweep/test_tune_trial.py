@@ -210,7 +210,7 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
     """Regression: Optuna drew another rate after a kill, and the training silently resumed with the old one."""
     search = spec(tmp_path, searcher="tpe")
     first = TrialRun(search, 1, {"train.lr": 1e-3})
-    first.folder.claim(first.config, first.folder.state())
+    first.folder.claim(first.config, {}, first.folder.state())
     record_of(search).begin()
     (checkpoint := Path(first.folder.checkpoints, "step-0000001")).mkdir(parents=True)
     second = TrialRun(search, 1, {"train.lr": rate})

@@ -17,6 +17,7 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.groups import count_planned
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tokens.preview import describe
+from tests import tiny
 from tests.tokens import helpers
 
 CHATS = [helpers.chat(f"q{n}", f"a{n}") for n in range(30)]
@@ -152,7 +153,7 @@ def test_a_text_beside_a_class_is_read_as_the_line_says(tmp_path: Path) -> None:
     line = refusals(config(tmp_path, DROPPED["sql"]))[0]
     answer = "train it as the answer with 'data.train.0.fields={instruction: text, output: sql}', or leave it out with"
     assert f"{answer} 'data.train.0.fields={{sql: none}}'" in line
-    known = first_look.check_data(
+    known = tiny.read_as(
         config(tmp_path, DROPPED["sql"], fields={"instruction": "text", "output": "sql"})
     )
     assert known.data.train[0].format == "alpaca"
@@ -170,9 +171,7 @@ def test_a_text_beside_a_class_is_read_as_the_line_says(tmp_path: Path) -> None:
 def test_a_system_prompt_beside_messages_is_the_system_message(
     value: Any, role: str, tmp_path: Path
 ) -> None:
-    preview = describe(
-        first_look.check_data(config(tmp_path, with_column(CHATS, system=value))), SPEC
-    )
+    preview = describe(tiny.read_as(config(tmp_path, with_column(CHATS, system=value))), SPEC)
     text = helpers.decode(preview.examples[0].input_ids)
     assert text.startswith(f"<|im_start|>{role}\n{'be short' if value else 'q'}")
 
@@ -180,7 +179,7 @@ def test_a_system_prompt_beside_messages_is_the_system_message(
 @pytest.mark.parametrize("name", ["completion_mask", "assistant_masks"])
 def test_the_masks_of_trl_decide_what_is_supervised(name: str, tmp_path: Path) -> None:
     preview = describe(
-        first_look.check_data(config(tmp_path, with_column(TOKENS, **{name: [0, 0, 1, 1]}))), SPEC
+        tiny.read_as(config(tmp_path, with_column(TOKENS, **{name: [0, 0, 1, 1]}))), SPEC
     )
     assert preview.examples[0].mask.tolist() == [False, False, True, True]
     fields = {name: name}
@@ -284,7 +283,7 @@ def test_a_key_of_a_message_that_nothing_reads_needs_an_answer(key: str, tmp_pat
         reads = helpers.spec(
             helpers.CHATML.replace("content']", "content'] ~ (message.function_call or '')")
         )
-        assert describe(first_look.check_data(config(tmp_path, rows)), reads).rows == 30
+        assert describe(tiny.read_as(config(tmp_path, rows)), reads).rows == 30
 
 
 @pytest.mark.parametrize("mark", ["train", "weight"])
@@ -335,10 +334,7 @@ def test_an_answer_changes_no_store_and_no_group(tmp_path: Path, tiny_spec: Toke
     # What the gate reads needs no other answer.
     grouped = override(config(tmp_path, rows), {"gate.group": "topic"})
     assert refusals(grouped) == [""] * 3
-    assert (
-        count_planned("topic", plan_here(first_look.check_data(grouped), tiny_spec, "train"), 9)
-        == 2
-    )
+    assert count_planned("topic", plan_here(tiny.read_as(grouped), tiny_spec, "train"), 9) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.command_line import resolved
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.data import first_look
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens import prepare, preview
 from olora_ray.tokens.plan import Split
@@ -36,7 +35,7 @@ def config(folder: Path, train: Any, **data: Any) -> Config:
 
 def refusal(config: Config) -> str:
     with pytest.raises(UserError) as caught:
-        first_look.check_data(config)
+        tiny.read_as(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -145,7 +144,7 @@ def test_one_usable_row_is_enough_for_the_first_look(tmp_path: Path, place: int)
     rows: list[Any] = [{"x": 1}] * 40
     rows[place] = good
     lines(*rows)(tmp_path / "a.jsonl")
-    first_look.check_data(config(tmp_path, str(tmp_path / "a.jsonl")))
+    tiny.read_as(config(tmp_path, str(tmp_path / "a.jsonl")))
 
 
 def test_a_finished_run_needs_its_data_no_more(tmp_path: Path) -> None:
@@ -153,7 +152,7 @@ def test_a_finished_run_needs_its_data_no_more(tmp_path: Path) -> None:
     assert "no such file" in refusal(gone)
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "result.json").write_text("{}")
-    first_look.check_data(gone)
+    tiny.read_as(gone)
 
 
 @pytest.mark.parametrize(
@@ -201,12 +200,12 @@ def test_what_is_found_is_said_once_and_is_what_one_could_have_set(tmp_path: Pat
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     with said() as told:
-        found = first_look.check_data(config(tmp_path, str(path)))
+        found = tiny.read_as(config(tmp_path, str(path)))
         preview.describe(found, helpers.spec())
     assert told == [FOUND]
     given = config(tmp_path, {"path": str(path), **SET})
     with said() as told:
-        assert first_look.check_data(given) == given == found
+        assert tiny.read_as(given) == given == found
     assert told == [f"data.train.0: {path} is read as semicolon csv, cp1252"]
 
 
@@ -234,16 +233,16 @@ def test_a_run_continues_whether_its_format_was_set_or_found(
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     for before in ({}, SET):
-        tiny.claimed(first_look.check_data(config(tmp_path, {"path": str(path), **before})))
+        tiny.claimed(tiny.read_as(config(tmp_path, {"path": str(path), **before})))
         (tmp_path / "runs/a/checkpoints/step-0000001").mkdir(parents=True, exist_ok=True)
-        again = first_look.check_data(config(tmp_path, {"path": str(path), **now}))
+        again = tiny.read_as(config(tmp_path, {"path": str(path), **now}))
         RunFolder(again.folder()).check(again)
     # A finished run has its format, and does not detect it again.
     (tmp_path / "runs/a/result.json").write_text("{}")
     path.unlink()
-    again = first_look.check_data(config(tmp_path, {"path": str(path), **now}))
-    RunFolder(again.folder()).check(again)
-    assert again.data.train[0].fields == SET["fields"]
+    again = tiny.read_as(config(tmp_path, {"path": str(path), **now}))
+    kept = RunFolder(again.folder()).check(again).kept
+    assert kept.filled(again).data.train[0].fields == SET["fields"]
 
 
 def test_what_is_found_meets_the_other_settings(tmp_path: Path) -> None:
@@ -259,7 +258,7 @@ def test_a_file_of_another_kind_turns_no_source_round_in_silence(tmp_path: Path)
     for name in "bc":
         lines(*[helpers.chat("q", "a")] * 20)(tmp_path / f"{name}.jsonl")
     lines(*[{"instruction": "q", "output": "a"}] * 20)(tmp_path / "a.jsonl")
-    found = first_look.check_data(config(tmp_path, f"{tmp_path}/*.jsonl"))
+    found = tiny.read_as(config(tmp_path, f"{tmp_path}/*.jsonl"))
     assert found.data.train[0].format == "messages"
     with pytest.raises(
         UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is missing"

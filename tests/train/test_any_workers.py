@@ -46,7 +46,7 @@ class Case:
 
     def config(self, strategy: str) -> Config:
         size = {"train__global_batch": self.batch, "train__micro_batch": self.micro}
-        return tiny.config(cluster__strategy=strategy, train__steps=STOP, **size, **self.changes)
+        return tiny.decided(cluster__strategy=strategy, train__steps=STOP, **size, **self.changes)
 
 
 def drawn(number: int) -> Case:

@@ -256,7 +256,7 @@ def test_another_identity_is_refused_with_the_difference(
 
 
 def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) -> None:
-    trainer = tiny.trainer(tiny.config())
+    trainer = tiny.trainer(tiny.decided())
     flat = trainer.flat
     flat.vector.normal_()
     trainer.optimizer.state()[f"{next(iter(trainer.adapted))}.da.exp_avg"].fill_(0.25)

@@ -50,7 +50,7 @@ def without_code() -> Iterator[None]:
 
 
 def trainer(model: Any, on: bool, recompute: bool = False, **changes: Any) -> Trainer:
-    made: Trainer = tiny.trainer(tiny.config(**changes), model=model)
+    made: Trainer = tiny.trainer(tiny.decided(**changes), model=model)
     made.loss.compile_blocks, made.loss.recompute = on, recompute
     place_model(made.loss, made.config.cluster.strategy, CPU)
     tiny.moved(made)

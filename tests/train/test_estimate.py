@@ -7,8 +7,8 @@ import torch
 
 from olora_ray.adapter.methods import method_named
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
 from olora_ray.config.tables import METHODS
 from olora_ray.model.source import obtain
 from olora_ray.train.estimate import estimate
@@ -20,8 +20,8 @@ from tests.pipelines import project
 LENGTH = 64
 
 
-def settings(folder: Path, rank: int) -> Config:
-    return tiny.config(
+def settings(folder: Path, rank: int) -> DecidedConfig:
+    return tiny.decided(
         model__name=str(folder),
         model__dtype="float32",
         adapter__rank=rank,
@@ -37,7 +37,7 @@ def test_a_rank_that_a_layer_does_not_allow_is_refused_on_the_model_without_weig
 ) -> None:
     config = settings(model, 769)
     with pytest.raises(UserError, match=r"adapter\.rank=769 is too large for .*\(768 x 768\)"):
-        estimate(config, obtain(config))
+        estimate(config, obtain(config), tiny.ON_CPU)
 
 
 def test_of_a_sharded_base_blocks_are_gathered_and_the_rest_is_whole(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_of_a_sharded_base_blocks_are_gathered_and_the_rest_is_whole(tmp_path: P
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
     config = override(settings(tmp_path, 2), {"cluster.strategy": "fsdp", "cluster.workers": 2})
-    found = estimate(config, obtain(config))
+    found = estimate(config, obtain(config), tiny.ON_CPU)
     block = sum(weight.numel() for weight in made.model.layers[0].parameters())
     blocks = block * len(made.model.layers)
     assert found.base_bytes == 4 * (found.parameters - blocks) + 4 * blocks // 2
@@ -59,7 +59,9 @@ def test_a_method_without_b0_needs_less_memory_whichever_it_is(model: Path) -> N
     for method in METHODS.own:
         use = method_named(method)
         config = override(settings(model, 8), {"adapter.method": method, "adapter.rho": 1.0})
-        size.setdefault(use.has_b0, set()).add(estimate(config, obtain(config)).adapter_bytes)
+        size.setdefault(use.has_b0, set()).add(
+            estimate(config, obtain(config), tiny.ON_CPU).adapter_bytes
+        )
     assert len(size[True]) == len(size[False]) == 1
     assert max(size[False]) < min(size[True])
 
@@ -90,8 +92,10 @@ def test_no_gpu_is_asked_and_bfloat16_is_assumed(
         raise AssertionError("CUDA was started")
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", started)
-    config = tiny.config(model__name=str(project.make_model(tmp_path / "tiny")), model__dtype=dtype)
-    size = estimate(config, obtain(config), gpu=True)
+    config = tiny.decided(
+        model__name=str(project.make_model(tmp_path / "tiny")), model__dtype=dtype
+    )
+    size = estimate(config, obtain(config), tiny.ON_GPU)
     assert size.base_bytes == 2 * size.parameters
 
 
@@ -109,7 +113,7 @@ def test_adapters_of_experts_count(
     sizes = {}
     for targets in (("self_attn.q_proj",), ("self_attn.q_proj", "experts.down_proj")):
         config = override(settings(tmp_path, 4), {"adapter.targets": targets})
-        sizes[targets] = estimate(config, obtain(config))
+        sizes[targets] = estimate(config, obtain(config), tiny.ON_CPU)
     few, all_of_them = sizes.values()
     experts, m = EXPERTS["num_experts"], COMMON["hidden_size"]
     assert all_of_them.targets[f"{stack}.experts.down_proj"] == (experts, m, n)
@@ -121,13 +125,13 @@ def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -
     even = settings(model, 8)
     sizes = {
         rho: estimate(
-            override(even, {"adapter.method": "eva", "adapter.rho": rho}), obtain(even)
+            override(even, {"adapter.method": "eva", "adapter.rho": rho}), obtain(even), tiny.ON_CPU
         ).trainable
         for rho in (1.0, 2.0)
     }
     assert (
         sizes[1.0]
-        == estimate(even, obtain(even)).trainable
+        == estimate(even, obtain(even), tiny.ON_CPU).trainable
         == 2 * 8 * (4 * 2 * 768 + 3 * (768 + 2048))
     )
     # Of 7 layers a block the three wide ones have twice the rank, and of the others the rest.
@@ -143,12 +147,12 @@ def test_experts_are_refused_for_a_method_that_sees_activations(tmp_path: Path) 
         UserError,
         match=r"adapter\.method=eva: model\.layers\.0\.mlp\.experts\.\w+ is a stack of experts",
     ):
-        estimate(config, obtain(config))
+        estimate(config, obtain(config), tiny.ON_CPU)
 
 
 def test_sequences_that_are_too_long_for_the_model_are_refused_at_once(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     tiny.llama(max_position_embeddings=64, rope_parameters=rope).save_pretrained(tmp_path)
-    config = tiny.config(model__name=str(tmp_path), data__max_length=65)
+    config = tiny.decided(model__name=str(tmp_path), data__max_length=65)
     with pytest.raises(UserError, match=r"set data\.max_length to 64 at most"):
-        estimate(config, obtain(config), gpu=False)
+        estimate(config, obtain(config), tiny.ON_CPU)

@@ -20,7 +20,7 @@ from tests.said import said
 
 
 def trainer(method: str, **changes: Any) -> Trainer:
-    config = tiny.config(adapter__method=method, **changes)
+    config = tiny.decided(adapter__method=method, **changes)
     model = tiny.llama(attention="segments")
     model.unused = torch.nn.Linear(64, 64)
     targets = find_targets(model, config.adapter.targets, config.adapter.rank)
@@ -114,7 +114,7 @@ def test_a_run_that_is_trained_longer_lowers_the_rate_and_tells_both() -> None:
     told = "train.lr=auto: the peak rate is 0.00024 for 12 steps; it was 0.00028 for 6"
     for steps, rate, expected in ((6, 2.8e-4, []), (12, 2.4e-4, [told])):
         spec: Any = SimpleNamespace(
-            config=tiny.config(train__lr="auto", train__steps=steps), train=tiny.store()
+            config=tiny.decided(train__lr="auto", train__steps=steps), train=tiny.store()
         )
         with said() as lines:
             measure_first_step(SimpleNamespace(), spec, start)  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ def test_answers_are_greedy_whatever_generation_config_says(
 ) -> None:
     zoo.build(ALL["llama"], tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    config = tiny.config(model__name=str(tmp_path), model__dtype="float32").model
+    config = tiny.decided(model__name=str(tmp_path), model__dtype="float32").model
     model: Any = load_model(tmp_path, config, CPU)
     prompts = [tuple(range(5, 14)), (7, 8, 9)]
     with decoding(model):

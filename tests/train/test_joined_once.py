@@ -37,7 +37,7 @@ CASES = {
 
 
 def made(case: Case) -> Trainer:
-    settings = tiny.config(
+    settings = tiny.decided(
         adapter__method=case.method,
         adapter__dropout=case.dropout,
         train__global_batch=MICRO_BATCHES,

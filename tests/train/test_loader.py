@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olora_ray.config.schema import Train
+from olora_ray.config.decided import DecidedTrain
 from olora_ray.tokens.store import order
 from olora_ray.train.loader import Schedule, StepLoader, Waiting, total_steps
+from tests import tiny
 from tests.train.test_schedule import arriving, fast, sizes_of, store
 
 __all__ = ["fast"]
@@ -19,8 +20,17 @@ __all__ = ["fast"]
 SEED = 3
 
 
+def train_of(**changes: Any) -> DecidedTrain:
+    wanted = {"micro_batch": 4} | changes
+    return tiny.decided(**{f"train__{name}": value for name, value in wanted.items()}).train
+
+
 def reader(
-    found: Any, train: Train, worker: int = 0, workers: int = 1, waiting: Waiting | None = None
+    found: Any,
+    train: DecidedTrain,
+    worker: int = 0,
+    workers: int = 1,
+    waiting: Waiting | None = None,
 ) -> StepLoader:
     return StepLoader(found, train, SEED, "segments", worker, workers, waiting)
 
@@ -29,7 +39,7 @@ def reader(
 def test_micro_batches_follow_from_the_step_and_shares_are_even_to_one(
     batch: int, workers: int, micro: int
 ) -> None:
-    train = Train(global_batch=batch, micro_batch=micro)
+    train = train_of(global_batch=batch, micro_batch=micro)
     parts = [reader(store([20]), train, w, workers).read(2) for w in range(workers)]
     groups = [group for part in parts for group in part.sequences]
     wanted = order(20, SEED, 2 * batch, 3 * batch).tolist()
@@ -64,7 +74,7 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
     lives: list[tuple[int, int, bool]],
 ) -> None:
     """Each attempt makes some steps with some workers, on a growing or a complete store."""
-    train = Train(epochs=epochs, steps=steps, global_batch=batch, micro_batch=micro)
+    train = train_of(epochs=epochs, steps=steps, global_batch=batch, micro_batch=micro)
     lives = [*lives, (10_000, 1, True)]
     met: list[list[int]] = []
     for most, workers, grows in lives:
@@ -89,7 +99,7 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
 
 def test_a_step_waits_for_its_own_shards_only() -> None:
     """Reading ahead waits for the second shard, but the step that is complete does not."""
-    train = Train(global_batch=4)
+    train = train_of(global_batch=4)
     found = store([4, 4], arrived=1)
     told: list[tuple[int, int]] = []
     steps = reader(found, train, waiting=lambda *what: told.append(what)).steps(
@@ -109,7 +119,7 @@ def test_a_step_waits_for_its_own_shards_only() -> None:
 
 
 def test_giving_up_reaches_the_caller_and_leaving_does_not_wait() -> None:
-    train, found = Train(global_batch=4), store([4, 4], arrived=1)
+    train, found = train_of(global_batch=4), store([4, 4], arrived=1)
 
     def give_up(number: int, shards: int) -> None:
         raise ValueError(f"shard {number} of {shards} does not come")

@@ -60,7 +60,7 @@ def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> 
 
 
 def settings_for(micro: int, workers: int = 1, batch: int = 8) -> Config:
-    return tiny.config(
+    return tiny.decided(
         train__global_batch=batch,
         train__micro_batch=micro,
         train__clip=None,
@@ -142,7 +142,7 @@ def adapter_bytes(trainer: Trainer) -> bytes:
 
 
 def dropout_settings() -> Config:
-    return tiny.config(adapter__dropout=0.2)
+    return tiny.decided(adapter__dropout=0.2)
 
 
 def test_identical_runs_give_identical_bytes() -> None:
@@ -163,7 +163,7 @@ def test_identical_runs_give_identical_bytes() -> None:
 def test_another_seed_gives_another_adapter() -> None:
     digests = set()
     for seed in (1, 2):
-        trainer = tiny.trainer(tiny.config(run__seed=seed))
+        trainer = tiny.trainer(tiny.decided(run__seed=seed))
         run(trainer, tiny.store(), 0, 3)
         digests.add(adapter_bytes(trainer))
     assert len(digests) == 2
@@ -180,7 +180,7 @@ def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
 
 
 def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
-    settings, store = tiny.config(train__micro_batch=1), tiny.store()
+    settings, store = tiny.decided(train__micro_batch=1), tiny.store()
     trainer, index = poisoned(settings, store)
     steps = trainer.steps(loader(store, settings), 0, schedule(store, settings))
     assert next(steps).step == 1
@@ -204,7 +204,7 @@ def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(
 
 
 def _poisoned_worker() -> None:
-    settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
+    settings, store = tiny.decided(train__micro_batch=1, cluster__workers=2), tiny.store()
     trainer, _ = poisoned(settings, store)
     run(trainer, store, 0, STEPS, worker=torch.distributed.get_rank())
 
@@ -214,7 +214,7 @@ def _poisoned_worker() -> None:
 def test_a_held_out_loss_that_is_not_finite_names_the_step_and_the_rows(
     step: int, each: bool
 ) -> None:
-    settings, store = tiny.config(train__micro_batch=2), tiny.store(7)
+    settings, store = tiny.decided(train__micro_batch=2), tiny.store(7)
     trainer, index = poisoned(settings, store)
     with pytest.raises(
         UserError, match=f"step {step}: the held-out loss is not finite; it comes from"
@@ -243,7 +243,7 @@ def test_a_held_out_loss_that_is_not_finite_is_the_same_error_on_all_workers(
 
 
 def _evaluate_poisoned() -> float:
-    settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
+    settings, store = tiny.decided(train__micro_batch=1, cluster__workers=2), tiny.store()
     return evaluate(poisoned(settings, store)[0], store, "segments").loss
 
 
@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_is_no_best_one() -> None:
 
 
 def test_an_infinite_gradient_stops_with_the_step() -> None:
-    trainer = tiny.trainer(tiny.config())
+    trainer = tiny.trainer(tiny.decided())
     store = tiny.store()
     steps = trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))
     next(steps)
@@ -284,7 +284,7 @@ def test_dropout_is_off_outside_steps() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_evaluation_takes_every_row(count: int, micro: int) -> None:
-    trainer = tiny.moved(tiny.trainer(tiny.config(train__micro_batch=micro)))
+    trainer = tiny.moved(tiny.trainer(tiny.decided(train__micro_batch=micro)))
     store = tiny.store(count)
     singles = tiny.unpacked([store[i] for i in range(count)])
     sums = [
@@ -302,7 +302,7 @@ def flat(found: Iterable[tuple[int, ...]]) -> list[int]:
 
 def test_the_number_of_steps_follows_from_epochs_or_is_set() -> None:
     def steps(packs: int, **changes: Any) -> int:
-        return total_steps(tiny.config(**changes).train, packs)
+        return total_steps(tiny.decided(**changes).train, packs)
 
     assert steps(8) == 2
     assert steps(9) == 3  # no sequence is left out

@@ -94,7 +94,7 @@ def test_a_batch_without_supervised_tokens_costs_nothing() -> None:
 def test_the_size_of_a_gradient_is_not_rounded_to_the_precision_of_the_base() -> None:
     """1/3 is 0.2 % larger in bfloat16."""
     trainer = tiny.trainer(
-        tiny.config(), model=tiny.llama(attention="segments", dtype=torch.bfloat16)
+        tiny.decided(), model=tiny.llama(attention="segments", dtype=torch.bfloat16)
     )
     found = []
     for count in (1, 3):

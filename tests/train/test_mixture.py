@@ -17,7 +17,7 @@ STEPS = 4
 
 
 def trainer(family: str = "qwen3_moe", dropout: float = 0.0) -> Trainer:
-    settings = tiny.config(train__steps=STEPS, train__lr=2e-2, adapter__dropout=dropout)
+    settings = tiny.decided(train__steps=STEPS, train__lr=2e-2, adapter__dropout=dropout)
     made = tiny.trainer(settings, model=zoo.make(ALL[family]))
     assert isinstance(made, Trainer)
     return made

@@ -23,7 +23,7 @@ QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6
 def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     """Return answers before a step and after a few steps, with training in between."""
     rank = dist.get_rank()
-    settings = tiny.config(cluster__workers=2, train__micro_batch=1, train__lr=0.1)
+    settings = tiny.decided(cluster__workers=2, train__micro_batch=1, train__lr=0.1)
     trainer = tiny.trainer(settings, strategy=strategy)
     evaluate(trainer, tiny.store(3), "segments")
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
@@ -50,7 +50,7 @@ def test_fewer_questions_than_workers(crew: Callable[[int], Crew]) -> None:
 
 
 def _one_question(strategy: str) -> list[list[int]]:
-    trainer = tiny.trainer(tiny.config(cluster__workers=2), strategy=strategy)
+    trainer = tiny.trainer(tiny.decided(cluster__workers=2), strategy=strategy)
     return answer(trainer, QUESTIONS[:1], 3, [EOS], dist.get_rank(), 2)
 
 
@@ -66,7 +66,7 @@ def one_by_one(trainer: Trainer, question: Question, tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
 def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> None:
-    trainer = tiny.trainer(tiny.config(), attention)
+    trainer = tiny.trainer(tiny.decided(), attention)
     found = answer(trainer, QUESTIONS, 5, [EOS], batch=3)
     assert tiny.attention_of(trainer.loss.model) == attention
     assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
@@ -74,21 +74,21 @@ def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> No
 
 def test_a_family_without_sdpa_answers_too() -> None:
     gemma = zoo.make(ALL["gemma2"])
-    trainer = tiny.trainer(tiny.config(), model=gemma)
+    trainer = tiny.trainer(tiny.decided(), model=gemma)
     assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [
         one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]
     ]
 
 
 def test_an_answer_ends_before_its_end_token() -> None:
-    trainer = tiny.trainer(tiny.config())
+    trainer = tiny.trainer(tiny.decided())
     whole = one_by_one(trainer, QUESTIONS[0], 5)
     (found,) = answer(trainer, QUESTIONS[:1], 5, [whole[2]])
     assert found == whole[: whole.index(whole[2])]
 
 
 def test_without_an_end_token_answers_have_the_most_tokens() -> None:
-    trainer = tiny.trainer(tiny.config())
+    trainer = tiny.trainer(tiny.decided())
     whole = [one_by_one(trainer, question, 5) for question in QUESTIONS]
     model: Any = trainer.loss.model
     model.generation_config.eos_token_id = whole[0][

@@ -18,7 +18,7 @@ BATCH = [tiny.pack(20, seed=1), tiny.pack(20, seed=2), tiny.pack(20, seed=3)]
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any, torch.optim.Optimizer]:
     """This project's trainer, PEFT's model, and PEFT's optimizer."""
-    settings = tiny.config(adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
+    settings = tiny.decided(adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
     shape = peft.LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
@@ -59,7 +59,7 @@ def test_three_steps_equal_pefts(pair: tuple[Any, Any, torch.optim.Optimizer]) -
 @pytest.mark.parametrize("method", from_weights())
 def test_three_steps_equal_those_of_a_changed_base(method: str) -> None:
     """As in the papers: W - s B0 A0 in the base, and A and B trained from A0 and B0."""
-    settings = tiny.config(
+    settings = tiny.decided(
         adapter__method=method, adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None
     )
     trainer = tiny.trainer(settings, "sdpa")
@@ -70,7 +70,7 @@ def test_three_steps_equal_those_of_a_changed_base(method: str) -> None:
 def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
     from peft.optimizers import create_loraplus_optimizer
 
-    settings = tiny.config(
+    settings = tiny.decided(
         adapter__method="lora",
         adapter__rank=RANK,
         adapter__alpha=ALPHA,

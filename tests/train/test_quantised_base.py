@@ -15,8 +15,8 @@ from olora_ray.adapter.initialise import at_scale, initialise
 from olora_ray.adapter.inject import find_targets
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
 from olora_ray.model.quantised import QuantisedLinear
 from olora_ray.model.source import BaseModel, obtain
@@ -41,14 +41,14 @@ FAMILIES = ["llama tied", "qwen2"]
 """One with a shared head, one with biases."""
 
 
-def config(folder: Path, kind: str, **changes: Any) -> Config:
+def config(folder: Path, kind: str, **changes: Any) -> DecidedConfig:
     sizes = {
         "model__name": str(folder),
         "model__dtype": "float32",
         "model__quantization": kind,
         "adapter__rank": 2,
     }
-    return tiny.config(**(sizes | changes))
+    return tiny.decided(**(sizes | changes))
 
 
 def loaded(folder: Path, kind: str, **changes: Any) -> Any:
@@ -252,7 +252,7 @@ def test_routers_and_gates_stay() -> None:
 def test_the_plan_has_the_bytes_that_the_base_takes(tmp_path: Path, kind: str) -> None:
     zoo.build(ALL["llama"], tmp_path)
     settings = config(tmp_path, kind)
-    size = estimate(settings, obtain(settings))
+    size = estimate(settings, obtain(settings), tiny.ON_CPU)
     model = loaded(tmp_path, kind)
     of_rotation = sum(buffer.nbytes for name, buffer in model.named_buffers() if "rotary" in name)
     assert size.base_bytes == sum(tensor.nbytes for tensor in tensors(model).values()) - of_rotation
@@ -261,7 +261,9 @@ def test_the_plan_has_the_bytes_that_the_base_takes(tmp_path: Path, kind: str) -
     )
     assert largest * 4 <= size.gathered_bytes <= largest * 8
     assert size.by_rows
-    plain = estimate(override(settings, {"model.quantization": "none"}), obtain(settings))
+    plain = estimate(
+        override(settings, {"model.quantization": "none"}), obtain(settings), tiny.ON_CPU
+    )
     assert plain.base_bytes > 1.5 * size.base_bytes
 
 
@@ -271,7 +273,7 @@ def test_a_quantised_base_is_another() -> None:
 
     def spec(**changes: Any) -> TrainSpec:
         return TrainSpec(
-            tiny.config(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None
+            tiny.decided(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None
         )
 
     plain, packed, other = spec(), spec(model__quantization="fp8"), spec(model__quantization="int8")
@@ -287,5 +289,5 @@ def test_a_quantised_base_is_another() -> None:
 
 def test_packed_weights_are_not_sharded() -> None:
     with pytest.raises(UserError) as error:
-        tiny.config(model__quantization="nf4", cluster__strategy="fsdp", cluster__workers=2)
+        tiny.decided(model__quantization="nf4", cluster__strategy="fsdp", cluster__workers=2)
     assert "model.quantization=nf4 with cluster.strategy=fsdp: " in str(error.value)

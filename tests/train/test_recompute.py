@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
     """Return a trainer whose blocks are recomputed if `on`."""
-    made: Trainer = tiny.trainer(tiny.config(**changes), model=model)
+    made: Trainer = tiny.trainer(tiny.decided(**changes), model=model)
     made.loss.recompute = on
     place_model(made.loss, "ddp", CPU)
     tiny.moved(made)
@@ -105,7 +105,7 @@ def test_every_kind_of_block_has_the_same_bits(family: str) -> None:
 def _steps(
     strategy: str, on: bool
 ) -> tuple[list[float], Tensor, float, list[list[int]], list[int]]:
-    settings = tiny.config(
+    settings = tiny.decided(
         cluster__workers=2,
         cluster__strategy=strategy,
         train__micro_batch=1,

@@ -12,6 +12,7 @@ import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
+from olora_ray.model.packing import why_apart
 from olora_ray.tokens.collate import collate
 from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loss import SelfTest, SupervisedLoss
@@ -39,7 +40,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 def chosen(made: Any, packs: Any = PACKED, **changes: Any) -> SelfTest:
     attention.register()
-    return choose_attention(SupervisedLoss(made), packs, tiny.config(**changes), CPU)
+    packing = {"data__packing": why_apart(made) is None}
+    return choose_attention(SupervisedLoss(made), packs, tiny.decided(**(packing | changes)), CPU)
 
 
 @DTYPES
@@ -64,12 +66,12 @@ def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtyp
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
     attention.register()
     loss = SupervisedLoss(of_kind("gpt_oss", SINKS))
-    found = choose_attention(loss, APART, tiny.config(), CPU)
+    found = choose_attention(loss, APART, tiny.decided(), CPU)
     assert (found.attention, found.given_masks) == ("eager", True)
     together = loss.each(collate([tiny.pack(9, 7, prompt=1)], found.attention))[8:]
     alone = loss.each(collate(tiny.unpacked([tiny.pack(9, 7, prompt=1)])[1:], found.attention))
     assert torch.allclose(together, alone, atol=1e-4), "a later sequence with two of them"
-    apart = choose_attention(loss, APART, tiny.config(data__packing=False), CPU)
+    apart = choose_attention(loss, APART, tiny.decided(data__packing=False), CPU)
     assert (apart.attention, apart.given_masks) == ("eager", False)
 
 
@@ -77,13 +79,13 @@ def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     made = of_kind("mistral", SMALL | {"sliding_window": 16, "max_position_embeddings": 64})
     loss = SupervisedLoss(made)
     found = choose_attention(
-        loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=64), CPU
+        loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.decided(data__max_length=64), CPU
     )
     assert found.attention == "sdpa"
     assert "window" in found.passed_over["segments"]
     assert torch.isfinite(loss(collate([tiny.pack(40)], found.attention)))
     short = choose_attention(
-        loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=16), CPU
+        loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.decided(data__max_length=16), CPU
     )
     assert short.attention == "segments"
 
@@ -93,7 +95,9 @@ def test_logits_of_the_self_test_are_there_once() -> None:
     made = of_kind("mistral", SMALL | {"sliding_window": window, "vocab_size": vocabulary})
     loss = SupervisedLoss(made)
     with LiveBytes([*loss.parameters(), *loss.buffers()]) as live:
-        choose_attention(loss, [tiny.pack(128, 128)] * 3, tiny.config(data__max_length=length), CPU)
+        choose_attention(
+            loss, [tiny.pack(128, 128)] * 3, tiny.decided(data__max_length=length), CPU
+        )
     rows = 2 * (window + 2 * SHORT)  # two examples beside each other, and as much with padding
     assert live.most < 1.7 * 4 * rows * vocabulary
 
@@ -117,7 +121,7 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
 
 @NEWER
 def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]) -> None:
-    whole = tiny.trainer(tiny.config())
+    whole = tiny.trainer(tiny.decided())
     found = crew(2).run(_of_a_sharded_base, None)
     assert [name for name, _ in found] == ["sdpa", "sdpa"]
     assert [loss for _, loss in found] == [
@@ -126,12 +130,12 @@ def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]
 
 
 def _of_a_sharded_base(_: None) -> tuple[str, float]:
-    trainer = tiny.trainer(tiny.config(), model=tiny.llama(attention="varlen"), strategy="fsdp")
+    trainer = tiny.trainer(tiny.decided(), model=tiny.llama(attention="varlen"), strategy="fsdp")
     with (
         mock.patch.object(attention, "candidates", return_value=("varlen", "sdpa")),
         bare(trainer.loss.model),
     ):
-        name = choose_attention(trainer.loss, PACKED, tiny.config(), CPU).attention
+        name = choose_attention(trainer.loss, PACKED, tiny.decided(), CPU).attention
     trainer.loss.model.set_attn_implementation("segments")
     return name, float(trainer.loss(collate(PACKED, "segments")).detach())
 
@@ -200,7 +204,7 @@ def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
 
 
 def adapted(settings: Any = None) -> Any:
-    return tiny.trainer(settings or tiny.config())
+    return tiny.trainer(settings or tiny.decided())
 
 
 def test_adapters_that_start_elsewhere_are_found() -> None:
@@ -227,7 +231,7 @@ def test_experts_to_which_no_token_of_the_examples_goes_are_no_mistake() -> None
     for chosen_expert in (2, None):
         made = tiny.llama(attention="segments")
         made.model.layers[0].mlp = Mixture(made.model.layers[0].mlp, chosen_expert)
-        trainer = tiny.trainer(tiny.config(), model=made)
+        trainer = tiny.trainer(tiny.decided(), model=made)
         assert "model.layers.0.mlp.experts.3.up_proj" in trainer.adapted
         if chosen_expert is not None:
             check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
@@ -264,8 +268,8 @@ def test_a_row_beside_a_longer_one_of_other_positions_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"^data\.max_length=128: .*Phi3ForCausalLM .* the loss of the others"
     ):
-        choose_attention(loss, packs, tiny.config(data__max_length=128), CPU)
-    apart = tiny.config(data__max_length=128, train__micro_batch=1, data__packing=False)
+        choose_attention(loss, packs, tiny.decided(data__max_length=128), CPU)
+    apart = tiny.decided(data__max_length=128, train__micro_batch=1, data__packing=False)
     assert choose_attention(loss, packs, apart, CPU).attention == "segments"
 
 
@@ -279,13 +283,13 @@ def test_attention_that_is_scaled_by_the_place_in_a_row_is_not_laid_out_in_one()
     )
     assert (alone - beside).abs().mean() > 1e-3  # it does depend on the place
     wide, narrow = (
-        tiny.config(data__max_length=48),
-        tiny.config(data__max_length=48, train__micro_batch=1),
+        tiny.decided(data__max_length=48),
+        tiny.decided(data__max_length=48, train__micro_batch=1),
     )
     assert choose_attention(loss, packs, narrow, CPU).attention == "segments"
     assert choose_attention(loss, packs, wide, CPU).attention == "sdpa"
     assert torch.allclose(loss.each(collate(packs, "sdpa"))[-47:], alone, atol=1e-5)
-    named = tiny.config(data__max_length=48, model__attention="segments")
+    named = tiny.decided(data__max_length=48, model__attention="segments")
     with pytest.raises(
         UserError,
         match=r"^model\.attention=segments: .* by the position in a row.*; set model.attention: auto$",

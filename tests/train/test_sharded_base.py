@@ -81,7 +81,7 @@ def config(folder: Path, strategy: str, dtype: str = "float32", **changes: Any) 
         "train__clip": None,
         "train__steps": 3,
     }
-    return tiny.config(**(settings | changes))
+    return tiny.decided(**(settings | changes))
 
 
 def trained(
@@ -306,7 +306,7 @@ def test_what_one_worker_cannot_read_all_workers_say(
 
 
 def _reason(folder: Path) -> str | None:
-    found = base_files.find(folder, parallel.empty_model(str(folder), tiny.config().model, CPU))
+    found = base_files.find(folder, parallel.empty_model(str(folder), tiny.decided().model, CPU))
     return found if isinstance(found, str) else None
 
 

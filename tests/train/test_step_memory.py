@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from olora_ray.adapter.inject import select
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.model import attention as segment_attention
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train.estimate import Measured, answers_at_once, measure
@@ -23,34 +23,35 @@ CPU = torch.device("cpu")
 LENGTH, ROWS = 64, 4
 
 
-def settings(on: bool = False, **changes: Any) -> Config:
+def settings(on: bool = False, **changes: Any) -> DecidedConfig:
     wanted = {
         "data__max_length": LENGTH,
         "train__micro_batch": 4,
         "train__activation_checkpointing": on,
     }
-    return tiny.config(**(wanted | changes))
+    return tiny.decided(**(wanted | changes))
 
 
 def plan_of(
-    config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
+    config: DecidedConfig, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
 ) -> Measured:
     chosen = select(meta, config.adapter.targets, config.adapter.rank)
-    return measure(meta, chosen.targets, config, dtype, gpu)
+    expected = Expected(gpu, str(dtype).removeprefix("torch."), config.model.attention)
+    return measure(meta, chosen.targets, config, expected)
 
 
 def planned(
-    config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
+    config: DecidedConfig, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
 ) -> int:
     found = plan_of(config, meta, dtype, gpu)
     assert found.problem is None
     return found.step
 
 
-def taken(config: Config, model: Any, batch: Batch) -> int:
+def taken(config: DecidedConfig, model: Any, batch: Batch) -> int:
     """Return the peak bytes of a real forward and backward pass."""
     made: Trainer = tiny.trainer(config, model=model)
-    made.loss.recompute = config.train.activation_checkpointing is True
+    made.loss.recompute = config.train.activation_checkpointing
     place_model(made.loss, "ddp", CPU)
     train_mode(made.adapted, True)
     made.loss(batch).backward()  # whatever is kept from the first on
@@ -62,9 +63,9 @@ def taken(config: Config, model: Any, batch: Batch) -> int:
     return live.most
 
 
-def full(config: Config, attention: str) -> Batch:
+def full(config: DecidedConfig, attention: str) -> Batch:
     pack = tiny.pack(config.data.max_length, prompt=1)
-    return collate([pack] * config.train.micro(), attention)
+    return collate([pack] * config.train.micro_batch, attention)
 
 
 FAMILIES = ["llama", "gpt2", "gpt_oss", "qwen3_moe"]
@@ -169,7 +170,7 @@ def test_a_mask_of_dropout_has_a_byte_per_number_on_a_gpu() -> None:
     )
 
 
-def answering(**changes: Any) -> Config:
+def answering(**changes: Any) -> DecidedConfig:
     wanted = {
         "data__eval_fraction": 0.1,
         "evaluation__samples": ROWS,
@@ -178,7 +179,7 @@ def answering(**changes: Any) -> Config:
     return settings(**(wanted | changes))
 
 
-def taken_by_answers(config: Config, model: Any) -> int:
+def taken_by_answers(config: DecidedConfig, model: Any) -> int:
     """Return the peak bytes of real answers."""
     made = tiny.trainer(config, model=model)
     prompts = [tuple(range(2, 2 + LENGTH - row % 2)) for row in range(ROWS)]

@@ -42,32 +42,35 @@ def main(argv: list[str]) -> None:
     comparison = arguments.parse(argv, usage=__doc__ or "")
     from olora_ray.data import first_look
 
-    comparison = replace(comparison, config=first_look.check_data(comparison.config))
+    config = comparison.config
+    config = first_look.with_formats(config, first_look.check_data(config))
+    comparison = replace(comparison, config=config)
     from comparison import folder, report, rows, run
     from comparison.record import best_config, recorded
+    from olora_ray.pipeline import prepare
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.run import only_driver
 
-    config = comparison.config
     folder.check(comparison)
     with only_driver(config) as driver:
         base = open_base(config)
-        sizes = run.sizes(comparison, base)
-        sets = rows.split(config, comparison.compare, base.spec)
+        data = prepare.read_data(config, base)
+        sizes = run.sizes(comparison, data, base)
+        sets = rows.split(data.config, comparison.compare, base.spec)
         folder.begin(
             comparison,
             {"base model": base.model.digest, "tokenizer": base.spec.digest, **sets.contents()},
         )
         sets.write(config)
 
-        connected = connect(config, base.model, trials=True)
         with (
-            connected as (stop, config),
+            connect(config, trains=True) as (stop, cluster),
             driver.watch(stop),
             run.tracked(comparison, base) as tracker,
         ):
-            work = run.Run(replace(comparison, config=config), base, sets, sizes, tracker.run_id)
+            decided = prepare.decided(config, data, base.model, cluster, trial=True)
+            work = run.Run(comparison, decided, base, sets, sizes, tracker.run_id)
             tuning = work.tune()
             finals = work.train(tuning)
             driver.check()

@@ -10,8 +10,8 @@ from comparison.folder import FINAL, note_code, shared_by_adapter
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
 from olora_ray.sweep import record as records
 from olora_ray.sweep import run, search_folder
 from olora_ray.sweep.record import TrialRecord
@@ -74,12 +74,12 @@ class PhaseSpec(SweepSpec):
     evaluations: int = 1
     """Evaluations of a training, evenly over its steps."""
 
-    def config(self, number: int, draws: Mapping[str, Any]) -> Config:
+    def config(self, number: int, draws: Mapping[str, Any]) -> DecidedConfig:
         config = super().config(number, draws)
         steps = self.steps(config, self.specs[config.run.seed].train)
         return override(config, {"train.eval_every": max(1, steps // self.evaluations)})
 
-    def spec_of(self, config: Config) -> TrainSpec:
+    def spec_of(self, config: DecidedConfig) -> TrainSpec:
         # In the final phase each trial computes its factors itself, as a run would: they depend on the seed.
         final, seed = self.folder == storage.join(self.root, FINAL), config.run.seed
         shared = (

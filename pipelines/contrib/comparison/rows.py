@@ -21,6 +21,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
+from olora_ray.config.decided import DataConfig, DecidedConfig
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
@@ -79,7 +80,7 @@ class RowSets:
     def contents(self) -> dict[str, str]:
         return {f"{kind} rows": digest for kind, digest in self.digests.items()}
 
-    def config(self, config: Config, held_out: Literal["tuning", "test"]) -> Config:
+    def config(self, config: DecidedConfig, held_out: Literal["tuning", "test"]) -> DecidedConfig:
         """Return the config with these training rows, and with the tuning or the test rows held out."""
         sources = {"data.train": self.sources["train"], "data.eval": self.sources[held_out]}
         changes = {
@@ -89,7 +90,7 @@ class RowSets:
         return override(config, {"data.eval_fraction": None, **changes})
 
 
-def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
+def split(config: DataConfig, compare: Compare, spec: TokenizerSpec) -> RowSets:
     """Read all rows, and return the three sets; the same rows always give the same sets.
 
     Raises UserError if there are too few rows, if too many cannot be read, or if no row has the column of gate.group.
@@ -120,7 +121,7 @@ def split(config: Config, compare: Compare, spec: TokenizerSpec) -> RowSets:
     )
 
 
-def _read(config: Config, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
+def _read(config: DataConfig, spec: TokenizerSpec, split: Split) -> Iterator[Row]:
     plan, limits = plan_here(config, spec, split), Limits.of(config, split)
     pieces = {(piece.file, piece.unit) for piece in plan.pieces}
     # Each row is read once, whatever the weight of its source: a row that is repeated would count twice in a loss.

@@ -22,6 +22,8 @@ from comparison.phase import Ended, FixedTrials, PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
 from comparison.tuning import Tuned
+from olora_ray.cluster.decide import DataDecisions, Decided, decide
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
@@ -31,7 +33,7 @@ from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE
 from olora_ray.evaluation import statistics
 from olora_ray.pipeline.base import Base
-from olora_ray.pipeline.prepare import plan, prepare_tokens
+from olora_ray.pipeline.prepare import check_settings, plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import run as search
 from olora_ray.sweep import search_folder, shared_work
@@ -86,12 +88,18 @@ def tracked(comparison: Comparison, base: Base) -> Iterator[Tracker]:
         yield tracker
 
 
-def sizes(comparison: Comparison, base: Base) -> dict[str, MemoryEstimate]:
+def sizes(comparison: Comparison, data: DataDecisions, base: Base) -> dict[str, MemoryEstimate]:
     """Return arm -> size of a training; raises UserError if the model or the rank does not allow an arm."""
-    return {
-        arm.name: plan(override(comparison.config, arm.values), base.model)
-        for arm in comparison.arms
-    }
+    here = ClusterFacts.here(comparison.config.cluster)
+    decided = decide(comparison.config, data, base.model, here, trial=True)
+    of_arms = {}
+    for arm in comparison.arms:
+        config = override(decided.config, arm.values)
+        size = estimate.estimate(config, base.model, decided.expected)
+        check_settings(config)
+        plan(replace(decided, config=config, size=size), base.model)
+        of_arms[arm.name] = size
+    return of_arms
 
 
 def machine() -> str:
@@ -117,6 +125,7 @@ class Run:
     def __init__(
         self,
         comparison: Comparison,
+        decided: Decided,
         base: Base,
         rows: RowSets,
         sizes: Mapping[str, MemoryEstimate],
@@ -132,7 +141,8 @@ class Run:
             sizes,
             parent,
         )
-        self.config, self.folder = comparison.config, comparison.config.folder()
+        self.config, self.folder = decided.config, decided.config.folder()
+        self.planned = decided.size.total_bytes()
 
     def seconds(self) -> float:
         return sum(
@@ -223,7 +233,7 @@ class Run:
         self, held_out: Literal["tuning", "test"], changes: Mapping[str, object]
     ) -> TrainSpec:
         config = override(self.rows.config(self.config, held_out), changes)
-        return prepare_tokens(config, self.base, wait=True).spec
+        return prepare_tokens(config, self.base, self.planned, wait=True).spec
 
     def _share(self, spec: TrainSpec) -> None:
         # All trials of the tuning use the same loss of the base model, and those of an arm the same factors.
@@ -266,7 +276,7 @@ class Run:
     def _estimate(self, spec: TrainSpec, trials: Sequence[Trial]) -> None:
         pace = _pace(self.comparison, spec, self.sizes[self.comparison.baseline.name])
         side_by_side = max(
-            1, search.room(worker_resources(self.config)) // self.config.cluster.min_workers()
+            1, search.room(worker_resources(self.config)) // self.config.cluster.fewest
         )
         # As the rates are not known yet, each folder stands for a final training of an earlier attempt.
         done = len(storage.names(storage.join(self.folder, FINAL, "trials")))
@@ -307,8 +317,8 @@ def _pace(
     if why := estimate.not_measured(config, size, elsewhere):
         return why
     assert spec.eval is not None
-    train, workers = config.train, config.cluster.max_workers()
-    width = min(train.micro(), train.global_batch)
+    train, workers = config.train, config.cluster.most
+    width = min(train.micro_batch, train.global_batch)
     packs = [spec.train[number % len(spec.train)] for number in range(width)]
     steps = total_steps(train, len(spec.train))
     once, _ = estimate.micro_batch(config, spec.base, packs, steps)

@@ -90,12 +90,13 @@ def main(argv: list[str]) -> None:
 
 def fitting(config_file: str) -> prompt.Fits:
     """Return the test that a question fits in data.max_length, in tokens of the config's model."""
+    from olora_ray.cluster.decide import length_of
     from olora_ray.config.command_line import resolved
     from olora_ray.config.load import load_config
     from olora_ray.pipeline.base import open_base
 
     config = resolved(load_config(config_file, {}), Path.cwd())
-    return prompt.fits(open_base(config).spec, config.data.length())
+    return prompt.fits(open_base(config).spec, length_of(config))
 
 
 def whole(options: Mapping[str, str], name: str, default: int) -> int:

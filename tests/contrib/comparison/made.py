@@ -18,6 +18,7 @@ from comparison.phase import PhaseSpec
 from comparison.row_losses import RowLosses
 from comparison.rows import RowSets
 from comparison.run import INIT, Final, Run
+from olora_ray.cluster.decide import Decided
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
@@ -246,6 +247,8 @@ class MadeRun(Run):
 def running(monkeypatch: pytest.MonkeyPatch, found: Comparison, cluster: Cluster) -> Run:
     monkeypatch.setattr(run, "search", cluster.search)
     base: Any = SimpleNamespace(model=SimpleNamespace(name="SmolLM2-135M"), tokenizer=None)
-    work = MadeRun(found, base, row_sets(), {}, "parent")
+    size: Any = SimpleNamespace(total_bytes=lambda: 0)
+    decided = Decided(tiny.decided(found.config), {}, tiny.ON_CPU, size)
+    work = MadeRun(found, decided, base, row_sets(), {}, "parent")
     work.cluster = cluster
     return work

@@ -14,7 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.contrib import gguf as export_gguf
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel, obtain
-from olora_ray.pipeline import export, exporter, prepare
+from olora_ray.pipeline import export, exporter
 from tests import tiny
 from tests.export_parts import IDS, logits
 from tests.families import zoo
@@ -264,7 +264,7 @@ def test_a_model_that_cannot_be_written_is_refused_before_the_training(
     }
     config = tiny.config(export__also={"gguf": "q8_0"}, **changes)
     with pytest.raises(UserError) as error:
-        prepare.plan(config, BaseModel(str(folder), str(folder), ""))
+        tiny.plan(config, BaseModel(str(folder), str(folder), ""))
     line = str(error.value)
     assert line.startswith("export.also.gguf: ")
     assert why in line
@@ -287,7 +287,7 @@ def test_a_file_needs_the_merged_model(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^export\.also\.gguf: .*; set export\.merged: true, or delete this line$"
     ):
-        prepare.plan(config, BaseModel(folder, folder, ""))
+        tiny.plan(config, BaseModel(folder, folder, ""))
 
 
 def _shrink(tree: dict[str, Any]) -> None:

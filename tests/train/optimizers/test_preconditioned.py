@@ -80,7 +80,7 @@ def test_what_is_not_finite_stays_visible() -> None:
 
 def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
     """Return losses, the optimizer's gradient in the last step, and the adapter after it."""
-    settings = tiny.config(
+    settings = tiny.decided(
         cluster__workers=workers,
         cluster__strategy=strategy,
         train__micro_batch=1,
@@ -97,5 +97,5 @@ def test_it_is_done_before_clipping() -> None:
     _, given_to_adamw, _ = _trained("ddp", 1, train__clip=0.5)
     assert float(given_to_adamw.norm()) == pytest.approx(0.5, rel=1e-4)
     _, given_to_adamw, _ = _trained("ddp", 1, train__clip=None)
-    matrices = 2 * len(tiny.trainer(tiny.config()).adapted)
+    matrices = 2 * len(tiny.trainer(tiny.decided()).adapted)
     assert float(given_to_adamw.norm()) == pytest.approx(matrices**0.5, rel=1e-4)

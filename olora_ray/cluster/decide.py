@@ -1,0 +1,340 @@
+"""The decisions of a run: each value that was asked for as `auto`, with its reason.
+
+`decide_data` needs no cluster: the dry run, an evaluation and a retraining's look at the data call it without Ray.
+`decide` needs the facts of the cluster. Both are pure functions but for the folder of the base model, which they read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from olora_ray.cluster.preflight import (
+    AMPERE,
+    GIB,
+    ClusterFacts,
+    Node,
+    fits,
+)
+from olora_ray.common.errors import UserError
+from olora_ray.config.decided import (
+    NOTHING,
+    DataConfig,
+    DecidedConfig,
+    DecidedEvaluation,
+    Decision,
+    Decisions,
+    Expected,
+    Kept,
+    is_auto,
+    values_of,
+    with_values,
+)
+from olora_ray.config.load import override
+from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.section import Source
+from olora_ray.data.formats import format_named
+from olora_ray.data.tokenize import as_chat
+from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.model.load import pick_dtype
+from olora_ray.model.source import BaseModel
+from olora_ray.train.estimate import MemoryEstimate, estimate
+
+MICRO, RECOMPUTE = "train.micro_batch", "train.activation_checkpointing"
+WORKERS, GPUS = "cluster.workers", "cluster.gpus_per_worker"
+LENGTH, PACKING = "data.max_length", "data.packing"
+ENOUGH = 2**15
+"""Tokens of a micro-batch above which no GPU is faster, so that `auto` has no more."""
+ON_CPUS = 4
+"""Sequences of a micro-batch without GPUs."""
+AMPLE = 1.1
+"""A step may take more than estimated."""
+
+
+# The data: formats, chats, length and packing.
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of rows in tokens, of those that a dry run reads."""
+
+    longest: int
+    """0 if all rows are plain text."""
+    rows: int
+    exact: bool
+    """True if all rows were read."""
+    over: int
+    """Rows with more than `most` tokens."""
+    most: int
+    """The largest number of tokens that the model takes."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    found: Mapping[str, Source] = field(default_factory=dict)
+    """Setting of a source, such as data.train.0 -> the source with the format and fields that its rows have."""
+    lengths: Lengths | None = None
+    """None if `data.max_length` is a number."""
+
+
+@dataclass(frozen=True)
+class DataDecisions:
+    config: DataConfig
+    decisions: Decisions
+
+
+def decide_data(
+    config: Config, spec: TokenizerSpec, facts: DataFacts, kept: Kept = NOTHING
+) -> DataDecisions:
+    """Decide what the tokens depend on. Raises UserError if `data.max_length: auto` has no rows to be measured on."""
+    decisions = _formats(config, facts.found, kept)
+    known = override(config, values_of(decisions))
+    decisions |= _chats(known, spec, kept)
+    if is_auto(config.data.max_length):
+        decisions[LENGTH] = kept.decision(LENGTH) or _length(config, facts.lengths)
+    if is_auto(config.data.packing):
+        decisions[PACKING] = kept.decision(PACKING) or _packing(spec.apart)
+    return DataDecisions(with_values(config, DataConfig, values_of(decisions)), decisions)
+
+
+def _sources(config: AnyConfig) -> dict[str, Source]:
+    splits = {"data.train": config.data.train, "data.eval": config.data.eval}
+    return {
+        f"{setting}.{number}": source
+        for setting, sources in splits.items()
+        for number, source in enumerate(sources)
+    }
+
+
+def _formats(config: Config, found: Mapping[str, Source], kept: Kept) -> dict[str, Decision]:
+    decisions = {}
+    for setting, source in _sources(config).items():
+        if not is_auto(source.format):
+            continue
+        format_field, fields_field = f"{setting}.format", f"{setting}.fields"
+        before = kept.decision(format_field)
+        if before is not None:
+            decisions[format_field] = before
+            decisions[fields_field] = kept.fields(setting, source.fields)
+        elif setting in found:
+            why = "the first rows have this format"
+            known = found[setting]
+            decisions[format_field] = Decision(known.format, why)
+            decisions[fields_field] = Decision(known.fields, why, asked=source.fields)
+    return decisions
+
+
+def _chats(config: Config, spec: TokenizerSpec, kept: Kept) -> dict[str, Decision]:
+    # The rows of other formats have one form alone, and most of them refuse a choice.
+    decisions = {}
+    for setting, source in _sources(config).items():
+        # A trial may have formats that are recognised only when its files are listed.
+        known = source.format != "auto"
+        if known and format_named(source.format).makes == "completion" and source.chat == "auto":
+            has = "has a chat template" if spec.has_template else "has no chat template"
+            name = f"{setting}.chat"
+            now = Decision(as_chat(source, spec), f"the model {has}")
+            decisions[name] = kept.decision(name) or now
+    return decisions
+
+
+def _length(config: Config, lengths: Lengths | None) -> Decision:
+    assert lengths is not None
+    if not lengths.longest:
+        raise UserError(
+            "data.max_length: auto is not possible for plain text, which is cut into pieces; set a number"
+        )
+    number = min(max(256, -(-lengths.longest // 64) * 64), lengths.most)
+    read = f"{lengths.rows:,} rows"
+    if not lengths.exact:
+        read += " of a sample"
+    why = f"the longest of {read} has {lengths.longest:,} tokens"
+    if lengths.over:
+        why = (
+            f"enough for all of {read} but {lengths.over:,} with more than the model's {lengths.most:,} tokens, which"
+            f" follow data.too_long: {config.data.too_long}"
+        )
+    return Decision(number, why)
+
+
+def length_of(config: AnyConfig) -> int:
+    """Return data.max_length; raise UserError if it is auto, where no training has decided it."""
+    if config.data.max_length == "auto":
+        raise UserError(
+            "data.max_length: auto works only in finetune, sweep and retrain; set the number from their log"
+        )
+    return config.data.max_length
+
+
+def _packing(apart: str | None) -> Decision:
+    if apart is None:
+        return Decision(True, "no part of the model mixes neighbouring examples")
+    return Decision(False, f"the model {apart}, which would mix neighbouring examples")
+
+
+# The cluster: workers, micro-batch and recomputation.
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A run before its first group of workers."""
+
+    config: DecidedConfig
+    decisions: Decisions
+    expected: Expected
+    size: MemoryEstimate
+    """The memory that a worker needs with this config."""
+
+
+def decide(
+    config: Config,
+    data: DataDecisions,
+    base: BaseModel,
+    cluster: ClusterFacts,
+    kept: Kept = NOTHING,
+    trial: bool = False,
+) -> Decided:
+    """Decide what the training on this cluster depends on; `trial`: it is one of many in a search."""
+    decisions = dict(data.decisions) | _workers(config, cluster, trial)
+    values: dict[str, Any] = {MICRO: 1, RECOMPUTE: False} | values_of(decisions)
+    if not is_auto(config.train.micro_batch):
+        values[MICRO] = config.train.micro_batch
+    if not is_auto(config.train.activation_checkpointing):
+        values[RECOMPUTE] = config.train.activation_checkpointing
+    draft = with_values(data.config, DecidedConfig, values)
+    nodes = cluster.with_room(draft.cluster.fewest)
+    expected = expect(draft, nodes, kept)
+    if is_auto(config.train.micro_batch):
+        again = config.train.activation_checkpointing
+        choices = (False, True) if again == "auto" else (again,)
+        now = kept.decision(MICRO) or _micro_batch(draft, base, expected, nodes, choices)
+        decisions[MICRO] = now
+        draft = override(draft, {MICRO: now.value})
+    size = estimate(draft, base, expected)
+    if is_auto(config.train.activation_checkpointing):
+        decisions[RECOMPUTE], size = recomputation(draft, base, expected, nodes, size)
+        draft = override(draft, {RECOMPUTE: decisions[RECOMPUTE].value})
+    return Decided(draft, decisions, expected, size)
+
+
+def decide_evaluation(
+    config: AnyConfig, cluster: ClusterFacts, spec: TokenizerSpec | None = None
+) -> DecidedConfig | DecidedEvaluation:
+    """Decide what a measurement depends on; without held-out rows no `spec` is needed.
+
+    Raises UserError if data.max_length is auto.
+    """
+    decisions = _workers(config, cluster, trial=False)
+    decisions[LENGTH] = Decision(length_of(config), "")
+    if is_auto(config.data.packing):
+        decisions[PACKING] = _packing(None if spec is None else spec.apart)
+    values: dict[str, Any] = values_of(decisions) | {RECOMPUTE: False}
+    if is_auto(config.train.micro_batch):
+        values[MICRO] = ON_CPUS
+    if isinstance(config, Config):
+        return with_values(config, DecidedConfig, values)
+    return with_values(config, DecidedEvaluation, values)
+
+
+def _workers(config: AnyConfig, cluster: ClusterFacts, trial: bool) -> dict[str, Decision]:
+    decisions = {}
+    gpus = config.cluster.gpus_per_worker
+    if gpus == "auto":
+        why = "the cluster has GPUs" if cluster.has_gpus else "the cluster has no GPUs"
+        gpus = 1.0 if cluster.has_gpus else 0.0
+        decisions[GPUS] = Decision(gpus, why)
+    if is_auto(config.cluster.workers):
+        decisions[WORKERS] = _number_of_workers(config, cluster, gpus, trial)
+    return decisions
+
+
+def _number_of_workers(
+    config: AnyConfig, cluster: ClusterFacts, gpus: float, trial: bool
+) -> Decision:
+    if not gpus:
+        return Decision(2, "without GPUs there are two")
+    if trial:
+        return Decision(1, "one for each trial")
+    now, most = cluster.workers_now, cluster.workers_at_most
+    why = "one for each GPU"
+    if now < most:
+        why += f"; {now} have room now"
+    # fsdp_replicas divides one number of workers, not a range.
+    if now == most or config.cluster.fsdp_replicas > 1:
+        return Decision(most, why)
+    return Decision((now, most), why)
+
+
+def expect(config: DecidedConfig, nodes: Sequence[Node], kept: Kept = NOTHING) -> Expected:
+    """Return what the plan assumes of these nodes: float32 and sdpa if a GPU is older than Ampere.
+
+    A resumed run keeps its precision (cluster/worker_context.py). Otherwise GPUs are assumed to compute in bfloat16
+    and to have flash attention (model/load.py, model/attention.py).
+    """
+    gpu = config.cluster.gpus_per_worker > 0
+    old = gpu and any((node.info.gpu_generation or AMPERE) < AMPERE for node in nodes)
+    dtype, attention = config.model.dtype, config.model.attention
+    slow = old or (gpu and kept.dtype == "float32")
+    if attention == "auto" and slow:
+        attention = "sdpa"
+    if dtype == "auto" and kept.dtype is not None:
+        return Expected(gpu, kept.dtype, attention)
+    if dtype == "auto" and gpu:
+        return Expected(gpu, "float32" if old else "bfloat16", attention)
+    on_cpu = pick_dtype(config.model, torch.device("cpu"))
+    return Expected(gpu, str(on_cpu).removeprefix("torch."), attention)
+
+
+def _micro_batch(
+    config: DecidedConfig,
+    base: BaseModel,
+    expected: Expected,
+    nodes: Sequence[Node],
+    recompute: Sequence[bool],
+) -> Decision:
+    """Return the largest equal part of a step, in sequences, that fits in the memory of a GPU."""
+    share = -(-config.train.global_batch // config.cluster.most)
+    if not expected.gpu:
+        return Decision(ON_CPUS, "without GPUs there are four")
+    if not nodes:
+        return Decision(min(share, ON_CPUS), "no node with a GPU has told its memory")
+    parts = sorted({-(-share // number) for number in range(1, share + 1)}, reverse=True)
+    why = "no larger part of a step fits on each GPU"
+    for again in recompute:
+        one = estimate(override(config, {MICRO: 1, RECOMPUTE: again}), base, expected)
+        for micro in parts:
+            ample = replace(one, activation_bytes=int(AMPLE * micro * one.activation_bytes))
+            needed = f"{ample.total_bytes() / GIB:.1f} GiB on each GPU"
+            if again:
+                needed += ", recomputed"
+            if micro * config.data.max_length > ENOUGH:
+                continue
+            if not fits(config, base, ample, expected, nodes):
+                why = f"{micro} would need about {needed}"
+                continue
+            return Decision(micro, f"a step takes at most about {needed}")
+    return Decision(1, why)
+
+
+def recomputation(
+    config: DecidedConfig,
+    base: BaseModel,
+    expected: Expected,
+    nodes: Sequence[Node],
+    size: MemoryEstimate,
+) -> tuple[Decision, MemoryEstimate]:
+    """Decide `train.activation_checkpointing: auto`; return the decision and the size of the training with it."""
+    if not nodes:
+        return Decision(False, "no node has told its memory"), size
+    ample = replace(size, activation_bytes=int(AMPLE * size.activation_bytes))
+    if fits(config, base, ample, expected, nodes):
+        return Decision(False, "a step fits in memory"), size
+    less = estimate(override(config, {RECOMPUTE: True}), base, expected)
+    if size.activation_bytes <= less.activation_bytes:
+        return Decision(False, "it would not save memory"), size
+    why = (
+        f"a step takes {less.activation_bytes / GIB:.2f} GiB; without it,"
+        f" {size.activation_bytes / GIB:.2f} GiB would not fit"
+    )
+    return Decision(True, why), less
