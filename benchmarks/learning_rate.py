@@ -220,7 +220,7 @@ def tune(cell: Cell, loss: Any, rows: Any, held_out: Any, results: Path, first: 
 
 
 def automatic(cell: Cell, moves: dict[str, Move]) -> float:
-    return first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+    return first_step.peak_lr(moves, cell.settings().adapter.scale(), cell.steps)
 
 
 def append(results: Path, line: dict[str, Any]) -> None:
@@ -242,7 +242,7 @@ def adapt(
     factors, *_ = new_factors(loss, targets, settings, rows, CPU)
     adapted = inject(loss.model, at_scale(factors, settings.adapter), settings.adapter.scale())
     batch = collate(first_step.examples(rows[:8]), loss.model.config._attn_implementation)
-    return adapted, first_step.moves(loss, adapted, batch)
+    return adapted, first_step.output_shift(loss, adapted, batch)
 
 
 def following(losses: dict[int, float | None], first: int = 0) -> int | None:

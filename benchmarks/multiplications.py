@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olora_ray.train.base_files import decoder_layers
+from olora_ray.train.sharded_reader import decoder_layers
 
 Shape = tuple[int, int, int]
 """(rows, input columns, output columns) of a product."""

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from olora_ray.evaluation.statistics import Difference, crossed, per_token
 from olora_ray.tokens.collate import collate
-from olora_ray.train.first_step import moves
+from olora_ray.train.first_step import output_shift
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
@@ -159,7 +159,7 @@ def first_step(args: argparse.Namespace, loss: Any, tokenizer: Any) -> None:
             cell = Cell(task, method, 16, 16)
             adapted, _ = learning_rate.adapt(cell, loss, rows)
             # On another row than the one that the rate was measured on.
-            sizes = {name: move[0] for name, move in moves(loss, adapted, other).items()}
+            sizes = {name: move[0] for name, move in output_shift(loss, adapted, other).items()}
             plain = plain or sizes
             relative = [sizes[name] / plain[name] for name in sizes]
             low, high = np.quantile(relative, (0.1, 0.9))

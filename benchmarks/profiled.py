@@ -12,7 +12,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.train.base_files import decoder_layers
+from olora_ray.train.sharded_reader import decoder_layers
 
 PRODUCTS = (
     "aten::mm",

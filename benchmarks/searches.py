@@ -246,8 +246,8 @@ def train(
     attention = loss.model.config._attn_implementation
     if rate is None:
         batch = collate(first_step.examples(rows[:8]), attention)
-        rate = factor * first_step.best_rate(
-            first_step.moves(loss, adapted, batch), first.adapter.scale(), STEPS
+        rate = factor * first_step.peak_lr(
+            first_step.output_shift(loss, adapted, batch), first.adapter.scale(), STEPS
         )
     trainer = Trainer(loss, adapted, settings(rate), CPU)
     loader = StepLoader(rows, trainer.config.train, seed, attention)

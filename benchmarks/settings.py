@@ -407,7 +407,7 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
         _, moves = learning_rate.adapt(
             cell, loss, shuffled(rows["train"], TUNING_SEED), TUNING_SEED
         )
-        auto = first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+        auto = first_step.peak_lr(moves, cell.settings().adapter.scale(), cell.steps)
     adapted, _ = learning_rate.adapt(cell, loss, mixed, seed)
     sizes: dict[str, torch.Tensor] = {}
     if cell.optimizer == "spectral":

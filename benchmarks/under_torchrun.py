@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from common import decided
 
-from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.start import starting_point
 from olora_ray.cluster.worker import Worker
 from olora_ray.cluster.worker_context import RayTrainContext, prepare_device
 from olora_ray.common.logs import quiet_transformers

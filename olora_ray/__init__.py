@@ -49,9 +49,9 @@ def finetune(
 
     with logs.printed():
         read = command_line.loaded(config, dict(changes or {}))
-        from olora_ray.data import first_look
+        from olora_ray.data import detect
 
-        found = first_look.check_data(read)
+        found = detect.check_data(read)
         from olora_ray.pipeline import publish, run
 
         content = run.run(read, found=found)
@@ -91,7 +91,7 @@ def evaluate(
     from olora_ray.evaluation import results
 
     with logs.printed():
-        (measured,), _ = results.run(results.Request((model,), config, dict(changes or {})))
+        (measured,), _ = results.run(results.EvalRequest((model,), config, dict(changes or {})))
     return measured.metrics()
 
 

@@ -28,9 +28,9 @@ from olora_ray.config import command_line  # noqa: E402
 def main(argv: list[str]) -> None:
     # torch, transformers and Ray are imported as late as possible: mistakes in the config are reported at once.
     config, flags = command_line.read_arguments(argv, usage=__doc__ or "")
-    from olora_ray.data import first_look
+    from olora_ray.data import detect
 
-    found = first_look.check_data(config)
+    found = detect.check_data(config)
     logging.getLogger("olora_ray").info("importing torch, transformers and Ray")
     if "--dry-run" in flags:
         from olora_ray.pipeline.dry_run import dry_run

@@ -34,7 +34,7 @@ from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
 from olora_ray.config.section import Source
-from olora_ray.data import first_look
+from olora_ray.data import detect
 from olora_ray.data.formats import columns_of, format_named, to_example
 from olora_ray.data.formats.format import Rejected
 from olora_ray.data.reader import read_unit
@@ -246,9 +246,9 @@ def _look(config: Config, number: int, shown: str) -> Look:
     """Look at a source, and print what is found; raise UserError if no row can be used."""
     source, where, seen = config.data.train[number], f"data.train.{number}", ""
     if source.format == "auto":
-        source, seen = first_look.find_format(source, where, config.run.storage)
+        source, seen = detect.find_format(source, where, config.run.storage)
     else:
-        first_look.check_data(config)
+        detect.check_data(config)
     files = list_files(source, where, config.run.storage)
     some = files[:8]
     size = sum(file.size for file in files)

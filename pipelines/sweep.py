@@ -24,9 +24,9 @@ from olora_ray.config import command_line  # noqa: E402
 def main(argv: list[str]) -> None:
     # Imports that take seconds come after the checks of config and space file, so that mistakes are reported at once.
     config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
-    from olora_ray.data import first_look
+    from olora_ray.data import detect
 
-    config = first_look.with_formats(config, first_look.check_data(config))
+    config = detect.with_formats(config, detect.check_data(config))
     from olora_ray.sweep.space_file import load_space
 
     space = load_space(file, config)

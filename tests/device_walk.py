@@ -9,7 +9,7 @@ import torch
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
 from olora_ray.adapter.inject import find_targets, install, wrap
-from olora_ray.cluster import resume
+from olora_ray.cluster.start import resume
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint, TrainState
@@ -79,9 +79,7 @@ def walk(trainer: Trainer, keep: Keep) -> Seen:
     before = evaluate(trainer, held_out, attention).loss
     losses = steps(trainer, 0)
     state = TrainState(step=STEPS, best_step=STEPS - 1)
-    best = resume.resume(
-        trainer, keep(trainer.snapshot(state, trainer.flat.vector.clone(), {}, ""))
-    )
+    best = resume(trainer, keep(trainer.snapshot(state, trainer.flat.vector.clone(), {}, "")))
     losses += steps(trainer, STEPS - 1)
     assert best is not None
     trainer.flat.vector.copy_(best)

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 import pytest
 from pyarrow import fs
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 
 BUCKET = "bucket"
 MADE = "2026-11-27T07:00:00.000Z"
@@ -138,7 +138,7 @@ def gs_server(patch: pytest.MonkeyPatch, seconds: int = 5) -> Iterator[GsServer]
     server = GsServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), name="gs", daemon=True).start()
     system = server.filesystem(seconds)
-    patch.setattr(patience, "connect", lambda scheme, bucket, query="": (system, bucket))
+    patch.setattr(retry, "connect", lambda scheme, bucket, query="": (system, bucket))
     try:
         yield server
     finally:

@@ -20,7 +20,7 @@ HEAVY = {
 PROCESSES = {
     "config and rows": (
         450,
-        "olora_ray.config.command_line, olora_ray.data.first_look",
+        "olora_ray.config.command_line, olora_ray.data.detect",
         {"torch", "ray", "pandas"},
     ),
     "driver": (3000, "olora_ray.pipeline.run", set[str]()),

@@ -135,9 +135,9 @@ def plan(config: Config, base: Any) -> None:
 
 def read_as(config: Known) -> Known:
     """The config with the formats that the first look finds."""
-    from olora_ray.data import first_look
+    from olora_ray.data import detect
 
-    return first_look.with_formats(config, first_look.check_data(config))
+    return detect.with_formats(config, detect.check_data(config))
 
 
 _config = config
@@ -149,7 +149,7 @@ ON_GPU = Expected(gpu=True, dtype="bfloat16", attention="auto")
 def claimed(config: Config) -> RunFolder:
     """The folder of a run that has begun."""
     folder = RunFolder(config.folder())
-    folder.claim(config, {}, folder.state())
+    folder.write_config(config, {}, folder.state())
     return folder
 
 

@@ -20,8 +20,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.malloc import ONE_POOL
-from olora_ray.cluster.resume import check_base
 from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.start import check_base
 from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, assigned_device
 from olora_ray.common.errors import TryAgain, UserError

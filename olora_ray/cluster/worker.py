@@ -19,9 +19,9 @@ from torch import Tensor
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Saved, Started, give_signs_of_life, sent_to
 from olora_ray.cluster.failures import advice_for_memory
-from olora_ray.cluster.resume import StartingPoint, measure_first_step, self_tested, starting_point
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
-from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, note_kinds
+from olora_ray.cluster.start import StartingPoint, measure_first_step, self_tested, starting_point
+from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, record_platforms
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import TryAgain, UserError, first_line
@@ -126,7 +126,7 @@ class Worker:
         self.trainer, self.state = start.trainer, start.state
         self.trainer.signal = self.stop_requests.pending
         self.attention, self.resumed = start.attention, start.resumed
-        self.state.kinds = note_kinds(self.state.kinds, context.device)
+        self.state.kinds = record_platforms(self.state.kinds, context.device)
         self.evaluator = Evaluator(context, spec, start)
         self.schedule = Schedule(
             self.config.train, spec.train, self.stop_requests.waiting, self.state.lr
@@ -217,9 +217,9 @@ class Worker:
         """Evaluate, report and save as due; return whether this was the last step."""
         metrics = _metrics(result)
         if self._peak:
-            metrics["train/share_of_peak"] = (
-                metrics["train/all_tokens_per_second"] * self._operations / self._peak
-            )
+            operations = metrics["train/all_tokens_per_second"] * self._operations
+            metrics["train/mfu"] = operations / self._peak
+            metrics["train/share_of_peak"] = metrics["train/mfu"]  # its old name, for one release
         last = self.schedule.last(result.step)
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
             metrics |= self.evaluator.measure(self.state)

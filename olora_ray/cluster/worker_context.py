@@ -126,7 +126,7 @@ class SharedBase:
     @classmethod
     def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
         prepare_device(spec.config, device)
-        config = agreed(spec.config, device)
+        config = common_dtype(spec.config, device)
         return cls(load_loss(replace(spec, config=config), device), device, config.model.dtype)
 
 
@@ -198,7 +198,7 @@ def load_loss(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
     If one worker has a UserError, for example because its node has no access to the model, all workers raise it.
     """
     base = collectives.together(lambda: _on_every_node(spec))
-    loss = load_base(base.folder, agreed(spec.config, device), device)
+    loss = load_base(base.folder, common_dtype(spec.config, device), device)
     loss.compile_blocks = spec.config.model.compile
     return loss
 
@@ -212,7 +212,9 @@ def _on_every_node(spec: TrainSpec) -> BaseModel:
         collectives.wait_for_all()
 
 
-def agreed(config: DecidedConfig, device: torch.device, began: str | None = None) -> DecidedConfig:
+def common_dtype(
+    config: DecidedConfig, device: torch.device, began: str | None = None
+) -> DecidedConfig:
     """Return the config with the same precision for all workers instead of `auto`.
 
     This is `began`, the precision in which the run started, if there is one. Otherwise it is float32 if the workers
@@ -259,11 +261,11 @@ def prepare_device(config: Config, device: torch.device) -> None:
 # workers (train/tree.py).
 
 
-Kind = dict[str, str]
+Platform = dict[str, str]
 """Device, processor, threads and torch of a worker."""
 
 
-def kind_of(device: torch.device) -> Kind:
+def platform_of(device: torch.device) -> Platform:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,
@@ -273,19 +275,19 @@ def kind_of(device: torch.device) -> Kind:
     }
 
 
-def note_kinds(before: Sequence[Kind], device: torch.device) -> list[Kind]:
+def record_platforms(before: Sequence[Platform], device: torch.device) -> list[Platform]:
     """Return the distinct platforms of all workers. Log a warning if they differ, or differ from a checkpoint's.
 
     `before` are the platforms in the checkpoint. All workers must call it together.
     """
-    every = collectives.gather(kind_of(device))
+    every = collectives.gather(platform_of(device))
     now = [each for number, each in enumerate(every) if each not in every[:number]]
-    if line := said(before, now):
+    if line := platform_warning(before, now):
         logger.warning(line)
     return now
 
 
-def said(before: Sequence[Kind], now: Sequence[Kind]) -> str | None:
+def platform_warning(before: Sequence[Platform], now: Sequence[Platform]) -> str | None:
     if len(now) > 1:
         return (
             f"the workers differ ({_differences(now)}): the last bits of the result may depend on which worker computes"
@@ -300,7 +302,7 @@ def said(before: Sequence[Kind], now: Sequence[Kind]) -> str | None:
     return None
 
 
-def _differences(kinds: Sequence[Kind]) -> str:
+def _differences(kinds: Sequence[Platform]) -> str:
     fields = {
         name: list(dict.fromkeys(each.get(name, "?") for each in kinds)) for name in kinds[-1]
     }

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from olora_ray.common import records, s3, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
-from olora_ray.common.patience import passes
+from olora_ray.common.retry import transient
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,10 @@ def held(file: str, subject: str, remedy: str | None = None) -> Iterator[Lock]:
     """
     lock = Lock(file, subject)
     with as_user_error(
-        f"{subject}: its lock {file} cannot be written", OSError, reason=short_reason, passes=passes
+        f"{subject}: its lock {file} cannot be written",
+        OSError,
+        reason=short_reason,
+        passes=transient,
     ):
         other = lock.take()
     if other is not None:

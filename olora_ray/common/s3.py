@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
-from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, untrusted
+from olora_ray.common.retry import ANSWER_SECONDS, CONNECT_SECONDS, untrusted
 
 _REFUSED = (
     "AccessDenied",
@@ -98,7 +98,7 @@ def split(location: str) -> tuple[str, str]:
 
 
 def _client(attempts: int = 2) -> Any:
-    patience.follow_certificates()
+    retry.follow_certificates()
     variables = sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
     return _cached_client(attempts, tuple(variables))
 
@@ -112,7 +112,7 @@ def _cached_client(attempts: int, environment: tuple[tuple[str, str], ...]) -> A
         logging.WARNING
     )  # at INFO it logs where the credentials come from
     # Few stores other than AWS have a host name per bucket, so the bucket is a part of the path there, as in pyarrow.
-    style = "path" if patience.s3_endpoint() else "auto"
+    style = "path" if retry.s3_endpoint() else "auto"
     return boto3.session.Session().client(
         "s3",
         config=Config(
@@ -184,4 +184,4 @@ def _error_of(error: Any) -> OSError:
 
 
 def _where() -> str:
-    return patience.s3_endpoint() or "AWS"
+    return retry.s3_endpoint() or "AWS"

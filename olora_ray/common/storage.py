@@ -1,7 +1,7 @@
 """Files by path or URI: the same functions for local folders, s3:// and gs://. A `location` is a path or a URI.
 
 A write is atomic: a reader sees the old file, the new file or no file, never a part of one. Failures are OSErrors. A
-request to an object store that has answered before is first retried for a while (patience.py).
+request to an object store that has answered before is first retried for a while (retry.py).
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from olora_ray.common import patience, s3
+from olora_ray.common import retry, s3
 from olora_ray.common.errors import UserError, as_user_error, short_reason
-from olora_ray.common.patience import passes, patiently
+from olora_ray.common.retry import transient, with_retries
 
 # Local files and folders: created in one step, flushed to disk, with the user's file modes, or private.
 
@@ -150,7 +150,7 @@ def filesystem(location: str) -> tuple[fs.FileSystem, str]:
     scheme, _, rest = location.partition("://")
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
-    system, root = patience.connect(scheme, bucket, query)
+    system, root = retry.connect(scheme, bucket, query)
     return system, f"{root}/{unquote(key) if scheme == 'file' else key}".rstrip("/")
 
 
@@ -162,10 +162,10 @@ def local_path(location: str) -> Path | None:
 
 
 def ask(location: str, request: Callable[[fs.FileSystem, str], Answer]) -> Answer:
-    """Return the answer of `request(filesystem, path)`. A request to an object store is retried (`patiently`)."""
+    """Return the answer of `request(filesystem, path)`. A request to an object store is retried (`with_retries`)."""
     if local_path(location) is not None:
         return request(*filesystem(location))
-    return patiently("/".join(location.split("/")[:3]), lambda: request(*filesystem(location)))
+    return with_retries("/".join(location.split("/")[:3]), lambda: request(*filesystem(location)))
 
 
 def check_storage(location: str, field: str) -> None:
@@ -179,7 +179,7 @@ def check_storage(location: str, field: str) -> None:
     probe = join(location, f".probe-{uuid.uuid4().hex}")
     content, subject = os.urandom(4 * PART), f"{field}: {location}"
     with as_user_error(
-        f"{subject} cannot be written", OSError, ValueError, reason=short_reason, passes=passes
+        f"{subject} cannot be written", OSError, ValueError, reason=short_reason, passes=transient
     ):
         write_bytes(probe, content)
         part = ask(probe, _part)

@@ -206,7 +206,9 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     """
     name = config.model.name
     # ~ is expanded here because exports name the base model by this path, and other users have another ~.
-    if not is_uri(name) and is_there(path := Path(left(name, folder, "model.name")), "model.name"):
+    if not is_uri(name) and is_there(
+        path := Path(job_path(name, folder, "model.name")), "model.name"
+    ):
         name = str(path)
     start, template = config.train.start, config.data.chat_template
     if isinstance(config, Config) and isinstance(config.gate.guard, tuple):
@@ -229,7 +231,7 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
             if template in (None, "plain")
             else absolute(template, folder, "data.chat_template"),
         ),
-        train=_changed(config.train, start=start and left(start, folder, "train.start")),
+        train=_changed(config.train, start=start and job_path(start, folder, "train.start")),
     )
 
 
@@ -253,7 +255,7 @@ def absolute(path: str, folder: Path, field: str = "") -> str:
     return path if is_uri(path) else os.path.normpath(folder / at_home(path, field))
 
 
-def left(place: str, folder: Path, field: str = "") -> str:
+def job_path(place: str, folder: Path, field: str = "") -> str:
     """Return the absolute path; in a job that lacks the file, the path to which an earlier job wrote it."""
     path = absolute(place, folder, field)
     # A later job has a new working directory, without the files that an earlier one wrote.

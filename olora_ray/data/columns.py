@@ -74,7 +74,7 @@ ABSTRACT = re.compile(
 )
 
 
-def count(
+def note_unread(
     notes: "Counter[str]",
     number: int,
     source: Source,
@@ -82,7 +82,7 @@ def count(
     example: Example,
     template: str = "",
 ) -> None:
-    """Note the columns of a row, and the keys of its messages, that may need an answer, for `unanswered`.
+    """Note the columns of a row, and the keys of its messages, that may need an answer, for `unresolved_error`.
 
     Without the chat template it is not known which keys are read, so only those that decide are noted.
     """
@@ -104,7 +104,7 @@ def count(
     for kind, name, value in left:
         if name in TOKENIZED or mapped.get(name, name) != name or value in EMPTY:
             continue
-        if not (needed := weight(source.format, str(name), value)):
+        if not (needed := severity(source.format, str(name), value)):
             continue
         own = [
             message[key] for message in messages for key in message if key in read and key != "role"
@@ -135,7 +135,7 @@ def _read_keys(template: str) -> frozenset[str]:
     return frozenset({"role", "content", "tool_calls", "weight", *REASONING, *named})
 
 
-def weight(format: str, name: str, value: Any) -> int:
+def severity(format: str, name: str, value: Any) -> int:
     """Return 2 if a value needs an answer, 1 if it needs one unless all rows have it, else 0."""
     if name == "olora_ray":  # what `olora-ray follow --rows` notes about a row
         return 0
@@ -184,7 +184,7 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(part)
 
 
-def unanswered(
+def unresolved_error(
     notes: Mapping[str, int],
     sources: Mapping[int, Source],
     setting: str,
@@ -198,8 +198,8 @@ def unanswered(
     """
     needed, met = dict[int, dict[str, tuple[str, str]]](), Counter[tuple[str, str]]()
     for note in (note for note in notes if note.startswith("unread\t")):
-        _, number, kind, name, weight, example = note.split("\t")
-        met[number, name] += int(weight)
+        _, number, kind, name, severity, example = note.split("\t")
+        met[number, name] += int(severity)
         varies = met[number, name] > 1 or rows == 1 or notes[note] < rows
         if varies and json.loads(name) not in sources[int(number)].fields:
             needed.setdefault(int(number), {})[json.loads(name)] = (kind, example)

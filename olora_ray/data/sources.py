@@ -28,7 +28,7 @@ from pyarrow import fs
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.common.patience import is_temporary
+from olora_ray.common.retry import is_temporary
 from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
 from olora_ray.config.schema import AnyConfig, Config

@@ -109,7 +109,7 @@ class ExampleTokenizer:
         example = to_example(source.format, row, source.fields, as_chat(source, self._spec))
         begun = self.begin(example)
         template = self._spec.template(isinstance(example, Chat) and example.tools is not None)
-        columns.count(notes, number, source, row, example, template)
+        columns.note_unread(notes, number, source, row, example, template)
         # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
         most = 1000 * self._max_length
         texts = [*begun.texts, *(text for text, _ in begun.answers)] if begun.size > most else []

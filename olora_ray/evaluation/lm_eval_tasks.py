@@ -11,7 +11,7 @@ from typing import Any
 
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line
-from olora_ray.common.patience import is_temporary
+from olora_ray.common.retry import is_temporary
 from olora_ray.config import command_line
 from olora_ray.config.decided import AnyDecided
 from olora_ray.evaluation import held_out

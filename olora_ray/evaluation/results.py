@@ -44,7 +44,7 @@ OPTIONS = ("--config", "--tasks", "--task-data", "--limit", "--scorer", "--out")
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalRequest:
     models: tuple[str, ...]
     """One or two."""
     config: str | None
@@ -57,7 +57,7 @@ class Request:
     out: str | None = None
 
 
-def read_request(argv: Sequence[str], usage: str) -> Request:
+def read_request(argv: Sequence[str], usage: str) -> EvalRequest:
     """Parse `argv`; --help prints `usage` and exits. Raises UserError for unknown or wrong arguments."""
     arguments = command_line.parse(argv, usage, options=OPTIONS)
     models, changes, options = tuple(arguments.names()), arguments.changes(), arguments.options
@@ -72,7 +72,7 @@ def read_request(argv: Sequence[str], usage: str) -> Request:
     # A script with an unset variable passes an empty --scorer; the scorer of the config then stays.
     if scorer := options.get("--scorer"):
         changes["evaluation.scorer"] = scorer
-    return Request(
+    return EvalRequest(
         models=models,
         config=options.get("--config"),
         changes=changes,
@@ -88,7 +88,7 @@ def read_request(argv: Sequence[str], usage: str) -> Request:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalResult:
     target: Target
     held_out: RowResults | None
     tasks: Mapping[str, TaskResult]
@@ -131,7 +131,7 @@ class Evaluation:
         }
 
 
-def run(request: Request) -> tuple[list[Evaluation], dict[str, Interval]]:
+def run(request: EvalRequest) -> tuple[list[EvalResult], dict[str, Interval]]:
     """Measure the models, write the results, and return them with the intervals of the differences of two."""
     config = targets.settings(request.models, request.config, request.changes)
     check_request(request, config)
@@ -148,7 +148,7 @@ def run(request: Request) -> tuple[list[Evaluation], dict[str, Interval]]:
     return measured, intervals
 
 
-def check_request(request: Request, config: AnyConfig) -> None:
+def check_request(request: EvalRequest, config: AnyConfig) -> None:
     """Raise UserError if there is nothing to evaluate, the scorer cannot be used, or Ray does not answer."""
     length_of(config)
     if config.evaluation.scorer:
@@ -167,7 +167,7 @@ def check_request(request: Request, config: AnyConfig) -> None:
     address.find()
 
 
-def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | None) -> Evaluation:
+def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | None) -> EvalResult:
     """Measure one model on held-out rows and tasks; needs ray.init. Raises UserError for what the user can fix."""
     logger.info(f"evaluating {target.name}")
     adapter, config = target.adapter, decide_evaluation(target.config, cluster)
@@ -183,7 +183,7 @@ def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | No
                 config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store)
             )
         held_out, answers = measure(base, adapter, store, config)
-    return Evaluation(
+    return EvalResult(
         target,
         held_out,
         lm_eval_tasks.run(sets, limit, target.base, adapter, config),
@@ -192,7 +192,7 @@ def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | No
     )
 
 
-def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
+def differences(first: EvalResult, second: EvalResult) -> dict[str, Interval]:
     """Return first - second with a paired interval, for each metric that both have row by row on the same rows."""
     intervals = {}
     ours, theirs = first.held_out, second.held_out
@@ -219,7 +219,7 @@ def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
 # Results as lines for a terminal.
 
 
-def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> list[str]:
+def lines(results: Sequence[EvalResult], intervals: Mapping[str, Interval]) -> list[str]:
     if len(results) == 1:
         return _one(results[0])
     first, second = results
@@ -238,7 +238,7 @@ def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> l
     return [f"first:  {first.target.name}", f"second: {second.target.name}", "", *_columns(table)]
 
 
-def _one(result: Evaluation) -> list[str]:
+def _one(result: EvalResult) -> list[str]:
     table = [("metric", "rows", "value", "stderr")]
     errors = result.errors()
     for name, value in result.metrics().items():
@@ -247,7 +247,7 @@ def _one(result: Evaluation) -> list[str]:
     return [f"model: {result.target.name}", "", *_columns(table)]
 
 
-def _rows_cell(result: Evaluation, metric: str) -> str:
+def _rows_cell(result: EvalResult, metric: str) -> str:
     task = metric.partition("/")[0]
     if task in result.tasks:
         return result.tasks[task].rows
@@ -268,13 +268,13 @@ ANSWERS = "answers.jsonl"
 """One line of JSON per scored answer."""
 
 
-def check_tracking(request: Request) -> None:
+def check_tracking(request: EvalRequest) -> None:
     """Raise UserError if the results cannot be written, before anything is measured."""
     if folder := _folder(request):
         storage.check_storage(folder, "argument --out")
 
 
-def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
+def tracking_address(request: EvalRequest, targets: Sequence[Target]) -> str | None:
     """Return the address of MLflow; None if no config, no run and no MLFLOW_TRACKING_URI sets one.
 
     Raises UserError or TrackingUnavailable if MLflow does not answer.
@@ -290,8 +290,8 @@ def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
 
 
 def write_results(
-    request: Request,
-    results: Sequence[Evaluation],
+    request: EvalRequest,
+    results: Sequence[EvalResult],
     intervals: Mapping[str, Interval],
     uri: str | None,
 ) -> None:
@@ -328,7 +328,7 @@ def write_results(
     )
 
 
-def _folder(request: Request) -> str | None:
+def _folder(request: EvalRequest) -> str | None:
     # In a Ray job the working directory is deleted after the job, so `lasting` replaces it.
     return (
         command_line.absolute(request.out, command_line.lasting(Path.cwd()))
@@ -337,7 +337,7 @@ def _folder(request: Request) -> str | None:
     )
 
 
-def _track(result: Evaluation, text: str) -> None:
+def _track(result: EvalResult, text: str) -> None:
     target = result.target
     tags = {
         "olora.kind": "evaluation",

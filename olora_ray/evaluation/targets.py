@@ -251,7 +251,7 @@ def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> An
 def _absolute(name: str) -> str:
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
-    return command_line.left(name, Path.cwd()).rstrip("/")
+    return command_line.job_path(name, Path.cwd()).rstrip("/")
 
 
 def _readable(name: str, path: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
 from olora_ray.common.logs import quiet_transformers
-from olora_ray.common.patience import is_temporary
+from olora_ray.common.retry import is_temporary
 from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.config.schema import Model as ModelConfig

@@ -15,7 +15,7 @@ from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
-from olora_ray.pipeline import peft_folder, portable
+from olora_ray.pipeline import model_files, peft_folder
 from olora_ray.pipeline.merge import write_merged
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Registered
@@ -98,7 +98,7 @@ def _merged(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
             shape = skeleton(model, own.model)
             adapter, scale = peft_folder.read_adapter(entry.folder, shape)
             write_merged(Path(model.folder), adapter, scale, folder, shape)
-            portable.copy_tokenizer(entry.folder, folder)
+            model_files.copy_tokenizer(entry.folder, folder)
     return target
 
 

@@ -36,7 +36,7 @@ def dry_run(
 ) -> None:
     """Print the plan of a run, with `show_config` after the complete config; raise UserError as the run would.
 
-    `found` is the result of `first_look.check_data`.
+    `found` is the result of `detect.check_data`.
     """
     state = RunFolder(config.folder()).check(config)
     if done := state.finished(config):

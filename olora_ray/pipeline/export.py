@@ -28,7 +28,7 @@ from olora_ray.data.tokenizer_spec import plain_template
 from olora_ray.model.folder import parameters, read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_losses, exporter, merge, portable
+from olora_ray.pipeline import export_losses, exporter, merge, model_card, model_files
 from olora_ray.pipeline.export_losses import Compressed, OnOriginal
 from olora_ray.pipeline.exporter import Work
 from olora_ray.pipeline.parity import (
@@ -58,7 +58,7 @@ def give_template(config: Config, tokenizer: Any, folder: Path, chosen: str | No
         format_named(source.format).is_chat(source.chat is True) for source in config.data.train
     )
     if chosen or (chats and not models.has_chat_template(folder)):
-        portable.put_template(folder, chosen or plain_template(tokenizer))
+        model_files.put_template(folder, chosen or plain_template(tokenizer))
 
 
 def more_ends(ends: Collection[int], base: BaseModel, tokenizer: Any) -> str:
@@ -78,7 +78,7 @@ def keep_tokenizer(config: Config, name: str, own: Any, folder: Path) -> None:
     wanted = own.backend_tokenizer.to_str()
     for class_name in ("", "PreTrainedTokenizerFast", type(own).__name__):
         if class_name:
-            portable.name_class(folder, class_name)
+            model_files.name_class(folder, class_name)
         with contextlib.suppress(Exception):  # a class may fail with any exception
             read: Any = tokenizer_in(folder, config.model.trust_remote_code)
             if read.backend_tokenizer.to_str() == wanted:
@@ -256,7 +256,7 @@ def _write_merged(work: Work, out: Path) -> MergedFolder:
         merge.merge(base, partial_folder, work.groups, work.adapter, scale, assigned_device())
         give_template(work.spec.config, work.tokenizer, partial_folder, work.spec.template)
         if more_ends(work.spec.eos, work.base, work.tokenizer):
-            portable.end_with(partial_folder, work.spec.eos)
+            model_files.end_with(partial_folder, work.spec.eos)
     logger.info("export: checking the merged weights")
     return _check_merged(work, out)
 
@@ -310,11 +310,11 @@ def complete(
 
     `card_fields` are further fields of `Card`.
     """
-    portable.copy_tokenizer(Path(base.folder), adapter)
+    model_files.copy_tokenizer(Path(base.folder), adapter)
     keep_tokenizer(config, base.name, tokenizer, adapter)
     had = models.has_chat_template(adapter)
     give_template(config, tokenizer, adapter, template)
-    card = portable.Card(
+    card = model_card.Card(
         base_name=public_name(base),
         base_digest=base.digest,
         revision=_revision(config, base),
@@ -329,13 +329,13 @@ def complete(
         own_template=template is not None or had != models.has_chat_template(adapter),
         loader=text_class(Path(base.folder)).__name__,
         license=license_of(config, base),
-        place=config.export.push or portable.Card.place,
+        place=config.export.push or model_card.Card.place,
         **card_fields,
     )
-    (adapter / "README.md").write_text(portable.model_card(card), encoding="utf-8")
+    (adapter / "README.md").write_text(model_card.model_card(card), encoding="utf-8")
     if merged:
         whole = replace(card, merged=True, ends="", compressed="")
-        (merged / "README.md").write_text(portable.model_card(whole), encoding="utf-8")
+        (merged / "README.md").write_text(model_card.model_card(whole), encoding="utf-8")
 
 
 def about_data(spec: TrainSpec) -> dict[str, Any]:
@@ -344,7 +344,7 @@ def about_data(spec: TrainSpec) -> dict[str, Any]:
     if spec.eval is not None:
         held_out = _rows(spec.eval)
         held_out += (
-            portable.in_words(data.eval)
+            model_card.in_words(data.eval)
             if data.eval
             else f"{data.eval_fraction:g} of the training rows"
         )
@@ -362,7 +362,7 @@ def _rows(store: TokenStore) -> str:
 def license_of(config: Config, base: BaseModel) -> dict[str, Any]:
     """Return the license's fields of the model cards; empty if neither the config nor the base model's card has one."""
     hub_id = None if Path(public_name(base)).is_absolute() else base.name
-    return portable.license_of(Path(base.folder), hub_id, config.export.license)
+    return model_card.license_of(Path(base.folder), hub_id, config.export.license)
 
 
 def first_examples(store: TokenStore) -> list[torch.Tensor]:

@@ -105,7 +105,7 @@ KEEP = 600.0
 """Seconds between two writes of the resources that were used. A killed driver loses the count of this time."""
 
 
-class Attempts:
+class Supervisor:
     """Starts one group of workers after the other, until one finishes the training."""
 
     # We choose the number of workers instead of Ray's elastic policy. To grow, that policy restarts from whatever
@@ -385,7 +385,7 @@ def train(
                         }
                     )
 
-            result = Attempts(
+            result = Supervisor(
                 spec, build, monitor, stop, worker, fit, fit_on is not None, keep_used
             ).run()
     finally:

@@ -23,7 +23,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.model.folder import INDEX
 from olora_ray.model.stored import Group, groups, is_stale_index, tensors, weight_files
-from olora_ray.pipeline import portable
+from olora_ray.pipeline import model_files
 from olora_ray.pipeline.peft_folder import replacing
 
 if TYPE_CHECKING:
@@ -162,9 +162,9 @@ def copy_files(base: Path, folder: Path) -> None:
         )
         if entry.is_file() and not left_out:
             shutil.copyfile(entry, folder / entry.name)
-        elif entry.is_dir() and entry.name == portable.TEMPLATES:
+        elif entry.is_dir() and entry.name == model_files.TEMPLATES:
             shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile)
-    portable.make_portable(folder)
+    model_files.make_portable(folder)
     for name in weight_files(base):
         shutil.copyfile(base / name, folder / name)
 
@@ -217,7 +217,7 @@ AT_ONCE = 2**20
 """Numbers compared at once: in float64 they fit in a processor's cache."""
 _EXPONENT = 0x7FF0000000000000
 """The exponent bits of a float64; alone they are the number rounded down to a power of two."""
-_OF_ENDS = (portable.ENDS, "bos_token_id", "pad_token_id")
+_OF_ENDS = (model_files.ENDS, "bos_token_id", "pad_token_id")
 """Fields that an export may write into generation_config.json."""
 
 
@@ -307,7 +307,7 @@ def _changed_files(base: Path, merged: Path) -> list[str]:
     for name in (INDEX, "config.json", "generation_config.json"):
         before = None if is_stale_index(base, name) else _json(base / name)
         after = _json(merged / name)
-        if _but_ends(name, portable.portable_config(before)) != _but_ends(name, after):
+        if _but_ends(name, model_files.portable_config(before)) != _but_ends(name, after):
             lines.append(f"{name} differs from the base model's")
     sizes = [
         name for name in files if (base / name).stat().st_size != (merged / name).stat().st_size
@@ -317,7 +317,7 @@ def _changed_files(base: Path, merged: Path) -> list[str]:
 
 def _but_ends(name: str, tree: Any) -> Any:
     # An export may write the tokens that end an answer into generation_config.json, or create that file for them.
-    if name != portable.GENERATION:
+    if name != model_files.GENERATION:
         return tree
     return {field: value for field, value in (tree or {}).items() if field not in _OF_ENDS}
 

@@ -26,7 +26,7 @@ from olora_ray.config.decided import NOTHING, DataConfig, DecidedConfig, Kept, i
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
-from olora_ray.data import first_look
+from olora_ray.data import detect
 from olora_ray.data.formats import format_named
 from olora_ray.model.load import skeleton
 from olora_ray.model.packing import most_tokens
@@ -200,11 +200,11 @@ def read_data(
     kept: Kept = NOTHING,
     found: Mapping[str, Source] | None = None,
 ) -> DataDecisions:
-    """Decide what the tokens depend on; needs no Ray. `found` is the result of `first_look.check_data`, if it is known.
+    """Decide what the tokens depend on; needs no Ray. `found` is the result of `detect.check_data`, if it is known.
 
     Raises UserError for unusable data. For `data.max_length: auto` the rows of a sample are read.
     """
-    facts = DataFacts(first_look.find_formats(config) if found is None else found)
+    facts = DataFacts(detect.find_formats(config) if found is None else found)
     if is_auto(config.data.max_length) and kept.decision(LENGTH) is None:
         most = most_tokens(skeleton(base.model, config.model))
         changes = {LENGTH: most, "data.max_rejected": 1.0}

@@ -99,11 +99,7 @@ class Progress:
             self.line(
                 f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                 f" | {self.tokens / self.seconds:.0f} tok/s, {self.supervised / self.seconds:.0f} supervised"
-                + (
-                    f", {row['train/share_of_peak']:.0%} of the GPUs' peak"
-                    if "train/share_of_peak" in row
-                    else ""
-                )
+                + (f", {row['train/mfu']:.0%} of the GPUs' peak" if "train/mfu" in row else "")
                 + f" | data wait {self.waited / self.seconds:.0%} | ETA about {left}"
             )
             self.tokens = self.supervised = self.seconds = self.waited = 0.0

@@ -10,7 +10,7 @@ from typing import Any
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
-from olora_ray.common.patience import is_temporary
+from olora_ray.common.retry import is_temporary
 from olora_ray.common.secrets import mask
 from olora_ray.config.load import flatten, override
 from olora_ray.config.schema import Config

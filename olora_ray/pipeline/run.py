@@ -89,7 +89,7 @@ def run(
     """Fine-tune, export, check and register as the config says; return the content of result.json.
 
     `tags` are set on the registered version, and override its own tags. `base` is the config's base model if the
-    caller has opened it, `found` the result of `first_look.check_data`. A finished run is only reported. Raises
+    caller has opened it, `found` the result of `detect.check_data`. A finished run is only reported. Raises
     UserError for a problem that the user can fix, TryAgain for one that passes (another driver works on the run, MLflow
     does not answer), and Stopped after a signal.
     """
@@ -149,7 +149,7 @@ def _run(
         with prepared.build as build:
             prepare.say_steps(spec)
             result = fit.finished_training(spec, folder, state)
-            folder.claim(config, decided.decisions, state)
+            folder.write_config(config, decided.decisions, state)
             with publish.tracked(spec, folder) as tracker:
                 result = result or fit.train(spec, folder, build, tracker, stop)
                 exported = export.run_export(spec, folder, result)

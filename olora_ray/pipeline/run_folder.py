@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLACES = re.compile(
+PATH_FIELDS = re.compile(
     r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start"
 )
 """Fields with paths and names of contents; a resumed run compares the contents instead."""
@@ -45,7 +45,7 @@ DECIDED = "decided.json"
 """File with each field that was asked for as auto, its value, and why."""
 
 
-def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def identity_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that must not change in a run folder: neither free to change nor paths of contents.
 
     search.json has them, and the name of a retrained run is made of them, so all releases must give the same: removed
@@ -56,7 +56,7 @@ def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         field: value
         for field, value in (removed | dict(settings)).items()
         if not field.startswith(FREE_TO_CHANGE)
-        and not PLACES.fullmatch(field)
+        and not PATH_FIELDS.fullmatch(field)
         and (field not in ADDED or value != ADDED[field])
     }
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
@@ -66,7 +66,7 @@ def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     # A column that is left out (`fields: {NAME: none}`) changes no token.
     return {
         field: value
-        for field, value in bound_settings(settings).items()
+        for field, value in identity_settings(settings).items()
         if not (LEFT_OUT.fullmatch(field) and value == "none")
     }
 
@@ -89,7 +89,7 @@ def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in settings.items() if PLACES.fullmatch(field)}
+    return {field: value for field, value in settings.items() if PATH_FIELDS.fullmatch(field)}
 
 
 def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,7 +314,7 @@ class RunFolder:
                 " folder"
             ) from None
 
-    def claim(self, config: Config, decisions: Decisions, state: RunState) -> None:
+    def write_config(self, config: Config, decisions: Decisions, state: RunState) -> None:
         """Write decided.json and config.yaml, which claims the name for this run.
 
         After a change of length, delete the old results.
@@ -409,7 +409,7 @@ def _identity_in(result: Mapping[str, Any]) -> dict[str, str]:
 # The fingerprint of a model: digests of its four inputs. Equal fingerprints mean equal models.
 
 
-NEUTRAL = frozenset(
+RESULT_NEUTRAL = frozenset(
     {"activation_checkpointing", "micro_batch", "keep", "log_every", "checkpoint_every", "start"}
 )
 """Fields of the train section that do not change the result, or only by rounding, or are paths."""
@@ -463,7 +463,9 @@ def settings_digest(config: Config) -> str:
     """
     sections = {
         "adapter": config.adapter.model_dump(mode="json", exclude_defaults=True),
-        "train": config.train.model_dump(mode="json", exclude_defaults=True, exclude=set(NEUTRAL)),
+        "train": config.train.model_dump(
+            mode="json", exclude_defaults=True, exclude=set(RESULT_NEUTRAL)
+        ),
         "model": config.model.model_dump(mode="json", exclude_defaults=True, include=set(MODEL)),
         "seed": config.run.seed,
     }

@@ -11,7 +11,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
 from olora_ray.pipeline.answers import Scores
 from olora_ray.pipeline.export import Exported
-from olora_ray.pipeline.portable import facts_of
+from olora_ray.pipeline.model_card import facts_of
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Contents, has_chat_template
 from olora_ray.train.objectives.objective import objective_named

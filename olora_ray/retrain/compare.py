@@ -13,7 +13,7 @@ from olora_ray.cluster import preflight
 from olora_ray.cluster.decide import decide_evaluation
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.preflight import ClusterFacts
-from olora_ray.cluster.worker_context import kind_of
+from olora_ray.cluster.worker_context import platform_of
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
@@ -242,7 +242,7 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
     """
     wanted = list(wanted)
     notes = [note_file(rows, version) for version, rows in wanted]
-    known = {note: records.read(note, Measured) for note in notes}
+    known = {note: records.read(note, Compared) for note in notes}
     _same_tokens([each.tokenizer for each in known.values() if each])
     if None in known.values():
         with connection.connect(inputs.config) as (_, cluster):
@@ -263,7 +263,7 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
                     results = results_on(
                         rows, replace(inputs.base, model=own.model), adapter, named, cluster
                     )
-                known[note] = done = Measured(own.spec.digest, results)
+                known[note] = done = Compared(own.spec.digest, results)
                 records.write(note, done)
     return [each.rows for note in notes if (each := known[note]) is not None]
 
@@ -289,7 +289,7 @@ def results_on(
 
 
 @dataclass(frozen=True)
-class Measured:
+class Compared:
     tokenizer: str
     """Digest of the version's tokenizer, so that stored results can be compared without opening the version."""
     rows: RowResults
@@ -366,7 +366,7 @@ def _computed_by(config: Config) -> list[str]:
     # These are part of the key, because a result in bfloat16 on a GPU cannot be compared with one in float32 on a CPU.
     gpus = config.cluster.gpus_per_worker
     device = torch.device("cuda", 0) if gpus and torch.cuda.is_available() else torch.device("cpu")
-    hardware = {name: text for name, text in kind_of(device).items() if name != "threads"}
+    hardware = {name: text for name, text in platform_of(device).items() if name != "threads"}
     # attention=auto needs no resolution here: it depends only on device, precision, libraries and files.
     return [
         str(pick_dtype(config.model, device)),

@@ -12,7 +12,7 @@ from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import notify
-from olora_ray.retrain.recipe import AGAINST, CHANGED, ToBeat
+from olora_ray.retrain.recipe import AGAINST, CHANGED, Baseline
 from olora_ray.tracking.aliases import CHAMPION, SINCE, Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.client import connect, reachable
@@ -85,7 +85,7 @@ def of_version(config: Config, version: Version) -> None:
         connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
 
 
-def moved(config: Config, now: ToBeat) -> None:
+def moved(config: Config, now: Baseline) -> None:
     """Write and tell, once, that the champion is not the one of the latest decision: a person has moved the alias."""
     last = _latest(
         config,

@@ -15,7 +15,7 @@ from functools import partial
 
 import requests
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
@@ -78,13 +78,13 @@ def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
 
 
 def _ping(reference: str, signal: str, text: str) -> None:
-    patience.follow_certificates()
+    retry.follow_certificates()
     address = looked_up(reference, "its address").rstrip("/")
     requests.post(f"{address}{signal}", data=text.encode(), timeout=5.0).raise_for_status()
 
 
 def _post(url: str, body: str) -> None:
-    patience.follow_certificates()
+    retry.follow_certificates()
     headers = {"Content-Type": "application/json"}
     address = looked_up(url, "its address")
     requests.post(address, data=body, headers=headers, timeout=5.0).raise_for_status()

@@ -30,7 +30,7 @@ from olora_ray.config.section import Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import lower_is_better
 from olora_ray.model.source import glance
-from olora_ray.pipeline.run_folder import Fingerprint, bound_settings, settings_digest
+from olora_ray.pipeline.run_folder import Fingerprint, identity_settings, settings_digest
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan, Split, sources_of
 from olora_ray.tokens.store import TokenStore
@@ -60,7 +60,7 @@ class Inputs:
     """The config with which rows become tokens."""
 
 
-def look(config: Config) -> Inputs:
+def read_inputs(config: Config) -> Inputs:
     """Read base model and data as far as their digests need it. Files that were scanned before are not read again.
 
     Raises UserError for problems that would stop the training: missing files, an invalid model, no held-out rows.
@@ -93,8 +93,8 @@ def _as_found(config: Config, data: DataConfig, *plans: Plan) -> Config:
     return override(config, changes)
 
 
-def look_again(config: Config) -> Fingerprint | None:
-    """Return the fingerprint that an earlier `look` on this node stored for the same config and files; else None."""
+def cached_fingerprint(config: Config) -> Fingerprint | None:
+    """Return the fingerprint that `read_inputs` stored on this node for the same config and files; else None."""
     # Without opening the base model: its imports are most of the time of a night without changes.
     if not config.data.holds_out() or not (model := glance(config)):
         return None
@@ -139,7 +139,7 @@ def find_decision(
 
 
 @dataclass(frozen=True)
-class ToBeat:
+class Baseline:
     """The version that a challenger must beat, and the state of the registry."""
 
     version: Version | None
@@ -152,12 +152,12 @@ class ToBeat:
     """All versions of the model, the oldest first."""
 
 
-def version_to_beat(aliases: Aliases) -> ToBeat:
+def version_to_beat(aliases: Aliases) -> Baseline:
     """Return the version that a challenger must beat; raise UserError if the champion and all substitutes are lost."""
     last, named, versions = aliases.last_champion(), aliases.current(), aliases.versions()
     there, champion = {version.number: version for version in versions}, named.get(CHAMPION, "")
     if champion in there:
-        return ToBeat(there[champion], "the champion", champion, versions)
+        return Baseline(there[champion], "the champion", champion, versions)
     passed = [version for version in versions if _passed(version)]
     substitutes = {
         "the last champion": there.get(last or ""),
@@ -176,7 +176,7 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
                 f"registry: {aliases.name}: {gone}; a new version must beat version {version.number}, {role};"
                 f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
             )
-            return ToBeat(version, role, champion, versions)
+            return Baseline(version, role, champion, versions)
     if (
         last
         or PREVIOUS in named
@@ -188,7 +188,7 @@ def version_to_beat(aliases: Aliases) -> ToBeat:
             f" champion with: olora-ray registry promote {aliases.name} VERSION, or delete the registered model to"
             " start again"
         )
-    return ToBeat(None, "no champion", champion, versions)
+    return Baseline(None, "no champion", champion, versions)
 
 
 def _passed(version: Version) -> bool:
@@ -268,7 +268,9 @@ def changed(inputs: Inputs, champion: Version) -> str:
     return ", ".join(named if word == "base model" else word for word in words)
 
 
-def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Config, dict[str, str]]:
+def training_config(
+    config: Config, inputs: Inputs, champion: Version | None
+) -> tuple[Config, dict[str, str]]:
     """Return the config of the training, and the tags of its version, which describe all its data.
 
     The run name is a hash of the training's inputs, so that an interrupted run is resumed.
@@ -304,7 +306,7 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Conf
         data = config.data.model_copy(update={"train": sources})
         wanted, origin = wanted.model_copy(update={"train": train, "data": data}), champion.number
     # The name depends on the contents, the start version, and all settings that a run folder is bound to.
-    parts = [inputs.fingerprint.tags(), origin, bound_settings(flatten(wanted))]
+    parts = [inputs.fingerprint.tags(), origin, identity_settings(flatten(wanted))]
     name = extended(config.run.name, digest_json(parts, length=8))
     tags = {ROWS: str(inputs.plan.file_rows), ORIGIN: f"{_CONTINUED}{origin}" if origin else "base"}
     if champion is not None:

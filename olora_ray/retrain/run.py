@@ -149,8 +149,8 @@ def _locked(config: Config) -> None:
 def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     aliases.repair()
     inputs = None
-    if (now := recipe.look_again(config)) is None:
-        inputs = recipe.look(config)
+    if (now := recipe.cached_fingerprint(config)) is None:
+        inputs = recipe.read_inputs(config)
         now = inputs.fingerprint
     to_beat = version_to_beat(aliases)
     for version in (
@@ -165,7 +165,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         champion = to_beat.version.number if to_beat.version else None
         decision_run.unchanged(config, Entry("unchanged", reason, champion=champion))
         return
-    inputs = inputs or recipe.look(config)
+    inputs = inputs or recipe.read_inputs(config)
     config = inputs.config
     if to_beat.version is None:
         logger.info("no champion yet: training the first version")
@@ -197,7 +197,7 @@ def _trained(
     # Imported here, because it imports Ray, which a call without changes does not need.
     from olora_ray.pipeline import run as pipeline
 
-    wanted, tags = recipe.make(config, inputs, champion)
+    wanted, tags = recipe.training_config(config, inputs, champion)
     folder = RunFolder(wanted.folder())
     if (done := folder.state().finished(wanted)) and _version_of(aliases, done) is None:
         logger.info(

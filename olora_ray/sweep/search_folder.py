@@ -21,7 +21,7 @@ from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.pipeline import publish
 from olora_ray.pipeline.run_folder import (
     RunFolder,
-    bound_settings,
+    identity_settings,
     read_decisions,
     write_decisions,
 )
@@ -119,7 +119,7 @@ def begin(
 def description(config: Config, space: Space, contents: Mapping[str, str] | None = None) -> Begun:
     # The number of concurrent trials and the limits of the search may change between two attempts.
     chosen = space.model_dump(exclude={"concurrency", "time_budget", "patience", "min_improvement"})
-    return Begun(bound_settings(flatten(config)), chosen, dict(contents or {}))
+    return Begun(identity_settings(flatten(config)), chosen, dict(contents or {}))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def trial_spec(sweep_spec: SweepSpec, config: DecidedConfig, cpus_held: float = 
 
 
 @dataclass(frozen=True)
-class Measured:
+class TrialLosses:
     step: int
     value: float | None
     """The metric; None if the step was not evaluated."""
@@ -73,7 +73,7 @@ class TrialRun:
         self._losses: dict[int, float] = {}
         """Training loss of each step, as far as a comparison needs them."""
         self._rungs = sweep_spec.rungs()
-        self._items: queue.Queue[Measured | Ended] = queue.Queue()
+        self._items: queue.Queue[TrialLosses | Ended] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._stop = Stop()
         begun = TrialRecord(
@@ -85,7 +85,7 @@ class TrialRun:
         )
         self._file = TrialFile(self.folder.root, begun, sweep_spec.space.better())
 
-    def next(self) -> Measured | Ended:
+    def next(self) -> TrialLosses | Ended:
         """Return the next evaluation or the end. The first call starts the training."""
         if self._thread is None:
             self._file.begin()
@@ -136,7 +136,7 @@ class TrialRun:
                     f"the resumed search gave this trial other values, so the trial restarts: {others}"
                 )
             state = self.folder.state()
-            self.folder.claim(spec.config, self.sweep_spec.decided(spec.config), state)
+            self.folder.write_config(spec.config, self.sweep_spec.decided(spec.config), state)
             result = fit.finished_training(spec, self.folder, state)
             if result is None:
                 self._file.keep_curve(state.step or 0)
@@ -189,7 +189,7 @@ class TrialRun:
             latest = [loss for other, loss in self._losses.items() if step / 2 < other <= step]
             paired = sum(latest) / len(latest)
             self._file.compared(step, paired)
-        self._items.put(Measured(step, value, row, paired))
+        self._items.put(TrialLosses(step, value, row, paired))
 
     def _score(self, spec: TrainSpec, result: TrainResult) -> None:
         from olora_ray.pipeline import answers
@@ -205,7 +205,7 @@ class TrialRun:
             )
         step = result.state.step if result.state else 0
         self._file.measured(step, value)
-        self._items.put(Measured(step, value))
+        self._items.put(TrialLosses(step, value))
 
 
 @contextlib.contextmanager

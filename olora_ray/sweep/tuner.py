@@ -31,7 +31,7 @@ from olora_ray.sweep.spec import (
     trial_name,
     trial_path,
 )
-from olora_ray.sweep.trial import Ended, Measured, TrialRun
+from olora_ray.sweep.trial import Ended, TrialLosses, TrialRun
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ class SearchTrial(tune.Trainable):
             return {**self.last, "done": ended, ENDED: ended}
         return dict(self.last)
 
-    def _result(self, item: Measured) -> dict[str, Any]:
+    def _result(self, item: TrialLosses) -> dict[str, Any]:
         space, total = self.trial_run.sweep_spec.space, self.trial_run.total
         # Schedulers ignore NaN, or take it for the best value. Infinity is the worst value for them.
         worst = math.inf if space.better() == "min" else -math.inf

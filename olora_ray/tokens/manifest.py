@@ -25,7 +25,7 @@ from pydantic import Field
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.columns import unanswered
+from olora_ray.data.columns import unresolved_error
 from olora_ray.data.tokenize import form_line
 from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
 
@@ -337,7 +337,7 @@ class Totals:
         return few or self._unanswered(limits) is not None
 
     def _unanswered(self, limits: Limits) -> UserError | None:
-        return unanswered(
+        return unresolved_error(
             self.notes,
             dict(enumerate(self.plan.sources)),
             limits.setting.removeprefix("held out of "),

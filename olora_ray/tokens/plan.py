@@ -119,7 +119,7 @@ def _feistel(words: Words, half: np.uint64, seed: int) -> Words:
 
 # The part of a unit to use: number of the pass over its source (in a `sample` -1 - the rows before), and share of the
 # rows.
-Take = tuple[int, float]
+Repeat = tuple[int, float]
 Floats = NDArray[np.float64]
 
 
@@ -142,7 +142,7 @@ class Pieces(Sequence[Piece]):
         units: Table,
         unit: NDArray[np.uint32],
         take: NDArray[np.uint32],
-        takes: Sequence[Take],
+        takes: Sequence[Repeat],
     ) -> None:
         """Store the pieces: piece k is `units[unit[k]]`, of which `takes[take[k]]` is used."""
         self.units, self.unit, self.take, self.takes = units, unit, take, tuple(takes)
@@ -193,7 +193,7 @@ class Pieces(Sequence[Piece]):
         )
 
 
-def turns(weight: float) -> list[float]:
+def repeats(weight: float) -> list[float]:
     """Return the share of the rows in each pass, for weight 2.5: 1, 1, 0.5."""
     whole = int(weight)
     rest = weight - whole
@@ -233,7 +233,7 @@ def _each(borders: Sequence[int], weights: Sequence[float]) -> list[tuple[int, i
 def _source(
     units: Table, low: int, high: int, weight: float, seed: tuple[int, int] | None
 ) -> Pieces:
-    takes = list(enumerate(turns(weight)))
+    takes = list(enumerate(repeats(weight)))
     orders = [_order(high - low, seed, turn) + np.uint32(low) for turn, _ in takes]
     return Pieces(
         units,

@@ -18,7 +18,7 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
 from olora_ray.config.decided import AnyData
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.first_look import read_as
+from olora_ray.data.detect import read_as
 from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import forget_changed, kept_scans, scan
 from olora_ray.data.sources import File
@@ -54,7 +54,7 @@ from olora_ray.tokens.plan import (
     make_plan,
     once,
 )
-from olora_ray.tokens.spread import Lazy, by_processes, cores, map_ordered
+from olora_ray.tokens.spread import Lazy, cores, map_ordered, parallel_map
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def _made(
         return (make_shard(shared, job.plan.part(number)) for number in status.missing)
     parts = Lazy(job.plan.part, status.missing)
     if status.size(job.plan) <= 8 * MAKE_HERE * cores():
-        return by_processes(make_shard, shared, parts)
+        return parallel_map(make_shard, shared, parts)
     return map_ordered(make_shard, shared, parts, cpus_held)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from olora_ray.common.errors import UserError
 from olora_ray.config.decided import DataConfig
 from olora_ray.config.section import Source
-from olora_ray.data.first_look import read_as
+from olora_ray.data.detect import read_as
 from olora_ray.data.formats import format_named
 from olora_ray.data.reader import FileScan, Units
 from olora_ray.data.scan import head, scan

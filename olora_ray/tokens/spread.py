@@ -117,7 +117,7 @@ def cores() -> int:
     return cores
 
 
-def by_processes(
+def parallel_map(
     work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item]
 ) -> Generator[Result, None, None]:
     """Yield what `map_ordered` does, computed by processes of this one, which end with it or with the generator.

@@ -17,9 +17,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 from olora_ray.common.errors import TryAgain, UserError, first_line
-from olora_ray.common.patience import untrusted
+from olora_ray.common.retry import untrusted
 from olora_ray.common.secrets import mask
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def check_uri(uri: str) -> None:
 @cache
 def connect(uri: str) -> "MlflowClient":
     """Return MLflow's client for a server or database, with short timeouts; settings of the user stay."""
-    patience.follow_certificates()
+    retry.follow_certificates()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from olora_ray.common import node_cache, patience, storage
+from olora_ray.common import node_cache, retry, storage
 from olora_ray.common.errors import TakenOver, TryAgain, UserError
 from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.config import command_line
@@ -89,7 +89,7 @@ def probe(place: str, uri: str) -> None:
 
 def use_paths() -> None:
     """Let MLflow address buckets by path if the S3 store is not AWS, like the rest of this project."""
-    if patience.s3_endpoint():
+    if retry.s3_endpoint():
         os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
 
 

@@ -61,7 +61,7 @@ class TrainState:
     precision: str | None = None
     """Precision of the base by torch's name: the meaning of `model.dtype: auto` when the run started."""
     self_test: dict[str, Any] | None = None
-    """Result of the model's self-test, and its inputs (cluster/resume.py)."""
+    """Result of the model's self-test, and its inputs (cluster/start.py)."""
     examples: list[float] | None = None
     """Loss of each held-out example at the last evaluation; None unless `TrainSpec.each_example`."""
     before: list[list[int]] | None = None

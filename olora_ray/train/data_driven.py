@@ -35,10 +35,10 @@ from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.calibration import (
+from olora_ray.train.layer_inputs import (
     Activations,
     LayerInput,
-    Piece,
+    RowPart,
     first_tokens,
     inputs_of,
 )
@@ -94,8 +94,8 @@ def refuse(targets: Mapping[str, Target], method: str) -> None:
 
 def _pieces(
     store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None
-) -> list[Piece]:
-    def read() -> list[Piece]:
+) -> list[RowPart]:
+    def read() -> list[RowPart]:
         pieces = first_tokens(store, adapter.init_tokens, waiting)
         # `count` components and the mean need more than `count` tokens.
         if (total := pieces[-1].end if pieces else 0) <= count:
@@ -202,7 +202,7 @@ def eva_factors(
 
 
 def _until_stable(
-    acts: Activations, pieces: Sequence[Piece], count: int, rank: int
+    acts: Activations, pieces: Sequence[RowPart], count: int, rank: int
 ) -> tuple[dict[int, Components], int, tuple[float, float] | None]:
     """Return the components of the own inputs, the number of tokens used, and the agreement with half as many."""
     total = pieces[-1].end

@@ -35,21 +35,21 @@ from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import base_files, first_step, parallel
-from olora_ray.train.base_files import blocks_to_shard
+from olora_ray.train import first_step, parallel, sharded_reader
 from olora_ray.train.data_driven import refuse
 from olora_ray.train.fake_model import FakeModel, GroupedProducts, LiveBytes, at_blocks
 from olora_ray.train.generate import AT_ONCE, decoding, wanted
 from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss, chunk_rows
 from olora_ray.train.parallel import load_frozen, packed_size
+from olora_ray.train.sharded_reader import blocks_to_shard
 from olora_ray.train.tree import most_held
 
 # Memory beside the base and the adapter: measured by running a step, and answers, with fake tensors.
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStep:
     """Peak bytes of a run on fake tensors."""
 
     step: int
@@ -61,7 +61,7 @@ class Measured:
 
 def measure(
     model: Any, targets: Mapping[str, Target], config: DecidedConfig, expected: Expected
-) -> Measured:
+) -> MeasuredStep:
     """Run a step and answers on fake tensors; the model must be on the meta device, and is unusable afterwards."""
     config, times = _small_enough(config)
     gpu, dtype = expected.gpu, getattr(torch, expected.dtype)
@@ -86,11 +86,11 @@ def measure(
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
                 continue
             try:
-                return Measured(int(times * step), int(times * _answer_bytes(fake, config)))
+                return MeasuredStep(int(times * step), int(times * _answer_bytes(fake, config)))
             except Exception as error:
                 why = f"answers to held-out prompts ({type(error).__name__}: {first_line(error)})"
-                return Measured(int(times * step), 0, why)
-    return Measured(0, 0, problem)
+                return MeasuredStep(int(times * step), 0, why)
+    return MeasuredStep(0, 0, problem)
 
 
 def _dropped_out(layer: AdaptedWeight, x: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
     count = parameters(base.folder)
     stored = 2 if method_named(config.adapter.method).has_b0 else 1
     in_parts = _shards(config) > 1 or config.model.quantization != "none"
-    by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
+    by_rows = in_parts and not isinstance(sharded_reader.find(Path(base.folder), model), str)
     base_bytes, gathered = _base_bytes(config, model, count, dtype)
     taken = measure(model, selection.targets, config, expected)
     return MemoryEstimate(
@@ -429,11 +429,11 @@ def micro_batch(
         parallel.install(loss)
         short = collate(first_step.examples(packs), model.config._attn_implementation)
         moves = (
-            first_step.moves(loss, adapted, short, config.train.lr_ratio)
+            first_step.output_shift(loss, adapted, short, config.train.lr_ratio)
             if method == adapter.method
             else {}
         )
-        rate = first_step.best_rate(moves, adapter.scale(), steps) if moves else None
+        rate = first_step.peak_lr(moves, adapter.scale(), steps) if moves else None
         times = []
         for _ in range(2):  # the first pass is slower, because it allocates its memory
             began = time.perf_counter()

@@ -24,9 +24,9 @@ from olora_ray.adapter.methods import method_named
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch
 from olora_ray.train import parallel
-from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.sharded_reader import decoder_layers
 
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"})
 """Attributes with the index of a block in the families' code; equal blocks differ in it."""

@@ -4,7 +4,7 @@ Adam's first step changes each number by lr, against the sign of its gradient. W
 x (T x n), outputs y (T x m) and gradients g of the loss at y (T x m), a layer's output moves, per unit of s lr, by
 A x sign(g^T A x) through dB and by B sign((g B)^T x) x through dA.
 
-The learning rate is the one at which a step of B and then a step of A move the outputs by FARTHEST (`best_rate`). The
+The learning rate is the one at which a step of B and then a step of A move the outputs by FARTHEST (`peak_lr`). The
 second step counts what A does through the new B: without B0 that is most of the move. Tuned rates of trainings of 20
 steps of SmolLM2 lie within a factor of 1.6 of this rate for five methods (docs/generated/learning_rate.md).
 
@@ -60,7 +60,7 @@ Move = tuple[float, ...]
 """Move of a layer's output by a step of B and then one of A at each of RATES, for s = 1, as a share of its size."""
 
 
-def moves(
+def output_shift(
     loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch, ratio: float = 1.0
 ) -> dict[str, Move]:
     """Return the move of each layer that has a gradient; layers of stacked experts are left out.
@@ -90,7 +90,7 @@ def moves(
     return {name: result[name] for name in layers if name in result}
 
 
-def best_rate(measured: Mapping[str, Move], scale: float, steps: int) -> float:
+def peak_lr(measured: Mapping[str, Move], scale: float, steps: int) -> float:
     """Return the peak learning rate for adapters of this scale s in a training of `steps` steps, with two digits.
 
     `measured` is not empty.

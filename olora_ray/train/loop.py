@@ -197,11 +197,11 @@ class Trainer:
         if known is not None:
             return first_step.for_steps(known(self.config.adapter.rank), steps)
         batch = collate(first_step.examples(packs), attention).to(self.device)
-        moves = first_step.moves(self.loss, self.adapted, batch, self.config.train.lr_ratio)
+        moves = first_step.output_shift(self.loss, self.adapted, batch, self.config.train.lr_ratio)
         moves = collectives.from_first(
             moves
         )  # another type of processor would find other last bits
-        return first_step.best_rate(moves, self.config.adapter.scale(), steps) if moves else None
+        return first_step.peak_lr(moves, self.config.adapter.scale(), steps) if moves else None
 
     @staticmethod
     def rate_for(steps: int, rate: float, made_for: int) -> float:

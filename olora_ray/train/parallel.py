@@ -35,9 +35,9 @@ from olora_ray.model import attention
 from olora_ray.model.folder import of_folder
 from olora_ray.model.load import empty_model, load_model
 from olora_ray.model.quantised import KINDS, Packed, QuantisedLinear, pack, require
-from olora_ray.train import base_files
-from olora_ray.train.base_files import BaseFiles, blocks_to_shard, decoder_layers
+from olora_ray.train import sharded_reader
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.sharded_reader import BaseFiles, blocks_to_shard, decoder_layers
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -234,7 +234,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
     require(config.quantization)
     model: Any = empty_model(folder, config, device)
     names = to_pack(model)
-    files = base_files.find(Path(folder), model)
+    files = sharded_reader.find(Path(folder), model)
     if isinstance(files, BaseFiles):
         packed_folder = _packed(Path(folder), files, names, config.quantization, device)
         for number, name in enumerate(names):
@@ -251,7 +251,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
                     device,
                     (part["codes"], part["scales"]),
                 )
-        base_files.fill(model, files, lambda _: True)
+        sharded_reader.fill(model, files, lambda _: True)
     else:
         logger.info(
             f"quantization: loading the complete base model before packing it, because {files}"
@@ -383,14 +383,16 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     All workers return the same type, and the same reason.
     """
     model = collectives.together(lambda: empty_model(folder, config.model, device))
-    files = collectives.together(lambda: base_files.find(Path(folder), model))
+    files = collectives.together(lambda: sharded_reader.find(Path(folder), model))
     problems = collectives.gather(files if isinstance(files, str) else None)
     if isinstance(files, str) or any(problems):
         return next(problem for problem in problems if problem)
     whole = outside(model, blocks_to_shard(model))
     wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
     collectives.together(
-        lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device))
+        lambda: sharded_reader.fill(
+            model, files, wanted.__contains__, partial(_whole, files, device)
+        )
     )
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.read_rows = files.rows

@@ -37,9 +37,9 @@ from olora_ray.model.packing import check_lengths, why_not_in_one_row
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import parallel
-from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.loss import Differences, LightRMSNorm, SelfTest, SupervisedLoss
 from olora_ray.train.parallel import begin_at_root
+from olora_ray.train.sharded_reader import decoder_layers
 
 logger = logging.getLogger(__name__)
 

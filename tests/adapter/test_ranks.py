@@ -15,7 +15,7 @@ from torch import Tensor
 from olora_ray.adapter.initialise import exchange
 from olora_ray.adapter.inject import inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.cluster.resume import resume
+from olora_ray.cluster.start import resume
 from olora_ray.common import collectives
 from olora_ray.config.schema import Adapter
 from olora_ray.pipeline.parity import check_adapter

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from olora_ray.cluster import resume
+from olora_ray.cluster import start
 from olora_ray.cluster.worker import StopRequests
 
 
@@ -19,4 +19,4 @@ def nobody_asks_to_stop() -> Iterator[None]:
 @pytest.fixture
 def without_new_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have an initialisation fail from now on."""
-    return lambda: monkeypatch.setattr(resume, "new_factors", None)
+    return lambda: monkeypatch.setattr(start, "new_factors", None)

@@ -14,7 +14,7 @@ TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
     ("what", "modules", "unwanted"),
     [
         ("entry script", "pipelines.finetune", ("ray", "pandas", *TORCH)),
-        ("first look at the data", "olora_ray.data.first_look", ("ray", "pandas", *TORCH)),
+        ("first look at the data", "olora_ray.data.detect", ("ray", "pandas", *TORCH)),
         ("channel", "olora_ray.cluster.channel", ("ray.train", "ray.data", "pandas", *TORCH)),
         (
             "Train's controller",

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from olora_ray.cluster.worker_context import Kind, note_kinds, said
+from olora_ray.cluster.worker_context import Platform, platform_warning, record_platforms
 from tests.crew import Crew
 
 CPU = torch.device("cpu")
-ONE: Kind = {"device": "cpu", "processor": "A (AVX512)", "threads": "1", "torch": "2.9.0"}
+ONE: Platform = {"device": "cpu", "processor": "A (AVX512)", "threads": "1", "torch": "2.9.0"}
 OTHER = ONE | {"processor": "B (AVX2)"}
 
 
@@ -23,9 +23,9 @@ OTHER = ONE | {"processor": "B (AVX2)"}
     ],
 )
 def test_what_changes_is_said_in_one_line(
-    before: list[Kind], now: list[Kind], words: str | None
+    before: list[Platform], now: list[Platform], words: str | None
 ) -> None:
-    line = said(before, now)
+    line = platform_warning(before, now)
     assert (line is None) == (words is None)
     assert words is None or (line is not None and words in line and "\n" not in line)
 
@@ -37,9 +37,9 @@ def test_all_workers_note_the_kinds_of_all(crew: Callable[[int], Crew]) -> None:
     assert [found["threads"] for found in other[0]] == ["1", "2"]
 
 
-def _noted(threads: tuple[int, ...]) -> list[Kind]:
+def _noted(threads: tuple[int, ...]) -> list[Platform]:
     torch.set_num_threads(threads[torch.distributed.get_rank()])
     try:
-        return note_kinds([], CPU)
+        return record_platforms([], CPU)
     finally:
         torch.set_num_threads(1)

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olora_ray.cluster import resume
-from olora_ray.cluster.resume import StartingPoint, self_tested
+from olora_ray.cluster import start
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.start import StartingPoint, self_tested
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -167,7 +167,7 @@ def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
 
 def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
     def again(loss: SupervisedLoss, **settings: Any) -> SelfTest:
-        return resume.tested(loss, spec_of(tiny.decided(**settings)), [], CONTEXT.device)
+        return start.self_test(loss, spec_of(tiny.decided(**settings)), [], CONTEXT.device)
 
     neighbours = SupervisedLoss(tiny.of_kind("phi3", tiny.LONG_ROPE))
     neighbours.tested = SelfTest("segments")

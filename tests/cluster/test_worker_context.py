@@ -13,7 +13,7 @@ import torch.distributed as dist
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.cluster import worker_context
-from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, agreed, load_loss
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, common_dtype, load_loss
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
@@ -119,7 +119,7 @@ def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tu
             "pick_dtype",
             lambda model, _: own if model.dtype == "auto" else torch.bfloat16,
         )
-        return agreed(tiny.decided(model__dtype=dtype), CPU, began).model.dtype, lines
+        return common_dtype(tiny.decided(model__dtype=dtype), CPU, began).model.dtype, lines
 
 
 def test_workers_of_several_kinds_compute_in_one_precision(crew: Callable[[int], Crew]) -> None:

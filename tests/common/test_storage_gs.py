@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from olora_ray.common import node_cache, patience, storage
+from olora_ray.common import node_cache, retry, storage
 from olora_ray.common.errors import StoreError, TryAgain
 from olora_ray.train import checkpoint, checkpoints
 from tests.gs_server import BUCKET, GsServer, gs_server
@@ -65,7 +65,7 @@ def test_a_store_that_does_not_answer_may_answer_later(monkeypatch: pytest.Monke
 )
 def test_what_passes_by_itself(code: str, later: bool) -> None:
     assert (
-        patience.passes(
+        retry.transient(
             OSError(f"google::cloud::Status({code}: Permanent error, with a last message of x)")
         )
         is later
@@ -82,6 +82,6 @@ def test_what_pyarrow_raises_is_the_error_of_a_store() -> None:
         raise pa.ArrowInvalid("Path cannot start with a separator ('/a')")
 
     with pytest.raises(StoreError, match="UNKNOWN: Permanent error"):
-        patience.patiently("gs://unknown", unknown)
+        retry.with_retries("gs://unknown", unknown)
     with pytest.raises(ValueError, match="Path cannot start"):
-        patience.patiently("gs://unknown", no_address)
+        retry.with_retries("gs://unknown", no_address)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common import node_cache, patience, s3, storage
+from olora_ray.common import node_cache, retry, s3, storage
 from olora_ray.common.errors import StoreError, TryAgain, UserError
 from tests.gs_server import BUCKET, gs_server
 from tests.s3_server import Faults, Server, within
@@ -26,11 +26,11 @@ def place(bucket: str) -> str:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short times: what they are is not tested."""
-    for module in (patience, s3):
+    for module in (retry, s3):
         monkeypatch.setattr(module, "ANSWER_SECONDS", 1)
-    patience._connected.cache_clear()
+    retry._connected.cache_clear()
     s3._cached_client.cache_clear()
-    monkeypatch.setattr(patience, "PATIENCE", 5.0)
+    monkeypatch.setattr(retry, "PATIENCE", 5.0)
 
 
 class TestFiles:
@@ -113,8 +113,8 @@ class TestRegion:
         ):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        monkeypatch.setattr(patience.fs, "resolve_s3_region", away)
-        patience._connected.cache_clear()
+        monkeypatch.setattr(retry.fs, "resolve_s3_region", away)
+        retry._connected.cache_clear()
 
     def test_where_it_cannot_be_asked_for_the_one_that_is_set_counts(
         self, monkeypatch: pytest.MonkeyPatch
@@ -198,7 +198,7 @@ class TestCheck:
 class TestPatience:
     def test_a_store_that_has_answered_is_asked_again(self, server: Server, place: str) -> None:
         storage.write_text(storage.join(place, "a"), "x")
-        server.faults = Faults(refuse=2 * patience.ATTEMPTS)
+        server.faults = Faults(refuse=2 * retry.ATTEMPTS)
         with said() as lines:
             assert storage.read_text(storage.join(place, "a")) == "x"
         assert len(lines) == 2

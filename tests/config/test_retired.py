@@ -19,7 +19,7 @@ from olora_ray.config.load import (
     read_config,
 )
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.run_folder import bound_settings, settings_digest
+from olora_ray.pipeline.run_folder import identity_settings, settings_digest
 from olora_ray.sweep.space_file import load_space
 
 TREE: dict[str, Any] = {
@@ -104,7 +104,7 @@ def test_the_digests_of_a_config_are_those_before_the_removal() -> None:
     config = build(changed(TREE, {"gate.confirm": 0.0, "cluster.price": None}))
     assert config.run.name == "olora-r16-b787d09f"
     assert settings_digest(config) == "814ecd337c4959fa265f1c4171db9f89"
-    assert digest_json(bound_settings(flatten(config)), length=8) == "1d91092c"
+    assert digest_json(identity_settings(flatten(config)), length=8) == "1d91092c"
 
 
 def test_a_field_that_bound_a_run_still_counts_in_what_the_run_is_known_by(
@@ -112,6 +112,6 @@ def test_a_field_that_bound_a_run_still_counts_in_what_the_run_is_known_by(
 ) -> None:
     """search.json has the field, and the name of a retrained run is a digest with it."""
     settings = flatten(build(TREE))
-    before = bound_settings({**settings, "train.old": 4})
+    before = identity_settings({**settings, "train.old": 4})
     monkeypatch.setitem(RETIRED, "train.old", (4, "delete it"))
-    assert bound_settings(settings) == before
+    assert identity_settings(settings) == before

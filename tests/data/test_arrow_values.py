@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from olora_ray.config.load import build
 from olora_ray.config.section import Source
-from olora_ray.data import first_look, scan, sources
+from olora_ray.data import detect, scan, sources
 from olora_ray.data.formats import to_example
 from olora_ray.data.formats.format import Chat
 from olora_ray.data.reader import read_unit
@@ -44,7 +44,7 @@ def test_a_time_that_python_does_not_have_is_a_text(values: pa.Array, tmp_path: 
     assert [row["text"] for row in found] == ["a", "b"]
     assert isinstance(found[0]["until"], str)
     data = {"train": [{"path": str(path), "format": "text", "fields": {"until": "none"}}]}
-    first_look.check_data(
+    detect.check_data(
         build(
             {"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}
         )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs, parquet
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 from olora_ray.common.errors import StoreUnavailable, TryAgain
 from olora_ray.config.section import Source
 from olora_ray.data import scan, sources
@@ -64,11 +64,9 @@ class _Object(io.FileIO):
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store(tmp_path)
-    monkeypatch.setattr(
-        patience, "connect", lambda scheme, bucket, query="": (found, str(tmp_path))
-    )
-    monkeypatch.setattr(patience, "_answered", {"s3://bucket"})
-    monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    monkeypatch.setattr(retry, "connect", lambda scheme, bucket, query="": (found, str(tmp_path)))
+    monkeypatch.setattr(retry, "_answered", {"s3://bucket"})
+    monkeypatch.setattr(retry, "PATIENCE", 1.0)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))

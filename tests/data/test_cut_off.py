@@ -9,7 +9,7 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.data import first_look
+from olora_ray.data import detect
 from olora_ray.tokens import prepare, preview
 from tests.tokens import helpers
 
@@ -33,7 +33,7 @@ WHOLE: dict[str, bytes] = {
     "old Macintosh.csv": CELLS.replace("\n", "\r").encode(),
 }
 LOOKS: dict[str, Callable[[Config], object]] = {
-    "first look": first_look.check_data,
+    "first look": detect.check_data,
     "dry run": lambda config: preview.describe(config, helpers.spec()),
     "preparation": lambda config: prepare.begin(config, helpers.spec(), "train"),
     "retraining": lambda config: prepare.plan_here(config, helpers.spec(), "train"),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.data.first_look import find, why_not
+from olora_ray.data.detect import find, why_not
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.data import chat_template, first_look
+from olora_ray.data import chat_template, detect
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tokens.preview import describe
@@ -99,7 +99,7 @@ def test_a_form_is_refused_for_a_detected_format_too(
 ) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [row])
     with pytest.raises(UserError, match=rf"^data\.train\.0\.chat: {message}"):
-        first_look.check_data(helpers.config(tmp_path, source(chat, "auto", path=str(path))))
+        detect.check_data(helpers.config(tmp_path, source(chat, "auto", path=str(path))))
 
 
 def inputs(

@@ -16,7 +16,7 @@ from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, results
 from olora_ray.evaluation.groups import group_numbers
 from olora_ray.evaluation.lm_eval_tasks import TaskResult
-from olora_ray.evaluation.results import Evaluation, Request, differences
+from olora_ray.evaluation.results import EvalRequest, EvalResult, differences
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
 from olora_ray.model.source import BaseModel
@@ -27,13 +27,13 @@ from tests.pipelines.project import make_model, settings
 from tests.said import said
 
 
-def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> Evaluation:
+def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> EvalResult:
     target = Target(name, BaseModel(name, f"/models/{name}", "digest"), None, tiny.config())
     share = sum(right) / len(right)
     task = TaskResult(f"validation[:{len(right)}]", {"acc": share}, {"acc": 0.1}, {"acc": right})
     losses, scores = (4.0, 6.0 * (1 + share)), {"exact_match": dict(enumerate(right[:2]))}
     held_out = RowResults(data, (2, 3), losses, scores, ((0, 0), (0, 1)))
-    return Evaluation(target, held_out, {"arc_easy": task})
+    return EvalResult(target, held_out, {"arc_easy": task})
 
 
 def test_one_model_is_a_table_of_values_and_errors() -> None:
@@ -134,7 +134,7 @@ def test_results_outlast_the_job_that_asks_for_them_by_a_relative_path(
 def test_what_cannot_be_done_is_said_before_anything_starts(
     changes: dict[str, Any], names: tuple[str, ...], message: str
 ) -> None:
-    request = Request(("base",), None, {}, names, None, None, None)
+    request = EvalRequest(("base",), None, {}, names, None, None, None)
     with pytest.raises(UserError, match=message):
         results.check_request(request, tiny.config(**changes))
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
 def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/evaluation.md promises it; with tasks alone the answers were once missing without a line."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    request = Request(("base",), None, {}, ("boolq",), None, None, None)
+    request = EvalRequest(("base",), None, {}, ("boolq",), None, None, None)
     with said() as lines:
         results.check_request(request, tiny.config())
     assert not lines
@@ -157,7 +157,7 @@ def test_without_a_config_nothing_is_tracked(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     target = evaluation("base", (1.0,)).target
-    request = Request((str(tmp_path),), None, {}, ("boolq",), None, None, None)
+    request = EvalRequest((str(tmp_path),), None, {}, ("boolq",), None, None, None)
     assert results.tracking_address(request, [target]) is None
     monkeypatch.setenv(
         "MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
@@ -206,7 +206,7 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
 
     target = Target("runs/small", base.model, None, config)
     request = results.read_request(["runs/small", "--out", str(tmp_path / "out")], "")
-    results.write_results(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
+    results.write_results(request, [EvalResult(target, found, {}, groups, answers)], {}, None)
     kept = [
         json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     ]
@@ -227,7 +227,7 @@ def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(
     config: Config, tmp_path: Path
 ) -> None:
     request = results.read_request(["m", "--out", str(tmp_path)], "")
-    found = [Evaluation(Target("m", open_base(config).model, None, config), None, {})]
+    found = [EvalResult(Target("m", open_base(config).model, None, config), None, {})]
     results.write_results(request, found, {}, None)
     assert not (tmp_path / "answers.jsonl").exists()
     (tmp_path / "answers.jsonl").write_text("{}\n")

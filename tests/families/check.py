@@ -21,8 +21,8 @@ from torch import Tensor
 from olora_ray.adapter.inject import find_targets
 from olora_ray.cluster.decide import decide
 from olora_ray.cluster.preflight import ClusterFacts
-from olora_ray.cluster.resume import starting_point
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.start import starting_point
 from olora_ray.cluster.worker import StopRequests, Worker
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError, first_line

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from olora_ray.adapter import layer
-from olora_ray.cluster import resume
+from olora_ray.cluster import start
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.pipeline import merge
@@ -68,7 +68,7 @@ def blind(export: Any) -> Any:
 # Without this the self-test would choose another attention.
 ATTENTION: list[Plant] = [
     (attention, "segment_attention", over_borders),
-    (resume, "choose_attention", lambda _: lambda *_: SelfTest("segments")),
+    (start, "choose_attention", lambda _: lambda *_: SelfTest("segments")),
 ]
 LOSS: Plant = (SupervisedLoss, "each", lambda each: lambda self, batch: each(self, batch) * 1.0001)
 EXPORT: list[Plant] = [(merge, "merge", at_another_scale), (check_module, "export_run", blind)]

@@ -17,7 +17,7 @@ from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
 from olora_ray.pipeline import fit
 from olora_ray.pipeline.connection import Stop
-from olora_ray.pipeline.fit import Attempts
+from olora_ray.pipeline.fit import Supervisor
 from tests import tiny
 
 Does = Callable[[int], TrainResult]
@@ -73,7 +73,7 @@ class Training:
         self.groups.append(workers)
         return self.does.pop(0)(workers)
 
-    def attempts(self, *does: Does, placed: bool = False, **settings: Any) -> Attempts:
+    def attempts(self, *does: Does, placed: bool = False, **settings: Any) -> Supervisor:
         """Attempts of which each `does` this; the last one may be missing, and finishes the training."""
         self.does = [*does, lambda workers: TrainResult()]
 
@@ -93,7 +93,7 @@ class Training:
         )
         build: Any = SimpleNamespace(store=tiny.store(8), problem=None, join=lambda: None)
         spec: Any = SimpleNamespace(config=tiny.decided(**settings))
-        return Attempts(spec, build, monitor, self.stop, self.worker, self.fit, placed)
+        return Supervisor(spec, build, monitor, self.stop, self.worker, self.fit, placed)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from olora_ray.data import first_look
+from olora_ray.data import detect
 from olora_ray.data.formats import format_named, own_formats
 from olora_ray.tokens.preview import describe
 from tests.said import said
@@ -76,7 +76,7 @@ def test_a_documented_row_is_used_as_it_is(
     )
     source = {"path": str(path), "format": format, "fields": fields}
     config = helpers.config(tmp_path / "runs", source, max_length=512)
-    first_look.check_data(config)
+    detect.check_data(config)
     spec = helpers.spec(
         "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + helpers.CHATML
     )

@@ -8,7 +8,7 @@ import pytest
 
 from olora_ray.config.load import override
 from olora_ray.evaluation import results, targets
-from olora_ray.evaluation.results import Evaluation
+from olora_ray.evaluation.results import EvalResult
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline import publish
 from olora_ray.tracking.models import of_run
@@ -77,7 +77,7 @@ def test_the_model_of_a_run_is_found_by_its_loss_and_its_evaluations_are_linked_
     for number, name in enumerate((registered, run.config.folder()), 1):
         target = targets.resolve(name, override(run.config, {"run.name": "evaluation"}))
         request = results.read_request([name], "")
-        results.write_results(request, [Evaluation(target, measured, {})], {}, tracker.uri)
+        results.write_results(request, [EvalResult(target, measured, {})], {}, tracker.uri)
         model = client.get_logged_model(model.model_id)
         values = [
             each

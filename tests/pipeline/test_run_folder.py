@@ -64,7 +64,7 @@ def test_what_was_decided_is_kept_with_its_reason(config: Config) -> None:
         "cluster.workers": Decision(2, "without GPUs there are two"),
     }
     folder = begin(asked)
-    folder.claim(asked, decisions, folder.state())
+    folder.write_config(asked, decisions, folder.state())
     assert load_config(folder.settings) == asked
     kept = check(asked).kept
     assert kept.decision("data.max_length") == decisions["data.max_length"]
@@ -123,7 +123,7 @@ def test_a_run_may_be_made_longer_and_has_not_ended_then(
         assert state.finished(short) == {"steps": 6, "metrics": {}}
         assert state.trained(short)
     with said() as lines:
-        folder.claim(longer, {}, state)
+        folder.write_config(longer, {}, state)
         tiny.claimed(longer)
     assert len(lines) == 1
     assert "training continues after step 6 with the optimizer's state" in lines[0]
@@ -152,7 +152,7 @@ def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(
         for name in ("remove", "write_text"):
             patch.setattr(storage, name, limited(getattr(storage, name)))
         with pytest.raises(KeyboardInterrupt):
-            folder.claim(longer, {}, state)
+            folder.write_config(longer, {}, state)
     for each in (short, longer):
         state = check(each)
         assert each is short or (state.finished(each), state.trained(each)) == (None, None)
@@ -229,7 +229,7 @@ def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config: Config) -
     assert not state.moved(config)
     state.require_same(moved, CONTENTS)
     state.require_same(moved, {"base model": CONTENTS["base model"]})
-    folder.claim(moved, {}, state)
+    folder.write_config(moved, {}, state)
     assert not folder.state().moved(moved)
     assert load_config(folder.settings).model.name == "/moved/model"
 

@@ -111,7 +111,7 @@ def test_what_a_run_decided_is_shown_with_its_reasons(
 ) -> None:
     folder = made(str(tmp_path / "runs"), "mine")
     why = "3 would need about 81.2 GiB on each GPU"
-    folder.claim(tiny.config(), {"train.micro_batch": Decision(2, why)}, folder.state())
+    folder.write_config(tiny.config(), {"train.micro_batch": Decision(2, why)}, folder.state())
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "runs/mine", folder.root):
         runs.main(["show", name])

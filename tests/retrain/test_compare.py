@@ -94,8 +94,8 @@ def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None
         (VERSION, held_out),
     ]
     for version, tokenizer in ((VERSION, "tokenizer"), (other, "tokenizer")):
-        records.write(note(config, version), compare.Measured(tokenizer, rows()))
+        records.write(note(config, version), compare.Compared(tokenizer, rows()))
     assert compare.measured(inputs, wanted) == [rows(), rows(), rows()]
-    records.write(note(config, other), compare.Measured("another", rows()))
+    records.write(note(config, other), compare.Compared("another", rows()))
     with pytest.raises(compare.NotComparable):
         compare.measured(inputs, wanted)

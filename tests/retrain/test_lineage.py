@@ -37,7 +37,7 @@ def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(
     nightly: Nightly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aliases = registered.model(nightly.folder / "runs", "nightly", 2)
-    same = recipe.look(load_config(nightly.config)).fingerprint.tags()
+    same = recipe.read_inputs(load_config(nightly.config)).fingerprint.tags()
     for number in ("1", "2"):
         for name, text in {
             **same,
@@ -86,9 +86,9 @@ def test_a_base_model_that_has_changed_is_named_in_the_message(
     nightly: Nightly, model: Path
 ) -> None:
     config = load_config(nightly.config)
-    inputs = recipe.look(config)
+    inputs = recipe.read_inputs(config)
     before = {**inputs.fingerprint.tags(), "olora.base_digest": "another", BASE: "org/tiny@0a1b2c"}
-    _, tags = recipe.make(config, inputs, Version("nightly", "1", before))
+    _, tags = recipe.training_config(config, inputs, Version("nightly", "1", before))
     expected = f"changed since version 1: base model (org/tiny@0a1b2c is now {model})"
     assert tags[CHANGED] == expected
     aliases = registered.model(nightly.folder / "runs", "nightly", 1)

@@ -37,7 +37,7 @@ def test_a_decision_is_told_once_with_its_version(
 ) -> None:
     client = connect(nightly.aliases.uri)
     client.create_registered_model("nightly")
-    found = recipe.look(load_config(nightly.config))
+    found = recipe.read_inputs(load_config(nightly.config))
     assert found.config.data.train[0].format == "messages", "what the config leaves open"
     now = found.fingerprint
     # The state after an interruption between the gate's decision and its record.

@@ -267,7 +267,7 @@ def test_a_quiet_night_is_recorded_and_measured(
     project, metrics = watched.project, watched.project.folder / "nights.prom"
     client = project.aliases.client
     client.create_registered_model("nightly")
-    now = recipe.look(load_config(project.config)).fingerprint
+    now = recipe.read_inputs(load_config(project.config)).fingerprint
     client.create_model_version(
         "nightly", "/nowhere", tags={**now.tags(), GATE: "passed: eval/loss 0.5", AGAINST: ""}
     )

@@ -110,7 +110,7 @@ def inputs(config: Config) -> Inputs:
 def champion_of(config: Config, folder: Path, **identity: str) -> Version:
     """Return a champion with a real checkpoint, made from the current data."""
     found = inputs(config)
-    recipe.make(config, found, None)  # notes the files
+    recipe.training_config(config, found, None)  # notes the files
     weights = AdapterWeights(
         Factors(torch.ones(2, 3), torch.ones(4, 2)), torch.zeros(2, 3), torch.zeros(4, 2)
     )
@@ -128,7 +128,7 @@ class Made(NamedTuple):
 
 def made(config: Config, champion: Version | None) -> tuple[Made, str]:
     with said() as lines:
-        found = Made(*recipe.make(config, inputs(config), champion))
+        found = Made(*recipe.training_config(config, inputs(config), champion))
     return found, " ".join(lines)
 
 
@@ -344,11 +344,13 @@ def test_a_night_without_changes_is_told_without_torch(
     file = project.write_config(tmp_path, project.settings(tmp_path, own, registry__model="m"))
     config = load_config(file, {"data.chat_template": str(template)})
     with said() as lines:
-        assert recipe.look_again(config) is None
-        now = recipe.look(config).fingerprint
+        assert recipe.cached_fingerprint(config) is None
+        now = recipe.read_inputs(config).fingerprint
     assert len(lines) == len(set(lines)) > 2, lines
-    assert recipe.look_again(config) == now
-    by_rows = recipe.look(override(config, {"data.max_length": "auto"})).config.data.max_length
+    assert recipe.cached_fingerprint(config) == now
+    by_rows = recipe.read_inputs(
+        override(config, {"data.max_length": "auto"})
+    ).config.data.max_length
     assert 64 <= by_rows <= 256  # the number is what is trained with, and known to the next night
     aliases = registered.model(mlflow_database.place(tmp_path / "runs"), "m", 1)
     for tag, text in now.tags().items():
@@ -363,10 +365,10 @@ def test_a_night_without_changes_is_told_without_torch(
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=project.ROOT)
     *_, told, imported = done.stdout.splitlines()
     assert (told[9:], imported) == ("nothing changed since version 1 of m (the champion)", "[]")
-    assert recipe.look_again(override(config, {"train.lr": 0.1})) is None
+    assert recipe.cached_fingerprint(override(config, {"train.lr": 0.1})) is None
     for changed in (template, rows, own / "tokenizer.json", own / "model.safetensors"):
         before = changed.read_bytes()
         changed.write_bytes(before + b" \n")
-        assert recipe.look_again(config) is None, changed
+        assert recipe.cached_fingerprint(config) is None, changed
         changed.write_bytes(before)
-    assert recipe.look_again(config) == now
+    assert recipe.cached_fingerprint(config) == now

@@ -32,7 +32,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
             folder.write_result(result("ours", made))
         return folder.state().result or {}
 
-    monkeypatch.setattr(recipe, "make", lambda *_: (found, {}))
+    monkeypatch.setattr(recipe, "training_config", lambda *_: (found, {}))
     monkeypatch.setattr(pipeline, "run", run)
     registered.model(tmp_path / "runs", "m", 0)
     return found
@@ -85,7 +85,7 @@ def test_a_night_that_is_to_be_called_again_has_not_failed(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(recipe, "look", fails)
+    monkeypatch.setattr(recipe, "read_inputs", fails)
     with pytest.raises(type(error)):
         retraining.run(config)
     client = Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m").client

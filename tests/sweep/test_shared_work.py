@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.cluster import resume
+from olora_ray.cluster import start
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.config.load import override
@@ -51,7 +51,7 @@ def spec_of(**changes: Any) -> TrainSpec:
 
 
 def factors(base: SharedBase, spec: TrainSpec) -> dict[str, Any]:
-    return resume.factors(SharedBaseContext(base), spec, base.loss, None)
+    return start.factors(SharedBaseContext(base), spec, base.loss, None)
 
 
 @pytest.mark.parametrize("rank", [8, 4])
@@ -73,7 +73,7 @@ def test_every_trial_starts_with_the_factors_that_it_would_make(
         for name in METHODS
     ]
     alone = [factors(base, trial) for trial in trials]
-    monkeypatch.setattr(resume, "new_factors", _never)
+    monkeypatch.setattr(start, "new_factors", _never)
     for trial, own in zip(trials, alone, strict=True):
         found = factors(base, replace(trial, shared=str(tmp_path)))
         assert found.keys() == own.keys()

@@ -21,7 +21,7 @@ from olora_ray.sweep import tuner
 from olora_ray.sweep.record import TrialFile, TrialRecord, read_all, read_record
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import NUMBER, PAIRED, SweepSpec, trial_name, trial_path
-from olora_ray.sweep.trial import Ended, Measured, TrialRun
+from olora_ray.sweep.trial import Ended, TrialLosses, TrialRun
 from olora_ray.sweep.tuner import SearchTrial, SweepCallback
 from olora_ray.tracking.start import resolve_uri
 from tests import tiny
@@ -116,7 +116,7 @@ def test_the_end_of_a_trial_arrives_whatever_the_storage_does(
         assert isinstance(found, Ended)
         assert (found.status, found.reason.partition(":")[0]) == ("failed", "TypeError")
     else:
-        assert [run.next(), run.next()] == [Measured(2, 0.5), Ended("finished")]
+        assert [run.next(), run.next()] == [TrialLosses(2, 0.5), Ended("finished")]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(
     Path(trial_path(search.folder, 1), "checkpoints", "step-0000001").mkdir(parents=True)
     training.result, training.losses = None, {2: 0.7}
     second = TrialRun(search, 1, {"train.lr": 1e-3})
-    assert [second.next(), second.next()] == [Measured(2, 0.7), Ended("finished")]
+    assert [second.next(), second.next()] == [TrialLosses(2, 0.7), Ended("finished")]
     found = read_all(search.folder)[1]
     assert (found.curve, found.value) == (((1, 0.5), (2, 0.7)), 0.5)
 
@@ -210,7 +210,7 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
     """Regression: Optuna drew another rate after a kill, and the training silently resumed with the old one."""
     search = spec(tmp_path, searcher="tpe")
     first = TrialRun(search, 1, {"train.lr": 1e-3})
-    first.folder.claim(first.config, {}, first.folder.state())
+    first.folder.write_config(first.config, {}, first.folder.state())
     record_of(search).begin()
     (checkpoint := Path(first.folder.checkpoints, "step-0000001")).mkdir(parents=True)
     second = TrialRun(search, 1, {"train.lr": rate})

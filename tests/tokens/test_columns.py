@@ -12,7 +12,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.data import first_look
+from olora_ray.data import detect
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.groups import count_planned
 from olora_ray.tokens.prepare import plan_here, prepare
@@ -44,7 +44,7 @@ def refusals(config: Config) -> list[str]:
     """The lines that first look, dry run and preparation end with; "" if they accept the rows."""
     found = []
     for look in (
-        first_look.check_data,
+        detect.check_data,
         lambda given: describe(given, SPEC),
         lambda given: prepare(given, SPEC, "train"),
     ):
@@ -106,7 +106,7 @@ def test_a_column_that_may_decide_what_a_row_means_needs_an_answer(
     assert f"column {name!r} (such as " in lines[0]
     assert "\n" not in lines[0]
     # A format that is set obeys the same rule, and the answer that the line prints works for both.
-    known = first_look.find_format(
+    known = detect.find_format(
         given.data.train[0].model_copy(update={"fields": {name: "none"}}),
         "data.train.0",
         str(tmp_path),

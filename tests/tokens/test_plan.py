@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from olora_ray.config.schema import Config
-from olora_ray.data.first_look import read_as
+from olora_ray.data.detect import read_as
 from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import File

@@ -24,7 +24,7 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan
 from olora_ray.tokens import prepare as writer
 from olora_ray.tokens.prepare import begin, plan_here, prepare
-from olora_ray.tokens.spread import by_processes
+from olora_ray.tokens.spread import parallel_map
 from olora_ray.tokens.store import TokenStore
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, content, rows
@@ -210,7 +210,7 @@ def long_answer(shared: None, item: int) -> bytes:
 
 
 def test_a_process_that_is_killed_in_its_message_is_told() -> None:
-    others, results = servants(), by_processes(long_answer, None, range(9))
+    others, results = servants(), parallel_map(long_answer, None, range(9))
     next(results)
     killed(others)
     with pytest.raises(
@@ -225,7 +225,7 @@ def no_answer(shared: None, item: int) -> None:
 
 def test_what_a_process_raises_is_raised() -> None:
     with pytest.raises(EOFError, match="the file ends early"):
-        list(by_processes(no_answer, None, range(2)))
+        list(parallel_map(no_answer, None, range(2)))
 
 
 class Small:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from olora_ray.cluster.resume import resume
+from olora_ray.cluster.start import resume
 from olora_ray.common import collectives
 from olora_ray.config.schema import Config
 from olora_ray.train import checkpoint

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.common import patience, storage
+from olora_ray.common import retry, storage
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import TrainState
@@ -248,7 +248,7 @@ def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(
 class TestObjectStore:
     @pytest.fixture
     def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(patience, "PATIENCE", 0.0)
+        monkeypatch.setattr(retry, "PATIENCE", 0.0)
 
     @pytest.fixture
     def place(self, bucket: str, temporary: Path) -> Iterator[str]:
@@ -300,7 +300,7 @@ class TestObjectStore:
         self, s3_server: Server, place: str
     ) -> None:
         found = filled(place, 2)
-        s3_server.faults = Faults(refuse=2 * patience.ATTEMPTS)
+        s3_server.faults = Faults(refuse=2 * retry.ATTEMPTS)
         with said() as lines:
             found.save(4, writer(4))
             found.finish()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from olora_ray.cluster.resume import resume
+from olora_ray.cluster.start import resume
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.train.checkpoint import TrainState, load

@@ -17,9 +17,9 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import calibration, data_driven
-from olora_ray.train.calibration import first_tokens
+from olora_ray.train import data_driven, layer_inputs
 from olora_ray.train.data_driven import DataReport, eva_factors
+from olora_ray.train.layer_inputs import first_tokens
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
 from tests import tiny
@@ -39,7 +39,7 @@ def make(
 ) -> Made:
     model = tiny.llama(attention=attention)
     if at_once is not None:
-        calibration.AT_ONCE = at_once
+        layer_inputs.AT_ONCE = at_once
     return eva_factors(
         SupervisedLoss(model),
         find_targets(model, "all-linear", RANK),

@@ -9,7 +9,7 @@ import torch
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.cluster.resume import measure_first_step
+from olora_ray.cluster.start import measure_first_step
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train import first_step
 from olora_ray.train.checkpoint import TrainState
@@ -42,7 +42,7 @@ def outputs(found: Trainer, x: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def test_measuring_leaves_the_gradients_of_the_training_alone() -> None:
     one = trainer("olora")
-    first_step.moves(one.loss, one.adapted, batch())
+    first_step.output_shift(one.loss, one.adapted, batch())
     assert not one.flat.grad.any()
     one.loss(batch()).backward()
     assert one.flat.grad.any()
@@ -63,8 +63,8 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
         ):
             one.loss(batch())
         scale, ratio = one.config.adapter.scale(), one.config.train.lr_ratio
-        rate = first_step.best_rate(
-            first_step.moves(one.loss, one.adapted, batch(), ratio), scale, 20
+        rate = first_step.peak_lr(
+            first_step.output_shift(one.loss, one.adapted, batch(), ratio), scale, 20
         )
         before = outputs(one, inputs)
         gradients = dict[str, torch.Tensor]()
@@ -96,15 +96,15 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
 def test_the_rate_is_the_first_that_moves_the_outputs_so_far() -> None:
     rising = [0.0001 * 2.0**number for number in range(len(first_step.RATES))]
     takes_back = [*rising[:8], *[rising[3]] * 5, *rising[13:]]  # 0.0128, then 0.0008
-    rates = [first_step.best_rate({"": tuple(at)}, 1.0, 20) for at in (rising, takes_back)]
+    rates = [first_step.peak_lr({"": tuple(at)}, 1.0, 20) for at in (rising, takes_back)]
     assert rates[0] == rates[1]
 
 
 def test_more_steps_lower_the_rate() -> None:
     one = trainer("olora")
-    measured = first_step.moves(one.loss, one.adapted, batch())
-    rate = first_step.best_rate(measured, 1.0, 20)
-    assert first_step.best_rate(measured, 1.0, 20 * 16) == pytest.approx(rate / 2, rel=0.1)
+    measured = first_step.output_shift(one.loss, one.adapted, batch())
+    rate = first_step.peak_lr(measured, 1.0, 20)
+    assert first_step.peak_lr(measured, 1.0, 20 * 16) == pytest.approx(rate / 2, rel=0.1)
 
 
 def test_a_run_that_is_trained_longer_lowers_the_rate_and_tells_both() -> None:
@@ -146,13 +146,11 @@ def test_short_rows_get_the_rate_of_long_ones(attention: str) -> None:
 
 def test_a_rate_at_an_end_of_the_measured_range_is_told() -> None:
     one = trainer("olora")
-    measured = first_step.moves(one.loss, one.adapted, batch())
+    measured = first_step.output_shift(one.loss, one.adapted, batch())
     with said() as lines:
-        first_step.best_rate(measured, 1.0, 20)
+        first_step.peak_lr(measured, 1.0, 20)
         assert lines == []
-        assert first_step.best_rate(measured, 1e6, 20) == pytest.approx(
-            first_step.RATES[0], rel=0.05
-        )
+        assert first_step.peak_lr(measured, 1e6, 20) == pytest.approx(first_step.RATES[0], rel=0.05)
     assert len([line for line in lines if "at an end of the range" in line]) == 1
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olora_ray.train.base_files import blocks_to_shard, decoder_layers
 from olora_ray.train.generate import Question, answer, decoding
 from olora_ray.train.held_out import evaluate
 from olora_ray.train.loop import Trainer
+from olora_ray.train.sharded_reader import blocks_to_shard, decoder_layers
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo

@@ -22,7 +22,7 @@ from olora_ray.model.quantised import QuantisedLinear
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.pipeline.run_folder import settings_digest
 from olora_ray.tokens.collate import collate
-from olora_ray.train import base_files, checkpoints
+from olora_ray.train import checkpoints, sharded_reader
 from olora_ray.train.estimate import estimate
 from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loop import train_mode
@@ -130,7 +130,7 @@ def test_a_base_that_is_read_whole_first_is_the_same(
 ) -> None:
     zoo.build(ALL[family], tmp_path)
     by_layers = loaded(tmp_path, kind)
-    monkeypatch.setattr(base_files, "find", lambda *_: "it is a test")
+    monkeypatch.setattr(sharded_reader, "find", lambda *_: "it is a test")
     assert_same_tensors(by_layers, loaded(tmp_path, kind))
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from olora_ray.adapter.layer import AdaptedLinear
 from olora_ray.common.errors import UserError
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.held_out import evaluate
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
+from olora_ray.train.sharded_reader import decoder_layers
 from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo

@@ -17,7 +17,7 @@ from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.train import base_files, parallel
+from olora_ray.train import parallel, sharded_reader
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.held_out import evaluate
 from olora_ray.train.loop import Trainer
@@ -306,7 +306,9 @@ def test_what_one_worker_cannot_read_all_workers_say(
 
 
 def _reason(folder: Path) -> str | None:
-    found = base_files.find(folder, parallel.empty_model(str(folder), tiny.decided().model, CPU))
+    found = sharded_reader.find(
+        folder, parallel.empty_model(str(folder), tiny.decided().model, CPU)
+    )
     return found if isinstance(found, str) else None
 
 

@@ -10,7 +10,7 @@ from olora_ray.adapter.inject import select
 from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.model import attention as segment_attention
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train.estimate import Measured, answers_at_once, measure
+from olora_ray.train.estimate import MeasuredStep, answers_at_once, measure
 from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.generate import AT_ONCE, decoding, greedy
 from olora_ray.train.loop import Trainer, train_mode
@@ -34,7 +34,7 @@ def settings(on: bool = False, **changes: Any) -> DecidedConfig:
 
 def plan_of(
     config: DecidedConfig, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
-) -> Measured:
+) -> MeasuredStep:
     chosen = select(meta, config.adapter.targets, config.adapter.rank)
     expected = Expected(gpu, str(dtype).removeprefix("torch."), config.model.attention)
     return measure(meta, chosen.targets, config, expected)

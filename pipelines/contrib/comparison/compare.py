@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
     from comparison import arguments
 
     comparison = arguments.parse(argv, usage=__doc__ or "")
-    from olora_ray.data import first_look
+    from olora_ray.data import detect
 
     config = comparison.config
-    config = first_look.with_formats(config, first_look.check_data(config))
+    config = detect.with_formats(config, detect.check_data(config))
     comparison = replace(comparison, config=config)
     from comparison import folder, report, rows, run
     from comparison.record import best_config, recorded

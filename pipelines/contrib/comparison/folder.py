@@ -25,7 +25,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import publish
-from olora_ray.pipeline.run_folder import RunFolder, bound_settings
+from olora_ray.pipeline.run_folder import RunFolder, identity_settings
 from olora_ray.train import checkpoint
 
 logger = logging.getLogger("olora_ray.comparison")
@@ -106,7 +106,7 @@ def _refuse_other(comparison: Comparison, contents: Mapping[str, str]) -> None:
 def _description(comparison: Comparison, contents: Mapping[str, str]) -> dict[str, Any]:
     compare = comparison.compare.model_dump(mode="json")
     settings = {
-        **bound_settings(flatten(comparison.config)),
+        **identity_settings(flatten(comparison.config)),
         **{f"compare.{name}": value for name, value in compare.items()},
         **{f"{_ARM}{arm.name}": dict(arm.values) for arm in comparison.arms},
         "gate.group": comparison.config.gate.group,

@@ -15,7 +15,7 @@ from comparison.arguments import Compare
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.data.first_look import read_as
+from olora_ray.data.detect import read_as
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import looking, make_plan
 from tests import tiny

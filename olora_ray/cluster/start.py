@@ -23,7 +23,12 @@ from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
 from olora_ray.adapter.methods import method_named
 from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.cluster.worker_context import SharedBaseContext, WorkerContext, agreed, kind_of
+from olora_ray.cluster.worker_context import (
+    SharedBaseContext,
+    WorkerContext,
+    common_dtype,
+    platform_of,
+)
 from olora_ray.common import collectives, node_cache, records
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
@@ -110,7 +115,7 @@ def starting_point(
 def _precision(context: WorkerContext, spec: TrainSpec, began: str | None) -> str:
     shared = context.dtype if isinstance(context, SharedBaseContext) else None
     if shared is None:
-        return str(agreed(spec.config, context.device, began).model.dtype)
+        return str(common_dtype(spec.config, context.device, began).model.dtype)
     if began not in (None, shared):
         logger.warning(
             f"model.dtype=auto: this trial started in {began}, but the base model that trials share here is in"
@@ -251,7 +256,7 @@ def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence
     return [store[number] for number in range(min(wanted, store.available))]
 
 
-def tested(
+def self_test(
     loss: SupervisedLoss, spec: TrainSpec, packs: Sequence[Pack], device: torch.device
 ) -> SelfTest:
     """Test the base without its adapters, and give it the attention that has passed. Raises UserError if none has.
@@ -320,7 +325,7 @@ def check_base(
     loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None
 ) -> None:
     # All workers must call it together: the test may have passed on the GPUs of others.
-    collectives.together(lambda: tested(loss, spec, first_sequences(spec, waiting), device))
+    collectives.together(lambda: self_test(loss, spec, first_sequences(spec, waiting), device))
 
 
 def self_tested(
@@ -355,7 +360,7 @@ def _test(
     loss, adapted, packs = start.trainer.loss, start.trainer.adapted, first_sequences(spec, waiting)
     train_mode(adapted, False)
     with context.activate(adapted):
-        attention = tested(loss, spec, packs, context.device).attention
+        attention = self_test(loss, spec, packs, context.device).attention
         new, named = not start.trained, not isinstance(spec.config.adapter.targets, str)
         with _as_user_error(loss):
             missed, off = check_adapters(
@@ -430,7 +435,7 @@ def _without(
 def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:
     """Return what decides, beside a run's identity, the numbers that a worker computes with a base of this `dtype`."""
     model = spec.config.model.model_dump(mode="json", exclude={"name"})
-    return kind_of(context.device) | {
+    return platform_of(context.device) | {
         "code": node_cache.code(),
         "model": json.dumps(model, sort_keys=True),
         "precision": str(dtype),  # model.dtype may be `auto`, which depends on the other workers

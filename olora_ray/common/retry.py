@@ -118,7 +118,7 @@ _PASSING = re.compile(
 _answered: set[str] = set()
 
 
-def passes(error: BaseException) -> bool:
+def transient(error: BaseException) -> bool:
     """True if the failure passes by itself: no answer, or an answer that asks for a retry."""
     if untrusted(error):
         return False
@@ -128,7 +128,7 @@ def passes(error: BaseException) -> bool:
     )
 
 
-def patiently(store: str, request: Callable[[], Answer]) -> Answer:
+def with_retries(store: str, request: Callable[[], Answer]) -> Answer:
     """Return the answer of `request`. If `store` has answered before, retry failures for PATIENCE seconds.
 
     Raises FileNotFoundError for a missing file, ValueError for an invalid address, and StoreError or StoreUnavailable
@@ -146,8 +146,8 @@ def patiently(store: str, request: Callable[[], Answer]) -> Answer:
                 raise
             end = time.monotonic() + PATIENCE if end is None else end
             left = end - time.monotonic()
-            if store not in _answered or not passes(error) or left <= 0:
-                error_type = StoreUnavailable if passes(error) else StoreError
+            if store not in _answered or not transient(error) or left <= 0:
+                error_type = StoreUnavailable if transient(error) else StoreError
                 why = untrusted(error)
                 raise error_type(
                     f"{mask(store)}: {why}" if why else mask(first_line(error))

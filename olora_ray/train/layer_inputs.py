@@ -130,7 +130,7 @@ def _refusal(name: str, why: str) -> str:
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowPart:
     """The first `count` supervised tokens of a sequence."""
 
     sequence: int
@@ -144,12 +144,12 @@ class Piece:
         return self.first + self.count
 
 
-def first_tokens(store: TokenStore, limit: int, waiting: Waiting | None = None) -> list[Piece]:
+def first_tokens(store: TokenStore, limit: int, waiting: Waiting | None = None) -> list[RowPart]:
     """Return pieces with the first `limit` supervised tokens of the store, or with all if it has fewer.
 
     Waits for the shards that it needs; `waiting` is as in StepLoader.
     """
-    pieces: list[Piece] = []
+    pieces: list[RowPart] = []
     position = sequence = 0
     while position < limit:
         until(store, lambda: store.available > sequence or store.total is not None, waiting)  # noqa: B023  # called now
@@ -157,7 +157,7 @@ def first_tokens(store: TokenStore, limit: int, waiting: Waiting | None = None) 
             break
         count = min(store.counts([sequence]).supervised, limit - position)
         if count:
-            pieces.append(Piece(sequence, position, count))
+            pieces.append(RowPart(sequence, position, count))
         position, sequence = position + count, sequence + 1
     return pieces
 
@@ -207,7 +207,7 @@ class Activations:
         """Return the bytes of all rows that this worker keeps."""
         return sum(part.nbytes for pieces in self._rows.values() for part in pieces.values())
 
-    def run(self, pieces: Sequence[Piece]) -> None:
+    def run(self, pieces: Sequence[RowPart]) -> None:
         """Compute the rows of these sequences and send them to their owners.
 
         All workers must call it together. A UserError of one worker is raised on all of them.
@@ -220,7 +220,7 @@ class Activations:
                 done = min(turn + self._workers, len(pieces))
                 logger.info(f"initialisation: {done:,} of {len(pieces):,} sequences processed")
 
-    def _round(self, pieces: Sequence[Piece]) -> None:
+    def _round(self, pieces: Sequence[RowPart]) -> None:
         # Every worker runs the model, because the blocks of a sharded base need all workers. A worker without a
         # sequence repeats the last one, and sends nothing.
         rows = collectives.together(lambda: self._make(pieces[min(self._here, len(pieces) - 1)]))
@@ -236,7 +236,7 @@ class Activations:
             size += most * each.bytes
         self._send(part, pieces, rows)
 
-    def _make(self, piece: Piece) -> list[Tensor]:
+    def _make(self, piece: RowPart) -> list[Tensor]:
         model: Any = self.loss.model
         batch = collate([self.store[piece.sequence]], model.config._attn_implementation)
         # As in PEFT's label mask: the positions of the supervised tokens themselves, not those that predict them.
@@ -246,7 +246,7 @@ class Activations:
         )
 
     def _send(
-        self, numbers: Sequence[int], pieces: Sequence[Piece], rows: Sequence[Tensor]
+        self, numbers: Sequence[int], pieces: Sequence[RowPart], rows: Sequence[Tensor]
     ) -> None:
         sends = self._here < len(pieces)
         outgoing = [

@@ -9,8 +9,8 @@ import torch
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.cluster import resume
-from olora_ray.cluster.resume import factors, restored, start_adapter
+from olora_ray.cluster import start
+from olora_ray.cluster.start import factors, restored, start_adapter
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from tests import tiny
 from tests.families import zoo
@@ -57,8 +57,8 @@ def test_a_checkpoint_that_a_worker_cannot_fetch_now_is_for_another_group_of_wor
     def read(place: str) -> None:
         raise kind("slow down")
 
-    put(monkeypatch, resume.collectives, rank=lambda: 1, from_first=lambda _: "s3://b/step-3")
-    put(monkeypatch, resume.checkpoints, read=read)
+    put(monkeypatch, start.collectives, rank=lambda: 1, from_first=lambda _: "s3://b/step-3")
+    put(monkeypatch, start.checkpoints, read=read)
     spec: Any = SimpleNamespace(config=tiny.decided(train__start="s3://b/step-3"))
     with pytest.raises(Exception, match=r"worker 1 cannot read .*: slow down") as caught:
         restored(spec, "s3://b")

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 # A file with the type of its content, a position in it, and the row there.
-Looked = tuple[File, int, Any]
+Sampled = tuple[File, int, Any]
 
 
 def check_data(config: Config) -> dict[str, Source]:
@@ -114,13 +114,13 @@ def _answered(
     notes, used = Counter[str](), [(row, example) for row, example in read if example]
     setting, _, number = where.rpartition(".")
     for row, example in used:
-        columns.count(notes, int(number), source, row, example)
-    if error := columns.unanswered(notes, {int(number): source}, setting, len(used), auto):
+        columns.note_unread(notes, int(number), source, row, example)
+    if error := columns.unresolved_error(notes, {int(number): source}, setting, len(used), auto):
         raise error
 
 
 def _check(source: Source, where: str, storage_root: str) -> None:
-    looked, read, problems = list[Looked](), list[tuple[Any, Example | None]](), list[Rejected]()
+    looked, read, problems = list[Sampled](), list[tuple[Any, Example | None]](), list[Rejected]()
     for entry in _looked(source, where, storage_root):
         looked.append(entry)
         try:
@@ -140,7 +140,7 @@ def _check(source: Source, where: str, storage_root: str) -> None:
     _answered(where, source, read, auto=False)
 
 
-def _unusable(where: str, looked: Sequence[Looked], why: Rejected, hint: str = "") -> UserError:
+def _unusable(where: str, looked: Sequence[Sampled], why: Rejected, hint: str = "") -> UserError:
     file, position, _ = looked[0]
     return UserError(
         f"{where}: none of the {len(looked)} rows read can be used; {file.uri}:{position + 1}:"
@@ -148,7 +148,7 @@ def _unusable(where: str, looked: Sequence[Looked], why: Rejected, hint: str = "
     )
 
 
-def _looked(source: Source, where: str, storage_root: str) -> Iterator[Looked]:
+def _looked(source: Source, where: str, storage_root: str) -> Iterator[Sampled]:
     """Yield ten rows of the first, middle and last unit of the first, middle and last file.
 
     Raise UserError at the end if there is no row in all of them.
@@ -190,7 +190,7 @@ def _spread(items: Sequence[Item]) -> list[Item]:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Interpretation:
     format: str
     fields: dict[str, str]
     """In the form of a source's `fields`."""
@@ -214,7 +214,7 @@ class Reading:
 
 def find(
     rows: Sequence[Any], given: Mapping[str, str], chat: Literal["auto"] | bool = "auto"
-) -> Reading | None:
+) -> Interpretation | None:
     """Detect how rows are meant; return None if no format can use any of them.
 
     `given` are the fields, and `chat` the choice, that their source sets. Raise UserError if two readings are equally
@@ -261,7 +261,7 @@ def why_not(row: Any, given: Mapping[str, str], where: str) -> Rejected:
     texts = [
         name
         for name, value in row.items()
-        if isinstance(value, str) and columns.weight("text", name, value)
+        if isinstance(value, str) and columns.severity("text", name, value)
     ]
     named = columns.fields(
         where, {**given, **dict(zip(("instruction", "output"), texts, strict=False))}
@@ -311,7 +311,7 @@ def _reading(
     fields: dict[str, str],
     rows: Sequence[Mapping[Any, Any]],
     given: Mapping[str, str],
-) -> Reading | None:
+) -> Interpretation | None:
     """Return the reading with these columns; None if plain text would be one of several columns by another name."""
     used = {
         fields[field.name] for field in format.fields if field.name in fields and not field.in_turn
@@ -335,7 +335,7 @@ def _reading(
     }
     called |= given
     ignored = len(columns.KNOWN.intersection(left.values()))
-    return Reading(
+    return Interpretation(
         format.name,
         called,
         tuple(fields[field] for field in format.needed),
