@@ -115,7 +115,7 @@ models: $(VENV)/.dev ## docs/generated/models.md: what becomes of a tiny model o
 lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
 	$(BIN)/python tools/write_lock.py build/lock/bin/uv
 
-bench: $(VENV)/.bench ## docs/generated/benchmarks.md: what the benchmarks print, with date and machine; planned for 90 minutes
+bench: $(VENV)/.dev ## docs/generated/benchmarks.md: what the benchmarks print, with date and machine; planned for an hour
 	$(BIN)/python benchmarks/write_page.py
 
 # pip compiles all modules, which takes half of its time. Where PYTHONDONTWRITEBYTECODE is set nobody else would: each
@@ -135,10 +135,6 @@ $(VENV)/.mobility: $(VENV)/.quickstart
 
 $(VENV)/.dev: $(VENV)/.quickstart
 	$(INSTALL) -e '.[gguf,eval,s3,postgresql,dev]'
-	touch $@
-
-$(VENV)/.bench: $(VENV)/.dev
-	$(INSTALL) -e '.[bench]'
 	touch $@
 
 # What Ray's launcher for Google Cloud needs, a reader of CEL, and uv; beside the environment, and at its versions.

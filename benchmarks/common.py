@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from olora_ray.common.logs import quiet_bitsandbytes
-from olora_ray.config.decided import DecidedConfig, Expected, is_auto, with_values
+from olora_ray.config.decided import DecidedConfig, is_auto, with_values
 from olora_ray.config.load import at
 from olora_ray.config.schema import Config
 from olora_ray.model.load import pick_dtype
@@ -48,14 +48,6 @@ def decided(asked: Config) -> DecidedConfig:
     }
     auto = {field: value for field, value in values.items() if is_auto(at(asked, field))}
     return with_values(asked, DecidedConfig, auto)
-
-
-def expected(asked: Config, gpu: bool = False) -> Expected:
-    """Return what the plan of a run assumes: bfloat16 on GPUs, unless the config names a precision."""
-    dtype = str(pick_dtype(asked.model, torch.device("cpu"))).removeprefix("torch.")
-    if gpu and is_auto(asked.model.dtype):
-        dtype = "bfloat16"
-    return Expected(gpu, dtype, asked.model.attention)
 
 
 def model_folder(model: str, storage: str) -> str:
@@ -188,31 +180,6 @@ def machine() -> str:
         f" (dtype: auto is {precision}); "
         f"load {os.getloadavg()[0]:.1f}; {packages}"
     )
-
-
-def processes_below(ancestor: int, name: str) -> list[int]:
-    """Return the ids of the descendants of `ancestor` with `name` in their title."""
-    parents: dict[int, int] = {}
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int(
-                    (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
-                )
-                if name.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # gone meanwhile
-    return sorted(pid for pid in found if ancestor in _above(pid, parents))
-
-
-def _above(pid: int, parents: dict[int, int]) -> list[int]:
-    chain = []
-    while pid in parents:
-        pid = parents[pid]
-        chain.append(pid)
-    return chain
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import config, memory_store, our_trainer
-from peers import model_of_peft, one_by_one, peft_trainer, timed_training, trl_trainer
+from peers import ROWS_A_STEP, model_of_peft, one_by_one, peft_trainer, timed_training
 from torch import Tensor
 
 from olora_ray.config.schema import Config
 from olora_ray.tokens.store import order
 
-LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
+LONGEST = 512
+RANK = 16
 Rows = list[tuple[np.ndarray, np.ndarray]]
 """(input_ids, supervised) of each row."""
 
@@ -33,16 +34,10 @@ Rows = list[tuple[np.ndarray, np.ndarray]]
 class Setting:
     name: str
     kind: str
-    """ours, peft, trl, or alone: single rows, for the reference gradient."""
+    """ours, peft, or alone: single rows, for the reference gradient."""
     workers: int = 1
     micro: int = 2
-    """Packs (ours, trl) or rows (peft, trl without packing) in a micro-batch."""
-    packing: str | None = None
-    """TRL's packing_strategy; None: padded rows."""
-    float32_adapters: bool = False
-    """PEFT's autocast_adapter_dtype."""
-    allocator: bool = False
-    """Give PEFT the allocator setting of our workers too."""
+    """Packs (ours) or rows (peft) in a micro-batch."""
 
 
 def main() -> None:
@@ -61,7 +56,8 @@ def main() -> None:
             torch.save(found, job["gradient"])
         done: dict[str, float] = {}
     else:
-        done = (run_ours if setting.kind == "ours" else run_peer)(setting, job)
+        run = run_ours if setting.kind == "ours" else run_peer
+        done = run(setting, job)
     done["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("\n" + json.dumps(done), flush=True)
 
@@ -96,9 +92,8 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
 
 def run_peer(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     model, rows = peer(setting, job), make_rows(job["rows"])
-    make = trl_trainer if setting.kind == "trl" else peft_trainer
-    make(model, rows[:ROWS_A_STEP], setting, job).train()
-    trainer = make(model, rows, setting, job)
+    peft_trainer(model, rows[:ROWS_A_STEP], setting, job).train()
+    trainer = peft_trainer(model, rows, setting, job)
     return {
         **timed_training(trainer),
         "rows": len(rows),
@@ -114,9 +109,8 @@ def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
     model = peer(setting, job)
     if setting.kind == "alone":
         return one_by_one(model, rows)
-    make = trl_trainer if setting.kind == "trl" else peft_trainer
     found: dict[str, Tensor] = {}
-    make(model, rows, setting, job, found).train()
+    peft_trainer(model, rows, setting, job, found).train()
     return found
 
 
@@ -157,18 +151,12 @@ def join(setting: Setting, job: dict[str, Any]) -> None:
 
 def peer(setting: Setting, job: dict[str, Any]) -> Any:
     """Return PEFT's model in the precision of ours; in float32 for the reference gradient."""
-    from olora_ray.cluster.malloc import keep_freed_memory
     from olora_ray.model.load import pick_dtype
 
-    if setting.allocator:
-        keep_freed_memory()
     dtype = pick_dtype(our_config(job, setting, setting.micro).model, torch.device("cpu"))
-    return model_of_peft(
-        job["folder"],
-        torch.float32 if setting.kind == "alone" else dtype,
-        RANK,
-        setting.float32_adapters,
-    )
+    if setting.kind == "alone":
+        dtype = torch.float32
+    return model_of_peft(job["folder"], dtype, RANK)
 
 
 def timed(run: Callable[[], object]) -> dict[str, float]:

@@ -85,16 +85,6 @@ def needed(shapes: Shapes, segments: Iterable[int], supervised: int) -> dict[str
     }
 
 
-def products(shapes: Shapes, tokens: int, supervised: int) -> dict[Shape, float]:
-    """Return shape -> operations of the large products of a micro-batch."""
-    found: dict[Shape, float] = {}
-    for name, (m, n) in shapes.weights.items():
-        for shape in ((tokens, n, m), (tokens, m, n))[: 1 if name in shapes.without_dx else 2]:
-            found[shape] = found.get(shape, 0.0) + 2.0 * tokens * m * n
-    head = (max(1, supervised), shapes.hidden, shapes.vocabulary)
-    return found | {head: 4.0 * supervised * shapes.hidden * shapes.vocabulary}
-
-
 def rates(
     shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device, seconds: float = 0.3
 ) -> dict[Shape, float]:

@@ -27,7 +27,6 @@ EXCEPTIONS = {
         "comparison"
     },  # the schema for editors has the section compare
     "benchmarks/settings.py": {"comparison", "wheels"},
-    "benchmarks/learning_rate_bases.py": {"wheels"},
 }
 
 

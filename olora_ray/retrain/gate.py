@@ -8,7 +8,8 @@
 
 One wrong promotion in 40 nights would be nine in a year that nobody watches, so the interval is stricter than 95%. Rows
 that are used again hardly add to the error: the champion's luck on them is a bar for the others. New rows do add, so
-each set of rows in a year gets its share of the error. benchmarks/gate_years.py simulates years, and chose the numbers.
+each set of rows in a year gets its share of the error. benchmarks/gate_years.py, at the tag before-open, simulates
+years, and chose the numbers.
 
 With `gate.confident: false` the improvement itself decides. Without a champion only the conditions count. A
 challenger's value that is not a number never passes, and fewer than gate.min_rows independent rows are not compared.

@@ -1,4 +1,4 @@
-"""A few minutes of the soak (benchmarks/soak.py): whatever happens on two hosts, the run ends as if nothing had."""
+"""A few minutes of the soak : whatever happens on two hosts, the run ends as if nothing had."""
 
 import os
 from pathlib import Path
