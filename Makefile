@@ -112,7 +112,7 @@ versions: $(VENV)/.dev ## docs/generated/versions.md: other versions of Ray, MLf
 models: $(VENV)/.dev ## docs/generated/models.md: what becomes of a tiny model of each family, in half an hour
 	$(BIN)/python tools/write_models.py
 
-lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here
+lock: $(VENV)/.dev build/lock/bin/uv ## deploy/requirements.lock: what nodes install, at the versions that are installed here; requirements-dev.lock: all that is
 	$(BIN)/python tools/write_lock.py build/lock/bin/uv
 
 bench: $(VENV)/.dev ## docs/generated/benchmarks.md: what the benchmarks print, with date and machine; planned for an hour

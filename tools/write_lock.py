@@ -1,5 +1,7 @@
 """Writes deploy/requirements.lock: the packages that nodes install, in the versions that the tests use.
 
+requirements-dev.lock gets the versions of all packages that are installed here, for developers.
+
     .venv/bin/python tools/write_lock.py UV          (make lock)
 
 UV is the path of the program uv. It resolves pyproject.toml with the extras that nodes need, for Linux on x86-64 and
@@ -11,6 +13,7 @@ deploy/licenses.csv the license that each package names.
 To take newer versions: make clean setup test lock.
 """
 
+import platform
 import re
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "deploy" / "requirements.lock"
+DEVELOPERS = ROOT / "requirements-dev.lock"
 LICENSES = ROOT / "deploy" / "licenses.csv"
 MANIFESTS = ROOT / "deploy" / "kuberay"
 EXTRAS = ("gguf", "eval", "quant", "s3", "postgresql")
@@ -31,12 +35,18 @@ HEADER = """\
 # The hashes are those of PyPI's files: pip and uv refuse others. torch from its index for CPUs has others
 # (install_node.sh).
 """
+DEVELOPERS_HEADER = """\
+# All packages that the tests ran with, on Python {python}. Written by `make lock`. To install these versions:
+# PIP_CONSTRAINT=$PWD/requirements-dev.lock make setup
+"""
 
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) != 1:
         raise SystemExit((__doc__ or "").strip())
     LOCK.write_text(HEADER + resolved(argv[0], constraints()))
+    python = ".".join(platform.python_version_tuple()[:2])
+    DEVELOPERS.write_text(DEVELOPERS_HEADER.format(python=python) + constraints())
     pins = locked(LOCK.read_text())
     LICENSES.write_text(licenses(pins))
     ray = pins["ray"]

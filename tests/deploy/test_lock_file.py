@@ -65,6 +65,17 @@ def below(requirement: Requirement) -> Iterator[Requirement]:
             yield inner
 
 
+def test_developers_get_exact_public_versions_of_all_that_the_project_wants() -> None:
+    text = (ROOT / "requirements-dev.lock").read_text()
+    pins = [line for line in text.splitlines() if not line.startswith("#")]
+    versions = dict(pin.split("==") for pin in pins)
+    exact = r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*"
+    assert [pin for pin in pins if not re.fullmatch(exact, pin)] == []
+    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
+
+
 def test_the_lock_is_a_list_of_exact_public_versions_with_hashes() -> None:
     entries = re.sub(r"(?m)^#.*\n", "", TEXT).replace(" \\\n", "").splitlines()
     assert len(entries) == len(LOCKED) > 100
