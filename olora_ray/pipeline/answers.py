@@ -69,18 +69,22 @@ def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any
     judge = scoring.Judge(config.evaluation.scorer)
     asked = wanted_questions(config.evaluation, held_out)
     names: set[str] = set()
-    why = "" if asked else "no held-out row has a question and an answer"
-    if why and config.evaluation.rows:
-        logger.warning(f"evaluation.scorer: no answers are scored, because {why}")
+    why = ""
+    if not asked:
+        why = "no held-out row has a question and an answer"
+        if config.evaluation.rows:
+            logger.warning(f"evaluation.scorer: no answers are scored, because {why}")
     most = config.evaluation.max_new_tokens
     lengths = [len(question.reference) - 1 for question in asked]  # without the end token
-    if longer := [length for length in lengths if length > most]:
+    longer = [length for length in lengths if length > most]
+    if longer:
         logger.warning(
             f"evaluation.max_new_tokens={most}: {len(longer)} of {plural(len(asked), 'reference')} are longer, so"
             f" answers to these rows are cut off and score lower; set it to {max(longer) + 1}"
         )
     references = [as_text(tokenizer, question.reference) for question in asked]
-    if empty := references.count(""):
+    empty = references.count("")
+    if empty:
         logger.warning(
             f"evaluation.scorer: {empty} of {plural(len(asked), 'reference')} consist of special tokens only, which"
             " scoring leaves out, so an empty answer counts as correct; use references in plain text"
@@ -101,15 +105,12 @@ def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
 
 
 def _check_gate(config: Config, names: Collection[str], why: str) -> None:
+    measured = {"eval/loss", "eval/perplexity", *(f"eval/{name}" for name in names)}
     for metric in (config.gate.metric, *(condition.metric for condition in config.gate.conditions)):
-        if (
-            metric not in ("eval/loss", "eval/perplexity")
-            and metric.removeprefix("eval/") not in names
-        ):
+        if metric not in measured:
             scores = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"
-            raise UserError(
-                f"gate: {metric} is not measured: {why or f'{config.evaluation.scorer} returns {scores}'}"
-            )
+            why = why or f"{config.evaluation.scorer} returns {scores}"
+            raise UserError(f"gate: {metric} is not measured: {why}")
 
 
 def _origin(store: TokenStore, row: int) -> str:

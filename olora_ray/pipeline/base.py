@@ -34,11 +34,12 @@ def find_model(config: AnyConfig, entry: Registered | None = None) -> BaseModel:
     with as_user_error(
         f"model.name: {config.model.name} cannot be opened", OSError, reason=_path_and_reason
     ):
-        if (entry := entry or models.of_config(config)) is None:
+        entry = entry or models.of_config(config)
+        if entry is None:
             return obtain(config, None)
-        return obtain(
-            config, entry.folder if entry.base is None else _merged(entry, entry.base, config)
-        )
+        if entry.base is None:
+            return obtain(config, entry.folder)
+        return obtain(config, _merged(entry, entry.base, config))
 
 
 def parts(
@@ -61,12 +62,10 @@ def parts(
 
 def _base(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel]:
     # First the folder of the base model at the time of registration, then the place to which its name leads now.
-    own, why, passes = (
-        override(config, {"model.name": base.name, "model.revision": base.revision}),
-        "",
-        False,
-    )
-    for candidate in (override(config, {"model.name": base.folder, "model.revision": None}), own):
+    at_registration = override(config, {"model.name": base.folder, "model.revision": None})
+    own = override(config, {"model.name": base.name, "model.revision": base.revision})
+    for candidate in (at_registration, own):
+        passes = False
         try:
             model = find_model(candidate)
         except UserError as error:
@@ -75,11 +74,11 @@ def _base(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[An
             continue
         if base.digest == model.digest:
             return own, replace(model, name=base.name)
-        why, passes = f"has changed since that training, in {model.folder}", False
+        why = f"has changed since that training, in {model.folder}"
     problem = f"{entry.version.name} version {entry.version.number} is an adapter of {base.name}, which {why}"
-    raise (
-        TryAgain(problem) if passes else UserError(f"{problem}; restore the files in {base.folder}")
-    )
+    if passes:
+        raise TryAgain(problem)
+    raise UserError(f"{problem}; restore the files in {base.folder}")
 
 
 def _merged(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
@@ -104,7 +103,8 @@ def _merged(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> Path:
 
 def _path_and_reason(error: BaseException) -> str:
     path = getattr(error, "filename", None)
-    return f"{path}: {short_reason(error)}" if path else short_reason(error)
+    reason = short_reason(error)
+    return f"{path}: {reason}" if path else reason
 
 
 TOKENIZERS = (
@@ -155,24 +155,23 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
             f"model.name: {model.name} is a prefix language model (prefix_lm in its config), but it is trained as a"
             " causal model: each token attends only to earlier tokens"
         )
-    ends = end_tokens(model, tokenizer)
     try:
         rows: int | None = int(shape.get_input_embeddings().weight.shape[0])
     except (NotImplementedError, AttributeError):
         rows = None  # the model's code does not expose its embeddings
     spec = spec_from_pretrained(tokenizer, model.name, config.data.chat_template or "", rows)
-    spec = replace(spec, apart=why_apart(shape), ends=ends)
+    spec = replace(spec, apart=why_apart(shape), ends=end_tokens(model, tokenizer))
     return Base(model, tokenizer, spec, _ends(model, tokenizer, spec))
 
 
 def _ends(model: BaseModel, tokenizer: Any, spec: TokenizerSpec) -> tuple[int, ...]:
     # Training teaches the model to end an answer with the last token of the template, so generation stops there too.
-    ends, last = spec.ends, spec.turn_end()
-    if last is None or last in ends:
-        return ends
+    last = spec.turn_end()
+    if last is None or last in spec.ends:
+        return spec.ends
     token = tokenizer.convert_ids_to_tokens(last)
     logger.warning(
         f"{spec.setting} ends an answer with {token!r}, which is no end token in the tokenizer or"
         f" generation_config.json; configure it as a stop token in your server (id {last})"
     )
-    return tuple(sorted((*ends, last)))
+    return tuple(sorted((*spec.ends, last)))

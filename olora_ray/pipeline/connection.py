@@ -25,7 +25,9 @@ CTRL_C = "Ctrl+C"
 
 
 def _name(number: int) -> str:
-    return CTRL_C if number == signal.SIGINT else signal.Signals(number).name
+    if number == signal.SIGINT:
+        return CTRL_C
+    return signal.Signals(number).name
 
 
 class Stop:
@@ -92,9 +94,8 @@ def connect(config: AnyConfig, trains: bool = False) -> Iterator[tuple[Stop, Clu
     ray_internals.quiet_ray()
     own = address.join_or_start()
     if own and trains:
-        with contextlib.suppress(
-            Exception
-        ):  # only saves time: Ray Train starts it if it is missing
+        # This only saves time: Ray Train starts the coordinator if it is missing.
+        with contextlib.suppress(Exception):
             ray_internals.begin_autoscaling_coordinator()
     try:
         with Stop() as stop:  # after ray.init, which installs its own signal handlers

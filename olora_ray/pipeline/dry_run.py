@@ -3,11 +3,13 @@
 It starts neither Ray nor an MLflow run, and writes no file except a converted model. Its errors are those of the run.
 """
 
+import itertools
 import logging
 import os
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ def dry_run(
     `found` is the result of `detect.check_data`.
     """
     state = RunFolder(config.folder()).check(config)
-    if done := state.finished(config):
+    done = state.finished(config)
+    if done:
         report.already_finished(config, state, done)
     resolve_uri(config)  # checks the address, but does not connect
     base = open_base(config)
@@ -55,7 +58,6 @@ def dry_run(
         print(dump(data.config))
     table = [
         ("targets", layers(decided.size.targets)),
-        *_source_rows(train, held_out),
         *_data(data.config, train, held_out),
         ("training", prepare.length(decided.config, train.packs, about=not train.exact)),
         *_measured(decided, base.model, train, held_out),
@@ -79,10 +81,10 @@ def _elsewhere() -> bool:
 
 def layers(targets: Mapping[str, tuple[int, ...]]) -> str:
     """Return the adapted layers as `30 x 7 layers: q_proj 576 x 576, ...`, grouped by name without numbers."""
-    groups = Counter(
-        (tuple(part for part in name.split(".") if not part.isdecimal()), shape)
-        for name, shape in targets.items()
-    )
+    groups: Counter[tuple[tuple[str, ...], tuple[int, ...]]] = Counter()
+    for name, shape in targets.items():
+        words = tuple(part for part in name.split(".") if not part.isdecimal())
+        groups[words, shape] += 1
     lasts = Counter(words[-1] for words, _ in groups)
     by_count: dict[int, list[str]] = {}
     for (words, shape), count in groups.items():
@@ -93,24 +95,25 @@ def layers(targets: Mapping[str, tuple[int, ...]]) -> str:
     )
 
 
-def _source_rows(train: Preview, held_out: Preview | None) -> Iterator[tuple[str, str]]:
-    # With data.eval_fraction the held-out rows come from the training sources, which are listed already.
-    own = (
-        held_out.sources if held_out and not held_out.limits.setting.startswith("held out") else ()
-    )
-    sources = [*train.sources, *own]
-    for each in sources[:6]:
-        rejected = f", {each.rejected:,} rejected" if each.rejected else ""
-        share = f", weight {each.source.weight:g}" if each.source.weight != 1 else ""
-        rows = f"{each.rows:,} row{'s' * (each.rows != 1)} read{rejected}"
-        yield each.setting, f"{_short(each.source.path)} ({each.source.format}{share}): {rows}"
-    if rest := sources[6:]:
-        yield f"and {len(rest)} more", f"{sum(each.rows for each in rest):,} rows read"
-
-
 def _data(
     config: DataConfig, train: Preview, held_out: Preview | None
 ) -> Iterator[tuple[str, str]]:
+    sources = list(train.sources)
+    # With data.eval_fraction the held-out rows come from the training sources, which are listed already.
+    if held_out and not held_out.limits.setting.startswith("held out"):
+        sources += held_out.sources
+    for each in sources[:6]:
+        share = f", weight {each.source.weight:g}" if each.source.weight != 1 else ""
+        noun = "row" if each.rows == 1 else "rows"
+        text = (
+            f"{_short(each.source.path)} ({each.source.format}{share}): {each.rows:,} {noun} read"
+        )
+        if each.rejected:
+            text += f", {each.rejected:,} rejected"
+        yield each.setting, text
+    rest = [each.rows for each in sources[6:]]
+    if rest:
+        yield f"and {len(rest)} more", f"{sum(rest):,} rows read"
     yield "rows", _rows(train)
     if held_out is None:
         yield "held out", "none (set data.eval or data.eval_fraction)"
@@ -133,13 +136,13 @@ def _data(
 
 
 def _rows(preview: Preview) -> str:
-    text = (
-        f"{preview.rows:,}"
-        if preview.exact
-        else f"about {preview.rows:,} ({preview.read:,} of them read)"
-    )
-    text += f" ({preview.note})" if preview.note else ""
-    if not (rejected := sum(preview.rejected.values())):
+    text = f"{preview.rows:,}"
+    if not preview.exact:
+        text = f"about {text} ({preview.read:,} of them read)"
+    if preview.note:
+        text += f" ({preview.note})"
+    rejected = sum(preview.rejected.values())
+    if not rejected:
         return f"{text}, none rejected"
     limits = preview.limits
     allowed = f"data.max_rejected = {limits.share:g} allows {int(limits.allowed(preview.read)):,}"
@@ -150,7 +153,8 @@ def _measured(
     decided: Decided, base: BaseModel, train: Preview, held_out: Preview | None
 ) -> Iterator[tuple[str, str]]:
     config = decided.config
-    if why := estimate.not_measured(config, decided.size, _elsewhere()):
+    why = estimate.not_measured(config, decided.size, _elsewhere())
+    if why:
         yield "time", f"not estimated: {why}"
         return
     logger.info("training on one micro-batch to estimate the time")
@@ -174,17 +178,19 @@ def _measured(
 
 
 def _shown(tokenizer: Any, example: Example) -> str:
-    text, start, ids, mask = "", 0, example.input_ids.tolist(), example.mask.tolist()
-    for stop in range(1, len(ids) + 1):
-        if stop == len(ids) or mask[stop] != mask[start]:
-            part = _shortened(str(tokenizer.decode(ids[start:stop])).replace("\n", "\\n"), 360)
-            text += f"[[{part}]]" if mask[start] else part
-            start = stop
+    text = ""
+    tokens = zip(example.input_ids.tolist(), example.mask.tolist(), strict=True)
+    for supervised, pairs in itertools.groupby(tokens, key=itemgetter(1)):
+        part = str(tokenizer.decode([token for token, _ in pairs]))
+        part = _shortened(part.replace("\n", "\\n"), 360)
+        text += f"[[{part}]]" if supervised else part
     return textwrap.indent(textwrap.fill(_shortened(text, 900), 116), "    ")
 
 
 def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
 
 
 def _short(path: str) -> str:

@@ -2,11 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,10 +25,6 @@ from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.objectives.objective import objective_named
 from olora_ray.train.parallel import load_frozen
 from olora_ray.train.self_test import choose_attention
-
-if TYPE_CHECKING:
-    pass
-
 
 # The loss of a finished adapter before and after a change by the export (compression, original weights).
 
@@ -63,27 +58,26 @@ class LossPair:
 
 def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossPair | str:
     """Return the losses of both sides on the first rows of a token store, or the reason why they are not measured."""
-    config, device = work.spec.config, assigned_device()
-    if why := too_large(parameters(work.base.folder), pick_dtype(config.model, device), device):
+    config = work.spec.config
+    device = assigned_device()
+    why = too_large(parameters(work.base.folder), pick_dtype(config.model, device), device)
+    if why:
         return why
-    packs, losses, tokens = _first(store), [], 0
+    packs = _first(store)
+    losses: list[float] = []
     try:
         for quantization, some in itertools.groupby(sides, lambda side: side[0]):
             own = override(config, {"model.quantization": quantization})
-            tokens, side_losses = _on_one_base(
-                own, work, [adapter for _, adapter in some], packs, device
-            )
+            adapters = [adapter for _, adapter in some]
+            tokens, side_losses = _on_one_base(own, work, adapters, packs, device)
             losses += side_losses
-    except (
-        Exception
-    ) as error:  # the model's own code may fail on this device, and the export may still be right
+    # The model's own code may fail on this device, and the export may still be right.
+    except Exception as error:
         return f"the model does not run here: {first_line(error)}"
     before, after = losses
-    return (
-        LossPair(tokens, before, after, after - before)
-        if math.isfinite(after - before)
-        else "the loss is not finite"
-    )
+    if not math.isfinite(after - before):
+        return "the loss is not finite"
+    return LossPair(tokens, before, after, after - before)
 
 
 def _on_one_base(
@@ -99,25 +93,16 @@ def _on_one_base(
     objective = objective_named(config.train.objective)
     losses = []
     for adapter in adapters:
-        with _adapted(loss, adapter, config.adapter.scale(), device):
-            found = held_out(loss, packs, objective, attention, config.train.micro_batch)
+        factors = {name: weights.factors for name, weights in adapter.items()}
+        layers = inject(loss.model, factors, config.adapter.scale())
+        for name, layer in layers.items():
+            layer.da.data.copy_(adapter[name].da)
+            layer.db.data.copy_(adapter[name].db)
+            layer.to(device)
+        found = held_out(loss, packs, objective, attention, config.train.micro_batch)
         losses.append(found.loss)
-    return found.whole.supervised, losses
-
-
-@contextmanager
-def _adapted(
-    loss: SupervisedLoss, adapter: Adapter, scale: float, device: torch.device
-) -> Iterator[None]:
-    layers = inject(loss.model, {name: weights.factors for name, weights in adapter.items()}, scale)
-    for name, layer in layers.items():
-        layer.da.data.copy_(adapter[name].da)
-        layer.db.data.copy_(adapter[name].db)
-        layer.to(device)
-    try:
-        yield
-    finally:
         remove(loss.model)
+    return found.whole.supervised, losses
 
 
 def _first(store: TokenStore) -> list[Pack]:
@@ -157,18 +142,19 @@ class OnOriginal:
         )
         name = "held-out loss" if self.rows == "held-out" else "loss on training rows"
         if isinstance(self.loss, str):
-            return f"{start}; the {name} was not compared{f': {self.loss}' if reasons else ''}"
+            why = f": {self.loss}" if reasons else ""
+            return f"{start}; the {name} was not compared{why}"
         return f"{start}: {name} {self.loss.in_words('on the quantised base model', 'on the original weights')}"
 
 
 def loss_on_original(work: Work) -> OnOriginal | None:
     """Return the loss of the adapter on both base models; None if training used no quantisation."""
-    spec, quantization = work.spec, work.spec.config.model.quantization
+    spec = work.spec
+    quantization = spec.config.model.quantization
     if quantization == "none":
         return None
-    loss = held_out_loss(
-        work, spec.eval or spec.train, [(quantization, work.adapter), ("none", work.adapter)]
-    )
+    sides = [(quantization, work.adapter), ("none", work.adapter)]
+    loss = held_out_loss(work, spec.eval or spec.train, sides)
     return OnOriginal(quantization, "held-out" if spec.eval else "training", loss)
 
 
@@ -192,9 +178,8 @@ class Compressed:
         if self.loss is None:
             return share
         if isinstance(self.loss, str):
-            return (
-                f"{share}; the held-out loss is not measured{f': {self.loss}' if reasons else ''}"
-            )
+            why = f": {self.loss}" if reasons else ""
+            return f"{share}; the held-out loss is not measured{why}"
         return f"{share}; held-out loss {self.loss.in_words('before compression', 'after')}"
 
 

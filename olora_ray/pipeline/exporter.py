@@ -45,9 +45,13 @@ class Work:
 
 def prepare(spec: TrainSpec, checkpoint: str) -> Work:
     """Open base model and adapter; raise UserError if export.merged is set and a weight cannot be merged."""
-    base, read = on_this_node(spec.base, spec.config), checkpoints.read(checkpoint)
-    model, adapter = skeleton(base, spec.config.model), read.best_adapter()
-    adapted = groups(Path(base.folder), model, adapter) if spec.config.export.merged else []
+    base = on_this_node(spec.base, spec.config)
+    read = checkpoints.read(checkpoint)
+    model = skeleton(base, spec.config.model)
+    adapter = read.best_adapter()
+    adapted = []
+    if spec.config.export.merged:
+        adapted = groups(Path(base.folder), model, adapter)
     return Work(spec, base, model, adapter, read.state, adapted)
 
 
@@ -81,8 +85,10 @@ def problems(base: BaseModel, model: "PreTrainedModel", config: Config) -> Itera
             yield f"{field}: {option!r} is none of {', '.join(exporter.options)}"
         elif exporter.needs == "merged" and not config.export.merged:
             yield f"{field}: it is made of the merged model; set export.merged: true, or delete this line"
-        elif why := exporter.problem(base, model, config, option):
-            yield f"{field}: {why}"
+        else:
+            why = exporter.problem(base, model, config, option)
+            if why:
+                yield f"{field}: {why}"
 
 
 def write(work: Work, name: str, sources: Mapping[str, Path], out: Path) -> None:
