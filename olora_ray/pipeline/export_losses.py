@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from olora_ray.adapter.inject import inject, remove
+from olora_ray.adapter.inject import remove
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import first_line
@@ -18,6 +18,7 @@ from olora_ray.config.load import override
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, too_large
 from olora_ray.pipeline.exporter import Work
+from olora_ray.pipeline.parity import with_adapter
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.held_out import held_out
@@ -71,8 +72,8 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
             adapters = [adapter for _, adapter in some]
             tokens, side_losses = _on_one_base(own, work, adapters, packs, device)
             losses += side_losses
-    # The model's own code may fail on this device, and the export may still be right.
     except Exception as error:
+        # The model's own code may fail on this device, and the export may still be right.
         return f"the model does not run here: {first_line(error)}"
     before, after = losses
     if not math.isfinite(after - before):
@@ -93,12 +94,7 @@ def _on_one_base(
     objective = objective_named(config.train.objective)
     losses = []
     for adapter in adapters:
-        factors = {name: weights.factors for name, weights in adapter.items()}
-        layers = inject(loss.model, factors, config.adapter.scale())
-        for name, layer in layers.items():
-            layer.da.data.copy_(adapter[name].da)
-            layer.db.data.copy_(adapter[name].db)
-            layer.to(device)
+        with_adapter(loss.model, adapter, config.adapter.scale())
         found = held_out(loss, packs, objective, attention, config.train.micro_batch)
         losses.append(found.loss)
         remove(loss.model)

@@ -13,6 +13,7 @@ less than the rounding that every model of that precision has.
 
 import copy
 import gc
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,13 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from olora_ray.adapter.candidates import parameter_of, stored_transposed
 from olora_ray.adapter.inject import inject
-from olora_ray.adapter.layer import AdapterWeights
+from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights
 from olora_ray.common.errors import first_line
 from olora_ray.model import attention
 from olora_ray.model.folder import foreign, text_class
@@ -73,21 +75,33 @@ def check_adapter(
     With `sample`, the changes of these layers alone are computed, and only their first outputs.
     """
     try:
-        wrapped = _load(folder, model)
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # low_cpu_mem_usage: without it PEFT first fills random matrices, which the folder's then replace.
+            wrapped: Any = PeftModel.from_pretrained(
+                weightless(model),
+                str(folder),
+                torch_device="cpu",
+                low_cpu_mem_usage=True,
+                use_safetensors=True,
+            )
     except Exception as error:  # PEFT raises all kinds of errors for what it does not support
         return AsPeftReads(float("inf"), "", (f"PEFT does not load it: {first_line(error)}",))
     layers = adapted_layers(wrapped.get_base_model(), model)
-    if problems := _other_layers(folder, layers, adapter):
+    problems = _other_layers(folder, layers, adapter)
+    if problems:
         return AsPeftReads(float("inf"), "", tuple(problems))
-    worst_layer, worst = "", 0.0
-    for name in adapter if sample is None else sample:
+    worst = AsPeftReads(0.0, "", ())
+    for name in sample or adapter:
         change = Change(adapter[name], scale, stored_transposed(model, name))
-        relative = _error(layers[name], change, sample is not None)
-        if relative != relative or relative > worst:
-            worst_layer, worst = name, relative
-        if worst != worst:
+        error = _error(layers[name], change, sample is not None)
+        if not error <= worst.error:
+            worst = AsPeftReads(error, name, ())
+        if math.isnan(error):
             break
-    return AsPeftReads(worst, worst_layer, ())
+    return worst
 
 
 def adapted_layers(base: nn.Module, model: nn.Module) -> dict[str, Any]:
@@ -100,21 +114,6 @@ def adapted_layers(base: nn.Module, model: nn.Module) -> dict[str, Any]:
             stack = parameter is not None and model.get_parameter(f"{name}.{parameter}").ndim == 3
             layers[f"{name}.{parameter}" if stack else name] = module
     return layers
-
-
-def _load(folder: Path, model: "PreTrainedModel") -> Any:
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # low_cpu_mem_usage: without it PEFT first fills random matrices, which the folder's then replace.
-        return PeftModel.from_pretrained(
-            weightless(model),
-            str(folder),
-            torch_device="cpu",
-            low_cpu_mem_usage=True,
-            use_safetensors=True,
-        )
 
 
 def weightless(model: "PreTrainedModel") -> "PreTrainedModel":
@@ -132,32 +131,32 @@ def _other_layers(
     folder: Path, layers: Mapping[str, Any], adapter: Mapping[str, AdapterWeights]
 ) -> list[str]:
     problems = []
-    if missing := [name for name in adapter if name not in layers]:
+    missing = [name for name in adapter if name not in layers]
+    if missing:
         problems.append(f"PEFT does not adapt {_some(missing)}")
-    if more := [name for name in layers if name not in adapter]:
+    more = [name for name in layers if name not in adapter]
+    if more:
         problems.append(f"PEFT adapts {_some(more)}, which the run did not")
-    empty = [
-        name
-        for name in adapter
-        if name in layers and any(part.is_meta for part in _matrices(layers[name]))
-    ]
+    empty = []
+    for name, layer in layers.items():
+        a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        if name in adapter and (a.is_meta or b.is_meta):
+            empty.append(name)
     if empty:
         problems.append(f"PEFT finds no matrices for {_some(empty)}")
     with safe_open(folder / WEIGHTS, "pt") as file:
         spare = len(list(file.keys())) - 2 * len(adapter)
     if spare and not problems:
-        problems.append(
-            f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'fewer'} than the layers need"
-        )
+        kind = "more" if spare > 0 else "fewer"
+        problems.append(f"{WEIGHTS} has {abs(spare)} matrices {kind} than the layers need")
     return problems
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    text = ", ".join(names[:3])
+    if len(names) > 3:
+        text += f" and {len(names) - 3} more"
+    return text
 
 
 def _error(layer: Any, change: Change, sample: bool) -> float:
@@ -167,18 +166,18 @@ def _error(layer: Any, change: Change, sample: bool) -> float:
         return _of_linear(layer, change.expert(0), sample)
     left, right, scale = layer.get_delta_factors(_ADAPTER)
     numbers = {0, 1, layer.num_experts - 1} if sample else range(layer.num_experts)
-    # NaN is the largest error: it sorts after all numbers.
     errors = [
         _of_expert(left[number], right[number] * scale, change.expert(number), sample)
         for number in numbers
     ]
-    return max(errors, key=lambda error: (error != error, error))
+    return float(np.max(errors))  # NaN, if one of them is
 
 
 def _of_linear(layer: Any, change: Change, sample: bool) -> float:
     # PEFT computes the change of the outputs that lora_B has rows for, so it gets some rows at a time: a whole change
     # in float64 would take several times the memory of the weight.
-    up, total = layer.lora_B[_ADAPTER], _Total()
+    total = _Total()
+    up = layer.lora_B[_ADAPTER]
     whole = up.weight
     count = max(1, AT_ONCE // change.weights.da.shape[-1])
     try:
@@ -193,7 +192,8 @@ def _of_linear(layer: Any, change: Change, sample: bool) -> float:
 
 
 def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> float:
-    total, count = _Total(), max(1, AT_ONCE // right.shape[1])
+    total = _Total()
+    count = max(1, AT_ONCE // right.shape[1])
     for first in range(0, count if sample else len(left), count):
         last = min(first + count, len(left))
         total.add(left[first:last] @ right, change.exact(first, last, _CPU))
@@ -212,7 +212,8 @@ class _Total:
         self.size += float(exact.square().sum())
 
     def error(self) -> float:
-        return float((self.wrong / self.size) ** 0.5) if self.size else float(self.wrong**0.5)
+        ratio = self.wrong / self.size if self.size else self.wrong
+        return float(ratio**0.5)
 
 
 # Logits of the adapted, the merged and the PEFT-loaded model side by side, if the model fits in memory.
@@ -300,72 +301,58 @@ def measure_logits(
     """
     load = partial(_load_base, folders=folders, attention=attention.own(model), device=device)
     try:
-        own = _own(
-            _Adapted(load(folders.base), adapter, scale),
-            folders.merged,
-            merged_groups,
-            adapter,
-            batches,
-        )
-    except (
-        Exception
-    ) as error:  # the model's own code failed here, which says nothing about the export
+        ours = _Adapted(load(folders.base), adapter, scale)
+        before = ours.logits(batches, on=False)
+        reference = ours.logits(batches)
+        if folders.merged is not None:
+            ours.move(folders.merged, merged_groups, adapter)
+        # With base weights moved by the merge's rounding; the reference if there is no merged folder.
+        moved = ours.logits(batches)
+        ours.shake()
+        effect = _median(reference, before)
+        noise = _median(moved, ours.logits(batches))
+        del ours, before
+    except Exception as error:
+        # The model's own code failed here, which says nothing about the export.
         return f"the adapted model does not run here: {first_line(error)}"
-    if not bool(own.reference.isfinite().all()):
+    if not bool(reference.isfinite().all()):
         return "the adapted model's logits are not finite"
     gc.collect()
-    bound, merged = max(MARGIN * own.noise, SHARE * own.effect), None
+    bound = max(MARGIN * noise, SHARE * effect)
+    merged = rounding = peft = None
     if folders.merged is not None:
         with foreign("export: the merged model does not run"):
-            merged = Difference(_median(own.moved, _logits(load(folders.merged), batches)), bound)
+            merged = Difference(_median(moved, _logits(load(folders.merged), batches)), bound)
+        rounding = _median(reference, moved)
         gc.collect()
-    peft, note = None, ""
+    note = ""
     try:
         from peft import PeftModel
 
         wrapped: Any = PeftModel.from_pretrained(
             load(folders.base), str(folders.adapter), torch_device=str(device)
         )
-        theirs = _logits(wrapped.eval(), batches)
-        peft = Difference(_median(own.reference, theirs), bound)
-    except (
-        Exception
-    ) as error:  # check_adapter has already compared the weights, so this is a note and no problem
+        peft = Difference(_median(reference, _logits(wrapped.eval(), batches)), bound)
+    except Exception as error:
+        # check_adapter has already compared the weights, so this is a note and no problem.
         note = f"PEFT does not run the adapter: {first_line(error)}"
-    return Logits(
-        tokens=sum(batch.numel() for batch in batches),
-        largest=float(own.reference.abs().max()),
-        effect=own.effect,
-        noise=own.noise,
-        rounding=None if merged is None else _median(own.reference, own.moved),
-        merged=merged,
-        peft=peft,
-        note=note,
-    )
+    tokens = sum(batch.numel() for batch in batches)
+    largest = float(reference.abs().max())
+    return Logits(tokens, largest, effect, noise, rounding, merged, peft, note)
 
 
-@dataclass(frozen=True)
-class _Own:
-    reference: Tensor
-    moved: Tensor
-    """With base weights moved by the merge's rounding; the reference if there is no merged folder."""
-    effect: float
-    noise: float
-
-
-def _own(
-    ours: "_Adapted",
-    merged: Path | None,
-    merged_groups: Sequence[Group],
-    adapter: Mapping[str, AdapterWeights],
-    batches: Sequence[Tensor],
-) -> _Own:
-    before, reference = ours.logits(batches, on=False), ours.logits(batches)
-    if merged is not None:
-        ours.move(merged, merged_groups, adapter)
-    moved = ours.logits(batches)
-    ours.shake()
-    return _Own(reference, moved, _median(reference, before), _median(moved, ours.logits(batches)))
+def with_adapter(
+    model: nn.Module, adapter: Mapping[str, AdapterWeights], scale: float
+) -> dict[str, AdaptedWeight]:
+    """Put a trained adapter into the model, on its device; return the adapted layers by name."""
+    device = next(model.parameters()).device
+    factors = {name: weights.factors for name, weights in adapter.items()}
+    layers = inject(model, factors, scale)
+    for name, layer in layers.items():
+        layer.da.data.copy_(adapter[name].da)
+        layer.db.data.copy_(adapter[name].db)
+        layer.to(device)
+    return layers
 
 
 class _Adapted:
@@ -380,14 +367,7 @@ class _Adapted:
         self.weights = {
             name: model.get_parameter(parameter_of(model, name)).data for name in adapter
         }
-        device = next(model.parameters()).device
-        self.wrapped = inject(
-            model, {name: weights.factors for name, weights in adapter.items()}, scale
-        )
-        for name, layer in self.wrapped.items():
-            layer.da.data.copy_(adapter[name].da)
-            layer.db.data.copy_(adapter[name].db)
-            layer.to(device)
+        self.wrapped = with_adapter(model, adapter, scale)
 
     def logits(self, batches: Sequence[Tensor], on: bool = True) -> Tensor:
         for layer in self.wrapped.values():
@@ -404,7 +384,7 @@ class _Adapted:
                 numbers = group.read(merged, first, last)
                 for parameter, change in changes.items():
                     rows = group.rows(numbers, parameter, first, last)
-                    exact = change.exact(first, last, torch.device("cpu"))
+                    exact = change.exact(first, last, _CPU)
                     self.weights[layers[parameter]][first:last].copy_(rows.double() - exact)
 
     def shake(self) -> None:
@@ -414,11 +394,8 @@ class _Adapted:
         for name, layer in self.wrapped.items():
             for part in (self.weights[name], layer.da.data, layer.db.data, layer.a0, layer.b0):
                 if part is not None:
-                    part.mul_(
-                        (1 + eps * (torch.rand(part.shape, generator=generator) - 0.5)).to(
-                            part.device
-                        )
-                    )
+                    noise = torch.rand(part.shape, generator=generator) - 0.5
+                    part.mul_((1 + eps * noise).to(part.device))
 
 
 def _load_base(
@@ -479,15 +456,18 @@ class Parity:
         return not self.problems()
 
     def problems(self) -> list[str]:
-        lines = [] if self.merged is None else self.merged.problems()
-        lines += [f"adapter folder: {line}" for line in self.peft.problems]
+        lines = [f"adapter folder: {line}" for line in self.peft.problems]
+        if self.merged is not None:
+            lines = self.merged.problems() + lines
         if not self.peft.problems and not self.peft.error <= BOUND:
             lines.append(
                 f"PEFT computes the change of {self.peft.layer} with a relative error of {self.peft.error:.3g};"
                 f" at most {BOUND:g} is allowed"
             )
         # The logits of a folder that is known to be wrong would only repeat it.
-        return lines or ([] if isinstance(self.logits, str) else self.logits.problems())
+        if lines or isinstance(self.logits, str):
+            return lines
+        return self.logits.problems()
 
     def in_words(self, quantised: bool = False) -> str:
         """Return the result for a reader of the adapter: the bounds that hold, because figures differ by machine.
@@ -502,20 +482,19 @@ class Parity:
                 f"each merged weight is base + change, rounded to {self.merged.weights.stored}, and all other weights"
                 " are the base model's"
             )
-        return "; ".join([*results, _logits_in_words(self.logits, quantised)])
+        models = []
+        if not isinstance(self.logits, str):
+            if self.logits.merged:
+                models.append("the merged model")
+            if self.logits.peft:
+                models.append("the adapter in PEFT")
+        if not models:
+            return "; ".join([*results, "logits were not compared"])
+        theirs = "the trained adapter on the original weights" if quantised else "the training"
+        results.append(
+            f"the logits of {' and of '.join(models)} equal those of {theirs}, up to rounding errors"
+        )
+        return "; ".join(results)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
-
-
-def _logits_in_words(logits: Logits | str, quantised: bool) -> str:
-    compared = (
-        {}
-        if isinstance(logits, str)
-        else {"the merged model": logits.merged, "the adapter in PEFT": logits.peft}
-    )
-    models = [name for name, item in compared.items() if item]
-    if not models:
-        return "logits were not compared"
-    theirs = "the trained adapter on the original weights" if quantised else "the training"
-    return f"the logits of {' and of '.join(models)} equal those of {theirs}, up to rounding errors"
