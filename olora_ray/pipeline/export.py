@@ -128,7 +128,8 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
     """
     assert result.state is not None
     step = result.state.step
-    if (parity := folder.exported(spec.config, step)) is not None:
+    parity = folder.exported(spec.config, step)
+    if parity is not None:
         return Exported(spec, folder, result, parity)
     wanted = worker_resources(spec.config)
     cpus = wanted["CPU"]
@@ -137,7 +138,8 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         cpus = min(cpus * spec.config.cluster.most, largest)
     logger.info("exporting and checking the adapter and the merged model")
-    channel, done = make_channel(ray.get_runtime_context().get_node_id()), list[Any]()
+    channel = make_channel(ray.get_runtime_context().get_node_id())
+    done: list[Any] = []
     with user_errors():
         job: Any = ray.remote(_export_aloud).options(
             num_cpus=cpus, num_gpus=wanted.get("GPU", 0), max_retries=3, retry_exceptions=[OSError]
@@ -178,7 +180,9 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
         for name in EXPORTERS.names():
             storage.remove(folder.export(name))  # of an earlier attempt, with another adapter
         if parity.ok:
-            sources = {"adapter": plain} if merged is None else {"adapter": plain, "merged": merged}
+            sources = {"adapter": plain}
+            if merged is not None:
+                sources["merged"] = merged
             for name in spec.config.export.also:
                 out = stack.enter_context(node_cache.local_folder(folder.export(name)))
                 exporter.write(work, name, sources, out)
@@ -206,20 +210,27 @@ def _write_adapter(
 ) -> tuple[Parity, Compressed | None]:
     # The check comes before the model card, which contains its result. All comparisons use the original weights: the
     # export is for them, even if training used quantised ones.
-    config, limit = work.spec.config, work.spec.config.export.rank
-    written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
-    name, revision = public_name(work.base), _revision(config, work.base)
+    config = work.spec.config
+    written = work.adapter
+    compressed = None
+    if config.export.rank:
+        written, lost = compress(work.adapter, config.export.rank)
+        loss = export_losses.compressed_loss(work, written) if lost else None
+        compressed = Compressed(config.export.rank, lost, loss)
+    name = public_name(work.base)
+    revision = _revision(config, work.base)
+    card = about_data(work.spec)
     logger.info("export: writing the adapter, and loading it with PEFT")
     with new_adapter(written, config.adapter, name, out, work.model, revision) as (folder, rank):
         peft = check_adapter(folder, work.model, written, config.adapter.scale())
-        logits = (
-            "compression of the adapter changes the logits"
-            if lost
-            else _logits(work, merged, folder)
-        )
+        if compressed and compressed.lost:
+            logits: Logits | str = "compression of the adapter changes the logits"
+            card["compressed"] = compressed.in_words(reasons=False)
+        else:
+            logits = _logits(work, merged, folder)
+        if quantised:
+            card["quantised"] = quantised.in_words(reasons=False)
         parity = Parity(merged_check, peft, logits)
-        loss = export_losses.compressed_loss(work, written) if lost else None
-        compressed = Compressed(limit, lost, loss) if limit else None
         complete(
             config,
             work.base,
@@ -229,10 +240,8 @@ def _write_adapter(
             work.tokenizer,
             work.spec.template,
             merged,
-            **about_data(work.spec),
+            **card,
             checked=parity.in_words(quantised is not None),
-            compressed=compressed.in_words(reasons=False) if compressed and lost else "",
-            quantised=quantised.in_words(reasons=False) if quantised else "",
             ends=more_ends(work.spec.eos, work.base, work.tokenizer),
             stacked="target_parameters" in read_json(folder / CONFIG),
         )
@@ -241,12 +250,15 @@ def _write_adapter(
 
 def _write_merged(work: Work, out: Path) -> MergedFolder:
     """Write the merged folder and check it; the folder of a stopped attempt is kept if its bytes are right."""
-    if out.is_dir() and not (kept := _check_merged(work, out)).problems():
-        logger.info(
-            "export: keeping the merged model of an earlier attempt, which has the right bytes"
-        )
-        return kept
-    base, scale = Path(work.base.folder), work.spec.config.adapter.scale()
+    if out.is_dir():
+        kept = _check_merged(work, out)
+        if not kept.problems():
+            logger.info(
+                "export: keeping the merged model of an earlier attempt, which has the right bytes"
+            )
+            return kept
+    base = Path(work.base.folder)
+    scale = work.spec.config.adapter.scale()
     with replacing(out) as partial_folder:
         size = sum(group.size for group in work.groups) / 2**30
         logger.info(
@@ -262,21 +274,27 @@ def _write_merged(work: Work, out: Path) -> MergedFolder:
 
 
 def _check_merged(work: Work, folder: Path) -> MergedFolder:
-    base, scale = Path(work.base.folder), work.spec.config.adapter.scale()
-    if changed := merge.changed(base, folder, work.groups):
+    base = Path(work.base.folder)
+    changed = merge.changed(base, folder, work.groups)
+    if changed:
         return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(changed))
+    scale = work.spec.config.adapter.scale()
+    device = assigned_device()
     return MergedFolder(
-        merge.check_weights(base, folder, work.groups, work.adapter, scale, assigned_device()), ()
+        merge.check_weights(base, folder, work.groups, work.adapter, scale, device), ()
     )
 
 
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
-    spec, device = work.spec, assigned_device()
-    if why := too_large(parameters(work.base.folder), torch.float32, device):
+    spec = work.spec
+    device = assigned_device()
+    why = too_large(parameters(work.base.folder), torch.float32, device)
+    if why:
         return why
     logger.info("export: comparing logits with the trained model's")
     folders = Folders(Path(work.base.folder), merged, plain, spec.config.model.trust_remote_code)
-    tokens, scale = first_examples(spec.eval or spec.train), spec.config.adapter.scale()
+    tokens = first_examples(spec.eval or spec.train)
+    scale = spec.config.adapter.scale()
     logits = measure_logits(folders, work.model, work.groups, work.adapter, scale, tokens, device)
     if isinstance(logits, str):
         logger.info(f"export: cannot compare logits: {logits}")
@@ -340,14 +358,14 @@ def complete(
 
 def about_data(spec: TrainSpec) -> dict[str, Any]:
     """Return the fields of `Card` about the data of a run."""
-    data, held_out = spec.config.data, ""
+    data = spec.config.data
+    held_out = ""
     if spec.eval is not None:
         held_out = _rows(spec.eval)
-        held_out += (
-            model_card.in_words(data.eval)
-            if data.eval
-            else f"{data.eval_fraction:g} of the training rows"
-        )
+        if data.eval:
+            held_out += model_card.in_words(data.eval)
+        else:
+            held_out += f"{data.eval_fraction:g} of the training rows"
     return {"rows": _rows(spec.train), "held_out": held_out, "continued": bool(spec.start)}
 
 
@@ -372,13 +390,14 @@ def first_examples(store: TokenStore) -> list[torch.Tensor]:
     examples: list[torch.Tensor] = []
     room = PARITY_TOKENS
     for index in range(store.available):
-        pack, offset = store[index], 0
+        pack = store[index]
+        offset = 0
         for size in pack.segments:
             if size > room and examples:
                 return examples
             taken = min(size, room)
-            examples.append(
-                torch.tensor(pack.input_ids[offset : offset + taken], dtype=torch.int64)[None]
-            )
-            offset, room = offset + size, room - taken
+            ids = pack.input_ids[offset : offset + taken]
+            examples.append(torch.tensor(ids, dtype=torch.int64)[None])
+            offset += size
+            room -= taken
     return examples

@@ -105,8 +105,10 @@ class Card:
 
 def license_of(base: Path, hub_id: str | None, given: str | None) -> dict[str, Any]:
     """Return the license's fields of a model card: `given`, or those of the card in `base`; empty if it has none."""
-    if given or not (base / "README.md").is_file():
-        return {"license": given} if given else {}
+    if given:
+        return {"license": given}
+    if not (base / "README.md").is_file():
+        return {}
     from huggingface_hub import metadata_load
 
     found: dict[str, Any] = {}
@@ -117,58 +119,75 @@ def license_of(base: Path, hub_id: str | None, given: str | None) -> dict[str, A
     }
     if "://" not in str(fields.get("license_link", "://")):  # a file beside the base model's card
         link = fields.pop("license_link")
-        fields |= (
-            {"license_link": f"https://huggingface.co/{hub_id}/blob/main/{link}"} if hub_id else {}
-        )
+        if hub_id:
+            fields["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
     return fields
 
 
 def model_card(card: Card) -> str:
-    settings, hub = card.adapter, not posixpath.isabs(card.base_name)
-    base = card.base_name if hub else posixpath.basename(card.base_name)
-    path = card.base_name if hub else "PATH_OF_THE_BASE"
-    facts = [
-        f"Base model: `{base}`"
-        + (f" at revision `{card.revision}`" if card.revision else "")
-        + (", with the adapter merged into its weights" if card.merged else ", untouched")
-        + ("" if hub else "; a folder on the machine that trained, or a copy of that folder"),
-        f"SHA-256 of the base model's weights: `{card.base_digest}`",
-        f"Method: {settings.method}, rank {settings.rank}, alpha {settings.alpha:g}"
-        + ", rank-stabilised" * settings.rank_stabilized
-        + f", on {settings.targets if isinstance(settings.targets, str) else ', '.join(settings.targets)}"
-        + ("" if card.merged else f"; written as a plain LoRA of rank {card.rank}"),
-        f"Training data: {card.rows}{in_words(card.sources)}",
-        f"Training: {card.steps} steps of {card.batch} sequences of at most {card.max_length} tokens"
-        + ", from the adapter of an earlier run" * card.continued,
-        *([f"Held-out data: {card.held_out}"] if card.held_out else []),
-        *(
-            [f"Held-out loss: {card.eval_loss:.4f} per {card.unit}"]
-            if card.eval_loss is not None
-            else []
-        ),
-        *([f"Base model in the training: {card.quantised}"] if card.quantised else []),
-        *(
-            [f"Answers end with {card.ends}: set it as a server's stop token (`stop_token_ids`)"]
-            if card.ends
-            else []
-        ),
-        *([f"Compressed to rank {card.rank}: {card.compressed}"] if card.compressed else []),
-        *([f"Checks of the export: {card.checked}"] if card.checked else []),
-    ]
-    loading = (MERGED if card.merged else ADAPTER).format(
-        base=path,
-        loader=card.loader,
-        place=card.place,
-        revision=f', revision="{card.revision}"' if card.revision else "",
-        serving="" if card.merged else _serving(path, card),
-    )
-    title = f"{base}, fine-tuned" if card.merged else f"Adapter for {base}"
+    hub = not posixpath.isabs(card.base_name)
+    base = path = card.base_name
+    if not hub:
+        base = posixpath.basename(base)
+        path = "PATH_OF_THE_BASE"
+    if card.merged:
+        title = f"{base}, fine-tuned"
+        loading = MERGED
+        serving = ""
+    else:
+        title = f"Adapter for {base}"
+        loading = ADAPTER
+        serving = _serving(path, card)
     return CARD.format(
         metadata=_metadata(card, hub),
         title=title,
-        facts="\n".join(f"- {fact}" for fact in facts),
-        loading=loading,
+        facts=_facts(card, base, hub),
+        loading=loading.format(
+            base=path,
+            loader=card.loader,
+            place=card.place,
+            revision=f', revision="{card.revision}"' if card.revision else "",
+            serving=serving,
+        ),
     )
+
+
+def _facts(card: Card, base: str, hub: bool) -> str:
+    model = f"`{base}`"
+    if card.revision:
+        model += f" at revision `{card.revision}`"
+    model += ", with the adapter merged into its weights" if card.merged else ", untouched"
+    if not hub:
+        model += "; a folder on the machine that trained, or a copy of that folder"
+    adapter = card.adapter
+    method = f"{adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+    if adapter.rank_stabilized:
+        method += ", rank-stabilised"
+    targets = adapter.targets
+    method += f", on {targets if isinstance(targets, str) else ', '.join(targets)}"
+    if not card.merged:
+        method += f"; written as a plain LoRA of rank {card.rank}"
+    training = f"{card.steps} steps of {card.batch} sequences of at most {card.max_length} tokens"
+    if card.continued:
+        training += ", from the adapter of an earlier run"
+    facts = {
+        "Base model": model,
+        "SHA-256 of the base model's weights": f"`{card.base_digest}`",
+        "Method": method,
+        "Training data": card.rows + in_words(card.sources),
+        "Training": training,
+        "Held-out data": card.held_out,
+    }
+    if card.eval_loss is not None:
+        facts["Held-out loss"] = f"{card.eval_loss:.4f} per {card.unit}"
+    facts["Base model in the training"] = card.quantised
+    if card.ends:
+        facts[f"Answers end with {card.ends}"] = (
+            "set it as a server's stop token (`stop_token_ids`)"
+        )
+    facts[f"Compressed to rank {card.rank}"] = card.compressed
+    facts["Checks of the export"] = card.checked
+    return "\n".join(f"- {name}: {text}" for name, text in facts.items() if text)
 
 
 def facts_of(folder: Path) -> str:
@@ -179,23 +198,22 @@ def facts_of(folder: Path) -> str:
 def _metadata(card: Card, hub: bool) -> str:
     # The hub reads these fields: https://huggingface.co/docs/hub/model-cards. A merged adapter is a fine-tuned model
     # there; `merge` means a mixture of several models.
-    relation = {
-        "base_model": card.base_name,
-        "base_model_relation": "finetune" if card.merged else "adapter",
-    }
+    fields = dict(card.license)
+    if hub:
+        fields["base_model"] = card.base_name
+        fields["base_model_relation"] = "finetune" if card.merged else "adapter"
     datasets = [
         each.path[5:].partition("?")[0] for each in card.sources if each.path.startswith("hf://")
     ]
-    fields = {
-        **card.license,
-        **(relation if hub else {}),
-        **({"datasets": list(dict.fromkeys(datasets))} if datasets else {}),
-        "library_name": "transformers" if card.merged else "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", card.adapter.method],
-    }
-    unknown = "" if hub else "# base_model: the hub id of the base model, if it has one\n"
-    return unknown + yaml.safe_dump(fields, sort_keys=False)
+    if datasets:
+        fields["datasets"] = list(dict.fromkeys(datasets))
+    fields["library_name"] = "transformers" if card.merged else "peft"
+    fields["pipeline_tag"] = "text-generation"
+    fields["tags"] = ["lora", card.adapter.method]
+    text = yaml.safe_dump(fields, sort_keys=False)
+    if not hub:
+        text = f"# base_model: the hub id of the base model, if it has one\n{text}"
+    return text
 
 
 def _serving(base: str, card: Card) -> str:
@@ -204,7 +222,9 @@ def _serving(base: str, card: Card) -> str:
     vllm_rank = next((each for each in VLLM_RANKS if each >= card.rank), None)
     if vllm_rank is None:
         return NOT_SERVED.format(rank=card.rank, largest=VLLM_RANKS[-1])
-    template = " --chat-template THIS_FOLDER/chat_template.jinja" * card.own_template
+    template = ""
+    if card.own_template:
+        template = " --chat-template THIS_FOLDER/chat_template.jinja"
     revision = f" --revision {card.revision}" if card.revision else ""
     return SERVING.format(
         base=base, rank=vllm_rank, revision=revision, place=card.place, template=template
@@ -212,19 +232,17 @@ def _serving(base: str, card: Card) -> str:
 
 
 def in_words(sources: Sequence[Source]) -> str:
-    rest = [f"{len(sources) - 6} more"] if len(sources) > 6 else []
-    return ", ".join([*map(_source, sources[:6]), *rest])
-
-
-def _source(source: Source) -> str:
-    # Paths and buckets stay out of the card; a data set of the hub is public.
-    name = (
-        source.path
-        if source.path.startswith("hf://")
-        else source.path.rstrip("/").rsplit("/", 1)[-1]
-    )
-    if storage.is_uri(source.path) and not source.path.startswith("hf://"):
-        name = name.partition("?")[0]
-    weight = f", weight {source.weight:g}" if source.weight != 1 else ""
-    name = " ".join(name.replace("`", "'").split())
-    return f"`{name}` ({source.format}{weight})"
+    parts = []
+    for source in sources[:6]:
+        name = source.path
+        # Paths and buckets stay out of the card; a data set of the hub is public.
+        if not name.startswith("hf://"):
+            name = name.rstrip("/").rsplit("/", 1)[-1]
+            if storage.is_uri(source.path):
+                name = name.partition("?")[0]
+        name = " ".join(name.replace("`", "'").split())
+        weight = f", weight {source.weight:g}" if source.weight != 1 else ""
+        parts.append(f"`{name}` ({source.format}{weight})")
+    if len(sources) > 6:
+        parts.append(f"{len(sources) - 6} more")
+    return ", ".join(parts)

@@ -29,15 +29,18 @@ OF_CODE = ("*.py", "*.model")
 TEMPLATES = "additional_chat_templates"
 OF_A_MACHINE = ("local_files_only", "is_local", "name_or_path")
 """Keys of tokenizer_config.json that say how and from where it was loaded."""
-GENERATION, ENDS = "generation_config.json", "eos_token_id"
+GENERATION = "generation_config.json"
+ENDS = "eos_token_id"
 _CONFIGS = ("config.json", GENERATION)
 
 
 def copy_tokenizer(base: Path, out: Path) -> None:
     """Copy the tokenizer's files of a model folder into another, in a form that transformers 4 reads too."""
     names = set(TOKENIZER_FILES)
-    if _brings_code(base / "tokenizer_config.json"):
-        names |= {file.name for pattern in OF_CODE for file in base.glob(pattern)}
+    settings = base / "tokenizer_config.json"
+    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("auto_map"):
+        for pattern in OF_CODE:
+            names |= {file.name for file in base.glob(pattern)}
     for name in sorted(names):
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
@@ -58,10 +61,13 @@ def put_template(folder: Path, source: str) -> None:
     # The template of a processor, and others, were not used in the training. transformers would prefer some of them.
     (folder / "chat_template.json").unlink(missing_ok=True)
     shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
-    _rewrite(
-        folder / "tokenizer_config.json",
-        lambda fields: {**fields, "chat_template": None} if "chat_template" in fields else fields,
-    )
+
+    def without_template(fields: dict[str, Any]) -> dict[str, Any]:
+        if "chat_template" in fields:
+            return {**fields, "chat_template": None}
+        return fields
+
+    _rewrite(folder / "tokenizer_config.json", without_template)
 
 
 def end_with(folder: Path, ids: Sequence[int]) -> None:
@@ -75,12 +81,6 @@ def end_with(folder: Path, ids: Sequence[int]) -> None:
         }
         file.write_text(json.dumps(kept), encoding="utf-8")
     _rewrite(file, lambda fields: {**fields, ENDS: list(ids)})
-
-
-def _brings_code(settings: Path) -> bool:
-    return settings.is_file() and bool(
-        json.loads(settings.read_text(encoding="utf-8")).get("auto_map")
-    )
 
 
 def make_portable(folder: Path) -> None:
@@ -98,35 +98,29 @@ def portable_config(tree: Any) -> Any:
 
     Fields that transformers 5 renamed get their old name as well: transformers 4 would silently use its defaults.
     """
-    if isinstance(tree, dict):
-        kept = {
-            name: portable_config(value)
-            for name, value in tree.items()
-            if not _is_place(name, value)
-        }
-        return {**kept, **_old_names(kept)}
-    return [portable_config(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def _old_names(fields: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(tree, list):
+        return [portable_config(value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    kept = {
+        name: portable_config(value) for name, value in tree.items() if not _is_place(name, value)
+    }
     # Rotary positions by the names of transformers 4; 5 reads both.
-    rope = fields.get("rope_parameters")
-    if (
-        not isinstance(rope, dict)
-        or "rope_theta" not in rope
-        or not fields.keys().isdisjoint(_OLD_ROPE)
-    ):
-        return {}
-    rest = {name: value for name, value in rope.items() if name != "rope_theta"}
-    scaled = rest.get("rope_type", "default") != "default"
-    return {"rope_theta": rope["rope_theta"], **({"rope_scaling": rest} if scaled else {})}
+    rope = kept.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and kept.keys().isdisjoint(_OLD_ROPE):
+        rest = {name: value for name, value in rope.items() if name != "rope_theta"}
+        kept["rope_theta"] = rope["rope_theta"]
+        if rest.get("rope_type", "default") != "default":
+            kept["rope_scaling"] = rest
+    return kept
 
 
 def _rewrite(file: Path, change: Callable[[Any], Any]) -> None:
     if not file.is_file():
         return
     fields = json.loads(file.read_text(encoding="utf-8"))
-    if (kept := change(fields)) != fields:
+    kept = change(fields)
+    if kept != fields:
         file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
