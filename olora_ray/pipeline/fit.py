@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -48,12 +47,10 @@ class Monitor:
         telemetry: Telemetry,
         on_row: OnRow | None = None,
     ) -> None:
-        self.channel, self.tracker, self.progress, self.telemetry = (
-            channel,
-            tracker,
-            progress,
-            telemetry,
-        )
+        self.channel = channel
+        self.tracker = tracker
+        self.progress = progress
+        self.telemetry = telemetry
         self.on_row = on_row
         self.highest = tracker.last_step("train/loss") or 0
         """The last step that a worker has reported as done."""
@@ -72,10 +69,10 @@ class Monitor:
                 case Saved():
                     self.telemetry.saved(message.seconds)
                 case Started():
-                    rows |= {int(row["step"]): _without_step(row) for row in message.history}
+                    rows |= by_step(message.history)
                     on_start(message)
                 case dict():
-                    rows[int(message["step"])] = _without_step(message)
+                    rows |= by_step([message])
                     self.highest = max(self.highest, int(message["step"]))
                     self.progress.row(message)
                     self.telemetry.row(message)
@@ -86,8 +83,12 @@ class Monitor:
                 self.on_row(step, row)
 
 
-def _without_step(row: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "step"}
+def by_step(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """Return the metrics of rows by their field `step`."""
+    found = {}
+    for row in rows:
+        found[int(row["step"])] = {name: value for name, value in row.items() if name != "step"}
+    return found
 
 
 # Groups of workers of one training: choose the number of workers for each, and decide whether another one follows.
@@ -127,9 +128,16 @@ class Supervisor:
 
         `keep_used` gets the resource seconds of this process's groups, now and then and at the end.
         """
-        self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
-        self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
-        self.worker, self.placed = worker, placed
+        self.spec = spec
+        self.build = build
+        self.monitor = monitor
+        self.channel = monitor.channel
+        self.progress = monitor.progress
+        self.stop = stop
+        self.worker = worker
+        self.fit = fit
+        self.placed = placed
+        self.keep_used = keep_used
         self.schedule = Schedule(spec.config.train, build.store)
         self.workers: int | None = None
         """Size of the group that trains or that trained last."""
@@ -142,7 +150,7 @@ class Supervisor:
         """Why the driver has ended the group; None if it has not."""
         self._waited_since = self._looked = self._counted = self._kept = time.monotonic()
         self._room = 0
-        self.used, self.keep_used = dict.fromkeys(worker, 0.0), keep_used
+        self.used = dict.fromkeys(worker, 0.0)
 
     def run(self) -> TrainResult:
         """Train until done; raise UserError with the last failure, and Stopped after a signal."""
@@ -150,9 +158,8 @@ class Supervisor:
         # A trial must not wait for room: processes that trials share hold their resources until the search ends.
         at_once = self.placed or not cluster.is_elastic
         while True:
-            group = Group(
-                self.fit, cluster.most if at_once else self._wait_for_room(), self.channel
-            )
+            workers = cluster.most if at_once else self._wait_for_room()
+            group = Group(self.fit, workers, self.channel)
             try:
                 result = self._follow(group)
             except (RayActorError, ray.train.TrainingFailedError) as error:
@@ -194,16 +201,18 @@ class Supervisor:
 
     def _wait_for_room(self) -> int:
         """Wait until cluster.workers' minimum fits, and return how many workers fit."""
-        fewest, most = (
-            self.spec.config.cluster.fewest,
-            self.spec.config.cluster.most,
-        )
-        free, since, told = -1, time.monotonic(), False
+        fewest = self.spec.config.cluster.fewest
+        most = self.spec.config.cluster.most
+        free = -1
+        since = time.monotonic()
+        told = False
         with PlacementRequest(self.worker, fewest, after=3 * SETTLE) as request:
             while True:
                 free_abandoned()
-                if (now := min(free_workers(self.worker), most)) != free:
-                    free, since = now, time.monotonic()
+                now = min(free_workers(self.worker), most)
+                if now != free:
+                    free = now
+                    since = time.monotonic()
                 if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
                     return free
                 if request.look() and not told:
@@ -217,9 +226,9 @@ class Supervisor:
 
     def _follow(self, group: Group) -> TrainResult:
         self._asked = self._running = self._silent = False
-        self._hung, self._waited_since = None, time.monotonic()
-        self._counted = self._waited_since
-        collected, result = time.monotonic(), None
+        self._hung = None
+        self._waited_since = self._counted = collected = time.monotonic()
+        result = None
         try:
             while not group.ended() and result is None:
                 self._look()
@@ -257,15 +266,13 @@ class Supervisor:
         """End the group if more workers fit, so that a larger one resumes."""
         most = self.spec.config.cluster.most
         missing = most - (self.workers or most)
-        quiet = (
-            self._running and not self._asked
-        )  # otherwise starting workers are about to take the free room
-        if missing and quiet:
+        room = 0
+        # Otherwise starting workers are about to take the free room.
+        if missing and self._running and not self._asked:
             free_abandoned()
-        room = min(missing, free_workers(self.worker)) if missing and quiet else 0
-        if (
-            room and self._room
-        ):  # seen twice, because room may be free for a moment between two uses
+            room = min(missing, free_workers(self.worker))
+        # Seen twice, because room may be free for a moment between two uses.
+        if room and self._room:
             self._ask("the cluster has grown")
         self._room = room
 
@@ -295,10 +302,9 @@ class Supervisor:
             self._kept = now
             self.keep_used(self.used)
         if silent:
-            ranks = " and ".join(
-                f"worker {rank}" for rank in sorted(member.rank for member in silent)
-            )
-            self._hung = f"{ranks} gave no sign of life for {silence:g} s"
+            silent = sorted(silent, key=lambda member: member.rank)
+            names = " and ".join(f"worker {member.rank}" for member in silent)
+            self._hung = f"{names} gave no sign of life for {silence:g} s"
             for member in silent:
                 end_hung(member)
             ray_internals.end_train_controllers()
@@ -312,7 +318,8 @@ class Supervisor:
         self.channel.request_stop.remote(why)
 
     def _started(self, event: Started) -> None:
-        workers, step = event.workers, event.resumed_from or 0
+        workers = event.workers
+        step = event.resumed_from or 0
         again = max(0, self.monitor.highest - step)
         first = self.workers is None and self.cause is None
         self.monitor.telemetry.started(workers, again=not first)
@@ -330,7 +337,9 @@ class Supervisor:
             self.progress.line(
                 f"training starts with {plural(workers, 'worker')}{self._split(workers)}"
             )
-        self.workers, self.cause, self._running = workers, None, True
+        self.workers = workers
+        self.cause = None
+        self._running = True
 
     def _split(self, workers: int) -> str:
         config = self.spec.config
@@ -371,19 +380,22 @@ def train(
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             if fit_on is None:
                 progress.line("starting the workers; each imports torch and transformers")
-            fit = partial(fit_on or partial(_fit, spec, folder, worker), channel)
             before = folder.used()
 
+            def fit(workers: int) -> TrainResult:
+                if fit_on is not None:
+                    return fit_on(channel, workers)
+                trainer = ray_trainer(spec, folder.root, worker, channel, workers)
+                result: TrainResult = trainer.fit().return_value
+                return result
+
             def keep_used(used: dict[str, float]) -> None:
-                with contextlib.suppress(
-                    OSError
-                ):  # a store that does not answer must not end a training
-                    folder.keep_used(
-                        {
-                            name: before.get(name, 0.0) + used.get(name, 0.0)
-                            for name in before | used
-                        }
-                    )
+                total = {
+                    name: before.get(name, 0.0) + used.get(name, 0.0) for name in before | used
+                }
+                # A store that does not answer must not end a training.
+                with contextlib.suppress(OSError):
+                    folder.keep_used(total)
 
             result = Supervisor(
                 spec, build, monitor, stop, worker, fit, fit_on is not None, keep_used
@@ -411,14 +423,5 @@ def finished_training(spec: TrainSpec, folder: RunFolder, state: RunState) -> Tr
         return None  # the last checkpoint is lost: train again from an earlier one, with the same result
     logger.info(
         f"training is already finished, at step {result.state.step}; continuing with the export"
-    )
-    return result
-
-
-def _fit(
-    spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int
-) -> TrainResult:
-    result: TrainResult = (
-        ray_trainer(spec, folder.root, worker, channel, workers).fit().return_value
     )
     return result

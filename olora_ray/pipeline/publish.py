@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.export import Exported, license_of
+from olora_ray.pipeline.fit import by_step
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
 from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import checksums, client, models
@@ -86,9 +88,7 @@ def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) 
             {step: {f"score/{name}": value for name, value in scores.get(when, {}).items()}}
         )
     columns = ("prompt", "reference", "before", "after")
-    tracker.table(
-        "samples", columns, [[getattr(item, name) for name in columns] for item in answers]
-    )
+    tracker.table("samples", columns, [astuple(item) for item in answers])
     return scores
 
 
@@ -99,7 +99,37 @@ def publish(
 
     Raises TrackingUnavailable if MLflow does not answer; then do not write result.json, so that a retry logs the rest.
     """
-    content = _result(exported, tracker, scores, register(exported, tracker, tags, scores))
+    version = register(exported, tracker, tags, scores)
+    spec = exported.spec
+    state = exported.state
+    last: dict[str, float] = {}
+    for row in state.history:
+        last |= row
+    # The last evaluation may be of a worse adapter than the exported one.
+    for row in state.history:
+        if row["step"] == state.best_step and "eval/loss" in row:
+            last |= {name: value for name, value in row.items() if name.startswith("eval/")}
+    last.pop("step", None)
+    registered = None
+    if version is not None:
+        registry = spec.config.registry
+        registered = {"model": registry.model, "version": version, "alias": registry.alias}
+    content = {
+        "run": spec.config.run.name,
+        "steps": state.step,
+        "automatic_lr": state.lr,
+        "stopped_early": exported.result.stopped_early,
+        "best_step": exported.step,
+        "metrics": last,
+        "eval_loss_before": next(iter(exported.losses()), None),
+        "scores": scores,
+        "base": spec.base.to_json(),
+        "data": {"train": spec.train.digest, "eval": spec.eval.digest if spec.eval else None},
+        "self_test": exported.result.self_test,
+        "parity": exported.parity,
+        "mlflow": {"uri": client.shown_uri(tracker.uri), "run_id": tracker.run_id},
+        "registered": registered,
+    }
     tracker.text(json.dumps(content, indent=2) + "\n", "result.json")
     return content
 
@@ -112,11 +142,11 @@ def register(
     `tags` override the version's own tags. Returns the version. Safe to repeat; raises TrackingUnavailable if MLflow
     does not answer.
     """
-    spec, state = exported.spec, exported.state
-    config, registry = spec.config, spec.config.registry
-    tracker.metrics(
-        {int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history}
-    )
+    spec = exported.spec
+    state = exported.state
+    config = spec.config
+    registry = config.registry
+    tracker.metrics(by_step(state.history))
     log_data(tracker, spec)
     tracker.text(json.dumps(exported.parity, indent=2), "parity.json")
     made_of = Fingerprint(
@@ -125,9 +155,11 @@ def register(
         spec.eval.digest if spec.eval else "",
         settings_digest(config),
     )
+    used = exported.folder.used()
     own: dict[str, object] = {
         **made_of.tags(),
-        **_cost(exported.folder),
+        GPU_SECONDS: f"{used.get('GPU', 0.0):.0f}",
+        CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}",
         BASE: mask(spec.base.shown()),
         RUN: exported.folder.root,
         "olora.method": config.adapter.method,
@@ -150,44 +182,6 @@ def register(
         if registry.key:
             Aliases(tracker.uri, registry.model).sign(str(version), registry.key)
         return version
-
-
-def _cost(folder: RunFolder) -> dict[str, str]:
-    used = folder.used()
-    return {
-        GPU_SECONDS: f"{used.get('GPU', 0.0):.0f}",
-        CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}",
-    }
-
-
-def _result(
-    exported: Exported, tracker: Tracker, scores: Scores, version: int | None
-) -> dict[str, Any]:
-    spec, state, registry = exported.spec, exported.state, exported.spec.config.registry
-    last: dict[str, float] = {}
-    for row in state.history:
-        last |= {name: value for name, value in row.items() if name != "step"}
-    # The last evaluation may be of a worse adapter than the exported one.
-    for row in state.history:
-        if row["step"] == state.best_step and "eval/loss" in row:
-            last |= {name: value for name, value in row.items() if name.startswith("eval/")}
-    registered = {"model": registry.model, "version": version, "alias": registry.alias}
-    return {
-        "run": spec.config.run.name,
-        "steps": state.step,
-        "automatic_lr": state.lr,
-        "stopped_early": exported.result.stopped_early,
-        "best_step": exported.step,
-        "metrics": last,
-        "eval_loss_before": next(iter(exported.losses()), None),
-        "scores": scores,
-        "base": spec.base.to_json(),
-        "data": {"train": spec.train.digest, "eval": spec.eval.digest if spec.eval else None},
-        "self_test": exported.result.self_test,
-        "parity": exported.parity,
-        "mlflow": {"uri": client.shown_uri(tracker.uri), "run_id": tracker.run_id},
-        "registered": None if version is None else registered,
-    }
 
 
 # The push of the exports to the Hugging Face hub.
@@ -234,8 +228,12 @@ PUSHED = "olora.pushed"
 
 def push(config: Config) -> None:
     """Push the config's finished run to export.push, unless that is done; raise UserError and TryAgain as `_upload`."""
-    folder, repo = RunFolder(config.folder()), config.export.push
-    if repo and (result := folder.state().finished(config)) and result.get("pushed") != repo:
+    repo = config.export.push
+    if not repo:
+        return
+    folder = RunFolder(config.folder())
+    result = folder.state().finished(config)
+    if result and result.get("pushed") != repo:
         is_merged = storage.exists(storage.join(folder.merged, "config.json"))
         with node_cache.fetched(folder.merged if is_merged else folder.adapter) as files:
             _upload(config, repo, files, f"run {config.run.name}")
@@ -247,10 +245,13 @@ def push_version(config: Config, number: str) -> None:
 
     Raises UserError for a file that is not as it was registered, and as `_upload`.
     """
-    uri, name, what = resolve_uri(config), str(config.registry.model), f"version {number}"
+    uri = resolve_uri(config)
+    name = str(config.registry.model)
+    what = f"version {number}"
     with client.reachable(uri):
         last = client.connect(uri).get_registered_model(name).tags.get(PUSHED)
-    if (repo := config.export.push) and last != f"{repo} {what}":
+    repo = config.export.push
+    if repo and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
         found = models.of_config(
             override(config, {"model.name": f"models:/{name}/{number}", "model.revision": None})
@@ -269,14 +270,11 @@ def _upload(config: Config, repo: str, files: Path, what: str) -> None:
     """
     from huggingface_hub import HfApi
 
-    hub, subject = (
-        HfApi(),
-        f"export.push: {repo}: {what} is not pushed; the same command only pushes",
-    )
+    hub = HfApi()
+    subject = f"export.push: {repo}: {what} is not pushed; the same command only pushes"
     logger.info(f"pushing {what} to {repo}")
-    _note_push(
-        config, f"{repo} unfinished"
-    )  # after a crash in the upload, nobody knows what the repository has
+    # After a crash in the upload, nobody knows what the repository has.
+    _note_push(config, f"{repo} unfinished")
     with as_user_error(subject, Exception, reason=_hub_problem, passes=is_temporary):
         hub.create_repo(repo, private=True, exist_ok=True)
         message = f"olora_ray: {config.registry.model or ''} {what}"
@@ -288,7 +286,8 @@ def _upload(config: Config, repo: str, files: Path, what: str) -> None:
 
 
 def _note_push(config: Config, state: str) -> None:
-    uri, name = resolve_uri(config), config.registry.model
+    uri = resolve_uri(config)
+    name = config.registry.model
     # A run may have been registered elsewhere, or not at all; then no retraining reads the tag.
     if name and Aliases(uri, name).versions():
         with client.reachable(uri):
