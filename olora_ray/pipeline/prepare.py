@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from olora_ray.adapter.inject import Selection
 from olora_ray.cluster import preflight
 from olora_ray.cluster.decide import (
     LENGTH,
@@ -50,12 +49,24 @@ logger = logging.getLogger(__name__)
 
 def check_settings(config: Config) -> None:
     """Raise UserError for an objective or scorer that cannot be used; warn of settings without effect."""
-    _check_objective(config)
-    _check_scorer(config)
-    if config.train.early_stop and not config.data.holds_out():
-        logger.warning(
-            "train.early_stop: has no effect, because no rows are held out; set data.eval or data.eval_fraction"
+    _check_formats(config)
+    name = config.train.objective
+    metrics = [config.gate.metric, *(condition.metric for condition in config.gate.conditions)]
+    if "eval/perplexity" in metrics and not objective_named(name).perplexity:
+        raise UserError(
+            f"gate: metric eval/perplexity is not measured with train.objective={name}; use eval/loss"
         )
+    scorer = config.evaluation.scorer
+    if scorer:
+        scoring.resolve(scorer)
+    if config.data.holds_out():
+        return
+    useless = {"evaluation.scorer": scorer, "train.early_stop": config.train.early_stop}
+    for field, value in useless.items():
+        if value:
+            logger.warning(
+                f"{field}: has no effect, because no rows are held out; set data.eval or data.eval_fraction"
+            )
 
 
 def plan(decided: Decided, base: BaseModel, prefix: str = "") -> None:
@@ -63,20 +74,23 @@ def plan(decided: Decided, base: BaseModel, prefix: str = "") -> None:
 
     `prefix` comes before each line of the plan.
     """
-    config, size = decided.config, decided.size
-    _refuse_undeliverable(config, base, size)
-    for line in (_model_line(config, size), *_left_out(size.selection)):
-        logger.info(f"{prefix}{line}")
-
-
-def _check_objective(config: Config) -> None:
-    """Raise UserError if the objective cannot learn from a format, or has no perplexity for the gate."""
-    _check_formats(config)
-    name = config.train.objective
-    metrics = [config.gate.metric, *(condition.metric for condition in config.gate.conditions)]
-    if "eval/perplexity" in metrics and not objective_named(name).perplexity:
-        raise UserError(
-            f"gate: metric eval/perplexity is not measured with train.objective={name}; use eval/loss"
+    config = decided.config
+    size = decided.size
+    problems = export_preflight.problems(base, config, size.targets)
+    if len(problems) > 2:
+        more = plural(len(problems) - 2, "more type")
+        problems = [*problems[:2], f"{more} of layers cannot be exported"]
+    if problems:
+        raise UserError("; ".join(problems))
+    logger.info(prefix + _model_line(config, size))
+    # The reasons that are not by design may surprise the user.
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in size.selection.left_out.items():
+        if not reason.by_design:
+            names_by_reason.setdefault(reason.kind, []).append(name)
+    for kind, names in names_by_reason.items():
+        logger.info(
+            f"{prefix}adapter.targets: all-linear leaves out {len(names)} layers: {kind} (for example {names[0]})"
         )
 
 
@@ -97,31 +111,9 @@ def _check_formats(config: Config) -> None:
                 )
 
 
-def _check_scorer(config: Config) -> None:
-    """Raise UserError for an unknown scorer; warn if there are no rows to score."""
-    if not config.evaluation.scorer:
-        return
-    scoring.resolve(config.evaluation.scorer)
-    if not config.data.holds_out():
-        logger.warning(
-            "evaluation.scorer: has no effect, because no rows are held out; set data.eval or data.eval_fraction"
-        )
-
-
-def _refuse_undeliverable(config: Config, base: BaseModel, size: MemoryEstimate) -> None:
-    """Raise UserError if the training could not be exported."""
-    if problems := export_preflight.problems(base, config, size.targets):
-        more = [f"{plural(len(problems) - 2, 'more type')} of layers cannot be exported"] * (
-            len(problems) > 2
-        )
-        raise UserError("; ".join([*problems[:2], *more]))
-
-
 def _model_line(config: Config, size: MemoryEstimate) -> str:
-    share, covered = (
-        size.trainable / size.parameters,
-        sum(map(math.prod, size.targets.values())) / size.parameters,
-    )
+    share = size.trainable / size.parameters
+    covered = sum(map(math.prod, size.targets.values())) / size.parameters
     stacks = [
         target.experts for target in size.selection.targets.values() if target.experts is not None
     ]
@@ -134,40 +126,11 @@ def _model_line(config: Config, size: MemoryEstimate) -> str:
     )
 
 
-def _left_out(selection: Selection) -> list[str]:
-    # The reasons that are not by design may surprise the user.
-    names_by_reason: dict[str, list[str]] = {}
-    for name, reason in selection.left_out.items():
-        if not reason.by_design:
-            names_by_reason.setdefault(reason.kind, []).append(name)
-    return [
-        f"adapter.targets: all-linear leaves out {len(names)} layers: {reason} (for example {names[0]})"
-        for reason, names in names_by_reason.items()
-    ]
-
-
-def _memory_line(config: Config, size: MemoryEstimate) -> str:
-    packed = config.model.quantization
-    parts = {
-        "base" if packed == "none" else f"base as {packed}": size.base_bytes,
-        "adapter and optimizer": size.adapter_bytes,
-    }
-    if packed != "none" or size.gathered_bytes:
-        parts["gathered" if packed == "none" else "one unpacked layer"] = size.gathered_bytes
-    answering = size.answer_bytes > size.activation_bytes
-    parts["answers to held-out prompts" if answering else "activations"] = max(
-        size.answer_bytes, size.activation_bytes
-    )
-    shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
-    return (
-        f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
-        f" plus about 1 GiB for the process{f'; without {size.problem}' if size.problem else ''}"
-    )
-
-
 def length(config: DecidedConfig, packs: int, about: bool = False) -> str:
     """Return the number of steps and the size of a step in words; `about`: `packs` is an estimate."""
-    steps = f"{'about ' if about else ''}{total_steps(config.train, packs)} steps"
+    steps = f"{total_steps(config.train, packs)} steps"
+    if about:
+        steps = f"about {steps}"
     return f"{steps}; {batch_split(config, config.cluster.most)}"
 
 
@@ -178,17 +141,17 @@ def say_steps(spec: TrainSpec) -> None:
             f"training: {length(spec.config, len(spec.train))}; an epoch has {len(spec.train):,} sequences,"
             f" {manifest.tokens:,} tokens, {manifest.supervised:,} of them supervised"
         )
+        return
+    train = spec.config.train
+    if train.steps:
+        steps = f"{train.steps} steps"
     else:
-        train = spec.config.train
-        steps = (
-            f"{train.steps} steps"
-            if train.steps
-            else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
-        )
-        split = batch_split(spec.config, spec.config.cluster.most)
-        logger.info(
-            f"training: {steps}; {split}; tokens are prepared in {spec.train.shard_count:,} shards"
-        )
+        noun = "epoch" if train.epochs == 1 else "epochs"
+        steps = f"{train.epochs:g} {noun}"
+    split = batch_split(spec.config, spec.config.cluster.most)
+    logger.info(
+        f"training: {steps}; {split}; tokens are prepared in {spec.train.shard_count:,} shards"
+    )
 
 
 # The decisions of a run, and its tokens.
@@ -204,7 +167,9 @@ def read_data(
 
     Raises UserError for unusable data. For `data.max_length: auto` the rows of a sample are read.
     """
-    facts = DataFacts(detect.find_formats(config) if found is None else found)
+    if found is None:
+        found = detect.find_formats(config)
+    facts = DataFacts(found)
     if is_auto(config.data.max_length) and kept.decision(LENGTH) is None:
         most = most_tokens(skeleton(base.model, config.model))
         changes = {LENGTH: most, "data.max_rejected": 1.0}
@@ -216,7 +181,9 @@ def read_data(
 
 
 def _lengths(config: DataConfig, base: Base, most: int) -> Lengths:
-    splits: tuple[Split, ...] = ("train", "eval") if config.data.holds_out() else ("train",)
+    splits: list[Split] = ["train"]
+    if config.data.holds_out():
+        splits.append("eval")
     looks = [describe(config, base.spec, split, tell=False) for split in splits]
     return Lengths(
         longest=max(look.longest for look in looks),
@@ -235,12 +202,31 @@ def tell(decided: Decided, assumed: str = "") -> None:
         elif name.startswith(("cluster.", "train.")):
             value = str(decision.value).lower()
             logger.info(f"{name}: auto is {value}: {decision.why}{assumed}")
-    logger.info(_memory_line(decided.config, decided.size))
-    if decided.size.problem:
-        logger.info(
-            f"memory: the estimate is without {decided.size.problem}: the model's code does not run without weights;"
-            " if memory runs out, set train.activation_checkpointing=true or lower train.micro_batch"
-        )
+    size = decided.size
+    packed = decided.config.model.quantization
+    base = "base" if packed == "none" else f"base as {packed}"
+    parts = {base: size.base_bytes, "adapter and optimizer": size.adapter_bytes}
+    if packed != "none":
+        parts["one unpacked layer"] = size.gathered_bytes
+    elif size.gathered_bytes:
+        parts["gathered"] = size.gathered_bytes
+    if size.answer_bytes > size.activation_bytes:
+        parts["answers to held-out prompts"] = size.answer_bytes
+    else:
+        parts["activations"] = size.activation_bytes
+    shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
+    text = (
+        f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
+        " plus about 1 GiB for the process"
+    )
+    if not size.problem:
+        logger.info(text)
+        return
+    logger.info(f"{text}; without {size.problem}")
+    logger.info(
+        f"memory: the estimate is without {size.problem}: the model's code does not run without weights;"
+        " if memory runs out, set train.activation_checkpointing=true or lower train.micro_batch"
+    )
 
 
 def decided(
@@ -295,20 +281,21 @@ def prepare_tokens(
     with user_errors():
         look = look_there(config)
         build = begin(config, base.spec, "train", look)
-        other = begin(config, base.spec, "eval", look) if config.data.holds_out() else None
-        check(
-            {
-                "training data": build.store.digest,
-                "held-out data": other.store.digest if other else "",
-            }
-        )
-        check({"start": start} if start else {})
+        other = None
+        digests = {"training data": build.store.digest, "held-out data": ""}
+        if config.data.holds_out():
+            other = begin(config, base.spec, "eval", look)
+            digests["held-out data"] = other.store.digest
+        check(digests)
+        if start:
+            check({"start": start})
+        held_out = None
         if other:
             other.run()
             build.check_against(other)
+            held_out = TokenStore.open(other.store.uri)
         if wait:
             build.run(cpus_held)
-        held_out = TokenStore.open(other.store.uri) if other else None
         scores = answers.check_answers(config, held_out, base.tokenizer)
         # This process prepares a small store in a moment. A larger one is prepared by Ray tasks, beside the training.
         if not wait and (build.complete or build.small):
@@ -338,15 +325,19 @@ def contents(config: DataConfig, base: Base) -> dict[str, str]:
 
     Raises UserError for unusable data.
     """
-    start, look = _digest_of_start(config), look_here(config)
-    return {
+    start = _digest_of_start(config)
+    look = look_here(config)
+    digests = {
         "base model": base.model.digest,
         "tokenizer": base.spec.digest,
         "training data": plan_here(config, base.spec, "train", look).digest(),
-        "held-out data": plan_here(config, base.spec, "eval", look).digest()
-        if config.data.holds_out()
-        else "",
-    } | ({"start": start} if start else {})
+        "held-out data": "",
+    }
+    if config.data.holds_out():
+        digests["held-out data"] = plan_here(config, base.spec, "eval", look).digest()
+    if start:
+        digests["start"] = start
+    return digests
 
 
 def _digest_of_start(config: Config) -> str | None:

@@ -39,12 +39,9 @@ class Driver:
         try:
             self._lease.check()
         except TryAgain as error:
-            unreadable = isinstance(error, lock.LockUnreadable)
-            how = (
-                "run the same command again to resume"
-                if unreadable
-                else "the other process resumes the run"
-            )
+            how = "the other process resumes the run"
+            if isinstance(error, lock.LockUnreadable):
+                how = "run the same command again to resume"
             raise TakenOver(f"{error}; {how}", error.exit_code) from error
 
     @contextlib.contextmanager
@@ -94,14 +91,16 @@ def run(
     does not answer), and Stopped after a signal.
     """
     folder = RunFolder(config.folder())
-    if done := _finished(config, folder.check(config)):
+    done = _finished(config, folder.check(config))
+    if done:
         return done
     publish.check_tracking(config, folder)
     address.find()
     with only_driver(config) as driver:
         # Another driver may have finished it before this one got the lock.
         state = folder.check(config)
-        if done := _finished(config, state):
+        done = _finished(config, state)
+        if done:
             return done
         base = base or open_base(config)
         publish.check_license(config, base.model)
@@ -111,10 +110,10 @@ def run(
 
 
 def _finished(config: Config, state: RunState) -> dict[str, Any] | None:
-    if done := state.finished(config):
-        if state.moved(
-            config
-        ):  # other paths may have other contents, and this result would not be theirs
+    done = state.finished(config)
+    if done:
+        # Other paths may have other contents, and this result would not be theirs.
+        if state.moved(config):
             base = open_base(config)
             data = prepare.read_data(config, base, state.kept)
             state.require_same(config, prepare.contents(data.config, base))
@@ -156,7 +155,8 @@ def _run(
                 answers = answered(result, base.tokenizer)
                 scores = publish.log_scores(exported, tracker, answers)
                 driver.check()
-                content, url = publish.publish(exported, tracker, tags, scores), tracker.url()
+                content = publish.publish(exported, tracker, tags, scores)
+                url = tracker.url()
                 report.write_page(exported, answers, content, tracker)
                 driver.check()
             # Last: result.json marks the run as finished, so an earlier failure is retried by the next attempt.

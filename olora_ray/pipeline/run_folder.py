@@ -37,6 +37,8 @@ PATH_FIELDS = re.compile(
     r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start"
 )
 """Fields with paths and names of contents; a resumed run compares the contents instead."""
+DELIVERY = re.compile(r"(export|registry)\.(?!push$).+")
+"""Fields of export and registration. `publish.push` needs no new export, and sees by itself whether it is done."""
 
 
 LEFT_OUT = re.compile(r"data\.(train|eval)\.\d+\.fields\..+")
@@ -75,33 +77,17 @@ def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in _compared(settings).items() if field not in LENGTH}
 
 
-def _all_but_evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        field: value
-        for field, value in _all_but_length(settings).items()
-        if not field.startswith("evaluation.")
-    }
-
-
 def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
     field = "train.epochs" if settings["train.steps"] is None else "train.steps"
     return {field: settings[field]}
 
 
-def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in settings.items() if PATH_FIELDS.fullmatch(field)}
+Part = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Returns the settings that count for a comparison."""
 
 
-def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {
-        field: value
-        for field, value in settings.items()
-        if field.startswith(("export.", "registry."))
-    }
-    kept.pop(
-        "export.push", None
-    )  # `publish.push` needs no new export, and sees by itself whether it is done
-    return kept
+def _fields(wanted: Callable[[str], object]) -> Part:
+    return lambda settings: {name: value for name, value in settings.items() if wanted(name)}
 
 
 @dataclass(frozen=True)
@@ -133,11 +119,15 @@ class RunState:
 
     def finished(self, config: Config) -> dict[str, Any] | None:
         """Return the result if the run is finished and has the length of `config`."""
-        return None if self.changes(config, _length) else self.result
+        if self.changes(config, _length):
+            return None
+        return self.result
 
     def trained(self, config: Config) -> "TrainResult | None":
         """Return the result of the training if it is finished and has the length of `config`."""
-        return None if self.changes(config, _length) else self.training
+        if self.changes(config, _length):
+            return None
+        return self.training
 
     def other_settings(self, config: Config) -> str:
         """Return the changed settings that affect the result, with both values."""
@@ -145,26 +135,25 @@ class RunState:
 
     def moved(self, config: Config) -> str:
         """Return the changed paths of model and data, with both values; empty if there are none."""
-        return self.changes(config, _places)
+        return self.changes(config, _fields(PATH_FIELDS.fullmatch))
 
     def delivered_otherwise(self, config: Config) -> str:
-        return self.changes(config, _delivery)
+        return self.changes(config, _fields(DELIVERY.fullmatch))
 
-    def changes(self, config: Config, part: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
+    def changes(self, config: Config, part: Part) -> str:
         """Return up to four fields of `part` in which `config` differs from config.yaml, with both values."""
         if self.config is None:
             return ""
-        old, new = part(flatten(self.config)), part(flatten(config))
-        # A version without decided.json left auto where the decision follows from the contents.
-        changed = [
-            field
-            for field in sorted(old.keys() | new.keys())
-            if old.get(field) != new.get(field)
-            and not (old.get(field) == "auto" and KEPT.fullmatch(field))
-        ]
-        return ", ".join(
-            f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4]
-        )
+        old = part(flatten(self.config))
+        new = part(flatten(config))
+        changed = []
+        for field in sorted(old.keys() | new.keys()):
+            before = old.get(field)
+            now = new.get(field)
+            # A version without decided.json left auto where the decision follows from the contents.
+            if before != now and not (before == "auto" and KEPT.fullmatch(field)):
+                changed.append(f"{field} was {before!r}, is {now!r}")
+        return ", ".join(changed[:4])
 
     def problem(self, config: Config) -> str:
         """Return why `config` cannot resume the run with its name; empty if it can, or if there is no run."""
@@ -173,14 +162,20 @@ class RunState:
         run = f"{config.run.name!r}"
         if self.changes(config, _all_but_length):
             problem = f"run.name: {run} exists with other settings ({self.other_settings(config)})"
-            if self.result is not None and not self.changes(config, _all_but_evaluation):
+            evaluated = _fields(lambda field: not field.startswith("evaluation."))
+            if self.result is not None and not self.changes(
+                config, lambda settings: evaluated(_all_but_length(settings))
+            ):
                 problem += f"; to evaluate its model so, run olora-ray evaluate {self.root} evaluation.FIELD=VALUE"
             return problem
-        if not (shown := self.changes(config, _length)):
+        shown = self.changes(config, _length)
+        if not shown:
             return ""
         if self.step is None:
             return f"run.name: {run} has another length ({shown}), but no checkpoint to resume from"
-        train, kept, done = config.train, self.config.train, self.step
+        train = config.train
+        kept = self.config.train
+        done = self.step
         ended = self.training and self.training.state
         if train.early_stop and ended and ended.stale >= train.early_stop:
             return f"train.early_stop: {run} has stopped early, after step {done}, and is not trained longer ({shown})"
@@ -199,7 +194,8 @@ class RunState:
         from olora_ray.train import checkpoint
 
         if any(self.identity.get(name, digest) != digest for name, digest in contents.items()):
-            location = f"{self.root} ({shown})" if (shown := self.moved(config)) else self.root
+            shown = self.moved(config)
+            location = f"{self.root} ({shown})" if shown else self.root
             checkpoint.require_same({**contents, **self.identity}, contents, location)
 
 
@@ -250,18 +246,18 @@ class RunFolder:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.settings = storage.join(self.root, "config.yaml")
-        self.checkpoints = storage.join(self.root, "checkpoints")
-        self.adapter = storage.join(self.root, "export", "adapter")
-        self.merged = storage.join(self.root, "export", "merged")
-        self.parity = storage.join(self.root, "export", "parity.json")
-        self.training = storage.join(self.root, "training.json")
-        self.result = storage.join(self.root, "result.json")
-        self._tracking = storage.join(self.root, "tracking.json")
-        self._used = storage.join(self.root, "used.json")
+        self.settings = storage.join(root, "config.yaml")
+        self.checkpoints = storage.join(root, "checkpoints")
+        self.adapter = self.export("adapter")
+        self.merged = self.export("merged")
+        self.parity = self.export("parity.json")
+        self.training = storage.join(root, "training.json")
+        self.result = storage.join(root, "result.json")
+        self._tracking = storage.join(root, "tracking.json")
+        self._used = storage.join(root, "used.json")
 
     def export(self, name: str) -> str:
-        """Return the folder of a further export, such as gguf."""
+        """Return the folder of an export, such as gguf."""
         return storage.join(self.root, "export", name)
 
     def check(self, config: Config) -> RunState:
@@ -275,7 +271,8 @@ class RunFolder:
             f"run.storage: {self.root} cannot be read", OSError, reason=short_reason
         ):
             state = self.state()
-        if problem := state.problem(state.kept.filled(config)):
+        problem = state.problem(state.kept.filled(config))
+        if problem:
             raise UserError(
                 f"{problem}; set another run.name, remove run.name, or delete {self.root}"
             )
@@ -287,9 +284,10 @@ class RunFolder:
         from olora_ray.cluster.spec import TrainResult
         from olora_ray.train import checkpoints
 
-        (config, decisions), (step, kept) = self._config(), checkpoints.newest(self.checkpoints)
+        config, decisions = self._config()
+        step, kept = checkpoints.newest(self.checkpoints)
         result = records.read(self.result, dict[str, Any])
-        metrics = result.get("metrics", {}) if result else None
+        metrics = (result or {}).get("metrics", {})
         if not isinstance(metrics, dict) or not all(
             isinstance(each, int | float | None) for each in metrics.values()
         ):
@@ -305,9 +303,8 @@ class RunFolder:
             return None, {}
         try:
             return read_settings(self.root)
-        except (
-            ValueError
-        ) as error:  # never "delete these fields": the numbers of the run may depend on them
+        except ValueError as error:
+            # Never "delete these fields": the numbers of the run may depend on them.
             raise UserError(
                 f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
                 f" ({str(error).replace(self.settings, 'config.yaml')[:200]}); set another run.name, or delete the"
@@ -319,7 +316,8 @@ class RunFolder:
 
         After a change of length, delete the old results.
         """
-        if shown := state.changes(config, _length):
+        shown = state.changes(config, _length)
+        if shown:
             if state.step:
                 logger.info(
                     f"{shown}: training continues after step {state.step} with the optimizer's state and the schedule"
@@ -347,10 +345,11 @@ class RunFolder:
         # their defaults in an older report, and `also` was `gguf`.
         before = report.pop("export", None)
         try:
-            same = Export.model_validate(before) == config.export
+            if Export.model_validate(before) == config.export:
+                return report
         except ValueError:
-            return None
-        return report if same else None
+            pass
+        return None
 
     def write_parity(self, config: Config, measured: dict[str, Any]) -> None:
         records.write(
@@ -377,11 +376,9 @@ class RunFolder:
     def tracking_run(self, uri: str, storage_root: str) -> str | None:
         """Return the id of the MLflow run at `uri`, if an earlier attempt has created it."""
         kept = records.read(self._tracking, dict[str, Any]) or {}
-        return (
-            str(kept["run_id"])
-            if kept.get("uri") == _shown(uri, storage_root) and kept.get("run_id")
-            else None
-        )
+        if kept.get("uri") == _shown(uri, storage_root) and kept.get("run_id"):
+            return str(kept["run_id"])
+        return None
 
     def keep_tracking_run(self, uri: str, storage_root: str, run_id: str) -> None:
         """Write tracking.json, so that a later attempt resumes this MLflow run; passwords in `uri` are masked."""
@@ -397,7 +394,8 @@ def _shown(uri: str, storage_root: str) -> str:
 
 def _identity_in(result: Mapping[str, Any]) -> dict[str, str]:
     """Return the identity of a finished run whose checkpoints are gone."""
-    base, data = result.get("base") or {}, result.get("data") or {}
+    base = result.get("base") or {}
+    data = result.get("data") or {}
     known = {
         "base model": base.get("digest"),
         "training data": data.get("train"),

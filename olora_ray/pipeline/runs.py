@@ -60,17 +60,15 @@ def show(arguments: Sequence[str]) -> None:
     if len(arguments) != 1:
         raise UserError(f"arguments show {' '.join(arguments)}: name one run")
     name = arguments[0]
-    places = (
-        [command_line.absolute(storage.join("runs", name), Path.cwd())] if "/" not in name else []
-    )
-    places.append(command_line.absolute(name, Path.cwd()))
+    place = command_line.absolute(storage.join("runs", name), Path.cwd())
     with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
-        folder = next((place for place in places if _is_run(place)), None)
-        if folder is None:
-            raise UserError(
-                f"{name}: no run has this name in ./runs, and no run lies in this folder"
-            )
-        decisions = read_decisions(folder)
+        if "/" in name or not _is_run(place):
+            place = command_line.absolute(name, Path.cwd())
+            if not _is_run(place):
+                raise UserError(
+                    f"{name}: no run has this name in ./runs, and no run lies in this folder"
+                )
+        decisions = read_decisions(place)
     if not decisions:
         print("nothing was asked for as auto: config.yaml has all values")
         return
@@ -81,8 +79,7 @@ def show(arguments: Sequence[str]) -> None:
 
 
 def _is_run(folder: str) -> bool:
-    names = storage.names(folder) if storage.exists(folder) else []
-    return any(name in KINDS for name in names)
+    return any(name in KINDS for name in storage.names(folder))
 
 
 def table(storage_root: str) -> list[str]:
@@ -93,7 +90,9 @@ def table(storage_root: str) -> list[str]:
     ]
     with ThreadPoolExecutor(16) as pool:  # each run needs several requests to an object store
         rows = sorted(filter(None, pool.map(partial(_row, storage_root), names)))
-    return aligned([HEAD, *(cells for _, cells in rows)]) if rows else []
+    if not rows:
+        return []
+    return aligned([HEAD, *(cells for _, cells in rows)])
 
 
 def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
@@ -106,18 +105,17 @@ def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
     folder_type = next((folder_type for file, folder_type in KINDS.items() if file in times), None)
     if folder_type is None:
         return None
-    changed, state = (
-        max(times.values()),
-        "finished" if ENDS[folder_type] in times else "interrupted",
-    )
+    changed = max(times.values())
     # A lock alone does not mean "running": a killed driver leaves its lock behind, and is_held checks the holder.
-    if state == "interrupted" and lock.is_held(storage.join(root, "locks", "runs", f"{name}.json")):
+    if ENDS[folder_type] in times:
+        state = "finished"
+    elif lock.is_held(storage.join(root, "locks", "runs", f"{name}.json")):
         state = "running"
-    cells = (
-        _of_run(folder, state, EARLIER in times)
-        if folder_type == "run"
-        else [f"{folder_type}, {state}"]
-    )
+    else:
+        state = "interrupted"
+    cells = [f"{folder_type}, {state}"]
+    if folder_type == "run":
+        cells = _of_run(folder, state, EARLIER in times)
     cells += ["-"] * (len(HEAD) - 2 - len(cells))
     return changed, (name, *cells, time.strftime("%Y-%m-%d %H:%M", time.localtime(changed)))
 
@@ -127,43 +125,45 @@ def _of_run(folder: str, state: str, longer: bool) -> list[str]:
 
     `longer`: the run had finished before it was trained longer, and its folder has the result of that time.
     """
+    finished = state == "finished"
     file = "config.yaml"
     try:
         text = storage.read_text(storage.join(folder, file))
         # Not `load_config`, which is ten times slower: a storage may have thousands of runs.
         config: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are
-        train, (first, *more) = config["train"], config["data"]["train"]
-        length = f"/{train['steps']}" if train["steps"] else f" ({train['epochs']:g} epochs)"
-        where = [
-            _last(config["model"]["name"]),
-            _last(first["path"]) + (f" +{len(more)}" if more else ""),
-        ]
-        prefix = "retraining, " if config["registry"]["alias"] == "challenger" else ""
-        finished = state == "finished"
+        train = config["train"]
+        model = _last(config["model"]["name"])
+        first, *more = config["data"]["train"]
+        data = _last(first["path"])
+        if more:
+            data += f" +{len(more)}"
+        if config["registry"]["alias"] == "challenger":
+            state = f"retraining, {state}"
         file = ENDS["run"] if finished else EARLIER
-        result = (
-            json.loads(storage.read_text(storage.join(folder, file))) if finished or longer else {}
-        )
+        result = {}
+        if finished or longer:
+            result = json.loads(storage.read_text(storage.join(folder, file)))
         losses = (result.get("eval_loss_before"), result.get("metrics", {}).get("eval/loss"))
         shown = " > ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
-        version = (
-            f"{made['model']}/{made['version']}" if (made := result.get("registered")) else "-"
-        )
-        names = storage.names(storage.join(folder, "checkpoints"))
-        ended = result if finished else {}
-        done = ended.get("steps") or max(
-            (int(each[5:]) for each in names if each[5:].isdecimal()), default=0
-        )
+        version = "-"
+        made = result.get("registered")
+        if made:
+            version = f"{made['model']}/{made['version']}"
+        done = 0
+        if finished:
+            done = result.get("steps") or 0
+            if result.get("stopped_early"):
+                state += " early"
+        if not done:
+            names = storage.names(storage.join(folder, "checkpoints"))
+            done = max((int(each[5:]) for each in names if each[5:].isdecimal()), default=0)
+        length = f"/{train['steps']}" if train["steps"] else f" ({train['epochs']:g} epochs)"
     except Exception:  # another program may have written anything here
         return [f"damaged: {file}"]
-    return [
-        f"{prefix}{state}{' early' * bool(ended.get('stopped_early'))}",
-        f"{done}{length}",
-        shown,
-        version,
-        *where,
-    ]
+    return [state, f"{done}{length}", shown, version, model, data]
 
 
 def _last(path: str) -> str:
-    return path.rpartition("/")[2] if path.startswith("/") else path
+    if path.startswith("/"):
+        return path.rpartition("/")[2]
+    return path
