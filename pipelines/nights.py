@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     )
     if len(parsed.words) != 1:
         raise UserError("usage: olora-ray nights MODEL [--within HOURS] [--tracking-uri URI]")
-    (name,), within = parsed.words, parsed.options.get("--within")
+    name = parsed.words[0]
+    within = parsed.options.get("--within")
     if within is not None and not within.replace(".", "", 1).isdecimal():
         raise UserError(f"argument --within: {within!r}; expected a number of hours")
     quiet_environment()  # before MLflow is imported
@@ -42,11 +43,14 @@ def main(argv: list[str]) -> None:
         raise UserError(f"no model {name!r} with a version is registered in {shown_uri(uri)}")
     from olora_ray.retrain.decision_run import nights
 
-    found, now = nights(aliases), time.time()
-    age = (now - found.good) / 3600 if found.good else None
-    print(
-        f"last good night: {f'{_date(found.good)}, {age:.1f} hours ago' if found.good else 'none is recorded'}"
-    )
+    found = nights(aliases)
+    now = time.time()
+    age = float("inf")
+    if found.good:
+        age = (now - found.good) / 3600
+        print(f"last good night: {_date(found.good)}, {age:.1f} hours ago")
+    else:
+        print("last good night: none is recorded")
     if found.champion is None:
         print("champion:        none")
     else:
@@ -59,9 +63,11 @@ def main(argv: list[str]) -> None:
         print(f"held-out rows:   {plural(found.uses, 'version')} decided on them in {days}")
     for run in found.decisions[:SHOWN]:
         version = run.get("olora.challenger", "").rpartition("/")[2]
-        what = f"{run['olora.decision']}{f' version {version}' if version else ''}"
+        what = run["olora.decision"]
+        if version:
+            what += f" version {version}"
         print(f"{_date(float(run['when']))} {what}: {run['olora.reason']}")
-    if within is not None and (age is None or age > float(within)):
+    if within is not None and age > float(within):
         raise SystemExit(1)
 
 

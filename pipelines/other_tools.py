@@ -31,76 +31,90 @@ def _rows(entry: Given) -> tuple[Given, list[str]]:
     """Return a source for an entry of `datasets` or of dataset_info.json, and its settings that have no place."""
     left: Given = {}
     for name, value in entry.items():
-        left |= value if isinstance(value, dict) else {name: value} if value is not None else {}
-    path, kind = left.pop("path"), left.get("type")
+        if isinstance(value, dict):
+            left |= value
+        elif value is not None:
+            left[name] = value
+    path = left.pop("path")
+    kind = left.get("type")
     if isinstance(left.get("data_files"), str) and path in ("json", "csv", "parquet", "text"):
         path = left.pop("data_files")
     if not (Path(path).exists() or re.search(r"://|^[./~]|\.(jsonl?|parquet|csv|tsv|txt)\b", path)):
         options = [
             f"{name}={left.pop(name)}" for name in ("name", "split", "revision") if name in left
         ]
-        path = f"hf://{path}{'?' * bool(options)}{'&'.join(options)}"
-    chat = str(kind).startswith("chat_template")
-    fields = {"conversations": "messages", "from": "role", "value": "content"} if chat else {}
+        path = f"hf://{path}"
+        if options:
+            path += f"?{'&'.join(options)}"
+    fields = {}
+    if str(kind).startswith("chat_template"):
+        fields = {"conversations": "messages", "from": "role", "value": "content"}
     fields |= {field: left.pop(name) for name, field in TABLE["columns"].items() if name in left}
     form = "alpaca" if "instruction" in fields else "auto"
     if kind in TABLE["formats"]:
         form = TABLE["formats"][left.pop("type")]
+    source = {"path": path, "format": form}
     fields = {field: column for field, column in fields.items() if field != column}
-    return {"path": path, "format": form} | ({"fields": fields} if fields else {}), [*left]
+    if fields:
+        source["fields"] = fields
+    return source, [*left]
 
 
 def _sources(field: str, entries: list[Given], _: Given) -> Meaning:
-    read = [_rows(entry) for entry in entries]
-    left = ", ".join(f"{number}.{name}" for number, (_, rest) in enumerate(read) for name in rest)
-    alpaca = any(source["format"] == "alpaca" for source, _ in read)
-    notes = [f"no place here: {left}"] * bool(left) + [
-        "the model's chat template, not Alpaca's words"
-    ] * alpaca
-    return {field: [source for source, _ in read]}, "; ".join(notes)
+    sources = []
+    left = []
+    for number, entry in enumerate(entries):
+        source, rest = _rows(entry)
+        sources.append(source)
+        left += [f"{number}.{name}" for name in rest]
+    notes = []
+    if left:
+        notes.append(f"no place here: {', '.join(left)}")
+    if any(source["format"] == "alpaca" for source in sources):
+        notes.append("the model's chat template, not Alpaca's words")
+    return {field: sources}, "; ".join(notes)
 
 
 def _factory(field: str, names: str, given: Given) -> Meaning:
-    folder, entries = Path(given.get("dataset_dir", "data")), list[Given]()
+    folder = Path(given.get("dataset_dir", "data"))
     infos = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-    for info in (dict(infos[name.strip()]) for name in names.split(",")):
+    entries = []
+    for name in names.split(","):
+        info = dict(infos[name.strip()])
         path = info.pop("hf_hub_url", None) or str(folder / info.pop("file_name"))
         entry = {
             "path": path,
             "name": info.pop("subset", None),
             "type": info.pop("formatting", "alpaca"),
         }
-        text = (
-            {"type": "completion", "field": info.pop("columns", {}).get("prompt")}
-            if given["stage"] == "pt"
-            else {}
-        )
+        text = {}
+        if given["stage"] == "pt":
+            text = {"type": "completion", "field": info.pop("columns", {}).get("prompt")}
         entries.append(entry | info | text)
     return _sources(field, entries, given)
 
 
 def _hub(name: str, given: Given) -> Meaning:
-    split, part = given.get("dataset_train_split"), given.get("dataset_config")
+    split = given.get("dataset_train_split")
+    part = given.get("dataset_config")
     return _sources("data.train", [{"path": name, "name": part, "split": split}], given)
 
 
 def _batch(micro: int, given: Given) -> Meaning:
-    steps, gpus = (
-        given["gradient_accumulation_steps"],
-        given.get("num_processes", given.get("ray_num_workers")),
-    )
-    unknown = (
-        ""
-        if gpus
-        else "; the file does not say how many GPUs: multiply train.global_batch by their number"
-    )
-    note = f"{micro} at once x {steps} accumulated x {plural(gpus or 1, 'GPU')}{unknown}"
-    return {"train.micro_batch": micro, "train.global_batch": micro * steps * (gpus or 1)}, note
+    steps = given["gradient_accumulation_steps"]
+    known = given.get("num_processes", given.get("ray_num_workers"))
+    gpus = known or 1
+    note = f"{micro} at once x {steps} accumulated x {plural(gpus, 'GPU')}"
+    if not known:
+        note += "; the file does not say how many GPUs: multiply train.global_batch by their number"
+    return {"train.micro_batch": micro, "train.global_batch": micro * steps * gpus}, note
 
 
 def _warmup(value: float, given: Given) -> Meaning:
-    share = value if value < 1 else round(value / given["max_steps"], 6)
-    return {"train.warmup": share}, "a share of the steps, not their number" * (value >= 1)
+    if value < 1:
+        return {"train.warmup": value}, ""
+    share = round(value / given["max_steps"], 6)
+    return {"train.warmup": share}, "a share of the steps, not their number"
 
 
 def _name(path: str, _: Given) -> Meaning:
@@ -142,32 +156,36 @@ def _meaning(name: str, value: Any, given: Given) -> Meaning:
         return {str(meant(name)): value}, ""
     if not isinstance(how, dict):
         return how(value, given)  # type: ignore[no-any-return]
-    ours: Any = how.get(value if isinstance(value, str) else json.dumps(value), how.get("*"))
-    ours = {"note": ours} if isinstance(ours, str) else ours
-    return {
-        field: value if its == "*" else its for field, its in ours.items() if field != "note"
-    }, ours.get("note", "")
+    key = value if isinstance(value, str) else json.dumps(value)
+    ours = how.get(key, how.get("*"))
+    if isinstance(ours, str):
+        return {}, ours
+    ours = {field: value if its == "*" else its for field, its in ours.items()}
+    return ours, ours.pop("note", "")
 
 
 def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
     """Return another tool's config as ours, with `changes`, and lines that name each of its fields."""
     own = _settings(file)
-    tool = next(
-        (tool for tool, about in TABLE["tools"].items() if own.keys() & set(about["own"].split())),
-        None,
-    )
+    tools = TABLE["tools"]
+    tool = next((tool for tool in tools if own.keys() & set(tools[tool]["own"].split())), None)
     if tool is None:
         raise UserError(
             f"--from {file}: has no base_model (Axolotl) or model_name_or_path (LLaMA-Factory, TRL)"
         )
-    given = TABLE["tools"][tool]["defaults"] | {
+    given = tools[tool]["defaults"] | {
         name: value for name, value in own.items() if value is not None
     }
-    same, other, none = list[str](), list[str](), list[str]()
-    tree, sets = {"run": {}, "model": {"name": "?"}, "data": {"train": [{"path": "?"}]}}, Given()
+    same: list[str] = []
+    other: list[str] = []
+    none: list[str] = []
+    sets: Given = {}
+    tree: Given = {"run": {}, "model": {"name": "?"}, "data": {"train": [{"path": "?"}]}}
     tree = changed(tree, _name(f"from-{Path(file).stem}", {})[0])
     for name in sorted(given, key=[*READ, *given].index):
-        label = f"{name}: {json.dumps(given[name], default=str)}{'' if name in own else f' (default of {tool})'}"
+        label = f"{name}: {json.dumps(given[name], default=str)}"
+        if name not in own:
+            label += f" (default of {tool})"
         try:
             ours, note = _meaning(name, given[name], given)
             build(changed(tree, ours))
@@ -176,11 +194,9 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
                 raise UserError(
                     f"--from {file}: {label}: only adapters are trained, on supervised rows"
                 ) from None
-            why = (
-                str(error)
-                if isinstance(error, UserError | OSError)
-                else "another value than those known here"
-            )
+            why = "another value than those known here"
+            if isinstance(error, UserError | OSError):
+                why = str(error)
             none.append(f"{label}: {why}" if name in READ else name)
             continue
         replaced = [
@@ -188,15 +204,18 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
             for field in ours
             if sets.get(field, ours[field]) != ours[field]
         ]
-        tree, sets = changed(tree, ours), sets | ours
+        tree = changed(tree, ours)
+        sets |= ours
         here = [
             ", ".join(f"{field}: {value}" for field, value in ours.items()),
             note,
             *replaced[:1],
         ]
-        (other if note or replaced else same).append(
-            f"{label} -> {' | '.join(filter(None, here)) or 'the same here'}"
-        )
+        label += f" -> {' | '.join(filter(None, here)) or 'the same here'}"
+        if note or replaced:
+            other.append(label)
+        else:
+            same.append(label)
     tree = changed(tree, changes)
     if build(tree, "arguments").data.train[0].path == "?":
         why = "; ".join(each for each in none if each.startswith("data")) or "the file names none"
@@ -209,12 +228,10 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
         "have another meaning here": other,
         "have no place here": none,
     }
-    lines = [
-        line
-        for title, fields in groups.items()
-        for line in (f"{title}:", *(f"  {each}" for each in fields))
-    ]
-    lines = [f"{file}, read as for {tool}; train.lr: auto would measure the learning rate", *lines]
+    lines = [f"{file}, read as for {tool}; train.lr: auto would measure the learning rate"]
+    for title, fields in groups.items():
+        lines.append(f"{title}:")
+        lines += [f"  {each}" for each in fields]
     return tree, [secrets.mask(" ".join(line.splitlines())) for line in lines]
 
 
@@ -223,13 +240,17 @@ def _settings(file: str) -> Given:
     with as_user_error(f"--from {file}", OSError, ValueError, reason=short_reason):
         text = Path(file).read_text(encoding="utf-8")
         if not re.search(r"^[^#:\n]*--\w", text, re.MULTILINE):
-            return tree if isinstance(tree := parse_yaml(text, file), dict) else {}
+            tree = parse_yaml(text, file)
+            return tree if isinstance(tree, dict) else {}
         words = shlex.split(text.replace("\\\n", " "), comments=True)
-    script, flags = "", dict[str, list[Any]]()
+    script = ""
+    flags: dict[str, list[Any]] = {}
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            values = flags[name.replace("-", "_")] = [parse_yaml(value, word)] * bool(equals)
+            values = flags[name.replace("-", "_")] = []
+            if equals:
+                values.append(parse_yaml(value, word))
         elif word.endswith(".py") or not flags:
             script = word
         else:
@@ -238,6 +259,9 @@ def _settings(file: str) -> Given:
         raise UserError(
             f"--from {file}: {script} is not sft: only adapters are trained, on supervised rows"
         )
-    return {
-        name: values if len(values) > 1 else (values or [True])[0] for name, values in flags.items()
-    }
+    settings: Given = {}
+    for name, values in flags.items():
+        settings[name] = values
+        if len(values) < 2:
+            settings[name] = values[0] if values else True
+    return settings

@@ -41,7 +41,9 @@ from olora_ray.tracking.client import check_uri, reachable, shown_uri
 from olora_ray.tracking.moved_storage import DATABASE, relocate_artifacts
 
 # Limits of the one screen of `show`: tags, characters of a tag, and files.
-TAGS, WIDTH, FILES = 26, 160, 8
+TAGS = 26
+WIDTH = 160
+FILES = 8
 
 
 def main(argv: list[str]) -> None:
