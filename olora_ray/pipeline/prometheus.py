@@ -31,13 +31,6 @@ BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-2, 4) for digit in
 """Upper bounds of histograms in seconds. Ray sums the middles of buckets, so read quantiles, not means."""
 
 
-def exported() -> dict[str, str]:
-    """Return name in Prometheus -> metric type; a histogram also has _bucket, _sum and _count."""
-    gauges = {f"ray_{name}": "gauge" for name in [*GAUGES, WORKERS]}
-    histograms = {f"ray_{name}": "histogram" for name in [STEP_SECONDS, CHECKPOINT_SECONDS]}
-    return gauges | histograms | {f"ray_{RESTARTS}_total": "counter"}
-
-
 class Telemetry:
     """The metrics of one run; create it in the driver, after ray.init."""
 

@@ -17,6 +17,7 @@ import pytest
 from olora_ray.pipeline import prometheus
 from tests.pipelines import project
 from tests.recovery import processes
+from tests.telemetry import exported
 
 pytestmark = pytest.mark.ray
 RAY = Path(sys.executable).parent / "ray"
@@ -120,7 +121,7 @@ def test_every_metric_can_be_read_while_a_training_runs(
     tree |= {"evaluation": {"samples": 0}, "registry": {}}
     output, seen = run(project.write_config(corpus, tree), " step 2/", lambda: kill_a_worker(head))
     last = {name: value for entry in seen for name, value in entry.items()}
-    plain = {name for name, kind in prometheus.exported().items() if kind != "histogram"}
+    plain = {name for name, kind in exported().items() if kind != "histogram"}
     assert plain <= last.keys()
     assert last["ray_olora_restarts_total"] == 1
     workers = {entry.get("ray_olora_workers") for entry in seen}
