@@ -16,11 +16,10 @@ import time
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.text import plural
+from olora_ray.common.text import minute, plural
 from olora_ray.config import command_line
 from olora_ray.tracking import start
-from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.client import check_uri, shown_uri
+from olora_ray.tracking.aliases import registered
 
 SHOWN = 5
 
@@ -36,11 +35,7 @@ def main(argv: list[str]) -> None:
     if within is not None and not within.replace(".", "", 1).isdecimal():
         raise UserError(f"argument --within: {within!r}; expected a number of hours")
     quiet_environment()  # before MLflow is imported
-    uri = start.chosen_uri(parsed.options.get("--tracking-uri"))
-    check_uri(uri)
-    aliases = Aliases(uri, name)
-    if not aliases.versions():
-        raise UserError(f"no model {name!r} with a version is registered in {shown_uri(uri)}")
+    aliases = registered(start.chosen_uri(parsed.options.get("--tracking-uri")), name)
     from olora_ray.retrain.decision_run import nights
 
     found = nights(aliases)
@@ -48,7 +43,7 @@ def main(argv: list[str]) -> None:
     age = float("inf")
     if found.good:
         age = (now - found.good) / 3600
-        print(f"last good night: {_date(found.good)}, {age:.1f} hours ago")
+        print(f"last good night: {minute(found.good)}, {age:.1f} hours ago")
     else:
         print("last good night: none is recorded")
     if found.champion is None:
@@ -56,7 +51,7 @@ def main(argv: list[str]) -> None:
     else:
         verdict = found.champion.verdict or "set by another program"
         print(
-            f"champion:        version {found.champion.number} since {_date(found.since)}: {verdict}"
+            f"champion:        version {found.champion.number} since {minute(found.since)}: {verdict}"
         )
     if found.uses:
         days = plural(round((now - found.used_since) / 86400), "day")
@@ -66,13 +61,9 @@ def main(argv: list[str]) -> None:
         what = run["olora.decision"]
         if version:
             what += f" version {version}"
-        print(f"{_date(float(run['when']))} {what}: {run['olora.reason']}")
+        print(f"{minute(float(run['when']))} {what}: {run['olora.reason']}")
     if within is not None and age > float(within):
         raise SystemExit(1)
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 if __name__ == "__main__":

@@ -32,12 +32,11 @@ from pathlib import Path
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.text import aligned, plural
+from olora_ray.common.text import aligned, minute, plural
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums, start
-from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import Version
-from olora_ray.tracking.client import check_uri, reachable, shown_uri
+from olora_ray.tracking.aliases import Aliases, registered
+from olora_ray.tracking.client import reachable, shown_uri
 from olora_ray.tracking.moved_storage import DATABASE, relocate_artifacts
 
 # Limits of the one screen of `show`: tags, characters of a tag, and files.
@@ -60,19 +59,17 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]"
         )
-    keys = [parsed.options["--key"]] if "--key" in parsed.options else []
-    if len(keys) != (act in (sign, verify)):
+    key = parsed.options.get("--key")
+    if (key is not None) != (act in (sign, verify)):
         raise UserError("argument --key: sign and verify need it, and no other action takes it")
     given = parsed.options.get("--tracking-uri")
     if act is moved:
         moved(names[0], names[1], given)
         return
-    uri = start.chosen_uri(given)
-    check_uri(uri)
-    aliases = Aliases(uri, names[0])
-    if not names[0].strip() or not aliases.versions():
-        raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
-    act(aliases, *names[1:], *keys)
+    aliases = registered(start.chosen_uri(given), names[0])
+    if key is not None:
+        names.append(key)
+    act(aliases, *names[1:])
 
 
 def show_all(aliases: Aliases) -> None:
@@ -85,7 +82,7 @@ def show_all(aliases: Aliases) -> None:
                 version.number,
                 ", ".join(named.get(version.number, [])) or "-",
                 tags.get("olora.eval_loss") or "-",
-                _date(version),
+                minute(version.created),
                 tags.get("olora.data_digest", "")[:8] or "-",
                 version.verdict or "-",
             )
@@ -100,7 +97,7 @@ def show_one(aliases: Aliases, which: str) -> None:
     files_uri = aliases.files_uri(number)
     print(f"{aliases.name} version {number}")
     print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
-    print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
+    print(f"created: {minute(version.created)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
     tags = sorted(version.tags.items(), key=lambda tag: (not tag[0].startswith("olora."), tag[0]))
     for name, text in tags[:TAGS]:
         print(f"  {textwrap.shorten(f'{name} = {text}', WIDTH, placeholder=' ...')}")
@@ -116,13 +113,13 @@ def show_one(aliases: Aliases, which: str) -> None:
 def promote(aliases: Aliases, which: str) -> None:
     number = _number(aliases, which)
     # Aliases.promote checks the files against their checksums before it moves the alias.
-    old = aliases.promote(number, f"promoted by hand, {_now()}, {start.submitter()}")
+    old = aliases.promote(number, f"promoted by hand, {minute(time.time())}, {start.submitter()}")
     after = f", version {old} is previous" if old else ""
     print(f"{aliases.name}: version {number} is the champion{after}")
 
 
 def rollback(aliases: Aliases) -> None:
-    bad, good = aliases.rollback(f"by hand, {_now()}, {start.submitter()}")
+    bad, good = aliases.rollback(f"by hand, {minute(time.time())}, {start.submitter()}")
     print(
         f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back"
     )
@@ -161,10 +158,6 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 }
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M")
-
-
 def _number(aliases: Aliases, which: str) -> str:
     if re.fullmatch("[0-9]+", which):
         # MLflow writes no leading zeros, and would take 07 for another version than 7.
@@ -182,10 +175,6 @@ def _aliases_by_version(aliases: Aliases) -> dict[str, list[str]]:
     for alias, number in sorted(aliases.current().items()):
         named.setdefault(number, []).append(alias)
     return named
-
-
-def _date(version: Version) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import difflib
 import glob
 import os
+import time
 from collections.abc import Sequence
 
 
@@ -15,6 +16,18 @@ def did_you_mean(path: str) -> str:
     folder, name = os.path.split(path)
     near = difflib.get_close_matches(name, glob.glob("*", root_dir=folder or None), n=1, cutoff=0.8)
     return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+
+
+def shortened(text: str, most: int) -> str:
+    """Return at most so many characters of a text; dots stand for the rest."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 3]}..."
+
+
+def minute(seconds: float) -> str:
+    """Return seconds since 1970 as the date and minute on this machine's clock."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from olora_ray.common import page, storage
 from olora_ray.common.secrets import mask
-from olora_ray.common.text import duration, plural
+from olora_ray.common.text import duration, plural, shortened
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.answers import Sample
 from olora_ray.pipeline.export import Exported
@@ -175,10 +175,13 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     config = exported.spec.config
     lines = [""]
     for item in answers[: config.evaluation.samples]:
-        lines.append(f"prompt:   {_one_line(item.prompt)}")
-        lines.append(f"  wanted: {_one_line(item.reference)}")
-        lines.append(f"  before: {_one_line(item.before)}")
-        lines.append(f"  after:  {_one_line(item.after)}")
+        texts = {
+            "prompt:  ": item.prompt,
+            "  wanted:": item.reference,
+            "  before:": item.before,
+            "  after: ": item.after,
+        }
+        lines += [f"{label} {_one_line(text)}" for label, text in texts.items()]
         lines.append("")
     losses = exported.losses()
     if losses:
@@ -225,7 +228,4 @@ def next_steps(result: Mapping[str, Any], url: str | None) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    flat = " ".join(text.split())
-    if len(flat) <= 300:
-        return flat
-    return flat[:297] + "..."
+    return shortened(" ".join(text.split()), 300)

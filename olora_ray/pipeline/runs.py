@@ -10,7 +10,6 @@ run that is trained longer ends, its loss and version are those of the shorter t
 """
 
 import json
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,7 +20,7 @@ import yaml
 
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
-from olora_ray.common.text import aligned
+from olora_ray.common.text import aligned, minute
 from olora_ray.config import command_line
 from olora_ray.config.schema import IN_STORAGE
 from olora_ray.pipeline.run_folder import read_decisions
@@ -117,7 +116,7 @@ def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
     if folder_type == "run":
         cells = _of_run(folder, state, EARLIER in times)
     cells += ["-"] * (len(HEAD) - 2 - len(cells))
-    return changed, (name, *cells, time.strftime("%Y-%m-%d %H:%M", time.localtime(changed)))
+    return changed, (name, *cells, minute(changed))
 
 
 def _of_run(folder: str, state: str, longer: bool) -> list[str]:
@@ -132,6 +131,7 @@ def _of_run(folder: str, state: str, longer: bool) -> list[str]:
         # Not `load_config`, which is ten times slower: a storage may have thousands of runs.
         config: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are
         train = config["train"]
+        length = f"/{train['steps']}" if train["steps"] else f" ({train['epochs']:g} epochs)"
         model = _last(config["model"]["name"])
         first, *more = config["data"]["train"]
         data = _last(first["path"])
@@ -157,7 +157,6 @@ def _of_run(folder: str, state: str, longer: bool) -> list[str]:
         if not done:
             names = storage.names(storage.join(folder, "checkpoints"))
             done = max((int(each[5:]) for each in names if each[5:].isdecimal()), default=0)
-        length = f"/{train['steps']}" if train["steps"] else f" ({train['epochs']:g} epochs)"
     except Exception:  # another program may have written anything here
         return [f"damaged: {file}"]
     return [state, f"{done}{length}", shown, version, model, data]

@@ -7,7 +7,7 @@ from pathlib import Path
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache
 from olora_ray.common.secrets import mask
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, shortened
 from olora_ray.config.load import flatten
 from olora_ray.pipeline.answers import Scores
 from olora_ray.pipeline.export import Exported
@@ -69,10 +69,8 @@ def _name(base: BaseOfAdapter) -> str:
 
 def _clean(text: str) -> str:
     # Backticks and bars are syntax of Markdown tables, and a path or a column name may contain them.
-    flat = " ".join(mask(text).replace("`", "'").replace("|", "/").split())
-    if len(flat) <= 80:
-        return flat
-    return f"{flat[:77]}..."
+    flat = mask(text).replace("`", "'").replace("|", "/").split()
+    return shortened(" ".join(flat), 80)
 
 
 # The registered files: the merged model, or the adapter with a reference to its base model.

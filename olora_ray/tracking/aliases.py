@@ -27,7 +27,14 @@ from olora_ray.common import records
 from olora_ray.common.errors import UserError
 from olora_ray.tracking import checksums
 from olora_ray.tracking.checksums import GATE, ROLLED_BACK, Version, name_filter
-from olora_ray.tracking.client import connect, existing, is_unavailable, reachable
+from olora_ray.tracking.client import (
+    check_uri,
+    connect,
+    existing,
+    is_unavailable,
+    reachable,
+    shown_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -313,6 +320,15 @@ class Aliases:
 
 
 _Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
+
+
+def registered(uri: str, name: str) -> Aliases:
+    """Return the aliases of a model; raise UserError if MLflow does not answer or has no version of it."""
+    check_uri(uri)
+    aliases = Aliases(uri, name)
+    if not name.strip() or not aliases.versions():
+        raise UserError(f"no model {name!r} with a version is registered in {shown_uri(uri)}")
+    return aliases
 
 
 @dataclass(frozen=True)
