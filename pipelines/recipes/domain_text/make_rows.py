@@ -19,7 +19,8 @@ ROWS = {"train": 400, "heldout": 80}
 
 def report(split: str, rng: random.Random) -> str:
     reported, found, done = rng.choice(WORDS[split])
-    make, order = rng.choice(WORDS["make"]), rng.randint(1000, 9999)
+    make = rng.choice(WORDS["make"])
+    order = rng.randint(1000, 9999)
     lines = [
         f"WO {order} / lift {rng.randint(1, 60)} {make} / {rng.randint(12, 19)} flr",
         f"rep: {reported}",
