@@ -111,10 +111,10 @@ def main(argv: list[str]) -> None:
     print(
         *said,
         f"written: {out}, with a comment on each field that you may want to change\n\nnext:",
+        f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing",
+        f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}",
         sep="\n",
     )
-    print(f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing")
-    print(f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}")
 
 
 def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, Any], list[str]]:

@@ -157,7 +157,7 @@ def _meaning(name: str, value: Any, given: Given) -> Meaning:
     if not isinstance(how, dict):
         return how(value, given)  # type: ignore[no-any-return]
     key = value if isinstance(value, str) else json.dumps(value)
-    ours = how.get(key, how.get("*"))
+    ours: Any = how.get(key, how.get("*"))
     if isinstance(ours, str):
         return {}, ours
     ours = {field: value if its == "*" else its for field, its in ours.items()}
@@ -176,9 +176,12 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
     given = tools[tool]["defaults"] | {
         name: value for name, value in own.items() if value is not None
     }
-    same: list[str] = []
-    other: list[str] = []
-    none: list[str] = []
+    groups: dict[str, list[str]] = {
+        "these fields map": [],
+        "have another meaning here": [],
+        "have no place here": [],
+    }
+    same, other, none = groups.values()
     sets: Given = {}
     tree: Given = {"run": {}, "model": {"name": "?"}, "data": {"train": [{"path": "?"}]}}
     tree = changed(tree, _name(f"from-{Path(file).stem}", {})[0])
@@ -223,11 +226,6 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
             f"--from {file}: its rows are not known here: {why}; set data.train.0.path=FILE"
         )
     none += [f"{name}: it is empty" for name in own if own[name] is None]
-    groups = {
-        "these fields map": same,
-        "have another meaning here": other,
-        "have no place here": none,
-    }
     lines = [f"{file}, read as for {tool}; train.lr: auto would measure the learning rate"]
     for title, fields in groups.items():
         lines.append(f"{title}:")
