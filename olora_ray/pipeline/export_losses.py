@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from olora_ray.adapter.inject import remove
-from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import first_line
 from olora_ray.config.decided import DecidedConfig
@@ -19,6 +18,7 @@ from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, too_large
 from olora_ray.pipeline.exporter import Work
 from olora_ray.pipeline.parity import with_adapter
+from olora_ray.pipeline.peft_folder import Adapters
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.held_out import held_out
@@ -33,8 +33,7 @@ from olora_ray.train.self_test import choose_attention
 LOSS_TOKENS = 2**14
 """Largest number of tokens for a loss, because only one process measures it."""
 
-Adapter = Mapping[str, AdapterWeights]
-Side = tuple[str, Adapter]
+Side = tuple[str, Adapters]
 """(model.quantization of the base model, adapter on it)."""
 
 
@@ -64,7 +63,15 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
     why = too_large(parameters(work.base.folder), pick_dtype(config.model, device), device)
     if why:
         return why
-    packs = _first(store)
+    # The first sequences, with at most LOSS_TOKENS in total, but at least one.
+    packs: list[Pack] = []
+    size = 0
+    for number in range(store.available):
+        pack = store[number]
+        size += len(pack.input_ids)
+        if packs and size > LOSS_TOKENS:
+            break
+        packs.append(pack)
     losses: list[float] = []
     try:
         for quantization, some in itertools.groupby(sides, lambda side: side[0]):
@@ -84,7 +91,7 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
 def _on_one_base(
     config: DecidedConfig,
     work: Work,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Adapters],
     packs: Sequence[Pack],
     device: torch.device,
 ) -> tuple[int, list[float]]:
@@ -99,19 +106,6 @@ def _on_one_base(
         losses.append(found.loss)
         remove(loss.model)
     return found.whole.supervised, losses
-
-
-def _first(store: TokenStore) -> list[Pack]:
-    """Return the first sequences, with at most LOSS_TOKENS in total, but at least one."""
-    packs: list[Pack] = []
-    tokens = 0
-    for number in range(store.available):
-        pack = store[number]
-        tokens += len(pack.input_ids)
-        if packs and tokens > LOSS_TOKENS:
-            break
-        packs.append(pack)
-    return packs
 
 
 # The change of the loss when an adapter of a quantised base model is used with the original weights.
@@ -179,7 +173,7 @@ class Compressed:
         return f"{share}; held-out loss {self.loss.in_words('before compression', 'after')}"
 
 
-def compressed_loss(work: Work, smaller: Adapter) -> LossPair | str:
+def compressed_loss(work: Work, smaller: Adapters) -> LossPair | str:
     """Return held-out losses with the trained and the smaller adapter on the stored weights, or why there are none."""
     if work.spec.eval is None:
         return "no rows are held out"

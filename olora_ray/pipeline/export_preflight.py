@@ -151,8 +151,8 @@ def _stand_in(model: "PreTrainedModel", name: str, seed: int) -> AdapterWeights:
     if stored_transposed(model, name):
         m, n = n, m
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*experts, *shape, generator=generator)
-
-    return AdapterWeights(Factors(draw(_RANK, n), draw(m, _RANK)), draw(_RANK, n), draw(m, _RANK))
+    a0, b0, da, db = (
+        torch.randn(*experts, *shape, generator=generator)
+        for shape in ((_RANK, n), (m, _RANK), (_RANK, n), (m, _RANK))
+    )
+    return AdapterWeights(Factors(a0, b0), da, db)

@@ -9,7 +9,7 @@ the model.
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from olora_ray.common.fault_points import reached
 from olora_ray.model.folder import INDEX
 from olora_ray.model.stored import Group, groups, is_stale_index, tensors, weight_files
 from olora_ray.pipeline import model_files
-from olora_ray.pipeline.peft_folder import replacing
+from olora_ray.pipeline.peft_folder import Adapters, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class Change:
         return replace(self, weights=_each(self.weights, lambda a: a[number], lambda b: b[number]))
 
     def outputs(self, first: int, last: int) -> "Change":
-        return replace(self, weights=_each(self.weights, b_part=lambda b: b[first:last]))
+        return replace(self, weights=_each(self.weights, lambda a: a, lambda b: b[first:last]))
 
     def merged(self, first: int, last: int, device: torch.device) -> Tensor:
         """Return rows first..last in float32: the numbers that are added to the base."""
@@ -109,14 +109,10 @@ class Change:
         return _each(self.weights, a_part, b_part)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _each(
     weights: AdapterWeights,
-    a_part: Callable[[Tensor], Tensor] = _whole,
-    b_part: Callable[[Tensor], Tensor] = _whole,
+    a_part: Callable[[Tensor], Tensor],
+    b_part: Callable[[Tensor], Tensor],
 ) -> AdapterWeights:
     start = weights.factors
     b0 = start.b0
@@ -146,7 +142,7 @@ _CPU = torch.device("cpu")
 
 def write_merged(
     base: Path,
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     out: Path,
     model: "PreTrainedModel",
@@ -187,7 +183,7 @@ def merge(
     base: Path,
     folder: Path,
     share: Sequence[Group],
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     device: torch.device = _CPU,
 ) -> None:
@@ -205,7 +201,7 @@ def merge(
 
 
 def changes_of(
-    share: Sequence[Group], adapter: Mapping[str, AdapterWeights], scale: float
+    share: Sequence[Group], adapter: Adapters, scale: float
 ) -> list[tuple[Group, dict[str, Change]]]:
     group_changes = []
     for group in share:
@@ -248,7 +244,7 @@ def check_weights(
     base: Path,
     merged: Path,
     share: Sequence[Group],
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     device: torch.device = _CPU,
 ) -> Worst:
@@ -321,23 +317,13 @@ def changed(base: Path, merged: Path, share: Sequence[Group]) -> list[str]:
     for name in files:
         if (base / name).stat().st_size != (merged / name).stat().st_size:
             lines.append(f"{name} differs in size from the base model's")
-    return lines or _changed_bytes(base, merged, share)
-
-
-def _but_ends(name: str, tree: Any) -> Any:
-    # An export may write the tokens that end an answer into generation_config.json, or create that file for them.
-    if name != model_files.GENERATION:
-        return tree
-    return {field: value for field, value in (tree or {}).items() if field not in _OF_ENDS}
-
-
-def _changed_bytes(base: Path, merged: Path, share: Sequence[Group]) -> list[str]:
-    """Return one line for each file that differs outside of the adapted weights, with its first such byte."""
-    adapted: dict[str, list[tuple[int, int]]] = {name: [] for name in weight_files(base)}
+    if lines:
+        return lines
+    # Each file that differs outside of the adapted weights, with its first such byte.
+    adapted: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for group in share:
         for entry in group.stored:
             adapted[entry.file].append((entry.start, entry.end))
-    lines = []
     for name, ranges in adapted.items():
         offset = _first_difference(base / name, merged / name, sorted(ranges))
         if offset is not None:
@@ -347,6 +333,13 @@ def _changed_bytes(base: Path, merged: Path, share: Sequence[Group]) -> list[str
                     within = entry.name
             lines.append(f"{name}: byte {offset} ({within}) differs from the base model's")
     return lines
+
+
+def _but_ends(name: str, tree: Any) -> Any:
+    # An export may write the tokens that end an answer into generation_config.json, or create that file for them.
+    if name != model_files.GENERATION:
+        return tree
+    return {field: value for field, value in (tree or {}).items() if field not in _OF_ENDS}
 
 
 def _json(file: Path) -> object:

@@ -15,7 +15,7 @@ import copy
 import gc
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.candidates import parameter_of, stored_transposed
 from olora_ray.adapter.inject import inject
-from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common.errors import first_line
 from olora_ray.model import attention
 from olora_ray.model.folder import foreign, text_class
 from olora_ray.model.stored import Group
 from olora_ray.pipeline.merge import AT_ONCE, Change, Worst, changes_of
-from olora_ray.pipeline.peft_folder import WEIGHTS
+from olora_ray.pipeline.peft_folder import WEIGHTS, Adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ class AsPeftReads:
 def check_adapter(
     folder: Path,
     model: "PreTrainedModel",
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     sample: Iterable[str] | None = None,
 ) -> AsPeftReads:
@@ -96,10 +96,10 @@ def check_adapter(
     worst = AsPeftReads(0.0, "", ())
     for name in sample or adapter:
         change = Change(adapter[name], scale, stored_transposed(model, name))
-        error = _error(layers[name], change, sample is not None)
-        if not error <= worst.error:
-            worst = AsPeftReads(error, name, ())
-        if math.isnan(error):
+        relative = _error(layers[name], change, sample is not None)
+        if not relative <= worst.error:
+            worst = AsPeftReads(relative, name, ())
+        if math.isnan(relative):
             break
     return worst
 
@@ -127,9 +127,7 @@ def weightless(model: "PreTrainedModel") -> "PreTrainedModel":
     return copied
 
 
-def _other_layers(
-    folder: Path, layers: Mapping[str, Any], adapter: Mapping[str, AdapterWeights]
-) -> list[str]:
+def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Adapters) -> list[str]:
     problems = []
     missing = [name for name in adapter if name not in layers]
     if missing:
@@ -161,22 +159,38 @@ def _some(names: list[str]) -> str:
 
 def _error(layer: Any, change: Change, sample: bool) -> float:
     if len(change.shape) == 2:
-        return _of_linear(layer, change, sample)
+        return _relative(_of_linear(layer, change, sample))
     if layer.num_experts == 1:
-        return _of_linear(layer, change.expert(0), sample)
+        return _relative(_of_linear(layer, change.expert(0), sample))
     left, right, scale = layer.get_delta_factors(_ADAPTER)
     numbers = {0, 1, layer.num_experts - 1} if sample else range(layer.num_experts)
     errors = [
-        _of_expert(left[number], right[number] * scale, change.expert(number), sample)
+        _relative(_of_expert(left[number], right[number] * scale, change.expert(number), sample))
         for number in numbers
     ]
     return float(np.max(errors))  # NaN, if one of them is
 
 
-def _of_linear(layer: Any, change: Change, sample: bool) -> float:
+Parts = Iterator[tuple[Tensor, Tensor]]
+"""Some rows at a time: the change in PEFT, and the trained one."""
+
+
+def _relative(parts: Parts) -> float:
+    wrong = size = 0.0
+    for part, exact in parts:
+        if part.shape != exact.shape:
+            wrong = float("inf")
+            continue
+        wrong += float((part.double() - exact).square().sum())
+        size += float(exact.square().sum())
+    if size:
+        wrong /= size
+    return float(wrong**0.5)
+
+
+def _of_linear(layer: Any, change: Change, sample: bool) -> Parts:
     # PEFT computes the change of the outputs that lora_B has rows for, so it gets some rows at a time: a whole change
     # in float64 would take several times the memory of the weight.
-    total = _Total()
     up = layer.lora_B[_ADAPTER]
     whole = up.weight
     count = max(1, AT_ONCE // change.weights.da.shape[-1])
@@ -185,35 +199,16 @@ def _of_linear(layer: Any, change: Change, sample: bool) -> float:
             last = min(first + count, len(whole))
             up.weight = nn.Parameter(whole[first:last], requires_grad=False)
             part = change.outputs(first, last)
-            total.add(layer.get_delta_weight(_ADAPTER), part.exact(0, part.shape[0], _CPU))
+            yield layer.get_delta_weight(_ADAPTER), part.exact(0, part.shape[0], _CPU)
     finally:
         up.weight = whole
-    return total.error()
 
 
-def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> float:
-    total = _Total()
+def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> Parts:
     count = max(1, AT_ONCE // right.shape[1])
     for first in range(0, count if sample else len(left), count):
         last = min(first + count, len(left))
-        total.add(left[first:last] @ right, change.exact(first, last, _CPU))
-    return total.error()
-
-
-class _Total:
-    def __init__(self) -> None:
-        self.wrong = self.size = 0.0
-
-    def add(self, part: Tensor, exact: Tensor) -> None:
-        if part.shape != exact.shape:
-            self.wrong = float("inf")
-            return
-        self.wrong += float((part.double() - exact).square().sum())
-        self.size += float(exact.square().sum())
-
-    def error(self) -> float:
-        ratio = self.wrong / self.size if self.size else self.wrong
-        return float(ratio**0.5)
+        yield left[first:last] @ right, change.exact(first, last, _CPU)
 
 
 # Logits of the adapted, the merged and the PEFT-loaded model side by side, if the model fits in memory.
@@ -289,7 +284,7 @@ def measure_logits(
     folders: Folders,
     model: "PreTrainedModel",
     merged_groups: Sequence[Group],
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     batches: Sequence[Tensor],
     device: torch.device,
@@ -341,9 +336,7 @@ def measure_logits(
     return Logits(tokens, largest, effect, noise, rounding, merged, peft, note)
 
 
-def with_adapter(
-    model: nn.Module, adapter: Mapping[str, AdapterWeights], scale: float
-) -> dict[str, AdaptedWeight]:
+def with_adapter(model: nn.Module, adapter: Adapters, scale: float) -> dict[str, AdaptedWeight]:
     """Put a trained adapter into the model, on its device; return the adapted layers by name."""
     device = next(model.parameters()).device
     factors = {name: weights.factors for name, weights in adapter.items()}
@@ -358,9 +351,7 @@ def with_adapter(
 class _Adapted:
     """The base in float32, with the trained adapter in its layers."""
 
-    def __init__(
-        self, model: "PreTrainedModel", adapter: Mapping[str, AdapterWeights], scale: float
-    ) -> None:
+    def __init__(self, model: "PreTrainedModel", adapter: Adapters, scale: float) -> None:
         self.model: Any = model
         self.scale = scale
         # Looked up before the layers are wrapped, which renames the parameters.
@@ -374,9 +365,7 @@ class _Adapted:
             layer.scale = self.scale if on else 0.0
         return _logits(self.model, batches)
 
-    def move(
-        self, merged: Path, merged_groups: Sequence[Group], adapter: Mapping[str, AdapterWeights]
-    ) -> None:
+    def move(self, merged: Path, merged_groups: Sequence[Group], adapter: Adapters) -> None:
         """Move each base weight by the merge's rounding: to merged weight - change."""
         for group, changes in changes_of(merged_groups, adapter, self.scale):
             layers = {parameter: layer for layer, parameter in group.layers.items()}

@@ -53,6 +53,8 @@ def replacing(out: Path) -> Iterator[Path]:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+Adapters = Mapping[str, AdapterWeights]
+"""Full name of a layer -> its adapter."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Names:
 
 
 def write_adapter(
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     config_adapter: Adapter,
     base_name: str,
     out: Path,
@@ -80,7 +82,7 @@ def write_adapter(
 
 @contextmanager
 def new_adapter(
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     config_adapter: Adapter,
     base_name: str,
     out: Path,
@@ -218,9 +220,7 @@ def _mistaken(model: Any) -> frozenset[str]:
 # Compression of an adapter to a smaller rank, for servers with a limit: the best approximation in the Frobenius norm.
 
 
-def compress(
-    adapter: Mapping[str, AdapterWeights], rank: int
-) -> tuple[dict[str, AdapterWeights], float]:
+def compress(adapter: Adapters, rank: int) -> tuple[dict[str, AdapterWeights], float]:
     """Return the adapter with at most `rank` directions per layer, and the share of its change that is lost.
 
     The share is the Frobenius norm of the lost part divided by the norm of the change, over all layers together. An
