@@ -93,7 +93,9 @@ def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any
         try:
             names |= judge(reference, reference).keys()
         except UserError as error:
-            raise UserError(f"{_origin(held_out, question.row)}: {error}") from error
+            sequences = range(len(held_out))
+            origins = [origin for index in sequences for origin in held_out.origins(index)]
+            raise UserError(f"{origins[question.row]}: {error}") from error
     if config.evaluation.rows and isinstance(config, Config):
         _check_gate(config, names, why)
     return frozenset(names)
@@ -111,12 +113,3 @@ def _check_gate(config: Config, names: Collection[str], why: str) -> None:
             scores = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"
             why = why or f"{config.evaluation.scorer} returns {scores}"
             raise UserError(f"gate: {metric} is not measured: {why}")
-
-
-def _origin(store: TokenStore, row: int) -> str:
-    for index in range(len(store)):
-        origins = store.origins(index)
-        if row < len(origins):
-            return origins[row]
-        row -= len(origins)
-    raise IndexError(row)

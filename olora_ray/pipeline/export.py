@@ -303,10 +303,10 @@ def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
 
 def public_name(base: BaseModel) -> str:
     """Return the name by which PEFT and vLLM open the base model: a hub id, otherwise its folder in this cluster."""
-    elsewhere = (
-        storage.is_uri(base.name) or base.name.startswith("models:/") or Path(base.name).exists()
-    )
-    return base.folder if elsewhere else base.name
+    name = base.name
+    if storage.is_uri(name) or name.startswith("models:/") or Path(name).exists():
+        return base.folder
+    return name
 
 
 def _revision(config: Config, base: BaseModel) -> str | None:

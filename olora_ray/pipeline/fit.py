@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -38,21 +39,16 @@ OnRow = Callable[[int, dict[str, float]], None]
 """Receives the metrics of every step; after a restart also those of earlier steps again."""
 
 
+@dataclass
 class Monitor:
-    def __init__(
-        self,
-        channel: Any,
-        tracker: Tracker,
-        progress: Progress,
-        telemetry: Telemetry,
-        on_row: OnRow | None = None,
-    ) -> None:
-        self.channel = channel
-        self.tracker = tracker
-        self.progress = progress
-        self.telemetry = telemetry
-        self.on_row = on_row
-        self.highest = tracker.last_step("train/loss") or 0
+    channel: Any
+    tracker: Tracker
+    progress: Progress
+    telemetry: Telemetry
+    on_row: OnRow | None = None
+
+    def __post_init__(self) -> None:
+        self.highest = self.tracker.last_step("train/loss") or 0
         """The last step that a worker has reported as done."""
 
     def collect(self, on_start: Callable[[Started], None]) -> None:
@@ -129,6 +125,7 @@ class Supervisor:
         `keep_used` gets the resource seconds of this process's groups, now and then and at the end.
         """
         self.spec = spec
+        self.cluster = spec.config.cluster
         self.build = build
         self.monitor = monitor
         self.channel = monitor.channel
@@ -154,33 +151,30 @@ class Supervisor:
 
     def run(self) -> TrainResult:
         """Train until done; raise UserError with the last failure, and Stopped after a signal."""
-        cluster = self.spec.config.cluster
         # A trial must not wait for room: processes that trials share hold their resources until the search ends.
-        at_once = self.placed or not cluster.is_elastic
+        at_once = self.placed or not self.cluster.is_elastic
         while True:
-            workers = cluster.most if at_once else self._wait_for_room()
+            workers = self.cluster.most if at_once else self._wait_for_room()
             group = Group(self.fit, workers, self.channel)
             try:
                 result = self._follow(group)
             except (RayActorError, ray.train.TrainingFailedError) as error:
-                self._failed(error)
+                self.failures += counts(error)
+                reason = self._hung or cause(error)
+                if 0 <= self.cluster.max_failures < self.failures:
+                    error_type = TryAgain if passes(error) else UserError
+                    raise error_type(
+                        f"training failed after {self.failures - 1} restarts: {reason}"
+                    ) from error
+                # If another group fails before it trains, the first reason is the cause, and later ones are
+                # consequences.
+                self.cause = self.cause or reason
+                self._announce("starting the workers again" if counts(error) else "retrying")
             else:
                 if self._is_final(result):
                     return result
             answer(self.channel.begin.remote())
             at_once = self.placed
-
-    def _failed(self, error: Exception) -> None:
-        self.failures += counts(error)
-        reason = self._hung or cause(error)
-        if 0 <= self.spec.config.cluster.max_failures < self.failures:
-            error_type = TryAgain if passes(error) else UserError
-            raise error_type(
-                f"training failed after {self.failures - 1} restarts: {reason}"
-            ) from error
-        # If another group fails before it trains, the first reason is the cause, and later ones are consequences.
-        self.cause = self.cause or reason
-        self._announce("starting the workers again" if counts(error) else "retrying")
 
     def _is_final(self, result: TrainResult) -> bool:
         """False if another group resumes this training; raises UserError and Stopped as `run`."""
@@ -188,7 +182,8 @@ class Supervisor:
             if self.build.problem is not None or self.build.store.total is not None:
                 self.build.join()  # the last rows may exceed data.max_rejected
         if result.problem:
-            raise (TryAgain if result.passes else UserError)(result.problem)
+            error_type = TryAgain if result.passes else UserError
+            raise error_type(result.problem)
         if not result.interrupted:
             return True
         assert result.state is not None
@@ -201,8 +196,8 @@ class Supervisor:
 
     def _wait_for_room(self) -> int:
         """Wait until cluster.workers' minimum fits, and return how many workers fit."""
-        fewest = self.spec.config.cluster.fewest
-        most = self.spec.config.cluster.most
+        fewest = self.cluster.fewest
+        most = self.cluster.most
         free = -1
         since = time.monotonic()
         told = False
@@ -258,14 +253,11 @@ class Supervisor:
             self._ask("the preparation of the training data failed")
         if self.progress.total is None:
             self.progress.set_total(self.schedule.total())
-        if time.monotonic() - self._looked >= (1.0 if self._room else ROOM):
-            self._looked = time.monotonic()
-            self._grow()
-
-    def _grow(self) -> None:
-        """End the group if more workers fit, so that a larger one resumes."""
-        most = self.spec.config.cluster.most
-        missing = most - (self.workers or most)
+        if time.monotonic() - self._looked < (1.0 if self._room else ROOM):
+            return
+        # End the group if more workers fit, so that a larger one resumes.
+        self._looked = time.monotonic()
+        missing = self.cluster.most - (self.workers or self.cluster.most)
         room = 0
         # Otherwise starting workers are about to take the free room.
         if missing and self._running and not self._asked:
@@ -292,7 +284,7 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Handle what Ray does not: workers that hang, and nodes that will be taken away."""
-        silence = self.spec.config.cluster.silence
+        silence = self.cluster.silence
         members, silent = answer(self.channel.members.remote(silence))
         now = time.monotonic()
         for name, amount in self.worker.items():
@@ -333,7 +325,7 @@ class Supervisor:
                 f" {plural(again, 'step')} done again{self._split(workers)}"
             )
             self.progress.back_to(step)
-        elif workers != self.spec.config.cluster.most:
+        elif workers != self.cluster.most:
             self.progress.line(
                 f"training starts with {plural(workers, 'worker')}{self._split(workers)}"
             )
@@ -342,13 +334,14 @@ class Supervisor:
         self._running = True
 
     def _split(self, workers: int) -> str:
-        config = self.spec.config
-        if workers == (self.workers or config.cluster.most):
+        if workers == (self.workers or self.cluster.most):
             return ""
-        return f"; {batch_split(config, workers)}"
+        return f"; {batch_split(self.spec.config, workers)}"
 
     def _announce(self, text: str) -> None:
-        self.progress.line(f"{self.cause}: {text}" if self.cause else text)
+        if self.cause:
+            text = f"{self.cause}: {text}"
+        self.progress.line(text)
 
 
 FitOn = Callable[[Any, int], TrainResult]

@@ -31,7 +31,6 @@ OF_A_MACHINE = ("local_files_only", "is_local", "name_or_path")
 """Keys of tokenizer_config.json that say how and from where it was loaded."""
 GENERATION = "generation_config.json"
 ENDS = "eos_token_id"
-_CONFIGS = ("config.json", GENERATION)
 
 
 def copy_tokenizer(base: Path, out: Path) -> None:
@@ -86,11 +85,8 @@ def end_with(folder: Path, ids: Sequence[int]) -> None:
 def make_portable(folder: Path) -> None:
     """Rewrite the folder's JSON files of tokenizer and model without traces of a machine or of transformers 5."""
     _rewrite(folder / "tokenizer_config.json", _portable_tokenizer)
-    for name in _CONFIGS:
+    for name in ("config.json", GENERATION):
         _rewrite(folder / name, portable_config)
-
-
-_OLD_ROPE = ("rope_theta", "rope_scaling")
 
 
 def portable_config(tree: Any) -> Any:
@@ -107,7 +103,11 @@ def portable_config(tree: Any) -> Any:
     }
     # Rotary positions by the names of transformers 4; 5 reads both.
     rope = kept.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope and kept.keys().isdisjoint(_OLD_ROPE):
+    if (
+        isinstance(rope, dict)
+        and "rope_theta" in rope
+        and not {"rope_theta", "rope_scaling"} & kept.keys()
+    ):
         rest = {name: value for name, value in rope.items() if name != "rope_theta"}
         kept["rope_theta"] = rope["rope_theta"]
         if rest.get("rope_type", "default") != "default":

@@ -215,18 +215,16 @@ def tell(decided: Decided, assumed: str = "") -> None:
     else:
         parts["activations"] = size.activation_bytes
     shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
-    text = (
-        f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
-        " plus about 1 GiB for the process"
-    )
-    if not size.problem:
-        logger.info(text)
-        return
-    logger.info(f"{text}; without {size.problem}")
+    without = f"; without {size.problem}" if size.problem else ""
     logger.info(
-        f"memory: the estimate is without {size.problem}: the model's code does not run without weights;"
-        " if memory runs out, set train.activation_checkpointing=true or lower train.micro_batch"
+        f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
+        f" plus about 1 GiB for the process{without}"
     )
+    if size.problem:
+        logger.info(
+            f"memory: the estimate is without {size.problem}: the model's code does not run without weights;"
+            " if memory runs out, set train.activation_checkpointing=true or lower train.micro_batch"
+        )
 
 
 def decided(

@@ -25,7 +25,7 @@ class Progress:
     A line follows every `every` steps, steps that took 30 s together, and each evaluation.
     """
 
-    def __init__(self, total: int | None, every: int, bar: bool | None = None) -> None:
+    def __init__(self, total: int | None, every: int) -> None:
         self.total = total
         self.every = every
         self.tokens = self.supervised = self.seconds = self.waited = 0.0
@@ -35,9 +35,12 @@ class Progress:
         """Seconds in these steps."""
         self._began = 0.0
         """Time at which the first of these steps began."""
-        wanted = sys.stderr.isatty() if bar is None else bar
         self.bar = tqdm(
-            total=total, bar_format=BAR, dynamic_ncols=True, leave=True, disable=not wanted
+            total=total,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            leave=True,
+            disable=not sys.stderr.isatty(),
         )
         self._stack = contextlib.ExitStack()
 

@@ -52,8 +52,11 @@ def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> It
     `parent` is the id of the search's MLflow run if this run is a trial.
     """
     config = spec.config
-    tags = {"olora.base_digest": spec.base.digest, "olora.method": config.adapter.method}
-    tags["olora.auto"] = ",".join(sorted(spec.auto))
+    tags = {
+        "olora.base_digest": spec.base.digest,
+        "olora.method": config.adapter.method,
+        "olora.auto": ",".join(sorted(spec.auto)),
+    }
     later = "nothing is lost; once MLflow answers, run the same command again to finish logging and registration"
     with mlflow_run(config, tags, folder, flatten(config), parent=parent, advice=later) as tracker:
         log_data(tracker, spec)

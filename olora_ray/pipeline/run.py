@@ -7,6 +7,7 @@ has written, so a run that was stopped resumes with the same command.
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,11 @@ from olora_ray.pipeline.connection import Stop, connect
 from olora_ray.pipeline.run_folder import RunFolder, RunState
 
 
+@dataclass(frozen=True)
 class Driver:
     """The only process that works on a run; `only_driver` creates it."""
 
-    def __init__(self, lease: lock.Lock) -> None:
-        self._lease = lease
+    lease: lock.Lock
 
     def check(self) -> None:
         """Raise TakenOver if another process has taken the lock of the run, or if the lock cannot be read.
@@ -37,7 +38,7 @@ class Driver:
         Call it before an action that must not happen twice, such as a registration.
         """
         try:
-            self._lease.check()
+            self.lease.check()
         except TryAgain as error:
             how = "the other process resumes the run"
             if isinstance(error, lock.LockUnreadable):

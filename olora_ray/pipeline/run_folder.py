@@ -45,9 +45,11 @@ LEFT_OUT = re.compile(r"data\.(train|eval)\.\d+\.fields\..+")
 """Columns of sources."""
 DECIDED = "decided.json"
 """File with each field that was asked for as auto, its value, and why."""
+Settings = dict[str, Any]
+"""Dotted fields of a config, and their values."""
 
 
-def identity_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def identity_settings(settings: Settings) -> Settings:
     """Return the settings that must not change in a run folder: neither free to change nor paths of contents.
 
     search.json has them, and the name of a retrained run is made of them, so all releases must give the same: removed
@@ -56,7 +58,7 @@ def identity_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     removed = {field: default for field, (default, _) in RETIRED.items()}
     bound = {
         field: value
-        for field, value in (removed | dict(settings)).items()
+        for field, value in (removed | settings).items()
         if not field.startswith(FREE_TO_CHANGE)
         and not PATH_FIELDS.fullmatch(field)
         and (field not in ADDED or value != ADDED[field])
@@ -64,7 +66,7 @@ def identity_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
 
 
-def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _compared(settings: Settings) -> Settings:
     # A column that is left out (`fields: {NAME: none}`) changes no token.
     return {
         field: value
@@ -73,16 +75,16 @@ def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _all_but_length(settings: Settings) -> Settings:
     return {field: value for field, value in _compared(settings).items() if field not in LENGTH}
 
 
-def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _length(settings: Settings) -> Settings:
     field = "train.epochs" if settings["train.steps"] is None else "train.steps"
     return {field: settings[field]}
 
 
-Part = Callable[[Mapping[str, Any]], dict[str, Any]]
+Part = Callable[[Settings], Settings]
 """Returns the settings that count for a comparison."""
 
 
@@ -206,8 +208,7 @@ OF_MODEL = re.compile(r"data\.packing|data\.(train|eval)\.\d+\.chat")
 def read_settings(root: str) -> tuple[Config, Decisions]:
     """Return config.yaml of a run folder with the values of decided.json, and the latter; raises ValueError."""
     decisions = read_decisions(root)
-    config = read_config(storage.join(root, "config.yaml"))
-    return _with_decisions(config, decisions), decisions
+    return _with_decisions(root, decisions), decisions
 
 
 def read_for_others(root: str) -> Config:
@@ -217,10 +218,11 @@ def read_for_others(root: str) -> Config:
         for name, decision in read_decisions(root).items()
         if not name.startswith("cluster.") and not OF_MODEL.fullmatch(name)
     }
-    return _with_decisions(read_config(storage.join(root, "config.yaml")), decisions)
+    return _with_decisions(root, decisions)
 
 
-def _with_decisions(config: Config, decisions: Decisions) -> Config:
+def _with_decisions(root: str, decisions: Decisions) -> Config:
+    config = read_config(storage.join(root, "config.yaml"))
     values = {
         name: decision.value
         for name, decision in decisions.items()
@@ -284,7 +286,18 @@ class RunFolder:
         from olora_ray.cluster.spec import TrainResult
         from olora_ray.train import checkpoints
 
-        config, decisions = self._config()
+        config = None
+        decisions: Decisions = {}
+        if storage.exists(self.settings):
+            try:
+                config, decisions = read_settings(self.root)
+            except ValueError as error:
+                # Never "delete these fields": the numbers of the run may depend on them.
+                raise UserError(
+                    f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
+                    f" ({str(error).replace(self.settings, 'config.yaml')[:200]}); set another run.name, or delete the"
+                    " folder"
+                ) from None
         step, kept = checkpoints.newest(self.checkpoints)
         result = records.read(self.result, dict[str, Any])
         metrics = (result or {}).get("metrics", {})
@@ -297,19 +310,6 @@ class RunFolder:
         return RunState(
             self.root, config, decisions, kept.precision, step, identity, training, result
         )
-
-    def _config(self) -> tuple[Config | None, Decisions]:
-        if not storage.exists(self.settings):
-            return None, {}
-        try:
-            return read_settings(self.root)
-        except ValueError as error:
-            # Never "delete these fields": the numbers of the run may depend on them.
-            raise UserError(
-                f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
-                f" ({str(error).replace(self.settings, 'config.yaml')[:200]}); set another run.name, or delete the"
-                " folder"
-            ) from None
 
     def write_config(self, config: Config, decisions: Decisions, state: RunState) -> None:
         """Write decided.json and config.yaml, which claims the name for this run.

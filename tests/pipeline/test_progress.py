@@ -34,7 +34,7 @@ def row(step: int, **changes: Any) -> dict[str, float]:
 
 
 def lines(total: int, every: int, *rows: dict[str, float]) -> list[str]:
-    with said() as told, Progress(total, every, bar=False) as progress:
+    with said() as told, Progress(total, every) as progress:
         for item in rows:
             progress.row(item)
     return told
@@ -73,7 +73,7 @@ def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left() -> None:
 
 
 def test_the_time_left_counts_evaluations_and_begins_again_after_a_restart() -> None:
-    with said() as told, Progress(40, 1, bar=False) as progress:
+    with said() as told, Progress(40, 1) as progress:
         progress.row(row(1, **{"train/step_seconds": 0.01}))
         time.sleep(1.0)  # an evaluation
         progress.row(row(2, **{"train/step_seconds": 0.01}))
