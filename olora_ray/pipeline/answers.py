@@ -93,8 +93,9 @@ def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any
         try:
             names |= judge(reference, reference).keys()
         except UserError as error:
-            sequences = range(len(held_out))
-            origins = [origin for index in sequences for origin in held_out.origins(index)]
+            origins = [
+                origin for index in range(len(held_out)) for origin in held_out.origins(index)
+            ]
             raise UserError(f"{origins[question.row]}: {error}") from error
     if config.evaluation.rows and isinstance(config, Config):
         _check_gate(config, names, why)

@@ -75,10 +75,6 @@ def _compared(settings: Settings) -> Settings:
     }
 
 
-def _all_but_length(settings: Settings) -> Settings:
-    return {field: value for field, value in _compared(settings).items() if field not in LENGTH}
-
-
 def _length(settings: Settings) -> Settings:
     field = "train.epochs" if settings["train.steps"] is None else "train.steps"
     return {field: settings[field]}
@@ -88,8 +84,12 @@ Part = Callable[[Settings], Settings]
 """Returns the settings that count for a comparison."""
 
 
-def _fields(wanted: Callable[[str], object]) -> Part:
-    return lambda settings: {name: value for name, value in settings.items() if wanted(name)}
+def _fields(wanted: Callable[[str], object], part: Part = dict) -> Part:
+    return lambda settings: {name: value for name, value in part(settings).items() if wanted(name)}
+
+
+ALL_BUT_LENGTH = _fields(lambda field: field not in LENGTH, _compared)
+ALL_BUT_EVALUATION = _fields(lambda field: not field.startswith("evaluation."), ALL_BUT_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,9 @@ class RunState:
         if self.config is None or (self.step is None and self.result is None):
             return ""
         run = f"{config.run.name!r}"
-        if self.changes(config, _all_but_length):
+        if self.changes(config, ALL_BUT_LENGTH):
             problem = f"run.name: {run} exists with other settings ({self.other_settings(config)})"
-            evaluated = _fields(lambda field: not field.startswith("evaluation."))
-            if self.result is not None and not self.changes(
-                config, lambda settings: evaluated(_all_but_length(settings))
-            ):
+            if self.result is not None and not self.changes(config, ALL_BUT_EVALUATION):
                 problem += f"; to evaluate its model so, run olora-ray evaluate {self.root} evaluation.FIELD=VALUE"
             return problem
         shown = self.changes(config, _length)

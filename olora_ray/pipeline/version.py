@@ -114,5 +114,6 @@ def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
         and has_chat_template(adapter) == has_chat_template(Path(base.folder))
     )
     name = models.pinned(base.name, spec.config)
-    revision = commit or spec.config.model.revision
-    return BaseOfAdapter(name, base.digest, base.folder, revision, on_hub)
+    return BaseOfAdapter(
+        name, base.digest, base.folder, commit or spec.config.model.revision, on_hub
+    )
