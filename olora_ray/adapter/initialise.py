@@ -44,35 +44,34 @@ def exchange(
     it together; the numbers travel on `device`. Raises RuntimeError if the workers end with different bytes.
     """
     facts: dict[str, tuple[Shape, Shape | None, bool]] = {}
-    for told in collectives.gather({name: _facts(item) for name, item in own.items()}):
+    for name, item in own.items():
+        shape_b0 = None if item.b0 is None else tuple(item.b0.shape)
+        facts[name] = (tuple(item.a0.shape), shape_b0, item.full_rank)
+    for told in collectives.gather(facts):
         facts |= told
     merged: dict[str, Factors] = {}
     hasher = hashlib.sha256()
     for worker, share in enumerate(shares):
         for name in share:
-            item = own[name] if worker == collectives.rank() else _empty(*facts[name])
-            a0, b0 = (
-                None if part is None else _sent(part, worker, device) for part in (item.a0, item.b0)
-            )
-            assert a0 is not None
+            if worker == collectives.rank():
+                item = own[name]
+            else:
+                shape_a0, shape_b0, full_rank = facts[name]
+                b0 = None if shape_b0 is None else torch.empty(shape_b0)
+                item = Factors(torch.empty(shape_a0), b0, full_rank)
+            a0 = _sent(item.a0, worker, device)
+            hasher.update(a0.numpy().tobytes())
+            b0 = None
+            if item.b0 is not None:
+                b0 = _sent(item.b0, worker, device)
+                hasher.update(b0.numpy().tobytes())
+            hasher.update(torch.tensor([float(item.full_rank)]).numpy().tobytes())
             merged[name] = Factors(a0, b0, item.full_rank)
-            for part in (a0, b0, torch.tensor([float(item.full_rank)])):
-                hasher.update(b"" if part is None else part.numpy().tobytes())
     if len(set(collectives.gather(hasher.digest()))) > 1:
         raise RuntimeError(
             "adapter factors differ between workers after their exchange: the network corrupted them"
         )
     return merged, hasher.hexdigest()
-
-
-def _facts(item: Factors) -> tuple[Shape, Shape | None, bool]:
-    return tuple(item.a0.shape), None if item.b0 is None else tuple(item.b0.shape), item.full_rank
-
-
-def _empty(shape_a0: Shape, shape_b0: Shape | None, full_rank: bool) -> Factors:
-    return Factors(
-        torch.empty(shape_a0), None if shape_b0 is None else torch.empty(shape_b0), full_rank
-    )
 
 
 def _sent(part: Tensor, worker: int, device: torch.device) -> Tensor:
@@ -104,7 +103,8 @@ def options_of(adapter: Adapter) -> Options:
 
 def check_rank(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
     for name, (*_, m, n) in shapes.items():
-        if problem := method_named(method).problem(m, n, rank, name):
+        problem = method_named(method).problem(m, n, rank, name)
+        if problem:
             raise UserError(problem)
 
 
@@ -166,7 +166,8 @@ def initialise(
 
 
 def at_scale(factors: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
-    use, options = method_named(adapter.method), options_of(adapter)
+    use = method_named(adapter.method)
+    options = options_of(adapter)
     return {name: use.at_scale(item, adapter.scale(), options) for name, item in factors.items()}
 
 
@@ -186,7 +187,12 @@ def _compute(
         method.factors(numbers, rank, layer_seed + first, options)
         for first, numbers in _numbers(target, device)
     ]
-    factors = parts[0] if target.experts is None else _together(parts)
+    b0 = [part.b0 for part in parts if part.b0 is not None]
+    factors = Factors(
+        torch.cat([part.a0 for part in parts]),
+        torch.cat(b0) if b0 else None,
+        all(part.full_rank for part in parts),
+    )
     if not all(torch.isfinite(part).all() for part in (factors.a0, factors.b0) if part is not None):
         raise UserError(
             f"model.name: the weight of {name} has NaN or infinite values; use another copy of the model"
@@ -213,39 +219,28 @@ def weight_sizes(targets: Mapping[str, Target], device: torch.device) -> dict[st
     """
 
     def share() -> dict[str, list[float]]:
-        return {
-            name: _sizes(targets[name], device)
-            for name in list(targets)[collectives.rank() :: workers]
-        }
+        sizes = {}
+        for name in list(targets)[collectives.rank() :: collectives.world_size()]:
+            target = targets[name]
+            parts = [
+                numbers.norm(dim=(-2, -1)).reshape(-1) for _, numbers in _numbers(target, device)
+            ]
+            norms = torch.cat(parts) / min(target.shape) ** 0.5
+            # The last bits of a norm depend on the number of threads.
+            sizes[name] = [float(f"{norm:.3g}") for norm in norms.tolist()]
+        return sizes
 
-    workers = collectives.world_size()
     found: dict[str, list[float]] = {}
     for told in collectives.gather(collectives.together(share)):
         found |= told
     return {name: torch.tensor(found[name]) for name in targets}
 
 
-def _sizes(target: Target, device: torch.device) -> list[float]:
-    sizes = torch.cat(
-        [numbers.norm(dim=(-2, -1)).reshape(-1) for _, numbers in _numbers(target, device)]
-    )
-    # The last bits of a norm depend on the number of threads.
-    return [float(f"{size:.3g}") for size in (sizes / min(target.shape) ** 0.5).tolist()]
-
-
-def _together(chunks: list[Factors]) -> Factors:
-    b0 = [chunk.b0 for chunk in chunks if chunk.b0 is not None]
-    return Factors(
-        torch.cat([chunk.a0 for chunk in chunks]),
-        torch.cat(b0) if b0 else None,
-        all(c.full_rank for c in chunks),
-    )
-
-
 # Cache of factors: a search computes them once, and its trials read them.
 
 
-TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
+TENSORS = "factors.safetensors"
+DESCRIPTION = "factors.json"
 
 
 def write_factors(
@@ -262,12 +257,9 @@ def write_factors(
         if item.b0 is not None:
             parts[f"{name}.b0"] = item.b0
     with tempfile.TemporaryDirectory(prefix="olora-factors-") as folder:
-        save_file(
-            {name: part.contiguous().cpu() for name, part in parts.items()}, Path(folder) / TENSORS
-        )
-        storage.write_bytes(
-            storage.join(folder_uri, TENSORS), (Path(folder) / TENSORS).read_bytes()
-        )
+        file = Path(folder) / TENSORS
+        save_file({name: part.contiguous().cpu() for name, part in parts.items()}, file)
+        storage.write_bytes(storage.join(folder_uri, TENSORS), file.read_bytes())
     # Factors that the weight does not determine are not reused at a smaller rank: computed there, the arbitrary part
     # may differ from the first columns kept here.
     whole = all(item.full_rank for item in factors.values())
@@ -287,8 +279,9 @@ def _description(folder_uri: str, origin: Mapping[str, str], rank: int) -> dict[
     if not described or not described.get("full_rank") or {**described, **origin} != described:
         return None
     # Without a prefix only the same rank will do: another has other factors, and layers may differ in rank.
-    enough = described["rank"] >= rank if described.get("prefix") else described["rank"] == rank
-    return described if enough else None
+    if described["rank"] == rank or (described.get("prefix") and described["rank"] > rank):
+        return described
+    return None
 
 
 def read_factors(
@@ -305,15 +298,13 @@ def read_factors(
             safe_open(local, "pt") as file,
         ):
             keys = set(file.keys())
-            return {
-                name: Factors(
-                    _first(file.get_slice(f"{name}.a0"), -2, limit),
-                    _first(file.get_slice(f"{name}.b0"), -1, limit)
-                    if f"{name}.b0" in keys
-                    else None,
-                )
-                for name in names
-            }
+            factors = {}
+            for name in names:
+                b0 = None
+                if f"{name}.b0" in keys:
+                    b0 = _first(file.get_slice(f"{name}.b0"), -1, limit)
+                factors[name] = Factors(_first(file.get_slice(f"{name}.a0"), -2, limit), b0)
+            return factors
     except (OSError, SafetensorError):
         return None
 

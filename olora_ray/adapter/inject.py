@@ -53,19 +53,23 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
             name: reason or too_small for name, reason in reasons.items() if name not in chosen
         }
     else:
-        named = {name for entry in targets for name in _matches(entry, maps)}
+        named = set[str]()
+        for entry in targets:
+            named.update(_matches(entry, maps))
         chosen = [name for name in maps if name in named]
         left_out = {}
         for name in chosen:
-            if refused := maps[name].refused:
+            refused = maps[name].refused
+            if refused:
                 raise UserError(
                     f"adapter.targets: {name!r} is {refused.what}, which cannot be adapted; leave it out"
                 )
     if not chosen:
-        kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
-        raise UserError(
-            f"adapter.targets: the model has no linear layer to adapt{f', only {kinds}' if kinds else ''}"
-        )
+        problem = "adapter.targets: the model has no linear layer to adapt"
+        if left_out:
+            kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
+            problem += f", only {kinds}"
+        raise UserError(problem)
     selected = {name: maps[name].target for name in chosen}
     for name, target in selected.items():
         m, n = target.shape
@@ -79,14 +83,11 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
 
 def _matches(entry: str, maps: Mapping[str, Candidate]) -> list[str]:
     # An entry may also name the module of experts, which selects each of its weights.
-    names = {
-        name: [name] if item.target.experts is None else [name, item.module_name]
-        for name, item in maps.items()
-    }
+    suffix = f".{entry}"
     matched = [
         name
-        for name, known in names.items()
-        if any(f".{each}".endswith(f".{entry}") for each in known)
+        for name, item in maps.items()
+        if f".{name}".endswith(suffix) or f".{item.module_name}".endswith(suffix)
     ]
     if not matched:
         with as_user_error(f"adapter.targets: {entry!r} is not a regular expression", re.error):
@@ -118,21 +119,19 @@ def wrap(
     share one base model: the model uses the set that was installed last.
     """
     model.requires_grad_(False)
-    return {
-        name: _adapter(model, name, start, scale, dropout)
-        for name, start in factors.items()
-        if start.rank
-    }
-
-
-def _adapter(
-    model: nn.Module, name: str, start: Factors, scale: float, dropout: float
-) -> AdaptedWeight:
-    if start.a0.dim() == 2:
-        return AdaptedLinear(_base(model.get_submodule(name)), start, scale, dropout, name)
-    module, _, parameter = name.rpartition(".")
-    target = stack(_base(model.get_submodule(module)), parameter)
-    return AdaptedStack(start, target.shape[0], target.stored_transposed, scale, dropout)
+    adapted: dict[str, AdaptedWeight] = {}
+    for name, start in factors.items():
+        if not start.rank:
+            continue
+        if start.a0.dim() == 2:
+            base = _base(model.get_submodule(name))
+            adapted[name] = AdaptedLinear(base, start, scale, dropout, name)
+        else:
+            module, _, parameter = name.rpartition(".")
+            target = stack(_base(model.get_submodule(module)), parameter)
+            m, _ = target.shape
+            adapted[name] = AdaptedStack(start, m, target.stored_transposed, scale, dropout)
+    return adapted
 
 
 def install(model: nn.Module, adapted: Mapping[str, AdaptedWeight]) -> None:

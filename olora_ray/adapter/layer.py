@@ -53,9 +53,9 @@ class AdapterWeights:
 
     def delta(self, scale: float) -> Tensor:
         """Return the change of the weight, (E x) m x n, in float32."""
-        a0, b0 = self.factors.a0, self.factors.b0
+        b0 = self.factors.b0
         b = self.db if b0 is None else b0 + self.db
-        return scale * (self.db @ a0 + b @ self.da)
+        return scale * (self.db @ self.factors.a0 + b @ self.da)
 
     def plain_rank(self) -> int:
         return self.factors.rank * (1 if self.factors.b0 is None else 2)
@@ -65,10 +65,7 @@ class AdapterWeights:
 
         With B0 the rank is 2r: lora_A = [A0; dA], lora_B = [dB, B0 + dB]; without B0 it is r.
         """
-        a0, b0 = self.factors.a0, self.factors.b0
-        if b0 is None:
-            return a0 + self.da, self.db
-        return torch.cat([a0, self.da], dim=-2), torch.cat([self.db, b0 + self.db], dim=-1)
+        return joined(self.da, self.db, self.factors.a0, self.factors.b0, self.da.dtype)
 
 
 def joined(
@@ -76,9 +73,9 @@ def joined(
 ) -> tuple[Tensor, Tensor]:
     """Return (down, up) of one weight: computed in float32, rounded once to `dtype`."""
     if b0 is None:
-        down, up = a0 + da, db
-    else:
-        down, up = torch.cat([a0, da], dim=-2), torch.cat([db, b0 + db], dim=-1)
+        return (a0 + da).to(dtype), db.to(dtype)
+    down = torch.cat([a0, da], dim=-2)
+    up = torch.cat([db, b0 + db], dim=-1)
     return down.to(dtype), up.to(dtype)
 
 
@@ -146,18 +143,13 @@ class _Adapted(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x.view(entered.shape)
         grad_y = grads[0] if ctx.needs_input_grad[0] else None
-        trained: Any = [grad_da, grad_db]
-        if ctx.sums:
-            trained = [*map(_add_in_place, ctx.sums, trained)]
+        trained: list[Tensor | None] = [grad_da, grad_db]
+        for number, parameter in enumerate(ctx.sums):
+            # Autograd adds what is returned, after a conversion to float32.
+            if parameter.grad is not None and not parameter._backward_hooks:
+                parameter.grad.add_(trained[number])
+                trained[number] = None
         return grad_y, grad_x, grad_inner, None, None, None, None, None, *trained
-
-
-def _add_in_place(parameter: Tensor, gradient: Tensor) -> Tensor | None:
-    # What is returned autograd adds, after a conversion to float32.
-    if parameter.grad is None or parameter._backward_hooks:
-        return gradient
-    parameter.grad.add_(gradient)
-    return None
 
 
 def add_low_rank(
@@ -218,19 +210,19 @@ class AdaptedWeight(nn.Module):
 
     @torch.no_grad()
     def _join(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
-        def part(whole: Tensor) -> Tensor:
-            return whole if expert is None else whole[expert]
-
-        b0 = None if self.b0 is None else part(self.b0)
-        return joined(part(self.da), part(self.db), part(self.a0), b0, dtype)
+        if expert is None:
+            return joined(self.da, self.db, self.a0, self.b0, dtype)
+        b0 = None if self.b0 is None else self.b0[expert]
+        return joined(self.da[expert], self.db[expert], self.a0[expert], b0, dtype)
 
     def dropped_out(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        if self.training and self.dropout:
+            return F.dropout(x, self.dropout)
+        return x
 
     def weights(self) -> AdapterWeights:
-        return AdapterWeights(
-            Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach()
-        )
+        factors = Factors(self.a0, self.b0, self.full_rank)
+        return AdapterWeights(factors, self.da.detach(), self.db.detach())
 
 
 class TakenWeight(NotImplementedError, AttributeError):
@@ -279,7 +271,8 @@ class AdaptedLinear(AdaptedWeight):
         name: str = "a layer",
     ) -> None:
         super().__init__(factors, out_features(base), scale, dropout)
-        self.base, self.name = base, name
+        self.base = base
+        self.name = name
 
     @property
     def weight(self) -> WeightFacts:
@@ -338,11 +331,9 @@ def weight_facts(module: nn.Module) -> WeightFacts:
 
 
 def out_features(module: nn.Module) -> int:
-    return (
-        int(module.out_features)
-        if isinstance(module, nn.Linear)
-        else int(weight_facts(module).shape[1])
-    )
+    if isinstance(module, nn.Linear):
+        return int(module.out_features)
+    return int(weight_facts(module).shape[1])
 
 
 # Adapters for the experts of a mixture whose weights are one parameter: E x m x n, or E x n x m.
@@ -401,10 +392,14 @@ class _StandIn:
     """A stand-in for a weight, which torch's functions accept as a tensor; `_PRODUCTS` computes each product."""
 
     def __init__(self, weight: Tensor, stack: Any, name: str, *, transposed: bool) -> None:
-        self.weight, self.stack, self.name = weight, stack, name
+        self.weight = weight
+        self.stack = stack
+        self.name = name
         self.transposed = transposed
         """True if the product gets it as (E x) n x m."""
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        self.shape = weight.shape
+        self.dtype = weight.dtype
+        self.device = weight.device
 
     @classmethod
     def __torch_function__(
@@ -416,7 +411,8 @@ class _StandIn:
     ) -> Tensor:
         # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
         stand_ins = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _StandIn)]
-        weight, named = stand_ins[0], kwargs or {}
+        weight = stand_ins[0]
+        named = kwargs or {}
         position = next((index for index, arg in enumerate(args[:2]) if arg is weight), None)
         product = _PRODUCTS.get((getattr(func, "__name__", ""), position))
         if product is None or position is None or len(stand_ins) > 1 or len(args) < 2:
@@ -425,7 +421,7 @@ class _StandIn:
         return product(weight, y, args[1 - position], named)
 
     def size(self, dim: int | None = None) -> Any:
-        return self.weight.size() if dim is None else self.weight.size(dim)
+        return self.weight.size(dim)
 
     def data_ptr(self) -> int:
         # transformers checks the alignment of this address. It is no real one, so no kernel can read past the adapter.
@@ -486,7 +482,8 @@ class _Gathered(_StandIn):
         super().__init__(
             whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed
         )
-        self._whole, self._experts = whole, experts
+        self._whole = whole
+        self._experts = experts
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         # Sort the rows by expert, and put the results back into the order of y.
@@ -515,7 +512,8 @@ class _GroupedLowRank(torch.autograd.Function):
         y.add_(_by_expert(hidden, up.mT, ends), alpha=scale)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, hidden, down, up, ends)
-        ctx.rank, ctx.scale = da.shape[1], scale
+        ctx.rank = da.shape[1]
+        ctx.scale = scale
         return y
 
     @staticmethod
@@ -523,16 +521,14 @@ class _GroupedLowRank(torch.autograd.Function):
         x, hidden, down, up, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_hidden = _by_expert(grad, up, ends) * ctx.scale
-        grad_x = _by_expert(grad_hidden, down, ends) if ctx.needs_input_grad[1] else None
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = _by_expert(grad_hidden, down, ends)
         if down.shape[1] > ctx.rank:
-            grad_hidden, hidden = (
-                grad_hidden[:, ctx.rank :],
-                hidden[:, : ctx.rank] + hidden[:, ctx.rank :],
-            )
-        grad_da, grad_db = (
-            _by_expert(grad_hidden.T, x, ends),
-            _by_expert(grad.T, hidden, ends).float() * ctx.scale,
-        )
+            grad_hidden = grad_hidden[:, ctx.rank :]
+            hidden = hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
+        grad_da = _by_expert(grad_hidden.T, x, ends)
+        grad_db = _by_expert(grad.T, hidden, ends).float() * ctx.scale
         # Kernels promise no result for an expert without rows.
         without = (ends == torch.cat([ends.new_zeros(1), ends[:-1]]))[:, None, None]
         return (
@@ -548,10 +544,8 @@ def _by_expert(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Return each expert's product: of rows of a (T x n) and its part of b (E x n x m), or of columns and rows."""
     # The kernels take rows that start at multiples of 16 bytes. Fake tensors (train/fake_model.py) have no kernels.
     fake = type(a) is not Tensor
-    starts = [
-        start for part in (a, b) for start in (part.storage_offset(), *part.stride()) if start != 1
-    ]
-    fits = fake or not any(start * a.itemsize % 16 for start in starts)
+    starts = [a.storage_offset(), *a.stride(), b.storage_offset(), *b.stride()]
+    fits = fake or not any(start != 1 and start * a.itemsize % 16 for start in starts)
     runs = a.device.type == "cpu" or (
         a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 0)
     )
@@ -575,7 +569,9 @@ def _linear(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) ->
 
 def _matmul(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
     weight.must_be(transposed=True)
-    return weight.add(y, x) if isinstance(weight, _Expert) else _batched(weight, y, x, named)
+    if isinstance(weight, _Expert):
+        return weight.add(y, x)
+    return _batched(weight, y, x, named)
 
 
 def _gathered(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:

@@ -39,7 +39,8 @@ def principal(rows: Tensor, count: int) -> Components:
     total = gram.trace()
     values, vectors = (part.flip(-1)[..., :count] for part in torch.linalg.eigh(gram))
     known = int((values > total * max(x.shape) * torch.finfo(x.dtype).eps).sum())
-    values, vectors = values[:known], vectors[:, :known]
+    values = values[:known]
+    vectors = vectors[:, :known]
     if dual:
         vectors = torch.linalg.qr(x.mT @ vectors).Q
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))

@@ -72,7 +72,9 @@ class Method:
         """Return one line that says what to set instead, if the method cannot have this rank in a layer of m x n."""
         if rank % self.rank_multiple:
             near = rank - rank % self.rank_multiple
-            use = f"{near} or {near + self.rank_multiple}" if near else str(self.rank_multiple)
+            use = f"{near + self.rank_multiple}"
+            if near:
+                use = f"{near} or {use}"
             return f"adapter.rank={rank}: {self.name} needs a multiple of {self.rank_multiple}; use {use}"
         if rank > self.largest_rank(m, n):
             return (
