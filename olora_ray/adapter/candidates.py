@@ -244,7 +244,7 @@ def _aside(
 ) -> Reason | None:
     module = modules[name]
     if isinstance(module, QuantisedLinear):
-        shape = weight_facts(module).shape
+        shape: Any = weight_facts(module).shape
     else:
         shape = getattr(getattr(module, "weight", None), "shape", ())
     if len(shape) == 2 and 1 in shape:

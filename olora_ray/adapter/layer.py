@@ -8,7 +8,7 @@ The first part adapts linear layers, the second the weights that all experts of 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -389,7 +389,7 @@ class AdaptedExperts(nn.Module):
 
 
 class _StandIn:
-    """A stand-in for a weight, which torch's functions accept as a tensor; `_PRODUCTS` computes each product."""
+    """A stand-in for a weight, which torch's functions accept as a tensor; `_TRANSPOSED` has its products."""
 
     def __init__(self, weight: Tensor, stack: Any, name: str, *, transposed: bool) -> None:
         self.weight = weight
@@ -411,14 +411,19 @@ class _StandIn:
     ) -> Tensor:
         # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
         stand_ins = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _StandIn)]
-        weight = stand_ins[0]
+        weight: Any = stand_ins[0]
         named = kwargs or {}
         position = next((index for index, arg in enumerate(args[:2]) if arg is weight), None)
-        product = _PRODUCTS.get((getattr(func, "__name__", ""), position))
-        if product is None or position is None or len(stand_ins) > 1 or len(args) < 2:
+        product = (type(weight), getattr(func, "__name__", ""), position)
+        if product not in _TRANSPOSED or position is None or len(stand_ins) > 1 or len(args) < 2:
             raise TakenWeight(f"{weight.name}: adapters do not support {func} of experts' weights")
+        if weight.transposed != _TRANSPOSED[product]:
+            raise TakenWeight(
+                f"{weight.name}: adapters do not support this product with a transpose"
+            )
         y = func(*(weight.weight if arg is weight else arg for arg in args), **named)
-        return product(weight, y, args[1 - position], named)
+        result: Tensor = weight.add(y, args[1 - position], named)
+        return result
 
     def size(self, dim: int | None = None) -> Any:
         return self.weight.size(dim)
@@ -427,10 +432,6 @@ class _StandIn:
         # transformers checks the alignment of this address. It is no real one, so no kernel can read past the adapter.
         return self.weight.data_ptr() % 16
 
-    def must_be(self, *, transposed: bool) -> None:
-        if self.transposed != transposed:
-            raise TakenWeight(f"{self.name}: adapters do not support this product with a transpose")
-
 
 class _Expert(_StandIn):
     def __init__(self, whole: "_Stack", expert: int) -> None:
@@ -438,7 +439,8 @@ class _Expert(_StandIn):
         self.da, self.db = whole.trained(expert)
         self.expert = expert
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """Add the low-rank path to the product y, for x (T x n)."""
         inner = self.stack.dropped_out(x)
         down, up = self.stack.joined(inner.dtype, self.expert)
         return add_low_rank(y, inner, self.da, self.db, down, up, self.stack.scale)
@@ -466,7 +468,16 @@ class _Stack(_StandIn):
         flipped.transposed = not self.transposed
         return flipped
 
-    def add(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """Add the low-rank path for rows sorted by expert, or for x (E x T x n), as many rows for each expert."""
+        if "offs" in named:
+            return self.add_sorted(y, x, named["offs"])
+        assert x.dim() == 3
+        count, size = x.shape[:2]
+        ends = size * torch.arange(1, count + 1, dtype=torch.int32, device=x.device)
+        return self.add_sorted(y.flatten(0, 1), x.flatten(0, 1), ends).view(y.shape)
+
+    def add_sorted(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         """Add the low-rank path for rows sorted by expert; `ends` has the row after the last of each expert."""
         stack = self.stack
         inner = stack.dropped_out(x)
@@ -485,12 +496,16 @@ class _Gathered(_StandIn):
         self._whole = whole
         self._experts = experts
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """Add the low-rank path for x (T x 1 x n), or (T x n x 1) where the weights come first."""
+        assert x.dim() == 3
+        dim = 1 if self.transposed else -1
         # Sort the rows by expert, and put the results back into the order of y.
         order = self._experts.argsort(stable=True)
         experts = torch.arange(len(self._whole.weight), device=order.device)
         ends = torch.searchsorted(self._experts[order], experts, right=True, out_int32=True)
-        return self._whole.add(y[order], x[order], ends)[order.argsort()]
+        added = self._whole.add_sorted(y.squeeze(dim)[order], x.squeeze(dim)[order], ends)
+        return added[order.argsort()].unsqueeze(dim)
 
 
 class _GroupedLowRank(torch.autograd.Function):
@@ -558,57 +573,19 @@ def _by_expert(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return torch.stack([a[:, part] @ b[part] for part in parts])
 
 
-# Products: each takes a stand-in, the base's y, x, and the named arguments, and returns y with the low-rank path.
-
-
-def _linear(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    assert isinstance(weight, _Expert)
-    weight.must_be(transposed=False)
-    return weight.add(y, x)
-
-
-def _matmul(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    weight.must_be(transposed=True)
-    if isinstance(weight, _Expert):
-        return weight.add(y, x)
-    return _batched(weight, y, x, named)
-
-
-def _gathered(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """Gathered weights (T x m x n) times x (T x n x 1)."""
-    assert isinstance(weight, _Gathered)
-    weight.must_be(transposed=False)
-    return weight.add(y.squeeze(-1), x.squeeze(-1)).unsqueeze(-1)
-
-
-def _batched(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """x (E x T x n) times a stack, the same number of rows for each expert; or x (T x 1 x n) times gathered weights."""
-    assert x.dim() == 3
-    weight.must_be(transposed=True)
-    if isinstance(weight, _Gathered):
-        return weight.add(y.squeeze(1), x.squeeze(1)).unsqueeze(1)
-    assert isinstance(weight, _Stack)
-    count, size = x.shape[:2]
-    ends = size * torch.arange(1, count + 1, dtype=torch.int32, device=x.device)
-    return weight.add(y.flatten(0, 1), x.flatten(0, 1), ends).view(y.shape)
-
-
-def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """x (T x n), rows sorted by expert, times a stack; `offs` has the end of each expert's rows."""
-    assert isinstance(weight, _Stack)
-    weight.must_be(transposed=True)
-    return weight.add(y, x, named["offs"])
-
-
-_PRODUCTS: dict[
-    tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]
-] = {
-    ("linear", 1): _linear,
-    ("matmul", 1): _matmul,
-    ("bmm", 1): _batched,
-    ("bmm", 0): _gathered,
-    ("_grouped_mm", 1): _grouped,
-    ("grouped_mm", 1): _grouped,
-    ("grouped_mm_fallback", 1): _grouped,
+_TRANSPOSED: dict[tuple[type[_StandIn], str, int | None], bool] = {
+    (_Expert, "linear", 1): False,
+    (_Expert, "matmul", 1): True,
+    (_Gathered, "bmm", 0): False,
+    (_Gathered, "bmm", 1): True,
+    (_Gathered, "matmul", 1): True,
+    (_Stack, "bmm", 1): True,
+    (_Stack, "matmul", 1): True,
+    (_Stack, "_grouped_mm", 1): True,
+    (_Stack, "grouped_mm", 1): True,
+    (_Stack, "grouped_mm_fallback", 1): True,
 }
-"""(torch's name of the function, position of the weight) -> product; `x @ W` is matmul, the last is transformers'."""
+"""The products: (stand-in, torch's name of the function, position of the weight) -> whether it takes (E x) n x m.
+
+`x @ W` is matmul; the last function is transformers'.
+"""

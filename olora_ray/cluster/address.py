@@ -32,14 +32,17 @@ logger = logging.getLogger(__name__)
 # Ray's token authentication. A run always uses the mode of the Ray that it joins, even if RAY_AUTH_MODE is not set.
 
 
-MODE, TOKEN, FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-"""Ray's environment variables: the mode of authentication, the token, and the file that has the token."""
+# Ray's environment variables: the mode of authentication, the token, and the file that has the token.
+MODE = "RAY_AUTH_MODE"
+TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105  # a name
+FILE = "RAY_AUTH_TOKEN_PATH"
 Mode = Literal["token", "disabled"]
 
 
 def known() -> str | None:
     """Return this user's token: RAY_AUTH_TOKEN, else the file of RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."""
-    if token := os.environ.get(TOKEN):
+    token = os.environ.get(TOKEN)
+    if token:
         return token.strip()
     try:
         return _file().read_text().strip() or None
@@ -56,16 +59,13 @@ def agreed(address: str, timeout: float) -> tuple[str, Mode | None]:
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return "", None  # only ray.init presents the certificates
     our_mode = os.environ.get(MODE, "").lower()
-    try:
+    version = None
+    with contextlib.suppress(PermissionError):
         version = ray_internals.version_at(address, None, timeout)
-    except PermissionError:
-        return _version_with_token(address, our_mode, timeout), "token"
-    if our_mode == "token":
-        raise PermissionError(f"uses no token, but {MODE}=token is set here: unset it")
-    return version, "disabled"
-
-
-def _version_with_token(address: str, our_mode: str, timeout: float) -> str:
+    if version is not None:
+        if our_mode == "token":
+            raise PermissionError(f"uses no token, but {MODE}=token is set here: unset it")
+        return version, "disabled"
     if our_mode == "disabled":
         raise PermissionError(f"requires a token, but {MODE}=disabled is set here: unset it")
     token = known()
@@ -74,7 +74,7 @@ def _version_with_token(address: str, our_mode: str, timeout: float) -> str:
             f"requires a token, but {_file()} has none: copy the head's token there"
         )
     try:
-        return ray_internals.version_at(address, token, timeout)
+        return ray_internals.version_at(address, token, timeout), "token"
     except PermissionError:
         source = TOKEN if os.environ.get(TOKEN) else _file()
         raise PermissionError(
@@ -95,12 +95,12 @@ def make_own() -> None:
     # directory cannot be written.
     if os.environ.get(MODE, "token").lower() != "token" or known() is not None:
         return
-    file, token = _file(), secrets.token_hex(32)
+    file = _file()
+    token = secrets.token_hex(32)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, prefix=".auth_token-"
-        ) as complete:  # mode 0600
+        # Its mode is 0600.
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".auth_token-") as complete:
             complete.write(token)
             complete.flush()
             with contextlib.suppress(FileExistsError):  # another run was faster: its token is used
@@ -119,7 +119,8 @@ PATIENCE = 10.0
 OWN = "local"
 """The address with which ray.init starts a new Ray for this run."""
 _VARIABLE = "RAY_ADDRESS"
-ALLOCATOR, SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+SEGMENTS = "expandable_segments:True"
 """Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays."""
 
 
@@ -131,14 +132,26 @@ def find(patience: float = PATIENCE) -> str:
     """
     end = time.monotonic() + patience
     while True:
-        address = _from_environment() or ray_internals.started_address() or OWN
-        if address == OWN or (problem := _silence(address)) is None:
+        given = _from_environment()
+        address = given or ray_internals.started_address() or OWN
+        if address == OWN:
+            return OWN
+        try:
+            socket.create_connection(_parts(address), timeout=PATIENCE).close()
             break
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if time.monotonic() > end and given:
+            raise UserError(
+                f"{_VARIABLE}={address}: no Ray answers there ({problem}); correct it, or unset it"
+            )
         if time.monotonic() > end:
-            raise UserError(_unreachable(address, problem))
+            raise UserError(
+                f"the Ray that was started on this machine does not answer at {address} ({problem}); restart it with"
+                f" `ray start --head`, stop it with `ray stop`, or set {_VARIABLE}={OWN} to start a Ray for this run"
+            )
         time.sleep(0.5)
-    if address != OWN:
-        _refuse_other_version(address, patience)
+    _refuse_other_version(address, patience)
     return address
 
 
@@ -155,15 +168,6 @@ def _from_environment() -> str | None:
     if address != OWN and None in _parts(address):
         raise UserError(f"{_VARIABLE}={address}: must be HOST:PORT, such as 10.0.0.1:6379")
     return address
-
-
-def _unreachable(address: str, problem: str) -> str:
-    if _from_environment():
-        return f"{_VARIABLE}={address}: no Ray answers there ({problem}); correct it, or unset it"
-    return (
-        f"the Ray that was started on this machine does not answer at {address} ({problem}); restart it with"
-        f" `ray start --head`, stop it with `ray stop`, or set {_VARIABLE}={OWN} to start a Ray for this run"
-    )
 
 
 def _refuse_other_version(address: str, patience: float) -> None:
@@ -185,19 +189,9 @@ def _refuse_other_version(address: str, patience: float) -> None:
 
 
 def name(address: str) -> str:
-    return (
-        f"{_VARIABLE}={address}"
-        if _from_environment()
-        else f"the Ray started on this machine, at {address}"
-    )
-
-
-def _silence(address: str) -> str | None:
-    try:
-        with socket.create_connection(_parts(address), timeout=PATIENCE):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
+    if _from_environment():
+        return f"{_VARIABLE}={address}"
+    return f"the Ray started on this machine, at {address}"
 
 
 def _parts(address: str) -> tuple[str | None, int | None]:
@@ -264,33 +258,29 @@ def _start(**settings: Any) -> None:
 
 def join_or_start() -> bool:
     """Join the Ray that `find` returns, or start one for this run; True in the second case. Raises UserError."""
-    own = (target := find()) == OWN
-    logger.info("starting Ray" if own else f"connecting to {name(target)}")
-    # The environment of a submitted job overrides ours. The processes of an own Ray inherit it, because to make a
-    # runtime environment takes Ray a second.
-    variables = ray_internals.beside_job(
-        {**ENVIRONMENT, ALLOCATOR: os.environ.get(ALLOCATOR, SEGMENTS)}
-    )
-    shared: dict[str, Any] = {
-        "logging_level": logging.WARNING,
-        "runtime_env": None if own else {"env_vars": variables},
-    }
+    target = find()
+    own = target == OWN
+    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": None}
     if own:
-        begun, _ = _begun.get(), _begun.set(None)
-        target = begun.stdout.readline().strip() if begun and begun.stdout else ""
+        logger.info("starting Ray")
+        begun = _begun.get()
+        _begun.set(None)
+        target = ""
+        if begun and begun.stdout:
+            target = begun.stdout.readline().strip()
         if not target:
             _start(**shared)
             return True
+    else:
+        logger.info(f"connecting to {name(target)}")
+        # The environment of a submitted job overrides ours. The processes of an own Ray inherit it, because to make a
+        # runtime environment takes Ray a second.
+        variables = {**ENVIRONMENT, ALLOCATOR: os.environ.get(ALLOCATOR, SEGMENTS)}
+        shared["runtime_env"] = {"env_vars": ray_internals.beside_job(variables)}
     join(target, PATIENCE)
-    failure = (
-        f"{name(target)}: cannot connect"  # another Python version, or this machine is no node
-    )
-    with as_user_error(
-        failure,
-        ConnectionError,
-        RuntimeError,
-        RayError,
-        reason=lambda why: " ".join(str(why).split()),
-    ):
+    # With another Python version, for example, or if this machine is no node.
+    failure = f"{name(target)}: cannot connect"
+    errors = (ConnectionError, RuntimeError, RayError)
+    with as_user_error(failure, *errors, reason=lambda why: " ".join(str(why).split())):
         ray.init(address=target, **shared)
     return own

@@ -72,7 +72,8 @@ class DriverChannel:
 
     async def drain(self) -> list[Message]:
         """Return all messages since the last call, in order."""
-        taken, self._messages = self._messages, []
+        taken = self._messages
+        self._messages = []
         return taken
 
     async def begin(self) -> None:
@@ -147,7 +148,8 @@ _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)
 class _Sender(logging.Handler):
     def __init__(self, channel: Any, speaks: Callable[[], bool]) -> None:
         super().__init__()
-        self.channel, self.speaks = channel, speaks
+        self.channel = channel
+        self.speaks = speaks
 
     def emit(self, record: logging.LogRecord) -> None:
         if _sender.get() is self and self.speaks():

@@ -16,6 +16,7 @@ from olora_ray.cluster.preflight import (
     ClusterFacts,
     Node,
     fits,
+    gpus_per_worker,
 )
 from olora_ray.common.errors import UserError
 from olora_ray.config.decided import (
@@ -41,9 +42,12 @@ from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
 from olora_ray.train.estimate import MemoryEstimate, estimate
 
-MICRO, RECOMPUTE = "train.micro_batch", "train.activation_checkpointing"
-WORKERS, GPUS = "cluster.workers", "cluster.gpus_per_worker"
-LENGTH, PACKING = "data.max_length", "data.packing"
+MICRO = "train.micro_batch"
+RECOMPUTE = "train.activation_checkpointing"
+WORKERS = "cluster.workers"
+GPUS = "cluster.gpus_per_worker"
+LENGTH = "data.max_length"
+PACKING = "data.packing"
 ENOUGH = 2**15
 """Tokens of a micro-batch above which no GPU is faster, so that `auto` has no more."""
 ON_CPUS = 4
@@ -99,12 +103,12 @@ def decide_data(
 
 
 def _sources(config: AnyConfig) -> dict[str, Source]:
-    splits = {"data.train": config.data.train, "data.eval": config.data.eval}
-    return {
-        f"{setting}.{number}": source
-        for setting, sources in splits.items()
-        for number, source in enumerate(sources)
-    }
+    found = {}
+    for number, source in enumerate(config.data.train):
+        found[f"data.train.{number}"] = source
+    for number, source in enumerate(config.data.eval):
+        found[f"data.eval.{number}"] = source
+    return found
 
 
 def _formats(config: Config, found: Mapping[str, Source], kept: Kept) -> dict[str, Decision]:
@@ -112,7 +116,8 @@ def _formats(config: Config, found: Mapping[str, Source], kept: Kept) -> dict[st
     for setting, source in _sources(config).items():
         if not is_auto(source.format):
             continue
-        format_field, fields_field = f"{setting}.format", f"{setting}.fields"
+        format_field = f"{setting}.format"
+        fields_field = f"{setting}.fields"
         before = kept.decision(format_field)
         if before is not None:
             decisions[format_field] = before
@@ -132,10 +137,11 @@ def _chats(config: Config, spec: TokenizerSpec, kept: Kept) -> dict[str, Decisio
         # A trial may have formats that are recognised only when its files are listed.
         known = source.format != "auto"
         if known and format_named(source.format).makes == "completion" and source.chat == "auto":
-            has = "has a chat template" if spec.has_template else "has no chat template"
+            why = "the model has no chat template"
+            if spec.has_template:
+                why = "the model has a chat template"
             name = f"{setting}.chat"
-            now = Decision(as_chat(source, spec), f"the model {has}")
-            decisions[name] = kept.decision(name) or now
+            decisions[name] = kept.decision(name) or Decision(as_chat(source, spec), why)
     return decisions
 
 
@@ -239,31 +245,25 @@ def decide_evaluation(
 
 def _workers(config: AnyConfig, cluster: ClusterFacts, trial: bool) -> dict[str, Decision]:
     decisions = {}
-    gpus = config.cluster.gpus_per_worker
-    if gpus == "auto":
-        why = "the cluster has GPUs" if cluster.has_gpus else "the cluster has no GPUs"
-        gpus = 1.0 if cluster.has_gpus else 0.0
+    gpus = gpus_per_worker(config.cluster, cluster.has_gpus)
+    if is_auto(config.cluster.gpus_per_worker):
+        why = "the cluster has GPUs" if gpus else "the cluster has no GPUs"
         decisions[GPUS] = Decision(gpus, why)
     if is_auto(config.cluster.workers):
-        decisions[WORKERS] = _number_of_workers(config, cluster, gpus, trial)
+        if not gpus:
+            decisions[WORKERS] = Decision(2, "without GPUs there are two")
+        elif trial:
+            decisions[WORKERS] = Decision(1, "one for each trial")
+        else:
+            now = cluster.workers_now
+            most = cluster.workers_at_most
+            why = "one for each GPU"
+            if now < most:
+                why += f"; {now} have room now"
+            # fsdp_replicas divides one number of workers, not a range.
+            several = now < most and config.cluster.fsdp_replicas == 1
+            decisions[WORKERS] = Decision((now, most) if several else most, why)
     return decisions
-
-
-def _number_of_workers(
-    config: AnyConfig, cluster: ClusterFacts, gpus: float, trial: bool
-) -> Decision:
-    if not gpus:
-        return Decision(2, "without GPUs there are two")
-    if trial:
-        return Decision(1, "one for each trial")
-    now, most = cluster.workers_now, cluster.workers_at_most
-    why = "one for each GPU"
-    if now < most:
-        why += f"; {now} have room now"
-    # fsdp_replicas divides one number of workers, not a range.
-    if now == most or config.cluster.fsdp_replicas > 1:
-        return Decision(most, why)
-    return Decision((now, most), why)
 
 
 def expect(config: DecidedConfig, nodes: Sequence[Node], kept: Kept = NOTHING) -> Expected:
@@ -274,7 +274,8 @@ def expect(config: DecidedConfig, nodes: Sequence[Node], kept: Kept = NOTHING) -
     """
     gpu = config.cluster.gpus_per_worker > 0
     old = gpu and any((node.info.gpu_generation or AMPERE) < AMPERE for node in nodes)
-    dtype, attention = config.model.dtype, config.model.attention
+    dtype = config.model.dtype
+    attention = config.model.attention
     slow = old or (gpu and kept.dtype == "float32")
     if attention == "auto" and slow:
         attention = "sdpa"

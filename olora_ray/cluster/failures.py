@@ -40,7 +40,8 @@ def user_errors() -> Iterator[None]:
         yield
     except RayTaskError as error:
         cause = error.cause
-        if line := of_the_machine(cause):
+        line = of_the_machine(cause)
+        if line:
             raise UserError(line) from None
         if isinstance(cause, TryAgain | StoreUnavailable):
             raise TryAgain(str(cause)) from None
@@ -57,21 +58,24 @@ def advice_for_memory(config: DecidedConfig) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        micro, length = config.train.micro_batch, config.data.max_length
-        change = [f"train.micro_batch={micro // 2}"] if micro > 1 else []
-        if not change and not config.train.activation_checkpointing:
-            change = ["train.activation_checkpointing=true"]
+        micro = config.train.micro_batch
+        length = config.data.max_length
+        changes = []
+        if micro > 1:
+            changes.append(f"train.micro_batch={micro // 2}")
+        elif not config.train.activation_checkpointing:
+            changes.append("train.activation_checkpointing=true")
+        changes.append(f"data.max_length={length // 2}")
         raise UserError(
             f"a worker has too little memory for train.micro_batch={micro} and data.max_length={length}: set"
-            f" {' or '.join([*change, f'data.max_length={length // 2}'])} ({first_line(error)[:LONGEST]})"
+            f" {' or '.join(changes)} ({first_line(error)[:LONGEST]})"
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     # torch has a type for GPUs only. A worker that the kernel kills for its memory dies without an exception.
-    return type(
-        error
-    ).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return of_gpu or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:
@@ -81,15 +85,14 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
     died = [rank for rank, error in exceptions.items() if _death(error)]
     if died:
         shown = " and ".join(f"worker {rank}" for rank in sorted(died))
-        preempted = any(getattr(_death(exceptions[rank]), "preempted", False) for rank in died)
-        return f"{shown} died" + (" with its preempted node" if preempted else "")
+        if any(getattr(_death(exceptions[rank]), "preempted", False) for rank in died):
+            return f"{shown} died with its preempted node"
+        return f"{shown} died"
     texts = {rank: reason(error) for rank, error in sorted(exceptions.items())}
-    own = [
-        rank
-        for rank, text in texts.items()
-        if not any(part in text.lower() for part in CONSEQUENCES)
-    ]
-    rank = own[0] if own else next(iter(texts))
+    for rank, text in texts.items():
+        if not any(part in text.lower() for part in CONSEQUENCES):
+            return f"worker {rank} failed ({text})"
+    rank = next(iter(texts))
     return f"worker {rank} failed ({texts[rank]})"
 
 
@@ -112,13 +115,10 @@ def passes(error: BaseException) -> bool:
 def counts(error: BaseException) -> bool:
     """True if an error counts against cluster.max_failures. The loss of a preempted node does not."""
     if isinstance(error, WorkerGroupError):
-        return not any(
-            _death(e) and getattr(_death(e), "preempted", False)
-            for e in error.worker_failures.values()
-        )
-    if isinstance(
-        error, ControllerError
-    ):  # does not count if workers could not start because their node was lost
+        failures = error.worker_failures.values()
+        return not any(getattr(_death(each), "preempted", False) for each in failures)
+    if isinstance(error, ControllerError):
+        # Does not count if workers could not start because their node was lost.
         return not ray_internals.startup_failed(error.controller_failure)
     return True
 
@@ -138,7 +138,9 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "_traceback_str", None) or str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     shown = lines[-1] if lines else type(error).__name__
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."
+    if len(shown) > LONGEST:
+        shown = f"{shown[: LONGEST - 3]}..."
+    return shown
 
 
 def _death(error: Exception) -> RayActorError | None:

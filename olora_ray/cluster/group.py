@@ -34,7 +34,8 @@ class Group:
     """A group of workers that trains in a thread of the driver."""
 
     def __init__(self, fit: Fit, workers: int, channel: Any) -> None:
-        self.workers, self.channel = workers, channel
+        self.workers = workers
+        self.channel = channel
         self._future: Future[TrainResult] = Future()
         # A daemon thread does not keep the process alive, and leaves the main thread free for signals.
         threading.Thread(target=self._run, args=[fit, workers], name="train", daemon=True).start()

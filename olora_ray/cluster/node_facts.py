@@ -1,5 +1,6 @@
 """Facts that each node of the cluster reports about itself: versions, memory, and access to the storage."""
 
+import contextlib
 import logging
 import platform
 import re
@@ -56,26 +57,40 @@ def node_info(plugins: Sequence[tuple[Table, str]] = ()) -> NodeInfo:
 
     `plugins` are the members that a run takes from installed packages.
     """
-    versions = {name: _version(name) for name in (*PACKAGES, *FOR_SOME)}
-    memory, oldest = (
-        ray_internals.system_memory(),
-        min(ray_internals.gpu_generations(), default=None),
-    )
-    # A GPU that reports no memory of its own shares the machine's memory.
-    gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
-    versions = {
+    versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "olora_ray": f"code {node_cache.project()}",
-        **versions,
-        **{f"{table.group}:{name}": _plugin(table, name) for table, name in plugins},
     }
-    cuda = (ray_internals.driver_cuda(), _torch_cuda())
+    for package in (*PACKAGES, *FOR_SOME):
+        versions[package] = None
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    for table, name in plugins:
+        plugin = None
+        with contextlib.suppress(UserError):
+            plugin = table.plugin(name)
+        shown = None
+        if plugin is not None:
+            shown = f"code {plugin.digest[:12]} of {plugin.package} {plugin.version}"
+        versions[f"{table.group}:{name}"] = shown
+    memory = ray_internals.system_memory()
+    oldest = min(ray_internals.gpu_generations(), default=None)
+    # A GPU that reports no memory of its own shares the machine's memory.
+    gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
     in_use = ray_internals.gpus_in_use()
-    free, processes = (
-        min((free for free, _ in in_use), default=None),
-        tuple(id for _, ids in in_use for id in ids),
+    processes: list[int] = []
+    for _, ids in in_use:
+        processes += ids
+    return NodeInfo(
+        versions,
+        memory,
+        gpu_memory,
+        gpu_generation=oldest,
+        driver_cuda=ray_internals.driver_cuda(),
+        torch_cuda=_torch_cuda(),
+        gpu_free=min((free for free, _ in in_use), default=None),
+        gpu_processes=tuple(processes),
     )
-    return NodeInfo(versions, memory, gpu_memory, None, oldest, *cuda, free, processes)
 
 
 def query_nodes(
@@ -148,37 +163,19 @@ def _result(answer: Any, folder: str, node: str, limit: float) -> NodeInfo | str
     except RayError as error:
         return f"did not answer: {_reason(error)}"
     if info.storage_problem is None and not storage.exists(storage.join(folder, node)):
-        return replace(
-            info, storage_problem="does not show here the file that this node wrote there"
-        )
+        problem = "does not show here the file that this node wrote there"
+        return replace(info, storage_problem=problem)
     return info
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _plugin(table: Table, name: str) -> str | None:
-    try:
-        plugin = table.plugin(name)
-    except UserError:
-        return None
-    if plugin is None:
-        return None
-    return f"code {plugin.digest[:12]} of {plugin.package} {plugin.version}"
 
 
 def _torch_cuda() -> int | None:
     found = find_spec("torch")  # does not import it
-    file = Path(found.origin).with_name("version.py") if found and found.origin else None
-    built = (
-        re.search(r"^cuda\b.*'(\d+)", file.read_text(), re.MULTILINE)
-        if file and file.exists()
-        else None
-    )
+    if found is None or found.origin is None:
+        return None
+    file = Path(found.origin).with_name("version.py")
+    if not file.exists():
+        return None
+    built = re.search(r"^cuda\b.*'(\d+)", file.read_text(), re.MULTILINE)
     return int(built[1]) if built else None
 
 

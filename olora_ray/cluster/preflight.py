@@ -1,5 +1,6 @@
 """Checks before expensive work: the cluster has, or can get, what a run needs. One error lists all problems."""
 
+import contextlib
 import logging
 import math
 import os
@@ -108,25 +109,24 @@ class ClusterFacts:
     def here(cls, cluster: Cluster) -> "ClusterFacts":
         """Return the facts of this machine as a cluster of one node; needs no Ray."""
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        each = {"CPU": float(cluster.cpus_per_worker)}
-        each |= _gpus(cluster, gpus > 0)
+        wanted = resources.of_worker(cluster, gpus_per_worker(cluster, gpus > 0))
         has = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
-        room = resources.room(each, [resources.Nodes(has, 1)])
+        room = resources.room(wanted, [resources.Nodes(has, 1)])
         node = Node("here", node_facts.node_info(), room)
         return cls((node,), gpus > 0, max(1, room), max(1, room))
 
 
-def _gpus(cluster: Cluster, has_gpus: bool) -> dict[str, float]:
-    gpus = cluster.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1.0 if has_gpus else 0.0
-    return {"GPU": float(gpus)} if gpus else {}
+def gpus_per_worker(cluster: Cluster, has_gpus: bool) -> float:
+    """Return `cluster.gpus_per_worker` in a cluster with or without GPUs."""
+    if cluster.gpus_per_worker == "auto":
+        return float(has_gpus)
+    return cluster.gpus_per_worker
 
 
 def ask(config: AnyConfig) -> ClusterFacts:
     """Ask the cluster for its facts; log what others hold of its GPUs. Needs ray.init."""
     has_gpus = resources.has_gpus()
-    wanted = {"CPU": float(config.cluster.cpus_per_worker)} | _gpus(config.cluster, has_gpus)
+    wanted = resources.of_worker(config.cluster, gpus_per_worker(config.cluster, has_gpus))
     schedulable = resources.schedulable_nodes()
     answers, silent = _answers(config, schedulable)
     of_node = {node["NodeManagerAddress"]: node["Resources"] for node in schedulable}
@@ -138,11 +138,15 @@ def ask(config: AnyConfig) -> ClusterFacts:
     now, most = _room(wanted)
     packing = KINDS.get(config.model.quantization)
     library = None if packing is None else packing.library
-    problems = [
-        *silent,
-        *version_problems(node_facts.node_info(plugins_in(config)), answers, library),
+    problems = [*silent]
+    problems += version_problems(node_facts.node_info(plugins_in(config)), answers, library)
+    problems += code_problems()
+    problems += gpu_problems(wanted, answers)
+    place = config.run.storage
+    unusable = [
+        (address, info.storage_problem) for address, info in answers if info.storage_problem
     ]
-    problems += [*code_problems(), *gpu_problems(wanted, answers), *_storage(config, answers)]
+    problems += _grouped([(address, f"run.storage {place} {each}") for address, each in unusable])
     return ClusterFacts(tuple(nodes), has_gpus, now, most, tuple(problems))
 
 
@@ -165,12 +169,16 @@ def memory_problems(
     kept: bool = False,
 ) -> Iterator[str]:
     """Yield each memory that the fewest workers lack, with advice; `kept`: the run resumes with its micro-batch."""
-    for need in needs(config, base, size, expected) if nodes else ():
-        if problem := missing(config.cluster.fewest, need, nodes):
-            advice = need.advice
-            if advice is None and kept:
-                advice = RESUMED
-            yield f"{problem}; {advice or smaller(config, base, expected, nodes)}"
+    if not nodes:
+        return
+    for need in needs(config, base, size, expected):
+        problem = missing(config.cluster.fewest, need, nodes)
+        if problem is None:
+            continue
+        advice = need.advice
+        if advice is None and kept:
+            advice = RESUMED
+        yield f"{problem}; {advice or smaller(config, base, expected, nodes)}"
 
 
 def refuse_here(
@@ -185,10 +193,10 @@ def refuse_here(
     if cluster.has_gpus or expected.gpu:
         return
     nodes = cluster.with_room(config.cluster.fewest)
-    if problems := list(memory_problems(config, base, size, expected, nodes)):
-        raise of_problems(
-            "the run cannot start here", [*problems[:-1], f"{problems[-1]}; {ELSEWHERE}"]
-        )
+    problems = list(memory_problems(config, base, size, expected, nodes))
+    if problems:
+        problems[-1] += f"; {ELSEWHERE}"
+        raise of_problems("the run cannot start here", problems)
 
 
 def fits(
@@ -211,7 +219,8 @@ def smaller(
         other = override(config, change)
         then = replace(expected, dtype=change.get("model.dtype", expected.dtype))
         if fits(other, base, estimate(other, base, then), then, nodes):
-            return f"it fits with {', '.join(f'{field}={str(value).lower()}' for field, value in change.items())}"
+            settings = [f"{field}={str(value).lower()}" for field, value in change.items()]
+            return f"it fits with {', '.join(settings)}"
     return (
         "use nodes with more memory or a smaller model: none of train.activation_checkpointing, a smaller"
         " train.micro_batch or data.max_length, cluster.strategy=fsdp and model.dtype=bfloat16 is enough"
@@ -234,11 +243,12 @@ def changes(config: DecidedConfig, expected: Expected) -> Iterator[dict[str, Any
         micro //= 2
         change["train.micro_batch"] = micro
         yield dict(change)
-    if _may_shard(config):
+    cluster = config.cluster
+    unsharded = cluster.strategy == "ddp" and cluster.fewest > 1
+    if unsharded and config.model.quantization == "none":
         change["cluster.strategy"] = "fsdp"
-        if (
-            config.cluster.fsdp_replicas > 1
-        ):  # had no effect with ddp, and may not divide the number of workers
+        # It had no effect with ddp, and may not divide the number of workers.
+        if cluster.fsdp_replicas > 1:
             change["cluster.fsdp_replicas"] = 1
         yield dict(change)
     asked = config.model.dtype == "float32"
@@ -246,41 +256,38 @@ def changes(config: DecidedConfig, expected: Expected) -> Iterator[dict[str, Any
         change["model.dtype"] = "bfloat16"
         yield dict(change)
     length = config.data.max_length
-    while (
-        length >= 512
-    ):  # sequences of less than 256 tokens would cut most examples, so they are no advice
+    # Sequences of less than 256 tokens would cut most examples, so they are no advice.
+    while length >= 512:
         length //= 2
         change["data.max_length"] = length
         yield dict(change)
     yield from (change | fewer for fewer in _fewer_answers(config))
 
 
-def _may_shard(config: DecidedConfig) -> bool:
-    cluster = config.cluster
-    unsharded = cluster.strategy == "ddp" and cluster.fewest > 1
-    return unsharded and config.model.quantization == "none"
-
-
 def _fewer_answers(config: DecidedConfig) -> Iterator[dict[str, Any]]:
     # Prompts are answered in batches, so only a number of prompts below the size of a batch needs less memory.
-    evaluation, count = config.evaluation, answers_at_once(config)
+    count = answers_at_once(config)
     while count > 1:
         count //= 2
-        scored = {"evaluation.rows": min(evaluation.rows, count)} if evaluation.scorer else {}
-        yield {"evaluation.samples": min(evaluation.samples, count), **scored}
+        change = {"evaluation.samples": min(config.evaluation.samples, count)}
+        if config.evaluation.scorer:
+            change["evaluation.rows"] = min(config.evaluation.rows, count)
+        yield change
 
 
 def needs(
     config: DecidedConfig, base: BaseModel, size: MemoryEstimate, expected: Expected
 ) -> Iterator[Need]:
     running = size.total_bytes() + PROCESS_BYTES
-    gpus, wanted = config.cluster.gpus_per_worker, getattr(torch, expected.dtype)
+    gpus = config.cluster.gpus_per_worker
+    wanted = getattr(torch, expected.dtype)
     stored = stored_as(base, wanted)
-    converted = 0 if stored == NAMES[wanted] or size.by_rows else size.parameters * wanted.itemsize
+    converted = 0
+    if stored != NAMES[wanted] and not size.by_rows:
+        converted = size.parameters * wanted.itemsize
     if not expected.gpu:
-        yield Need(
-            "memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, None
-        )
+        running = max(running, PROCESS_BYTES + converted)
+        yield Need("memory", running, lambda node: node.info.memory, None)
         return
     running += PEER_BYTES * (config.cluster.fewest - 1)
     yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
@@ -358,21 +365,25 @@ def require(
 
 def _workers(config: AnyDecided) -> Iterator[str]:
     """Yield the problem if the fewest workers have no room, now or later. Log if they wait."""
-    cluster, nodes, later = config.cluster, resources.present(), resources.maximum()
+    nodes = resources.present()
     wanted = resources.worker_resources(config)
-    fewest = cluster.fewest
-    now, most = resources.room(wanted, nodes), resources.room(wanted, later)
+    fewest = config.cluster.fewest
+    now = resources.room(wanted, nodes)
+    most = resources.room(wanted, resources.maximum())
     fields = ", ".join(f"{name.lower()}s_per_worker={each:g}" for name, each in wanted.items())
     have = ", ".join(f"{resources.amount(name, nodes):g} {name}s" for name in wanted)
     have += f", {plural(len(nodes), 'node')}"
     needs = (
         f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
     )
-    if now < fewest <= most or (now < fewest and cluster.is_elastic):
+    if now >= fewest:
+        return
+    if fewest <= most or config.cluster.is_elastic:
         logger.info(f"training waits for the cluster to grow: {needs}")
-    elif now < fewest:
-        limit = f" and can grow to {most}" if most > now else ""
-        yield f"{needs}{limit}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
+        return
+    if most > now:
+        needs += f" and can grow to {most}"
+    yield f"{needs}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
 
 
 def _answers(config: AnyConfig, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
@@ -394,11 +405,12 @@ def _answers(config: AnyConfig, nodes: Sequence[dict[str, Any]]) -> tuple[Answer
 
 def _with_others(node: Mapping[str, Any], info: NodeInfo) -> tuple[str, NodeInfo]:
     # The free memory of the GPUs counts where processes use them that Ray does not know.
-    address, total, free = node["NodeManagerAddress"], info.gpu_memory, info.gpu_free
+    address = node["NodeManagerAddress"]
+    total = info.gpu_memory
+    free = info.gpu_free
     free_for_ray = ray_internals.free_resources().get(node["NodeID"], {}).get("GPU", 0.0)
-    busy = free_for_ray < node["Resources"].get(
-        "GPU", 0.0
-    )  # Ray gives this run other GPUs than those in use
+    # Ray gives this run other GPUs than those in use.
+    busy = free_for_ray < node["Resources"].get("GPU", 0.0)
     if busy or total is None or free is None or total - free < GIB:
         return address, info
     logger.warning(
@@ -435,14 +447,11 @@ def version_problems(here: NodeInfo, answers: Answers, library: str | None = Non
             if package in node_facts.FOR_SOME and package != library:
                 continue
             version = info.versions.get(package)
-            if _public(package, version) != _public(package, wanted):
-                shown = f"has {package} {version}" if version else f"has no {package}"
-                problems.append(
-                    (
-                        address,
-                        f"{shown}, here it is {wanted}: install the same version on all nodes",
-                    )
-                )
+            if _public(package, version) == _public(package, wanted):
+                continue
+            shown = f"{package} {version}" if version else f"no {package}"
+            advice = "install the same version on all nodes"
+            problems.append((address, f"has {shown}, here it is {wanted}: {advice}"))
     return _grouped(problems)
 
 
@@ -464,29 +473,24 @@ def _public(package: str, version: str | None) -> str | None:
     return version and version.partition("+")[0]
 
 
-def _storage(config: AnyConfig, answers: Answers) -> list[str]:
-    problems = [
-        (address, info.storage_problem) for address, info in answers if info.storage_problem
-    ]
-    return _grouped(
-        [(address, f"run.storage {config.run.storage} {problem}") for address, problem in problems]
-    )
-
-
 def gpu_problems(wanted: Resources, answers: Answers) -> list[str]:
     if "GPU" not in wanted:
         return []
     of_node = {
         node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()
     }
-    offering = [(address, info) for address, info in answers if of_node.get(address, {}).get("GPU")]
-    return _grouped(
-        [(address, problem) for address, info in offering if (problem := unusable_gpu(info))]
-    )
+    problems = []
+    for address, info in answers:
+        if of_node.get(address, {}).get("GPU"):
+            problem = unusable_gpu(info)
+            if problem is not None:
+                problems.append((address, problem))
+    return _grouped(problems)
 
 
 def unusable_gpu(info: NodeInfo) -> str | None:
-    torch, instead = info.versions["torch"] or "", "or set cluster.gpus_per_worker=0"
+    torch = info.versions["torch"] or ""
+    instead = "or set cluster.gpus_per_worker=0"
     if torch.endswith("+cpu"):
         return f"has GPUs, and torch {torch}, which is for CPUs only: install torch for CUDA there, {instead}"
     if info.gpu_memory is None and "+rocm" not in torch:
@@ -511,8 +515,10 @@ def disk_problems(config: DecidedConfig, size: MemoryEstimate, base: BaseModel) 
         file.stat().st_size for file in Path(base.folder).glob("*.safetensors")
     )
     if storage.is_uri(config.run.storage):
-        temporary, need = tempfile.gettempdir(), checkpoint + exports
-        if (free := shutil.disk_usage(temporary).free) < need:
+        temporary = tempfile.gettempdir()
+        need = checkpoint + exports
+        free = shutil.disk_usage(temporary).free
+        if free < need:
             yield (
                 f"run.storage: uploads need about {need / GIB:.2f} GiB in {temporary}, where {free / GIB:.2f} GiB are"
                 " free; make room, or set TMPDIR to another folder"
@@ -520,15 +526,19 @@ def disk_problems(config: DecidedConfig, size: MemoryEstimate, base: BaseModel) 
         return
     root = Path(config.run.storage)
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    # Only sources that are single local files. Others are opened only when they are read.
+    sources = [Path(source.path) for source in (*config.data.train, *config.data.eval)]
     parts = {
-        "tokens": _source_bytes(config),  # about as much as the text
+        # About as much as the text.
+        "tokens": sum(path.stat().st_size for path in sources if path.is_file()),
         "checkpoints": (config.train.keep + 1) * checkpoint,
         "exports": exports,
     }
     # Existing tokens may belong to other runs. They must not count as this run's checkpoints, or the reverse.
     tokens = max(0, parts["tokens"] - _used(root / "tokens"))
     need = tokens + max(0, parts["checkpoints"] + parts["exports"] - _used(root / config.run.name))
-    if (free := shutil.disk_usage(existing).free) < need:
+    free = shutil.disk_usage(existing).free
+    if free < need:
         shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
         yield (
             f"run.storage: the run needs about {need / GIB:.2f} GiB below {root} ({shown}), where {free / GIB:.2f} GiB"
@@ -536,19 +546,13 @@ def disk_problems(config: DecidedConfig, size: MemoryEstimate, base: BaseModel) 
         )
 
 
-def _source_bytes(config: DecidedConfig) -> int:
-    # Only sources that are single local files. Others are opened only when they are read.
-    paths = [Path(source.path) for source in (*config.data.train, *config.data.eval)]
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
 def _used(folder: Path) -> int:
-    return sum(
-        os.path.getsize(os.path.join(root, name))
-        for root, _, names in os.walk(folder)
-        for name in names
-        if os.path.exists(os.path.join(root, name))
-    )
+    used = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                used += os.path.getsize(os.path.join(root, name))
+    return used
 
 
 def _grouped(problems: Sequence[tuple[str, str]]) -> list[str]:
@@ -556,9 +560,11 @@ def _grouped(problems: Sequence[tuple[str, str]]) -> list[str]:
     nodes: dict[str, list[str]] = {}
     for address, problem in problems:
         nodes.setdefault(problem, []).append(address)
-    return [f"{_named(addresses)}: {problem}" for problem, addresses in nodes.items()]
-
-
-def _named(addresses: Sequence[str]) -> str:
-    more = f" and {len(addresses) - 3} more" if len(addresses) > 3 else ""
-    return f"node{'s' if len(addresses) > 1 else ''} {', '.join(addresses[:3])}{more}"
+    lines = []
+    for problem, addresses in nodes.items():
+        word = "node" if len(addresses) == 1 else "nodes"
+        shown = ", ".join(addresses[:3])
+        if len(addresses) > 3:
+            shown += f" and {len(addresses) - 3} more"
+        lines.append(f"{word} {shown}: {problem}")
+    return lines

@@ -134,11 +134,9 @@ def autoscaler_groups() -> list[tuple[dict[str, float], int]] | None:
     None if the autoscaler has not published its limits in the control store.
     """
     limits = _state().get_cluster_config()
-    return (
-        None
-        if limits is None
-        else [(dict(each.resources), each.max_count) for each in limits.node_group_configs]
-    )
+    if limits is None:
+        return None
+    return [(dict(each.resources), each.max_count) for each in limits.node_group_configs]
 
 
 def end_train_controllers() -> None:
@@ -170,17 +168,15 @@ def abandoned_placement_groups() -> "list[PlacementGroup]":
 
     table: Any = vars(gcs_pb2)["PlacementGroupTableData"]
     job = ray.get_runtime_context().get_job_id()
-    stored = _state()._connect_and_get_accessor().get_placement_group_table()
-    groups = [
-        group for raw in stored if (group := table.FromString(raw)).creator_job_id.hex() == job
-    ]
-    return [
-        PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
-        for group in groups
+    abandoned = []
+    for raw in _state()._connect_and_get_accessor().get_placement_group_table():
+        group = table.FromString(raw)
         # Placement groups that the driver itself has created, such as Tune's for its trials, have no creating actor.
-        if not ray.ActorID(group.creator_actor_id).is_nil() and group.creator_actor_dead
-        if group.state != table.REMOVED
-    ]
+        if group.creator_job_id.hex() != job or ray.ActorID(group.creator_actor_id).is_nil():
+            continue
+        if group.creator_actor_dead and group.state != table.REMOVED:
+            abandoned.append(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return abandoned
 
 
 # Ray Train.
@@ -193,10 +189,8 @@ def without_helpers(trainer: Any) -> Any:
     which slows the start of the workers on a machine with few CPUs. A run has no Ray dataset, and the driver itself
     frees abandoned placement groups (resources.py). No public setting turns them off.
     """
-    callbacks, names = (
-        trainer._create_default_callbacks,
-        ("DatasetsCallback", "PlacementGroupCleanerCallback"),
-    )
+    callbacks = trainer._create_default_callbacks
+    names = ("DatasetsCallback", "PlacementGroupCleanerCallback")
     trainer._create_default_callbacks = lambda: [
         each for each in callbacks() if type(each).__name__ not in names
     ]
@@ -215,18 +209,15 @@ def startup_failed(error: Exception) -> bool:
     )
 
 
-def _train_context() -> Any:
-    from ray.train.v2._internal.execution import context  # Ray 2.60
-
-    return context
-
-
 def quiet_train_worker() -> None:
     """Turn off Ray Train's log line for each report of this worker.
 
     The logger is named after the path of its file, so the level of the logger "ray.train" does not apply to it.
     """
-    _train_context().logger.setLevel(logging.WARNING)
+    from ray.train.v2._internal.execution import context  # Ray 2.60
+
+    train_context: Any = context
+    train_context.logger.setLevel(logging.WARNING)
 
 
 def report(metrics: Mapping[str, float], checkpoint: str) -> None:
@@ -274,11 +265,11 @@ def reads_data() -> bool:
     Ray 2.60: its threads have several names, but all of them run code of the package ray.data.
     """
     package = os.path.join(os.path.dirname(ray.__file__), "data", "")
-    return any(
-        package in frame.f_code.co_filename
-        for current in sys._current_frames().values()
-        for frame, _ in traceback.walk_stack(current)
-    )
+    for current in sys._current_frames().values():
+        for frame, _ in traceback.walk_stack(current):
+            if package in frame.f_code.co_filename:
+                return True
+    return False
 
 
 # This machine.

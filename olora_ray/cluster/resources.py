@@ -12,6 +12,7 @@ import yaml
 
 from olora_ray.cluster import ray_internals
 from olora_ray.config.decided import AnyDecided
+from olora_ray.config.schema import Cluster
 
 Resources = Mapping[str, float]
 """Name -> amount: {"CPU": 2.0, "GPU": 1.0}."""
@@ -32,10 +33,13 @@ def has_gpus() -> bool:
 
 def worker_resources(config: AnyDecided) -> dict[str, float]:
     """Return the resources of one worker."""
-    cluster = config.cluster
+    return of_worker(config.cluster, config.cluster.gpus_per_worker)
+
+
+def of_worker(cluster: Cluster, gpus: float) -> dict[str, float]:
     wanted = {"CPU": float(cluster.cpus_per_worker)}
-    if cluster.gpus_per_worker:
-        wanted["GPU"] = cluster.gpus_per_worker
+    if gpus:
+        wanted["GPU"] = gpus
     return wanted
 
 
@@ -63,10 +67,11 @@ def own_node(processes: int, memory: float) -> dict[str, float]:
     address = next(
         (node["NodeManagerAddress"] for node in schedulable_nodes() if node["NodeID"] == own), ""
     )
-    share = {
-        f"node:{address}": 0.0001
-    }  # each node has 1.0 of this; 0.0001 is the smallest amount that Ray counts
-    return share if _fit({**share, "memory": memory}, free) >= processes else {}
+    # Each node has 1.0 of this; 0.0001 is the smallest amount that Ray counts.
+    share = {f"node:{address}": 0.0001}
+    if _fit({**share, "memory": memory}, free) < processes:
+        return {}
+    return share
 
 
 def present() -> list[Nodes]:
@@ -90,11 +95,10 @@ def autoscaler_limits() -> list[Nodes]:
 def maximum() -> list[Nodes]:
     """Return the largest cluster that the autoscaler may start; the present cluster if no limits are known."""
     more = autoscaler_limits()
-    return (
-        [*more, *(node for node in present() if ray_internals.HEAD in node.resources)]
-        if more
-        else present()
-    )
+    now = present()
+    if not more:
+        return now
+    return [*more, *(node for node in now if ray_internals.HEAD in node.resources)]
 
 
 def room(wanted: Resources, nodes: Iterable[Nodes]) -> int:
@@ -141,7 +145,8 @@ class PlacementRequest:
     def _drop(self) -> None:
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
-            self._group, self._since = None, time.monotonic()
+            self._group = None
+            self._since = time.monotonic()
 
 
 def launched(tree: Mapping[str, Any]) -> list[Nodes]:
@@ -156,11 +161,8 @@ def launched(tree: Mapping[str, Any]) -> list[Nodes]:
     for node_type in sorted(types, key=_size, reverse=True):
         most = min(left, int(node_type.get("max_workers", left)))
         left -= most
-        nodes.append(
-            Nodes(
-                {name: float(value) for name, value in node_type.get("resources", {}).items()}, most
-            )
-        )
+        each = {name: float(value) for name, value in node_type.get("resources", {}).items()}
+        nodes.append(Nodes(each, most))
     return nodes
 
 
@@ -189,7 +191,9 @@ def free_abandoned() -> int:
     """Remove this job's placement groups whose creator, a controller of Ray Train, is dead; return their number."""
     from ray.util.placement_group import remove_placement_group
 
-    groups = ray_internals.abandoned_placement_groups() if ray.is_initialized() else []
+    if not ray.is_initialized():
+        return 0
+    groups = ray_internals.abandoned_placement_groups()
     for group in groups:
         remove_placement_group(group)
     return len(groups)

@@ -5,6 +5,7 @@ of a training alone: the base is frozen, and every adapter has its own optimizer
 adapters share the memory of the base and the time of its start.
 """
 
+import contextlib
 import gc
 import logging
 import math
@@ -75,7 +76,10 @@ class SharedBaseActor:
         with self._counting:
             self._until[name] = math.inf
         try:
-            return train_at(SharedBaseContext(self._base()), spec, checkpoints, channel)
+            with self._loading:
+                if self._shared is None:
+                    self._shared = SharedBase.of(self.spec, assigned_device())
+            return train_at(SharedBaseContext(self._shared), spec, checkpoints, channel)
         except UserError as error:
             return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))
         finally:
@@ -88,12 +92,6 @@ class SharedBaseActor:
         now = time.monotonic()
         self._until = {name: end for name, end in self._until.items() if end > now}
         return len(self._until)
-
-    def _base(self) -> SharedBase:
-        with self._loading:
-            if self._shared is None:
-                self._shared = SharedBase.of(self.spec, assigned_device())
-            return self._shared
 
 
 def start_actors(
@@ -141,9 +139,12 @@ def place_on(actors: tuple[Any, ...], name: str, adapters: int) -> Any:
         fewest, index = min(((load, index) for index, load in loads.items()), default=(adapters, 0))
         if fewest >= adapters:
             time.sleep(FULL)
-        # Several trials may have read the same load. Only the first gets the slot, and the others look again.
-        elif _takes(actors[index], name, fewest):
-            return actors[index]
+            continue
+        # Several trials may have read the same load. Only the first gets the slot, and the others look again. A slow
+        # actor counts as one without a free slot.
+        with contextlib.suppress(GetTimeoutError):
+            if ray.get(actors[index].take.remote(name, fewest), timeout=ANSWERS):
+                return actors[index]
 
 
 def _loads(actors: tuple[Any, ...], calls: dict[int, Any]) -> dict[int, int]:
@@ -156,14 +157,6 @@ def _loads(actors: tuple[Any, ...], calls: dict[int, Any]) -> dict[int, int]:
     if answers and calls:
         _tell_of_silent()
     return {index: ray.get(call) for index, call in answers.items()}
-
-
-def _takes(actor: Any, name: str, seen: int) -> bool:
-    # A slow actor counts as one without a free slot.
-    try:
-        return bool(ray.get(actor.take.remote(name, seen), timeout=ANSWERS))
-    except GetTimeoutError:
-        return False
 
 
 @cache  # one warning per process, not one per trial

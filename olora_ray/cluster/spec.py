@@ -46,33 +46,34 @@ class TrainSpec:
 
     def identity(self) -> dict[str, str]:
         """Return what decides the numbers of a run: digests of contents, whatever their path, and adapter settings."""
-        return (
-            {
-                "base model": self.base.digest,
-                "tokenizer": self.tokenizer,
-                "training data": self.train.digest,
-                "held-out data": self.eval.digest if self.eval else "",
-                "adapter": self.config.adapter.identity(),
-            }
-            | self._packed()
-            | objective_named(self.config.train.objective).identity()
-            | {"optimizer": OPTIMIZERS.identity(self.config.train.optimizer)}
-            | ({"start": self.start} if self.start else {})
-            | ({"order": "one draw"} if self.train.shard_count > IN_WINDOWS else {})
-        )
+        identity = {
+            "base model": self.base.digest,
+            "tokenizer": self.tokenizer,
+            "training data": self.train.digest,
+            "held-out data": self.eval.digest if self.eval else "",
+            "adapter": self.config.adapter.identity(),
+        }
+        identity |= self._packed()
+        identity |= objective_named(self.config.train.objective).identity()
+        identity["optimizer"] = OPTIMIZERS.identity(self.config.train.optimizer)
+        if self.start:
+            identity["start"] = self.start
+        if self.train.shard_count > IN_WINDOWS:
+            identity["order"] = "one draw"
+        return identity
 
     def _packed(self) -> dict[str, str]:
         model = self.config.model
+        if model.quantization == "none":
+            return {}
         packed = {"quantization": model.quantization, "dtype": model.dtype}
-        return {"quantised base": json.dumps(packed)} if model.quantization != "none" else {}
+        return {"quantised base": json.dumps(packed)}
 
     def base_identity(self) -> dict[str, str]:
         """Return what decides the numbers before the first step: the identity without the adapter's settings."""
-        return {
-            name: digest
-            for name, digest in self.identity().items()
-            if name not in ("adapter", "optimizer")
-        }
+        identity = self.identity()
+        del identity["adapter"], identity["optimizer"]
+        return identity
 
     def baseline_identity(self) -> dict[str, str]:
         """Return what decides the loss and the answers before the first step (train/scoring.py)."""
@@ -90,8 +91,10 @@ class TrainSpec:
             "method": adapter.method,
             "targets": json.dumps(adapter.targets),
             "seed": str(self.config.run.seed),
-        } | {name: str(value) for name, value in adapter.options().items()}
-        if plugin := METHODS.plugin(adapter.method):
+        }
+        origin |= {name: str(value) for name, value in adapter.options().items()}
+        plugin = METHODS.plugin(adapter.method)
+        if plugin:
             origin["plug-in"] = plugin.identity()
         origin |= self._packed()
         # Other methods derive the factors from what the base computes from the data, in its precision.
@@ -103,10 +106,10 @@ class TrainSpec:
         # With some methods the factors of a lower rank are a prefix of a higher rank's factors: all ranks share them.
         assert self.shared is not None
         adapter = self.config.adapter
-        prefix = method_named(adapter.method).prefix
-        return storage.join(
-            self.shared, adapter.method if prefix else f"{adapter.method}-{adapter.rank}"
-        )
+        name = adapter.method
+        if not method_named(name).prefix:
+            name += f"-{adapter.rank}"
+        return storage.join(self.shared, name)
 
 
 @dataclass(frozen=True)

@@ -81,41 +81,44 @@ def starting_point(
     cannot be used.
     """
     restart = restored(spec, folder)
-    start = start_adapter(spec) if restart is None else None
-    state = restart.state if restart else TrainState()
-    adapter, state.precision = spec.config.adapter, _precision(context, spec, state.precision)
+    if restart is None:
+        start = start_adapter(spec)
+        known = start
+        state = TrainState()
+    else:
+        start = None
+        known = restart.adapter
+        state = restart.state
+    adapter = spec.config.adapter
+    state.precision = _precision(context, spec, state.precision)
     config = override(spec.config, {"model.dtype": state.precision})
     with context.activate({}):
         loss = context.base(replace(spec, config=config))
         model: Any = loss.model
-        known = restart.adapter if restart else start
         sizes = {}
         # Sizes come before the factors, because a method may shard the base.
         if restart is None and optimizer_named(spec.config.train.optimizer).sizes:
-            sizes = sizes_of(
-                loss, known or find_targets(model, adapter.targets, adapter.rank), context.device
-            )
-        adapted = wrap(
-            model, factors(context, spec, loss, known, waiting), adapter.scale(), adapter.dropout
-        )
+            measured = known or find_targets(model, adapter.targets, adapter.rank)
+            sizes = sizes_of(loss, measured, context.device)
+        new = factors(context, spec, loss, known, waiting)
+        adapted = wrap(model, new, adapter.scale(), adapter.dropout)
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
         cluster = spec.config.cluster
         place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)
         trainer = Trainer(loss, adapted, spec.config, context.device, sizes=sizes)
     if restart:
-        return StartingPoint(
-            trainer, attention, state, resume(trainer, restart), resumed=True, trained=True
-        )
+        best = resume(trainer, restart)
+        return StartingPoint(trainer, attention, state, best, resumed=True, trained=True)
     if start:
         trainer.flat.load(trainer.flat.vector, named(start))
     return StartingPoint(trainer, attention, state, None, resumed=False, trained=start is not None)
 
 
 def _precision(context: WorkerContext, spec: TrainSpec, began: str | None) -> str:
-    shared = context.dtype if isinstance(context, SharedBaseContext) else None
-    if shared is None:
+    if not isinstance(context, SharedBaseContext) or context.dtype is None:
         return str(common_dtype(spec.config, context.device, began).model.dtype)
+    shared = context.dtype
     if began not in (None, shared):
         logger.warning(
             f"model.dtype=auto: this trial started in {began}, but the base model that trials share here is in"
@@ -151,10 +154,10 @@ def restored(spec: TrainSpec, folder: str) -> Checkpoint | None:
 def _read(path: str, subject: str) -> Checkpoint:
     try:
         return checkpoints.read(path)
+    except TryAgain as error:
+        raise TryAgain(f"{subject}: {error}") from None
     except UserError as error:
-        raise (TryAgain if isinstance(error, TryAgain) else UserError)(
-            f"{subject}: {error}"
-        ) from None
+        raise UserError(f"{subject}: {error}") from None
 
 
 def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
@@ -162,10 +165,10 @@ def start_adapter(spec: TrainSpec) -> dict[str, AdapterWeights] | None:
     path = spec.config.train.start
     if path is None:
         return None
-    start, wanted = collectives.together(lambda: _read(path, "train.start")), spec.identity()
-    if other := [
-        name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]
-    ]:
+    start = collectives.together(lambda: _read(path, "train.start"))
+    wanted = spec.identity()
+    other = [name for name in ("base model", "adapter") if start.identity.get(name) != wanted[name]]
+    if other:
         raise UserError(
             f"train.start: {path} was trained with another {' and another '.join(other)}; use a checkpoint with the"
             " model and adapter sections of this config, or set train.start: null"
@@ -240,7 +243,9 @@ def describe(method: str, report: InitReport) -> str:
     )
     line = f"{method} initialisation: {shares}; exchange {report.exchange_seconds:.2f} s; digest {report.digest[:12]}"
     if report.deficient:
-        names = ", ".join(report.deficient[:4]) + (" ..." if len(report.deficient) > 4 else "")
+        names = ", ".join(report.deficient[:4])
+        if len(report.deficient) > 4:
+            names += " ..."
         line += f"; rank-deficient layers, where a part of the factors is arbitrary: {names}"
     return line
 
@@ -251,7 +256,8 @@ def describe(method: str, report: InitReport) -> str:
 
 
 def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence[Pack]:
-    store, wanted = spec.train, 8
+    store = spec.train
+    wanted = 8
     until(store, lambda: store.available >= wanted or store.total is not None, waiting)
     return [store[number] for number in range(min(wanted, store.available))]
 
@@ -267,9 +273,8 @@ def self_test(
         with bare(loss.model), _as_user_error(loss):
             try:
                 loss.tested = choose_attention(loss, packs, spec.config, device)
-            except (
-                UserError
-            ):  # its advice fits only causal models, so look for another reason first
+            except UserError:
+                # Its advice fits only causal models, so look for another reason first.
                 if loss.sharded or not _sees_ahead(loss.model, packs, device):
                     raise
                 raise UserError(
@@ -310,10 +315,10 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
             raise UserError(
                 f"adapter.targets: {first_line(error)}; leave it out of adapter.targets"
             ) from None
-        family, frames = type(loss.model).__name__, traceback.extract_tb(error.__traceback__)
-        frame = next(
-            (each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1]
-        )
+        family = type(loss.model).__name__
+        frames = traceback.extract_tb(error.__traceback__)
+        of_model = [frame for frame in frames if "/torch/" not in frame.filename]
+        frame = (of_model or frames)[-1]
         logger.debug(f"{family} cannot be trained", exc_info=True)
         raise UserError(
             f"model.name: {family} cannot be trained here: {type(error).__name__}: {first_line(error)}"
@@ -337,8 +342,15 @@ def self_tested(
     instead, if the model or its training computes wrong numbers.
     """
     used = what_computes(context, spec, next(start.trainer.loss.model.parameters()).dtype)
-    kept = _kept_at(spec, used)
-    known = passed(start, used) or _kept(kept)
+    kept = None
+    # Elsewhere the model's digest does not cover all of its code.
+    if spec.base.digest and not spec.config.model.trust_remote_code:
+        parts = [json.dumps(part, sort_keys=True) for part in (used, spec.identity())]
+        kept = node_cache.result_path("self-tests", *parts)
+    known = passed(start, used)
+    text = node_cache.read(kept) if known is None and kept is not None else None
+    if text is not None:
+        known = records.parsed(text, SelfTest)
     # A sharded base needs all workers for a test, so all of them test if one has no result.
     if all(collectives.gather(known is not None)):
         assert known is not None
@@ -357,14 +369,21 @@ def self_tested(
 def _test(
     context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None
 ) -> SelfTest:
-    loss, adapted, packs = start.trainer.loss, start.trainer.adapted, first_sequences(spec, waiting)
+    loss = start.trainer.loss
+    adapted = start.trainer.adapted
+    packs = first_sequences(spec, waiting)
     train_mode(adapted, False)
     with context.activate(adapted):
         attention = self_test(loss, spec, packs, context.device).attention
-        new, named = not start.trained, not isinstance(spec.config.adapter.targets, str)
         with _as_user_error(loss):
             missed, off = check_adapters(
-                loss, adapted, packs, attention, context.device, new=new, named=named
+                loss,
+                adapted,
+                packs,
+                attention,
+                context.device,
+                new=not start.trained,
+                named=not isinstance(spec.config.adapter.targets, str),
             )
     assert loss.tested is not None
     loss.tested = replace(loss.tested, gradients=off)
@@ -381,12 +400,17 @@ def measure_first_step(
 
     All workers must call it together. Raises UserError if train.lr=auto has nothing to be measured on.
     """
-    train, trainer, state = spec.config.train, start.trainer, start.state
-    packs, before = first_sequences(spec, waiting), state.lr_steps
-    steps = state.lr_steps = planned_steps(train, spec.train)
+    train = spec.config.train
+    trainer = start.trainer
+    state = start.state
+    packs = first_sequences(spec, waiting)
+    before = state.lr_steps
+    steps = planned_steps(train, spec.train)
+    state.lr_steps = steps
     if start.resumed:
-        if state.lr and before and before != steps:
-            old, state.lr = state.lr, trainer.rate_for(steps, state.lr, before)
+        old = state.lr
+        if old and before and before != steps:
+            state.lr = trainer.rate_for(steps, old, before)
             if train.lr == "auto":
                 logger.info(
                     f"train.lr=auto: the peak rate is {state.lr:.2g} for {steps} steps; it was {old:.2g} for {before}"
@@ -394,21 +418,25 @@ def measure_first_step(
         return
     train_mode(trainer.adapted, False)
     with context.activate(trainer.adapted):
-        auto = state.lr = trainer.automatic_rate(packs, steps, start.attention)
-    if auto is None:
-        if train.lr == "auto":
+        auto = trainer.automatic_rate(packs, steps, start.attention)
+    state.lr = auto
+    if train.lr == "auto":
+        if auto is None:
             raise UserError(
                 "train.lr=auto: stacked experts cannot be measured, and only these are adapted; set a number"
             )
-    elif train.lr == "auto":
-        times = f" x train.lr_factor {train.lr_factor:g}" if train.lr_factor != 1 else ""
-        logger.info(f"train.lr=auto: the peak rate is {auto:.2g}{times}")
-    # Tuned rates lay within a factor of 1.4 of the automatic one (docs/generated/learning_rate.md).
-    elif (times_auto := train.lr * train.lr_factor / auto) > 4:
-        logger.warning(
-            f"train.lr={train.lr:g} is {times_auto:.2g} times the rate that fits this method, rank and alpha"
-            f" ({auto:.2g}), and the training may diverge; set train.lr=auto, unless you have tuned it"
-        )
+        line = f"train.lr=auto: the peak rate is {auto:.2g}"
+        if train.lr_factor != 1:
+            line += f" x train.lr_factor {train.lr_factor:g}"
+        logger.info(line)
+    elif auto is not None:
+        times_auto = train.lr * train.lr_factor / auto
+        # Tuned rates lay within a factor of 1.4 of the automatic one (docs/generated/learning_rate.md).
+        if times_auto > 4:
+            logger.warning(
+                f"train.lr={train.lr:g} is {times_auto:.2g} times the rate that fits this method, rank and alpha"
+                f" ({auto:.2g}), and the training may diverge; set train.lr=auto, unless you have tuned it"
+            )
 
 
 def _without(
@@ -427,9 +455,8 @@ def _without(
     with context.activate(kept):
         remove(before.loss.model)
         install(before.loss.model, kept)
-    return replace(
-        start, trainer=Trainer(before.loss, kept, spec.config, context.device, sizes=before.sizes)
-    )
+    trainer = Trainer(before.loss, kept, spec.config, context.device, sizes=before.sizes)
+    return replace(start, trainer=trainer)
 
 
 def what_computes(context: WorkerContext, spec: TrainSpec, dtype: torch.dtype) -> dict[str, str]:
@@ -453,20 +480,6 @@ def passed(start: StartingPoint, used: dict[str, str]) -> SelfTest | None:
     return records.parsed(json.dumps(stored.get("found")), SelfTest)
 
 
-def _kept_at(spec: TrainSpec, used: dict[str, str]) -> str | None:
-    """Return this node's file for the test result; None if the model's digest does not cover all of its code."""
-    if not spec.base.digest or spec.config.model.trust_remote_code:
-        return None
-    return node_cache.result_path(
-        "self-tests", *(json.dumps(part, sort_keys=True) for part in (used, spec.identity()))
-    )
-
-
-def _kept(file: str | None) -> SelfTest | None:
-    text = node_cache.read(file) if file is not None else None
-    return None if text is None else records.parsed(text, SelfTest)
-
-
 def _take_over(
     context: WorkerContext, spec: TrainSpec, start: StartingPoint, known: SelfTest
 ) -> str:
@@ -476,7 +489,8 @@ def _take_over(
     if loss.tested is None:
         with context.activate(start.trainer.adapted):
             loss.model.set_attn_implementation(known.attention)
-        loss.given_masks, loss.tested = known.given_masks, known
+        loss.given_masks = known.given_masks
+        loss.tested = known
         logger.info(f"self-test: passed earlier with attention={known.attention}")
     else:
         require_layout(loss, spec.config)

@@ -33,7 +33,8 @@ class TogetherBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        store, world = worker_group.execute_single(0, meeting_place), len(worker_group)
+        store = worker_group.execute_single(0, meeting_place)
+        world = len(worker_group)
         backend = backend_config.backend
         calls = [
             worker_group.execute_single_async(rank, join_process_group, backend, rank, world, store)

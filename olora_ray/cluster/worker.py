@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -49,7 +49,8 @@ SECONDS_BETWEEN_LINES = 15
 
 class StopRequests:
     def __init__(self, channel: Any, worker: WorkerContext) -> None:
-        self.channel, self.worker = channel, worker
+        self.channel = channel
+        self.worker = worker
         self.from_driver: str | None = None
         self._stop_call: Any = None  # returns when the driver asks to stop
         self._looks = 0
@@ -89,9 +90,8 @@ class StopRequests:
             self._stop_call = self.channel.wait_for_stop.remote()
         ready, _ = ray.wait([self._stop_call], timeout=0)
         if ready:
-            with contextlib.suppress(
-                RayError
-            ):  # the driver has ended with the channel, so Ray ends its workers
+            # After an error the driver has ended with the channel, so Ray ends its workers.
+            with contextlib.suppress(RayError):
                 self.from_driver = ray.get(ready[0])
 
 
@@ -118,38 +118,41 @@ class Worker:
         start: StartingPoint,
         stop_requests: StopRequests | None = None,
     ) -> None:
-        self.context, self.spec, self.config = context, spec, spec.config
-        self.checkpoints, self.channel = checkpoints, channel
+        self.context = context
+        self.spec = spec
+        self.config = spec.config
+        self.checkpoints = checkpoints
+        self.channel = channel
         self.stop_requests = stop_requests or StopRequests(channel, context)
         start = self_tested(context, spec, start, self.stop_requests.waiting)
         measure_first_step(context, spec, start, self.stop_requests.waiting)
-        self.trainer, self.state = start.trainer, start.state
+        self.trainer = start.trainer
         self.trainer.signal = self.stop_requests.pending
-        self.attention, self.resumed = start.attention, start.resumed
+        self.state = start.state
+        self.attention = start.attention
+        self.resumed = start.resumed
         self.state.kinds = record_platforms(self.state.kinds, context.device)
         self.evaluator = Evaluator(context, spec, start)
         self.schedule = Schedule(
             self.config.train, spec.train, self.stop_requests.waiting, self.state.lr
         )
         # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
-        self.manager = (
-            CheckpointManager(checkpoints, self.config.train.keep, self._saved)
-            if not context.rank
-            else None
-        )
-        self._saved_at, self._saving = time.monotonic(), math.inf
+        self.manager = None
+        if context.rank == 0:
+            self.manager = CheckpointManager(checkpoints, self.config.train.keep, self._saved)
+        self._saved_at = time.monotonic()
+        self._saving = math.inf
         self._saved_step = self.state.step if self.resumed else -1
         self._memory_said = False
         layers = self.trainer.adapted.values()
         # The makers' peaks are those of bfloat16. How many experts a token has is not known here.
         model: Any = self.trainer.loss.model
         known = model.dtype is torch.bfloat16 and all(layer.da.dim() == 2 for layer in layers)
-        name = (
-            torch.cuda.get_device_name(context.device)
-            if known and context.device.type == "cuda"
-            else ""
-        )
-        self._peak = context.world * (peak_of(name) or 0.0)
+        self._peak = 0.0
+        if known and context.device.type == "cuda":
+            self._peak = context.world * (
+                peak_of(torch.cuda.get_device_name(context.device)) or 0.0
+            )
         # Of the adapted layers: 2 per number and token in each forward pass, and in the backward pass, because frozen
         # weights have no gradient.
         passes = self.trainer.objective.forwards + 1.0
@@ -165,18 +168,17 @@ class Worker:
         self._tell_driver(Saved(step, seconds))
 
     def _begin(self) -> None:
-        if self.resumed:
-            if (total := self.schedule.total()) is not None and total < self.state.step:
-                raise UserError(
-                    f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
-                    f"{self.config.train.epochs:g} gives {total}; raise train.epochs or set train.steps"
-                )
-            self._tell_driver(
-                Started(self.context.world, self.state.step, list(self.state.history))
-            )
-        else:
+        if not self.resumed:
             self._tell_driver(Started(self.context.world))
             self._checkpoint()  # so that a restart does not repeat the initialisation
+            return
+        total = self.schedule.total()
+        if total is not None and total < self.state.step:
+            raise UserError(
+                f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
+                f"{self.config.train.epochs:g} gives {total}; raise train.epochs or set train.steps"
+            )
+        self._tell_driver(Started(self.context.world, self.state.step, list(self.state.history)))
 
     def _train(self) -> bool:
         """Train to the end, or to a stop on request; True in the second case."""
@@ -215,7 +217,16 @@ class Worker:
 
     def _after_step(self, result: StepResult) -> bool:
         """Evaluate, report and save as due; return whether this was the last step."""
-        metrics = _metrics(result)
+        metrics = {
+            "train/loss": result.loss,
+            "train/lr": result.lr,
+            "train/grad_norm": result.grad_norm,
+            "train/tokens_per_second": result.supervised / result.seconds,
+            "train/all_tokens_per_second": result.tokens / result.seconds,
+            "train/step_seconds": result.seconds,
+            "data/wait_fraction": result.waited / result.seconds,
+        }
+        metrics |= {f"train/{name}": value for name, value in result.more.items()}
         if self._peak:
             operations = metrics["train/all_tokens_per_second"] * self._operations
             metrics["train/mfu"] = operations / self._peak
@@ -231,7 +242,8 @@ class Worker:
         return end
 
     def _say_memory(self) -> None:
-        device, planned = self.context.device, self.spec.planned
+        device = self.context.device
+        planned = self.spec.planned
         if device.type == "cuda" and planned and not self._memory_said:
             self._memory_said = True
             peak = torch.cuda.max_memory_allocated(device)
@@ -259,7 +271,8 @@ class Worker:
 
     def _checkpoint(self) -> None:
         if self.manager and self._saved_step != self.state.step:
-            self._saved_at, self._saved_step = time.monotonic(), self.state.step
+            self._saved_at = time.monotonic()
+            self._saved_step = self.state.step
             write = self.trainer.snapshot(
                 self.state, self.evaluator.best, self.spec.identity(), dump(self.config)
             )
@@ -274,19 +287,6 @@ class Worker:
             self.channel.send.remote(message)
 
 
-def _metrics(result: StepResult) -> dict[str, float]:
-    return {
-        "train/loss": result.loss,
-        "train/lr": result.lr,
-        "train/grad_norm": result.grad_norm,
-        "train/tokens_per_second": result.supervised / result.seconds,
-        "train/all_tokens_per_second": result.tokens / result.seconds,
-        "train/step_seconds": result.seconds,
-        "data/wait_fraction": result.waited / result.seconds,
-        **{f"train/{name}": value for name, value in result.more.items()},
-    }
-
-
 # Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far.
 
 
@@ -294,8 +294,10 @@ class Evaluator:
     """Evaluation of the adapter that a worker trains. All workers must call each method together."""
 
     def __init__(self, context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> None:
-        self.context, self.spec = context, spec
-        self.trainer, self.attention = start.trainer, start.attention
+        self.context = context
+        self.spec = spec
+        self.trainer = start.trainer
+        self.attention = start.attention
         self.best: Tensor | None = start.best
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
 
@@ -310,18 +312,6 @@ class Evaluator:
         if state.note_evaluation(means[0]):
             self.best = self.trainer.flat.vector.clone()
         return self.trainer.objective.evaluated(means)
-
-    @contextlib.contextmanager
-    def _best_in_place(self) -> Iterator[None]:
-        """Use the best adapter during the block. Without an evaluation it is the last one."""
-        vector = self.trainer.flat.vector
-        last = vector.clone()
-        try:
-            if self.best is not None:
-                vector.copy_(self.best)
-            yield
-        finally:
-            vector.copy_(last)
 
     def evaluate(self, step: int, each: bool = False) -> tuple[list[float], list[float]]:
         """Return the objective's means after `step` steps, and the losses of parts, with `each` of each example.
@@ -365,8 +355,15 @@ class Evaluator:
     def answer_pairs(self, before: list[list[int]] | None) -> tuple[AnswerPair, ...]:
         if not self.questions:
             return ()
-        with self._best_in_place():
+        # The best adapter answers. Without an evaluation it is the last one.
+        vector = self.trainer.flat.vector
+        last = vector.clone()
+        try:
+            if self.best is not None:
+                vector.copy_(self.best)
             now = self.answers("fine-tuned model")
+        finally:
+            vector.copy_(last)
         if not self.questions:
             return ()
         pairs = zip(self.questions, before or [], now, strict=True)
@@ -377,24 +374,24 @@ class Evaluator:
 
     def baseline(self, file: str) -> Baseline:
         """Return loss and answers before the first step, from `file` if an earlier attempt has written it."""
-        origin, first = self.spec.baseline_identity(), self.context.rank == 0
-        baseline = collectives.from_first(
-            Baseline.read(file, origin, len(self.questions)) if first else None
-        )
-        if baseline is None:
-            logger.info("evaluating before the first step")
-            loss = None
-            if self.spec.eval:
-                means, _ = self.evaluate(0)
-                loss = means[0]
-            start = (
-                "adapter that training starts with"
-                if self.spec.config.train.start
-                else "base model"
-            )
-            baseline = Baseline(loss, self.answers(start) if self.questions else None)
-            if first:
-                baseline.write(file, origin)
+        origin = self.spec.baseline_identity()
+        first = self.context.rank == 0
+        baseline = Baseline.read(file, origin, len(self.questions)) if first else None
+        baseline = collectives.from_first(baseline)
+        if baseline is not None:
+            return baseline
+        logger.info("evaluating before the first step")
+        loss = None
+        if self.spec.eval:
+            means, _ = self.evaluate(0)
+            loss = means[0]
+        answers = None
+        if self.questions:
+            started = self.spec.config.train.start
+            answers = self.answers("adapter that training starts with" if started else "base model")
+        baseline = Baseline(loss, answers)
+        if first:
+            baseline.write(file, origin)
         return baseline
 
 

@@ -120,7 +120,9 @@ class SharedBase:
     def __init__(
         self, loss: SupervisedLoss, device: torch.device, dtype: str | None = None
     ) -> None:
-        self.loss, self.device, self.dtype = loss.to(device), device, dtype
+        self.loss = loss.to(device)
+        self.device = device
+        self.dtype = dtype
         self.turns = Turns()
 
     @classmethod
@@ -142,8 +144,10 @@ def on_cpu(spec: TrainSpec) -> TrainSpec:
 
 class SharedBaseContext:
     def __init__(self, shared: SharedBase) -> None:
-        self.rank, self.world = 0, 1
-        self.device, self.dtype = shared.device, shared.dtype
+        self.rank = 0
+        self.world = 1
+        self.device = shared.device
+        self.dtype = shared.dtype
         self._shared = shared
 
     def base(self, spec: TrainSpec) -> SupervisedLoss:
@@ -170,7 +174,8 @@ class Turns:
     """A fair lock: the thread that has waited longest gets it. threading.Lock may give it to the same thread again."""
 
     def __init__(self) -> None:
-        self._guard, self._waiting = threading.Lock(), deque[threading.Event]()
+        self._guard = threading.Lock()
+        self._waiting = deque[threading.Event]()
 
     def __enter__(self) -> None:
         ticket = threading.Event()
@@ -223,21 +228,23 @@ def common_dtype(
     """
     if config.model.dtype != "auto":
         return config
-    choices = [
-        str(dtype).removeprefix("torch.")
-        for dtype in collectives.gather(pick_dtype(config.model, device))
-    ]
-    dtype = began or (choices[0] if len(set(choices)) == 1 else "float32")
-    if began and (other := set(choices) - {began}):
+    every = collectives.gather(pick_dtype(config.model, device))
+    choices = [str(dtype).removeprefix("torch.") for dtype in every]
+    others = set(choices) - {began}
+    dtype = began
+    if began and others:
         logger.warning(
             f"model.dtype=auto: keeping {began}, in which this run started (its current workers would choose"
-            f" {min(other)}), so that the result stays the same"
+            f" {min(others)}), so that the result stays the same"
         )
-    elif not began and len(set(choices)) > 1:
-        logger.warning(
-            f"model.dtype=auto: using float32, because {choices.count('float32')} of {len(choices)} workers are not"
-            f" fast at {max(set(choices) - {'float32'})}; use workers with equal hardware, or set model.dtype"
-        )
+    elif not began:
+        dtype = choices[0]
+        if len(others) > 1:
+            dtype = "float32"
+            logger.warning(
+                f"model.dtype=auto: using float32, because {choices.count(dtype)} of {len(choices)} workers are not"
+                f" fast at {max(others - {dtype})}; use workers with equal hardware, or set model.dtype"
+            )
     return override(config, {"model.dtype": dtype})
 
 
@@ -282,7 +289,8 @@ def record_platforms(before: Sequence[Platform], device: torch.device) -> list[P
     """
     every = collectives.gather(platform_of(device))
     now = [each for number, each in enumerate(every) if each not in every[:number]]
-    if line := platform_warning(before, now):
+    line = platform_warning(before, now)
+    if line:
         logger.warning(line)
     return now
 
@@ -303,12 +311,12 @@ def platform_warning(before: Sequence[Platform], now: Sequence[Platform]) -> str
 
 
 def _differences(kinds: Sequence[Platform]) -> str:
-    fields = {
-        name: list(dict.fromkeys(each.get(name, "?") for each in kinds)) for name in kinds[-1]
-    }
-    return "; ".join(
-        f"{name}: {', '.join(values)}" for name, values in fields.items() if len(values) > 1
-    )
+    fields = []
+    for name in kinds[-1]:
+        values = dict.fromkeys(each.get(name, "?") for each in kinds)
+        if len(values) > 1:
+            fields.append(f"{name}: {', '.join(values)}")
+    return "; ".join(fields)
 
 
 def _processor() -> str:

@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+PREVIOUS = "previous"
 # Tag of a version while it becomes the champion: the other writes of that move.
 MOVE = "olora.move"
 # Tag of a registered model: the latest champion. It stays when the alias or the version is deleted.
@@ -62,7 +64,8 @@ class Aliases:
     """
 
     def __init__(self, tracking_uri: str, name: str) -> None:
-        self.uri, self.name = tracking_uri, name
+        self.uri = tracking_uri
+        self.name = name
 
     @property
     def client(self) -> "MlflowClient":
@@ -76,15 +79,16 @@ class Aliases:
     def last_champion(self) -> str | None:
         """Return the champion, or the latest one if the alias was deleted; record one that was set by hand."""
         with reachable(self.uri):
-            model, champion = self._model(), self._now().get(CHAMPION)
+            model = self._model()
             last = None if model is None else model.tags.get(LAST)
-        if champion is None or champion == last:
-            return last
-        with reachable(self.uri):
+            if self._now().get(CHAMPION) in (None, last):
+                return last
             self._complete()
-            if champion := self._now().get(CHAMPION):
-                self.client.set_registered_model_tag(self.name, LAST, champion)
-            return champion or last
+            champion = self._now().get(CHAMPION)
+            if champion is None:
+                return last
+            self.client.set_registered_model_tag(self.name, LAST, champion)
+            return champion
 
     def version(self, number: str) -> Version:
         with reachable(self.uri):
@@ -153,12 +157,14 @@ class Aliases:
             self._complete()
             self._record(number, tags or {}, check)
             aliases = self._now()
-            old = aliases.get(CHAMPION, beaten)
-            kept = aliases.get(PREVIOUS) if old in (None, number) else old
+            replaced = aliases.get(CHAMPION, beaten)
+            if replaced == number:
+                replaced = None
+            kept = replaced or aliases.get(PREVIOUS)
             if kept == number:
                 kept = None
             self._move(number, kept, {number: why}, check)
-            return old if old != number else None
+            return replaced
 
     def refuse(
         self,
@@ -180,12 +186,15 @@ class Aliases:
         """Move `champion` back to the previous version if its files are unchanged; return (bad, good) version."""
         self.repair()
         aliases = self.current()
-        bad, good = aliases.get(CHAMPION), aliases.get(PREVIOUS)
+        bad = aliases.get(CHAMPION)
+        good = aliases.get(PREVIOUS)
         if bad is None or good is None or good == bad:
-            first = f"version {bad} is the first champion, a rollback led to it, or `previous` was deleted or is itself"
-            why = "there is no champion" if bad is None else first
+            cause = "there is no champion"
+            if bad is not None:
+                cause = f"version {bad} is the first champion, a rollback led to it, or"
+                cause += " `previous` was deleted or is itself"
             raise UserError(
-                f"{self.name}: nothing to roll back to: {why}; choose a version with `promote`"
+                f"{self.name}: nothing to roll back to: {cause}; choose a version with `promote`"
             )
         self.verify(good)
 
@@ -208,7 +217,8 @@ class Aliases:
             self._complete()
 
     def _complete(self) -> None:
-        if (number := self._now().get(CHAMPION)) is None:
+        number = self._now().get(CHAMPION)
+        if number is None:
             return
         champion = self._version(number)
         if MOVE in champion.tags:
@@ -216,16 +226,16 @@ class Aliases:
 
     def _unchanged(self, number: str, instead_of: str | None) -> None:
         """Raise Overtaken if the champion is not `instead_of`, or the version was promoted or rolled back by hand."""
-        version, champion = self._version(number), self._now().get(CHAMPION)
+        version = self._version(number)
         if instead_of is None:
             return
+        champion = self._now().get(CHAMPION)
         if champion == number or version.rolled_back:
             raise Overtaken(f"version {number} was promoted or rolled back by hand meanwhile")
         if (champion or "") != instead_of:
             was = f"version {instead_of}" if instead_of else "none"
-            raise Overtaken(
-                f"the champion was {was}, and is now {f'version {champion}' if champion else 'none'}"
-            )
+            now = f"version {champion}" if champion else "none"
+            raise Overtaken(f"the champion was {was}, and is now {now}")
 
     def _record(self, number: str, tags: Mapping[str, str], check: Callable[[], None]) -> None:
         """Delete the old verdict, then write the evidence of the new one: evidence without a verdict is ignored."""
@@ -271,7 +281,10 @@ class Aliases:
                     raise
 
     def _rest(self, champion: Version) -> Iterator[Callable[[], object]]:
-        client, name, number, aliases = self.client, self.name, champion.number, self._now()
+        client = self.client
+        name = self.name
+        number = champion.number
+        aliases = self._now()
         yield partial(client.set_registered_model_tag, name, LAST, number)
         yield partial(client.set_registered_model_tag, name, SINCE, f"{number} {time.time():.0f}")
         move = records.parsed(champion.tags.get(MOVE, ""), _Move)
@@ -292,31 +305,27 @@ class Aliases:
 
     def _now(self) -> dict[str, str]:
         model = self._model()
-        return (
-            {str(alias): str(version) for alias, version in model.aliases.items()} if model else {}
-        )
+        if model is None:
+            return {}
+        return {str(alias): str(version) for alias, version in model.aliases.items()}
 
     def _version(self, number: str) -> Version:
         from mlflow.exceptions import MlflowException
 
         try:
             return Version.of(self.client.get_model_version(self.name, number))
-        except (
-            MlflowException,
-            OverflowError,
-        ) as error:  # OverflowError: a number too large for any database
+        # OverflowError: a number too large for any database.
+        except (MlflowException, OverflowError) as error:
             if is_unavailable(error):
                 raise
-            raise UserError(f"{self.name} has no version {number}; {self._there()}") from None
+            numbers = [item.number for item in self.versions()]
+            there = f"it has {', '.join(numbers) or 'none'}"
+            if not numbers and self._model() is None:
+                there = f"no model {self.name!r} is registered in the tracking server"
+            raise UserError(f"{self.name} has no version {number}; {there}") from None
 
     def _model(self) -> "RegisteredModel | None":
         return existing(self.client.get_registered_model, self.name)
-
-    def _there(self) -> str:
-        versions = [item.number for item in self.versions()]
-        if not versions and self._model() is None:
-            return f"no model {self.name!r} is registered in the tracking server"
-        return f"it has {', '.join(versions) or 'none'}"
 
 
 _Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]

@@ -7,7 +7,6 @@ own wherever it finds them.
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,7 +37,8 @@ SETTINGS = "olora.settings_digest"
 GATE = "olora.gate"
 ROLLED_BACK = "rolled back"
 # Tag of a version, and its value for one that needs its base model.
-EXPORT, ADAPTER_ONLY = "olora.export", "adapter only"
+EXPORT = "olora.export"
+ADAPTER_ONLY = "adapter only"
 # Tag of a version: digest of its checksums.json.
 TAG = "olora.checksums"
 
@@ -104,12 +104,12 @@ Files = Mapping[str, Mapping[str, Any]]
 
 def of_folders(folders: dict[str, Path]) -> str:
     """Return the text of checksums.json; `folders` maps a path in the model ("" for its root) to a local folder."""
-    files = {
-        f"{path}/{file.relative_to(folder)}".lstrip("/"): size_and_digest(file)
-        for path, folder in folders.items()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    files = {}
+    for path, folder in folders.items():
+        for file in folder.rglob("*"):
+            if file.is_file():
+                name = f"{path}/{file.relative_to(folder)}".lstrip("/")
+                files[name] = size_and_digest(file)
     return json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
 
 
@@ -143,14 +143,12 @@ def verify(version: Version, place: str, tracking_uri: str) -> int:
     Reads all files, one at a time. Raises UserError that names the first added, missing or changed file.
     """
     files = read_checksums(version, place, tracking_uri)
-    _refuse_added(
-        version,
-        _listed(version, place, tracking_uri),
-        files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW,
-    )
+    known = files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW
+    _refuse_added(version, _listed(version, place, tracking_uri), known)
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
-            if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
+            file = _local(name, version, place, tracking_uri, Path(folder))
+            if size_and_digest(file) != wanted:
                 raise UserError(
                     f"{_name(version)}: {name} was changed after the registration; register the model again"
                 )
@@ -171,7 +169,8 @@ def verify_copy(version: Version, place: str, tracking_uri: str, folder: Path) -
 
 
 def _refuse_added(version: Version, present: Iterable[str], known: Iterable[str]) -> None:
-    if added := sorted(set(present) - set(known)):
+    added = sorted(set(present) - set(known))
+    if added:
         raise UserError(
             f"{_name(version)}: {added[0]} was added after the registration; remove it, or register the model again"
         )
@@ -180,40 +179,43 @@ def _refuse_added(version: Version, present: Iterable[str], known: Iterable[str]
 def _listed(version: Version, place: str, tracking_uri: str) -> list[str]:
     from mlflow.artifacts import list_artifacts
 
-    if (root := _root(place)) is not None:
+    root = _root(place)
+    if root is not None:
         return _below(root)
-    files, folders = list[str](), [""]
+    files = []
+    folders = [""]
     with refused(f"{_name(version)}: its files at {place} cannot be listed"):
         while folders:
             folder = folders.pop()
             address = f"{place.rstrip('/')}/{folder}".rstrip("/")
             for item in list_artifacts(artifact_uri=address, tracking_uri=tracking_uri):
                 name = f"{folder}/{item.path.rstrip('/').rpartition('/')[2]}".lstrip("/")
-                (folders if item.is_dir else files).append(name)
+                if item.is_dir:
+                    folders.append(name)
+                else:
+                    files.append(name)
     return files
 
 
 def _below(root: Path) -> list[str]:
+    # Links to folders count as files, because their content is not listed.
     return [
-        str((Path(folder) / name).relative_to(root))
-        for folder, folders, files in os.walk(root)
-        for name in [*files, *(each for each in folders if (Path(folder) / each).is_symlink())]
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
     ]
 
 
 def _local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
     from mlflow.artifacts import download_artifacts
 
-    if (root := _root(place)) is not None:
+    root = _root(place)
+    if root is not None:
         file = root / name
     else:
+        source = f"{place.rstrip('/')}/{name}"
         with refused(f"{_name(version)}: {name} cannot be read"):
-            source = f"{place.rstrip('/')}/{name}"
-            file = Path(
-                download_artifacts(
-                    artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri
-                )
-            )
+            file = Path(download_artifacts(source, dst_path=str(folder), tracking_uri=tracking_uri))
     if not file.is_file():
         raise UserError(
             f"{_name(version)}: {name} is missing at {place}{advice(place, tracking_uri)}"
@@ -252,9 +254,8 @@ def sign(version: Version, place: str, tracking_uri: str, key: str) -> None:
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         signer = _signer(key, folder).set_hashing_config(_known(version, place, tracking_uri))
         signer.sign(f"{version.name}-{version.number}", Path(folder) / SIGNATURE)
-        get_artifact_repository(place, tracking_uri=tracking_uri).log_artifact(
-            f"{folder}/{SIGNATURE}"
-        )
+        repository = get_artifact_repository(place, tracking_uri=tracking_uri)
+        repository.log_artifact(f"{folder}/{SIGNATURE}")
 
 
 def verify_signature(version: Version, place: str, tracking_uri: str, key: str) -> int:
@@ -270,14 +271,10 @@ def verify_signature(version: Version, place: str, tracking_uri: str, key: str) 
         with as_user_error(
             subject, Exception, reason=lambda error: first_line(error).partition(": [")[0]
         ):
-            config = (
-                _package()
-                .verifying.Config()
-                .use_elliptic_key_verifier(public_key=_pem(key, folder))
-            )
-            config.set_hashing_config(_known(version, place, tracking_uri)).verify(
-                folder, signature
-            )
+            config = _package().verifying.Config()
+            config.use_elliptic_key_verifier(public_key=_pem(key, folder))
+            config.set_hashing_config(_known(version, place, tracking_uri))
+            config.verify(folder, signature)
     return count
 
 
@@ -288,7 +285,8 @@ def check_key(key: str) -> None:
 
 
 def _signer(key: str, folder: str) -> Any:
-    signing, pem = _package().signing, _pem(key, folder)
+    signing = _package().signing
+    pem = _pem(key, folder)
     wanted = f"{key}: expected a private EC key in PEM, without a password (openssl ecparam -name prime256v1 -genkey)"
     with as_user_error(wanted, Exception):
         return signing.Config().use_elliptic_key_signer(private_key=pem)

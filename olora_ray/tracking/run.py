@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # MLflow's own limits (mlflow/utils/validation.py): a longer request is refused.
-_PARAMS_PER_BATCH, PARAM_LENGTH, TAG_LENGTH, _DIGEST_LENGTH = 100, 6000, 8000, 36
+_PARAMS_PER_BATCH = 100
+PARAM_LENGTH = 6000
+TAG_LENGTH = 8000
+_DIGEST_LENGTH = 36
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -77,10 +80,8 @@ class Tracker:
         """Return the highest step of a metric in MLflow; None if there is none, or MLflow does not answer."""
         try:
             with reachable(self.uri):
-                return max(
-                    (item.step for item in self.client().get_metric_history(self.run_id, name)),
-                    default=None,
-                )
+                history = self.client().get_metric_history(self.run_id, name)
+                return max((item.step for item in history), default=None)
         except TrackingUnavailable:
             return None
 
@@ -92,32 +93,45 @@ class Tracker:
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters, cut to MLflow's length; in a resumed run a changed parameter becomes a tag."""
         texts = {name: str(value)[:PARAM_LENGTH] for name, value in values.items()}
-        self._queue.write("parameters", lambda client: _write_params(client, self.run_id, texts))
+
+        def write(client: "MlflowClient") -> None:
+            from mlflow.entities import Param
+
+            known = client.get_run(self.run_id).data.params
+            new = [Param(name, text) for name, text in texts.items() if name not in known]
+            for begin in range(0, len(new), _PARAMS_PER_BATCH):
+                client.log_batch(self.run_id, params=new[begin : begin + _PARAMS_PER_BATCH])
+            for name, text in texts.items():
+                if known.get(name, text) != text:
+                    client.set_tag(self.run_id, f"resumed.{name}", text[:TAG_LENGTH])
+
+        self._queue.write("parameters", write)
 
     def tags(self, values: Mapping[str, object]) -> None:
-        texts = {name: str(value) for name, value in values.items()}
-        self._queue.write("tags", lambda client: _write_tags(client, self.run_id, texts))
+        texts = {name: str(value)[:TAG_LENGTH] for name, value in values.items()}
+
+        def write(client: "MlflowClient") -> None:
+            for name, text in texts.items():
+                client.set_tag(self.run_id, name, text)
+
+        self._queue.write("tags", write)
 
     def dataset(
         self, name: str, digest: str, source: str, rows: int, context: str = "training"
     ) -> None:
         """Record a dataset as an input; `context` is training or evaluation, the digest is cut to 36 characters."""
-        source_type = "local" if not storage.is_uri(source) else source.partition("://")[0]
+        source_type = "local"
+        if storage.is_uri(source):
+            source_type = source.partition("://")[0]
         profile = json.dumps({"num_rows": rows})
 
         def write(client: "MlflowClient") -> None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
-            data = Dataset(
-                name,
-                digest[:_DIGEST_LENGTH],
-                source_type,
-                json.dumps({"uri": source}),
-                profile=profile,
-            )
-            client.log_inputs(
-                self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])]
-            )
+            where = json.dumps({"uri": source})
+            data = Dataset(name, digest[:_DIGEST_LENGTH], source_type, where, profile=profile)
+            tags = [InputTag("mlflow.data.context", context)]
+            client.log_inputs(self.run_id, [DatasetInput(data, tags)])
 
         self._queue.write(f"the dataset {name}", write)
 
@@ -132,18 +146,18 @@ class Tracker:
 
         if not self.flush(30.0):
             raise self._unwritten(30.0)
-        name, digest = (dataset[0], dataset[1][:_DIGEST_LENGTH]) if dataset else (None, None)
+        measured_on = (dataset[0], dataset[1][:_DIGEST_LENGTH]) if dataset else (None, None)
+        linked = []
         with reachable(self.uri):
-            history = [
-                each for key in names for each in self.client().get_metric_history(self.run_id, key)
-            ]
-            # MLflow stores the NaN of a logged model as 0. With the run's own timestamps, MLflow recognises the points
-            # that the run has, so that its series gets no step twice.
-            linked = [
-                Metric(each.key, each.value, each.timestamp, each.step, model_id, name, digest)
-                for each in history
-                if each.step == step and not math.isnan(each.value)
-            ]
+            for name in names:
+                for each in self.client().get_metric_history(self.run_id, name):
+                    # MLflow stores the NaN of a logged model as 0.
+                    if each.step != step or math.isnan(each.value):
+                        continue
+                    # With the run's own timestamps, MLflow recognises the points that the run has, so that its series
+                    # gets no step twice.
+                    point = (each.key, each.value, each.timestamp, each.step)
+                    linked.append(Metric(*point, model_id, *measured_on))
             self.client().log_batch(self.run_id, metrics=linked)
 
     def evaluates(self, model_id: str) -> bool:
@@ -165,7 +179,9 @@ class Tracker:
                 content = {"columns": list(columns), "data": [list(row) for row in rows]}
                 self.client().log_dict(self.run_id, content, file)
                 return
-            data = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
+            data = {}
+            for number, column in enumerate(columns):
+                data[column] = [row[number] for row in rows]
             self.client().log_table(self.run_id, data, file)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -230,24 +246,5 @@ class Tracker:
             raise self._unwritten(seconds)
 
     def _unwritten(self, seconds: float) -> TrackingUnavailable:
-        return unavailable(
-            self.uri, self._queue.away or f"{self.pending} metric values wait after {seconds:g} s"
-        )
-
-
-def _write_params(client: "MlflowClient", run_id: str, texts: Mapping[str, str]) -> None:
-    from mlflow.entities import Param
-
-    existing = client.get_run(run_id).data.params
-    new = [Param(name, text) for name, text in texts.items() if name not in existing]
-    for begin in range(0, len(new), _PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=new[begin : begin + _PARAMS_PER_BATCH])
-    changed = {
-        f"resumed.{name}": text for name, text in texts.items() if existing.get(name, text) != text
-    }
-    _write_tags(client, run_id, changed)
-
-
-def _write_tags(client: "MlflowClient", run_id: str, texts: Mapping[str, str]) -> None:
-    for name, text in texts.items():
-        client.set_tag(run_id, name, text[:TAG_LENGTH])
+        why = self._queue.away or f"{self.pending} metric values wait after {seconds:g} s"
+        return unavailable(self.uri, why)

@@ -49,7 +49,9 @@ FIELD = "MLflow's artifact store"
 def default_place(config: AnyConfig) -> str:
     """Return the folder of a new experiment's files if MLflow is a database: beside the storage."""
     root = config.run.storage
-    return storage.join(root if storage.is_uri(root) else os.path.abspath(root), FOLDER)
+    if not storage.is_uri(root):
+        root = os.path.abspath(root)
+    return storage.join(root, FOLDER)
 
 
 def probe(place: str, uri: str) -> None:
@@ -81,10 +83,12 @@ def probe(place: str, uri: str) -> None:
             raise UserError(
                 f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}"
             )
+        problem = f"{FIELD}: {place} at {shown_uri(uri)} cannot be written"
         text = remedy(error)
-        error_type = TrackingUnavailable if text is None and is_unavailable(error) else UserError
-        why = f"{text} ({reason(error)})" if text else reason(error)
-        raise error_type(f"{FIELD}: {place} at {shown_uri(uri)} cannot be written: {why}")
+        if text:
+            raise UserError(f"{problem}: {text} ({reason(error)})")
+        error_type = TrackingUnavailable if is_unavailable(error) else UserError
+        raise error_type(f"{problem}: {reason(error)}")
 
 
 def use_paths() -> None:
@@ -128,8 +132,10 @@ def resolve_uri(config: AnyConfig) -> str:
     Makes a relative SQLite path absolute (see `absolute`). The address may contain a password: show it with `shown_uri`
     only. Raises UserError if nothing is set and the storage is a URI, or if env:NAME or file:/PATH cannot be read.
     """
-    named = looked_up(config.tracking.uri, "tracking.uri") if config.tracking.uri else None
-    if uri := named or os.environ.get(VARIABLE):
+    uri = os.environ.get(VARIABLE)
+    if config.tracking.uri:
+        uri = looked_up(config.tracking.uri, "tracking.uri") or uri
+    if uri:
         return absolute(uri)
     if storage.is_uri(config.run.storage):
         raise UserError(
@@ -146,7 +152,9 @@ def everywhere(config: AnyConfig) -> str:
     `resolve_uri` does.
     """
     uri = resolve_uri(config)
-    return (config.tracking.uri or f"env:{VARIABLE}") if in_uri(uri) else uri
+    if in_uri(uri):
+        return config.tracking.uri or f"env:{VARIABLE}"
+    return uri
 
 
 def absolute(uri: str) -> str:
@@ -168,9 +176,11 @@ def chosen_uri(given: str | None) -> str:
         raise UserError(
             "--tracking-uri: its secret is visible to all on this machine; use env:NAME or file:/PATH"
         )
-    if uri := given if given is not None else os.environ.get(VARIABLE):
+    uri = os.environ.get(VARIABLE) if given is None else given
+    if uri:
         return absolute(looked_up(uri, "--tracking-uri"))
-    if given is None and (database := Path("runs", DATABASE)).is_file():
+    database = Path("runs", DATABASE)
+    if given is None and database.is_file():
         return f"sqlite:///{database.resolve()}"
     raise UserError(
         "--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI"
@@ -182,27 +192,23 @@ def check_artifacts(config: Config, uri: str) -> None:
 
     Creates the experiment at `uri` if it is missing. Raises TrackingUnavailable if MLflow or the store does not answer.
     """
+    from mlflow.exceptions import MlflowException
+
     with reachable(uri):
         client = connect(uri)
         experiment = _experiment(client, config, uri)
-        _refuse_older(client, experiment, uri)
+        # A server of MLflow 2 accepts runs, but refuses the model at their end.
+        try:
+            client.search_logged_models([experiment], max_results=1)
+        except MlflowException as error:
+            if error.error_code != "ENDPOINT_NOT_FOUND":
+                raise
+            raise UserError(
+                f"tracking.uri={shown_uri(uri)}: this server is older than MLflow 3 and cannot store models;"
+                " upgrade it, or set another server"
+            ) from None
         location = str(client.get_experiment(experiment).artifact_location)
     probe(location, uri)
-
-
-def _refuse_older(client: "MlflowClient", experiment: str, uri: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    # A server of MLflow 2 accepts runs, but refuses the model at their end.
-    try:
-        client.search_logged_models([experiment], max_results=1)
-    except MlflowException as error:
-        if error.error_code != "ENDPOINT_NOT_FOUND":
-            raise
-        raise UserError(
-            f"tracking.uri={shown_uri(uri)}: this server is older than MLflow 3 and cannot store models;"
-            " upgrade it, or set another server"
-        ) from None
 
 
 def start_run(
@@ -219,30 +225,26 @@ def start_run(
     try:
         check_uri(uri)
         with reachable(uri):
-            return _start(connect(uri), uri, config, run_name, {**_context_tags(), **tags}, run_id)
+            client = connect(uri)
+            experiment = _experiment(client, config, uri)
+            if run_id is not None:
+                former = existing(client.get_run, run_id)
+                if former is not None and former.info.lifecycle_stage == "active":
+                    client.update_run(run_id, status="RUNNING")
+                    return Tracker(uri, run_id)
+                logger.warning(
+                    f"MLflow run {run_id} no longer exists: the rest of this run is logged to a new MLflow run"
+                )
+            every = {**_context_tags(), **tags}
+            texts = {name: text[:TAG_LENGTH] for name, text in every.items()}
+            run = client.create_run(experiment, tags=texts, run_name=run_name)
+            return Tracker(uri, run.info.run_id, fresh=True)
     except TrackingUnavailable:
         if run_id is None:
             raise
     tracker = Tracker(uri, run_id)
     tracker.reopen()
     return tracker
-
-
-def _start(
-    client: "MlflowClient",
-    uri: str,
-    config: AnyConfig,
-    run_name: str,
-    tags: Mapping[str, object],
-    run_id: str | None,
-) -> Tracker:
-    experiment = _experiment(client, config, uri)
-    if run_id is not None and _reopen(client, run_id):
-        return Tracker(uri, run_id)
-    texts = {name: str(value)[:TAG_LENGTH] for name, value in tags.items()}
-    return Tracker(
-        uri, client.create_run(experiment, tags=texts, run_name=run_name).info.run_id, fresh=True
-    )
 
 
 def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
@@ -253,16 +255,12 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
     if experiment is None:
         # A server has its own place for artifacts. Without a server MLflow would use the current folder.
         served = uri.startswith(("http://", "https://", "databricks"))
+        place = None if served else default_place(config)
         try:
-            return str(
-                client.create_experiment(
-                    name, artifact_location=None if served else default_place(config)
-                )
-            )
+            return str(client.create_experiment(name, artifact_location=place))
         except MlflowException as error:
-            experiment = client.get_experiment_by_name(
-                name
-            )  # another driver may have created it meanwhile
+            # Another driver may have created it meanwhile.
+            experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise UserError(f"tracking.experiment={name}: {reason(error)}") from None
     if experiment.lifecycle_stage == "deleted":
@@ -274,18 +272,11 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _reopen(client: "MlflowClient", run_id: str) -> bool:
-    if (run := existing(client.get_run, run_id)) and run.info.lifecycle_stage == "active":
-        client.update_run(run_id, status="RUNNING")
-        return True
-    logger.warning(
-        "MLflow run %s no longer exists: the rest of this run is logged to a new MLflow run", run_id
-    )
-    return False
-
-
 # Tags of a run and of a version: a digest of this project's code, its commit, the image, and who started it where.
-CODE, COMMIT, IMAGE, SUBMITTER = "olora.code", "olora.commit", "olora.image", "olora.submitted_by"
+CODE = "olora.code"
+COMMIT = "olora.commit"
+IMAGE = "olora.image"
+SUBMITTER = "olora.submitted_by"
 # Suffix of a commit whose checkout has changes that are not committed.
 CHANGED = "+changes"
 
@@ -293,18 +284,10 @@ CHANGED = "+changes"
 def commit(folder: Path) -> str:
     """Return the commit of the git checkout that contains `folder`, with CHANGED if it has changes; else empty."""
     # From git itself, because GitPython, which MLflow uses, warns if git is missing.
-    git = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--exclude=*",
-        f"--dirty={CHANGED}",
-    ]
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={CHANGED}"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
+        silent = subprocess.DEVNULL
+        return subprocess.check_output(git, cwd=folder, text=True, stderr=silent).strip()
     return ""  # no git, or no checkout: an image, or a submitted job
 
 
@@ -319,10 +302,10 @@ def submitter() -> str:
 def lineage() -> dict[str, str]:
     """Return the tags that say which code runs here, and for whom; what is unknown is missing."""
     script = Path(sys.argv[0] or ".").absolute()
+    folder = script if script.is_dir() else script.parent
     tags = {
         CODE: node_cache.project(),
-        COMMIT: os.environ.get("OLORA_COMMIT")
-        or commit(script if script.is_dir() else script.parent),
+        COMMIT: os.environ.get("OLORA_COMMIT") or commit(folder),
         IMAGE: os.environ.get("OLORA_IMAGE", ""),
         SUBMITTER: submitter(),
     }
@@ -338,7 +321,9 @@ def _context_tags() -> dict[str, str]:
     with contextlib.suppress(OSError, KeyError):
         tags["mlflow.user"] = getpass.getuser()
     known = tags.get(COMMIT, "").removesuffix(CHANGED)
-    return tags | ({"mlflow.source.git.commit": known} if known else {})
+    if known:
+        tags["mlflow.source.git.commit"] = known
+    return tags
 
 
 # The MLflow run around a piece of work: created or resumed before it, closed as FINISHED, FAILED or KILLED after it.
@@ -372,8 +357,10 @@ def mlflow_run(
     """
     from mlflow.exceptions import MlflowException
 
-    uri, root = resolve_uri(config), config.run.storage
-    tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
+    uri = resolve_uri(config)
+    root = config.run.storage
+    if parent:
+        tags = {**tags, "mlflow.parentRunId": parent}
     tracker = start_run(config, config.run.name, tags, ids.tracking_run(uri, root))
     ids.keep_tracking_run(uri, root, tracker.run_id)
     tracker.params(params)
@@ -381,11 +368,11 @@ def mlflow_run(
         try:
             yield tracker
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                after_error = "KILLED"
             if not isinstance(error, TakenOver):  # otherwise the run belongs to another driver now
                 with contextlib.suppress(TrackingUnavailable):
-                    tracker.end(
-                        "KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5
-                    )
+                    tracker.end(after_error, seconds=5)
             raise
         tracker.end("FINISHED")
     except TrackingUnavailable as error:

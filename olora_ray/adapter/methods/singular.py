@@ -27,7 +27,7 @@ def exact(weight: Tensor, rank: int, smallest: bool = False) -> Factors:
     values, vectors = _eigen(w @ w.mT)
     if not smallest:
         vectors = vectors.flip(-1)
-    left = _signed(vectors[..., :rank])
+    left = signed(vectors[..., :rank])
     right = left.mT @ w
     sizes = right.norm(dim=-1)
     roots = sizes.sqrt()
@@ -50,7 +50,8 @@ def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _signed(vectors: Tensor) -> Tensor:
+def signed(vectors: Tensor) -> Tensor:
+    """Return the columns with signs by which the largest entry of each is positive."""
     largest = vectors.abs().argmax(dim=-2, keepdim=True)
     signs = vectors.gather(-2, largest).sign()
     return vectors * torch.where(signs == 0, 1.0, signs)  # 0 only for a column of zeros
