@@ -58,11 +58,6 @@ def other_parts(model: nn.Module) -> dict[str, str]:
     return parts
 
 
-def part_of(name: str, parts: dict[str, str]) -> str | None:
-    """Return which of `other_parts` a module or parameter lies in, by its name; None: the language model."""
-    return next((what for part, what in parts.items() if f"{name}.".startswith(f"{part}.")), None)
-
-
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -147,7 +142,6 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
     head = output_head(model)
     family = getattr(getattr(model, "config", None), "model_type", None)
     modules = dict(model.named_modules())
-    outside = other_parts(model)
     blocks = dict(_mixtures(modules))
     maps: dict[str, Candidate] = {}
     for name, module in modules.items():
@@ -167,10 +161,10 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
                 what = f"a set of experts with packed weights ({str(dtype).removeprefix('torch.')})"
                 refused = Reason(what, "experts with packed weights")
             maps[f"{name}.{parameter}"] = Candidate(target, name, refused)
-    for name, item in maps.items():
-        part = part_of(name, outside)
-        if part:
-            maps[name] = replace(item, aside=Reason(f"a part of the {part}", part))
+    for part, what in other_parts(model).items():
+        for name, item in maps.items():
+            if name.startswith(f"{part}.") or name == part:
+                maps[name] = replace(item, aside=Reason(f"a part of the {what}", what))
     return maps
 
 

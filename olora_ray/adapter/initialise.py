@@ -9,16 +9,14 @@ import contextlib
 import hashlib
 import heapq
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
@@ -256,10 +254,8 @@ def write_factors(
         parts[f"{name}.a0"] = item.a0
         if item.b0 is not None:
             parts[f"{name}.b0"] = item.b0
-    with tempfile.TemporaryDirectory(prefix="olora-factors-") as folder:
-        file = Path(folder) / TENSORS
-        save_file({name: part.contiguous().cpu() for name, part in parts.items()}, file)
-        storage.write_bytes(storage.join(folder_uri, TENSORS), file.read_bytes())
+    content = save({name: part.contiguous().cpu() for name, part in parts.items()})
+    storage.write_bytes(storage.join(folder_uri, TENSORS), content)
     # Factors that the weight does not determine are not reused at a smaller rank: computed there, the arbitrary part
     # may differ from the first columns kept here.
     whole = all(item.full_rank for item in factors.values())

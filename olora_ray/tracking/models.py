@@ -294,12 +294,10 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     of_run = client.search_logged_models(
         [experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'"
     )
-    existing = [each for each in of_run if _is_of(each, texts)]
-    if existing and str(existing[0].status) == "READY" and checksums.TAG in existing[0].tags:
-        return str(existing[0].model_id)
-    if existing:
-        model = existing[0]
-    else:
+    model = next((each for each in of_run if _is_of(each, texts)), None)
+    if model is not None and str(model.status) == "READY" and checksums.TAG in model.tags:
+        return str(model.model_id)
+    if model is None:
         params = {name: str(value)[:PARAM_LENGTH] for name, value in contents.params.items()}
         # Such as llama, in config.json and in MLflow.
         model_type = json.loads(contents.config.read_text(encoding="utf-8")).get("model_type")

@@ -184,10 +184,10 @@ class Tracker:
                 data[column] = [row[number] for row in rows]
             self.client().log_table(self.run_id, data, file)
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
+    def artifact(self, path: Path) -> None:
         with reachable(self.uri, upload=True):
             log = self.client().log_artifacts if path.is_dir() else self.client().log_artifact
-            log(self.run_id, str(path), folder)
+            log(self.run_id, str(path))
 
     def text(self, content: str, name: str) -> None:
         with reachable(self.uri):

@@ -46,14 +46,6 @@ PROBE_SECONDS = 30.0
 FIELD = "MLflow's artifact store"
 
 
-def default_place(config: AnyConfig) -> str:
-    """Return the folder of a new experiment's files if MLflow is a database: beside the storage."""
-    root = config.run.storage
-    if not storage.is_uri(root):
-        root = os.path.abspath(root)
-    return storage.join(root, FOLDER)
-
-
 def probe(place: str, uri: str) -> None:
     """Write and delete a file of PROBE_BYTES at `place`, the artifact location of an experiment in the MLflow at `uri`.
 
@@ -253,9 +245,12 @@ def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server has its own place for artifacts. Without a server MLflow would use the current folder.
-        served = uri.startswith(("http://", "https://", "databricks"))
-        place = None if served else default_place(config)
+        # A server has its own place for artifacts. A database has it beside the storage: without one, MLflow would use
+        # the current folder.
+        place = None
+        if not uri.startswith(("http://", "https://", "databricks")):
+            root = config.run.storage
+            place = storage.join(root if storage.is_uri(root) else os.path.abspath(root), FOLDER)
         try:
             return str(client.create_experiment(name, artifact_location=place))
         except MlflowException as error:

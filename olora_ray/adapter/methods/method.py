@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import Factors
@@ -39,8 +40,12 @@ same arguments give the same factors, whatever the global random state is; exper
 """
 
 
-def keeps(options: Options) -> tuple[float, float]:
-    return 0.0, 0.0
+def for_each_expert(weight: Tensor, seed: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """Return what `draw` makes of the seed, on the device of the weight; of a stack, what it makes for each expert."""
+    if weight.dim() == 2:
+        return draw(seed).to(weight.device)
+    drawn = [draw(seed + expert) for expert in range(len(weight))]
+    return torch.stack(drawn).to(weight.device)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Method:
     """True if it gives every layer a B0; without B0 the exported rank is r instead of 2r."""
     rank_multiple: int = 1
     """Ranks must be multiples of this number."""
-    scale_powers: Callable[[Options], tuple[float, float]] = keeps
+    scale_powers: Callable[[Options], tuple[float, float]] = lambda options: (0.0, 0.0)
     """The powers of s that divide A~ and B~."""
 
     def largest_rank(self, m: int, n: int) -> int:

@@ -8,13 +8,14 @@ and s are. NoRA+ is this method with `train.optimizer: preconditioned`.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options, for_each_expert
 
 ROW = 1 / math.sqrt(3)
 """Length of a row of plain LoRA's A0 for any width: n numbers of variance 1 / (3 n)."""
@@ -26,11 +27,7 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
     `weight` is m x n in float32, or E x m x n. `full_rank` is False for a weight of zeros, which gives A~ = 0: such an
     adapter never trains.
     """
-    m = weight.shape[-2]
-    if weight.dim() == 2:
-        omega = _rows(rank, m, seed)
-    else:
-        omega = torch.stack([_rows(rank, m, seed + expert) for expert in range(len(weight))])
+    omega = for_each_expert(weight, seed, partial(_rows, rank, weight.shape[-2]))
     norm = weight.flatten(-2).norm(dim=-1)[..., None, None]
     size: Any = options.sigma
     if size == "matched":
