@@ -71,14 +71,17 @@ class SearchRecord:
     notes: tuple[str, ...] = field(default=())
     """Sentences about the search as a whole, e.g. why it ended early."""
 
+    def sign(self) -> int:
+        """Return the factor that makes a lower value of the metric the better one."""
+        return 1 if self.mode == "min" else -1
+
     def ranked(self) -> list[TrialRecord]:
         """Return the trials that have a value, the best first; failed ones come last, whatever their value."""
-        sign = 1 if self.mode == "min" else -1
-        measured = [trial for trial in self.trials if trial.measured()]
-        return sorted(
-            measured,
-            key=lambda trial: (trial.status == "failed", sign * (trial.value or 0.0), trial.number),
-        )
+
+        def place(trial: TrialRecord) -> tuple[bool, float, int]:
+            return trial.status == "failed", self.sign() * (trial.value or 0.0), trial.number
+
+        return sorted([trial for trial in self.trials if trial.measured()], key=place)
 
     def ordered(self) -> list[TrialRecord]:
         """Return all trials: the ranked ones, then those without a value in the order of the search."""
@@ -98,11 +101,14 @@ class SearchRecord:
 
 
 def finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    """Return a plain value with None in place of NaN and infinity."""
     if isinstance(value, dict):
         return {str(name): finite(item) for name, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 # trial.json: the trial writes its record so far into its folder, and the driver reads it.
@@ -114,13 +120,15 @@ class TrialFile:
     def __init__(self, folder: str, record: TrialRecord, mode: Mode) -> None:
         # Nothing is written before `begin`: Tune starts a process for a trial, but may run the trial in another process
         # that became free earlier. If the late process wrote here, it would overwrite the progress of the trial.
-        self.path, self.mode = storage.join(folder, FILE), mode
+        self.path = storage.join(folder, FILE)
+        self.mode = mode
+        self.record = replace(record, folder=folder)
         self._began = time.monotonic()
         self._previous = read_record(folder)
-        self._seconds = self._previous.seconds if self._previous else 0.0
-        if self._previous and self._previous.first_step is not None:
-            record = replace(record, first_step=self._previous.first_step)
-        self.record = replace(record, folder=folder)
+        self._seconds = 0.0
+        if self._previous:
+            self._seconds = self._previous.seconds
+            self.record = replace(self.record, first_step=self._previous.first_step)
 
     def begin(self) -> None:
         self._write()
@@ -149,21 +157,18 @@ class TrialFile:
         self._write()
 
     def _take(self, curve: tuple[tuple[int, float], ...]) -> None:
+        values = [value for step, value in curve if step]  # at step 0 it is the base model's
         choose = min if self.mode == "min" else max
-        best = choose(
-            (value for step, value in curve if step), default=None
-        )  # at step 0 every trial is the base model
-        self.record = replace(
-            self.record, curve=curve, step=curve[-1][0] if curve else 0, value=best
-        )
+        last = curve[-1][0] if curve else 0
+        best = choose(values, default=None)
+        self.record = replace(self.record, curve=curve, step=last, value=best)
 
     def _write(self) -> None:
         self.record = replace(self.record, seconds=self._seconds + time.monotonic() - self._began)
         try:
             records.write(self.path, self.record)
-        except (
-            OSError
-        ) as error:  # the next write has everything; the training does not need the file
+        except OSError as error:
+            # The next write has everything. The training does not need the file.
             logger.warning(
                 f"{self.path}: cannot be written now ({short_reason(error)}); the trial continues"
             )

@@ -59,16 +59,17 @@ def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
 
 def _cards(record: SearchRecord) -> str:
     best = record.best()
-    facts = [(name, said) for name, said in text.facts(record) if best is None or name != "best"]
+    facts = text.facts(record)
     if best is None or best.value is None:
         left = f'<p class="label">{escape(record.metric)}</p><p class="value">none</p>'
     else:
+        facts = [(name, said) for name, said in facts if name != "best"]
         params = [(name, text.value(item)) for name, item in best.params.items()]
         way = "lowest" if record.mode == "min" else "highest"
-        others = any(
-            trial.measured() and trial.status == "failed" != best.status for trial in record.trials
-        )
-        of = " among the trials that did not fail" if others else ""
+        failed = any(trial.measured() and trial.status == "failed" for trial in record.trials)
+        of = ""
+        if failed and best.status != "failed":
+            of = " among the trials that did not fail"
         left = (
             f'<div class="label">{way} {escape(record.metric)}{of}, trial {best.number}</div>'
             f'<div class="value">{escape(text.number(best.value, 5))}</div>{page.terms(params)}'
@@ -77,13 +78,13 @@ def _cards(record: SearchRecord) -> str:
 
 
 def _table(record: SearchRecord) -> str:
-    names, best, ordered = text.short(record.fields), record.best(), record.ordered()
+    names = text.short(record.fields)
     columns = [("trial", "number", "")]
-    columns += [
-        (names[name], "number" if text.numeric(record, name) else "", name)
-        for name in record.fields
-    ]
+    for name in record.fields:
+        kind = "number" if text.numeric(record, name) else ""
+        columns.append((names[name], kind, name))
     columns += [(name, "number", "") for name in (record.metric, "steps", "time")]
     columns += [(name, "", "") for name in ("status", "reason")]
-    marked = next((number for number, trial in enumerate(ordered) if trial is best), None)
-    return page.table(columns, [text.cells(record, trial) for trial in ordered], marked)
+    rows = [text.cells(record, trial) for trial in record.ordered()]
+    marked = 0 if record.best() else None
+    return page.table(columns, rows, marked)
