@@ -32,11 +32,10 @@ MEASURE = "evaluation."
 
 
 def record(sweep_spec: SweepSpec) -> SearchRecord:
-    space, progress = sweep_spec.space, search_folder.progress(sweep_spec.folder)
-    trials = tuple(
-        _with_reason(trial, progress, space.scheduler.kind)
-        for _, trial in sorted(read_all(sweep_spec.folder).items())
-    )
+    space = sweep_spec.space
+    progress = search_folder.progress(sweep_spec.folder)
+    records = sorted(read_all(sweep_spec.folder).items())
+    trials = tuple(_with_reason(trial, progress, space.scheduler.kind) for _, trial in records)
     return SearchRecord(
         name=sweep_spec.name,
         metric=space.metric,
@@ -53,20 +52,16 @@ def record(sweep_spec: SweepSpec) -> SearchRecord:
 
 def _with_reason(trial: TrialRecord, progress: Progress, scheduler: str) -> TrialRecord:
     # A stopped trial does not know who stopped it, and a killed process writes no reason: the reason is added here.
-    if (
-        trial.status == "stopped" and trial.total and trial.step >= trial.total
-    ):  # it ended before the stop reached it
-        return replace(trial, status="finished")
+    if trial.status == "stopped" and trial.total and trial.step >= trial.total:
+        return replace(trial, status="finished")  # it ended before the stop reached it
     if trial.status in ("stopped", "unfinished") and trial.number in progress.cut:
         return replace(trial, status="unfinished", reason="the search ended before the trial did")
     if trial.status != "stopped":
         return trial
-    share = (
-        f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}"
-        if trial.total
-        else ""
-    )
-    return replace(trial, reason=f"{scheduler}{share}")
+    reason = scheduler
+    if trial.total:
+        reason += f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}"
+    return replace(trial, reason=reason)
 
 
 def conclude(config: Config, sweep_spec: SweepSpec, search: SearchRecord, tracker: Tracker) -> None:
@@ -120,9 +115,9 @@ def register(sweep_spec: SweepSpec, search: SearchRecord) -> int:
     tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
     version = run.register(spec, folder, result, tags, sweep_spec.parent)
     assert version is not None
-    name, alias = trial.registry.model, trial.registry.alias
+    name = trial.registry.model
     logger.info(
-        f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}"
+        f"registered: {name} version {version} (models:/{name}@{trial.registry.alias}), trial {best.number}"
     )
     return version
 
@@ -137,21 +132,24 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
         raise UserError(
             f"{folder.checkpoints}: the best trial has no checkpoint left; pass --refit to train best.yaml instead"
         )
-    checkpoint, state = latest[0], latest[1].state
-    step, value = next(
-        (each for each in best.curve if each[0] and each[1] == best.value), (best.step, math.nan)
-    )
+    path, checkpoint = latest
+    state = checkpoint.state
+    step = best.step
+    value = math.nan
+    for each, measured in best.curve:
+        if each and measured == best.value:
+            step = each
+            value = measured
+            break
     # A failed trial keeps the checkpoint before its failure. After a restart, other workers may have measured the same
     # adapter again, and their loss differs a little.
     same = state.best_loss is not None and math.isclose(state.best_loss, value, rel_tol=1e-3)
     if step > state.step or (metric == "eval/loss" and not same):
-        kept = (
-            ""
-            if state.best_loss is None
-            else f" with the best loss {state.best_loss:.4f} of step {state.best_step}"
-        )
+        kept = ""
+        if state.best_loss is not None:
+            kept = f" with the best loss {state.best_loss:.4f} of step {state.best_step}"
         raise UserError(
-            f"{checkpoint}: trial {best.number} has its best value {value:.4f} at step {step}, but its last checkpoint"
+            f"{path}: trial {best.number} has its best value {value:.4f} at step {step}, but its last checkpoint"
             f" is of step {state.step}{kept}; pass --refit to train best.yaml instead"
         )
     return TrainResult(state=state, stopped_early=True)
@@ -161,7 +159,8 @@ def _default(sweep_spec: SweepSpec, trials: Sequence[TrialRecord]) -> int | None
     space = sweep_spec.space
     if space.has_default():
         return next((trial.number for trial in trials if trial.number == 0), None)
-    if (draws := space.as_draws(sweep_spec.train_spec.config)) is None:
+    draws = space.as_draws(sweep_spec.train_spec.config)
+    if draws is None:
         return None
     wanted = space.values(draws)
     return next((trial.number for trial in trials if trial.params == wanted), None)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.decided import DecidedConfig, Decisions
+from olora_ray.config.decided import Decisions
 from olora_ray.config.load import flatten, override
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
@@ -52,7 +52,13 @@ def train_spec(
     prepared = prepare_tokens(
         decided.config, base, decided.size.total_bytes(), decided.decisions, wait=True
     )
-    _check_score(decided.config, space, prepared.scores)
+    wanted = space.metric.removeprefix("score/")
+    if wanted != space.metric and wanted not in prepared.scores:
+        given = ", ".join(f"score/{name}" for name in sorted(prepared.scores)) or "nothing"
+        raise UserError(
+            f"metric: {space.metric} is not measured: {decided.config.evaluation.scorer} returns {given} for the"
+            " answers to the held-out rows; set another metric"
+        )
     return prepared.spec, time.monotonic() - began
 
 
@@ -78,17 +84,6 @@ def _with_room_for_the_largest(
         f" {MICRO}={largest} would not fit in memory without it"
     )
     return replace(decided, config=override(config, {RECOMPUTE: True}))
-
-
-def _check_score(config: DecidedConfig, space: Space, names: Collection[str]) -> None:
-    wanted = space.metric.removeprefix("score/")
-    if wanted == space.metric or wanted in names:
-        return
-    given = ", ".join(f"score/{name}" for name in sorted(names)) or "nothing"
-    raise UserError(
-        f"metric: {space.metric} is not measured: {config.evaluation.scorer} returns {given} for the answers to the"
-        " held-out rows; set another metric"
-    )
 
 
 def share(
@@ -157,7 +152,9 @@ def _reasons(search: SearchRecord) -> str:
     if not counts:
         return f"{plural(len(search.trials), 'trial')} ran"
     shown = [f"{reason} ({plural(number, 'trial')})" for reason, number in counts[:3]]
-    return "; ".join([*shown, *([f"{len(counts) - 3} other reasons"] if len(counts) > 3 else [])])
+    if len(counts) > 3:
+        shown.append(f"{len(counts) - 3} other reasons")
+    return "; ".join(shown)
 
 
 def search(sweep_spec: SweepSpec) -> None:
@@ -165,7 +162,8 @@ def search(sweep_spec: SweepSpec) -> None:
 
     Raises UserError if not even one trial fits in the cluster, or if Tune cannot resume.
     """
-    folder, space = sweep_spec.folder, sweep_spec.space
+    folder = sweep_spec.folder
+    space = sweep_spec.space
     if search_folder.progress(folder).complete:
         logger.info("search: already complete; no trial runs, the report is written again")
         return
@@ -178,9 +176,13 @@ def search(sweep_spec: SweepSpec) -> None:
     # do, which is no failure.
     if len(results) < space.count() and not callback.stop_all():
         raise search_folder.not_resumed(folder)
-    note = f"The search ended early: {callback.over}." if callback.over else ""
-    cut = tuple(sorted(callback.cut))
-    search_folder.keep(folder, Progress(callback.seconds(), callback.complete(), note, cut))
+    progress = Progress(
+        callback.seconds(),
+        callback.complete(),
+        f"The search ended early: {callback.over}." if callback.over else "",
+        tuple(sorted(callback.cut)),
+    )
+    search_folder.keep(folder, progress)
     # Not after an error or a signal: the trials would lose their shared base model, and be recorded as failed before
     # this process ends them.
     shared_base.end_actors(shared_bases)
@@ -188,24 +190,28 @@ def search(sweep_spec: SweepSpec) -> None:
 
 def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
     """Return how many trials run at the same time, and the actors for trials that share one base model."""
-    spec, space = sweep_spec.train_spec, sweep_spec.space
-    config, count = spec.config, space.count()
-    wanted, workers = worker_resources(config), config.cluster.fewest
-    fitting, trials = _fitting(wanted, workers), space.in_words()
-    each, asked = min(space.trials_per_worker, count), min(space.concurrency or count, count)
+    space = sweep_spec.space
+    config = sweep_spec.train_spec.config
+    wanted = worker_resources(config)
+    workers = config.cluster.fewest
+    fitting = _fitting(wanted, workers)
+    count = space.count()
+    asked = min(space.concurrency or count, count)
     if config.cluster.most > 1 or not sweep_spec.shares_data():
         concurrent = min(fitting // workers, asked)
         logger.info(
-            f"search: {trials}, {concurrent} at the same time, {plural(workers, 'worker')} per trial"
+            f"search: {space.in_words()}, {concurrent} at the same time, {plural(workers, 'worker')} per trial"
         )
         return concurrent, ()
     # The actors serve trials that run one after another, too: they save the start of each trial, which takes longer
     # than a short training.
+    each = min(space.trials_per_worker, count)
     number = min(fitting, -(-asked // each))
     side = f"up to {each} side by side" if each > 1 else "one after the other"
     copies = "one copy" if number == 1 else f"each of {number} copies"
-    logger.info(f"search: {trials}, {side} on {copies} of the base model")
-    return min(number * each, asked), shared_base.start_actors(spec, wanted, number, each)
+    logger.info(f"search: {space.in_words()}, {side} on {copies} of the base model")
+    actors = shared_base.start_actors(sweep_spec.train_spec, wanted, number, each)
+    return min(number * each, asked), actors
 
 
 def _fitting(wanted: Mapping[str, float], workers: int) -> int:
@@ -216,10 +222,8 @@ def _fitting(wanted: Mapping[str, float], workers: int) -> int:
     fitting = room(wanted)
     if fitting >= workers:
         return fitting
-    now, most = (
-        resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum())
-    )
-    if not now < workers <= most:
+    now = resources.room(wanted, resources.present())
+    if not now < workers <= resources.room(wanted, resources.maximum()):
         raise UserError(
             f"cluster.workers={workers}: a trial needs {workers}, but the cluster has room for {fitting}; set it lower"
         )

@@ -57,13 +57,18 @@ def check_search(config: Config, space: Space) -> Kept:
     publish.check_tracking(config, folder)
     path = storage.join(folder.root, _BEGUN_WITH)
     begun = records.read(path, Begun)
-    kept = NOTHING if begun is None else Kept(begun.config, read_decisions(folder.root))
-    described = description(kept.filled(config), space)
-    if storage.exists(path) and (changed := _changes(begun, described)):
-        shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+    kept = NOTHING
+    if begun is not None:
+        kept = Kept(begun.config, read_decisions(folder.root))
+    changes: list[str] = []
+    if storage.exists(path):
+        changes = _changes(begun, description(kept.filled(config), space))
+    if changes:
+        if len(changes) > 3:
+            changes[3:] = ["..."]
         raise UserError(
-            f"run.name: {folder.root} holds a search with different settings ({shown}); set another run.name, use"
-            " another space file, or delete the folder"
+            f"run.name: {folder.root} holds a search with different settings ({', '.join(changes)}); set another"
+            " run.name, use another space file, or delete the folder"
         )
     address.find()
     return kept
@@ -84,19 +89,18 @@ def _changes(kept: Begun | None, described: Begun) -> list[str]:
         return [f"{_BEGUN_WITH} cannot be read"]
     read_back = records.parsed(described.text(), Begun)  # tuples are lists in JSON
     assert read_back is not None
-    before, after = (
-        dict(leaves({"config": each.config, "space": each.space}, "")) for each in (kept, read_back)
-    )
+    before = dict(leaves({"config": kept.config, "space": kept.space}, ""))
+    after = dict(leaves({"config": read_back.config, "space": read_back.space}, ""))
     changes = []
-    for field in sorted(
-        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
-    ):
-        was, now = (
-            repr(values[field]) if field in values else "not set" for values in (before, after)
-        )
-        changes.append(
-            f"{field} was {was}, is {now}" if len(was + now) <= 120 else f"{field} differs"
-        )
+    for field in sorted(before.keys() | after.keys()):
+        if before.get(field) == after.get(field):
+            continue
+        was = repr(before[field]) if field in before else "not set"
+        now = repr(after[field]) if field in after else "not set"
+        if len(was + now) <= 120:
+            changes.append(f"{field} was {was}, is {now}")
+        else:
+            changes.append(f"{field} differs")
     return changes
 
 
@@ -111,7 +115,8 @@ def begin(
     folder = config.folder()
     path = storage.join(folder, _BEGUN_WITH)
     kept = records.read(path, Begun)
-    checkpoint.require_same({**contents, **(kept.contents if kept else {})}, contents, folder)
+    if kept is not None:
+        checkpoint.require_same({**contents, **kept.contents}, contents, folder)
     write_decisions(folder, decisions)
     storage.write_text(path, description(config, space, contents).text())
 
@@ -151,12 +156,15 @@ def tune_place(folder: str) -> str:
 
 def lost(folder: str) -> bool:
     """True if Tune started this search and has no usable state: it was killed too early, or during a write."""
-    names = storage.names(place := tune_place(folder))
+    place = tune_place(folder)
+    names = storage.names(place)
     if "tuner.pkl" not in names:  # without it Tune starts a new search
         return False
     # Each attempt writes its own file; Tune resumes from the one whose name sorts last.
     states = fnmatch.filter(names, "experiment_state-*.json")
-    state = records.read(storage.join(place, max(states)), dict[str, Any]) if states else None
+    if not states:
+        return True
+    state = records.read(storage.join(place, max(states)), dict[str, Any])
     return not (state or {}).get("trial_data")
 
 

@@ -7,7 +7,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
@@ -52,13 +52,13 @@ def factor_keys(config: DecidedConfig, space: Space) -> list[FactorKey]:
     # Smaller ranks are a prefix of the largest for most methods. Other methods need factors of every rank. If the space
     # has a range of ranks, each trial makes these itself.
     ranks = sorted(space.possible("adapter.rank", config.adapter.rank))
-    every = [] if space.is_range("adapter.rank") else ranks
-    methods = dict.fromkeys(space.listed("adapter.method", config.adapter.method))
-    return [
-        (name, rank)
-        for name in methods
-        for rank in (ranks[-1:] if method_named(name).prefix else dict.fromkeys(every))
-    ]
+    keys = []
+    for method in dict.fromkeys(space.listed("adapter.method", config.adapter.method)):
+        if method_named(method).prefix:
+            keys.append((method, ranks[-1]))
+        elif not space.is_range("adapter.rank"):
+            keys += [(method, rank) for rank in dict.fromkeys(ranks)]
+    return keys
 
 
 def check_ranks(config: DecidedConfig, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -79,13 +79,20 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
         return Shared()  # the trials continue the adapter of another run, with its factors
     # With fsdp the base model may be too large for one GPU.
     sharded = spec.config.cluster.strategy == "fsdp"
-    spec = replace(on_cpu(spec) if sharded else spec, shared=folder)
-    missing = [factors for factors in _specs_of(spec, wanted) if not _exists(factors)]
+    if sharded:
+        spec = on_cpu(spec)
+    spec = replace(spec, shared=folder)
+    missing = []
+    for method, rank in wanted:
+        changes = {"adapter.method": method, "adapter.rank": rank}
+        factors = replace(spec, config=override(spec.config, changes))
+        if not factor_cache.has(factors.factor_place(), factors.factor_origin(), rank):
+            missing.append(factors)
     asked = wanted_questions(spec.config.evaluation, spec.eval)
-    known = Baseline.read(
-        storage.join(folder, "baseline.json"), spec.baseline_identity(), len(asked)
-    )
-    if not missing and (known or sharded):
+    baseline = storage.join(folder, "baseline.json")
+    known = Baseline.read(baseline, spec.baseline_identity(), len(asked))
+    measures = known is None and not sharded
+    if not missing and not measures:
         return Shared()
     device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
@@ -93,21 +100,10 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     for factors in missing:
         _make_factors(factors, shared)
     between = time.perf_counter()
-    if not known and not sharded:
+    if measures:
         self_test(shared, spec)  # with the attention that the trials will have
-        _measure(spec, shared, folder)
+        _measure(spec, shared).write(baseline, spec.baseline_identity())
     return Shared(between - began, time.perf_counter() - between)
-
-
-def _specs_of(spec: TrainSpec, wanted: Sequence[FactorKey]) -> Iterator[TrainSpec]:
-    for method, rank in wanted:
-        yield replace(
-            spec, config=override(spec.config, {"adapter.method": method, "adapter.rank": rank})
-        )
-
-
-def _exists(spec: TrainSpec) -> bool:
-    return factor_cache.has(spec.factor_place(), spec.factor_origin(), spec.config.adapter.rank)
 
 
 def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
@@ -122,19 +118,24 @@ def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
     )
 
 
-def _measure(spec: TrainSpec, shared: SharedBase, folder: str) -> None:
-    config, model = spec.config, shared.loss.model
+def _measure(spec: TrainSpec, shared: SharedBase) -> Baseline:
+    config = spec.config
+    model = shared.loss.model
     # An adapter changes nothing at its start. So the smallest adapter gives the results of the base model.
     targets = find_targets(model, config.adapter.targets, 1)
     factors, _ = initialise(targets, "lora", 1, 0, shared.device)
     adapted = inject(model, factors, 1.0)
     shared.loss.to(shared.device)
     trainer = Trainer(shared.loss, adapted, config, shared.device)
-    attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
+    loss = None
+    if spec.eval:
+        attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
+        loss = evaluate(trainer, spec.eval, attention).loss
+    answers = None
     asked = wanted_questions(config.evaluation, spec.eval)
-    loss = evaluate(trainer, spec.eval, attention).loss if spec.eval else None
-    answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos) if asked else None
-    Baseline(loss, answers).write(storage.join(folder, "baseline.json"), spec.baseline_identity())
+    if asked:
+        answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos)
+    return Baseline(loss, answers)
 
 
 def made(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey], what: str) -> Shared:

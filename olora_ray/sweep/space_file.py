@@ -59,7 +59,7 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
                     f"{where}: {part}.{field}: a section would reset its other fields to their defaults; name single"
                     f" fields, {field}.NAME"
                 )
-    for field in space.search:
+    for field, domain in space.search.items():
         if field.startswith(MEASURE) or any(name.startswith(f"{field}.") for name in MEASURE):
             raise UserError(
                 f"{where}: search.{field}: all trials must be measured in the same way; put it under set"
@@ -68,7 +68,6 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
             raise UserError(
                 f"{where}: search.{field}: it does not change the result of a training; put it under set"
             )
-        domain = space.search[field]
         if field in DECIDED and "auto" in domain.options():
             raise UserError(
                 f"{where}: search.{field}: auto is decided once for all trials; name values, or set auto in the config"
@@ -79,9 +78,19 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
             )
     base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
     # The trials themselves, as far as it takes a second. Those of Optuna are not known, so draws of the same space.
-    for number in range(200 if space.searcher == "tpe" else min(space.count(), 200)):
+    count = 200
+    if space.searcher != "tpe":
+        count = min(space.count(), count)
+    for number in range(count):
         changes = space.values(space.drawn(number))
-        _refuse_texts(_override(base, changes, f"{where}: search"), changes, where)
+        trial = _override(base, changes, f"{where}: search")
+        # The config turns the text '8' into the number 8, but a search compares values as the file has them.
+        for field, value in changes.items():
+            taken = at(trial, field)
+            if isinstance(value, str) and isinstance(taken, int | float):
+                raise UserError(
+                    f"{where}: search.{field}: {value!r} is text; write {json.dumps(taken)} without quotes"
+                )
     for field in space.search:
         if not any(overlap(field, name) for name in flatten(base)):  # e.g. data.train.00.weight
             raise UserError(
@@ -95,11 +104,10 @@ def overlap(field: str, other: str) -> bool:
 
 
 def _check_metric(space: Space, config: Config, where: str) -> None:
-    scorer = config.evaluation.scorer
     objective = config.train.objective
     held_out = config.data.holds_out()
     if space.metric.startswith("score/") and space.metric != "score/":
-        if not scorer or not held_out:
+        if not config.evaluation.scorer or not held_out:
             raise UserError(
                 f"{where}: metric: {space.metric} needs evaluation.scorer and held-out rows in the config"
             )
@@ -122,23 +130,14 @@ def _check_metric(space: Space, config: Config, where: str) -> None:
         )
 
 
-def _refuse_texts(config: Config, changes: Mapping[str, Any], where: str) -> None:
-    # The config turns the text '8' into the number 8, but a search compares values as the file has them.
-    for field, value in changes.items():
-        taken = at(config, field)
-        if isinstance(value, str) and isinstance(taken, int | float):
-            raise UserError(
-                f"{where}: search.{field}: {value!r} is text; write {json.dumps(taken)} without quotes"
-            )
-
-
 def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
     try:
         return override(config, changes)
     except UserError as error:
         text = str(error).removeprefix("config: ")
-        hint = "; use quniform with whole numbers, or choice" if "fractional part" in text else ""
-        raise UserError(f"{where}: {text}{hint}") from None
+        if "fractional part" in text:
+            text += "; use quniform with whole numbers, or choice"
+        raise UserError(f"{where}: {text}") from None
 
 
 # These decide whether a model can be trained and exported, because some methods do not support every layer.
@@ -163,9 +162,11 @@ def plan(config: Config, data: DataDecisions, space: Space, base: Base) -> None:
     for where, changes in _settings(config, space):
         try:
             trial = override(config, changes)
-            own, found = base, replace(data, config=override(data.config, changes))
+            own = base
+            found = replace(data, config=override(data.config, changes))
+            if trial.model != config.model:
+                own = open_base(trial)
             if trial.model != config.model or trial.data != config.data:
-                own = base if trial.model == config.model else open_base(trial)
                 found = prepare.read_data(trial, own)
             prepare.check_settings(trial)
             here = ClusterFacts.here(config.cluster)
@@ -173,29 +174,27 @@ def plan(config: Config, data: DataDecisions, space: Space, base: Base) -> None:
             prepare.plan(decided, own.model, where)
             shared_work.check_ranks(decided.config, space, decided.size.targets)
         except UserError as error:
-            problems.setdefault(
-                str(error), f"{where}{error}"
-            )  # the same error of several settings is shown once
+            # The same error of several settings is shown once.
+            problems.setdefault(str(error), f"{where}{error}")
     if problems:
         raise of_problems("the search cannot start", list(problems.values()))
 
 
 def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
-    searched = "adapter.rank" in space.search
-    largest = (
-        {"adapter.rank": max(space.possible("adapter.rank", config.adapter.rank))}
-        if searched
-        else {}
-    )
-    options = {field: domain.options() for field, domain in space.search.items() if _decides(field)}
-    drawn = [
-        dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())
-    ]
-    of_config: list[dict[str, Any]] = [{}] if space.has_default() and options else []
-    for changes in [*of_config, *drawn][:50]:  # a check takes as long as the preflight of a run
-        shown = ", ".join(f"search.{field}={value}" for field, value in changes.items())
-        yield f"{shown}: " if shown else "", changes | largest
-
-
-def _decides(field: str) -> bool:
-    return any(overlap(field, name) for name in DECIDE)
+    largest = {}
+    if "adapter.rank" in space.search:
+        largest["adapter.rank"] = max(space.possible("adapter.rank", config.adapter.rank))
+    options = {}
+    for field, domain in space.search.items():
+        if any(overlap(field, name) for name in DECIDE):
+            options[field] = domain.options()
+    settings: list[dict[str, Any]] = []
+    if space.has_default() and options:
+        settings.append({})
+    for values in itertools.product(*options.values()):
+        settings.append(dict(zip(options, values, strict=True)))
+    for changes in settings[:50]:  # a check takes as long as the preflight of a run
+        where = ", ".join(f"search.{field}={value}" for field, value in changes.items())
+        if where:
+            where += ": "
+        yield where, changes | largest

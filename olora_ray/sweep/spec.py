@@ -55,17 +55,15 @@ class SweepSpec:
     decisions: Decisions = field(default_factory=dict)
     """The decisions of the search, which hold for all trials."""
 
-    def values(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
-        return {} if number == 0 and self.space.has_default() else self.space.values(draws)
-
     def shown(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
         """Return dotted field -> value of everything that is searched, for people; for the default trial too."""
-        return self.values(number, draws) or {
-            field: at(self.train_spec.config, field) for field in self.space.search
-        }
+        values = self.space.trial_values(number, draws)
+        return values or {field: at(self.train_spec.config, field) for field in self.space.search}
 
     def config(self, number: int, draws: Mapping[str, Any]) -> DecidedConfig:
-        return override(self.train_spec.config, self.values(number, draws) | self._own(number))
+        name = self.space.own_name(number) or trial_name(number)
+        own = {"run.name": extended(self.name, name), "registry.model": None}
+        return override(self.train_spec.config, self.space.trial_values(number, draws) | own)
 
     def spec_of(self, config: DecidedConfig) -> TrainSpec:
         """Return the specification of a trial, if all trials have the same base model and tokens."""
@@ -73,17 +71,12 @@ class SweepSpec:
 
     def asked(self, config: DecidedConfig) -> Config:
         """Return the config of a trial with sources or a model of its own, with auto where the search has decided."""
-        values = {
-            name: decision.asked
-            for name, decision in self.decisions.items()
-            if name == PACKING or name.endswith(".chat")
-        }
         drawn = {*self.space.search, *self.space.set}
-        known = {
-            name: value
-            for name, value in values.items()
-            if name not in drawn and at(config, name) is not None
-        }
+        known = {}
+        for name, decision in self.decisions.items():
+            once = name == PACKING or name.endswith(".chat")
+            if once and name not in drawn and at(config, name) is not None:
+                known[name] = decision.asked
         return with_values(config, Config, known)
 
     def decided(self, config: DecidedConfig) -> Decisions:
@@ -125,19 +118,15 @@ class SweepSpec:
 
     def rungs(self) -> list[int]:
         """Return the steps after which a trial's training losses are compared; empty if they are not."""
-        steps, step, settings = list[int](), float(self.grace()), self.space.scheduler
+        settings = self.space.scheduler
         # In the second half a stop saves little, and leaves a trial without a value. A grace that is set may be there.
         last = self.total() - 1 if settings.grace else self.total() // 2
+        steps: list[int] = []
+        step = float(self.grace())
         while self.space.paired() and math.ceil(step) <= last:
             steps.append(math.ceil(step))
             step *= settings.reduction
         return steps
-
-    def _own(self, number: int) -> dict[str, Any]:
-        return {
-            "run.name": extended(self.name, self.space.own_name(number) or trial_name(number)),
-            "registry.model": None,
-        }
 
 
 def trial_name(number: int) -> str:

@@ -105,13 +105,10 @@ class TrialRun:
             ended = Ended("finished")
         except Stopped:
             ended = Ended("stopped")
+        except UserError as error:
+            ended = Ended("failed", str(error))
         except Exception as error:
-            why = (
-                str(error)
-                if isinstance(error, UserError)
-                else f"{type(error).__name__}: {reason(error)}"
-            )
-            ended = Ended("failed", why)
+            ended = Ended("failed", f"{type(error).__name__}: {reason(error)}")
         try:
             self._file.ended(ended.status, ended.reason)
         finally:  # otherwise `next` would wait for ever
@@ -119,15 +116,12 @@ class TrialRun:
 
     def _train(self) -> None:
         others = self._drop_other_values()
-        spec = trial_spec(
-            self.sweep_spec, self.config, cpus_held=ray.cluster_resources().get("CPU", 0.0)
-        )
-        self.total = self.sweep_spec.steps(self.config, spec.train)
+        search = self.sweep_spec
+        spec = trial_spec(search, self.config, ray.cluster_resources().get("CPU", 0.0))
+        self.total = search.steps(self.config, spec.train)
         self._file.record = replace(self._file.record, total=self.total)
         with (
-            publish.tracked(
-                self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent
-            ) as tracker,
+            publish.tracked(search.tracked(spec), self.folder, search.parent) as tracker,
             _log_file(self.folder.root),
         ):
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
@@ -136,7 +130,7 @@ class TrialRun:
                     f"the resumed search gave this trial other values, so the trial restarts: {others}"
                 )
             state = self.folder.state()
-            self.folder.write_config(spec.config, self.sweep_spec.decided(spec.config), state)
+            self.folder.write_config(spec.config, search.decided(spec.config), state)
             result = fit.finished_training(spec, self.folder, state)
             if result is None:
                 self._file.keep_curve(state.step or 0)
@@ -150,21 +144,25 @@ class TrialRun:
         """Remove the files of a trial that had this number and other values; return which values differ."""
         # A killed Tune forgets the latest draws of Optuna. After the restart Optuna draws again, from the results so
         # far, and the training must not resume from a checkpoint of the old values.
-        if self.sweep_spec.space.searcher != "tpe" or not (
-            others := self.folder.state().other_settings(self.config)
-        ):
+        if self.sweep_spec.space.searcher != "tpe":
+            return ""
+        others = self.folder.state().other_settings(self.config)
+        if not others:
             return ""
         storage.remove(self.folder.root)
         self._file.begin()
         return others
 
     def _fitted(self, spec: TrainSpec, tracker: Tracker) -> TrainResult:
-        actors, adapters = self.sweep_spec.shared_bases, self.sweep_spec.space.trials_per_worker
+        search = self.sweep_spec
 
         def on_shared_base(channel: Any, workers: int) -> TrainResult:
-            return shared_base.train_on(actors, adapters, spec, self.folder.checkpoints, channel)
+            adapters = search.space.trials_per_worker
+            return shared_base.train_on(
+                search.shared_bases, adapters, spec, self.folder.checkpoints, channel
+            )
 
-        fit_on = on_shared_base if actors else None
+        fit_on = on_shared_base if search.shared_bases else None
         return fit.train(
             spec, self.folder, CompleteStore(spec.train), tracker, self._stop, self._on_row, fit_on
         )
@@ -174,17 +172,19 @@ class TrialRun:
             self._file.started()
             if step <= max(self._rungs, default=0):
                 self._losses[step] = row["train/loss"]
-        every = self.config.train.eval_every
-        due = step == self.total or step % every == 0
         metric = self.sweep_spec.space.metric
-        value = row.get(metric) if metric != "train/loss" or due else None
+        value = row.get(metric)
+        due = step == self.total or step % self.config.train.eval_every == 0
+        if metric == "train/loss" and not due:
+            value = None
         if step == 0 and value is not None and not self._file.record.curve:
             self._file.measured(step, value)
         if step <= self._reported or (value is None and step not in self._rungs):
             return
-        self._reported, paired = step, None
+        self._reported = step
         if value is not None:
             self._file.measured(step, value)
+        paired = None
         if step in self._rungs:
             latest = [loss for other, loss in self._losses.items() if step / 2 < other <= step]
             paired = sum(latest) / len(latest)
@@ -199,7 +199,8 @@ class TrialRun:
             return
         tokenizer = load.load_tokenizer(spec.base, spec.config.model)
         scores = answers.scores_after(spec.config, result, tokenizer)
-        if (value := scores.get(metric.removeprefix("score/"))) is None:
+        value = scores.get(metric.removeprefix("score/"))
+        if value is None:
             raise UserError(
                 f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}"
             )
@@ -211,7 +212,8 @@ class TrialRun:
 @contextlib.contextmanager
 def _log_file(root: str) -> Iterator[None]:
     """Write log lines into the trial's log.txt: at once in a local folder, at the end if the storage is a URI."""
-    path, lines = storage.join(root, "log.txt"), io.StringIO()
+    path = storage.join(root, "log.txt")
+    lines = io.StringIO()
     handler: logging.Handler = logging.StreamHandler(lines)
     if not storage.is_uri(root):
         handler = logging.FileHandler(path, encoding="utf-8", delay=True)
@@ -220,6 +222,7 @@ def _log_file(root: str) -> Iterator[None]:
         with logs.handled_by(handler):
             yield
     finally:
-        if text := lines.getvalue():
+        text = lines.getvalue()
+        if text:
             with contextlib.suppress(OSError):  # losing the lines must not end the trial
                 storage.write_text(path, text)

@@ -47,17 +47,20 @@ class SweepCallback(tune.Callback, tune.Stopper):
     """
 
     def __init__(self, folder: str, space: Space) -> None:
-        self.folder, self.space = folder, space
-        self.best: tuple[float, int] | None = (
-            None  # value and number of the best trial that has ended
-        )
+        self.folder = folder
+        self.space = space
+        self.best: tuple[float, int] | None = None
+        """Value and number of the best trial that has ended."""
         self.since_better = 0
-        self.over: str | None = None  # why the search ends before all trials have ended
-        self.cut: set[int] = set()  # numbers of the trials that ran when a limit ended the search
+        self.over: str | None = None
+        """Why the search ends before all trials have ended."""
+        self.cut: set[int] = set()
+        """Numbers of the trials that ran when a limit ended the search."""
         self._ended: set[str] = set()
         self._trials: list[Any] = []
         self._cleaned_at = 0.0
-        self._before, self._began = search_folder.progress(folder).seconds, time.monotonic()
+        self._before = search_folder.progress(folder).seconds
+        self._began = time.monotonic()
         self._noted_at = self._began
         _LIVE[:] = [self]
 
@@ -74,12 +77,13 @@ class SweepCallback(tune.Callback, tune.Stopper):
         return False  # no single trial is stopped here: schedulers do that
 
     def stop_all(self) -> bool:
-        if not self.over and (reason := self._limit()):
-            self.over = reason
-            # Tune stops the other trials without calling the callback, so they are noted here.
-            self.cut |= {_number(trial) for trial in self._trials if not trial.is_finished()}
-            self._note_seconds()
-            logger.info(f"the search ends: {self.over}")
+        if self.over is None:
+            self.over = self._limit()
+            if self.over is not None:
+                # Tune stops the other trials without calling the callback, so they are noted here.
+                self.cut |= {_number(trial) for trial in self._trials if not trial.is_finished()}
+                self._note_seconds()
+                logger.info(f"the search ends: {self.over}")
         return self.over is not None
 
     def setup(
@@ -107,9 +111,9 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         step = (trial.last_result or {}).get("step")
         again = f"resumes after step {step}" if step else "starts"
-        logger.info(
-            f"trial {_number(trial)} {again}: {text.params(self._values(trial)) or 'the unchanged config'}"
-        )
+        draws = {name: value for name, value in trial.config.items() if name != NUMBER}
+        values = text.params(self.space.trial_values(_number(trial), draws))
+        logger.info(f"trial {_number(trial)} {again}: {values or 'the unchanged config'}")
         self._note_seconds()
 
     def on_trial_result(
@@ -117,28 +121,25 @@ class SweepCallback(tune.Callback, tune.Stopper):
     ) -> None:
         if result.get(ENDED):
             return
-        shown = (
-            [f"{self.space.metric} {result[self.space.metric]:.4f}"]
-            if result.get(EVALUATED)
-            else []
-        )
-        shown += [f"compared by its training loss {result[PAIRED]:.4f}"] if PAIRED in result else []
+        shown = []
+        if result.get(EVALUATED):
+            shown.append(f"{self.space.metric} {result[self.space.metric]:.4f}")
+        if PAIRED in result:
+            shown.append(f"compared by its training loss {result[PAIRED]:.4f}")
         logger.info(
             f"trial {_number(trial)} step {result.get('step')}/{result.get('total')} | {' | '.join(shown)}"
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        kept = self._record(trial)
-        step = f"step {result.get('step', 0)}"
-        how = (
-            "finished"
-            if result.get(ENDED)
-            else f"stopped at {step} ({self.over or self.space.scheduler.kind})"
-        )
-        if self.over and not result.get(ENDED):
-            self.cut.add(_number(trial))
+        how = "finished"
+        if not result.get(ENDED):
+            cause = self.over or self.space.scheduler.kind
+            how = f"stopped at step {result.get('step', 0)} ({cause})"
+            if self.over:
+                self.cut.add(_number(trial))
         self._count(trial)
+        kept = self._record(trial)
         shown = ""
         if kept and kept.value is not None and kept.measured():
             self._note(kept.value, kept.number)
@@ -156,20 +157,17 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
     def set_state(self, state: dict[str, Any]) -> None:
         best = state.get("best")
-        self.best = None if best is None else (float(best[0]), int(best[1]))
-        self.since_better, self._ended = (
-            int(state.get("since_better", 0)),
-            set(state.get("ended", ())),
-        )
-
-    def _values(self, trial: Any) -> dict[str, Any]:
-        draws = {name: value for name, value in trial.config.items() if name != NUMBER}
-        return {} if self.space.has_default() and _number(trial) == 0 else self.space.values(draws)
+        if best is not None:
+            best = (float(best[0]), int(best[1]))
+        self.best = best
+        self.since_better = int(state.get("since_better", 0))
+        self._ended = set(state.get("ended", ()))
 
     def _limit(self) -> str | None:
-        patience, budget = self.space.patience, self.space.time_budget
+        patience = self.space.patience
         if patience and self.since_better >= patience:
             return f"{self.since_better} trials in a row had no better value"
+        budget = self.space.time_budget
         if budget and self.seconds() >= budget:
             return f"the time budget of {budget:g} s is used up"
         return None
@@ -178,9 +176,8 @@ class SweepCallback(tune.Callback, tune.Stopper):
         # The trial's own record, not Tune's result: it is what the leaderboard shows.
         try:
             return record.read_record(trial_path(self.folder, _number(trial), self.space))
-        except (
-            OSError
-        ):  # raising would make Tune count the trial as failed; only its log line lacks the value
+        except OSError:
+            # Raising would make Tune count the trial as failed. Only its log line lacks the value.
             return None
 
     def _count(self, trial: Any) -> None:
@@ -189,8 +186,11 @@ class SweepCallback(tune.Callback, tune.Stopper):
         self._note_seconds()
 
     def _note(self, value: float, number: int) -> None:
-        sign = 1 if self.space.better() == "min" else -1
-        gain = float("inf") if self.best is None else sign * (self.best[0] - value)
+        gain = math.inf
+        if self.best is not None:
+            gain = self.best[0] - value
+            if self.space.better() == "max":
+                gain = -gain
         if gain > self.space.min_improvement:
             self.since_better = 0
         if gain > 0:
@@ -198,19 +198,23 @@ class SweepCallback(tune.Callback, tune.Stopper):
 
     def _note_seconds(self) -> None:
         self._noted_at = time.monotonic()
-        with contextlib.suppress(
-            OSError
-        ):  # the next note repeats it; the search does not need the file
+        # The next note repeats it. The search does not need the file.
+        with contextlib.suppress(OSError):
             search_folder.keep(self.folder, Progress(self.seconds()))
 
     def _left(self) -> str:
-        best = f", the best is trial {self.best[1]} with {self.best[0]:.4f}" if self.best else ""
-        return f"{len(self._ended)} of {self.space.count()} trials have ended{best}"
+        ended = f"{len(self._ended)} of {self.space.count()} trials have ended"
+        if self.best is None:
+            return ended
+        value, number = self.best
+        return f"{ended}, the best is trial {number} with {value:.4f}"
 
 
 def _live(folder: str, space: Space) -> SweepCallback:
     """Return the callback of this process in place of a pickled one; `folder` is the search's folder at pickling."""
-    return _LIVE[0] if _LIVE else SweepCallback(folder, space)
+    if _LIVE:
+        return _LIVE[0]
+    return SweepCallback(folder, space)
 
 
 def _number(trial: Any) -> int:
@@ -226,9 +230,8 @@ class SearchTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], sweep_spec: SweepSpec) -> None:  # type: ignore[override]  # see with_parameters
         ray_internals.quiet_ray()
-        logging.getLogger("mlflow").setLevel(
-            logging.ERROR
-        )  # a warning per trial would drown the lines of the search
+        # A warning per trial would drown the lines of the search.
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
         # The lines of a trial go to its own log.txt. The driver logs what is the same for all trials.
         logging.getLogger(logs.PACKAGE).addHandler(logging.NullHandler())
         logging.getLogger(logs.PACKAGE).propagate = False
@@ -260,26 +263,29 @@ class SearchTrial(tune.Trainable):
         return dict(self.last)
 
     def _result(self, item: TrialLosses) -> dict[str, Any]:
-        space, total = self.trial_run.sweep_spec.space, self.trial_run.total
+        space = self.trial_run.sweep_spec.space
+        total = self.trial_run.total
         # Schedulers ignore NaN, or take it for the best value. Infinity is the worst value for them.
         worst = math.inf if space.better() == "min" else -math.inf
-        value: float = item.value if item.value is not None else math.nan
-        if item.value is None:  # Tune and Optuna need one for each result
-            compared = item.paired if item.paired is not None else worst
-            value = self.last.get(
-                space.metric, math.exp(compared) if space.metric == "eval/perplexity" else compared
-            )
-        value = worst if math.isnan(value) else value
-        own = {
+        value = item.value
+        if value is None:  # Tune and Optuna need one for each result
+            compared = worst if item.paired is None else item.paired
+            if space.metric == "eval/perplexity":
+                compared = math.exp(compared)
+            value = self.last.get(space.metric, compared)
+        if math.isnan(value):
+            value = worst
+        result: dict[str, Any] = {
+            **item.row,  # all metrics of the step, for Tune's tables
             "step": item.step,
             "total": total,
             PROGRESS: WHOLE * item.step / total,
             space.metric: value,
+            EVALUATED: item.value is not None,
         }
-        own |= {EVALUATED: item.value is not None} | (
-            {} if item.paired is None else {PAIRED: item.paired}
-        )
-        return {**item.row, **own}  # all metrics of the step, for Tune's tables
+        if item.paired is not None:
+            result[PAIRED] = item.paired
+        return result
 
     def cleanup(self) -> None:
         self.trial_run.end()
@@ -297,9 +303,8 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     Raises UserError if the state of a search is lost whose values cannot be drawn again, or if its state names code
     that no longer exists.
     """
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = (
-        "1"  # otherwise Tune ends an interrupted search as if it were complete
-    )
+    # Otherwise Tune ends an interrupted search as if it were complete.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     ray_internals.keep_credentials()
     # `callback` logs each failure in one line.
     for name in ("execution.tune_controller", "tune", "analysis.experiment_analysis"):
@@ -326,10 +331,8 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
             tuner = tune.Tuner.restore(
                 path, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space)
             )
-        except (
-            ImportError,
-            AttributeError,
-        ):  # Tune's pickles name a class or function that no longer exists
+        except (ImportError, AttributeError):
+            # Tune's pickles name a class or function that no longer exists.
             raise search_folder.not_resumed(sweep_spec.folder) from None
         ray_internals.update_restored(
             tuner, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec)
@@ -381,11 +384,10 @@ def _params(space: Space) -> dict[str, Any] | None:
     """Return Tune's grid over the numbers of the trials, each with its draws; None if Optuna draws."""
     if space.searcher == "tpe":
         return None
-    numbers = {NUMBER: tune.grid_search(list(range(space.count())))}
-    return {
-        **numbers,
-        **{name: tune.sample_from(partial(_draw, space, name)) for name in space.draw_names()},
-    }
+    params: dict[str, Any] = {NUMBER: tune.grid_search(list(range(space.count())))}
+    for name in space.draw_names():
+        params[name] = tune.sample_from(partial(_draw, space, name))
+    return params
 
 
 def _draw(space: Space, name: str, config: dict[str, Any]) -> Any:
@@ -393,23 +395,22 @@ def _draw(space: Space, name: str, config: dict[str, Any]) -> Any:
 
 
 def _searcher(sweep_spec: SweepSpec) -> Any:
-    if sweep_spec.space.searcher != "tpe":
+    space = sweep_spec.space
+    if space.searcher != "tpe":
         return None
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    default = (
-        sweep_spec.space.as_draws(sweep_spec.train_spec.config)
-        if sweep_spec.space.include_default
-        else None
-    )
+    default = None
+    if space.include_default:
+        default = space.as_draws(sweep_spec.train_spec.config)
     return OptunaSearch(
-        partial(_suggested, sweep_spec.space),
-        metric=sweep_spec.space.metric,
-        mode=sweep_spec.space.better(),
+        partial(_suggested, space),
+        metric=space.metric,
+        mode=space.better(),
         points_to_evaluate=[default] if default else None,
-        sampler=optuna.samplers.TPESampler(seed=sweep_spec.space.seed),
+        sampler=optuna.samplers.TPESampler(seed=space.seed),
     )
 
 
