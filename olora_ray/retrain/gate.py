@@ -78,10 +78,8 @@ def decide(
     checks = [_check(condition, challenger) for condition in gate.conditions]
     details: dict[str, Any] = {
         "metric": gate.metric,
-        "challenger": {name: challenger.metric(name) for name in challenger.names()},
-        "champion": {name: champion.metric(name) for name in champion.names()}
-        if champion
-        else None,
+        "challenger": _metrics(challenger),
+        "champion": champion and _metrics(champion),
         "rows": len(challenger.column(gate.metric).rows),
         "conditions": [{"holds": holds, "text": text} for holds, text in checks],
     }
@@ -103,61 +101,65 @@ def decide(
         holds, text, details["guard"] = _not_worse(LOSS, *guard, HeldOut(), gate, "guard_margin")
         checks.append((holds, f"guard: {text}"))
     passed = all(holds for holds, _ in checks)
-    shown = [
-        text for holds, text in checks if holds is passed
-    ]  # a refusal names only the failed checks
+    # A refusal names only the failed checks.
+    shown = [text for holds, text in checks if holds is passed]
     return Decision(passed, "; ".join(shown), details)
+
+
+def _metrics(results: RowResults) -> dict[str, float]:
+    return {name: results.metric(name) for name in results.names()}
 
 
 def _compared(
     gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
 ) -> tuple[bool, str, dict[str, Any]]:
-    groups, unseen, left_out = held_out.groups, held_out.unseen, ""
+    groups = held_out.groups
+    unseen = held_out.unseen
+    left_out = ""
 
     def keep(rows: Sequence[int]) -> None:
         nonlocal challenger, champion, groups
-        challenger, champion = challenger.only(rows), champion.only(rows)
-        groups = [groups[row] for row in rows] if groups is not None else None
+        challenger = challenger.only(rows)
+        champion = champion.only(rows)
+        if groups is not None:
+            groups = [groups[row] for row in rows]
 
     if unseen is not None and len(unseen) < len(challenger.losses):
         left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
         keep(unseen)
     if unseen is not None and not _shared_rows(gate.metric, challenger, champion):
-        of_those = (
-            "" if lower_is_better(gate.metric) else " among the answered rows (evaluation.rows)"
-        )
-        return (
-            False,
-            f"{gate.metric}: no held-out row{of_those} is left to compare on{left_out}",
-            {"groups": 0},
-        )
-    if not lower_is_better(gate.metric):
+        where = ""
+        if not lower_is_better(gate.metric):
+            where = " among the answered rows (evaluation.rows)"
+        why = f"{gate.metric}: no held-out row{where} is left to compare on{left_out}"
+        return False, why, {"groups": 0}
+    broken = []
+    if lower_is_better(gate.metric):
+        broken = [row for row, loss in enumerate(champion.losses) if not math.isfinite(loss)]
+    else:
         challenger, champion, counted = _scored_alike(gate.metric, challenger, champion)
         left_out += counted
-    elif broken := [row for row, loss in enumerate(champion.losses) if not math.isfinite(loss)]:
+    if broken:
         # Otherwise no challenger could ever replace it. A challenger must have a finite loss on these rows, too.
         told = f"the champion's loss is not finite on {plural(len(broken), 'row')}"
-        if any(not math.isfinite(loss) for loss in challenger.losses):
-            return (
-                False,
-                f"{gate.metric}: {told}, and the challenger's is not finite either",
-                {"groups": 0},
-            )
+        if not all(map(math.isfinite, challenger.losses)):
+            why = f"{gate.metric}: {told}, and the challenger's is not finite either"
+            return False, why, {"groups": 0}
         keep([row for row in range(len(champion.losses)) if row not in broken])
         if len(champion.losses) < gate.min_rows:
-            return (
-                True,
-                f"{gate.metric}: {told}, so any finite loss is better{left_out}",
-                {"groups": 0},
-            )
+            why = f"{gate.metric}: {told}, so any finite loss is better{left_out}"
+            return True, why, {"groups": 0}
         left_out += f" (left out: {told})"
     both = sorted(_shared_rows(gate.metric, challenger, champion))
-    ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
-    text = f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}"
-    names = groups if groups is not None else challenger.origins
+    names: Sequence[object] = challenger.origins
+    if groups is not None:
+        names = groups
+    ours = challenger.only(both)
+    theirs = champion.only(both)
+    text = f"{gate.metric} {ours.metric(gate.metric):.4f}, the champion's {theirs.metric(gate.metric):.4f}"
     level = 1 - 0.05 / max(SETS, held_out.sets)
     group = numbered([names[row] for row in both])
-    gain = improvement(gate.metric, challenger.only(both), champion.only(both), level, group)
+    gain = improvement(gate.metric, ours, theirs, level, group)
     numbers = {"improvement": asdict(gain.interval), "level": level, "groups": gain.groups}
     text += f": {_shown(gain, level)}{left_out}"
     if gain.groups < gate.min_rows:
@@ -176,28 +178,36 @@ def _compared(
 
 def _shown(gain: Comparison, level: float) -> str:
     interval = gain.interval
-    rows = plural(gain.rows, "row") + (
-        f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else ""
+    rows = plural(gain.rows, "row")
+    if gain.groups < gain.rows:
+        rows += f" in {plural(gain.groups, 'group')}"
+    change = "worse" if interval.mean < 0 else "improved"
+    return (
+        f"{change} by {abs(interval.mean):.4f} ({100 * level:.4g}% interval of the improvement"
+        f" {interval.low:.4f} to {interval.high:.4f}, {rows})"
     )
-    change = f"{'worse' if interval.mean < 0 else 'improved'} by {abs(interval.mean):.4f} ({100 * level:.4g}% interval"
-    return f"{change} of the improvement {interval.low:.4f} to {interval.high:.4f}, {rows})"
 
 
 def _not_worse(
     metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, gate: Gate, field: str
 ) -> tuple[bool, str, dict[str, Any]]:
     """Check that the challenger is worse than the best champion by at most the margin `field`, with confidence."""
-    value, margin = best.metric(metric), getattr(gate, field)
+    value = best.metric(metric)
     if not math.isfinite(value):
         return True, f"{metric}: the best champion's is not finite", {}
-    groups, rows = held_out.groups or ours.origins, held_out.unseen or range(len(ours.losses))
-    ours, best = ours.only(rows), best.only(rows)
+    groups = held_out.groups or ours.origins
+    rows = held_out.unseen or range(len(ours.losses))
+    ours = ours.only(rows)
+    best = best.only(rows)
     if not lower_is_better(metric):
         ours, best, _ = _scored_alike(metric, ours, best)
     gain = improvement(metric, ours, best, LEVEL, numbered([groups[row] for row in rows]))
-    holds, limit = gain.interval.low > -margin, f", but gate.{field}={margin:g} allows less"
     text = f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {_shown(gain, LEVEL)}"
-    return holds, text + ("" if holds else limit), asdict(gain.interval)
+    margin = getattr(gate, field)
+    holds = gain.interval.low > -margin
+    if not holds:
+        text += f", but gate.{field}={margin:g} allows less"
+    return holds, text, asdict(gain.interval)
 
 
 def _scored_alike(
@@ -207,16 +217,15 @@ def _scored_alike(
     # A scorer may leave out an answer that it cannot read. On the other rows alone, a model that answers only easy
     # questions would win.
     name = metric.removeprefix(SCORE)
-    ours, theirs = challenger.scores.get(name, {}), champion.scores.get(name, {})
+    ours = challenger.scores.get(name, {})
+    theirs = champion.scores.get(name, {})
     both = ours.keys() | theirs.keys()
     if ours.keys() == theirs.keys() or not ours.keys() & theirs.keys():
         return challenger, champion, ""
     lowest = min(*ours.values(), *theirs.values())
-    filled = ({**dict.fromkeys(both, lowest), **scores} for scores in (ours, theirs))
-    challenger, champion = (
-        replace(each, scores={**each.scores, name: scores})
-        for each, scores in zip((challenger, champion), filled, strict=True)
-    )
+    blank = dict.fromkeys(both, lowest)
+    challenger = replace(challenger, scores={**challenger.scores, name: {**blank, **ours}})
+    champion = replace(champion, scores={**champion.scores, name: {**blank, **theirs}})
     missing = f"{plural(len(both - ours.keys()), 'row')} of the challenger, {len(both - theirs.keys())} of the champion"
     return challenger, champion, f" (no score, counted as {lowest:g}: {missing})"
 
@@ -227,7 +236,8 @@ def _shared_rows(metric: str, ours: RowResults, theirs: RowResults) -> set[int]:
 
 
 def _check(condition: Condition, results: RowResults) -> tuple[bool, str]:
-    value, name = results.metric(condition.metric), condition.metric
+    name = condition.metric
+    value = results.metric(name)
     if condition.at_least is not None and not value >= condition.at_least:
         return False, f"{name} {value:.4f} is below {condition.at_least:g}"
     if condition.at_most is not None and not value <= condition.at_most:

@@ -31,6 +31,7 @@ def tell(
 ) -> None:
     """Send an event to the config's webhook and command; on failure log a warning and raise nothing."""
     reason = " ".join(mask(reason).split())
+    name = config.registry.model or config.run.name
     subject = f"version {version} " if version else ""
     message = {
         "event": event,
@@ -40,25 +41,30 @@ def tell(
         "champion": champion,
         "run": config.run.name,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "text": f"{config.registry.model or config.run.name}: {subject}{event}: {reason}",
+        "text": f"{name}: {subject}{event}: {reason}",
     }
-    body, what = json.dumps(message), f"the event {event!r}"
+    body = json.dumps(message)
     for field, value, send in (
         ("url", config.notify.url, _post),
         ("command", config.notify.command, _run),
     ):
-        if value and _sent(f"notify.{field}", what, partial(send, value, body)):
+        if value and _sent(f"notify.{field}", f"the event {event!r}", partial(send, value, body)):
             logger.info(f"notify.{field}: {SENT.format(event)}")
 
 
 def ping(config: Config, signal: str, text: str = "") -> None:
     """Call the config's retrain.ping: `signal` is /start, empty for a good end, or /fail. Never raises, as `tell`."""
-    if address := config.retrain.ping:
-        _sent(
-            "retrain.ping",
-            f"the signal {signal or 'success'!r}",
-            partial(_ping, address, signal, mask(text)),
-        )
+    reference = config.retrain.ping
+    if not reference:
+        return
+
+    def send() -> None:
+        retry.follow_certificates()
+        address = looked_up(reference, "its address").rstrip("/")
+        data = mask(text).encode()
+        requests.post(f"{address}{signal}", data=data, timeout=5.0).raise_for_status()
+
+    _sent("retrain.ping", f"the signal {signal or 'success'!r}", send)
 
 
 def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
@@ -67,20 +73,13 @@ def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
         try:
             send()
             return True
-        except (
-            Exception
-        ) as error:  # a failed notification must not change the result of the retraining
+        except Exception as error:
+            # A failed notification must not change the result of the retraining.
             if pause is None or isinstance(error, UserError):
                 logger.warning(f"{field}: {what} was not sent: {_failure_reason(error)}")
                 break
             time.sleep(pause)
     return False
-
-
-def _ping(reference: str, signal: str, text: str) -> None:
-    retry.follow_certificates()
-    address = looked_up(reference, "its address").rstrip("/")
-    requests.post(f"{address}{signal}", data=text.encode(), timeout=5.0).raise_for_status()
 
 
 def _post(url: str, body: str) -> None:

@@ -72,7 +72,9 @@ def read_inputs(config: Config) -> Inputs:
     from olora_ray.pipeline.base import open_base
     from olora_ray.pipeline.prepare import read_data
 
-    model, base, seen = glance(config), open_base(config), prepare.look_here(config)
+    model = glance(config)
+    base = open_base(config)
+    seen = prepare.look_here(config)
     data = read_data(config, base).config
     plan = prepare.plan_here(data, base.spec, "train", seen)
     held_out = prepare.plan_here(data, base.spec, "eval", seen)
@@ -82,34 +84,38 @@ def read_inputs(config: Config) -> Inputs:
     files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
     if model:
         node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
-    return Inputs(base, plan, held_out, made_of, _as_found(config, data, plan, held_out), data)
-
-
-def _as_found(config: Config, data: DataConfig, *plans: Plan) -> Config:
-    changes: dict[str, Any] = {"data.max_length": data.data.max_length}
-    for plan in plans:
-        setting, _ = sources_of(config, plan.split)
-        changes[setting] = [source.model_dump(mode="json") for source in plan.sources]
-    return override(config, changes)
+    found: dict[str, Any] = {"data.max_length": data.data.max_length}
+    for each in (plan, held_out):
+        setting, _ = sources_of(config, each.split)
+        found[setting] = [source.model_dump(mode="json") for source in each.sources]
+    return Inputs(base, plan, held_out, made_of, override(config, found), data)
 
 
 def cached_fingerprint(config: Config) -> Fingerprint | None:
     """Return the fingerprint that `read_inputs` stored on this node for the same config and files; else None."""
     # Without opening the base model: its imports are most of the time of a night without changes.
-    if not config.data.holds_out() or not (model := glance(config)):
+    if not config.data.holds_out():
         return None
-    seen, files = prepare.look_here(config), []
+    model = glance(config)
+    if not model:
+        return None
+    seen = prepare.look_here(config)
+    files = []
     for split in get_args(Split):
         _, listed, scanned = seen(*sources_of(config, split))
         for matches, scans in zip(listed, scanned, strict=True):
             files += [(file.uri, scan.sha256) for file, scan in zip(matches, scans, strict=True)]
     kept = node_cache.read(_kept_at(config, model, files))
-    return Fingerprint.from_tags(json.loads(kept)) if kept else None
+    if not kept:
+        return None
+    return Fingerprint.from_tags(json.loads(kept))
 
 
 def _kept_at(config: Config, model: str, files: Sequence[tuple[str, str]]) -> str:
     template = config.data.chat_template or ""
-    text = storage.read_text(template) if template and storage.exists(template) else template
+    text = template
+    if template and storage.exists(template):
+        text = storage.read_text(template)
     return node_cache.result_path(
         "fingerprints", config.model_dump_json(), model, text, json.dumps(files)
     )
@@ -154,22 +160,24 @@ class Baseline:
 
 def version_to_beat(aliases: Aliases) -> Baseline:
     """Return the version that a challenger must beat; raise UserError if the champion and all substitutes are lost."""
-    last, named, versions = aliases.last_champion(), aliases.current(), aliases.versions()
-    there, champion = {version.number: version for version in versions}, named.get(CHAMPION, "")
+    last = aliases.last_champion()
+    named = aliases.current()
+    versions = aliases.versions()
+    there = {version.number: version for version in versions}
+    champion = named.get(CHAMPION, "")
     if champion in there:
         return Baseline(there[champion], "the champion", champion, versions)
-    passed = [version for version in versions if _passed(version)]
+    # These have been champions: the gate's verdict says passed, or they were promoted by hand.
+    passed = [each for each in versions if each.verdict and not each.verdict.startswith("refused")]
+    newest = [version for version in reversed(passed) if not version.rolled_back]
     substitutes = {
         "the last champion": there.get(last or ""),
         "the previous champion": there.get(named.get(PREVIOUS, "")),
-        "the newest that passed": next(
-            (version for version in reversed(passed) if not version.rolled_back), None
-        ),
+        "the newest that passed": next(iter(newest), None),
     }
-    deleted = last is not None and last not in there
-    gone = (
-        f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
-    )
+    gone = "the alias champion is missing"
+    if last is not None and last not in there:
+        gone = f"the champion, version {last}, was deleted"
     for role, version in substitutes.items():
         if version is not None and not version.rolled_back:
             logger.warning(
@@ -177,23 +185,14 @@ def version_to_beat(aliases: Aliases) -> Baseline:
                 f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
             )
             return Baseline(version, role, champion, versions)
-    if (
-        last
-        or PREVIOUS in named
-        or passed
-        or any(version.tags.get(AGAINST) for version in versions)
-    ):
+    against = any(version.tags.get(AGAINST) for version in versions)
+    if last or PREVIOUS in named or passed or against:
         raise UserError(
             f"registry.model={aliases.name}: {gone}, and no other version that passed is left to compare with; set a"
             f" champion with: olora-ray registry promote {aliases.name} VERSION, or delete the registered model to"
             " start again"
         )
     return Baseline(None, "no champion", champion, versions)
-
-
-def _passed(version: Version) -> bool:
-    """True if the version has been a champion, by its verdict: it passed, or was promoted by hand."""
-    return bool(version.verdict) and not version.verdict.startswith("refused")
 
 
 # The training data of a version: its files, by digest, and how the held-out rows were drawn from them.
@@ -220,15 +219,18 @@ def note(config: Config, plan: Plan) -> None:
 def of_version(config: Config, version: Version) -> KnownFiles | None:
     """Return the files behind a version's data digest, from an earlier note or from its token store; else None."""
     digest = Fingerprint.from_tags(version.tags).data
-    if noted := records.read(_note(config, digest), KnownFiles, sealed=True):
+    noted = records.read(_note(config, digest), KnownFiles, sealed=True)
+    if noted is not None:
         return noted
     # No note in this storage: the version does not come from a retraining. Its token store may still exist.
     try:
         inputs = TokenStore.open(storage.join(config.run.storage, "tokens", digest)).manifest.inputs
     except UserError:
         return None
-    files = frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
-    return KnownFiles(files, (inputs["seed"], inputs["eval_fraction"]))
+    files: set[str] = set()
+    for source in inputs["sources"]:
+        files.update(sha256 for _, sha256 in source["files"])
+    return KnownFiles(frozenset(files), (inputs["seed"], inputs["eval_fraction"]))
 
 
 def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> frozenset[int] | None:
@@ -263,9 +265,11 @@ CHANGED = "olora.changed"
 def changed(inputs: Inputs, champion: Version) -> str:
     """Return the changes since a version, with both names of a base model that has changed."""
     words = inputs.fingerprint.changes(Fingerprint.from_tags(champion.tags))
-    was, now = champion.tags.get(BASE), mask(inputs.base.model.shown())
-    named = f"base model ({was} is now {now})" if was and was != now else "base model"
-    return ", ".join(named if word == "base model" else word for word in words)
+    was = champion.tags.get(BASE)
+    now = mask(inputs.base.model.shown())
+    if "base model" in words and was and was != now:
+        words[words.index("base model")] = f"base model ({was} is now {now})"
+    return ", ".join(words)
 
 
 def training_config(
@@ -278,14 +282,12 @@ def training_config(
     Raises UserError for a gate that nothing could pass or that does not fit the held-out rows, and if many rows of the
     champion's data are missing.
     """
-    check_column(
-        config.gate.group, inputs.held_out
-    )  # otherwise the gate would say so only after the training
+    # Otherwise the gate would say so only after the training.
+    check_column(config.gate.group, inputs.held_out)
     note(config, inputs.plan)
     if champion is not None:
         _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
-        unseen = _unseen(config, inputs, champion)
-        _refuse_if_too_few(config, inputs, unseen)
+        _refuse_if_too_few(config, inputs, _unseen(config, inputs, champion))
     start = None  # None: from the base model
     if config.retrain.origin == "champion" and champion is not None:
         result = _continued(config, inputs, champion)
@@ -304,7 +306,8 @@ def training_config(
         checkpoint, sources = start
         train = config.train.model_copy(update={"start": checkpoint})
         data = config.data.model_copy(update={"train": sources})
-        wanted, origin = wanted.model_copy(update={"train": train, "data": data}), champion.number
+        wanted = wanted.model_copy(update={"train": train, "data": data})
+        origin = champion.number
     # The name depends on the contents, the start version, and all settings that a run folder is bound to.
     parts = [inputs.fingerprint.tags(), origin, identity_settings(flatten(wanted))]
     name = extended(config.run.name, digest_json(parts, length=8))
@@ -318,12 +321,15 @@ def training_config(
 def continued_version(version: Version) -> str | None:
     """Return the version whose adapter this version continues; None if it started from the base model."""
     origin = version.tags.get(ORIGIN, "")
-    return origin.removeprefix(_CONTINUED) if origin.startswith(_CONTINUED) else None
+    if not origin.startswith(_CONTINUED):
+        return None
+    return origin.removeprefix(_CONTINUED)
 
 
 def _refuse_if_shrunk(config: Config, rows: int, champion: Version) -> None:
     # Many missing rows are usually a failed copy or export of the data.
-    if not (had := champion.tags.get(ROWS)):
+    had = champion.tags.get(ROWS)
+    if not had:
         return  # the champion does not come from a retraining
     if rows < int(had) * (1 - config.retrain.may_shrink):
         raise UserError(
@@ -357,20 +363,18 @@ def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int]
 
 def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | None) -> None:
     """Raise UserError if gate.min_rows needs more independent held-out rows than there are."""
-    gate, scored = config.gate, not lower_is_better(config.gate.metric)
-    asked = f"gate.min_rows needs {gate.min_rows}"
+    gate = config.gate
+    scored = not lower_is_better(gate.metric)
     if scored and config.evaluation.rows < gate.min_rows:
         raise UserError(
-            f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but {asked}, so nothing"
-            " could be promoted; set evaluation.rows higher or gate.min_rows lower"
+            f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but gate.min_rows needs"
+            f" {gate.min_rows}, so nothing could be promoted; set evaluation.rows higher or gate.min_rows lower"
         )
     rows = count_planned(gate.group, inputs.held_out, gate.min_rows, unseen)
     if rows < gate.min_rows:
-        what = (
-            plural(rows, "held-out row")
-            if gate.group is None
-            else f"{plural(rows, 'group')} of held-out rows"
-        )
+        what = plural(rows, "held-out row")
+        if gate.group is not None:
+            what = f"{plural(rows, 'group')} of held-out rows"
         raise UserError(
             f"gate.min_rows: the comparison with the champion has {what}, but needs {gate.min_rows}, so nothing could"
             " be promoted; hold out more rows, or set it lower"
@@ -391,7 +395,9 @@ def _continued(
     folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
     from olora_ray.train import checkpoints
 
-    latest = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
+    latest = None
+    if folder:
+        latest = checkpoints.latest_good(storage.join(folder, "checkpoints"))
     if latest is None:
         return f"{folder or 'its run folder'} has no checkpoint"
     path, checkpoint = latest
@@ -400,7 +406,9 @@ def _continued(
     if _trained_on(folder, champion):
         return f"{folder} was trained longer since"
     sources = _split(config, inputs.plan, known.files)
-    return (path, sources) if sources else "there is no new file"
+    if not sources:
+        return "there is no new file"
+    return path, sources
 
 
 def _trained_on(folder: str, version: Version) -> bool:
@@ -415,21 +423,30 @@ def _trained_on(folder: str, version: Version) -> bool:
 def where_now(folder: str, storage_root: str) -> str:
     """Return `folder`, or the folder of the same name in `storage_root` if the whole storage was moved."""
     moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
-    return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
+    if folder and not storage.exists(folder) and storage.exists(moved):
+        return moved
+    return folder
 
 
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:
     """Split each source into its new files and, at a lower weight, its known files; empty if no file is new."""
-    parts, replay, some = [], config.retrain.replay, False
-    # `only` is set for split sources. A source whose files are all new, or all known, keeps its own `only`.
+    replay = config.retrain.replay
+    parts = []
+    some = False
     for number, source in enumerate(config.data.train):
         files = [each for each in plan.files if each.source == number]
         new = tuple(each.file.uri for each in files if each.sha256 not in known)
         old = tuple(each.file.uri for each in files if each.sha256 in known)
+        added = source
+        replayed = source
+        if new and old:  # a source whose files are all new, or all known, keeps its own `only`
+            added = source.model_copy(update={"only": new})
+            replayed = source.model_copy(update={"only": old})
         if new:
             some = True
-            parts.append(source.model_copy(update={"only": new if old else source.only}))
+            parts.append(added)
         if old and replay > 0:
-            only = old if new else source.only
-            parts.append(source.model_copy(update={"only": only, "weight": source.weight * replay}))
-    return tuple(parts) if some else ()
+            parts.append(replayed.model_copy(update={"weight": source.weight * replay}))
+    if not some:
+        return ()
+    return tuple(parts)
