@@ -39,9 +39,8 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "arguments: expected RUN and at most one PROMPT in quotes; --help shows how"
         )
-    answers = Answers(
-        run, replace(arguments, words=settings).changes(), arguments.options.get("--system")
-    )
+    changes = replace(arguments, words=settings).changes()
+    answers = Answers(run, changes, arguments.options.get("--system"))
     for prompt in prompts or _lines():
         for name, adapted in (("base", False), ("fine-tuned", True)):
             text = answers(prompt, adapted) or "(nothing)"
@@ -50,16 +49,12 @@ def main(argv: list[str]) -> None:
 
 def _finished(name: str) -> str:
     root = command_line.absolute("runs", Path.cwd())
-    folders = (command_line.absolute(name, Path.cwd()), storage.join(root, name))
-    folder = next(
-        (each for each in folders if storage.exists(storage.join(each, "config.yaml"))), None
-    )
-    if folder is None:
-        runs = [
-            each
-            for each in storage.names(root)
-            if storage.exists(storage.join(root, each, "config.yaml"))
-        ]
+    for folder in (command_line.absolute(name, Path.cwd()), storage.join(root, name)):
+        if storage.exists(storage.join(folder, "config.yaml")):
+            break
+    else:
+        names = storage.names(root)
+        runs = [each for each in names if storage.exists(storage.join(root, each, "config.yaml"))]
         raise UserError(
             f"run {name}: no such run folder; {root} has {', '.join(runs) or 'no runs'}"
         )
@@ -69,9 +64,11 @@ def _finished(name: str) -> str:
 
 
 def _lines() -> Iterator[str]:
+    mark = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
-            if (line := input("> " if sys.stdin.isatty() else "")).strip():
+            line = input(mark)
+            if line.strip():
                 yield line
 
 
@@ -88,14 +85,17 @@ def _system(sources: Sequence[Source]) -> str | None:
         with contextlib.suppress(UserError, OSError, IndexError):
             file = scan.head(list_files(source, "data.train", "")[0])
             assert file.file
-            for _, row in itertools.islice(
-                reader.read_unit(file.file, file.units[0], file.columns, columns), 100
-            ):
+            read = reader.read_unit(file.file, file.units[0], file.columns, columns)
+            for _, row in itertools.islice(read, 100):
                 with contextlib.suppress(Rejected):
                     example = to_example(source.format, row, source.fields, True)
-                    first = example.messages[0] if isinstance(example, Chat) else {}
-                    found.add(first.get("content") if first.get("role") == "system" else None)
-    system = found.pop() if len(found) == 1 else None
+                    content = None
+                    if isinstance(example, Chat) and example.messages[0].get("role") == "system":
+                        content = example.messages[0].get("content")
+                    found.add(content)
+    if len(found) != 1:
+        return None
+    system = found.pop()
     if system:
         logger.info(f"system message of the data: {system} (--system TEXT sets another)")
     return system
@@ -120,14 +120,15 @@ class Answers:
         self.base = with_tokenizer(target.base, target.config)
         self.limit = target.config.evaluation.max_new_tokens
         self.tokens = ExampleTokenizer(self.base.spec, max_length=sys.maxsize)
-        self.chat = any(
-            asks_in_chats(source, self.base.spec) for source in target.config.data.train
-        )
+        sources = target.config.data.train
+        self.chat = any(asks_in_chats(source, self.base.spec) for source in sources)
         if system and not self.chat:
             raise UserError(
                 f"argument --system: {folder} was trained on texts without a chat template; leave it out"
             )
-        self.system = _system(target.config.data.train) if system is None and self.chat else system
+        if system is None and self.chat:
+            system = _system(sources)
+        self.system = system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = held_out.load_adapted(target.base, adapter, target.config, self.device)
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from itertools import chain
 
 import numpy as np
 
@@ -25,13 +25,18 @@ def origins(store: TokenStore) -> tuple[Origin, ...]:
     """Return (number of the file, position of the row in it) for each example, in the order of the store."""
     # A file that is listed twice has its first number: reversed, so that the first entry overwrites the second.
     numbers = {name: number for number, name in reversed(list(enumerate(store.files)))}
-    names = (name.rpartition(":") for index in range(len(store)) for name in store.origins(index))
-    return tuple((numbers[file], int(line) - 1) for file, _, line in names)
+    found = []
+    for name in chain.from_iterable(map(store.origins, range(len(store)))):
+        file, _, line = name.rpartition(":")
+        found.append((numbers[file], int(line) - 1))
+    return tuple(found)
 
 
 def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[int] | None:
     """Return the group number of each row by gate.group; None without it. See `group_names`."""
-    return None if setting is None else numbered(group_names(setting, plan, origins))
+    if setting is None:
+        return None
+    return numbered(group_names(setting, plan, origins))
 
 
 def group_names(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[str]:
@@ -47,15 +52,15 @@ def group_names(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> l
     if setting is None:
         return [own[origin] for origin in origins]
     pieces = {(piece.file, piece.unit) for piece in plan.pieces}
-    values = {
-        origin: value
-        for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first))
-        for origin, value in _column(setting, plan, number, unit)
-        if origin in own and value is not None
-    }
+    values = {}
+    for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first)):
+        for origin, value in _column(setting, plan, number, unit):
+            if origin in own and value is not None:
+                values[origin] = value
     if not values:
         raise _no_column(setting, plan)
-    if missing := len(own) - len(values):
+    missing = len(own) - len(values)
+    if missing:
         logger.warning(
             f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each is its own group"
         )
@@ -69,13 +74,11 @@ def check_column(setting: str | None, plan: Plan) -> None:
     """
     if setting is None or setting == FILE:
         return
-    values = (
-        value
-        for piece in plan.pieces
-        for _, value in _column(setting, plan, piece.file, piece.unit)
-    )
-    if all(value is None for value in values):
-        raise _no_column(setting, plan)
+    for piece in plan.pieces:
+        for _, value in _column(setting, plan, piece.file, piece.unit):
+            if value is not None:
+                return
+    raise _no_column(setting, plan)
 
 
 def count_planned(
@@ -87,7 +90,9 @@ def count_planned(
     files with these numbers; None: all files.
     """
     groups: set[object] = set()
-    for piece in (piece for piece in plan.pieces if files is None or piece.file in files):
+    for piece in plan.pieces:
+        if files is not None and piece.file not in files:
+            continue
         for group in _groups(setting, plan, piece):
             groups.add(group)
             if len(groups) >= enough:
@@ -96,18 +101,18 @@ def count_planned(
 
 
 def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
-    chosen: list[int] = (
-        piece.unit.first + np.flatnonzero(plan.taken(plan.files[piece.file], piece))
-    ).tolist()
+    taken = np.flatnonzero(plan.taken(plan.files[piece.file], piece))
+    chosen: list[int] = (piece.unit.first + taken).tolist()
     if setting == FILE:
-        yield from [piece.file][: len(chosen)]  # nothing if no row of the piece is held out
+        if chosen:
+            yield piece.file
     elif setting is None:
         yield from ((piece.file, position) for position in chosen)
     else:
         wanted = set(chosen)
-        for (number, position), value in _column(setting, plan, piece.file, piece.unit):
-            if position in wanted:
-                yield (number, position) if value is None else (value,)
+        for origin, value in _column(setting, plan, piece.file, piece.unit):
+            if origin[1] in wanted:
+                yield origin if value is None else (value,)
 
 
 def _column(
@@ -116,16 +121,16 @@ def _column(
     planned = plan.files[number]
     column = column_of(setting, plan.sources[planned.source].fields)
     for position, row in read_unit(planned.file, unit, planned.columns, [column]):
-        yield (number, position), _text(row.get(column) if isinstance(row, dict) else None)
+        value = row.get(column) if isinstance(row, dict) else None
+        text = None
+        if value is not None and value != "":
+            text = json.dumps(value, sort_keys=True, default=str)
+        yield (number, position), text
 
 
 def _no_column(setting: str, plan: Plan) -> UserError:
-    columns = (
-        ", ".join(sorted({name for file in plan.files for name in file.columns}))
-        or "the fields of your rows"
-    )
+    names: set[str] = set()
+    for file in plan.files:
+        names.update(file.columns)
+    columns = ", ".join(sorted(names)) or "the fields of your rows"
     return UserError(f"gate.group: no held-out row has a column {setting!r}; use one of {columns}")
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None or value == "" else json.dumps(value, sort_keys=True, default=str)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,14 +59,17 @@ def map_over_actors(
         return []
     import ray
 
-    wanted, results, precisions = worker_resources(config), dict[int, Result](), set()
+    wanted = worker_resources(config)
     threads = max(1, math.floor(config.cluster.cpus_per_worker))
     # `make` travels with each work instead of with the actor's start: when Ray restarts an actor after a node died, the
     # arguments of the start may be lost with that node.
     actor_type: Any = ray.remote(max_restarts=-1, max_task_retries=-1)(_Actor)
     actor_type = actor_type.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
     actors = [actor_type.remote() for _ in range(min(len(works), config.cluster.most))]
-    made_of, numbers = ray.put((make, threads, config.model)), iter(range(len(works)))
+    made_of = ray.put((make, threads, config.model))
+    numbers = iter(range(len(works)))
+    results: dict[int, Result] = {}
+    precisions: set[str] = set()
     # An actor without room in the cluster never answers `ready`, so it is never given work.
     pending: dict[Any, tuple[Any, int | None]] = {
         actor.ready.remote(): (actor, None) for actor in actors
@@ -78,11 +82,13 @@ def map_over_actors(
                 result, precision = ray.get(answer)
                 if isinstance(result, UserError):
                     raise result
-                before, results[number] = 10 * len(results) // len(works), result
+                before = 10 * len(results) // len(works)
+                results[number] = result
                 precisions.add(precision)
                 if len(works) >= 10 and 10 * len(results) // len(works) > before:
                     logger.info(f"evaluation: {len(results) / len(works):.0%} done")
-            if (number := next(numbers, None)) is not None:
+            number = next(numbers, None)
+            if number is not None:
                 pending[actor.run.remote(made_of, works[number])] = actor, number
             else:
                 # No work is left for this actor. An actor that Ray restarts elsewhere may need the room.
@@ -149,7 +155,9 @@ def measure(
     check_answers(config, store, base.tokenizer)
     width = config.train.micro_batch
     packs = [store[number] for number in range(len(store))]
-    asked = questions(store, config.evaluation.rows) if config.evaluation.scorer else []
+    asked: Sequence[Question] = []
+    if config.evaluation.scorer:
+        asked = questions(store, config.evaluation.rows)
     # Prompts of similar length are answered together, because shorter ones are padded to the longest.
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
     groups = [order[i : i + ANSWERS_AT_ONCE] for i in range(0, len(order), ANSWERS_AT_ONCE)]
@@ -159,24 +167,22 @@ def measure(
     logger.info(
         f"held-out rows: {sum(len(pack.segments) for pack in packs)}; {len(asked)} of them are answered"
     )
-    done = map_over_actors(
-        partial(Measurer, base.model, adapter, config, base.eos, packs[:8]), works, config
-    )
-    answers = dict(
-        pair
-        for group, part in zip(groups, done, strict=False)
-        for pair in zip(group, part, strict=True)
-    )
+    make = partial(Measurer, base.model, adapter, config, base.eos, packs[:8])
+    done = map_over_actors(make, works, config)
+    answers: dict[int, Sequence[int]] = {}
+    for group, part in zip(groups, done, strict=False):
+        answers |= zip(group, part, strict=True)
     judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
+    scores = {}
+    for name in scoring.means([item.scores for item in judged]):
+        scores[name] = {item.row: item.scores[name] for item in judged if name in item.scores}
     objective = objective_named(config.train.objective)
+    examples = chain.from_iterable(pack.examples() for pack in packs)
     results = RowResults(
         data=store.digest,
-        tokens=tuple(objective.weight(each) for pack in packs for each in pack.examples()),
-        losses=tuple(loss for part in done[len(groups) :] for loss in part),
-        scores={
-            name: {item.row: item.scores[name] for item in judged if name in item.scores}
-            for name in scoring.means([item.scores for item in judged])
-        },
+        tokens=tuple(map(objective.weight, examples)),
+        losses=tuple(chain.from_iterable(done[len(groups) :])),
+        scores=scores,
         origins=origins(store),
         perplexity=objective.perplexity,
     )
@@ -202,7 +208,9 @@ class Measurer:
 
         Raises UserError if it does not load, or fails its self-test.
         """
-        self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, assigned_device()
+        self.eos = eos
+        self.limit = config.evaluation.max_new_tokens
+        self.device = assigned_device()
         self.model = load_adapted(base, adapter, config, self.device)
         self.loss = SupervisedLoss(self.model)
         # All actors test the same examples, so that all choose the same attention and compute the same bits.
@@ -213,9 +221,8 @@ class Measurer:
         """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""
         questions = [item for item in work if isinstance(item, Question)]
         if questions:
-            return greedy(
-                self.model, [item.prompt for item in questions], self.limit, self.eos, self.device
-            )
+            prompts = [item.prompt for item in questions]
+            return greedy(self.model, prompts, self.limit, self.eos, self.device)
         packs = [item for item in work if isinstance(item, Pack)]
         found = held_out(
             self.loss, packs, self.objective, self.attention, width=len(packs), each=True
@@ -267,13 +274,13 @@ def _judged(
     if not asked or config.evaluation.scorer is None:
         return ()
     judge = scoring.Judge(config.evaluation.scorer)
-    origin_of = [origin for index in range(len(store)) for origin in store.origins(index)]
+    origin_of = list(chain.from_iterable(map(store.origins, range(len(store)))))
     judged = []
     for item, ids in zip(asked, answers, strict=True):
-        text, reference = as_text(tokenizer, ids), as_text(tokenizer, item.reference)
-        judged.append(
-            Answer(item.row, origin_of[item.row], text, reference, judge(text, reference))
-        )
+        text = as_text(tokenizer, ids)
+        reference = as_text(tokenizer, item.reference)
+        scores = judge(text, reference)
+        judged.append(Answer(item.row, origin_of[item.row], text, reference, scores))
     for line in scoring.partial_scores([item.scores for item in judged]):
         logger.info(line)
     return tuple(judged)

@@ -48,17 +48,20 @@ def overrides(task: str, data: str) -> dict[str, Any]:
 
     if data.startswith("package://"):
         folder = command_line.package_file(data, "--task-data")
-    elif not (folder := Path(data).expanduser().absolute()).is_dir():
-        raise UserError(f"--task-data {data}: no such folder")
-    candidates = [folder / task, *([folder / SETS[task]] if task in SETS else [])]
-    available = [
-        {name: item / name for name in SPLITS.values() if (item / name).is_dir()}
-        for item in candidates
-    ]
-    chosen = next((splits for splits in available if {"validation", "test"} & splits.keys()), None)
-    if chosen is None:
+    else:
+        folder = Path(data).expanduser().absolute()
+        if not folder.is_dir():
+            raise UserError(f"--task-data {data}: no such folder")
+    candidates = [folder / task]
+    if task in SETS:
+        candidates.append(folder / SETS[task])
+    for place in candidates:
+        chosen = {name: place / name for name in SPLITS.values() if (place / name).is_dir()}
+        if "validation" in chosen or "test" in chosen:
+            break
+    else:
         raise UserError(
-            f"--task-data {data}: no data of {task}; expected {candidates[-1]}/validation or /test, "
+            f"--task-data {data}: no data of {task}; expected {place}/validation or /test, "
             "each written by datasets.save_to_disk"
         )
     # In memory, because datasets would otherwise write its caches of derived columns into the user's folder.
@@ -180,15 +183,18 @@ def load_tasks(names: Sequence[str], data: str | None) -> Tasks:
     tasks: Tasks = {}
     for name in names:
         logger.info(f"tasks: loading {name}")
-        changes = {"task": name, **(overrides(name, data) if data else {})}
+        changes = {"task": name}
+        if data:
+            changes |= overrides(name, data)
         try:
             # The task is loaded as the member of a group, because lm-eval has no other public way to change its fields.
             loaded = manager.load([{"group": "evaluation", "task": [changes]}])["tasks"]
-        except (
-            Exception
-        ) as error:  # the hub's client and a task's own code raise exceptions of any type
-            error_type = TryAgain if not data and is_temporary(error) else UserError
-            raise error_type(_why_not(name, data, error)) from None
+        except Exception as error:
+            # The hub's client and a task's own code raise exceptions of any type.
+            why = _why_not(name, data, error)
+            if not data and is_temporary(error):
+                raise TryAgain(why) from None
+            raise UserError(why) from None
         if getattr(loaded[name], "UNSAFE_CODE", False):
             raise UserError(
                 f"--tasks {name}: it would run code that the model writes; leave it out, or use lm-eval"
@@ -235,21 +241,19 @@ def _manager(names: Sequence[str]) -> Any:
     _quiet_lm_eval()
     if all(name in FOLDERS for name in names):
         root = Path(next(iter(lm_eval.__path__))) / "tasks"
-        return TaskManager(
-            include_defaults=False, include_path=sorted({root / FOLDERS[name] for name in names})
-        )
+        folders = sorted({root / FOLDERS[name] for name in names})
+        return TaskManager(include_defaults=False, include_path=folders)
     logger.info("tasks: reading the list of all tasks of lm-eval, which takes half a minute")
     manager = TaskManager()
     for name in names:
         if name not in manager.all_subtasks:
-            problem = (
-                "a group; name its tasks instead"
-                if name in manager.all_tasks
-                else "unknown to lm-eval"
-            )
+            problem = "unknown to lm-eval"
+            if name in manager.all_tasks:
+                problem = "a group; name its tasks instead"
             near = difflib.get_close_matches(name, [*FOLDERS, *manager.all_subtasks], n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise UserError(f"--tasks: {name} is {problem}{hint} (the paper's: {', '.join(PAPER)})")
+            if near:
+                problem += f"; did you mean {', '.join(near)}?"
+            raise UserError(f"--tasks: {name} is {problem} (the paper's: {', '.join(PAPER)})")
     return manager
 
 
@@ -266,12 +270,16 @@ def _why_not(name: str, data: str | None, error: Exception) -> str:
 def _result(
     task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
 ) -> TaskResult:
-    metrics, stderr, values = {}, {}, {}
+    metrics: dict[str, float] = {}
+    stderr: dict[str, float] = {}
+    values: dict[str, tuple[float, ...]] = {}
     for key, value in results.items():
         name, comma, filtered = key.partition(",")
         if not comma or name.endswith("_stderr"):
             continue
-        shown = name if filtered == "none" else f"{name}/{filtered}"
+        shown = name
+        if filtered != "none":
+            shown += f"/{filtered}"
         metrics[shown] = float(value)
         error = results.get(f"{name}_stderr,{filtered}")
         if isinstance(error, int | float):
@@ -282,9 +290,8 @@ def _result(
         if _is_mean(metrics[shown], rows):
             values[shown] = tuple(map(float, rows))
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
-    return TaskResult(
-        f"{split}[:{len({sample['doc_id'] for sample in samples})}]", metrics, stderr, values
-    )
+    documents = {sample["doc_id"] for sample in samples}
+    return TaskResult(f"{split}[:{len(documents)}]", metrics, stderr, values)
 
 
 def _is_mean(value: float, rows: Sequence[Any]) -> bool:

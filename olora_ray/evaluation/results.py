@@ -60,8 +60,9 @@ class EvalRequest:
 def read_request(argv: Sequence[str], usage: str) -> EvalRequest:
     """Parse `argv`; --help prints `usage` and exits. Raises UserError for unknown or wrong arguments."""
     arguments = command_line.parse(argv, usage, options=OPTIONS)
-    models, changes, options = tuple(arguments.names()), arguments.changes(), arguments.options
-    names = [name for part in options.get("--tasks", "").split(",") if (name := part.strip())]
+    models = tuple(arguments.names())
+    changes = arguments.changes()
+    options = arguments.options
     limit = options.get("--limit", "")
     if not 1 <= len(models) <= 2:
         raise UserError(
@@ -70,17 +71,21 @@ def read_request(argv: Sequence[str], usage: str) -> EvalRequest:
     if "--limit" in options and not (limit.isdecimal() and int(limit)):
         raise UserError(f"argument --limit: expected a number of rows, not {limit!r}")
     # A script with an unset variable passes an empty --scorer; the scorer of the config then stays.
-    if scorer := options.get("--scorer"):
+    scorer = options.get("--scorer")
+    if scorer:
         changes["evaluation.scorer"] = scorer
+    tasks: list[str] = []
+    for part in options.get("--tasks", "").split(","):
+        name = part.strip()
+        if name == "paper":
+            tasks += PAPER
+        elif name:
+            tasks.append(name)
     return EvalRequest(
         models=models,
         config=options.get("--config"),
         changes=changes,
-        tasks=tuple(
-            dict.fromkeys(
-                each for name in names for each in (PAPER if name == "paper" else (name,))
-            )
-        ),
+        tasks=tuple(dict.fromkeys(tasks)),
         task_data=options.get("--task-data"),
         limit=int(limit) if limit else None,
         out=options.get("--out"),
@@ -99,32 +104,31 @@ class EvalResult:
 
     def metrics(self) -> dict[str, float]:
         """Return eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
-        held_out = (
-            {name: self.held_out.metric(name) for name in self.held_out.names()}
-            if self.held_out
-            else {}
-        )
-        return held_out | {
-            f"{task}/{name}": item.metrics[name]
-            for task, item in self.tasks.items()
-            for name in item.metrics
-        }
+        metrics = {}
+        if self.held_out is not None:
+            for name in self.held_out.names():
+                metrics[name] = self.held_out.metric(name)
+        for task, item in self.tasks.items():
+            for name, value in item.metrics.items():
+                metrics[f"{task}/{name}"] = value
+        return metrics
 
     def errors(self) -> dict[str, float]:
-        return {
-            f"{task}/{name}": error
-            for task, item in self.tasks.items()
-            for name, error in item.stderr.items()
-        }
+        errors = {}
+        for task, item in self.tasks.items():
+            for name, error in item.stderr.items():
+                errors[f"{task}/{name}"] = error
+        return errors
 
     def to_json(self) -> dict[str, Any]:
+        held_out = None
+        if self.held_out is not None:
+            held_out = {"data": self.held_out.data, "rows": len(self.held_out.losses)}
         return {
             "model": self.target.name,
             "base": self.target.base.to_json(),
             "adapter": self.target.adapter,
-            "held_out": {"data": self.held_out.data, "rows": len(self.held_out.losses)}
-            if self.held_out
-            else None,
+            "held_out": held_out,
             "tasks": {name: item.rows for name, item in self.tasks.items()},
             "metrics": self.metrics(),
             "stderr": self.errors(),
@@ -143,7 +147,9 @@ def run(request: EvalRequest) -> tuple[list[EvalResult], dict[str, Interval]]:
     with connection.connect(config) as (_, cluster), user_errors():
         preflight.require(decide_evaluation(config, cluster), cluster)
         measured = [evaluate(target, cluster, sets, request.limit) for target in found]
-    intervals = differences(*measured) if len(measured) == 2 else {}
+    intervals = {}
+    if len(measured) == 2:
+        intervals = differences(*measured)
     write_results(request, measured, intervals, uri)
     return measured, intervals
 
@@ -170,8 +176,9 @@ def check_request(request: EvalRequest, config: AnyConfig) -> None:
 def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | None) -> EvalResult:
     """Measure one model on held-out rows and tasks; needs ray.init. Raises UserError for what the user can fix."""
     logger.info(f"evaluating {target.name}")
-    adapter, config = target.adapter, decide_evaluation(target.config, cluster)
-    held_out, groups = None, None
+    config = decide_evaluation(target.config, cluster)
+    held_out = None
+    groups = None
     answers: Sequence[Answer] = ()
     if config.data.holds_out():
         base = with_tokenizer(target.base, config)
@@ -179,34 +186,28 @@ def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | No
         store = prepare.prepare(config, base.spec, "eval")
         if isinstance(config, Config) and config.gate.group is not None:
             # Groups come first: a gate.group that no row has must fail before the long measurement, not after it.
-            groups = group_numbers(
-                config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store)
-            )
-        held_out, answers = measure(base, adapter, store, config)
-    return EvalResult(
-        target,
-        held_out,
-        lm_eval_tasks.run(sets, limit, target.base, adapter, config),
-        groups,
-        answers,
-    )
+            plan = prepare.plan_here(config, base.spec, "eval")
+            groups = group_numbers(config.gate.group, plan, origins(store))
+        held_out, answers = measure(base, target.adapter, store, config)
+    tasks = lm_eval_tasks.run(sets, limit, target.base, target.adapter, config)
+    return EvalResult(target, held_out, tasks, groups, answers)
 
 
 def differences(first: EvalResult, second: EvalResult) -> dict[str, Interval]:
     """Return first - second with a paired interval, for each metric that both have row by row on the same rows."""
     intervals = {}
-    ours, theirs = first.held_out, second.held_out
+    ours = first.held_out
+    theirs = second.held_out
     # Models with different tokenizers have different tokens, so their losses per token cannot be compared.
     if ours and theirs and ours.data == theirs.data:
         for name in ours.names():
-            if name not in theirs.names() or not set(ours.column(name).rows) & set(
-                theirs.column(name).rows
-            ):
+            if name not in theirs.names():
+                continue
+            if not set(ours.column(name).rows) & set(theirs.column(name).rows):
                 continue
             comparison = rows.compare(name, ours, theirs, groups=first.groups)
-            if (
-                comparison.groups > 1
-            ):  # a single group shows no variation, so its interval would have width 0
+            # A single group shows no variation, so its interval would have width 0.
+            if comparison.groups > 1:
                 intervals[name] = comparison.interval
     for task, mine in first.tasks.items():
         for name, values in mine.values.items():
@@ -226,15 +227,18 @@ def lines(results: Sequence[EvalResult], intervals: Mapping[str, Interval]) -> l
     table: list[tuple[str, ...]] = [
         ("metric", "rows", "first", "second", "first - second", "95% interval")
     ]
-    ours, theirs = first.metrics(), second.metrics()
+    ours = first.metrics()
+    theirs = second.metrics()
     for name in ours | theirs:
-        bounds = intervals.get(name)
-        interval = f"[{bounds.low:+.4f}, {bounds.high:+.4f}]" if bounds else "not paired"
-        values = (f"{each[name]:.4f}" if name in each else "-" for each in (ours, theirs))
-        change = f"{ours[name] - theirs[name]:+.4f}" if name in ours and name in theirs else "-"
-        table.append(
-            (name, _rows_cell(first if name in ours else second, name), *values, change, interval)
-        )
+        measured = _rows_cell(first if name in ours else second, name)
+        values = [f"{each[name]:.4f}" if name in each else "-" for each in (ours, theirs)]
+        change = "-"
+        if name in ours and name in theirs:
+            change = f"{ours[name] - theirs[name]:+.4f}"
+        interval = "not paired"
+        if name in intervals:
+            interval = f"[{intervals[name].low:+.4f}, {intervals[name].high:+.4f}]"
+        table.append((name, measured, *values, change, interval))
     return [f"first:  {first.target.name}", f"second: {second.target.name}", "", *_columns(table)]
 
 
@@ -270,7 +274,8 @@ ANSWERS = "answers.jsonl"
 
 def check_tracking(request: EvalRequest) -> None:
     """Raise UserError if the results cannot be written, before anything is measured."""
-    if folder := _folder(request):
+    folder = _folder(request)
+    if folder is not None:
         storage.check_storage(folder, "argument --out")
 
 
@@ -305,17 +310,20 @@ def write_results(
         "differences": {name: asdict(interval) for name, interval in intervals.items()},
     }
     text = json.dumps(tree, indent=2) + "\n"
-    if folder := _folder(request):
-        answers = [
-            {"model": result.target.name, **asdict(item)}
-            for result in results
-            for item in result.answers
-        ]
-        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-        for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
+    folder = _folder(request)
+    if folder is not None:
+        answers = ""
+        for result in results:
+            for item in result.answers:
+                answers += json.dumps({"model": result.target.name, **asdict(item)}) + "\n"
+        files = {FILE: text}
+        if answers:
+            files[ANSWERS] = answers
+        for name, content in files.items():
             storage.write_text(storage.join(folder, name), content)
             logger.info(f"written: {storage.join(folder, name)}")
-        if not lines and storage.exists(stale := storage.join(folder, ANSWERS)):
+        stale = storage.join(folder, ANSWERS)
+        if not answers and storage.exists(stale):
             logger.warning(
                 f"{stale}: left by an earlier evaluation; this evaluation scored no answers"
             )
@@ -329,12 +337,10 @@ def write_results(
 
 
 def _folder(request: EvalRequest) -> str | None:
+    if not request.out:
+        return run_of(request.models[0])
     # In a Ray job the working directory is deleted after the job, so `lasting` replaces it.
-    return (
-        command_line.absolute(request.out, command_line.lasting(Path.cwd()))
-        if request.out
-        else run_of(request.models[0])
-    )
+    return command_line.absolute(request.out, command_line.lasting(Path.cwd()))
 
 
 def _track(result: EvalResult, text: str) -> None:
@@ -344,32 +350,29 @@ def _track(result: EvalResult, text: str) -> None:
         "olora.model": target.name,
         "olora.base_digest": target.base.digest,
     }
-    short = "-".join(
-        part for part in target.name.replace("://", "/").rstrip("/").split("/")[-2:] if part
-    )
-    tracker = start_run(target.config, f"evaluation of {short}", tags)
+    parts = target.name.replace("://", "/").rstrip("/").split("/")[-2:]
+    tracker = start_run(target.config, f"evaluation of {'-'.join(filter(None, parts))}", tags)
+    settings = flatten(target.config).items()
     tracker.params(
-        {
-            name: value
-            for name, value in flatten(target.config).items()
-            if name.startswith(("model.", "evaluation."))
-        }
+        {name: value for name, value in settings if name.startswith(("model.", "evaluation."))}
     )
-    metrics, held_out = result.metrics(), result.held_out
-    tracker.metrics(
-        {0: {**metrics, **{f"{name}_stderr": error for name, error in result.errors().items()}}}
-    )
-    if held_out:
-        paths = (
-            ", ".join(source.path for source in target.config.data.eval) or "held out from training"
-        )
-        tracker.dataset("evaluation", held_out.data, paths, len(held_out.losses), "evaluation")
-    model_id = target.model_id or (
-        models.of_run(tracker.uri, target.run_id) if target.run_id else None
-    )
+    metrics = result.metrics()
+    errors = {f"{name}_stderr": error for name, error in result.errors().items()}
+    tracker.metrics({0: {**metrics, **errors}})
+    held_out = result.held_out
+    of_rows: list[str] = []
+    data = None
+    if held_out is not None:
+        paths = ", ".join(source.path for source in target.config.data.eval)
+        shown = paths or "held out from training"
+        tracker.dataset("evaluation", held_out.data, shown, len(held_out.losses), "evaluation")
+        of_rows = held_out.names()
+        data = ("evaluation", held_out.data)
+    model_id = target.model_id
+    if not model_id and target.run_id:
+        model_id = models.of_run(tracker.uri, target.run_id)
     if model_id and tracker.evaluates(model_id):
-        of_rows = held_out.names() if held_out else []
-        tracker.of_model(model_id, 0, of_rows, ("evaluation", held_out.data) if held_out else None)
+        tracker.of_model(model_id, 0, of_rows, data)
         tracker.of_model(model_id, 0, [name for name in metrics if name not in of_rows])
     tracker.text(text, FILE)
     tracker.end("FINISHED")

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from olora_ray.common.errors import UserError
 from olora_ray.evaluation.statistics import Interval, difference
 
-LOSS, PERPLEXITY, SCORE = "eval/loss", "eval/perplexity", "eval/"
+LOSS = "eval/loss"
+PERPLEXITY = "eval/perplexity"
+SCORE = "eval/"
 HIGHEST = 80.0
 """A larger loss counts as this in a perplexity, because its exponential would soon overflow."""
 
@@ -51,8 +53,10 @@ class RowResults:
             raise ValueError("columns of different lengths")
 
     def names(self) -> list[str]:
-        of_losses = [LOSS, PERPLEXITY] if self.perplexity else [LOSS]
-        return [*of_losses, *(f"{SCORE}{name}" for name in self.scores)]
+        names = [LOSS]
+        if self.perplexity:
+            names.append(PERPLEXITY)
+        return names + [f"{SCORE}{name}" for name in self.scores]
 
     def metric(self, name: str) -> float:
         """Return the mean over all rows that have the metric: eval/loss (per token), eval/perplexity or eval/SCORE.
@@ -63,16 +67,19 @@ class RowResults:
         if not len(column.rows):
             return math.nan
         mean = math.fsum(column.values * column.weights) / math.fsum(column.weights)
-        return math.exp(min(mean, HIGHEST)) if name == PERPLEXITY else mean
+        if name == PERPLEXITY:
+            return math.exp(min(mean, HIGHEST))
+        return mean
 
     def column(self, name: str) -> Column:
         """Return the values of a metric; raises UserError if it was not measured."""
         if name == LOSS or (name == PERPLEXITY and self.perplexity):
             sizes = np.array(self.tokens, dtype=np.float64)
-            return Column(
-                np.arange(len(sizes)), np.array(self.losses, dtype=np.float64) / sizes, sizes
-            )
-        values = self.scores.get(name.removeprefix(SCORE)) if name.startswith(SCORE) else None
+            losses = np.array(self.losses, dtype=np.float64)
+            return Column(np.arange(len(sizes)), losses / sizes, sizes)
+        values = None
+        if name.startswith(SCORE):
+            values = self.scores.get(name.removeprefix(SCORE))
         if values is None:
             raise UserError(
                 f"metric {name}: not measured on the held-out rows; use one of {', '.join(self.names())}"
@@ -87,10 +94,9 @@ class RowResults:
     def only(self, rows: Sequence[int]) -> "RowResults":
         """Return the results of the rows with these indices, which are numbered 0, 1, ... in the given order."""
         position = {row: number for number, row in enumerate(rows)}
-        scores = {
-            name: {position[row]: value for row, value in values.items() if row in position}
-            for name, values in self.scores.items()
-        }
+        scores = {}
+        for name, values in self.scores.items():
+            scores[name] = {position[row]: values[row] for row in values if row in position}
         return RowResults(
             self.data,
             tuple(self.tokens[row] for row in rows),
@@ -129,7 +135,8 @@ def compare(
             "held-out rows: the two models were measured on different tokens; evaluate both with the same data,"
             " tokenizer and data settings"
         )
-    first, second = ours.column(name), theirs.column(name)
+    first = ours.column(name)
+    second = theirs.column(name)
     rows, at_first, at_second = np.intersect1d(
         first.rows, second.rows, assume_unique=True, return_indices=True
     )
@@ -137,15 +144,23 @@ def compare(
         raise UserError(
             f"metric {name}: no held-out row has it for both models; choose another metric"
         )
-    group = np.asarray(groups if groups is not None else numbered(ours.origins))[rows]
-    curve = (lambda means: np.exp(np.minimum(means, HIGHEST))) if name == PERPLEXITY else None
-    values, others, weights = (
+    if groups is None:
+        groups = numbered(ours.origins)
+    group = np.asarray(groups)[rows]
+    shift = difference(
         first.values[at_first],
         second.values[at_second],
         first.weights[at_first],
+        level,
+        seed=seed,
+        of=_perplexities if name == PERPLEXITY else None,
+        groups=group,
     )
-    shift = difference(values, others, weights, level, seed=seed, of=curve, groups=group)
     return Comparison(shift, len(rows), len(np.unique(group)))
+
+
+def _perplexities(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(np.minimum(losses, HIGHEST))
 
 
 def lower_is_better(metric: str) -> bool:
@@ -164,9 +179,8 @@ def improvement(
     if not lower_is_better(metric):
         return comparison
     was = comparison.interval
-    return replace(
-        comparison, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low)
-    )  # -x would give -0.0
+    turned = Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low)  # -x would give -0.0
+    return replace(comparison, interval=turned)
 
 
 def numbered(keys: Sequence[object]) -> list[int]:

@@ -61,37 +61,43 @@ def difference(
     arguments give the same bits.
     """
     pair = np.array([ours, theirs], dtype=np.float64)  # (2, rows)
-    weight = np.ones(pair.shape[-1]) if weights is None else np.asarray(weights, dtype=np.float64)
-    group = (
-        np.arange(weight.size)
-        if groups is None
-        else np.unique(np.asarray(groups), return_inverse=True)[1]
-    )
+    weight = np.ones(pair.shape[-1])
+    if weights is not None:
+        weight = np.asarray(weights, dtype=np.float64)
+    group = np.arange(weight.size)
+    if groups is not None:
+        group = np.unique(np.asarray(groups), return_inverse=True)[1]
     rng = np.random.default_rng(seed)
     count = int(group.max()) + 1
     # At most 2000 groups, to bound the time of the draws. Groups that are merged at random stay independent.
     if count > 2000:
-        group, count = (rng.permutation(count) % 2000)[group], 2000
+        group = (rng.permutation(count) % 2000)[group]
+        count = 2000
     rows = np.stack([*(pair * weight), weight])
     # (3, groups): over each group, the weighted values of both models and the weights.
     sums: Values = np.stack([np.bincount(group, row, count) for row in rows])
     curve = of or (lambda means: means)
     drawn = curve(_means(sums, draws, rng))  # (2, draws)
     mean = curve(pair @ weight / weight.sum())
-    spread, middle = drawn[0] - drawn[1], float(mean[0] - mean[1])
-    tail, widening, student = (1 - level) / 2, 1.0, 0.0
+    spread = drawn[0] - drawn[1]
+    middle = float(mean[0] - mean[1])
+    tail = (1 - level) / 2
+    widening = 1.0
+    student = 0.0
     if count > 1:
         from scipy.special import ndtr  # type: ignore[import-untyped] # half a second
 
         # Draws from few groups spread less than the groups' population, by sqrt((count - 1) / count), and have normal
         # tails instead of Student's. So fewer draws than (1 - level) / 2 may lie beyond each bound.
-        widening, student = math.sqrt(count / (count - 1)), quantile(count - 1, level)
+        widening = math.sqrt(count / (count - 1))
+        student = quantile(count - 1, level)
         tail = float(ndtr(-widening * student))
     low, high = map(float, np.quantile(spread, [tail, 1 - tail]))
     # With very few groups, or at a level near 1, hardly a draw lies beyond such bounds. Then Student's t widens them.
     if count > 1 and (2.0 ** (1 - count) > 1 - level or draws * (1 - level) < 40):
         half = float(spread.std() * widening * student)
-        low, high = min(low, middle - half), max(high, middle + half)
+        low = min(low, middle - half)
+        high = max(high, middle + half)
     return Interval(middle, low, high)
 
 
@@ -135,7 +141,8 @@ def crossed(values: Values) -> Difference:
     if seeds < 2 or rows < 2:
         raise ValueError(f"at least two seeds and two rows are needed, not {seeds} and {rows}")
     mean = float(values.mean())
-    by_seed, by_row = values.mean(axis=1) - mean, values.mean(axis=0) - mean
+    by_seed = values.mean(axis=1) - mean
+    by_row = values.mean(axis=0) - mean
     rest = values - mean - by_seed[:, None] - by_row
     free = (seeds - 1, rows - 1, (seeds - 1) * (rows - 1))
     squares = (
@@ -143,15 +150,13 @@ def crossed(values: Values) -> Difference:
         seeds * np.square(by_row).sum(),
         np.square(rest).sum(),
     )
-    of_seed, of_row, of_rest = (
-        float(square) / degrees for square, degrees in zip(squares, free, strict=True)
-    )
+    parts = [float(square) / degrees for square, degrees in zip(squares, free, strict=True)]
+    of_seed, of_row, of_rest = parts
     variance = max(of_seed + of_row - of_rest, of_seed, of_row)
-    spread = sum(
-        square**2 / degrees
-        for square, degrees in zip((of_seed, of_row, of_rest), free, strict=True)
-    )
-    freedom = max(1.0, min(variance**2 / spread, float(free[2]))) if spread > 0 else float(free[0])
+    spread = sum(part**2 / degrees for part, degrees in zip(parts, free, strict=True))
+    freedom = float(free[0])
+    if spread > 0:
+        freedom = max(1.0, min(variance**2 / spread, float(free[2])))
     return Difference(mean, math.sqrt(variance / (seeds * rows)), freedom)
 
 

@@ -62,7 +62,8 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
     for name in names:
         _refuse_nowhere(name)
     config = _settings(names, file, changes)
-    if (quantization := config.model.quantization) != "none":
+    quantization = config.model.quantization
+    if quantization != "none":
         logger.info(
             f"model.quantization={quantization}: ignored; models are evaluated with their stored weights"
         )
@@ -73,7 +74,8 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
         return command_line.resolved(load_config(file, {**NO_GATE, **changes}), Path.cwd())
-    if run := next(filter(None, map(run_of, names)), None):
+    run = next(filter(None, map(run_of, names)), None)
+    if run is not None:
         own = read_for_others(run)
         parent, _, name = run.rpartition("/")
         # The user has moved the run's storage, so the config still names the old path.
@@ -101,13 +103,10 @@ def _refuse_nowhere(name: str) -> None:
     parent = Path(path).parent
     is_path = name.startswith(("/", ".", "~")) or name.strip("/").count("/") != 1
     if is_path or parent.is_dir():
-        siblings = (
-            sorted(each.name for each in parent.iterdir())
-            if "/" in name and parent.is_dir()
-            else []
-        )
-        shown = ", ".join(siblings[:8])
-        hint = f"; {parent} has {shown}" if shown else ""
+        siblings: list[str] = []
+        if "/" in name and parent.is_dir():
+            siblings = sorted(each.name for each in parent.iterdir())
+        hint = f"; {parent} has {', '.join(siblings[:8])}" if siblings else ""
         raise UserError(f"{name}: no such file or folder{hint}")
 
 
@@ -120,9 +119,8 @@ def run_of(name: str) -> str | None:
     if not path or not _readable(name, path):
         return None
     for folder in (path, path.rsplit("/", 2)[0]):
-        if _exists(folder, SETTINGS) and (
-            _exists(folder, "checkpoints") or _exists(folder, "export")
-        ):
+        trained = _exists(folder, "checkpoints") or _exists(folder, "export")
+        if trained and _exists(folder, SETTINGS):
             return folder
     return None
 
@@ -160,30 +158,30 @@ def kind_of(name: str) -> Kind:
         return "checkpoint"
     if _exists(path, ADAPTER_CONFIG):
         return "adapter"
-    return "run" if _exists(path, SETTINGS) and not _exists(path, "config.json") else "model"
+    if _exists(path, SETTINGS) and not _exists(path, "config.json"):
+        return "run"
+    return "model"
 
 
 def _of_run(name: str, shared: AnyConfig) -> Target:
     root = _absolute(name)
-    storage_path, _, run = root.rpartition(
-        "/"
-    )  # from the path, because the folder may have been moved or renamed
+    # From the path, because the folder may have been moved or renamed.
+    storage_path, _, run = root.rpartition("/")
     own = override(read_for_others(root), {"run.storage": storage_path, "run.name": run})
     folder = RunFolder(own.folder())
     newest = checkpoints.latest_good(folder.checkpoints)
     done = folder.state().finished(own)
-    run_id = ((done or {}).get("mlflow") or {}).get("run_id")
+    result = done or {}
+    run_id = (result.get("mlflow") or {}).get("run_id")
     if done or (newest and folder.exported(own, newest[1].state.step)):
-        if not (own.export.merged and _exists(folder.merged, "config.json")):
-            known = (
-                newest[1].identity.get("base model")
-                if newest
-                else ((done or {}).get("base") or {}).get("digest")
-            )
-            base, config = _base_of(name, known, own, shared)
-            return Target(name, base, folder.adapter, config, run_id=run_id)
-        config = _with_model(shared, folder.merged)
-        return Target(name, find_model(config), None, config, run_id=run_id)
+        if own.export.merged and _exists(folder.merged, "config.json"):
+            config = _with_model(shared, folder.merged)
+            return Target(name, find_model(config), None, config, run_id=run_id)
+        known = (result.get("base") or {}).get("digest")
+        if newest:
+            known = newest[1].identity.get("base model")
+        base, config = _base_of(name, known, own, shared)
+        return Target(name, base, folder.adapter, config, run_id=run_id)
     if newest is None:
         raise UserError(
             f"{name}: this run has no export and no complete checkpoint yet; train it first"
@@ -229,22 +227,23 @@ def _of_adapter(name: str, shared: AnyConfig) -> Target:
     path = _absolute(name)
     run = run_of(name)
     if run is not None:
-        own = read_config(storage.join(run, SETTINGS)).model
-        base_name, revision = own.name, own.revision
+        model = read_config(storage.join(run, SETTINGS)).model
+        config = _with_model(shared, model.name, model.revision)
     else:
         fields = records.read(storage.join(path, ADAPTER_CONFIG), dict[str, Any]) or {}
         if "base_model_name_or_path" not in fields:
             raise UserError(
                 f"{path}/{ADAPTER_CONFIG}: no base_model_name_or_path; set it to the base model"
             )
-        base_name, revision = str(fields["base_model_name_or_path"]), fields.get("revision")
-    config = _with_model(shared, base_name, revision)
+        base = str(fields["base_model_name_or_path"])
+        config = _with_model(shared, base, fields.get("revision"))
     return Target(name, find_model(config), path, config)
 
 
 def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:
-    known = revision or (shared.model.revision if shared.model.name == name else None)
-    changed = override(shared, {"model.name": name, "model.revision": known})
+    if not revision and shared.model.name == name:
+        revision = shared.model.revision
+    changed = override(shared, {"model.name": name, "model.revision": revision or None})
     return command_line.resolved(changed, Path.cwd())
 
 
