@@ -11,7 +11,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.data.formats import column_of
 from olora_ray.data.reader import Unit, read_unit
-from olora_ray.evaluation.rows import Origin, numbered
+from olora_ray.evaluation.rows import Origin
 from olora_ray.tokens.plan import Piece, Plan
 from olora_ray.tokens.store import TokenStore
 
@@ -30,13 +30,6 @@ def origins(store: TokenStore) -> tuple[Origin, ...]:
         file, _, line = name.rpartition(":")
         found.append((numbers[file], int(line) - 1))
     return tuple(found)
-
-
-def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[int] | None:
-    """Return the group number of each row by gate.group; None without it. See `group_names`."""
-    if setting is None:
-        return None
-    return numbered(group_names(setting, plan, origins))
 
 
 def group_names(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[str]:

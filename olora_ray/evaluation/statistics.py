@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
+Numbers = Sequence[float] | Values
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ DRAWN = 2**20
 
 
 def difference(
-    ours: Sequence[float] | Values,
-    theirs: Sequence[float] | Values,
-    weights: Sequence[float] | Values | None = None,
+    ours: Numbers,
+    theirs: Numbers,
+    weights: Numbers | None = None,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
@@ -182,15 +183,3 @@ def quantile(freedom: float, level: float) -> float:
     from scipy.special import stdtrit  # half a second
 
     return -float(stdtrit(freedom, (1 - level) / 2))
-
-
-def visible(spread: float, seeds: int, level: float) -> float:
-    """Return half of the interval's width if the paired differences of seeds have this standard deviation."""
-    return quantile(seeds - 1, level) * spread / math.sqrt(seeds)
-
-
-def seeds_needed(spread: float, half: float, level: float) -> int | None:
-    """Return the smallest number of seeds whose interval is at most +-`half`; None if 10,000 are too few."""
-    return next(
-        (seeds for seeds in range(2, 10_001) if visible(spread, seeds, level) <= half), None
-    )

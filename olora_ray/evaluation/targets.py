@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.common import node_cache, records, storage
@@ -34,7 +34,6 @@ from olora_ray.train.scoring import SCORERS
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["run", "checkpoint", "adapter", "model"]
 SETTINGS = "config.yaml"
 
 
@@ -131,40 +130,27 @@ def resolve(name: str, shared: AnyConfig) -> Target:
     `shared` are the settings of the evaluation; the result has them with another `model`. Raises UserError if nothing
     has this name, or if the adapter belongs to another base model.
     """
-    match kind_of(name):
-        case "run":
-            return _of_run(name, shared)
-        case "checkpoint":
-            saved = checkpoints.read(_absolute(name))
-            own = read_config(storage.join(_absolute(name), SETTINGS))
-            return _of_checkpoint(name, saved, saved.adapter, own, shared)
-        case "adapter":
-            return _of_adapter(name, shared)
-        case "model":
-            config = _with_model(shared, name)
-            version = models.of_config(config)
-            model_id = version.model_id if version else None
-            if version is not None and version.base is not None:
-                measured, base, adapter = parts(version, version.base, config)
-                return Target(name, base, adapter, measured, model_id)
-            return Target(name, find_model(config, version), None, config, model_id)
-
-
-def kind_of(name: str) -> Kind:
     path = _absolute(name)
-    if not path or not _readable(name, path):
-        return "model"
-    if _exists(path, checkpoint.MANIFEST) and _exists(path, checkpoint.ADAPTER):
-        return "checkpoint"
-    if _exists(path, ADAPTER_CONFIG):
-        return "adapter"
-    if _exists(path, SETTINGS) and not _exists(path, "config.json"):
-        return "run"
-    return "model"
+    if path and _readable(name, path):
+        if _exists(path, checkpoint.MANIFEST) and _exists(path, checkpoint.ADAPTER):
+            saved = checkpoints.read(path)
+            own = read_config(storage.join(path, SETTINGS))
+            return _of_checkpoint(name, saved, saved.adapter, own, shared)
+        if _exists(path, ADAPTER_CONFIG):
+            return _of_adapter(name, path, shared)
+        if _exists(path, SETTINGS) and not _exists(path, "config.json"):
+            return _of_run(name, path, shared)
+    config = _with_model(shared, name)
+    version = models.of_config(config)
+    if version is None:
+        return Target(name, find_model(config), None, config)
+    if version.base is None:
+        return Target(name, find_model(config, version), None, config, version.model_id)
+    config, base, adapter = parts(version, version.base, config)
+    return Target(name, base, adapter, config, version.model_id)
 
 
-def _of_run(name: str, shared: AnyConfig) -> Target:
-    root = _absolute(name)
+def _of_run(name: str, root: str, shared: AnyConfig) -> Target:
     # From the path, because the folder may have been moved or renamed.
     storage_path, _, run = root.rpartition("/")
     own = override(read_for_others(root), {"run.storage": storage_path, "run.name": run})
@@ -223,8 +209,7 @@ def _of_checkpoint(
     return Target(name, base, path, config)
 
 
-def _of_adapter(name: str, shared: AnyConfig) -> Target:
-    path = _absolute(name)
+def _of_adapter(name: str, path: str, shared: AnyConfig) -> Target:
     run = run_of(name)
     if run is not None:
         model = read_config(storage.join(run, SETTINGS)).model

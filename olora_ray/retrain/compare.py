@@ -22,7 +22,7 @@ from olora_ray.config.decided import DataConfig
 from olora_ray.config.load import override
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config
 from olora_ray.config.section import Source
-from olora_ray.evaluation import lm_eval_tasks
+from olora_ray.evaluation import lm_eval_tasks, targets
 from olora_ray.evaluation.groups import group_names
 from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.lm_eval_tasks import Tasks, load_tasks
@@ -30,7 +30,7 @@ from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype
 from olora_ray.pipeline import connection
-from olora_ray.pipeline.base import Base, find_model, parts, with_tokenizer
+from olora_ray.pipeline.base import Base, find_model, with_tokenizer
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import gate, recipe
 from olora_ray.retrain.gate import Decision, HeldOut
@@ -308,20 +308,17 @@ class Compared:
 
 def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | None]:
     """Return (config whose `model` names the model of the base, base, adapter's folder of an adapter-only version)."""
-    named = _with_model(config, f"models:/{version.name}/{version.number}")
-    if storage.is_uri(config.run.storage) and not version.adapter_only:
-        # The nodes read the model from the storage. Only the driver reads from MLflow.
-        named = _with_model(config, _in_storage(named, version))
-        base = with_tokenizer(find_model(named), named)
-        if version.checksum:
-            aliases = Aliases(resolve_uri(config), version.name)
-            aliases.verify_copy(version.number, Path(base.model.folder))
-        return named, base, None
-    registered = models.of_config(named)
-    if registered is not None and registered.base is not None:
-        own, model, adapter = parts(registered, registered.base, named)
-        return own, with_tokenizer(model, own), adapter
-    return named, with_tokenizer(find_model(named, registered), named), None
+    name = f"models:/{version.name}/{version.number}"
+    if not storage.is_uri(config.run.storage) or version.adapter_only:
+        target = targets.resolve(name, config)
+        return target.config, with_tokenizer(target.base, target.config), target.adapter
+    # The nodes read the model from the storage. Only the driver reads from MLflow.
+    named = _with_model(config, _in_storage(_with_model(config, name), version))
+    base = with_tokenizer(find_model(named), named)
+    if version.checksum:
+        aliases = Aliases(resolve_uri(config), version.name)
+        aliases.verify_copy(version.number, Path(base.model.folder))
+    return named, base, None
 
 
 def _with_model(config: Config, name: str) -> Config:

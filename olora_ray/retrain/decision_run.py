@@ -57,7 +57,14 @@ def write_decision(config: Config, entry: Entry) -> str:
             f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
         )
     tracker = start_run(config, f"{name} {entry.decision}", tags)
-    tracker.metrics({0: _metrics(entry.details)})
+    metrics = {}
+    for part in ("challenger", CHAMPION, "improvement", "anchor", "guard"):
+        for measure, value in (entry.details.get(part) or {}).items():
+            metrics[f"{part}/{measure}"] = float(value)
+    for use, value in entry.details.get("uses", {}).items():
+        if isinstance(value, int):
+            metrics[f"rows/{use}"] = float(value)
+    tracker.metrics({0: metrics})
     shown = {
         "decision": entry.decision,
         "reason": entry.reason,
@@ -161,17 +168,6 @@ def _note(name: str, entry: Entry) -> str:
     return "\n\n".join(parts)
 
 
-def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
-    metrics = {}
-    for part in ("challenger", CHAMPION, "improvement", "anchor", "guard"):
-        for name, value in (details.get(part) or {}).items():
-            metrics[f"{part}/{name}"] = float(value)
-    for name, value in details.get("uses", {}).items():
-        if isinstance(value, int):
-            metrics[f"rows/{name}"] = float(value)
-    return metrics
-
-
 # Nights, as MLflow alone tells of them.
 
 # Tag of a registered model: the end of its last good night, in seconds since 1970.
@@ -231,9 +227,8 @@ def nights(aliases: Aliases) -> Nights:
     )
 
 
-def good_night(config: Config) -> None:
+def good_night(config: Config, aliases: Aliases) -> None:
     """Record the end of a good night in MLflow, and write the metrics of nights to the config's retrain.metrics."""
-    aliases = Aliases(resolve_uri(config), str(config.registry.model))
     with reachable(aliases.uri):
         aliases.client.set_registered_model_tag(aliases.name, GOOD, f"{time.time():.0f}")
     if config.retrain.metrics:

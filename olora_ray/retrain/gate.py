@@ -29,13 +29,16 @@ from olora_ray.evaluation.rows import (
     RowResults,
     improvement,
     lower_is_better,
-    numbered,
 )
 
 LEVEL = 0.95
 """Confidence of the intervals against anchor and guard."""
 SETS = 20
 """Up to this many different sets of held-out rows in a year, each interval has the level 1 - 0.05 / 20."""
+
+
+Checked = tuple[bool, str, dict[str, Any]]
+"""True if a check holds, what it found, and the numbers behind it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def decide(
     gate: Gate,
     challenger: RowResults,
     champion: RowResults | None,
-    held_out: HeldOut | None = None,
+    held_out: HeldOut = HeldOut(),
     anchor: RowResults | None = None,
     guard: tuple[RowResults, RowResults] | None = None,
 ) -> Decision:
@@ -87,7 +90,6 @@ def decide(
         value = f"{gate.metric} {challenger.metric(gate.metric):.4f}, no champion to compare with"
         checks.insert(0, (True, value))
     else:
-        held_out = held_out or HeldOut()
         holds, text, numbers = _compared(gate, challenger, champion, held_out)
         checks.insert(0, (holds, text))
         details |= numbers
@@ -110,24 +112,26 @@ def _metrics(results: RowResults) -> dict[str, float]:
     return {name: results.metric(name) for name in results.names()}
 
 
+def _considered(results: RowResults, held_out: HeldOut) -> RowResults:
+    """Return the results on the rows that count, in the groups of the rows."""
+    if held_out.groups is not None:
+        results = results.grouped(held_out.groups)
+    if held_out.unseen is not None:
+        results = results.only(held_out.unseen)
+    return results
+
+
 def _compared(
     gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
-) -> tuple[bool, str, dict[str, Any]]:
-    groups = held_out.groups
-    unseen = held_out.unseen
+) -> Checked:
+    total = len(challenger.losses)
+    challenger = _considered(challenger, held_out)
+    champion = _considered(champion, held_out)
+    unseen = len(challenger.losses)
     left_out = ""
-
-    def keep(rows: Sequence[int]) -> None:
-        nonlocal challenger, champion, groups
-        challenger = challenger.only(rows)
-        champion = champion.only(rows)
-        if groups is not None:
-            groups = [groups[row] for row in rows]
-
-    if unseen is not None and len(unseen) < len(challenger.losses):
-        left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
-        keep(unseen)
-    if unseen is not None and not _shared_rows(gate.metric, challenger, champion):
+    if unseen < total:
+        left_out = f" (left out: {total - unseen} that the champion may have been trained on)"
+    if held_out.unseen is not None and not _shared_rows(gate.metric, challenger, champion):
         where = ""
         if not lower_is_better(gate.metric):
             where = " among the answered rows (evaluation.rows)"
@@ -145,21 +149,19 @@ def _compared(
         if not all(map(math.isfinite, challenger.losses)):
             why = f"{gate.metric}: {told}, and the challenger's is not finite either"
             return False, why, {"groups": 0}
-        keep([row for row in range(len(champion.losses)) if row not in broken])
+        rest = [row for row in range(unseen) if row not in broken]
+        challenger = challenger.only(rest)
+        champion = champion.only(rest)
         if len(champion.losses) < gate.min_rows:
             why = f"{gate.metric}: {told}, so any finite loss is better{left_out}"
             return True, why, {"groups": 0}
         left_out += f" (left out: {told})"
     both = sorted(_shared_rows(gate.metric, challenger, champion))
-    names: Sequence[object] = challenger.origins
-    if groups is not None:
-        names = groups
     ours = challenger.only(both)
     theirs = champion.only(both)
     text = f"{gate.metric} {ours.metric(gate.metric):.4f}, the champion's {theirs.metric(gate.metric):.4f}"
     level = 1 - 0.05 / max(SETS, held_out.sets)
-    group = numbered([names[row] for row in both])
-    gain = improvement(gate.metric, ours, theirs, level, group)
+    gain = improvement(gate.metric, ours, theirs, level)
     numbers = {"improvement": asdict(gain.interval), "level": level, "groups": gain.groups}
     text += f": {_shown(gain, level)}{left_out}"
     if gain.groups < gate.min_rows:
@@ -190,18 +192,16 @@ def _shown(gain: Comparison, level: float) -> str:
 
 def _not_worse(
     metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, gate: Gate, field: str
-) -> tuple[bool, str, dict[str, Any]]:
+) -> Checked:
     """Check that the challenger is worse than the best champion by at most the margin `field`, with confidence."""
     value = best.metric(metric)
     if not math.isfinite(value):
         return True, f"{metric}: the best champion's is not finite", {}
-    groups = held_out.groups or ours.origins
-    rows = held_out.unseen or range(len(ours.losses))
-    ours = ours.only(rows)
-    best = best.only(rows)
+    ours = _considered(ours, held_out)
+    best = _considered(best, held_out)
     if not lower_is_better(metric):
         ours, best, _ = _scored_alike(metric, ours, best)
-    gain = improvement(metric, ours, best, LEVEL, numbered([groups[row] for row in rows]))
+    gain = improvement(metric, ours, best, LEVEL)
     text = f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {_shown(gain, LEVEL)}"
     margin = getattr(gate, field)
     holds = gain.interval.low > -margin

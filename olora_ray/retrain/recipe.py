@@ -287,7 +287,7 @@ def training_config(
     note(config, inputs.plan)
     if champion is not None:
         _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
-        _refuse_if_too_few(config, inputs, _unseen(config, inputs, champion))
+        _check_held_out(config, inputs, champion)
     start = None  # None: from the base model
     if config.retrain.origin == "champion" and champion is not None:
         result = _continued(config, inputs, champion)
@@ -298,24 +298,21 @@ def training_config(
             )
         else:
             start = result
-    wanted = config.model_copy(
-        update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})}
-    )
+    changes: dict[str, Any] = {"registry.alias": CHALLENGER}
     origin = None
     if start and champion:
         checkpoint, sources = start
-        train = config.train.model_copy(update={"start": checkpoint})
-        data = config.data.model_copy(update={"train": sources})
-        wanted = wanted.model_copy(update={"train": train, "data": data})
+        changes["train.start"] = checkpoint
+        changes["data.train"] = [source.model_dump(mode="json") for source in sources]
         origin = champion.number
+    wanted = override(config, changes)
     # The name depends on the contents, the start version, and all settings that a run folder is bound to.
     parts = [inputs.fingerprint.tags(), origin, identity_settings(flatten(wanted))]
     name = extended(config.run.name, digest_json(parts, length=8))
     tags = {ROWS: str(inputs.plan.file_rows), ORIGIN: f"{_CONTINUED}{origin}" if origin else "base"}
     if champion is not None:
         tags[CHANGED] = f"changed since version {champion.number}: {changed(inputs, champion)}"
-    named = wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return named, {**inputs.fingerprint.tags(), **tags}
+    return override(wanted, {"run.name": name}), {**inputs.fingerprint.tags(), **tags}
 
 
 def continued_version(version: Version) -> str | None:
@@ -339,30 +336,22 @@ def _refuse_if_shrunk(config: Config, rows: int, champion: Version) -> None:
         )
 
 
-def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int] | None:
-    """Return the numbers of the held-out files on which the gate compares; None: all.
-
-    Raises UserError if none is left, because the gate would then refuse every version.
-    """
+def _check_held_out(config: Config, inputs: Inputs, champion: Version) -> None:
+    """Raise UserError if the gate could pass no version, because it has too few held-out rows to compare on."""
     unseen = unseen_rows(config, inputs.held_out, of_version(config, champion))
-    why = (
-        f"data.eval_fraction: the champion, version {champion.number}, may have been trained on rows that are held out"
-        " now, because a file of its training data, run.seed or the fraction has changed or is unknown"
-    )
-    if unseen is not None and not unseen:
-        raise UserError(
-            f"{why}; no row is left to compare on: restore what has changed and put new rows into other files of"
-            " data.train, or hold out rows in a file of their own (data.eval instead of data.eval_fraction)"
-        )
     if unseen is not None:
+        why = (
+            f"data.eval_fraction: the champion, version {champion.number}, may have been trained on rows that are held"
+            " out now, because a file of its training data, run.seed or the fraction has changed or is unknown"
+        )
+        if not unseen:
+            raise UserError(
+                f"{why}; no row is left to compare on: restore what has changed and put new rows into other files of"
+                " data.train, or hold out rows in a file of their own (data.eval instead of data.eval_fraction)"
+            )
         logger.warning(
             f"{why}; the gate uses only the held-out rows of {plural(len(unseen), 'unchanged file')}"
         )
-    return unseen
-
-
-def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | None) -> None:
-    """Raise UserError if gate.min_rows needs more independent held-out rows than there are."""
     gate = config.gate
     scored = not lower_is_better(gate.metric)
     if scored and config.evaluation.rows < gate.min_rows:
@@ -403,21 +392,16 @@ def _continued(
     path, checkpoint = latest
     if checkpoint.identity.get("adapter") != config.adapter.identity():
         return "its adapter has other settings"
-    if _trained_on(folder, champion):
-        return f"{folder} was trained longer since"
+    # A longer training with the same run.name, which is another version, may have written in the run folder. Not from
+    # the checkpoint's config: there a worker has written the precision for `auto`.
+    with contextlib.suppress(UserError, FileNotFoundError):  # settings of another release
+        now = settings_digest(read_config(storage.join(folder, "config.yaml")))
+        if now != Fingerprint.from_tags(champion.tags).settings:
+            return f"{folder} was trained longer since"
     sources = _split(config, inputs.plan, known.files)
     if not sources:
         return "there is no new file"
     return path, sources
-
-
-def _trained_on(folder: str, version: Version) -> bool:
-    """True if a longer training with the same run.name, which is another version, has written in the run folder."""
-    # Not from the checkpoint's config: there a worker has written the precision for `auto`.
-    with contextlib.suppress(UserError, FileNotFoundError):  # settings of another release
-        before = Fingerprint.from_tags(version.tags).settings
-        return settings_digest(read_config(storage.join(folder, "config.yaml"))) != before
-    return False
 
 
 def where_now(folder: str, storage_root: str) -> str:

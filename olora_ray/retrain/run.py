@@ -117,8 +117,16 @@ def run(config: Config) -> None:
     """
     try:
         _locked(config)
-        _push_champion(config)
-        decision_run.good_night(config)
+        # The hub's readers load the repository as they load @champion, so it also follows a promotion or rollback by
+        # hand.
+        aliases = Aliases(resolve_uri(config), str(config.registry.model))
+        if config.export.push is not None:
+            number = aliases.current().get(CHAMPION)
+            if number is not None:
+                from olora_ray.pipeline import publish
+
+                publish.push_version(config, number)
+        decision_run.good_night(config, aliases)
     except Exception as error:
         if not isinstance(error, TryAgain | StoreUnavailable):
             reason = of_the_machine(error) or f"{type(error).__name__}: {error}"
@@ -219,14 +227,3 @@ def _version_of(aliases: Aliases, result: Mapping[str, Any]) -> Version | None:
     if not run_id:
         return None
     return aliases.of_run(str(run_id))
-
-
-def _push_champion(config: Config) -> None:
-    # The hub's readers load the repository as they load @champion, so it also follows a promotion or rollback by hand.
-    if config.export.push is None:
-        return
-    number = Aliases(resolve_uri(config), str(config.registry.model)).current().get(CHAMPION)
-    if number is not None:
-        from olora_ray.pipeline import publish
-
-        publish.push_version(config, number)

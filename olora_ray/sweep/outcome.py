@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from olora_ray.cluster.spec import TrainResult
@@ -36,6 +35,11 @@ def record(sweep_spec: SweepSpec) -> SearchRecord:
     progress = search_folder.progress(sweep_spec.folder)
     records = sorted(read_all(sweep_spec.folder).items())
     trials = tuple(_with_reason(trial, progress, space.scheduler.kind) for _, trial in records)
+    unchanged = [trial.number for trial in trials if trial.number == 0]
+    if not space.has_default():
+        draws = space.as_draws(sweep_spec.train_spec.config)
+        values = draws and space.values(draws)
+        unchanged = [trial.number for trial in trials if trial.params == values]
     return SearchRecord(
         name=sweep_spec.name,
         metric=space.metric,
@@ -45,7 +49,7 @@ def record(sweep_spec: SweepSpec) -> SearchRecord:
         seconds=progress.seconds,
         trials=trials,
         fields=tuple(space.search),
-        default=_default(sweep_spec, trials),
+        default=next(iter(unchanged), None),
         notes=(progress.note,) if progress.note else (),
     )
 
@@ -134,13 +138,10 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
         )
     path, checkpoint = latest
     state = checkpoint.state
-    step = best.step
-    value = math.nan
-    for each, measured in best.curve:
-        if each and measured == best.value:
-            step = each
-            value = measured
-            break
+    value = best.value
+    assert value is not None
+    steps = (step for step, measured in best.curve if step and measured == value)
+    step = next(steps, best.step)
     # A failed trial keeps the checkpoint before its failure. After a restart, other workers may have measured the same
     # adapter again, and their loss differs a little.
     same = state.best_loss is not None and math.isclose(state.best_loss, value, rel_tol=1e-3)
@@ -153,14 +154,3 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
             f" is of step {state.step}{kept}; pass --refit to train best.yaml instead"
         )
     return TrainResult(state=state, stopped_early=True)
-
-
-def _default(sweep_spec: SweepSpec, trials: Sequence[TrialRecord]) -> int | None:
-    space = sweep_spec.space
-    if space.has_default():
-        return next((trial.number for trial in trials if trial.number == 0), None)
-    draws = space.as_draws(sweep_spec.train_spec.config)
-    if draws is None:
-        return None
-    wanted = space.values(draws)
-    return next((trial.number for trial in trials if trial.params == wanted), None)

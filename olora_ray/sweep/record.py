@@ -13,6 +13,8 @@ from olora_ray.common.errors import as_user_error, short_reason
 
 logger = logging.getLogger(__name__)
 
+Curve = tuple[tuple[int, float], ...]
+"""(step, value), in order of steps."""
 Mode = Literal["min", "max"]
 # stopped: by the scheduler, because other trials did better; unfinished: the search ended before the trial did.
 Status = Literal["finished", "stopped", "failed", "unfinished"]
@@ -32,7 +34,7 @@ class TrialRecord:
     step: int = 0
     total: int = 0
     """Steps of the complete training; 0 if unknown."""
-    curve: tuple[tuple[int, float], ...] = ()
+    curve: Curve = ()
     """(step, metric), in order of steps."""
     seconds: float = 0.0
     """From start to end, over all attempts."""
@@ -45,7 +47,7 @@ class TrialRecord:
     folder: str = ""
     """Its run folder."""
     mlflow_run: str = ""
-    compared: tuple[tuple[int, float], ...] = ()
+    compared: Curve = ()
     """(step, training loss) by which the scheduler compared the trial with others, in order of steps."""
 
     def measured(self) -> bool:
@@ -91,8 +93,9 @@ class SearchRecord:
     def best(self) -> TrialRecord | None:
         return next(iter(self.ranked()), None)
 
-    def of(self, number: int | None) -> TrialRecord | None:
-        return next((trial for trial in self.trials if trial.number == number), None)
+    def unchanged(self) -> TrialRecord | None:
+        """Return the trial with the unchanged config."""
+        return next((trial for trial in self.trials if trial.number == self.default), None)
 
     def to_json(self) -> str:
         """Return the text of leaderboard.json, the best trial first; NaN and infinity become null."""
@@ -156,7 +159,7 @@ class TrialFile:
         self.record = replace(self.record, status=status, reason=reason)
         self._write()
 
-    def _take(self, curve: tuple[tuple[int, float], ...]) -> None:
+    def _take(self, curve: Curve) -> None:
         values = [value for step, value in curve if step]  # at step 0 it is the base model's
         choose = min if self.mode == "min" else max
         last = curve[-1][0] if curve else 0

@@ -140,21 +140,16 @@ def run(
     search(sweep_spec)
     record = outcome.record(sweep_spec)
     if record.best() is None:
+        causes = Counter(trial.reason for trial in record.trials if trial.reason).most_common()
+        shown = [f"{cause} ({plural(number, 'trial')})" for cause, number in causes[:3]]
+        if len(causes) > 3:
+            shown.append(f"{len(causes) - 3} other reasons")
+        reasons = "; ".join(shown) or f"{plural(len(record.trials), 'trial')} ran"
         raise UserError(
-            f"metric: no trial has measured {space.metric}: {_reasons(record)}; remove the cause, then set another"
-            f" run.name or delete {sweep_spec.folder}"
+            f"metric: no trial has measured {space.metric}: {reasons}; remove the cause, then set another run.name or"
+            f" delete {sweep_spec.folder}"
         )
     return sweep_spec, record
-
-
-def _reasons(search: SearchRecord) -> str:
-    counts = Counter(trial.reason for trial in search.trials if trial.reason).most_common()
-    if not counts:
-        return f"{plural(len(search.trials), 'trial')} ran"
-    shown = [f"{reason} ({plural(number, 'trial')})" for reason, number in counts[:3]]
-    if len(counts) > 3:
-        shown.append(f"{len(counts) - 3} other reasons")
-    return "; ".join(shown)
 
 
 def search(sweep_spec: SweepSpec) -> None:

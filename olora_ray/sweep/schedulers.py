@@ -49,7 +49,7 @@ class Halving(ASHAScheduler):
         # The trial is new, or it ran before an interruption: then its earlier results count again.
         kept = None
         with contextlib.suppress(OSError):  # raising would make Tune start the whole search again
-            kept = record.read_record(trial_path(self.folder, number_of(str(trial))))
+            kept = record.read_record(trial_path(self.folder, number_of(trial)))
         if kept is None or not kept.total:
             return
         points = kept.compared if self.measured == PAIRED else kept.curve
@@ -68,7 +68,7 @@ class Paired(Halving):
         compared = {PROGRESS: result[PROGRESS], self.metric: result[PAIRED]}
         decision = super().on_trial_result(tune_controller, trial, compared)
         # Trial 0 is the unchanged config, which the report compares with the best trial, at the same number of steps.
-        if number_of(str(trial)) == 0:
+        if number_of(trial) == 0:
             return TrialScheduler.CONTINUE
         return str(decision)
 

@@ -53,7 +53,7 @@ def factor_keys(config: DecidedConfig, space: Space) -> list[FactorKey]:
     # has a range of ranks, each trial makes these itself.
     ranks = sorted(space.possible("adapter.rank", config.adapter.rank))
     keys = []
-    for method in dict.fromkeys(space.listed("adapter.method", config.adapter.method)):
+    for method in dict.fromkeys(space.possible("adapter.method", config.adapter.method)):
         if method_named(method).prefix:
             keys.append((method, ranks[-1]))
         elif not space.is_range("adapter.rank"):
@@ -63,7 +63,7 @@ def factor_keys(config: DecidedConfig, space: Space) -> list[FactorKey]:
 
 def check_ranks(config: DecidedConfig, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> None:
     rank = max(space.possible("adapter.rank", config.adapter.rank))
-    for method in space.listed("adapter.method", config.adapter.method):
+    for method in space.possible("adapter.method", config.adapter.method):
         check_rank(shapes, method, rank)
 
 

@@ -13,7 +13,7 @@ searches draw with a generator seeded by (seed, number of the trial). So a resum
 import itertools
 import math
 from collections.abc import Container, Mapping
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -27,14 +27,6 @@ from olora_ray.config.section import PositiveInt, Section
 TIMES = ":times"
 # Returned by `Domain.draw_of` for a value that the domain does not have. None cannot say this: it is a valid value.
 MISSING = object()
-
-
-class Chooser(Protocol):
-    """The source of a trial's draws: the searchers differ in this only."""
-
-    def choice(self, name: str, options: tuple[Any, ...]) -> Any: ...
-
-    def number(self, name: str, domain: "Domain") -> Any: ...
 
 
 # An int or float; strict, so that a text like '1e-3' is refused.
@@ -124,7 +116,7 @@ class Domain(Section):
     def draw_name(self, field: str) -> str:
         return field if self.of is None else field + TIMES
 
-    def draw(self, name: str, chooser: Chooser) -> Any:
+    def draw(self, name: str, chooser: "Seeded | Suggested") -> Any:
         if self.interval() is not None:
             return chooser.number(name, self)
         return chooser.choice(name, self.options() or self.factors())
@@ -209,6 +201,8 @@ class Suggested:
 
 
 Draws = Mapping[str, Any]
+Values = dict[str, Any]
+"""Dotted config field, or the name of a draw -> its value."""
 # Trials that vary only these can share one base model and its data.
 SAME_BASE = ("adapter.", "train.")
 LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "train/loss")
@@ -244,7 +238,7 @@ class Space(Section):
 
     search: Annotated[dict[str, Domain], Field(min_length=1)]
     """Dotted config field -> its values."""
-    set: Annotated[dict[str, Any], Field(default_factory=dict)]
+    set: Annotated[Values, Field(default_factory=dict)]
     """Changes of the config that all trials share, e.g. {train.steps: 40}."""
     metric: str = "eval/loss"
     """eval/loss, eval/perplexity, train/loss, or score/NAME of the config's scorer (measured at the end only)."""
@@ -342,15 +336,15 @@ class Space(Section):
         """Return the name of a trial's folder if it does not follow from the number."""
         return None
 
-    def drawn(self, number: int) -> dict[str, Any]:
+    def drawn(self, number: int) -> Values:
         """Return the draws of a trial of a random or grid search; empty for the default."""
         position = number - self.has_default()
         if position < 0:
             return {}
         return self.draw(Seeded((self.seed, position), position % self.cells(), self._in_turn()))
 
-    def draw(self, chooser: Chooser) -> dict[str, Any]:
-        draws: dict[str, Any] = {}
+    def draw(self, chooser: "Seeded | Suggested") -> Values:
+        draws: Values = {}
         for field, domain in self.search.items():
             name = domain.draw_name(field)
             draws[name] = domain.draw(name, chooser)
@@ -359,10 +353,10 @@ class Space(Section):
     def draw_names(self) -> list[str]:
         return [domain.draw_name(field) for field, domain in self.search.items()]
 
-    def values(self, draws: Draws) -> dict[str, Any]:
+    def values(self, draws: Draws) -> Values:
         if not any(name in draws for name in self.draw_names()):
             return {}
-        values: dict[str, Any] = {}
+        values: Values = {}
         for field, domain in self.search.items():
             values[field] = draws[domain.draw_name(field)]  # with `of`: the factor
             if domain.quniform:  # Optuna gives 16.0, or 0.30000000000000004
@@ -374,46 +368,34 @@ class Space(Section):
                 values[field] = multiple(values[domain.of], values[field])
         return values
 
-    def trial_values(self, number: int, draws: Draws) -> dict[str, Any]:
+    def trial_values(self, number: int, draws: Draws) -> Values:
         """Return the values of a trial; empty for the unchanged config."""
         if number == 0 and self.has_default():
             return {}
         return self.values(draws)
 
-    def _ranged(self, domain: Domain) -> Domain:
-        """Return the domain whose values a field takes, or takes times a factor."""
-        return domain if domain.of is None else self.search[domain.of]
-
-    def possible(self, field: str, configured: float) -> list[Any]:
-        """Return the extreme values of a numeric field; `configured` is the value in the config."""
+    def possible(self, field: str, configured: Any) -> list[Any]:
+        """Return the listed values of a field, or the ends of its range; `configured` is the value in the config."""
         domain = self.search.get(field)
         if domain is None:
             return [configured]
-        values: list[Any] = []
-        for value in self._ranged(domain).extremes():
-            # Without `of` the only factor is 1.
-            values += [multiple(value, factor) for factor in domain.factors()]
-        if self.has_default():
-            values.append(configured)
-        return values
-
-    def listed(self, field: str, configured: Any) -> list[Any]:
-        """Return the values of a field without a range; `configured` is the value in the config."""
-        domain = self.search.get(field)
-        if domain is None:
-            return [configured]
-        values = list(domain.options())
+        values = list(domain.extremes())
+        if domain.of is not None:
+            for value in self.search[domain.of].extremes():
+                values += [multiple(value, factor) for factor in domain.factors()]
         if self.has_default():
             values.append(configured)
         return values
 
     def is_range(self, field: str) -> bool:
         domain = self.search.get(field)
-        return domain is not None and self._ranged(domain).interval() is not None
+        if domain is not None and domain.of is not None:
+            domain = self.search[domain.of]
+        return domain is not None and domain.interval() is not None
 
-    def as_draws(self, config: Config) -> dict[str, Any] | None:
+    def as_draws(self, config: Config) -> Values | None:
         """Return the draws that give the unchanged config; None if the space does not contain it."""
-        draws: dict[str, Any] = {}
+        draws: Values = {}
         for field, domain in self.search.items():
             value: Any = at(config, field, MISSING)
             if domain.of is None:

@@ -2,10 +2,9 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from olora_ray.cluster.decide import DataDecisions, decide
 from olora_ray.cluster.preflight import ClusterFacts
@@ -15,7 +14,7 @@ from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.sweep import shared_work
-from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Space
+from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Draws, Space, Values
 from olora_ray.train.objectives.objective import objective_named
 
 # A space cannot change these sections: they decide where a run is and what it is called, not its result.
@@ -48,34 +47,29 @@ def load_space(path: str | Path, config: Config) -> Space:
 
 def check_space(space: Space, config: Config, where: str = "space") -> None:
     """Raise UserError unless the config accepts the trials of the space, and they report its metric."""
+    for problem in _problems(space, config, where):
+        raise UserError(f"{where}: {problem}")
+
+
+def _problems(space: Space, config: Config, where: str) -> Iterator[str]:
     for part, fields in (("search", space.search), ("set", space.set)):
         for field in fields:
             if f"{field}.".startswith(FIXED):
-                raise UserError(
-                    f"{where}: {part}.{field}: set it in the config; a search cannot vary this section"
-                )
+                yield f"{part}.{field}: set it in the config; a search cannot vary this section"
             if field in Config.model_fields:
-                raise UserError(
-                    f"{where}: {part}.{field}: a section would reset its other fields to their defaults; name single"
+                yield (
+                    f"{part}.{field}: a section would reset its other fields to their defaults; name single"
                     f" fields, {field}.NAME"
                 )
     for field, domain in space.search.items():
         if field.startswith(MEASURE) or any(name.startswith(f"{field}.") for name in MEASURE):
-            raise UserError(
-                f"{where}: search.{field}: all trials must be measured in the same way; put it under set"
-            )
+            yield f"search.{field}: all trials must be measured in the same way; put it under set"
         if field in IDLE:
-            raise UserError(
-                f"{where}: search.{field}: it does not change the result of a training; put it under set"
-            )
+            yield f"search.{field}: it does not change the result of a training; put it under set"
         if field in DECIDED and "auto" in domain.options():
-            raise UserError(
-                f"{where}: search.{field}: auto is decided once for all trials; name values, or set auto in the config"
-            )
+            yield f"search.{field}: auto is decided once for all trials; name values, or set auto in the config"
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
-            raise UserError(
-                f"{where}: search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here"
-            )
+            yield f"search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here"
     base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
     # The trials themselves, as far as it takes a second. Those of Optuna are not known, so draws of the same space.
     count = 200
@@ -88,49 +82,35 @@ def check_space(space: Space, config: Config, where: str = "space") -> None:
         for field, value in changes.items():
             taken = at(trial, field)
             if isinstance(value, str) and isinstance(taken, int | float):
-                raise UserError(
-                    f"{where}: search.{field}: {value!r} is text; write {json.dumps(taken)} without quotes"
-                )
+                yield f"search.{field}: {value!r} is text; write {json.dumps(taken)} without quotes"
     for field in space.search:
         if not any(overlap(field, name) for name in flatten(base)):  # e.g. data.train.00.weight
-            raise UserError(
-                f"{where}: search.{field}: unknown field; olora-ray finetune --help all lists the fields"
-            )
-    _check_metric(space, base, where)
+            yield f"search.{field}: unknown field; olora-ray finetune --help all lists the fields"
+    yield from _metric_problems(space, base)
 
 
 def overlap(field: str, other: str) -> bool:
     return field == other or field.startswith(f"{other}.") or other.startswith(f"{field}.")
 
 
-def _check_metric(space: Space, config: Config, where: str) -> None:
+def _metric_problems(space: Space, config: Config) -> Iterator[str]:
     objective = config.train.objective
     held_out = config.data.holds_out()
     if space.metric.startswith("score/") and space.metric != "score/":
         if not config.evaluation.scorer or not held_out:
-            raise UserError(
-                f"{where}: metric: {space.metric} needs evaluation.scorer and held-out rows in the config"
-            )
+            yield f"metric: {space.metric} needs evaluation.scorer and held-out rows in the config"
         if space.scheduler.kind != "none":
-            raise UserError(
-                f"{where}: metric: {space.metric} is measured once, at the end; set scheduler.kind: none"
-            )
+            yield f"metric: {space.metric} is measured once, at the end; set scheduler.kind: none"
     elif space.metric not in LOWER_IS_BETTER:
         known = ", ".join(LOWER_IS_BETTER)
-        raise UserError(
-            f"{where}: metric: no trial reports {space.metric!r}; use {known} or score/NAME"
-        )
+        yield f"metric: no trial reports {space.metric!r}; use {known} or score/NAME"
     elif space.metric.startswith("eval/") and not held_out:
-        raise UserError(
-            f"{where}: metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction"
-        )
+        yield f"metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction"
     elif space.metric == "eval/perplexity" and not objective_named(objective).perplexity:
-        raise UserError(
-            f"{where}: metric: train.objective={objective} has no perplexity; use eval/loss"
-        )
+        yield f"metric: train.objective={objective} has no perplexity; use eval/loss"
 
 
-def _override(config: Config, changes: Mapping[str, Any], where: str) -> Config:
+def _override(config: Config, changes: Draws, where: str) -> Config:
     try:
         return override(config, changes)
     except UserError as error:
@@ -180,7 +160,7 @@ def plan(config: Config, data: DataDecisions, space: Space, base: Base) -> None:
         raise of_problems("the search cannot start", list(problems.values()))
 
 
-def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
+def _settings(config: Config, space: Space) -> Iterator[tuple[str, Values]]:
     largest = {}
     if "adapter.rank" in space.search:
         largest["adapter.rank"] = max(space.possible("adapter.rank", config.adapter.rank))
@@ -188,7 +168,7 @@ def _settings(config: Config, space: Space) -> Iterator[tuple[str, dict[str, Any
     for field, domain in space.search.items():
         if any(overlap(field, name) for name in DECIDE):
             options[field] = domain.options()
-    settings: list[dict[str, Any]] = []
+    settings: list[Values] = []
     if space.has_default() and options:
         settings.append({})
     for values in itertools.product(*options.values()):

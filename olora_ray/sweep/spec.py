@@ -1,7 +1,6 @@
 """Specification of a search: what all trials have in common, and the config and folder of each trial."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from olora_ray.config.load import at, override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import extended
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep.space import SAME_BASE, Space
+from olora_ray.sweep.space import SAME_BASE, Draws, Space, Values
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loader import Schedule
 
@@ -55,12 +54,12 @@ class SweepSpec:
     decisions: Decisions = field(default_factory=dict)
     """The decisions of the search, which hold for all trials."""
 
-    def shown(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
+    def shown(self, number: int, draws: Draws) -> Values:
         """Return dotted field -> value of everything that is searched, for people; for the default trial too."""
         values = self.space.trial_values(number, draws)
         return values or {field: at(self.train_spec.config, field) for field in self.space.search}
 
-    def config(self, number: int, draws: Mapping[str, Any]) -> DecidedConfig:
+    def config(self, number: int, draws: Draws) -> DecidedConfig:
         name = self.space.own_name(number) or trial_name(number)
         own = {"run.name": extended(self.name, name), "registry.model": None}
         return override(self.train_spec.config, self.space.trial_values(number, draws) | own)
@@ -133,9 +132,9 @@ def trial_name(number: int) -> str:
     return f"trial-{number:03d}"
 
 
-def number_of(name: str | None) -> int:
-    assert name
-    return int(name.rpartition("-")[2])
+def number_of(trial: Any) -> int:
+    """Return the number of Tune's trial."""
+    return int(str(trial).rpartition("-")[2])
 
 
 def trial_path(folder: str, number: int, space: Space | None = None) -> str:

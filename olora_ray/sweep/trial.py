@@ -23,6 +23,7 @@ from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.prepare import prepare_tokens, read_data
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
+from olora_ray.sweep.space import Draws
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
@@ -63,7 +64,7 @@ class Ended:
 
 
 class TrialRun:
-    def __init__(self, sweep_spec: SweepSpec, number: int, draws: dict[str, Any]) -> None:
+    def __init__(self, sweep_spec: SweepSpec, number: int, draws: Draws) -> None:
         self.sweep_spec = sweep_spec
         self.config = sweep_spec.config(number, draws)
         self.folder = sweep_spec.trial_folder(number)

@@ -35,6 +35,9 @@ from olora_ray.sweep.trial import Ended, TrialLosses, TrialRun
 
 logger = logging.getLogger(__name__)
 
+# A result, a config or a state for Tune.
+Result = dict[str, Any]
+
 # The callback of the search that this process runs, or of the latest search if there were several.
 _LIVE: list["SweepCallback"] = []
 
@@ -73,18 +76,25 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def complete(self) -> bool:
         return self.over is not None or len(self._ended) >= self.space.count()
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: Result) -> bool:
         return False  # no single trial is stopped here: schedulers do that
 
     def stop_all(self) -> bool:
-        if self.over is None:
-            self.over = self._limit()
-            if self.over is not None:
-                # Tune stops the other trials without calling the callback, so they are noted here.
-                self.cut |= {_number(trial) for trial in self._trials if not trial.is_finished()}
-                self._note_seconds()
-                logger.info(f"the search ends: {self.over}")
-        return self.over is not None
+        budget = self.space.time_budget
+        patience = self.space.patience
+        if self.over is not None:
+            return True
+        if patience and self.since_better >= patience:
+            self.over = f"{self.since_better} trials in a row had no better value"
+        elif budget and self.seconds() >= budget:
+            self.over = f"the time budget of {budget:g} s is used up"
+        else:
+            return False
+        # Tune stops the other trials without calling the callback, so they are noted here.
+        self.cut |= {number_of(trial) for trial in self._trials if not trial.is_finished()}
+        self._note_seconds()
+        logger.info(f"the search ends: {self.over}")
+        return True
 
     def setup(
         self,
@@ -111,13 +121,12 @@ class SweepCallback(tune.Callback, tune.Stopper):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         step = (trial.last_result or {}).get("step")
         again = f"resumes after step {step}" if step else "starts"
-        draws = {name: value for name, value in trial.config.items() if name != NUMBER}
-        values = text.params(self.space.trial_values(_number(trial), draws))
-        logger.info(f"trial {_number(trial)} {again}: {values or 'the unchanged config'}")
+        values = text.params(self.space.trial_values(number_of(trial), trial.config))
+        logger.info(f"trial {number_of(trial)} {again}: {values or 'the unchanged config'}")
         self._note_seconds()
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Any], trial: Any, result: Result, **info: Any
     ) -> None:
         if result.get(ENDED):
             return
@@ -127,7 +136,7 @@ class SweepCallback(tune.Callback, tune.Stopper):
         if PAIRED in result:
             shown.append(f"compared by its training loss {result[PAIRED]:.4f}")
         logger.info(
-            f"trial {_number(trial)} step {result.get('step')}/{result.get('total')} | {' | '.join(shown)}"
+            f"trial {number_of(trial)} step {result.get('step')}/{result.get('total')} | {' | '.join(shown)}"
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -137,45 +146,41 @@ class SweepCallback(tune.Callback, tune.Stopper):
             cause = self.over or self.space.scheduler.kind
             how = f"stopped at step {result.get('step', 0)} ({cause})"
             if self.over:
-                self.cut.add(_number(trial))
+                self.cut.add(number_of(trial))
         self._count(trial)
         kept = self._record(trial)
         shown = ""
         if kept and kept.value is not None and kept.measured():
-            self._note(kept.value, kept.number)
+            gain = math.inf
+            if self.best is not None:
+                gain = self.best[0] - kept.value
+                if self.space.better() == "max":
+                    gain = -gain
+            if gain > self.space.min_improvement:
+                self.since_better = 0
+            if gain > 0:
+                self.best = (kept.value, kept.number)
             shown = f" with {self.space.metric} {kept.value:.4f}"
-        logger.info(f"trial {_number(trial)} {how}{shown}; {self._left()}")
+        logger.info(f"trial {number_of(trial)} {how}{shown}; {self._left()}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._count(trial)
         kept = self._record(trial)
         why = kept.reason if kept and kept.reason else "its process died"
-        logger.info(f"trial {_number(trial)} failed: {why}; {self._left()}")
+        logger.info(f"trial {number_of(trial)} failed: {why}; {self._left()}")
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> Result:
         return {"best": self.best, "since_better": self.since_better, "ended": sorted(self._ended)}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        best = state.get("best")
-        if best is not None:
-            best = (float(best[0]), int(best[1]))
-        self.best = best
-        self.since_better = int(state.get("since_better", 0))
+    def set_state(self, state: Result) -> None:
+        self.best = state.get("best")
+        self.since_better = state.get("since_better", 0)
         self._ended = set(state.get("ended", ()))
-
-    def _limit(self) -> str | None:
-        patience = self.space.patience
-        if patience and self.since_better >= patience:
-            return f"{self.since_better} trials in a row had no better value"
-        budget = self.space.time_budget
-        if budget and self.seconds() >= budget:
-            return f"the time budget of {budget:g} s is used up"
-        return None
 
     def _record(self, trial: Any) -> TrialRecord | None:
         # The trial's own record, not Tune's result: it is what the leaderboard shows.
         try:
-            return record.read_record(trial_path(self.folder, _number(trial), self.space))
+            return record.read_record(trial_path(self.folder, number_of(trial), self.space))
         except OSError:
             # Raising would make Tune count the trial as failed. Only its log line lacks the value.
             return None
@@ -184,17 +189,6 @@ class SweepCallback(tune.Callback, tune.Stopper):
         self._ended.add(trial.trial_id)
         self.since_better += 1
         self._note_seconds()
-
-    def _note(self, value: float, number: int) -> None:
-        gain = math.inf
-        if self.best is not None:
-            gain = self.best[0] - value
-            if self.space.better() == "max":
-                gain = -gain
-        if gain > self.space.min_improvement:
-            self.since_better = 0
-        if gain > 0:
-            self.best = (value, number)
 
     def _note_seconds(self) -> None:
         self._noted_at = time.monotonic()
@@ -217,10 +211,6 @@ def _live(folder: str, space: Space) -> SweepCallback:
     return SweepCallback(folder, space)
 
 
-def _number(trial: Any) -> int:
-    return number_of(str(trial))
-
-
 class TrialFailed(Exception):
     """The trial ended without a result; the search continues."""
 
@@ -228,7 +218,7 @@ class TrialFailed(Exception):
 class SearchTrial(tune.Trainable):
     """The class of a trial for Tune. Each `step` waits for the next evaluation of a training in a thread."""
 
-    def setup(self, config: dict[str, Any], sweep_spec: SweepSpec) -> None:  # type: ignore[override]  # see with_parameters
+    def setup(self, config: Result, sweep_spec: SweepSpec) -> None:  # type: ignore[override]  # see with_parameters
         ray_internals.quiet_ray()
         # A warning per trial would drown the lines of the search.
         logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -238,18 +228,17 @@ class SearchTrial(tune.Trainable):
         self.sweep_spec = sweep_spec
         self._begin(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def reset_config(self, new_config: Result) -> bool:
         # Reusing the process saves the trial the time of its imports.
         self.trial_run.end()
         self._begin(new_config)
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        draws = {name: value for name, value in config.items() if name != NUMBER}
-        self.trial_run = TrialRun(self.sweep_spec, config[NUMBER], draws)
-        self.last: dict[str, Any] = {}
+    def _begin(self, config: Result) -> None:
+        self.trial_run = TrialRun(self.sweep_spec, config[NUMBER], config)
+        self.last: Result = {}
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Result:
         """Return the next evaluation as Tune's result; raise TrialFailed if the training failed."""
         item = self.trial_run.next()
         if isinstance(item, Ended):
@@ -262,7 +251,7 @@ class SearchTrial(tune.Trainable):
             return {**self.last, "done": ended, ENDED: ended}
         return dict(self.last)
 
-    def _result(self, item: TrialLosses) -> dict[str, Any]:
+    def _result(self, item: TrialLosses) -> Result:
         space = self.trial_run.sweep_spec.space
         total = self.trial_run.total
         # Schedulers ignore NaN, or take it for the best value. Infinity is the worst value for them.
@@ -275,7 +264,7 @@ class SearchTrial(tune.Trainable):
             value = self.last.get(space.metric, compared)
         if math.isnan(value):
             value = worst
-        result: dict[str, Any] = {
+        result: Result = {
             **item.row,  # all metrics of the step, for Tune's tables
             "step": item.step,
             "total": total,
@@ -380,17 +369,17 @@ def _forget(sweep_spec: SweepSpec) -> None:
     )
 
 
-def _params(space: Space) -> dict[str, Any] | None:
+def _params(space: Space) -> Result | None:
     """Return Tune's grid over the numbers of the trials, each with its draws; None if Optuna draws."""
     if space.searcher == "tpe":
         return None
-    params: dict[str, Any] = {NUMBER: tune.grid_search(list(range(space.count())))}
+    params: Result = {NUMBER: tune.grid_search(list(range(space.count())))}
     for name in space.draw_names():
         params[name] = tune.sample_from(partial(_draw, space, name))
     return params
 
 
-def _draw(space: Space, name: str, config: dict[str, Any]) -> Any:
+def _draw(space: Space, name: str, config: Result) -> Any:
     return space.drawn(config[NUMBER]).get(name)
 
 
@@ -414,7 +403,7 @@ def _searcher(sweep_spec: SweepSpec) -> Any:
     )
 
 
-def _suggested(space: Space, trial: Any) -> dict[str, Any]:
+def _suggested(space: Space, trial: Any) -> Result:
     space.draw(Suggested(trial))
     return {NUMBER: trial.number}
 

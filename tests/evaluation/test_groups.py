@@ -9,7 +9,8 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.evaluation.groups import FILE, group_numbers, origins
+from olora_ray.evaluation.groups import FILE, group_names, origins
+from olora_ray.evaluation.rows import numbered
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan
 from tests import tiny
@@ -75,15 +76,14 @@ def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(
 ) -> None:
     found = plan(folder, fields=fields)
     with said() as lines:
-        groups = group_numbers("prompt" if fields else "customer", found, places(found))
+        groups = numbered(group_names("prompt" if fields else "customer", found, places(found)))
     assert groups == [0, 1, 0, 2, 1, 3, 0]
     assert "gate.group: 2 held-out rows without" in "".join(lines)
 
 
 def test_rows_of_a_file_are_a_group(folder: Path) -> None:
     found = plan(folder)
-    assert group_numbers(FILE, found, places(found)) == [0] * 6 + [1]
-    assert group_numbers(None, found, places(found)) is None
+    assert numbered(group_names(FILE, found, places(found))) == [0] * 6 + [1]
 
 
 def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(
         UserError, match=r"gate\.group: no held-out row has a column 'client'; use one of \w"
     ):
-        group_numbers("client", found, places(found))
+        numbered(group_names("client", found, places(found)))
 
 
 def test_origins_of_a_store_are_in_the_order_of_its_examples() -> None:

@@ -14,7 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, results
-from olora_ray.evaluation.groups import group_numbers
+from olora_ray.evaluation.groups import group_names
 from olora_ray.evaluation.lm_eval_tasks import TaskResult
 from olora_ray.evaluation.results import EvalRequest, EvalResult, differences
 from olora_ray.evaluation.rows import RowResults
@@ -199,14 +199,13 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
         assert item.reference == lines[int(line) - 1]["messages"][-1]["content"]
         assert item.scores == {"exact_match": 0.0}  # a random model
     assert found.scores["exact_match"] == {item.row: 0.0 for item in answers}
-    groups = group_numbers("user_id", prepare.plan_here(config, base.spec, "eval"), found.origins)
+    groups = group_names("user_id", prepare.plan_here(config, base.spec, "eval"), found.origins)
     people = [lines[place]["user_id"] for _, place in found.origins]
-    assert groups is not None
     assert len(set(zip(groups, people, strict=True))) == len(set(people)) == len(set(groups)) > 1
 
     target = Target("runs/small", base.model, None, config)
     request = results.read_request(["runs/small", "--out", str(tmp_path / "out")], "")
-    results.write_results(request, [EvalResult(target, found, {}, groups, answers)], {}, None)
+    results.write_results(request, [EvalResult(target, found, {}, answers)], {}, None)
     kept = [
         json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     ]

@@ -301,7 +301,7 @@ def test_mlflow_alone_tells_champion_refusals_and_age(
             aliases.refuse(number, f"refused: eval/loss 0.{number}", {AGAINST: "1", **rows})
             decision_run.of_version(config, aliases.version(number))
         decision_run.write_decision(config, Entry("failed", "the disk is full"))
-        decision_run.good_night(config)
+        decision_run.good_night(config, aliases)
         ((path, body),) = gateway.pings
     assert path == "/metrics/job/olora_ray/model/support"
     told = samples(body)

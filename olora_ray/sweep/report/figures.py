@@ -87,7 +87,7 @@ def legend(axes: "Axes", title: str = "") -> None:
 
 def parallel(record: SearchRecord) -> "Figure":
     best = record.best()
-    default = record.of(record.default)
+    default = record.unchanged()
     low, high, beyond = _metric_range(record)
     caption = f"one line per trial, darker for better trials ({_better(record)}); dashed: the default config"
     figure, axes = new(
@@ -132,7 +132,7 @@ def parallel(record: SearchRecord) -> "Figure":
 
 def curves(record: SearchRecord) -> "Figure":
     best = record.best()
-    default = record.of(record.default)
+    default = record.unchanged()
     drawn = {}
     for trial in record.trials:
         points = _points(trial)
@@ -173,7 +173,7 @@ def curves(record: SearchRecord) -> "Figure":
             mark = "."
         axes.plot(steps, values, color=colour, linewidth=width, linestyle=style, marker=mark, markevery=[-1],
                   label=label)  # fmt: skip
-    axes.set(xlabel="step", ylabel=f"{_metric(record)} ({_better(record)})")
+    axes.set(xlabel="step", ylabel=_label(record))
     if high > low:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axes.grid(axis="y")
@@ -211,7 +211,7 @@ def rate(record: SearchRecord) -> "Figure":
                 axes.plot(position, height, "o", color=colour, markerfacecolor=face, markersize=8)
     axes.plot(across[0], _clipped(best, low, high), "o", markersize=17, markerfacecolor="none", markeredgecolor=BEST,
               markeredgewidth=2.4)  # fmt: skip
-    default = record.of(record.default)
+    default = record.unchanged()
     if default is not None and default in trials:
         position = across[trials.index(default)]
         if math.isfinite(position):
@@ -223,7 +223,7 @@ def rate(record: SearchRecord) -> "Figure":
     axes.set(
         xlim=(-0.06, 1.06),
         xlabel=text.value(field, 60),
-        ylabel=f"{_metric(record)} ({_better(record)})",
+        ylabel=_label(record),
     )
     axes.grid()
     legend(axes, names.get(group, ""))
@@ -358,6 +358,10 @@ def _metric(record: SearchRecord) -> str:
 
 def _better(record: SearchRecord) -> str:
     return "lower is better" if record.mode == "min" else "higher is better"
+
+
+def _label(record: SearchRecord) -> str:
+    return f"{_metric(record)} ({_better(record)})"
 
 
 def _orange(best: TrialRecord | None) -> str:

@@ -49,10 +49,19 @@ def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
         f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"
         f" scheduler {record.scheduler}"
     )
+    names = text.short(record.fields)
+    columns = [("trial", "number", "")]
+    for name in record.fields:
+        kind = "number" if text.numeric(record, name) else ""
+        columns.append((names[name], kind, name))
+    columns += [(name, "number", "") for name in (record.metric, "steps", "time")]
+    columns += [(name, "", "") for name in ("status", "reason")]
+    rows = [text.cells(record, trial) for trial in record.ordered()]
+    table = page.table(columns, rows, 0 if record.best() else None)
     return page.document(
         f"{record.name}: search",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about)}</p>\n{_cards(record)}\n'
-        f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{_table(record)}\n'
+        f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{table}\n'
         "<footer>The figures are also PNG files beside this page, and leaderboard.json has the numbers.</footer>",
     )
 
@@ -75,16 +84,3 @@ def _cards(record: SearchRecord) -> str:
             f'<div class="value">{escape(text.number(best.value, 5))}</div>{page.terms(params)}'
         )
     return f'<div class="cards"><div class="card best">{left}</div><div class="card">{page.terms(facts)}</div></div>'
-
-
-def _table(record: SearchRecord) -> str:
-    names = text.short(record.fields)
-    columns = [("trial", "number", "")]
-    for name in record.fields:
-        kind = "number" if text.numeric(record, name) else ""
-        columns.append((names[name], kind, name))
-    columns += [(name, "number", "") for name in (record.metric, "steps", "time")]
-    columns += [(name, "", "") for name in ("status", "reason")]
-    rows = [text.cells(record, trial) for trial in record.ordered()]
-    marked = 0 if record.best() else None
-    return page.table(columns, rows, marked)

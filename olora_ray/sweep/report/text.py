@@ -133,7 +133,7 @@ def facts(record: SearchRecord) -> list[tuple[str, str]]:
             f"{record.metric} {number(best.value)} (trial {best.number}{_cut(best)}):"
             f" {params(best.params)}"
         )
-    counts = Counter(trial.status for trial in record.trials)
+    counts: Counter[str] = Counter(trial.status for trial in record.trials)
     statuses = ("finished", "stopped", "failed", "unfinished")
     ends = ", ".join(f"{counts[status]} {status}" for status in statuses if counts[status])
     trials = f"{len(record.trials)} in {duration(record.seconds)}"
@@ -151,7 +151,7 @@ def facts(record: SearchRecord) -> list[tuple[str, str]]:
 
 def against_default(record: SearchRecord) -> str:
     best = record.best()
-    default = record.of(record.default)
+    default = record.unchanged()
     if best is None:
         return ""
     if default is None:

@@ -108,13 +108,23 @@ def machine() -> str:
     return f"{resources.get('CPU', 0):g} CPUs{gpus}"
 
 
+def visible(spread: float, seeds: int, level: float) -> float:
+    """Return half of the interval's width if the paired differences of seeds have this standard deviation."""
+    return statistics.quantile(seeds - 1, level) * spread / math.sqrt(seeds)
+
+
+def seeds_needed(spread: float, half: float, level: float) -> int | None:
+    """Return the smallest number of seeds whose interval is at most +-`half`; None if 10,000 are too few."""
+    return next(
+        (seeds for seeds in range(2, 10_001) if visible(spread, seeds, level) <= half), None
+    )
+
+
 def seeds_line(varies: str, spread: float, seeds: int, comparisons: int, relevant: float) -> str:
     """Say which difference `seeds` can show, and how many compare.relevant needs; `varies` introduces the spread."""
     level = statistics.simultaneous(LEVEL, comparisons)
-    half, needed = (
-        statistics.visible(spread, seeds, level),
-        statistics.seeds_needed(spread, relevant, level),
-    )
+    half = visible(spread, seeds, level)
+    needed = seeds_needed(spread, relevant, level)
     return (
         f"{varies} {spread:.2g} nats from seed to seed: {seeds} seeds measure it to within ±{half:.2g} nats, and"
         f" ±{relevant:g} (compare.relevant) needs {needed or 'more than 10,000'} seeds"

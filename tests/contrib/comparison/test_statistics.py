@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from comparison.run import seeds_needed, visible
 from olora_ray.evaluation import statistics as bootstrap
-from olora_ray.evaluation.statistics import Difference, crossed, seeds_needed, visible
+from olora_ray.evaluation.statistics import Difference, crossed
 
 
 def drawn(
