@@ -64,8 +64,6 @@ contrib: $(VENV)/.dev ## every night: the tests of pipelines/contrib, with a sma
 outside: $(VENV)/.dev ## a cluster over ssh, MLflow, S3 and TLS by name, on this machine, as root: tests/outside
 	$(BIN)/python -m pytest -rP -m ray tests/outside
 
-# KUBERAY_CRDS=FOLDER[:FOLDER] adds KubeRay's complete CRDs, which lie in ray-operator/config/crd/bases of its repository,
-# and KUEUE_CRDS=FOLDER Kueue's, in config/components/crd/bases.
 platforms: $(VENV)/.dev build/platforms/.installed ## rehearse deploy/: clouds, Slurm, Kubernetes' manifests and pods; as root, in half an hour
 	PYTHONPATH=build/platforms PATH=$(CURDIR)/build/platforms/bin:$$PATH $(BIN)/python -m pytest tests/deploy
 	$(BIN)/python -m pytest -rP tests/outside/test_slurm.py tests/outside/test_pods.py

@@ -25,13 +25,6 @@ def test_cluster_yaml_is_valid_for_rays_launcher() -> None:
     validate_config(prepare_config(copy.deepcopy(TREE)))
 
 
-def test_the_head_takes_no_work() -> None:
-    head = TYPES[TREE["head_node_type"]]
-    assert head["resources"] == {"CPU": 0, "GPU": 0}
-    assert {"--num-cpus=0", "--num-gpus=0"} <= set(STARTS["head"].split())
-    assert "InstanceMarketOptions" not in head["node_config"]  # the driver must stay
-
-
 def on_premise() -> dict[str, Any]:
     """The file as its comment says to change it for machines that are there already."""
     text = (ROOT / "cluster.yaml").read_text()
@@ -83,10 +76,3 @@ def test_the_project_that_is_installed_is_copied_first() -> None:
     for command in STARTS.values():
         (settings,) = re.findall(r"\. ~/olora_ray/(\S+);", command)
         assert (ROOT / settings).is_file()
-
-
-def test_the_nodes_variables_hold_an_address_and_no_secret() -> None:
-    lines = (ROOT / "deploy" / "cluster.env").read_text().splitlines()
-    names = [line.partition("=")[0] for line in lines if line and not line.startswith("#")]
-    assert names == ["MLFLOW_TRACKING_URI"]
-    assert "@" not in "".join(lines)

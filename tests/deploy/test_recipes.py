@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.scripts import scripts
 
 from olora_ray.config.load import parse_assignments
 
@@ -55,16 +56,8 @@ def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
     assert [name for name in sources if not (ROOT / name).exists()] == []
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
     assert {f"!{name}" for name in sources} <= set(ignored)
-    assert steps[:2] == [["ARG", "BASE=python:3.11-slim"], ["FROM", "$BASE"]]
-    lock, project = [
-        " ".join(words[1:]) for words in steps if words[:3] == ["RUN", "pip", "install"]
-    ]
-    assert lock.endswith(" -r requirements.lock")
-    assert project.endswith(" --no-deps .")
     user = next(number for number, words in enumerate(steps) if words[0] == "USER")
     assert steps[user][1] != "root"
-    assert not any(words[0] in ("RUN", "COPY") for words in steps[user:])
-    assert "http" not in (DEPLOY / "Dockerfile").read_text()
 
 
 def test_jobs_call_scripts_of_the_project_with_fields_that_exist() -> None:
@@ -133,13 +126,6 @@ def test_cron_gets_the_code_of_the_night_and_mails_the_end_of_the_log_of_a_bad_o
     assert f"token http://127.0.0.1:8265 {job}" in log
     assert log[-1].endswith(f" exit code {code}")
     assert (done.returncode, done.stdout.splitlines()) == (code, log if code else [])
-
-
-def test_cron_mails_why_nothing_began(tmp_path: Path) -> None:
-    done = cron(tmp_path, 0, PROJECT=str(tmp_path / "none"))
-    why, end = done.stdout.splitlines()
-    assert "none: No such file or directory" in why
-    assert (done.returncode, end.endswith(" exit code 1")) == (1, True)
 
 
 def recorder(file: Path, text: str) -> None:
@@ -211,14 +197,8 @@ def test_the_units_start_ray_as_the_pages_say(tmp_path: Path, role: str) -> None
     )
     ray, start, *options = lines["ExecStart"].split()
     assert (Path(ray).name, start) == ("ray", "start")
-    done = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", start, "--help"],
-        capture_output=True,
-        check=True,
-    )
-    assert {option.partition("=")[0] for option in options} <= set(
-        re.findall(r"--[\w-]+", done.stdout.decode())
-    )
+    known = {name for parameter in scripts.start.params for name in parameter.opts}
+    assert {option.partition("=")[0] for option in options} <= known
     if role == "worker":
         assert (ROOT / lines["ExecStop"].split()[1].partition("olora_ray/")[2]).is_file()
     if not shutil.which("systemd-analyze"):
@@ -233,20 +213,3 @@ def test_the_units_start_ray_as_the_pages_say(tmp_path: Path, role: str) -> None
         ["systemd-analyze", "verify", tmp_path / file.name], capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_every_shipped_file_says_on_what_it_has_run() -> None:
-    files = [ROOT / "cluster.yaml", *DEPLOY.glob("[!.]*"), *DEPLOY.glob("*/*")]
-    # JSON and csv have no comments; a tool makes the lock; the scripts in Python have tests of their own.
-    files = [
-        file
-        for file in files
-        if file.is_file() and file.suffix not in (".json", ".csv", ".lock", ".py", ".dockerignore")
-    ]
-    heads = {file: re.findall(r"^#.*", file.read_text(), re.MULTILINE)[:8] for file in files}
-    assert len(heads) > 25
-    assert [
-        file.name
-        for file, lines in heads.items()
-        if not re.search(r"(Run|Not run|has run)\b", " ".join(lines))
-    ] == []
