@@ -146,7 +146,7 @@ def ray_for(environment: Mapping[str, str]) -> Iterator[str]:
 def give(name: str, place: Path, environment: Mapping[str, str]) -> str:
     """Give a command in its project; returns its output if it fails."""
     script, *arguments = COMMANDS[name]
-    done = project.run_script(script, *arguments, cwd=place, timeout=550, env=environment)
+    done = project.run_script(script, *arguments, cwd=place, env=environment)
     if done.returncode == 0:
         return ""
     return f"{name}: exit code {done.returncode}\n{done.stdout}{done.stderr}"

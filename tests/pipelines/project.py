@@ -13,6 +13,7 @@ import yaml
 
 from olora_ray.common import node_cache
 from tests import mlflow_database
+from tests.ran import ran
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
@@ -141,35 +142,21 @@ def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") 
     return file
 
 
-def finetune(
-    *arguments: str | Path,
-    cwd: Path = ROOT,
-    timeout: float = 300,
-    env: Mapping[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run pipelines/finetune.py as a user does, with more variables in `env`."""
-    return run_script("finetune.py", *arguments, cwd=cwd, timeout=timeout, env=env)
+def finetune(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run pipelines/finetune.py as a user does; `more` as for `run_script`."""
+    return run_script("finetune.py", *arguments, **more)
 
 
 def run_script(
     script: str,
     *arguments: str | Path,
     cwd: Path = ROOT,
-    timeout: float = 300,
     env: Mapping[str, str] | None = None,
+    code: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry script as a user does, with more variables in `env`."""
-    command = _command(arguments, script)
+    """Run an entry script as a user does, with more variables in `env`; it must end with `code`, if that is given."""
     environment = {**_environment(), **(env or {})}
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return ran(_command(arguments, script), code=code, cwd=cwd, env=environment)
 
 
 def finetune_until(
@@ -185,7 +172,6 @@ def finetune_until(
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout
         seen, errors = "", []
         reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
         reader.start()
