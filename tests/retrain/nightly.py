@@ -15,6 +15,7 @@ from mlflow.entities import Run
 from olora_ray.tracking.aliases import Aliases
 from tests import mlflow_database
 from tests.pipelines import project
+from tests.ran import ran
 from tests.recovery.processes import kill_all
 
 MARKS = ".?!,"
@@ -88,15 +89,7 @@ class Nightly:
 
     def call(self, *arguments: str, code: int = 0) -> str:
         """Run one night; return its output."""
-        done = subprocess.run(
-            self.command(*arguments),
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == code, f"{done.returncode}\n{done.stdout}{done.stderr}"
+        done = ran(self.command(*arguments), code=code, env=self.environment())
         return done.stdout + done.stderr
 
     def call_until(self, line: str) -> str:
@@ -110,7 +103,6 @@ class Nightly:
             text=True,
             start_new_session=True,
         ) as process:
-            assert process.stdout
             for text in process.stdout:
                 seen += text
                 if line in text:

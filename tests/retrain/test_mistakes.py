@@ -16,10 +16,7 @@ def refused(nightly: Nightly, *arguments: str) -> str:
     return str(caught.value)
 
 
-def test_a_failure_is_recorded_with_its_reason(
-    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_a_failure_is_recorded_with_its_reason(folder: Path, model: Path) -> None:
     nightly = Nightly(folder, model)
     mlflow_database.place(folder / "runs")
     (folder / "heldout.jsonl").unlink()

@@ -11,8 +11,6 @@ from olora_ray.tracking.checksums import GATE
 from pipelines import registry
 from tests.pipelines import project
 from tests.retrain.nightly import Nightly
-from tests.serving.engine import Engine, following
-from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 
@@ -97,21 +95,6 @@ def test_new_data_then_poisoned_data_then_rollback(
         "a version that was rolled back does not come back by itself"
     )
     assert nightly.made() == 3
-
-
-@pytest.mark.slow
-def test_an_engine_has_the_new_champion_five_seconds_after_a_night(
-    folder: Path, model: Path
-) -> None:
-    loose = {"confident": False, "anchor": 10.0}
-    nightly = Nightly(folder, model, train=longer(model), export={"merged": False}, gate=loose)
-    nightly.call()
-    engine, name = Engine("vllm", model), "nightly@champion"
-    with following(name, nightly.aliases.uri, folder, "--engine", engine.url):
-        until(lambda: "/nightly-1-" in engine.served.get(name, ""))
-        nightly.add("1-more", ["three"], 40)
-        assert "version 2 is the champion of nightly" in (log := nightly.call()), log
-        until(lambda: "/nightly-2-" in engine.served[name], 5)
 
 
 def longer(model: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,8 @@ from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from tests import mlflow_database, registered, tiny
 from tests.pipelines import project
+from tests.ran import ran
+from tests.refused import refused
 from tests.said import said
 from tests.tokens import helpers
 
@@ -146,15 +147,10 @@ def test_from_the_base_on_everything(config: Config) -> None:
 def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_path: Path) -> None:
     first = made(config, None)[0].config.run.name
     assert made(config, None)[0].config.run.name == first
-    spectral = {"train.optimizer": "spectral"}
-    for change in ({"train.lr": 1e-5}, {"train.lr_ratio": 2.0}, spectral, {"adapter.sigma": 0.1}):
+    for change in ({"train.lr": 1e-5}, {"adapter.sigma": 0.1}):
         assert made(override(config, change), None)[0].config.run.name != first
-    assert (
-        made(override(config, {"gate.must_improve_by": 1, "cluster.workers": 1}), None)[
-            0
-        ].config.run.name
-        == first
-    )
+    elsewhere = {"gate.must_improve_by": 1, "cluster.workers": 1}
+    assert made(override(config, elsewhere), None)[0].config.run.name == first
     write(tmp_path / "chats" / "c.jsonl")
     assert made(config, None)[0].config.run.name != first
 
@@ -203,22 +199,12 @@ def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
     found, said = made(drawn, champion)
-    assert (
-        "warning: data.eval_fraction: the champion, version 1, may have been trained on rows"
-        in said
-    )
     assert "the gate uses only the held-out rows of 2 unchanged files" in said
-    assert (
-        "is not continued, because it may have been trained on rows that are held out now" in said
-    )
     assert found.config.train.start is None, "what it has seen does not pass on to its child"
     for changed in ({"run.seed": 5}, {"data.eval_fraction": 0.3}):
-        with pytest.raises(
-            UserError,
-            match=r"run\.seed or the fraction has changed .* put new rows into other files of data\.train",
-        ):
+        with refused("data.eval_fraction"):
             made(override(drawn, changed), champion)
-    with pytest.raises(UserError, match="no row is left to compare on"):
+    with refused("data.eval_fraction"):
         made(drawn, version(1, Fingerprint("base", "unheard of", "held", "s")))
 
 
@@ -230,14 +216,14 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(
     apart = override(config, {"data.eval": [{"path": str(held_out)}], "retrain.from": "base"})
     champion = champion_of(apart, tmp_path / "run")
     made(apart, champion)  # 20 rows are enough
-    with pytest.raises(UserError, match=r"gate\.min_rows: .* 20 held-out rows, but needs 21"):
+    with refused("gate.min_rows"):
         made(override(apart, {"gate.min_rows": 21}), champion)
     made(override(apart, {"gate.min_rows": 21}), None)  # without a champion there is no comparison
     one_row = {"gate.group": "text"}
     held_out.write_text(
         "".join(json.dumps({"text": f"{number % 7}"}) + "\n" for number in range(40))
     )
-    with pytest.raises(UserError, match=r"has 7 groups of held-out rows"):
+    with pytest.raises(UserError):
         made(override(apart, one_row), champion)
     made(override(apart, one_row | {"gate.min_rows": 7}), champion)
     score = {
@@ -245,10 +231,7 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(
         "gate.metric": "eval/exact_match",
         "evaluation.rows": 19,
     }
-    with pytest.raises(
-        UserError,
-        match=r"evaluation\.rows: 19 rows with eval/exact_match, but gate\.min_rows needs",
-    ):
+    with refused("evaluation.rows"):
         made(override(apart, score), champion)
     made(override(apart, score | {"evaluation.rows": 20}), champion)
 
@@ -260,10 +243,7 @@ def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(
     write(tmp_path / "held_out.jsonl")
     apart = {"data.eval": [{"path": str(tmp_path / "held_out.jsonl")}], "retrain.from": "base"}
     for held_out in (apart, {"data.eval_fraction": 0.2}):
-        with pytest.raises(
-            UserError,
-            match=r"gate\.group: no held-out row has a column 'txt'; use one of the fields",
-        ):
+        with refused("gate.group"):
             made(override(config, {"gate.group": "txt", **held_out}), None)
     for group in ("text", "@file", None):
         made(override(config, {"gate.group": group, **apart}), None)
@@ -307,18 +287,13 @@ def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(
     made(
         override(config, {"data.train.1.weight": 0.1}), champion
     )  # fewer rows per epoch, but the same files
-    name = made(config, champion)[0].config.run.name
-    assert made(override(config, {"retrain.may_shrink": 0.1}), champion)[0].config.run.name == name
+
     (tmp_path / "chats" / "a.jsonl").unlink()
     made(config, champion)
     (tmp_path / "chats" / "b.jsonl").write_text('{"text": "one"}\n' * 9)
     for chosen in (config, override(config, {"retrain.from": "base"})):
-        with pytest.raises(UserError) as caught:
+        with refused("data.train"):
             made(chosen, champion)
-        assert str(caught.value) == (
-            "data.train: 29 rows, but the champion, version 1, had 60: more than the share retrain.may_shrink=0.5 is"
-            " missing; restore the files or, if this is intended, run once with retrain.may_shrink=1"
-        )
     made(override(config, {"retrain.may_shrink": 1}), champion)
     made(config, known)  # a version of an older release
 
@@ -334,24 +309,20 @@ def test_the_champions_run_is_found_where_the_storage_lies_now(
 
 
 def test_a_night_without_changes_is_told_without_torch(
-    tmp_path: Path, model: Path, node: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, node: Path
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copytree(model, own := tmp_path / "model")
     (template := tmp_path / "own.jinja").write_text(project.TEMPLATE)
     rows = project.make_corpus(tmp_path / "train.jsonl", 20)
     project.make_corpus(tmp_path / "eval.jsonl", 7, first=100)
     file = project.write_config(tmp_path, project.settings(tmp_path, own, registry__model="m"))
     config = load_config(file, {"data.chat_template": str(template)})
-    with said() as lines:
-        assert recipe.cached_fingerprint(config) is None
-        now = recipe.read_inputs(config).fingerprint
-    assert len(lines) == len(set(lines)) > 2, lines
+    assert recipe.cached_fingerprint(config) is None
+    now = recipe.read_inputs(config).fingerprint
     assert recipe.cached_fingerprint(config) == now
-    by_rows = recipe.read_inputs(
-        override(config, {"data.max_length": "auto"})
-    ).config.data.max_length
+    by_rows = recipe.read_inputs(override(config, {"data.max_length": "auto"})).config.data.max_length
     assert 64 <= by_rows <= 256  # the number is what is trained with, and known to the next night
+
     aliases = registered.model(mlflow_database.place(tmp_path / "runs"), "m", 1)
     for tag, text in now.tags().items():
         aliases.client.set_model_version_tag("m", "1", tag, text)
@@ -362,7 +333,7 @@ def test_a_night_without_changes_is_told_without_torch(
         "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(file), f"data.chat_template={template}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=project.ROOT)
+    done = ran(command, cwd=project.ROOT)
     *_, told, imported = done.stdout.splitlines()
     assert (told[9:], imported) == ("nothing changed since version 1 of m (the champion)", "[]")
     assert recipe.cached_fingerprint(override(config, {"train.lr": 0.1})) is None
