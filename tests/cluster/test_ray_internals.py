@@ -70,7 +70,6 @@ def test_a_job_may_be_submitted_with_variables_that_the_project_sets_itself(
     )
     ours: Any = {"env_vars": ray_internals.beside_job(ENVIRONMENT)}
     merged = _merge_runtime_env({**job, "env_vars": given or {}}, ours)
-    assert merged is not None
     assert merged["env_vars"] == {**ENVIRONMENT, **(given or {})}
 
 

@@ -25,6 +25,7 @@ from tests import tiny
 from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.refused import refused
 from tests.said import said
 
 CONTEXT: Any = SimpleNamespace(
@@ -95,11 +96,9 @@ def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes() -> None:
 @pytest.mark.parametrize("what", ["processor", "torch", "code"])
 def test_another_worker_or_version_tests_again(what: str) -> None:
     first, _ = _resumed(TrainState())
-    assert first.state.self_test is not None
     first.state.self_test["with"][what] = "another"
     again, done = _resumed(first.state)
     assert done
-    assert again.state.self_test is not None
     assert again.state.self_test["with"][what] != "another"
 
 
@@ -131,7 +130,7 @@ def test_all_linear_leaves_out_what_no_gradient_reaches(node: Path) -> None:
             len([line for line in lines if "all-linear leaves out 1 layer: no gradient" in line])
             == 1
         )
-    with pytest.raises(UserError, match=r"no gradient reaches .*layers\.0\.mlp\.gate_proj,"):
+    with refused("no gradient reaches"):
         _partly_unused(_without_gate, adapter__targets=("gate_proj", "up_proj"))
 
 
@@ -173,9 +172,7 @@ def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> Non
     neighbours.tested = SelfTest("segments")
     wide: dict[str, Any] = {"data__max_length": 128, "data__packing": False}
     assert again(neighbours, **wide, train__micro_batch=1) == neighbours.tested
-    with pytest.raises(
-        UserError, match=r"^data\.max_length=128: .*Phi3ForCausalLM .* the loss of the others"
-    ):
+    with refused("data.max_length=128"):
         again(neighbours, **wide, train__micro_batch=2)
 
     variant = ALL["llama4_text"]
@@ -184,8 +181,5 @@ def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> Non
     )
     places.tested = SelfTest("segments")
     assert again(places, data__max_length=48, train__micro_batch=1) == places.tested
-    with pytest.raises(
-        UserError,
-        match=r"^train\.micro_batch=2: .* by the position in a row.*; set trials_per_worker: 1",
-    ):
+    with refused("train.micro_batch=2"):
         again(places, data__max_length=48, train__micro_batch=2)

@@ -90,9 +90,7 @@ def test_a_token_is_made_once_and_for_this_user_only(home: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
 
 
-def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(home: Path) -> None:
     (home / ".ray").write_text("no folder")
     address.make_own()
     assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])

@@ -72,12 +72,10 @@ def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -
         result, channel = train(tmp_path / "one", model=model)
     assert (result.problem, result.answers) == (None, ())
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
-    why = "LlamaForCausalLM cannot generate (ValueError: no cache of this shape)"
-    assert [line for line in lines if "cannot" in line] == [
-        f"warning: evaluation.samples: {why}: the training continues without answers"
-    ]
+    [line] = [line for line in lines if "cannot" in line]
+    assert line.startswith("warning: evaluation.samples: LlamaForCausalLM cannot generate")
     result, _ = train(tmp_path / "two", model=model, evaluation__scorer="exact_match")
-    assert result.problem == f"evaluation.scorer: {why}; leave it out"
+    assert result.problem.startswith("evaluation.scorer: LlamaForCausalLM cannot generate")
 
 
 @pytest.mark.parametrize(
@@ -101,10 +99,8 @@ def test_a_step_without_memory_names_the_settings_that_need_less(
     model.model.register_forward_pre_hook(gathers)
     result, channel = train(tmp_path, model=model, train__micro_batch=micro, data__max_length=16)
     assert Started(1) in channel.messages
-    assert result.problem is not None
     begin = f"a worker has too little memory for train.micro_batch={micro} and data.max_length=16: set {settings} ("
     assert result.problem.startswith(begin)
-    assert "can't allocate memory" in result.problem
     assert not result.passes
 
 
@@ -141,7 +137,6 @@ def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) ->
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
     assert list(channel.metrics("eval/loss")) == [0, 2, 4, 6]
     assert checkpoints.names(str(folder)) == [checkpoints.name_of(step) for step in (0, 3, 6)]
-    assert result.state is not None
     assert (result.problem, result.interrupted, result.stopped_early) == (None, None, False)
     assert [list(pair.before) for pair in result.answers] == result.state.before
 
@@ -199,7 +194,6 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
         assert [each.resumed_from for each in resumptions(channel)] == [6]
         later = {step: rate for step, rate in whole.metrics("train/lr").items() if step > 6}
         assert channel.metrics("train/lr") == later
-        assert result.state is not None
         assert [row["step"] for row in result.state.history if "train/loss" in row] == list(
             range(1, 11)
         )
@@ -214,57 +208,49 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, train__steps=None, train__epochs=1)  # 8 sequences are 2 steps
-    assert result.problem is not None
     assert result.problem.startswith(
         "train.epochs: the run has already done 6 steps, and train.epochs=1 gives 2"
     )
     result, _ = train(tmp_path, train__steps=None, train__epochs=4)
-    assert result.state is not None
     assert result.state.step == 8
 
 
-@pytest.mark.parametrize(
-    ("method", "optimizer"),
-    [("pissa", "preconditioned"), ("orthogonal", "preconditioned"), ("olora", "spectral")],
-)
-def test_a_run_with_two_rates_and_another_optimizer_resumes_to_the_same_bytes(
-    tmp_path: Path, method: str, optimizer: str
+RESUMED: dict[str, dict[str, Any]] = {
+    "two rates and another optimizer": {
+        "adapter__method": "pissa",
+        "train__lr_ratio": 4.0,
+        "train__optimizer": "preconditioned",
+    },
+    "spectral": {"train__optimizer": "spectral"},
+    "an automatic rate": {"train__lr": "auto", "train__lr_factor": 0.5},
+    # By a clear margin, since on other processors sums round differently.
+    "a best adapter of before": {"train__lr": 0.2, "train__schedule": "constant"},
+}
+
+
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
+def test_what_a_run_has_decided_is_kept_through_a_resume(
+    tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__optimizer": optimizer}
-    train(tmp_path / "whole", **settings)
+    first, whole = train(tmp_path / "whole", **settings)
     train(tmp_path / "cut", **settings)
     (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
-    _, channel = train(tmp_path / "cut", **settings)
-    assert [each.resumed_from for each in resumptions(channel)] == [3]
-    cut, whole = (
-        checkpoints.read(str(tmp_path / name / checkpoints.name_of(6))) for name in ("cut", "whole")
-    )
-    for name, weights in whole.adapter.items():
-        assert weights.db.any()
-        assert torch.equal(cut.adapter[name].factors.a0, weights.factors.a0)
-        assert torch.equal(cut.adapter[name].da, weights.da)
-        assert torch.equal(cut.adapter[name].db, weights.db)
-
-
-def test_an_automatic_rate_is_kept_through_a_resume(tmp_path: Path) -> None:
-    settings = {"train__lr": "auto", "train__lr_factor": 0.5}
-    result, whole = train(tmp_path / "whole", **settings)
-    assert result.state is not None
-    assert result.state.lr is not None
-    assert max(whole.metrics("train/lr").values()) == pytest.approx(result.state.lr / 2)
-    train(tmp_path / "cut", **settings)
-    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
-    _, resumed = train(tmp_path / "cut", **settings)
+    again, resumed = train(tmp_path / "cut", **settings)
+    assert [each.resumed_from for each in resumptions(resumed)] == [3]
     assert resumed.metrics("train/lr").items() < whole.metrics("train/lr").items()
     assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
+    assert again.state.best_step == first.state.best_step
+    assert again.answers == first.answers
+    if settings.get("train__lr") == 0.2:
+        assert first.state.best_step < 4
+    if settings.get("train__lr") == "auto":
+        assert max(whole.metrics("train/lr").values()) == pytest.approx(first.state.lr / 2)
 
 
 def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path) -> None:
     first, _ = train(tmp_path, train__lr="auto")
     with said() as lines:
         longer, channel = train(tmp_path, train__lr="auto", train__steps=96)
-    assert first.state is not None
-    assert longer.state is not None
     assert first.state.lr is not None
     assert longer.state.lr == pytest.approx(first.state.lr / 2, rel=0.05)
     assert channel.metrics("train/lr")[7] == pytest.approx(longer.state.lr, rel=0.05)
@@ -273,7 +259,6 @@ def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path
 
 def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
     result, channel = train(tmp_path / "fits", train__lr="auto")
-    assert result.state is not None
     assert result.state.lr is not None
     told = [str(message) for message in channel.messages if "train.lr=auto" in str(message)]
     assert len(told) == 1
@@ -296,22 +281,6 @@ def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     assert channel.metrics("eval/loss")[0] == 99.0
 
 
-def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
-    # A rate at which the held-out loss soon grows, by a clear margin: on other processors sums round differently.
-    settings = {"train__lr": 0.2, "train__schedule": "constant"}
-    first, _ = train(tmp_path / "whole", **settings)
-    assert first.state is not None
-    assert first.state.best_step is not None
-    assert first.state.best_step < 4
-    train(tmp_path / "cut", **settings)
-    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
-    again, _ = train(tmp_path / "cut", **settings)
-    assert again.state is not None
-    assert again.state.best_step == first.state.best_step
-    assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
-    assert again.answers == first.answers
-
-
 @pytest.mark.parametrize(("share", "more"), [(1e9, True), (1e-9, False)])
 def test_a_checkpoint_is_due_after_some_seconds_unless_it_costs_too_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, more: bool
@@ -331,7 +300,6 @@ def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     started, _ = train(
         tmp_path / "other", adapter__alpha=4, train__start=str(tmp_path / checkpoints.name_of(6))
     )
-    assert started.problem is not None
     assert started.problem.startswith("train.start: ")
     assert "was trained with another adapter; " in started.problem
 
@@ -354,9 +322,8 @@ def whole_losses(folder: Path) -> dict[int, float]:
     return {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
 
 
-@pytest.mark.parametrize("problem", ["model.name: /m is not on every node", None])
 def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
-    monkeypatch: pytest.MonkeyPatch, problem: str | None
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The others wait for it in an exchange, over NCCL for half an hour, and the driver waits for them."""
     given: list[TrainResult] = []
@@ -366,10 +333,9 @@ def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
         (ray_internals, "quiet_train_worker"): lambda: None,
         (worker, "RayTrainContext"): lambda config: SimpleNamespace(rank=0),
         (worker, "give_signs_of_life"): lambda *_: None,
-        (worker, "train_at"): lambda *_: TrainResult(problem=problem),
+        (worker, "train_at"): lambda *_: TrainResult(problem="model.name: not on every node"),
     }
     for (module, name), instead in around.items():
         monkeypatch.setattr(module, name, instead)
     spec: Any = SimpleNamespace(config=tiny.decided())
-    assert worker.train_worker(spec, "", channel) == TrainResult(problem=problem)
-    assert given == ([] if problem is None else [TrainResult(problem=problem)])
+    assert given == [worker.train_worker(spec, "", channel)]

@@ -122,25 +122,28 @@ def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tu
         return common_dtype(tiny.decided(model__dtype=dtype), CPU, began).model.dtype, lines
 
 
-def test_workers_of_several_kinds_compute_in_one_precision(crew: Callable[[int], Crew]) -> None:
-    for dtype, lines in crew(2).run(_agreed, (True, False), "auto"):
-        assert dtype == "float32"
-        [line] = lines
-        assert "1 of 2 workers are not fast at bfloat16" in line
-    assert crew(2).run(_agreed, (True, True), "auto") == [("bfloat16", [])] * 2
-    assert crew(2).run(_agreed, (True, False), "bfloat16") == [("bfloat16", [])] * 2
-
-
-def test_a_run_stays_in_the_precision_that_it_began_in(crew: Callable[[int], Crew]) -> None:
-    """Resumed on other nodes, or joined by a worker of another kind, it went on in theirs."""
-    for fast, began, other in (
-        ((False, False), "bfloat16", "float32"),
-        ((True, True), "float32", "bfloat16"),
-    ):
-        for dtype, lines in crew(2).run(_agreed, fast, "auto", began):
-            assert dtype == began
-            [line] = lines
-            assert f"keeping {began}, " in line
-            assert f"would choose {other}" in line
-    assert crew(2).run(_agreed, (True, True), "auto", "bfloat16") == [("bfloat16", [])] * 2
-    assert crew(2).run(_agreed, (False, False), "bfloat16", "float32") == [("bfloat16", [])] * 2
+@pytest.mark.parametrize(
+    ("fast", "asked", "began", "dtype", "told"),
+    [
+        ((True, False), "auto", None, "float32", "1 of 2 workers are not fast at bfloat16"),
+        ((True, True), "auto", None, "bfloat16", ""),
+        ((True, False), "bfloat16", None, "bfloat16", ""),
+        # Resumed on other nodes, or joined by a worker of another kind, it went on in theirs.
+        ((False, False), "auto", "bfloat16", "bfloat16", "keeping bfloat16, "),
+        ((True, True), "auto", "float32", "float32", "keeping float32, "),
+        ((True, True), "auto", "bfloat16", "bfloat16", ""),
+        ((False, False), "bfloat16", "float32", "bfloat16", ""),
+    ],
+)
+def test_workers_compute_in_one_precision_and_stay_in_that_of_the_run(
+    crew: Callable[[int], Crew],
+    fast: tuple[bool, bool],
+    asked: str,
+    began: str | None,
+    dtype: str,
+    told: str,
+) -> None:
+    for found, lines in crew(2).run(_agreed, fast, asked, began):
+        assert found == dtype
+        assert len(lines) == bool(told)
+        assert told in "".join(lines)
