@@ -38,15 +38,13 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def address(tmp_path: Path) -> str:
     """The address of an MLflow with an empty database."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
 
 
 @pytest.fixture
-def tracker(database: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def tracker(database: Path) -> run.Tracker:
     return start_run(tiny.config(run__storage=str(database)), "test", {})
 
 
@@ -62,11 +60,8 @@ def triage(database: Path, merged: Path) -> run.Tracker:
 
 
 @pytest.fixture
-def add(
-    database: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], tuple[str, str]]:
+def add(database: Path, merged: Path) -> Callable[[str], tuple[str, str]]:
     """`add(name)` registers one more version as challenger: (MLflow's address, version)."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def register(name: str) -> tuple[str, str]:
         tracker = start_run(tiny.config(run__storage=str(database)), "test", {})

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common import storage
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import TryAgain
 from olora_ray.config.schema import Config
 from olora_ray.tracking import models, start
 from olora_ray.tracking.client import TrackingUnavailable
 from olora_ray.tracking.models import Contents
 from tests import mlflow_database, tiny
 from tests.mlflow_server import Server
+from tests.refused import refused
 from tests.s3_server import Faults
 from tests.s3_server import Server as S3Server
 
@@ -57,9 +58,7 @@ def test_a_folder_of_the_servers_machine_is_told_before_a_training(
 ) -> None:
     """With --no-serve-artifacts MLflow creates the server's folder on the client; as root in a container this works."""
     place, uri = tmp_path / "server" / "artifacts" / "1", f"http://{host}:5000"
-    with pytest.raises(
-        UserError, match=rf"{uri} keeps files in its folder {place}, which is missing"
-    ):
+    with refused(f"{uri} keeps files in its folder {place}"):
         start.probe(place.as_uri(), uri)
     assert list(tmp_path.iterdir()) == []
     place.parent.mkdir(parents=True)  # a shared folder
@@ -76,9 +75,7 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
         assert not list((tmp_path / "artifacts").rglob("*.*"))
         shutil.rmtree(tmp_path / "artifacts")
         (tmp_path / "artifacts").write_text("a file")
-        with pytest.raises(
-            UserError, match=rf"mlflow-artifacts:/\d+ at {server.uri} cannot be written: "
-        ):
+        with refused("mlflow-artifacts:/"):
             check(config)
     finally:
         server.kill()
@@ -86,7 +83,7 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
 
 def test_a_store_without_time(s3_server: S3Server, config: Config) -> None:
     s3_server.faults = Faults(refuse=-1)
-    with pytest.raises(TryAgain, match=r"MLflow's artifact store: .* does not answer: SlowDown"):
+    with refused("MLflow's artifact store", TryAgain):
         check(config)
 
 

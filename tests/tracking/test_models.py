@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from olora_ray.common.node_cache import project
@@ -14,7 +13,6 @@ from olora_ray.tracking.checksums import GATE
 from olora_ray.tracking.models import Contents
 from olora_ray.tracking.start import CODE, lineage, start_run
 from tests import tiny
-from tests.export_parts import Case, logits
 from tests.tracking.conftest import TAGS
 
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -40,18 +38,6 @@ def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
         model.tags[MLFLOW_MODEL_VERSIONS]
     )  # without it the model's page says "Not registered"
     assert (there["name"], int(there["version"])) == ("triage", 1)
-
-
-@pytest.mark.usefixtures("mlflow_there")
-def test_mlflow_loads_the_pipeline_and_it_generates(case: Case) -> None:
-    import mlflow.transformers
-
-    pipeline = mlflow.transformers.load_model("models:/triage@candidate")
-    assert pipeline.model.dtype == torch.bfloat16
-    assert (logits(pipeline.model) - case.logits).abs().mean() < 0.05 * case.logits.abs().mean()
-    (answer,) = pipeline(QUESTION, max_new_tokens=4, do_sample=False)
-    assert answer["generated_text"][-1]["role"] == "assistant"
-    assert answer["generated_text"][-1]["content"]
 
 
 @pytest.mark.usefixtures("mlflow_there")
@@ -147,11 +133,6 @@ def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
     assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}, (
         "repeating changes nothing"
-    )
-    tracker.client().delete_registered_model_alias("direct", "champion")
-    assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
-    assert Aliases(tracker.uri, "direct").current() == {"previous": "1"}, (
-        "repeating sets no alias that was deleted"
     )
 
 

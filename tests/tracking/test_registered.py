@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.tracking import models, run
 from olora_ray.tracking.models import Contents
+from tests.refused import refused
 from tests.said import said
 
 
-@pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
 def test_a_registered_model_as_a_base_model(
-    triage: run.Tracker, merged: Path, tmp_path: Path, name: str
+    triage: run.Tracker, merged: Path, tmp_path: Path
 ) -> None:
-    folder = models.find(name, triage.uri, tmp_path).folder
+    folder = models.find("models:/triage@candidate", triage.uri, tmp_path).folder
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         path.name for path in merged.iterdir()
     )
@@ -27,7 +26,7 @@ def test_a_registered_model_as_a_base_model(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("models:/triage@nobody", r"triage has versions 1.* and aliases @candidate = 1"),
+        ("models:/triage@nobody", "aliases @candidate = 1"),
         ("models:/nothing@candidate", "no model 'nothing' is registered"),
         ("models:/triage", "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
@@ -35,7 +34,7 @@ def test_a_registered_model_as_a_base_model(
 def test_a_registered_model_that_is_not_there(
     triage: run.Tracker, tmp_path: Path, name: str, message: str
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         models.find(name, triage.uri, tmp_path)
 
 
@@ -43,7 +42,7 @@ def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path:
     (tmp_path / "model.pkl").write_text("")
     tracker.client().create_registered_model("sklearn")
     tracker.client().create_model_version("sklearn", str(tmp_path))
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with refused("has no config.json"):
         models.find("models:/sklearn/1", tracker.uri, tmp_path)
 
 
@@ -82,9 +81,7 @@ def test_a_version_with_added_or_changed_files_is_not_loaded(
     file = models.find(uri, tracker.uri, merged.parent).folder.parent / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
-    with pytest.raises(
-        UserError, match=rf"^spoilt version {version}: {name} (was added|was changed)"
-    ):
+    with refused(f"spoilt version {version}: {name}"):
         models.find(uri, tracker.uri, merged.parent)
 
 
