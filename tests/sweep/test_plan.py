@@ -23,6 +23,7 @@ from olora_ray.sweep.space_file import plan
 from pipelines import sweep
 from tests import mlflow_database, tiny
 from tests.pipelines import project
+from tests.refused import refused
 from tests.said import said
 
 PACKED = ("q_proj", "v_proj")
@@ -102,39 +103,24 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
     if given is None:
         assert run.train_spec(decided, space, base, cluster)[0].config == config
         return
-    with pytest.raises(UserError) as found:
+    with refused(f"metric: {metric} is not measured: exact_match returns {given}"):
         run.train_spec(decided, space, base, cluster)
-    assert str(found.value) == (
-        f"metric: {metric} is not measured: exact_match returns {given} for the answers to the"
-        " held-out rows; set another metric"
-    )
 
 
 def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
     space = over(["up_proj"], ["q_proj", "up_proj"], ["v_proj"])
     with pytest.raises(UserError) as found:
         planned(model, space, adapter__targets=["down_proj"])
-    text = str(found.value)
-    assert "\n" not in text
     assert isinstance(found.value, Problems)
-    assert len(found.value.lines) == 3  # a heading, and two problems
-    first, second = text.removeprefix("the search cannot start: ").split("; search.")
-    assert first.startswith(
-        "search.adapter.targets=['q_proj', 'up_proj']: adapter.targets: model.layers.0.self_attn.q"
-    )
-    assert second.startswith(
-        "adapter.targets=['v_proj']: adapter.targets: model.layers.0.self_attn.v_proj cannot"
-    )
-    assert second.endswith("or set export.merged: false")
+    _, first, second = found.value.lines
+    assert first.startswith("search.adapter.targets=['q_proj', 'up_proj']: adapter.targets: ")
+    assert second.startswith("search.adapter.targets=['v_proj']: adapter.targets: ")
 
 
 def test_the_config_counts_where_it_is_a_trial(model: Path) -> None:
     lr = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}}
     for space in (over(["up_proj"]), lr, lr | {"include_default": False}):
-        with pytest.raises(
-            UserError,
-            match=r"^adapter\.targets: model\.layers\.0\.self_attn\.q_proj cannot be merged",
-        ):
+        with refused("adapter.targets"):
             planned(model, space)
     assert planned(model, over(["up_proj"], include_default=False))
     assert planned(model, lr, export__merged=False)
@@ -142,10 +128,7 @@ def test_the_config_counts_where_it_is_a_trial(model: Path) -> None:
 
 def test_whether_it_is_merged_may_be_searched(model: Path) -> None:
     space = {"search": {"export.merged": {"choice": [False, True]}}, "include_default": False}
-    with pytest.raises(
-        UserError,
-        match=r"^search\.export\.merged=True: adapter\.targets: .*q_proj cannot be merged",
-    ):
+    with refused("search.export.merged=True"):
         planned(model, space)
 
 
@@ -165,29 +148,18 @@ def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     assert not any("memory per worker" in line for line in lines)
 
 
-def test_the_command_refuses_before_it_starts_a_ray(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path) -> None:
     project.make_tiny(tmp_path)
     mlflow_database.place(tmp_path / "runs")
     tree = project.settings(
         tmp_path, tmp_path / "model", adapter__targets=["up_proj"], evaluation={}
     )
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(over(["up_proj"], ["lm_head"])))
-    with pytest.raises(
-        UserError, match=r"^search\.adapter\.targets=\['lm_head'\]: .*the output head"
-    ):
-        sweep.main([str(project.write_config(tmp_path, tree)), str(tmp_path / "space.yaml")])
-    with pytest.raises(UserError, match=r"^registry\.model: not set"):
-        sweep.main(
-            [
-                str(tmp_path / "config.yaml"),
-                str(tmp_path / "space.yaml"),
-                "registry.model=null",
-                "--register",
-            ]
-        )
-    with pytest.raises(UserError, match="expected a config and a space file"):
+    words = [str(project.write_config(tmp_path, tree)), str(tmp_path / "space.yaml")]
+    with refused("search.adapter.targets=['lm_head']"):
+        sweep.main(words)
+    with refused("registry.model"):
+        sweep.main([*words, "registry.model=null", "--register"])
+    with refused("expected a config and a space file"):
         sweep.main([])
     assert not (tmp_path / "runs" / "tokens").exists()

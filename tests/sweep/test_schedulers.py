@@ -135,8 +135,6 @@ def test_trials_on_the_same_rows_are_compared_by_their_training_losses(tmp_path:
     "settings",
     [
         {"search": {"train.steps": {"choice": [60, 120]}}},
-        {"search": {"train.global_batch": {"choice": [4, 8]}}},
-        {"search": {"data.max_length": {"choice": [64, 128]}}},
         {"search": {"adapter.dropout": {"choice": [0.0, 0.1]}}},
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact", "mode": "max"},
     ],

@@ -118,7 +118,6 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, ba
         expected = sum(float(own(batch)) for batch in batches) / sum(
             len(batch.labels) for batch in batches
         )
-    assert found is not None
     assert found.loss == pytest.approx(expected, rel=1e-4)
 
 

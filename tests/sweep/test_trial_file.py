@@ -47,7 +47,6 @@ def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) ->
     assert trial_file.read_record(str(tmp_path)) == kept.record
     late.begin()
     found = trial_file.read_record(str(tmp_path))
-    assert found is not None
     assert found.status == "unfinished"
 
 
@@ -67,7 +66,6 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
     (tmp_path / "trial.json").rmdir()
     kept.measured(8, 0.4)
     found = trial_file.read_record(str(tmp_path))
-    assert found is not None
     assert found.curve == ((4, 0.5), (8, 0.4))
 
 

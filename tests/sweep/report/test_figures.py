@@ -25,7 +25,6 @@ def texts(figure: Figure) -> list[str]:
 
 def named(figure: Figure) -> list[str]:
     legend = figure.axes[0].get_legend()
-    assert legend is not None
     return [item.get_text() for item in legend.get_texts()]
 
 
@@ -58,7 +57,6 @@ def test_no_word_is_cut_off_and_no_two_labels_overlap(draw: Draw, record: Search
     drawn.draw_without_rendering()
     axes = drawn.axes[0]
     for box in (item.get_tightbbox() for item in [*drawn.texts, axes]):
-        assert box is not None
         assert drawn.bbox.x0 <= box.x0 < box.x1 <= drawn.bbox.x1
         assert drawn.bbox.y0 <= box.y0 < box.y1 <= drawn.bbox.y1
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
