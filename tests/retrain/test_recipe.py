@@ -320,7 +320,9 @@ def test_a_night_without_changes_is_told_without_torch(
     assert recipe.cached_fingerprint(config) is None
     now = recipe.read_inputs(config).fingerprint
     assert recipe.cached_fingerprint(config) == now
-    by_rows = recipe.read_inputs(override(config, {"data.max_length": "auto"})).config.data.max_length
+    by_rows = recipe.read_inputs(
+        override(config, {"data.max_length": "auto"})
+    ).config.data.max_length
     assert 64 <= by_rows <= 256  # the number is what is trained with, and known to the next night
 
     aliases = registered.model(mlflow_database.place(tmp_path / "runs"), "m", 1)
