@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from olora_ray.common.text import plural
 from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.progress import Progress, batch_split
 from olora_ray.pipeline.prometheus import Telemetry
-from olora_ray.pipeline.run_folder import RunFolder, RunState
+from olora_ray.pipeline.run_folder import RunFolder, RunState, by_step
 from olora_ray.tokens.prepare import CompleteStore, StoreBuild
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoint, checkpoints
@@ -77,14 +77,6 @@ class Monitor:
         if self.on_row:
             for step, row in sorted(rows.items()):
                 self.on_row(step, row)
-
-
-def by_step(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
-    """Return the metrics of rows by their field `step`."""
-    found = {}
-    for row in rows:
-        found[int(row["step"])] = {name: value for name, value in row.items() if name != "step"}
-    return found
 
 
 # Groups of workers of one training: choose the number of workers for each, and decide whether another one follows.

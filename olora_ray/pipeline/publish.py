@@ -18,8 +18,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.export import Exported, license_of
-from olora_ray.pipeline.fit import by_step
-from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
+from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, by_step, settings_digest
 from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import checksums, client, models
 from olora_ray.tracking.aliases import Aliases

@@ -6,7 +6,7 @@ A run is identified by its settings and by the contents of its model and data. T
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -448,6 +448,14 @@ class Fingerprint:
         return [
             word for name, word in WORDS.items() if getattr(self, name) != getattr(before, name)
         ]
+
+
+def by_step(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """Return the metrics of rows by their field `step`."""
+    found = {}
+    for row in rows:
+        found[int(row["step"])] = {name: value for name, value in row.items() if name != "step"}
+    return found
 
 
 def settings_digest(config: Config) -> str:
