@@ -29,13 +29,6 @@ class Interval:
     low: float
     high: float
 
-    def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
-    def inside(self, relevant: float) -> bool:
-        """True if the whole interval is closer to 0 than the smallest difference that matters."""
-        return -relevant < self.low and self.high < relevant
-
 
 # Paired bootstrap: the interval of a difference between two models, over the rows on which both were measured.
 

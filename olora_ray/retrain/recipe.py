@@ -113,11 +113,10 @@ def cached_fingerprint(config: Config) -> Fingerprint | None:
 
 def _kept_at(config: Config, model: str, files: Sequence[tuple[str, str]]) -> str:
     template = config.data.chat_template or ""
-    text = template
     if template and storage.exists(template):
-        text = storage.read_text(template)
+        template = storage.read_text(template)
     return node_cache.result_path(
-        "fingerprints", config.model_dump_json(), model, text, json.dumps(files)
+        "fingerprints", config.model_dump_json(), model, template, json.dumps(files)
     )
 
 
@@ -169,11 +168,11 @@ def version_to_beat(aliases: Aliases) -> Baseline:
         return Baseline(there[champion], "the champion", champion, versions)
     # These have been champions: the gate's verdict says passed, or they were promoted by hand.
     passed = [each for each in versions if each.verdict and not each.verdict.startswith("refused")]
-    newest = [version for version in reversed(passed) if not version.rolled_back]
+    newest = (version for version in reversed(passed) if not version.rolled_back)
     substitutes = {
         "the last champion": there.get(last or ""),
         "the previous champion": there.get(named.get(PREVIOUS, "")),
-        "the newest that passed": next(iter(newest), None),
+        "the newest that passed": next(newest, None),
     }
     gone = "the alias champion is missing"
     if last is not None and last not in there:
@@ -288,23 +287,19 @@ def training_config(
     if champion is not None:
         _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
         _check_held_out(config, inputs, champion)
-    start = None  # None: from the base model
+    changes: dict[str, Any] = {"registry.alias": CHALLENGER}
+    origin = None  # None: from the base model
     if config.retrain.origin == "champion" and champion is not None:
-        result = _continued(config, inputs, champion)
-        if isinstance(result, str):
+        start = _continued(config, inputs, champion)
+        if isinstance(start, str):
             logger.info(
-                f"retrain.from=champion: version {champion.number} is not continued, because {result};"
+                f"retrain.from=champion: version {champion.number} is not continued, because {start};"
                 " using the base model"
             )
         else:
-            start = result
-    changes: dict[str, Any] = {"registry.alias": CHALLENGER}
-    origin = None
-    if start and champion:
-        checkpoint, sources = start
-        changes["train.start"] = checkpoint
-        changes["data.train"] = [source.model_dump(mode="json") for source in sources]
-        origin = champion.number
+            changes["train.start"], sources = start
+            changes["data.train"] = [source.model_dump(mode="json") for source in sources]
+            origin = champion.number
     wanted = override(config, changes)
     # The name depends on the contents, the start version, and all settings that a run folder is bound to.
     parts = [inputs.fingerprint.tags(), origin, identity_settings(flatten(wanted))]

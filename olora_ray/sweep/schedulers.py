@@ -26,14 +26,11 @@ def scheduler(sweep_spec: SweepSpec) -> TrialScheduler:
     # Slightly less, because of rounding: a third of 100, times 3, exceeds 100 in floats, and a trial would miss a rung.
     grace = min(WHOLE, WHOLE * sweep_spec.grace() / sweep_spec.total()) * (1 - 1e-9)
     length: dict[str, Any] = {"max_t": WHOLE, "grace_period": grace}  # Ray's annotations say int
-    kind: type[Halving] = Halving
-    measured = space.metric
-    if space.paired():
-        kind = Paired
-        measured = PAIRED
+    paired = space.paired()
+    kind = Paired if paired else Halving
     halving = kind(PROGRESS, reduction_factor=settings.reduction, **length)
     halving.folder = sweep_spec.folder
-    halving.measured = measured
+    halving.measured = PAIRED if paired else space.metric
     return halving
 
 

@@ -60,16 +60,15 @@ def check_search(config: Config, space: Space) -> Kept:
     kept = NOTHING
     if begun is not None:
         kept = Kept(begun.config, read_decisions(folder.root))
-    changes: list[str] = []
     if storage.exists(path):
         changes = _changes(begun, description(kept.filled(config), space))
-    if changes:
         if len(changes) > 3:
             changes[3:] = ["..."]
-        raise UserError(
-            f"run.name: {folder.root} holds a search with different settings ({', '.join(changes)}); set another"
-            " run.name, use another space file, or delete the folder"
-        )
+        if changes:
+            raise UserError(
+                f"run.name: {folder.root} holds a search with different settings ({', '.join(changes)}); set another"
+                " run.name, use another space file, or delete the folder"
+            )
     address.find()
     return kept
 

@@ -398,29 +398,26 @@ class Space(Section):
         draws: Values = {}
         for field, domain in self.search.items():
             value: Any = at(config, field, MISSING)
-            if domain.of is None:
-                draw = _draw_of(domain, config, field, value)
-            else:
+            parts = value if isinstance(value, list) else [value]
+            if domain.of is not None:
                 base = at(config, domain.of)
                 # A field that is null (train.clip) has no multiple.
                 factors = domain.factors() if _is_number(base) else ()
                 draw = next((factor for factor in factors if base * factor == value), MISSING)
+            elif any(isinstance(part, dict) for part in parts):
+                # An option that is a section may leave out what is at its default. So it is compared after the config
+                # has completed it.
+                options = domain.options()
+                same = (
+                    each for each in options if at(override(config, {field: each}), field) == value
+                )
+                draw = next(same, MISSING)
+            else:
+                draw = domain.draw_of(value)
             if draw is MISSING:
                 return None
             draws[domain.draw_name(field)] = draw
         return draws
-
-
-def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
-    # An option that is a section may leave out what is at its default. So it is compared after the config has completed
-    # it.
-    parts = value if isinstance(value, list) else [value]
-    if not any(isinstance(part, dict) for part in parts):
-        return domain.draw_of(value)
-    for option in domain.options():
-        if at(override(config, {field: option}), field) == value:
-            return option
-    return MISSING
 
 
 def multiple(base: float, factor: float) -> float:

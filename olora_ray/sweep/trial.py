@@ -205,7 +205,8 @@ class TrialRun:
             raise UserError(
                 f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}"
             )
-        step = result.state.step if result.state else 0
+        assert result.state is not None
+        step = result.state.step
         self._file.measured(step, value)
         self._items.put(TrialLosses(step, value))
 

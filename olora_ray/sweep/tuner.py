@@ -312,22 +312,24 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     trainable: Any = tune.with_resources(
         tune.with_parameters(SearchTrial, sweep_spec=sweep_spec), own
     )
-    if search_folder.lost(sweep_spec.folder):
+    space = sweep_spec.space
+    folder = sweep_spec.folder
+    params: Result | None = None
+    if space.searcher != "tpe":  # Optuna draws itself
+        params = {NUMBER: tune.grid_search(list(range(space.count())))}
+        for name in space.draw_names():
+            params[name] = tune.sample_from(partial(_draw, space, name))
+    if search_folder.lost(folder):
         _forget(sweep_spec)
-    path = search_folder.tune_place(sweep_spec.folder)
+    path = search_folder.tune_place(folder)
     if tune.Tuner.can_restore(path):
         try:
-            tuner = tune.Tuner.restore(
-                path, trainable, resume_unfinished=True, param_space=_params(sweep_spec.space)
-            )
+            tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, param_space=params)
         except (ImportError, AttributeError):
             # Tune's pickles name a class or function that no longer exists.
-            raise search_folder.not_resumed(sweep_spec.folder) from None
-        ray_internals.update_restored(
-            tuner, sweep_spec.folder, max_concurrent_trials, scheduler(sweep_spec)
-        )
+            raise search_folder.not_resumed(folder) from None
+        ray_internals.update_restored(tuner, folder, max_concurrent_trials, scheduler(sweep_spec))
         return tuner
-    space = sweep_spec.space
     settings = tune.TuneConfig(
         metric=space.metric,
         mode=space.better(),
@@ -343,7 +345,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
     )
     run = tune.RunConfig(
         name=search_folder.TUNE,
-        storage_path=sweep_spec.folder,
+        storage_path=folder,
         failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
         # A trial resumes from the checkpoints in its own folder, so Tune keeps none.
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -351,7 +353,7 @@ def build(sweep_spec: SweepSpec, callback: SweepCallback, max_concurrent_trials:
         callbacks=[callback],
         verbose=0,
     )
-    return tune.Tuner(trainable, param_space=_params(space), tune_config=settings, run_config=run)
+    return tune.Tuner(trainable, param_space=params, tune_config=settings, run_config=run)
 
 
 def _forget(sweep_spec: SweepSpec) -> None:
@@ -367,16 +369,6 @@ def _forget(sweep_spec: SweepSpec) -> None:
     logger.warning(
         "search: Ray Tune's state is lost; the search starts again, its trials resume from checkpoints"
     )
-
-
-def _params(space: Space) -> Result | None:
-    """Return Tune's grid over the numbers of the trials, each with its draws; None if Optuna draws."""
-    if space.searcher == "tpe":
-        return None
-    params: Result = {NUMBER: tune.grid_search(list(range(space.count())))}
-    for name in space.draw_names():
-        params[name] = tune.sample_from(partial(_draw, space, name))
-    return params
 
 
 def _draw(space: Space, name: str, config: Result) -> Any:

@@ -49,11 +49,10 @@ def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
         f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"
         f" scheduler {record.scheduler}"
     )
-    names = text.short(record.fields)
     columns = [("trial", "number", "")]
-    for name in record.fields:
-        kind = "number" if text.numeric(record, name) else ""
-        columns.append((names[name], kind, name))
+    for field, name in text.short(record.fields).items():
+        kind = "number" if text.numeric(record, field) else ""
+        columns.append((name, kind, field))
     columns += [(name, "number", "") for name in (record.metric, "steps", "time")]
     columns += [(name, "", "") for name in ("status", "reason")]
     rows = [text.cells(record, trial) for trial in record.ordered()]

@@ -191,10 +191,9 @@ def spread(record: SearchRecord) -> str:
     elif near == others:
         some = "all"
     low, high = numbers([min(values), max(values)])
-    far = "within 0.5% of the best (another seed can change a value by as much)"
     return (
-        f"{low} .. {high} over the top {len(values)}, standard deviation {number(pstdev(values), 2)};"
-        f" {some} of the other {others} {far}"
+        f"{low} .. {high} over the top {len(values)}, standard deviation {number(pstdev(values), 2)}; {some} of the"
+        f" other {others} within 0.5% of the best (another seed can change a value by as much)"
     )
 
 

@@ -110,12 +110,10 @@ def conclusion(difference: Against, relevant: float) -> str:
     """Return the result in words; but for the word for an undecided one it follows from the interval alone."""
     low, high, bound = difference.adjusted.low, difference.adjusted.high, f"{relevant:g}"
     word = "lower" if difference.mean < 0 else "higher"
-    if difference.adjusted.inside(relevant):
-        which = (
-            "" if difference.adjusted.holds(0.0) else f"; its loss is {word}, but by less than that"
-        )
+    if -relevant < low and high < relevant:
+        which = "" if low <= 0.0 <= high else f"; its loss is {word}, but by less than that"
         return f"equal for practical purposes, because less than {bound} (compare.relevant) does not matter{which}"
-    if difference.adjusted.holds(0.0):
+    if low <= 0.0 <= high:
         return f"undecided: its loss was {word}, but this may be luck; use more seeds or test rows"
     if high <= -relevant or low >= relevant:
         verdict = "better" if word == "lower" else "worse"

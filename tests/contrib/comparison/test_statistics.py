@@ -31,12 +31,16 @@ def coverage(times: int, **spread: float | int) -> dict[str, float]:
     )
     for _ in range(times):
         values = drawn(rng, **spread)  # type: ignore[arg-type]
-        held["crossed"] += crossed(values).interval().holds(0.0)
-        held["seeds alone"] += over_seeds(values).interval().holds(0.0)
+        held["crossed"] += holds(crossed(values).interval())
+        held["seeds alone"] += holds(over_seeds(values).interval())
         rows = values.mean(axis=0)
         found = bootstrap.difference(rows, np.zeros(len(rows)), draws=300, seed=1)
-        held["rows alone"] += found.low <= 0.0 <= found.high
+        held["rows alone"] += holds(found)
     return {name: count / times for name, count in held.items()}
+
+
+def holds(found: bootstrap.Interval) -> bool:
+    return found.low <= 0.0 <= found.high
 
 
 def over_seeds(values: NDArray[np.float64]) -> Difference:
