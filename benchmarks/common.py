@@ -146,20 +146,21 @@ def memory_store(rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> 
 class MemoryStore(list[Pack]):
     """A token store in memory, with the interface of `TokenStore`."""
 
-    available_shards = shard_count = 1
+    shard_count = 1
     complete = True
 
     @property
     def total(self) -> int:
         return len(self)
 
-    available = total
+    def has(self, sequences: int) -> bool:
+        return True
+
+    def wait(self, sequences: int) -> int:
+        return len(self)
 
     def order(self, seed: int, start: int, stop: int) -> Any:
         return order(len(self), seed, start, stop)
-
-    def refresh(self) -> None:
-        """Nothing to look for."""
 
     def counts(self, indices: Sequence[int]) -> Counts:
         return sum((each for i in indices for each in self[i].examples()), Counts())

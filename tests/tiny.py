@@ -11,7 +11,9 @@ from olora_ray.config.decided import DataConfig, DecidedConfig, Expected, with_v
 from olora_ray.config.load import at, build
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens.store import order
+from olora_ray.tokens.arrival import Arrival
+from olora_ray.tokens.manifest import Outline, ShardInfo
+from olora_ray.tokens.store import Front
 
 VOCABULARY = 96
 Known = TypeVar("Known", bound=Config)
@@ -189,66 +191,38 @@ class Counts:
     inputs: ClassVar[dict[str, Any]] = {}
 
 
-class ListStore:
-    """Packs in memory, read like olora_ray.tokens.store.TokenStore, in shards of `sizes` packs.
+class ListStore(Arrival):
+    """Packs in memory, read like a token store, in shards of `sizes` packs.
 
-    The first `arrived` shards are where `refresh` finds them: a growing store, as long as these are not all.
+    The first `arrived` shards are where `look` finds them: the store is still being written, if these are not all.
     """
-
-    digest = "list"
 
     def __init__(
         self, packs: Sequence[Any], sizes: Sequence[int] = (), arrived: int | None = None
     ) -> None:
         self._packs = list(packs)
         self.sizes = list(sizes) or [len(packs)]
-        self.shard_count = len(self.sizes)
-        self.arrived = self.shard_count if arrived is None else arrived
-        self.available_shards = 0
-        self.refresh()
-
-    @property
-    def available(self) -> int:
-        return sum(self.sizes[: self.available_shards])
+        self.arrived = len(self.sizes) if arrived is None else arrived
+        super().__init__("list", Outline("list", len(self.sizes), 0, ()))
+        self.look()
 
     @property
     def complete(self) -> bool:
-        return self.available_shards == self.shard_count
+        return self.total is not None
 
     @property
-    def total(self) -> int | None:
-        return self.available if self.complete else None
-
-    @property
-    def manifest(self) -> Counts:
+    def manifest(self) -> Any:
         every = range(len(self))
         size = self.counts(every)
         return Counts(size.supervised, len(self), size.tokens, size.examples)
 
-    def refresh(self) -> None:
+    def look(self) -> None:
         """Look for more shards."""
-        self.available_shards = self.arrived
-
-    def order(self, seed: int, start: int, stop: int) -> Any:
-        """The sequences at places of the training order."""
-        if self.total is None:
-            return np.arange(start, stop, dtype=np.int64)
-        return order(self.total, seed, start, stop)
-
-    def locate(self, index: int) -> tuple[int, int, int]:
-        """Shard, place in it, packs of the shard."""
-        for number, size in enumerate(self.sizes[: self.available_shards]):
-            if index < size:
-                return number, index, size
-            index -= size
-        raise IndexError(index)
-
-    def __len__(self) -> int:
-        assert self.complete
-        return len(self._packs)
+        shards = [ShardInfo(size, 0, 0, 0, "") for size in self.sizes[: self.arrived]]
+        self.front = Front(tuple(shards))
 
     def __getitem__(self, index: int) -> Any:
-        if index >= self.available:
+        if index >= len(self):
             raise IndexError(index)
         return self._packs[index]
 

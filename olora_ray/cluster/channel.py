@@ -62,7 +62,6 @@ class DriverChannel:
         self._messages: list[Message] = []
         self._reason: str | None = None
         self._stop_requested = asyncio.Event()
-        self._data_failed = False
         self._result: Any = None
         self._seen: dict[Member, float] = {}
         self._former: set[Member] = set()
@@ -91,12 +90,6 @@ class DriverChannel:
     async def wait_for_stop(self) -> str | None:
         await self._stop_requested.wait()
         return self._reason
-
-    async def report_data_failure(self) -> None:
-        self._data_failed = True
-
-    async def data_failed(self) -> bool:
-        return self._data_failed
 
     async def alive(self, member: Member) -> None:
         if member not in self._former:

@@ -29,7 +29,7 @@ class TrainSpec:
     eos: tuple[int, ...]
     """Token ids that end an answer."""
     train: TokenStore
-    """May still grow during the training."""
+    """An `Arrival` in a first run, which trains while it is being written."""
     eval: TokenStore | None
     start: str | None = None
     """Digest of the checkpoint at train.start, if it is set."""

@@ -36,10 +36,11 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import override
 from olora_ray.model import attention
 from olora_ray.tokens.plan import Pack
+from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors, sizes_of
-from olora_ray.train.loader import Waiting, planned_steps, until
+from olora_ray.train.loader import planned_steps
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.optimizers.optimizer import optimizer_named
@@ -72,10 +73,8 @@ class StartingPoint:
     """True if the adapter is already trained, in this run or at train.start."""
 
 
-def starting_point(
-    context: WorkerContext, spec: TrainSpec, folder: str, waiting: Waiting | None = None
-) -> StartingPoint:
-    """Return the starting point of a worker. `folder` has the run's checkpoints; `waiting` as in StepLoader.
+def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> StartingPoint:
+    """Return the starting point of a worker. `folder` has the run's checkpoints.
 
     All workers must call it together. Raises UserError if the checkpoint, the adapter of train.start or the base model
     cannot be used.
@@ -100,7 +99,7 @@ def starting_point(
         if restart is None and optimizer_named(spec.config.train.optimizer).sizes:
             measured = known or find_targets(model, adapter.targets, adapter.rank)
             sizes = sizes_of(loss, measured, context.device)
-        new = factors(context, spec, loss, known, waiting)
+        new = factors(context, spec, loss, known)
         adapted = wrap(model, new, adapter.scale(), adapter.dropout)
         attention: str = model.config._attn_implementation
     with context.activate(adapted):
@@ -181,7 +180,6 @@ def factors(
     spec: TrainSpec,
     loss: SupervisedLoss,
     known: dict[str, AdapterWeights] | None,
-    waiting: Waiting | None = None,
 ) -> dict[str, Factors]:
     """Return the factors of every target, from the known adapter, from the search's shared folder, or new ones."""
     adapter = spec.config.adapter
@@ -207,10 +205,8 @@ def factors(
         # The method runs the base before it has adapters. A sharded base is run by all workers together.
         cluster = spec.config.cluster
         place_model(loss, cluster.strategy, context.device, cluster.fsdp_replicas)
-        check_base(loss, spec, context.device, waiting)
-    new, report, of_data = new_factors(
-        loss, targets, spec.config, spec.train, context.device, waiting
-    )
+        check_base(loss, spec, context.device)
+    new, report, of_data = new_factors(loss, targets, spec.config, spec.train, context.device)
     reached("initialise", rank=context.rank)
     logger.info(describe(adapter.method, report))
     if of_data:
@@ -255,11 +251,8 @@ def describe(method: str, report: InitReport) -> str:
 # It is used again with the same model, settings, device, processor and versions.
 
 
-def first_sequences(spec: TrainSpec, waiting: Waiting | None = None) -> Sequence[Pack]:
-    store = spec.train
-    wanted = 8
-    until(store, lambda: store.available >= wanted or store.total is not None, waiting)
-    return [store[number] for number in range(min(wanted, store.available))]
+def first_sequences(store: TokenStore) -> Sequence[Pack]:
+    return [store[number] for number in range(min(8, store.wait(8)))]
 
 
 def self_test(
@@ -326,20 +319,16 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
         ) from error
 
 
-def check_base(
-    loss: SupervisedLoss, spec: TrainSpec, device: torch.device, waiting: Waiting | None = None
-) -> None:
+def check_base(loss: SupervisedLoss, spec: TrainSpec, device: torch.device) -> None:
     # All workers must call it together: the test may have passed on the GPUs of others.
-    collectives.together(lambda: self_test(loss, spec, first_sequences(spec, waiting), device))
+    collectives.together(lambda: self_test(loss, spec, first_sequences(spec.train), device))
 
 
-def self_tested(
-    context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None = None
-) -> StartingPoint:
+def self_tested(context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> StartingPoint:
     """Return the starting point with the attention that has passed. All workers must call it together.
 
-    A base that several adapters share is tested once. `waiting` as in StepLoader. Raises UserError, with what to set
-    instead, if the model or its training computes wrong numbers.
+    A base that several adapters share is tested once. Raises UserError, with what to set instead, if the model or its
+    training computes wrong numbers.
     """
     used = what_computes(context, spec, next(start.trainer.loss.model.parameters()).dtype)
     kept = None
@@ -359,19 +348,17 @@ def self_tested(
         return _without(context, spec, start, known.without)
     logger.info("self-test: comparing the training step with the model's own attention")
     # The test may pass here and fail on the GPUs of other workers.
-    found = collectives.together(lambda: _test(context, spec, start, waiting))
+    found = collectives.together(lambda: _test(context, spec, start))
     start.state.self_test = {"with": used, "found": found.to_json()}
     if kept is not None:
         node_cache.keep(kept, json.dumps(found.to_json()))
     return _without(context, spec, replace(start, attention=found.attention), found.without)
 
 
-def _test(
-    context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None
-) -> SelfTest:
+def _test(context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> SelfTest:
     loss = start.trainer.loss
     adapted = start.trainer.adapted
-    packs = first_sequences(spec, waiting)
+    packs = first_sequences(spec.train)
     train_mode(adapted, False)
     with context.activate(adapted):
         attention = self_test(loss, spec, packs, context.device).attention
@@ -393,9 +380,7 @@ def _test(
 # The first step of a new adapter: how far it moves each layer decides the automatic rate.
 
 
-def measure_first_step(
-    context: WorkerContext, spec: TrainSpec, start: StartingPoint, waiting: Waiting | None = None
-) -> None:
+def measure_first_step(context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> None:
     """Note the automatic learning rate of a new adapter.
 
     All workers must call it together. Raises UserError if train.lr=auto has nothing to be measured on.
@@ -403,7 +388,6 @@ def measure_first_step(
     train = spec.config.train
     trainer = start.trainer
     state = start.state
-    packs = first_sequences(spec, waiting)
     before = state.lr_steps
     steps = planned_steps(train, spec.train)
     state.lr_steps = steps
@@ -418,6 +402,7 @@ def measure_first_step(
         return
     train_mode(trainer.adapted, False)
     with context.activate(trainer.adapted):
+        packs = first_sequences(spec.train)
         auto = trainer.automatic_rate(packs, steps, start.attention)
     state.lr = auto
     if train.lr == "auto":

@@ -34,7 +34,7 @@ from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.held_out import evaluate
-from olora_ray.train.loader import Schedule, StepLoader
+from olora_ray.train.loader import Schedule, StepLoader, known_steps
 from olora_ray.train.loop import StepResult
 from olora_ray.train.scoring import Baseline
 
@@ -44,17 +44,12 @@ logger = logging.getLogger(__name__)
 # Requests of the driver to end the training.
 
 
-SECONDS_BETWEEN_LINES = 15
-
-
 class StopRequests:
     def __init__(self, channel: Any, worker: WorkerContext) -> None:
         self.channel = channel
         self.worker = worker
         self.from_driver: str | None = None
         self._stop_call: Any = None  # returns when the driver asks to stop
-        self._looks = 0
-        self._data_failed = False
 
     def pending(self) -> bool:
         """True on rank 0 if the driver asks to stop. The step's signal tells it to all (StepResult.signal)."""
@@ -65,25 +60,6 @@ class StopRequests:
     def reason(self) -> str:
         """Return the driver's reason. All workers must call it after a step with a signal."""
         return collectives.from_first(self.from_driver) or "the driver asks to stop"
-
-    def waiting(self, shard: int, shards: int) -> None:
-        """Check and log, about once a second, while a shard of the token store is missing.
-
-        Raises UserError if the preparation of the data has failed.
-        """
-        # Raise only at the second look after the failure. Between the two looks the caller searches the shard once
-        # more. So no worker raises for a shard that exists and that another worker already trains on.
-        if self._data_failed:
-            raise UserError("the preparation of the training data has failed")
-        try:
-            self._data_failed = bool(ray.get(self.channel.data_failed.remote(), timeout=30))
-        except RayError:
-            self._data_failed = False  # the driver has ended, so Ray ends this worker, too
-        if self.worker.rank == 0 and self._looks % SECONDS_BETWEEN_LINES == 0:
-            self.channel.send.remote(
-                f"waiting for shard {shard + 1} of {shards} of the token store"
-            )
-        self._looks += 1
 
     def _listen(self) -> None:
         if self._stop_call is None:
@@ -124,8 +100,8 @@ class Worker:
         self.checkpoints = checkpoints
         self.channel = channel
         self.stop_requests = stop_requests or StopRequests(channel, context)
-        start = self_tested(context, spec, start, self.stop_requests.waiting)
-        measure_first_step(context, spec, start, self.stop_requests.waiting)
+        start = self_tested(context, spec, start)
+        measure_first_step(context, spec, start)
         self.trainer = start.trainer
         self.trainer.signal = self.stop_requests.pending
         self.state = start.state
@@ -133,9 +109,7 @@ class Worker:
         self.resumed = start.resumed
         self.state.kinds = record_platforms(self.state.kinds, context.device)
         self.evaluator = Evaluator(context, spec, start)
-        self.schedule = Schedule(
-            self.config.train, spec.train, self.stop_requests.waiting, self.state.lr
-        )
+        self.schedule = Schedule(self.config.train, spec.train, self.state.lr)
         # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
         self.manager = None
         if context.rank == 0:
@@ -172,7 +146,7 @@ class Worker:
             self._tell_driver(Started(self.context.world))
             self._checkpoint()  # so that a restart does not repeat the initialisation
             return
-        total = self.schedule.total()
+        total = known_steps(self.config.train, self.spec.train)
         if total is not None and total < self.state.step:
             raise UserError(
                 f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
@@ -199,7 +173,6 @@ class Worker:
             self.attention,
             self.context.rank,
             self.context.world,
-            waiting=self.stop_requests.waiting,
         )
         with closing(self.trainer.steps(loader, self.state.step, self.schedule)) as steps:
             while True:
@@ -443,7 +416,7 @@ def train_at(
         with sent_to(channel, lambda: context.rank == 0), advice_for_memory(spec.config):
             logger.info("loading the base model")
             requests = StopRequests(channel, context)
-            start = starting_point(context, spec, checkpoints, requests.waiting)
+            start = starting_point(context, spec, checkpoints)
             return Worker(context, spec, checkpoints, channel, start, requests).run()
     except UserError as error:
         # Returned, not raised: the next group would meet the same problem again.

@@ -389,7 +389,7 @@ def first_examples(store: TokenStore) -> list[torch.Tensor]:
     # 32,768 tokens would need a hundred gigabytes.
     examples: list[torch.Tensor] = []
     room = PARITY_TOKENS
-    for index in range(store.available):
+    for index in range(len(store)):
         pack = store[index]
         offset = 0
         for size in pack.segments:

@@ -66,7 +66,7 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
     # The first sequences, with at most LOSS_TOKENS in total, but at least one.
     packs: list[Pack] = []
     size = 0
-    for number in range(store.available):
+    for number in range(len(store)):
         pack = store[number]
         size += len(pack.input_ids)
         if packs and size > LOSS_TOKENS:

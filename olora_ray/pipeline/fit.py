@@ -28,10 +28,10 @@ from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.progress import Progress, batch_split
 from olora_ray.pipeline.prometheus import Telemetry
 from olora_ray.pipeline.run_folder import RunFolder, RunState, by_step
-from olora_ray.tokens.prepare import CompleteStore, StoreBuild
+from olora_ray.tokens.prepare import StoreBuild
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoint, checkpoints
-from olora_ray.train.loader import Schedule
+from olora_ray.train.loader import known_steps
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Supervisor:
     def __init__(
         self,
         spec: TrainSpec,
-        build: StoreBuild | CompleteStore,
+        build: StoreBuild | None,
         monitor: Monitor,
         stop: Stop,
         worker: Mapping[str, float],
@@ -127,14 +127,13 @@ class Supervisor:
         self.fit = fit
         self.placed = placed
         self.keep_used = keep_used
-        self.schedule = Schedule(spec.config.train, build.store)
         self.workers: int | None = None
         """Size of the group that trains or that trained last."""
         self.failures = 0
         """Failures that count against cluster.max_failures."""
         self.cause: str | None = None
         """Reason why a new group starts; None once it has started."""
-        self._asked = self._warned = self._running = self._silent = False
+        self._asked = self._running = self._silent = False
         self._hung: str | None = None
         """Why the driver has ended the group; None if it has not."""
         self._waited_since = self._looked = self._counted = self._kept = time.monotonic()
@@ -151,6 +150,8 @@ class Supervisor:
             try:
                 result = self._follow(group)
             except (RayActorError, ray.train.TrainingFailedError) as error:
+                if self.build and error is self.build.problem:
+                    raise
                 self.failures += counts(error)
                 reason = self._hung or cause(error)
                 if 0 <= self.cluster.max_failures < self.failures:
@@ -170,8 +171,8 @@ class Supervisor:
 
     def _is_final(self, result: TrainResult) -> bool:
         """False if another group resumes this training; raises UserError and Stopped as `run`."""
-        with user_errors():
-            if self.build.problem is not None or self.build.store.total is not None:
+        if self.build and (self.build.problem or self.build.store.total is not None):
+            with user_errors():
                 self.build.join()  # the last rows may exceed data.max_rejected
         if result.problem:
             error_type = TryAgain if result.passes else UserError
@@ -239,12 +240,12 @@ class Supervisor:
                 f"{self.stop.asked}: stopping after the current step or evaluation, with a checkpoint; press Ctrl+C"
                 " to stop at once, which loses the steps since the last checkpoint"
             )
-        if self.build.problem is not None and not self._warned:
-            self._warned = True
-            self.channel.report_data_failure.remote()
-            self._ask("the preparation of the training data failed")
+        if self.build and self.build.problem:
+            # Workers that wait for a shard do not know that it never comes. So the driver ends the group.
+            with user_errors():
+                self.build.join()
         if self.progress.total is None:
-            self.progress.set_total(self.schedule.total())
+            self.progress.set_total(known_steps(self.spec.config.train, self.spec.train))
         if time.monotonic() - self._looked < (1.0 if self._room else ROOM):
             return
         # End the group if more workers fit, so that a larger one resumes.
@@ -311,7 +312,7 @@ class Supervisor:
             reason = self.cause or ("resumed" if first else "restarted")
             if self.workers not in (None, workers):
                 reason = f"{self.cause or 'the cluster has changed'}, {workers} instead of {self.workers} workers"
-            total = self.progress.total or self.schedule.total()
+            total = self.progress.total
             self.progress.line(
                 f"{reason}: training continues after step {step} of {total or '?'} with {plural(workers, 'worker')};"
                 f" {plural(again, 'step')} done again{self._split(workers)}"
@@ -343,7 +344,7 @@ FitOn = Callable[[Any, int], TrainResult]
 def train(
     spec: TrainSpec,
     folder: RunFolder,
-    build: StoreBuild | CompleteStore,
+    build: StoreBuild | None,
     tracker: Tracker,
     stop: Stop,
     on_row: OnRow | None = None,
@@ -359,9 +360,7 @@ def train(
     worker = worker_resources(config)
     stop.gentle = True
     try:
-        with Progress(
-            Schedule(config.train, build.store).total(), config.train.log_every
-        ) as progress:
+        with Progress(known_steps(config.train, spec.train), config.train.log_every) as progress:
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             if fit_on is None:
                 progress.line("starting the workers; each imports torch and transformers")

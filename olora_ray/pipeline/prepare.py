@@ -252,7 +252,7 @@ expected."""
 class Prepared:
     spec: TrainSpec
     build: StoreBuild
-    """The preparation of the token store for training, which may still grow."""
+    """The preparation of the token store for training."""
     scores: frozenset[str]
     """Names of the scores of the answers."""
 
@@ -269,11 +269,11 @@ def prepare_tokens(
 ) -> Prepared:
     """Prepare the token stores of a training.
 
-    The store of held-out rows is complete on return. The training store may still grow during the training: keep the
-    returned build entered as long as tokens are needed; the next run prepares the shards that are then missing. With
-    `wait` both stores are complete. `cpus_held` is the number of CPUs that others hold; if they hold nearly all, this
-    process prepares alone. `planned` are the bytes that the plan expects, `auto` the decided fields. `check` gets the
-    digests before any row is tokenised. Raises UserError for unusable data.
+    The store of held-out rows is complete on return. The training store is an `Arrival`, which may be written during
+    the training: keep the returned build entered as long as tokens are needed; the next run prepares the shards that
+    are then missing. With `wait` both stores are complete. `cpus_held` is the number of CPUs that others hold; if they
+    hold nearly all, this process prepares alone. `planned` are the bytes that the plan expects, `auto` the decided
+    fields. `check` gets the digests before any row is tokenised. Raises UserError for unusable data.
     """
     start = _digest_of_start(config)
     with user_errors():

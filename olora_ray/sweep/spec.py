@@ -14,7 +14,7 @@ from olora_ray.config.section import extended
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep.space import SAME_BASE, Draws, Space, Values
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.loader import Schedule
+from olora_ray.train.loader import known_steps
 
 # Key of a trial's number in its Tune config. The other keys are draws.
 NUMBER = "number"
@@ -103,7 +103,7 @@ class SweepSpec:
         return self.steps(self.train_spec.config)
 
     def steps(self, config: DecidedConfig, store: TokenStore | None = None) -> int:
-        total = Schedule(config.train, store or self.train_spec.train).total()
+        total = known_steps(config.train, store or self.train_spec.train)
         assert total is not None, "a search starts with complete tokens"
         return total
 

@@ -25,7 +25,6 @@ from olora_ray.pipeline.prepare import prepare_tokens, read_data
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
 from olora_ray.sweep.space import Draws
 from olora_ray.sweep.spec import SweepSpec
-from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
@@ -164,9 +163,7 @@ class TrialRun:
             )
 
         fit_on = on_shared_base if search.shared_bases else None
-        return fit.train(
-            spec, self.folder, CompleteStore(spec.train), tracker, self._stop, self._on_row, fit_on
-        )
+        return fit.train(spec, self.folder, None, tracker, self._stop, self._on_row, fit_on)
 
     def _on_row(self, step: int, row: dict[str, float]) -> None:
         if step and "train/loss" in row:

@@ -25,6 +25,7 @@ from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest as notes
 from olora_ray.tokens import shard as shards
+from olora_ray.tokens.arrival import Arrival
 from olora_ray.tokens.manifest import (
     MANIFEST,
     REJECTED,
@@ -240,15 +241,6 @@ def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
 SCAN_HERE = 64 * 2**20
 
 
-@dataclass(frozen=True)
-class CompleteStore:
-    store: TokenStore
-    problem: None = None
-
-    def join(self) -> None:
-        """Return at once: there is nothing to wait for."""
-
-
 class StoreBuild:
     """A token store and the work that is left to complete it.
 
@@ -257,7 +249,8 @@ class StoreBuild:
 
     def __init__(self, job: StoreSpec, status: StoreStatus, limits: Limits) -> None:
         """Call `begin` instead."""
-        self.store = TokenStore.growing(job.uri, job.outline())
+        self.store = Arrival(job.uri, job.outline())
+        self.store.look()
         # The exception that ended the work of `start`.
         self.problem: Exception | None = None
         self._job, self._status, self._limits = job, status, limits

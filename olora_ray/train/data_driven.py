@@ -42,7 +42,6 @@ from olora_ray.train.layer_inputs import (
     first_tokens,
     inputs_of,
 )
-from olora_ray.train.loader import Waiting
 from olora_ray.train.loss import SupervisedLoss
 
 Value = TypeVar("Value")
@@ -92,11 +91,9 @@ def refuse(targets: Mapping[str, Target], method: str) -> None:
             )
 
 
-def _pieces(
-    store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None
-) -> list[RowPart]:
+def _pieces(store: TokenStore, adapter: Adapter, count: int) -> list[RowPart]:
     def read() -> list[RowPart]:
-        pieces = first_tokens(store, adapter.init_tokens, waiting)
+        pieces = first_tokens(store, adapter.init_tokens)
         # `count` components and the mean need more than `count` tokens.
         if (total := pieces[-1].end if pieces else 0) <= count:
             raise UserError(
@@ -161,17 +158,16 @@ def eva_factors(
     adapter: Adapter,
     store: TokenStore,
     device: torch.device,
-    waiting: Waiting | None = None,
 ) -> tuple[dict[str, Factors], InitReport, DataReport]:
     """Return A0 of every target, with ranks redistributed; a layer may get rank 0.
 
     All workers must call it together. `loss` is the base on `device`, without adapters, with the attention of the
-    training. `waiting` is as in StepLoader. Raises UserError for too few supervised tokens, for layers that do not see
-    every token, and for activations that are not finite.
+    training. Raises UserError for too few supervised tokens, for layers that do not see every token, and for
+    activations that are not finite.
     """
     refuse(targets, adapter.method)
     began, count = time.perf_counter(), adapter.largest_rank()
-    pieces = _pieces(store, adapter, count, waiting)
+    pieces = _pieces(store, adapter, count)
     inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
     owners = _owners(inputs, targets, adapter)
     activations = Activations(loss, targets, inputs, owners, store, device)
@@ -267,7 +263,6 @@ def new_factors(
     config: DecidedConfig,
     store: TokenStore,
     device: torch.device,
-    waiting: Waiting | None = None,
 ) -> tuple[dict[str, Factors], InitReport, DataReport | None]:
     """Return A~ and B~ of every target; all workers must call it together.
 
@@ -276,7 +271,7 @@ def new_factors(
     """
     adapter = config.adapter
     if method_named(adapter.method).needs != "weight":
-        return eva_factors(loss, targets, adapter, store, device, waiting)
+        return eva_factors(loss, targets, adapter, store, device)
     seed, options = config.run.seed, options_of(adapter)
     return *initialise(
         _whole(loss, targets), adapter.method, adapter.rank, seed, device, options

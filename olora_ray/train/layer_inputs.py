@@ -18,7 +18,6 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.loader import Waiting, until
 from olora_ray.train.loss import SupervisedLoss, watched
 
 logger = logging.getLogger(__name__)
@@ -144,16 +143,15 @@ class RowPart:
         return self.first + self.count
 
 
-def first_tokens(store: TokenStore, limit: int, waiting: Waiting | None = None) -> list[RowPart]:
+def first_tokens(store: TokenStore, limit: int) -> list[RowPart]:
     """Return pieces with the first `limit` supervised tokens of the store, or with all if it has fewer.
 
-    Waits for the shards that it needs; `waiting` is as in StepLoader.
+    Waits for the shards that it needs.
     """
     pieces: list[RowPart] = []
     position = sequence = 0
     while position < limit:
-        until(store, lambda: store.available > sequence or store.total is not None, waiting)  # noqa: B023  # called now
-        if sequence >= store.available:
+        if sequence >= store.wait(sequence + 1):
             break
         count = min(store.counts([sequence]).supervised, limit - position)
         if count:

@@ -105,7 +105,7 @@ class Trainer:
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
         """Run the steps from `start` (counted from 0) to the end of the schedule; raises as `step`."""
         began = time.perf_counter()
-        for number, (data, waited) in enumerate(loader.steps(start, schedule.ends), start):
+        for number, (data, waited) in enumerate(loader.steps(start, schedule), start):
             result = self.step(number, data, schedule, loader.store)
             yield replace(result, seconds=time.perf_counter() - began, waited=waited)
             began = time.perf_counter()

@@ -19,6 +19,7 @@ from olora_ray.pipeline import fit
 from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.fit import Supervisor
 from tests import tiny
+from tests.waiting import until
 
 Does = Callable[[int], TrainResult]
 
@@ -91,9 +92,8 @@ class Training:
         monitor: Any = SimpleNamespace(
             channel=channel, progress=progress, highest=0, collect=self.collect, telemetry=telemetry
         )
-        build: Any = SimpleNamespace(store=tiny.store(8), problem=None, join=lambda: None)
-        spec: Any = SimpleNamespace(config=tiny.decided(**settings))
-        return Supervisor(spec, build, monitor, self.stop, self.worker, self.fit, placed)
+        spec: Any = SimpleNamespace(config=tiny.decided(**settings), train=tiny.store(8))
+        return Supervisor(spec, None, monitor, self.stop, self.worker, self.fit, placed)
 
 
 @pytest.fixture
@@ -151,6 +151,25 @@ def test_a_worker_that_hangs_is_ended_with_its_group_and_counts(
             attempts.run()
     assert training.hung == ["hangs"]
     assert training.ended >= 1
+
+
+@pytest.mark.parametrize("error", [UserError("9 of 20 rows cannot be used"), RayActorError()])
+def test_a_failed_preparation_of_the_data_ends_the_training(
+    training: Training, error: Exception
+) -> None:
+    def waits_for_a_shard(workers: int) -> TrainResult:
+        until(lambda: training.asked)
+        return TrainResult(interrupted="training has ended")
+
+    def join() -> None:
+        raise error
+
+    attempts = training.attempts(waits_for_a_shard)
+    attempts.build = SimpleNamespace(problem=error, join=join)  # type: ignore[assignment]
+    with pytest.raises(type(error)) as caught:
+        attempts.run()
+    assert caught.value is error
+    assert training.groups == [1]
 
 
 def test_workers_whose_node_will_be_taken_away_are_asked_to_stop(training: Training) -> None:

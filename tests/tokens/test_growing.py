@@ -12,6 +12,7 @@ from olora_ray.common import fault_points
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
+from olora_ray.tokens.arrival import Arrival
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.prepare import begin, prepare
 from olora_ray.tokens.store import TokenStore
@@ -52,7 +53,7 @@ def test_what_is_there_at_the_front_is_known(
     preparation = begin(corpus, tiny_spec, "train")
     store = preparation.store
     assert (preparation.complete, preparation.done, preparation.problem) == (False, False, None)
-    assert (store.complete, store.available, store.total, store.shard_count) == (False, 0, None, 12)
+    assert (store.complete, len(store), store.total, store.shard_count) == (False, 0, None, 12)
     assert store.digest == made.digest
     sizes = [shard.packs for shard in made.manifest.shards]
     for names, shards in (
@@ -62,17 +63,15 @@ def test_what_is_there_at_the_front_is_known(
         (["shard-00001.arrow", "shard-00001.json"], 3),
     ):
         put(made, store, *names)
-        store.refresh()
-        assert (store.available_shards, store.available) == (shards, sum(sizes[:shards]))
-    known = range(store.available)
+        store.look()
+        assert (len(store.front.shards), len(store)) == (shards, sum(sizes[:shards]))
+    known = range(len(store))
     assert all(same(store[index], made[index]) for index in known)
     assert store.counts(known) == made.counts(known)
     assert [store.origins(index) for index in known] == [made.origins(index) for index in known]
     assert store.locate(sizes[0]) == (1, 0, sizes[1])
     with pytest.raises(IndexError):
-        store[store.available]
-    with pytest.raises(AssertionError):
-        len(store)
+        store[len(store)]
     with pytest.raises(UserError, match="incomplete"):
         _ = store.manifest
 
@@ -82,18 +81,18 @@ def test_a_growing_store_travels_and_becomes_complete(
 ) -> None:
     store = begin(corpus, tiny_spec, "train").store
     put(made, store, "shard-00000.arrow", "shard-00000.json")
-    store.refresh()
-    elsewhere: TokenStore = pickle.loads(pickle.dumps(store))
-    assert (elsewhere.available, elsewhere.digest, elsewhere.shard_count) == (
-        store.available,
+    assert store.has(1)
+    elsewhere: Arrival = pickle.loads(pickle.dumps(store))
+    assert (len(elsewhere), elsewhere.digest, elsewhere.shard_count) == (
+        len(store),
         store.digest,
         12,
     )
     put(made, store, *(name for name in content(made.uri) if name != "manifest.json"))
-    elsewhere.refresh()
+    elsewhere.look()
     assert (elsewhere.total, elsewhere.complete, len(elsewhere)) == (len(made), False, len(made))
     put(made, store, "manifest.json")
-    elsewhere.refresh()
+    elsewhere.look()
     assert elsewhere.complete
     assert elsewhere.manifest.shards == made.manifest.shards
     assert all(same(elsewhere[index], made[index]) for index in range(len(made)))
@@ -170,13 +169,13 @@ def test_a_reader_follows_ray_datas_shards(
     threads = set(threading.enumerate())
     preparation = begin(corpus, tiny_spec, "train")
     preparation.start(cpus_held)
-    store: TokenStore = pickle.loads(pickle.dumps(preparation.store))
+    store: Arrival = pickle.loads(pickle.dumps(preparation.store))
     deadline, seen, index = time.monotonic() + LIMIT, set(), 0
     while not store.complete:
         assert time.monotonic() < deadline, preparation.problem
-        store.refresh()
-        seen.add(store.available_shards)
-        for index in range(index, store.available):  # noqa: B020 - it continues where it was
+        store.look()
+        seen.add(len(store.front.shards))
+        for index in range(index, len(store)):  # noqa: B020 - it continues where it was
             assert same(store[index], made[index])
         time.sleep(0.02)
     preparation.join()

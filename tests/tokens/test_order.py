@@ -36,7 +36,7 @@ def test_orders_never_change() -> None:
 
 def test_a_store_of_many_shards_has_the_order_of_one_with_few() -> None:
     infos = tuple(ShardInfo(count, count, count, 1, "") for count in [3, 0, 7] * 200)
-    store = TokenStore("/nowhere", Outline("0" * 32, len(infos), 8, ("a",)), infos)
+    store = TokenStore("/nowhere", Outline("0" * 32, len(infos), 8, ("a",)), infos, None)
     assert (store.order(17, 0, 6000) == order(2000, 17, 0, 6000)).all()
 
 

@@ -23,6 +23,7 @@ from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import plan
 from olora_ray.tokens import prepare as writer
+from olora_ray.tokens.arrival import Arrival
 from olora_ray.tokens.prepare import begin, plan_here, prepare
 from olora_ray.tokens.spread import parallel_map
 from olora_ray.tokens.store import TokenStore
@@ -302,8 +303,9 @@ def test_damage_never_gives_wrong_data(
     if killed:
         damage["manifest.json"] = None
     small.damaged(damage)
-    growing = TokenStore.growing(small.store.uri, small.store.manifest.outline())
-    small.check(growing, growing.available)
+    growing = Arrival(small.store.uri, small.store.manifest.outline())
+    growing.look()
+    small.check(growing, len(growing))
     try:
         store = prepare(small.config, helpers.spec(), "train")
     except UserError:

@@ -1,5 +1,6 @@
 """EVA: the exact principal components of the run's first supervised tokens, for any number of workers."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -202,14 +203,9 @@ def _poisoned(strategy: str, layer: int) -> None:
 def test_a_growing_store_is_waited_for_and_decides_nothing() -> None:
     packs = store()
     growing = tiny.ListStore([packs[i] for i in range(8)], sizes=[1, 2, 5], arrived=1)
-    looks = []
-
-    def waiting(shard: int, shards: int) -> None:
-        looks.append((shard, shards))
-        growing.arrived = 3
-
-    assert first_tokens(growing, 60, waiting) == first_tokens(packs, 60)  # type: ignore[arg-type]
-    assert looks
+    threading.Timer(0.1, lambda: setattr(growing, "arrived", 3)).start()
+    assert first_tokens(growing, 60) == first_tokens(packs, 60)
+    assert growing.total == 8
 
 
 @given(

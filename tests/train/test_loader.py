@@ -1,19 +1,18 @@
 """Every sequence is read once, in order, for any workers, interruptions and times at which shards arrive."""
 
 import threading
-import time
 from itertools import islice
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olora_ray.config.decided import DecidedTrain
 from olora_ray.tokens.store import order
-from olora_ray.train.loader import Schedule, StepLoader, Waiting, total_steps
+from olora_ray.train.loader import Schedule, StepLoader, total_steps
 from tests import tiny
 from tests.train.test_schedule import arriving, fast, sizes_of, store
+from tests.waiting import until
 
 __all__ = ["fast"]
 
@@ -30,9 +29,8 @@ def reader(
     train: DecidedTrain,
     worker: int = 0,
     workers: int = 1,
-    waiting: Waiting | None = None,
 ) -> StepLoader:
-    return StepLoader(found, train, SEED, "segments", worker, workers, waiting)
+    return StepLoader(found, train, SEED, "segments", worker, workers)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
@@ -80,11 +78,9 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
     for most, workers, grows in lives:
         streams = []
         for worker in range(workers):
-            found, waiting = arriving(sizes) if grows else (store(sizes), None)
-            ends = Schedule(train, found, waiting).ends
-            streams.append(
-                islice(reader(found, train, worker, workers, waiting).steps(len(met), ends), most)
-            )
+            found = arriving(sizes) if grows else store(sizes)
+            steps = reader(found, train, worker, workers).steps(len(met), Schedule(train, found))
+            streams.append(islice(steps, most))
         for parts in zip(*streams, strict=True):  # all workers agree on the end
             met.append([index for data, _ in parts for group in data.sequences for index in group])
     packs = sum(sizes)
@@ -98,37 +94,35 @@ def test_interrupted_runs_meet_exactly_the_orders_sequences(
 
 
 def test_a_step_waits_for_its_own_shards_only() -> None:
-    """Reading ahead waits for the second shard, but the step that is complete does not."""
     train = train_of(global_batch=4)
     found = store([4, 4], arrived=1)
-    told: list[tuple[int, int]] = []
-    steps = reader(found, train, waiting=lambda *what: told.append(what)).steps(
-        0, Schedule(train, found).ends
-    )
+    steps = reader(found, train).steps(0, Schedule(train, found))
     data, waited = next(steps)
     assert data.sequences == ((0, 1, 2, 3),)
     assert waited < 1.0
-    time.sleep(0.05)
-    assert told == []  # nobody waits yet: the caller works on its step
     threading.Timer(0.1, lambda: setattr(found, "arrived", 2)).start()
     data, waited = next(steps)
     assert data.sequences == ((4, 5, 6, 7),)
     assert waited > 0.05
-    assert set(told) == {(1, 2)}
     assert list(steps) == []
 
 
-def test_giving_up_reaches_the_caller_and_leaving_does_not_wait() -> None:
-    train, found = train_of(global_batch=4), store([4, 4], arrived=1)
-
-    def give_up(number: int, shards: int) -> None:
-        raise ValueError(f"shard {number} of {shards} does not come")
-
-    steps = reader(found, train, waiting=give_up).steps(0, Schedule(train, found).ends)
+def test_the_next_step_is_read_ahead_and_none_after_the_last() -> None:
+    train, found = train_of(global_batch=4), store([4, 4])
+    asked: list[int] = []
+    loader = reader(found, train)
+    read = loader.read
+    loader.read = lambda step: asked.append(step) or read(step)  # type: ignore[assignment,func-returns-value,method-assign]
+    steps = loader.steps(0, Schedule(train, found))
     next(steps)
-    with pytest.raises(ValueError, match="shard 1 of 2 does not come"):
-        next(steps)
-    left = reader(found, train).steps(0, Schedule(train, found).ends)
+    until(lambda: asked == [0, 1])
+    assert len(list(steps)) == 1
+    assert asked == [0, 1]
+
+
+def test_leaving_does_not_wait_for_a_shard() -> None:
+    train, found = train_of(global_batch=4), store([4, 4], arrived=1)
+    left = reader(found, train).steps(0, Schedule(train, found))
     next(left)
     left.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
