@@ -76,8 +76,16 @@ class Arrival(TokenStore):
         A new shard costs two or three requests, of which many run at the same time.
         """
         with self._lock:
-            if self._manifest is None:
-                self._look_for_manifest()
+            manifest = read_manifest(self.uri) if self._manifest is None else None
+            # A store under repair has a manifest that its shards do not match yet.
+            if (
+                manifest
+                and manifest.digest == self.digest
+                and len(manifest.shards) == self.shard_count
+                and not wrong_size(self.uri, manifest)
+            ):
+                self.front = Front(manifest.shards)
+                self._manifest = manifest
             width = 1
             while self._manifest is None:
                 infos = self._next_shards(width)
@@ -85,15 +93,6 @@ class Arrival(TokenStore):
                 if len(infos) < width:
                     break
                 width = min(2 * width, 32)
-
-    def _look_for_manifest(self) -> None:
-        # A store under repair has a manifest that its shards do not match yet.
-        manifest = read_manifest(self.uri)
-        if manifest is None or manifest.digest != self.digest:
-            return
-        if len(manifest.shards) == self.shard_count and not wrong_size(self.uri, manifest):
-            self.front = Front(manifest.shards)
-            self._manifest = manifest
 
     def _next_shards(self, width: int) -> list[ShardInfo]:
         first = len(self.front.shards)

@@ -8,7 +8,7 @@ and chunks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -62,13 +62,15 @@ def _moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 def collate(packs: Sequence[Pack], attention: str) -> Batch:
     """Return the batch of `packs` in the layout that the attention implementation takes."""
-    return _flat(packs) if attention in FLAT_ATTENTION else _padded(packs)
+    if attention in FLAT_ATTENTION:
+        return _flat(packs)
+    return _padded(packs)
 
 
 def _flat(packs: Sequence[Pack]) -> Batch:
     ids = np.concatenate([pack.input_ids for pack in packs]).astype(np.int64)
     supervised = np.concatenate([pack.supervised for pack in packs])
-    lengths = [length for pack in packs for length in pack.segments]
+    lengths = list(chain.from_iterable(pack.segments for pack in packs))
     borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     chosen = np.flatnonzero(supervised)
     return Batch(
@@ -114,7 +116,8 @@ def _padded(packs: Sequence[Pack]) -> Batch:
 
 
 def _supervised(packs: Sequence[Pack]) -> tuple[int, ...]:
-    return tuple(each.supervised for pack in packs for each in pack.examples())
+    examples = chain.from_iterable(pack.examples() for pack in packs)
+    return tuple(each.supervised for each in examples)
 
 
 def _positions(lengths: Sequence[int]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

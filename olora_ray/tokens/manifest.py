@@ -27,7 +27,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.columns import unresolved_error
 from olora_ray.data.tokenize import form_line
-from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
+from olora_ray.tokens.plan import NO_ROWS, Plan, RowDigests, Split, sources_of
 
 logger = logging.getLogger(__name__)
 
@@ -208,11 +208,9 @@ def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str, longest:
     )
     share = sum(reasons.values()) / rows
     # Allowing most rows to be rejected would mean training on other data than intended.
-    return (
-        first
-        if share > 0.5
-        else f"{first}, or allow them with data.max_rejected={math.ceil(share * 1000) / 1000}"
-    )
+    if share > 0.5:
+        return first
+    return f"{first}, or allow them with data.max_rejected={math.ceil(share * 1000) / 1000}"
 
 
 # Totals over a store's shards: manifest, rejected rows, periodic progress.
@@ -232,9 +230,9 @@ class Limits:
     @classmethod
     def of(cls, config: AnyConfig, split: Split) -> "Limits":
         # Held-out rows of `data.eval_fraction` come from data.train, so messages call them held out of it.
-        setting, _ = sources_of(config, split)
-        drawn = split == "eval" and config.data.eval_fraction is not None
-        where = f"held out of {setting}" if drawn else setting
+        where, _ = sources_of(config, split)
+        if split == "eval" and config.data.eval_fraction is not None:
+            where = f"held out of {where}"
         return cls(where, config.data.max_rejected, config.data.too_long)
 
     def allowed(self, rows: float) -> float:
@@ -265,12 +263,16 @@ class Limits:
             re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long"
         )
         longest = max((int(count[0]) for count in counts if count), default=0)
-        where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
+        where = self.setting
+        if len(sources) == 1:
+            where += f".{sources.pop()}"
         shorter = {
             "reject": " or set data.too_long to drop_turns or cut",
             "drop_turns": " or set data.too_long to cut",
         }
-        most = f" (up to {longest:,}, as far as the model has positions)" if longest else ""
+        most = ""
+        if longest:
+            most = f" (up to {longest:,}, as far as the model has positions)"
         remedy = rejection_remedy(reasons, rows, where, most + shorter.get(self.too_long, ""))
         raise UserError(f"{where}: {problem} ({reason_counts(reasons)}); {first}; {remedy}")
 
@@ -310,7 +312,12 @@ class Totals:
         now = time.monotonic()
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            logger.info(self._line(now))
+            speed = self.fresh_rows / max(now - self.started, 1e-3)
+            left = max(self.plan.rows - self.rows, 0) / max(speed, 1e-3)
+            logger.info(
+                f"tokens: {self.rows:,} rows, {len(self.infos):,} of {len(self.plan.shards):,} shards,"
+                f" fill {self._fill():.2f}, {speed:,.0f} rows/s, ETA {left:,.0f} s"
+            )
 
     def check(self, limits: Limits) -> None:
         """Raise UserError if too many of all the rows were rejected, or none is left, or a column needs an answer."""
@@ -323,11 +330,9 @@ class Totals:
                 " keep each row once and repeat them with the source's weight, or set data.eval to other rows"
             )
         if not self.total["packs"]:
-            cause = (
-                f" (data.eval_fraction = {self.plan.eval_fraction:g})"
-                if self.plan.eval_fraction
-                else ""
-            )
+            cause = ""
+            if self.plan.eval_fraction:
+                cause = f" (data.eval_fraction = {self.plan.eval_fraction:g})"
             raise UserError(f"{limits.setting}: no row is left for {self.plan.split}{cause}")
 
     def hopeless(self, limits: Limits) -> bool:
@@ -368,20 +373,14 @@ class Totals:
     def _fill(self) -> float:
         return self.total["tokens"] / max(1, self.total["packs"] * self.plan.max_length)
 
-    def _line(self, now: float) -> str:
-        speed = self.fresh_rows / max(now - self.started, 1e-3)
-        left = max(self.plan.rows - self.rows, 0) / max(speed, 1e-3)
-        return (
-            f"tokens: {self.rows:,} rows, {len(self.infos):,} of {len(self.plan.shards):,} shards,"
-            f" fill {self._fill():.2f}, {speed:,.0f} rows/s, ETA {left:,.0f} s"
-        )
-
 
 def summary(manifest: Manifest) -> str:
+    rows = f"{manifest.rows:,} rows"
     rejected = sum(manifest.rejected.values())
+    if rejected:
+        rows += f" ({rejected:,} rejected: {reason_counts(manifest.rejected)})"
     return (
-        f"{manifest.rows:,} rows{f' ({rejected:,} rejected: {reason_counts(manifest.rejected)})' if rejected else ''},"
-        f" {manifest.packs:,} sequences, {manifest.tokens:,} tokens, {manifest.supervised:,} supervised,"
+        f"{rows}, {manifest.packs:,} sequences, {manifest.tokens:,} tokens, {manifest.supervised:,} supervised,"
         f" fill {manifest.fill:.2f}"
     )
 
@@ -451,11 +450,14 @@ class HeldOut:
         if self._met.sum() > max(
             0.01 * len(self._rows), float(len(self._rows) >= 10)
         ):  # one match may be a greeting
-            raise UserError(self.line(" or more" * (not self._met.all())))
+            more = "" if self._met.all() else " or more"
+            raise UserError(self.line(more))
 
     def line(self, more: str = "") -> str:
         """Return the matches in a line, "" if there are none; `more` follows the number of the rows."""
-        return bool(self._met.any()) * (
+        if not self._met.any():
+            return ""
+        return (
             f"data.eval: {self._met.sum():,}{more} of {len(self._rows):,} held-out rows are training rows too, so"
             " the held-out loss, the best step and the gate look better than they are; remove them from data.train,"
             " where a folder or a glob includes all its files"
@@ -463,4 +465,6 @@ class HeldOut:
 
 
 def row_digests(sidecar: Mapping[str, Any] | None) -> RowDigests:
-    return np.frombuffer(base64.b64decode(sidecar["digests"] if sidecar else ""), dtype=np.uint64)
+    if sidecar is None:
+        return NO_ROWS
+    return np.frombuffer(base64.b64decode(sidecar["digests"]), dtype=np.uint64)

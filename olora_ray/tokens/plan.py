@@ -105,7 +105,8 @@ def permute_at(positions: Indices, size: int, seed: int) -> Indices:
 
 def _feistel(words: Words, half: np.uint64, seed: int) -> Words:
     mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = words >> half, words & mask
+    left = words >> half
+    right = words & mask
     for turn in range(
         8
     ):  # four rounds make a pseudo-random permutation, and four more cost nothing
@@ -145,7 +146,10 @@ class Pieces(Sequence[Piece]):
         takes: Sequence[Repeat],
     ) -> None:
         """Store the pieces: piece k is `units[unit[k]]`, of which `takes[take[k]]` is used."""
-        self.units, self.unit, self.take, self.takes = units, unit, take, tuple(takes)
+        self.units = units
+        self.unit = unit
+        self.take = take
+        self.takes = tuple(takes)
 
     @property
     def files(self) -> NDArray[np.uint32]:
@@ -197,7 +201,10 @@ def repeats(weight: float) -> list[float]:
     """Return the share of the rows in each pass, for weight 2.5: 1, 1, 0.5."""
     whole = int(weight)
     rest = weight - whole
-    return [1.0] * whole + ([rest] if rest > 1e-9 or not whole else [])
+    shares = [1.0] * whole
+    if rest > 1e-9 or not whole:
+        shares.append(rest)
+    return shares
 
 
 def in_turn(units: Table, borders: Sequence[int], weights: Sequence[float]) -> Pieces:
@@ -216,11 +223,15 @@ def mixed(units: Table, borders: Sequence[int], weights: Sequence[float], seed: 
         _source(units, low, high, weight, (seed, number))
         for number, (low, high, weight) in enumerate(_each(borders, weights))
     ]
-    middles = np.concatenate([_middles(pieces.rows) for pieces in sources])
+    middles = []
+    for pieces in sources:
+        rows = pieces.rows
+        # From 0 to 1, so that sources of different sizes can be interleaved evenly.
+        middles.append((np.cumsum(rows) - rows / 2) / rows.sum())
     numbers = np.repeat(
         np.arange(len(sources), dtype=np.uint32), [len(pieces) for pieces in sources]
     )
-    return _together(units, sources)[np.lexsort((numbers, middles))]
+    return _together(units, sources)[np.lexsort((numbers, np.concatenate(middles)))]
 
 
 def _each(borders: Sequence[int], weights: Sequence[float]) -> list[tuple[int, int, float]]:
@@ -234,35 +245,29 @@ def _source(
     units: Table, low: int, high: int, weight: float, seed: tuple[int, int] | None
 ) -> Pieces:
     takes = list(enumerate(repeats(weight)))
-    orders = [_order(high - low, seed, turn) + np.uint32(low) for turn, _ in takes]
+    count = high - low
+    orders = []
+    for turn, _ in takes:
+        order = np.arange(count, dtype=np.uint32)
+        if seed is not None:
+            order = permutation(count, key("units", *seed, turn)).astype(np.uint32)
+        orders.append(order + np.uint32(low))
     return Pieces(
         units,
         np.concatenate(orders),
-        np.repeat(np.arange(len(takes), dtype=np.uint32), high - low),
+        np.repeat(np.arange(len(takes), dtype=np.uint32), count),
         takes,
     )
 
 
-def _order(count: int, seed: tuple[int, int] | None, turn: int) -> NDArray[np.uint32]:
-    if seed is None:
-        return np.arange(count, dtype=np.uint32)
-    return permutation(count, key("units", *seed, turn)).astype(np.uint32)
-
-
-def _middles(rows: Floats) -> Floats:
-    # From 0 to 1, so that sources of different sizes can be interleaved evenly.
-    return (np.cumsum(rows) - rows / 2) / rows.sum()  # type: ignore[no-any-return]
-
-
 def _together(units: Table, sources: Sequence[Pieces]) -> Pieces:
-    firsts = np.cumsum([0, *[len(pieces.takes) for pieces in sources]]).astype(np.uint32)
+    takes: list[Repeat] = []
+    numbers = []
+    for pieces in sources:
+        numbers.append(pieces.take + np.uint32(len(takes)))
+        takes += pieces.takes
     return Pieces(
-        units,
-        np.concatenate([pieces.unit for pieces in sources]),
-        np.concatenate(
-            [pieces.take + first for pieces, first in zip(sources, firsts, strict=False)]
-        ),
-        [take for pieces in sources for take in pieces.takes],
+        units, np.concatenate([pieces.unit for pieces in sources]), np.concatenate(numbers), takes
     )
 
 
@@ -395,41 +400,37 @@ class Plan(Rules):
 
     def inputs(self) -> dict[str, object]:
         """Return the inputs of the store's digest: contents, no paths."""
-        return {
+        seeded = self.split == "train" or self.eval_fraction is not None
+        inputs: dict[str, object] = {
             "version": VERSION,
             "split": self.split,
-            "sources": [
-                {
-                    "format": source.format,
-                    # Without the columns that are left out: they change no token.
-                    "fields": {
-                        name: source.fields[name]
-                        for name in format_named(source.format).names
-                        if name in source.fields
-                    },
-                    "weight": source.weight,
-                    **({} if source.weight == int(source.weight) else {"drawn_by": "hash"}),
-                    "files": [
-                        [each.file.form, each.sha256]
-                        for each in self.files
-                        if each.source == number
-                    ],
-                    **digest_inputs(
-                        source,
-                        self.spec,
-                        {each.file.kind for each in self.files if each.source == number},
-                    ),
-                }
-                for number, source in enumerate(self.sources)
-            ],
+            "sources": [self._source_inputs(n, source) for n, source in enumerate(self.sources)],
             "tokenizer": self.spec.digest,
             "max_length": self.max_length,
             "packing": self.packing,
-            "seed": self.seed if self.split == "train" or self.eval_fraction is not None else None,
+            "seed": self.seed if seeded else None,
             "eval_fraction": self.eval_fraction,
-            **({"last_turn_only": True} if self.last_turn_only else {}),
-            **({"too_long": self.too_long} if self.too_long != "reject" else {}),
         }
+        # Later settings are left out at their defaults, so that older stores keep their digests.
+        if self.last_turn_only:
+            inputs["last_turn_only"] = True
+        if self.too_long != "reject":
+            inputs["too_long"] = self.too_long
+        return inputs
+
+    def _source_inputs(self, number: int, source: Source) -> dict[str, object]:
+        files = [each for each in self.files if each.source == number]
+        # Without the columns that are left out: they change no token.
+        fields = [name for name in format_named(source.format).names if name in source.fields]
+        inputs: dict[str, object] = {
+            "format": source.format,
+            "fields": {name: source.fields[name] for name in fields},
+            "weight": source.weight,
+        }
+        if source.weight != int(source.weight):
+            inputs["drawn_by"] = "hash"
+        inputs["files"] = [[each.file.form, each.sha256] for each in files]
+        return inputs | digest_inputs(source, self.spec, {each.file.kind for each in files})
 
     def digest(self) -> str:
         return digest_json(self.inputs(), length=32)
@@ -466,11 +467,10 @@ def once(look: Look) -> Look:
     kept: dict[str, Found] = {}
 
     def kept_look(setting: str, sources: Sequence[Source]) -> Found:
-        return (
-            kept.pop(setting)
-            if setting in kept
-            else kept.setdefault(setting, look(setting, sources))
-        )
+        if setting in kept:
+            return kept.pop(setting)
+        kept[setting] = look(setting, sources)
+        return kept[setting]
 
     return kept_look
 
@@ -480,34 +480,31 @@ def make_plan(config: AnyData, spec: TokenizerSpec, split: Split, look: Look) ->
     setting, sources = sources_of(config, split)
     if not sources:
         raise UserError(f"{setting}: no source is set")
-    files, units, borders = list[PlannedFile](), list[Units](), [0]
+    files = list[PlannedFile]()
+    units = list[Units]()
+    borders = [0]
     sources, listed, scanned = look(setting, sources)
     for number, (found, scans) in enumerate(zip(listed, scanned, strict=True)):
-        pairs = zip(found, scans, strict=True)
-        files += [
-            PlannedFile(each.file or file, number, each.sha256, each.columns)
-            for file, each in pairs
-        ]
-        units += [each.units for each in scans]
-        borders.append(borders[-1] + sum(len(each.units) for each in scans))
-    for number, (low, high) in enumerate(itertools.pairwise(borders)):
-        if low == high:
+        count = 0
+        for file, each in zip(found, scans, strict=True):
+            files.append(PlannedFile(each.file or file, number, each.sha256, each.columns))
+            units.append(each.units)
+            count += len(each.units)
+        if not count:
             raise UserError(
                 f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows"
             )
-    table, weights = Units.joined(units), [source.weight for source in sources]
-    del (
-        listed,
-        scanned,
-        found,
-        scans,
-        units,
-    )  # for a billion rows they take as much memory as everything else
-    pieces = (
-        mixed(table, borders, weights, config.run.seed)
-        if split == "train"
-        else in_turn(table, borders, weights)
-    )
+        borders.append(borders[-1] + count)
+    table = Units.joined(units)
+    weights = [source.weight for source in sources]
+    # For a billion rows these take as much memory as everything else.
+    del listed, scanned, found, scans, each, units
+    draw = ""
+    if split == "train":
+        pieces = mixed(table, borders, weights, config.run.seed)
+        draw = digest_json([each.sha256 for each in files], length=16)
+    else:
+        pieces = in_turn(table, borders, weights)
     return Plan(
         split=split,
         spec=spec,
@@ -521,13 +518,15 @@ def make_plan(config: AnyData, spec: TokenizerSpec, split: Split, look: Look) ->
         eval_fraction=config.data.eval_fraction,
         last_turn_only=config.data.last_turn_only,
         too_long=config.data.too_long,
-        draw=digest_json([each.sha256 for each in files], length=16) if split == "train" else "",
+        draw=draw,
     )
 
 
 def _shards(pieces: Pieces) -> tuple[Pieces, ...]:
-    rows, size = pieces.rows, pieces.sizes
-    all_rows, all_bytes = rows.sum(), size.sum()
+    rows = pieces.rows
+    size = pieces.sizes
+    all_rows = rows.sum()
+    all_bytes = size.sum()
     wanted = float(np.clip(all_rows / 512, *SHARD_ROWS))
     count = max(1, round(float(max(all_rows / wanted, all_bytes / (64 * 2**20)))))
     rows /= all_rows  # in place: for a billion rows each array takes 31 MB
@@ -545,7 +544,8 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
 
     A file may be sorted: the rows are a few of each of many pieces, which are spread evenly over the files.
     """
-    pieces, kept_share = plan.pieces, plan.kept_share
+    pieces = plan.pieces
+    kept_share = plan.kept_share
     # About 64 MB or 131,072 rows are read.
     count = max(8, int(len(pieces) * min(2**26 / max(pieces.bytes, 1), 2**17 / pieces.rows.sum())))
     by_file = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
@@ -553,7 +553,8 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
         np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64)
     )
     kept = pieces[by_file[chosen]]
-    rows, size = float(kept.rows.sum()) * kept_share, float(kept.sizes.sum()) * kept_share
+    rows = float(kept.rows.sum()) * kept_share
+    size = float(kept.sizes.sum()) * kept_share
     # Fewer rows if they are long, because 4 MB take some seconds; but not too few, because other columns may be long.
     share = min(limit, max(limit / 20, 2**22 * rows / max(size, 1.0))) / max(rows, 1.0)
     if share < 1.0:
@@ -565,7 +566,8 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
         kept = Pieces(kept.units, kept.unit, np.arange(len(kept), dtype=np.uint32), takes)
     drawn = np.zeros((len(plan.sources), 2))
     for piece in kept:
-        unit, planned = piece.unit, plan.files[piece.file]
+        unit = piece.unit
+        planned = plan.files[piece.file]
         lines = plan.taken(planned, piece).sum()
         drawn[planned.source] += lines, lines * unit.size / unit.rows
     return dataclasses.replace(plan, pieces=kept, shards=(kept,)), drawn

@@ -111,32 +111,36 @@ def store_status(job: StoreSpec) -> StoreStatus:
             job.plan.digest(),
             len(job.plan.shards),
         ):
-            status.manifest, shards = manifest, enumerate(manifest.shards)
+            status.manifest = manifest
+            shards = enumerate(manifest.shards)
             listed = REJECTED in sizes and storage.digest_of(storage.join(job.uri, REJECTED))
             status.complete = listed == manifest.rejected_sha256 and all(
                 sizes.get(shard_name(number)) == shard.bytes for number, shard in shards
             )
     if status.complete:
         return status
+
+    def sidecar_of(number: int) -> dict[str, Any] | None:
+        if sidecar_name(number) not in sizes:
+            return None
+        return read_sidecar(job.uri, number)
+
     # 32 sidecars are read and held at a time, not all of them, because each may list many rejected rows.
     with ThreadPoolExecutor(32) as pool:
         numbers = range(len(job.plan.shards))
         for start in numbers[::32]:
             batch = numbers[start : start + 32]
-            read = pool.map(
-                lambda number: (
-                    read_sidecar(job.uri, number) if sidecar_name(number) in sizes else None
-                ),
-                batch,
-            )
-            for number, sidecar in zip(batch, read, strict=True):
-                if sidecar is None or sizes.get(shard_name(number)) != sidecar["bytes"]:
+            for number, sidecar in zip(batch, pool.map(sidecar_of, batch), strict=True):
+                if sidecar is None:
                     status.missing.append(number)
-                else:
+                    status.rejected.put(number, ())
+                    continue
+                del sidecar["digests"]  # there may be a billion, too many to hold
+                status.rejected.put(number, sidecar.pop("rejected"))
+                if sizes.get(shard_name(number)) == sidecar["bytes"]:
                     status.done[number] = sidecar
-                if sidecar:
-                    del sidecar["digests"]  # there may be a billion, too many to hold
-                status.rejected.put(number, sidecar.pop("rejected") if sidecar else ())
+                else:
+                    status.missing.append(number)
     return status
 
 
@@ -158,10 +162,18 @@ def make(
         for number in range(len(job.plan.shards)):
             if stopped():
                 return False
-            fresh = number not in status.done
-            sidecar = _checked(
-                job, status.manifest, number, next(made) if fresh else status.done[number]
-            )
+            sidecar = status.done.get(number)
+            fresh = sidecar is None
+            if sidecar is None:
+                sidecar = next(made)
+            if "error" in sidecar:
+                raise UserError(sidecar["error"])
+            before = status.manifest
+            if before and before.shards[number] != ShardInfo.of(sidecar):
+                raise UserError(
+                    f"token store {job.uri}: the rebuilt {shard_name(number)} differs from the original (were"
+                    " libraries updated?); delete the folder to rebuild all shards"
+                )
             totals.add(sidecar, fresh)
             if apart:
                 apart.meet(row_digests(sidecar if fresh else read_sidecar(job.uri, number)))
@@ -183,7 +195,8 @@ def make_shard(job: tuple[Rules, str, str], part: Part) -> dict[str, Any]:
 
     A shard that another preparation has finished meanwhile is used as it is.
     """
-    (rules, uri, storage_root), number = job, part.number
+    rules, uri, storage_root = job
+    number = part.number
     reached("shard", number)
     sidecar = read_sidecar(uri, number)
     if sidecar is not None and file_size(uri, shard_name(number)) == sidecar["bytes"]:
@@ -218,20 +231,6 @@ def small(job: StoreSpec, status: StoreStatus) -> bool:
     return len(status.missing) <= 1 or status.size(job.plan) <= MAKE_HERE
 
 
-def _checked(
-    job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the sidecar; raise UserError if it is an error, or differs from an earlier manifest."""
-    if "error" in sidecar:
-        raise UserError(sidecar["error"])
-    if manifest and manifest.shards[number] != ShardInfo.of(sidecar):
-        raise UserError(
-            f"token store {job.uri}: the rebuilt {shard_name(number)} differs from the original (were libraries"
-            " updated?); delete the folder to rebuild all shards"
-        )
-    return sidecar
-
-
 def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
     with fetched(storage.join(job.uri, REJECTED)) as path, path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
@@ -253,8 +252,11 @@ class StoreBuild:
         self.store.look()
         # The exception that ended the work of `start`.
         self.problem: Exception | None = None
-        self._job, self._status, self._limits = job, status, limits
-        self._stop, self._ended = threading.Event(), threading.Event()
+        self._job = job
+        self._status = status
+        self._limits = limits
+        self._stop = threading.Event()
+        self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._held_out: StoreBuild | None = None
 
@@ -307,7 +309,9 @@ class StoreBuild:
         """
         try:
             # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
-            apart, line, held_out = None, None, self._held_out
+            apart = None
+            line = None
+            held_out = self._held_out
             if self.plan.split == "train" and self.plan.eval_fraction is not None:
                 assert held_out, "call check_against first"
                 rows = np.unique(np.concatenate(list(held_out._rows())))
@@ -315,7 +319,8 @@ class StoreBuild:
             elif held_out:
                 # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
                 kept = node_cache.result_path("held-apart", self.store.uri, held_out.store.uri)
-                line = node_cache.read(kept) if self.complete else None
+                if self.complete:
+                    line = node_cache.read(kept)
                 if line is None:
                     apart = HeldOut(np.concatenate(list(held_out._rows())))
             if not self.complete:
@@ -328,7 +333,8 @@ class StoreBuild:
                 for rows in self._rows():
                     apart.meet(rows)
             if apart:
-                node_cache.keep(kept, line := apart.line())
+                line = apart.line()
+                node_cache.keep(kept, line)
             if line:
                 logger.warning(line)
         finally:
@@ -336,9 +342,14 @@ class StoreBuild:
 
     def start(self, cpus_held: float = 0.0) -> None:
         assert self._thread is None
-        self._thread = threading.Thread(
-            target=self._work, args=(cpus_held,), name="tokens", daemon=True
-        )
+
+        def work() -> None:
+            try:
+                self.run(cpus_held)
+            except Exception as error:  # for `join`
+                self.problem = error
+
+        self._thread = threading.Thread(target=work, name="tokens", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -351,12 +362,6 @@ class StoreBuild:
             self._thread.join()
         if self.problem:
             raise self.problem
-
-    def _work(self, cpus_held: float) -> None:
-        try:
-            self.run(cpus_held)
-        except Exception as error:  # for `join`
-            self.problem = error
 
 
 def look_there(config: AnyConfig) -> Look:
@@ -387,11 +392,12 @@ def begin(
     limits = Limits.of(config, split)
     status = store_status(job)
     count = len(plan.shards)
-    known = [f"tokens: {count - len(status.missing):,} of {count:,} shards exist already"]
-    for line in (
-        (*notes.form_lines(plan), *known * (0 < len(status.missing) < count)) if tell else ()
-    ):
-        logger.info(line)
+    if tell:
+        for line in notes.form_lines(plan):
+            logger.info(line)
+        if 0 < len(status.missing) < count:
+            known = count - len(status.missing)
+            logger.info(f"tokens: {known:,} of {count:,} shards exist already")
     if status.manifest and status.complete:
         limits.check(status.manifest.rejected, status.manifest.rows, lambda: rejected_rows(job))
         if tell:
@@ -433,7 +439,9 @@ def plan_here(config: AnyData, spec: TokenizerSpec, split: Split, look: Look | N
 def _look(config: AnyConfig, scan_files: Callable[[Sequence[File], str], "Results"]) -> Look:
     root = config.run.storage
     look = looking(root, lambda found: _scan_all(found, root, scan_files), read_as)
-    return look if config.data.eval_fraction is None else once(look)
+    if config.data.eval_fraction is None:
+        return look
+    return once(look)
 
 
 def scan_file(storage_root: str, file: File) -> FileScan | str:
@@ -452,7 +460,8 @@ def _scan_here(files: Sequence[File], storage_root: str) -> Results:
 
 
 def _scan_there(files: Sequence[File], storage_root: str) -> Results:
-    if (size := sum(file.size for file in files)) <= SCAN_HERE:
+    size = sum(file.size for file in files)
+    if size <= SCAN_HERE:
         return _scan_here(files, storage_root)
     logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
     return map_ordered(scan_file, storage_root, files)
@@ -463,7 +472,7 @@ def _scan_all(
     storage_root: str,
     scan_files: Callable[[Sequence[File], str], Results],
 ) -> list[list[FileScan]]:
-    files = [file for source in sources for file in source]
+    files = list(itertools.chain.from_iterable(sources))
     scans = kept_scans(files, storage_root)
     missing = [number for number, found in enumerate(scans) if found is None]
     with contextlib.closing(

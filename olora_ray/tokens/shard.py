@@ -4,6 +4,7 @@ import base64
 import gc
 import hashlib
 import io
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     packs: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         assert 1 <= lengths[index] <= capacity, (lengths[index], capacity)
-        node, length = 1, lengths[index]
+        node = 1
+        length = lengths[index]
         while node < leaves:
             node *= 2
             if free[node] < length:
@@ -50,8 +52,11 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         free[node] -= length
         while node > 1:
             node //= 2
-            left, right = free[2 * node], free[2 * node + 1]
-            if free[node] == (most := left if left > right else right):
+            most = free[2 * node]
+            right = free[2 * node + 1]
+            if right > most:
+                most = right
+            if free[node] == most:
                 break
             free[node] = most
     return packs
@@ -90,15 +95,13 @@ class Shard:
 
     def table(self) -> pa.Table:
         """Return the columns of the shard's file, one row per pack."""
-        packs = [[self.examples[number] for number in chosen] for chosen in self.packs]
-        flat = [example for members in packs for example in members]
+        numbers = list(itertools.chain.from_iterable(self.packs))
+        flat = [self.examples[number] for number in numbers]
         ids = np.concatenate([np.zeros(0, np.int32), *[example.ids for example in flat]])
         supervised = np.concatenate([np.zeros(0, bool), *[example.supervised for example in flat]])
         lengths = np.array([len(example.ids) for example in flat], dtype=np.int32)
-        origins = np.array(
-            [self.origins[number] for chosen in self.packs for number in chosen], dtype=np.int64
-        )
-        by_segment = _borders([len(members) for members in packs])
+        origins = np.array([self.origins[number] for number in numbers], dtype=np.int64)
+        by_segment = _borders([len(members) for members in self.packs])
         by_token = _borders(lengths)[by_segment]
         counts = np.diff(_borders(supervised)[by_token])
         lists = (
@@ -114,7 +117,7 @@ class Shard:
 
     def sidecar(self, content: bytes) -> dict[str, Any]:
         """Describe the shard for readers that do not open it; `content` is the content of the file."""
-        chosen = [self.examples[number] for members in self.packs for number in members]
+        chosen = [self.examples[number] for number in itertools.chain.from_iterable(self.packs)]
         supervised = np.concatenate(
             [np.zeros(0, bool), *[example.supervised for example in chosen]]
         )
@@ -213,9 +216,18 @@ def _begun(
     shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
     source = rules.sources[planned.source]
+    wanted = columns_of(source.format, source.fields)
+    columns = dict.fromkeys(planned.columns)
+    first = piece.unit.first
+    keep = rules.taken(planned, piece).tolist()
     group: list[tuple[int, Begun | Rejected]] = []
     size = 0
-    for position, row in _rows(rules, planned, piece):
+    for position, row in read_unit(planned.file, piece.unit, planned.columns, wanted):
+        if not keep[position - first]:
+            continue
+        # Columns that were not read count as existing, so that a message can name them.
+        if columns and isinstance(row, Mapping) and len(row) != len(columns):
+            row = {**columns, **row}
         try:
             begun = tokenize.begin_row(row, source, planned.source, shard.notes)
             size += begun.size
@@ -224,26 +236,9 @@ def _begun(
             group.append((position, why))
         if size >= TOGETHER:
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
     yield group
-
-
-def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[int, Any]]:
-    source = rules.sources[planned.source]
-    wanted = columns_of(source.format, source.fields)
-    rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
-    first = piece.unit.first
-    keep = rules.taken(planned, piece).tolist()
-    for position, row in rows:
-        if keep[position - first]:
-            yield position, _with_columns(row, planned.columns)
-
-
-def _with_columns(row: Any, columns: Sequence[str]) -> Any:
-    # Columns that were not read count as existing, so that a message can name them.
-    if not columns or not isinstance(row, Mapping) or len(row) == len(columns):
-        return row
-    return {**dict.fromkeys(columns), **row}
 
 
 def _arrange(shard: Shard, rules: Rules, number: int) -> None:
@@ -258,7 +253,7 @@ def _arrange(shard: Shard, rules: Rules, number: int) -> None:
     else:
         chosen = [[index] for index in range(count)]
     chosen.sort()
-    packs = [[int(order[index]) for index in members] for members in chosen]
+    packs = [order[members].tolist() for members in chosen]
     if rules.split == "train":
         # Packing filled the packs from the longest example down, so their order still follows the lengths: shuffle.
         packs = [
@@ -273,7 +268,9 @@ def _borders(lengths: ArrayLike) -> NDArray[np.int32]:
 
 def _array(values: NDArray[Any]) -> pa.Array:
     # `pa.array` imports pandas, which takes longer than to write a shard.
-    bits = np.packbits(values, bitorder="little") if values.dtype == bool else values
+    bits = values
+    if values.dtype == bool:
+        bits = np.packbits(values, bitorder="little")
     return pa.Array.from_buffers(
         pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(bits)]
     )

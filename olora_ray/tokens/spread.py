@@ -23,7 +23,8 @@ TASKS = 4000
 
 class Lazy(Sequence[Item]):
     def __init__(self, make: Callable[[Any], Item], sources: Sequence[Any]) -> None:
-        self._make, self._sources = make, sources
+        self._make = make
+        self._sources = sources
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -54,7 +55,13 @@ def map_ordered(
     task.__name__ = task.__qualname__ = name = getattr(work, "__name__", "work")
     # Ray packs them block by block, so that the driver never holds all of them.
     packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
-    _quiet_stream()
+    # In this process Ray Data runs in order, without progress bars and logs.
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     blocks = min(len(items), TASKS)
     results = ray.data.from_items(packed, override_num_blocks=blocks).map(
         task, **_resources(cpus_held)
@@ -97,18 +104,6 @@ def _resources(cpus_held: float) -> dict[str, Any]:
     return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
 
 
-def _quiet_stream() -> None:
-    """Run Ray Data of this process in order, without progress bars and logs."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
 def cores() -> int:
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
@@ -131,7 +126,8 @@ def parallel_map(
     count = min(len(items), cores())
     # Each process has its own pipe, which ends with it. What all share would stay locked, or half written, if one is
     # killed in its message, and the driver would wait forever.
-    pipes, processes = [], []
+    pipes = []
+    processes = []
     try:
         for first in range(count):
             results, theirs = context.Pipe(duplex=False)

@@ -76,7 +76,8 @@ MAPPED_SHARDS = 512
 
 class ShardFiles:
     def __init__(self, uri: str, digest: str) -> None:
-        self.uri, self.digest = uri, digest
+        self.uri = uri
+        self.digest = digest
         # Shards that this process has hashed.
         self._verified = set[int]()
 
@@ -267,5 +268,6 @@ def wrong_size(uri: str, wanted: Manifest) -> str | None:
 
 def _slice(batch: Any, column: str, row: int) -> Any:
     lists = batch.column(column)
-    start, stop = lists.offsets[row].as_py(), lists.offsets[row + 1].as_py()
+    start = lists.offsets[row].as_py()
+    stop = lists.offsets[row + 1].as_py()
     return lists.values.slice(start, stop - start)
