@@ -76,21 +76,21 @@ class TrainState:
         """Record a held-out loss; return True if it is the best so far, which a loss that is not finite never is."""
         best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else self.best_loss
         if loss < best:
-            self.best_loss, self.best_step, self.stale = loss, self.step, 0
+            self.best_loss = loss
+            self.best_step = self.step
+            self.stale = 0
             return True
         self.stale += 1
         return False
 
 
 FORMAT = 1
-ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
-    "adapter.safetensors",
-    "best.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.yaml",
-    "manifest.json",
-)
+ADAPTER = "adapter.safetensors"
+BEST = "best.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
 
 _NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
 
@@ -170,16 +170,25 @@ def save(
 
 def load(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint; raises UserError with the name of the file that is wrong."""
-    if problem := damage(folder):
+    problem = damage(folder)
+    if problem:
         raise UserError(problem)
-    if (kept := records.read(str(folder / STATE), _StateFile)) is None:
+    kept = records.read(str(folder / STATE), _StateFile)
+    if kept is None:
         raise UserError(
             f"checkpoint {folder}: cannot be loaded: {STATE} is damaged, or of another version"
         )
     state = TrainState(**{each.name: getattr(kept, each.name) for each in fields(TrainState)})
     try:
         best = load_file(folder / BEST) if (folder / BEST).exists() else None
-        adapter, optimizer = _weights(load_file(folder / ADAPTER)), load_file(folder / OPTIMIZER)
+        parts = load_file(folder / ADAPTER)
+        adapter = {}
+        for key in parts:
+            if key.endswith(".da"):
+                name = key.removesuffix(".da")
+                factors = Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0"))
+                adapter[name] = AdapterWeights(factors, parts[key], parts[f"{name}.db"])
+        optimizer = load_file(folder / OPTIMIZER)
         loaded = Checkpoint(adapter, best, optimizer, state, kept.identity)
         loaded.best_adapter()  # KeyError if a layer is missing in BEST
         return loaded
@@ -224,7 +233,8 @@ def damage(folder: Path) -> str:
 
     Raises OSError if the storage cannot read a file now; the checkpoint may still be good.
     """
-    if (manifest := Manifest.of(str(folder))) is None:
+    manifest = Manifest.of(str(folder))
+    if manifest is None:
         return f"{folder}: not a complete checkpoint ({MANIFEST} is missing or damaged)"
     files = manifest.files
     complete = manifest.format == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
@@ -240,7 +250,8 @@ def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for name, weights in adapter.items():
         parts[f"{name}.a0"] = weights.factors.a0
-        parts[f"{name}.da"], parts[f"{name}.db"] = weights.da, weights.db
+        parts[f"{name}.da"] = weights.da
+        parts[f"{name}.db"] = weights.db
         if weights.factors.b0 is not None:
             parts[f"{name}.b0"] = weights.factors.b0
     return parts
@@ -251,18 +262,6 @@ def _publish(file: Path) -> None:
     # manifest, which says that they are complete.
     storage.open_up(file)
     storage.flush_to_disk(file)
-
-
-def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
-    names = [key.removesuffix(".da") for key in parts if key.endswith(".da")]
-    return {
-        name: AdapterWeights(
-            Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")),
-            parts[f"{name}.da"],
-            parts[f"{name}.db"],
-        )
-        for name in names
-    }
 
 
 def _fingerprint(file: Path) -> File:

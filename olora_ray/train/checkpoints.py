@@ -186,7 +186,9 @@ class CheckpointManager:
 
         `keep` checkpoints stay.
         """
-        self.root, self.keep, self.saved = root, keep, saved
+        self.root = root
+        self.keep = keep
+        self.saved = saved
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
@@ -231,17 +233,11 @@ class CheckpointManager:
             logger.warning(
                 f"the checkpoint of step {step} cannot be written ({short_reason(error)}); training continues"
             )
-        else:
-            self.saved(step, time.perf_counter() - began)
-            self._retire(step)
-
-    def _retire(self, step: int) -> None:
-        """Remove the checkpoints that are not needed now that `step` is written.
-
-        Up to `step`, the newest `keep` stay. One of a later step stays: it may be good, with the bytes that this
-        training will write again. Or this process was given up without knowing it, and the process that resumed the run
-        has written the checkpoint.
-        """
+            return
+        self.saved(step, time.perf_counter() - began)
+        # Up to `step`, the newest `keep` checkpoints stay. One of a later step stays: it may be good, with the bytes
+        # that this training will write again. Or this process was given up without knowing it, and the process that
+        # resumed the run has written the checkpoint.
         try:
             earlier = [name for name in names(self.root) if name <= name_of(step)]
             for name in earlier[: -self.keep]:

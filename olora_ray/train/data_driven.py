@@ -5,6 +5,7 @@ all tokens if there are fewer. It stops as soon as the spaces of two successive 
 changes the time only: the bytes of the factors are the same for any number.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,23 +63,20 @@ class DataReport:
     ranks: Mapping[str, int]
 
     def line(self, method: str) -> str:
-        low, high = min(self.ranks.values()), max(self.ranks.values())
+        line = f"{method}: {plural(self.tokens, 'supervised token')} of {plural(self.sequences, 'sequence')}"
+        if self.agreement:
+            mean, least = self.agreement
+            line += f"; half of the tokens give {mean:.0%} of the same directions (at least {least:.0%} in each layer)"
+        low = min(self.ranks.values())
+        high = max(self.ranks.values())
+        if low < high:
+            line += f"; ranks {low} to {high}"
         without = [name for name, rank in self.ranks.items() if rank == 0]
-        agree = (
-            self.agreement
-            and f"; half of the tokens give {self.agreement[0]:.0%} of the same directions ("
-        )
-        return (
-            f"{method}: {plural(self.tokens, 'supervised token')} of {plural(self.sequences, 'sequence')}"
-            + (f"{agree}at least {self.agreement[1]:.0%} in each layer)" if self.agreement else "")
-            + (f"; ranks {low} to {high}" if low < high else "")
-            + (
-                f", none for {', '.join(without[:3])}{' ...' * (len(without) > 3)}"
-                if without
-                else ""
-            )
-            + f"; activations {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
-        )
+        if without:
+            line += f", none for {', '.join(without[:3])}"
+        if len(without) > 3:
+            line += " ..."
+        return f"{line}; activations {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
 
 
 def refuse(targets: Mapping[str, Target], method: str) -> None:
@@ -95,7 +93,8 @@ def _pieces(store: TokenStore, adapter: Adapter, count: int) -> list[RowPart]:
     def read() -> list[RowPart]:
         pieces = first_tokens(store, adapter.init_tokens)
         # `count` components and the mean need more than `count` tokens.
-        if (total := pieces[-1].end if pieces else 0) <= count:
+        total = pieces[-1].end if pieces else 0
+        if total <= count:
             raise UserError(
                 f"adapter.method={adapter.method}: the training data has {plural(total, 'supervised token')}, but"
                 f" {count} components (rho x rank) need more than {count}; use more data, lower adapter.rank or"
@@ -108,25 +107,22 @@ def _pieces(store: TokenStore, adapter: Adapter, count: int) -> list[RowPart]:
 
 def probe(loss: SupervisedLoss, pack: Pack) -> Batch:
     length = min(8, pack.segments[0])  # a few tokens are enough to see which layers share an input
-    return collate(
-        [Pack(pack.input_ids[:length], np.arange(length) > 0, (length,))], _attention(loss)
-    )
-
-
-def _attention(loss: SupervisedLoss) -> str:
+    start = Pack(pack.input_ids[:length], np.arange(length) > 0, (length,))
     model: Any = loss.model
-    return str(model.config._attn_implementation)
+    return collate([start], model.config._attn_implementation)
 
 
 def _owners(
     inputs: Sequence[LayerInput], targets: Mapping[str, Target], adapter: Adapter
 ) -> list[int]:
-    shapes = {
-        each.name: (sum(targets[name].shape[0] for name in each.layers), each.size)
-        for each in inputs
-    }
+    shapes = {}
+    for each in inputs:
+        rows = sum(targets[name].shape[0] for name in each.layers)
+        shapes[each.name] = (rows, each.size)
+    owner: dict[str, int] = {}
     shares = assign(shapes, adapter.rank, collectives.world_size(), adapter.method)
-    owner = {name: worker for worker, share in enumerate(shares) for name in share}
+    for worker, share in enumerate(shares):
+        owner |= dict.fromkeys(share, worker)
     return [owner[each.name] for each in inputs]
 
 
@@ -166,7 +162,8 @@ def eva_factors(
     activations that are not finite.
     """
     refuse(targets, adapter.method)
-    began, count = time.perf_counter(), adapter.largest_rank()
+    began = time.perf_counter()
+    count = adapter.largest_rank()
     pieces = _pieces(store, adapter, count)
     inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
     owners = _owners(inputs, targets, adapter)
@@ -176,17 +173,17 @@ def eva_factors(
 
     # The ranks of all layers sum up to targets x adapter.rank, unless the inputs vary in fewer directions.
     shares_of = _gathered({number: item.shares for number, item in own.items()})
-    of_layer = {
-        name: shares_of[number] for number, each in enumerate(inputs) for name in each.layers
-    }
+    of_layer: dict[str, tuple[float, ...]] = {}
+    for number, each in enumerate(inputs):
+        of_layer |= dict.fromkeys(each.layers, shares_of[number])
     offers = {name: of_layer[name][: min(count, *target.shape)] for name, target in targets.items()}
     ranks = redistributed(offers, len(targets) * adapter.rank)
 
-    made = {
-        name: Factors(item.vectors[: ranks[name]].to("cpu", torch.float32), None)
-        for number, item in own.items()
-        for name in inputs[number].layers
-    }
+    made = {}
+    for number, item in own.items():
+        for name in inputs[number].layers:
+            vectors = item.vectors[: ranks[name]]
+            made[name] = Factors(vectors.to("cpu", torch.float32), None)
     shares: list[list[str]] = [[] for _ in range(collectives.world_size())]
     for each, owner in zip(inputs, owners, strict=True):
         shares[owner].extend(each.layers)
@@ -205,7 +202,8 @@ def _until_stable(
     # L / 4, L / 2 and L, rounded down, without stages that have too few tokens for `count` components.
     stages = [tokens for tokens in (total // 4, total // 2, total) if tokens > count]
     before: dict[int, Components] | None = None
-    agreement, done = None, 0
+    agreement = None
+    done = 0
     for tokens in stages:
         needed = [piece for piece in pieces if piece.first < tokens]
         acts.run(needed[done:])
@@ -233,11 +231,10 @@ def redistributed(shares: Mapping[str, Sequence[float]], budget: int) -> dict[st
     `shares` has each layer's shares, falling, in the order of the layers. Among equal shares the earlier component
     comes first, then the earlier layer.
     """
-    offers = [
-        (-share, index, layer_index, name)
-        for layer_index, (name, layer) in enumerate(shares.items())
-        for index, share in enumerate(layer)
-    ]
+    offers = []
+    for layer_index, (name, layer) in enumerate(shares.items()):
+        for index, share in enumerate(layer):
+            offers.append((-share, index, layer_index, name))
     kept = dict.fromkeys(shares, 0)
     for *_, name in sorted(offers)[:budget]:
         kept[name] += 1
@@ -246,12 +243,13 @@ def redistributed(shares: Mapping[str, Sequence[float]], budget: int) -> dict[st
 
 def overlap(now: Components, before: Components, rank: int) -> float:
     """Return the part, 0 to 1, of the space of the first `rank` components of `now` that those of `before` span."""
-    new, old = now.vectors[:rank], before.vectors[:rank]
+    new = now.vectors[:rank]
+    old = before.vectors[:rank]
     return float((new @ old.mT).square().sum()) / max(1, len(new))
 
 
 def _gathered(own: Mapping[int, Value]) -> dict[int, Value]:
-    return dict(pair for part in collectives.gather(list(own.items())) for pair in part)
+    return dict(itertools.chain.from_iterable(collectives.gather(list(own.items()))))
 
 
 # New factors for a training: from the weights or from the training data, as the method needs.
@@ -272,7 +270,8 @@ def new_factors(
     adapter = config.adapter
     if method_named(adapter.method).needs != "weight":
         return eva_factors(loss, targets, adapter, store, device)
-    seed, options = config.run.seed, options_of(adapter)
+    seed = config.run.seed
+    options = options_of(adapter)
     return *initialise(
         _whole(loss, targets), adapter.method, adapter.rank, seed, device, options
     ), None
@@ -285,7 +284,8 @@ def sizes_of(loss: SupervisedLoss, names: Iterable[str], device: torch.device) -
 
 
 def _whole(loss: SupervisedLoss, targets: Mapping[str, Target]) -> dict[str, Target]:
-    if (read := loss.read_rows) is None:
+    read = loss.read_rows
+    if read is None:
         return dict(targets)
     # No worker holds all rows of a sharded layer, so the worker that computes with it reads the layer's files.
     names = {name: parameter_of(loss.model, name) for name in targets}

@@ -64,7 +64,8 @@ def measure(
 ) -> MeasuredStep:
     """Run a step and answers on fake tensors; the model must be on the meta device, and is unusable afterwards."""
     config, times = _small_enough(config)
-    gpu, dtype = expected.gpu, getattr(torch, expected.dtype)
+    gpu = expected.gpu
+    dtype = getattr(torch, expected.dtype)
     problem = "activations (no attention can be tried)"
     with attention.on_fake_tensors(gpu):
         fake = FakeModel(model, targets, config.adapter, dtype)
@@ -103,7 +104,8 @@ def _small_enough(config: DecidedConfig) -> tuple[DecidedConfig, float]:
 
     Token ids and segment borders are not fake: they take memory and time.
     """
-    length, most = config.data.max_length, 2**16
+    length = config.data.max_length
+    most = 2**16
     tokens = config.train.micro_batch * length
     if tokens <= most:
         return config, 1.0
@@ -114,7 +116,8 @@ def _small_enough(config: DecidedConfig) -> tuple[DecidedConfig, float]:
 
 
 def _implementations(model: Any, config: DecidedConfig, expected: Expected) -> tuple[str, ...]:
-    wanted, dtype = expected.attention, getattr(torch, expected.dtype)
+    wanted = expected.attention
+    dtype = getattr(torch, expected.dtype)
     apart = why_scaled(model, config.train.micro_batch * config.data.max_length)
     if not expected.gpu:
         try:
@@ -177,7 +180,8 @@ def answers_at_once(config: DecidedConfig) -> int:
 
 
 def _answer_bytes(fake: FakeModel, config: DecidedConfig) -> int:
-    rows, prompt = answers_at_once(config), config.data.max_length
+    rows = answers_at_once(config)
+    prompt = config.data.max_length
     if not rows:
         return 0
     train_mode(fake.adapted, False)
@@ -309,7 +313,9 @@ class _Question:
     maxsize=16
 )  # a run estimates itself several times: for the report, the preflight and the workers
 def _estimate(question: _Question) -> MemoryEstimate:
-    config, base, expected = question.config, question.base, question.expected
+    config = question.config
+    base = question.base
+    expected = question.expected
     model: Any = skeleton(base, config.model)
     check_lengths(model, config)
     selection = select(model, config.adapter.targets, config.adapter.rank)
@@ -347,7 +353,9 @@ def _base_bytes(
     config: DecidedConfig, model: Any, count: int, dtype: torch.dtype
 ) -> tuple[int, int]:
     """Return MemoryEstimate's (base_bytes, gathered_bytes); `count` is the numbers in the files."""
-    quantization, width, shards = config.model.quantization, dtype.itemsize, _shards(config)
+    quantization = config.model.quantization
+    width = dtype.itemsize
+    shards = _shards(config)
     if quantization != "none":
         require(quantization)
         numbers, size, unpacked = packed_size(model, quantization, dtype)
@@ -379,7 +387,8 @@ def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
         (math.prod(experts) * (m + n), min(m, n, adapter.largest_rank()))
         for *experts, m, n in shapes
     ]
-    left, total = adapter.rank * len(sizes), 0
+    left = adapter.rank * len(sizes)
+    total = 0
     for size, most in sorted(sizes, reverse=True):
         total += size * min(most, left)
         left -= min(most, left)
@@ -424,7 +433,8 @@ def micro_batch(
             targets, method, adapter.rank, config.run.seed, device, options_of(adapter)
         )
         adapted = inject(model, at_scale(factors, adapter), adapter.scale())
-        loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
+        loss = SupervisedLoss(model)
+        batch = collate(packs, model.config._attn_implementation)
         loss.recompute = config.train.activation_checkpointing
         parallel.install(loss)
         short = collate(first_step.examples(packs), model.config._attn_implementation)

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -79,13 +80,14 @@ def output_shift(
 
     def measure(name: str, entered: Tensor, size: Tensor, gradient: Tensor) -> None:
         x = entered.reshape(-1, layers[name].a0.shape[1]).float()
-        if move := _move(layers[name], x, gradient.reshape(len(x), -1).float(), size, ratio):
+        move = _move(layers[name], x, gradient.reshape(len(x), -1).float(), size, ratio)
+        if move:
             result[name] = move
 
     modules: dict[str, nn.Module] = {name: loss.model.get_submodule(name) for name in layers}
     with torch.enable_grad(), watched(modules, see):
         # Not `backward`: it would add to the gradients of the training.
-        parts = [part for layer in adapted.values() for part in (layer.da, layer.db)]
+        parts = list(chain.from_iterable((layer.da, layer.db) for layer in adapted.values()))
         torch.autograd.grad(loss(batch), parts, allow_unused=True)  # some experts may see no token
     return {name: result[name] for name in layers if name in result}
 
@@ -115,7 +117,8 @@ def for_steps(rate: float, steps: int, made_for: int = 20) -> float:
 def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float) -> Move | None:
     a = layer.a0 + layer.da
     b = layer.db if layer.b0 is None else layer.b0 + layer.db
-    hidden, db = x @ a.T, (g.T @ (x @ a.T)).sign()
+    hidden = x @ a.T
+    db = (g.T @ hidden).sign()
     # A's steps after a step of B at each rate. What they do to x is one product for all rates.
     rates = ratio * x.new_tensor(RATES)[:, None, None]
     steps = ((g @ b).T @ x - rates * ((g @ db).T @ x)).sign_()
@@ -123,7 +126,10 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float
     # The move is ratio * hidden @ db.T + stepped @ (b - rate * db).T, which is larger than its factors. The sum of its
     # squares needs only their products with each other, in float64, because the two parts may cancel.
     h, d, b, s, c = (each.double() for each in (ratio * hidden, db, b, stepped, rates))
-    dd, db_, bb, ss = d.T @ d, d.T @ b, b.T @ b, s.mT @ s
+    dd = d.T @ d
+    db_ = d.T @ b
+    bb = b.T @ b
+    ss = s.mT @ s
     new = bb - c * (db_ + db_.T) + c.square() * dd
     squares = (h.T @ h * dd + 2 * (h.T @ s) * (db_ - c * dd) + ss * new).sum((1, 2))
     sizes = ((squares.clamp(min=0) / (len(x) * len(d))).sqrt() / size).tolist()

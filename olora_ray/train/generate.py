@@ -1,6 +1,7 @@
 """Greedy answers to held-out prompts, spread over the workers."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,19 +47,22 @@ def questions(store: TokenStore, limit: int) -> list[Question]:
     `data.too_long: cut` is left out, because no answer could match an incomplete reference.
     """
     chosen: list[Question] = []
-    row, cuts = 0, store.manifest.inputs.get("too_long") == "cut"
+    row = 0
+    cuts = store.manifest.inputs.get("too_long") == "cut"
     for index in range(len(store)):
-        pack, start = store[index], 0
+        pack = store[index]
+        start = 0
         for size in pack.segments:
             if len(chosen) >= limit:
                 return chosen
             part = slice(start, start + size)
             start += size
             cut = cuts and size == store.max_length and bool(pack.supervised[part][-1])
-            if not cut and (
-                question := _split(row, pack.input_ids[part].tolist(), pack.supervised[part])
-            ):
-                chosen.append(question)
+            if not cut:
+                ids = pack.input_ids[part].tolist()
+                question = _split(row, ids, pack.supervised[part])
+                if question:
+                    chosen.append(question)
             row += 1
     return chosen
 
@@ -71,7 +75,9 @@ def _split(
     start = int(marked[breaks[-1] + 1] if len(breaks) else marked[0])
     stop = int(marked[-1]) + 1
     # Plain text is supervised from its second token on, so only its first token is left: no prompt to answer.
-    return Question(tuple(ids[:start]), tuple(ids[start:stop]), row) if start > 1 else None
+    if start <= 1:
+        return None
+    return Question(tuple(ids[:start]), tuple(ids[start:stop]), row)
 
 
 @torch.no_grad()
@@ -117,9 +123,8 @@ def answer(
             break
         own.extend(zip(group, outputs, strict=False))
     collectives.raise_together(problem)
-    return [
-        output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)
-    ]
+    pairs = itertools.chain.from_iterable(collectives.gather(own))
+    return [output for _, output in sorted(pairs)]
 
 
 @contextlib.contextmanager
@@ -130,7 +135,8 @@ def decoding(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    attention, settings = model.config._attn_implementation, model.generation_config
+    attention = model.config._attn_implementation
+    settings = model.generation_config
     model.set_attn_implementation(
         "sdpa" if model._supports_sdpa else "eager"
     )  # Gemma 2 has no sdpa

@@ -1,7 +1,6 @@
 """The losses of a model on held-out sequences."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Protocol
@@ -65,10 +64,11 @@ def held_out(
     groups = [range(first, min(first + width, len(packs))) for first in range(0, len(packs), width)]
     lengths = [1] * len(groups)
     if each:
-        lengths = [sum(len(sizes[index]) for index in group) for group in groups]
+        lengths = [len([*chain.from_iterable(sizes[group.start : group.stop])]) for group in groups]
     ends = [*accumulate(lengths)]
     # With a sharded base all workers must run the model equally often, so a worker with fewer groups repeats group 0.
-    worker, workers = collectives.rank(), collectives.world_size()
+    worker = collectives.rank()
+    workers = collectives.world_size()
     rounds = len(groups[worker::workers])
     if loss.sharded:
         rounds = math.ceil(len(groups) / workers)
@@ -110,16 +110,11 @@ def evaluate(
             [*chain.from_iterable(origins[first : first + width])]
             for first in range(0, len(origins), width)
         ]
-    bad = [
-        origin
-        for unit, loss in zip(units, found.losses(), strict=True)
-        if not math.isfinite(loss)
-        for origin in unit
-    ]
-    raise UserError(_problem(bad, step))
-
-
-def _problem(origins: Sequence[str], step: int) -> str:
-    problem = f"step {step}: the held-out {not_finite(origins)}"
-    # Before the first step another learning rate would change nothing.
-    return f"{problem}, or lower train.lr" if step else problem
+    bad = []
+    for unit, loss in zip(units, found.losses(), strict=True):
+        if not math.isfinite(loss):
+            bad += unit
+    problem = f"step {step}: the held-out {not_finite(bad)}"
+    if step:  # before the first step another learning rate would change nothing
+        problem += ", or lower train.lr"
+    raise UserError(problem)

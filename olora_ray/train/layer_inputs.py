@@ -156,7 +156,8 @@ def first_tokens(store: TokenStore, limit: int) -> list[RowPart]:
         count = min(store.counts([sequence]).supervised, limit - position)
         if count:
             pieces.append(RowPart(sequence, position, count))
-        position, sequence = position + count, sequence + 1
+        position += count
+        sequence += 1
     return pieces
 
 
@@ -247,12 +248,13 @@ class Activations:
         self, numbers: Sequence[int], pieces: Sequence[RowPart], rows: Sequence[Tensor]
     ) -> None:
         sends = self._here < len(pieces)
-        outgoing = [
-            _as_bytes(
-                [rows[number] for number in numbers if sends and self.owners[number] == worker]
-            )
-            for worker in range(self._workers)
-        ]
+        outgoing = []
+        for worker in range(self._workers):
+            flat = [torch.empty(0, dtype=torch.uint8)]
+            for number in numbers:
+                if sends and self.owners[number] == worker:
+                    flat.append(rows[number].contiguous().view(-1).view(torch.uint8))
+            outgoing.append(torch.cat(flat))
         self.sent += sum(len(part) for worker, part in enumerate(outgoing) if worker != self._here)
         mine = [number for number in numbers if self.owners[number] == self._here]
         width = sum(self.inputs[number].bytes for number in mine)
@@ -260,13 +262,8 @@ class Activations:
         received = collectives.swap([part.to(self.device) for part in outgoing], sizes)
         for piece, part in zip(pieces, received, strict=False):
             lengths = [piece.count * self.inputs[number].bytes for number in mine]
-            for number, flat in zip(mine, part.cpu().split(lengths), strict=True):
+            for number, received_rows in zip(mine, part.cpu().split(lengths), strict=True):
                 # A copy, because a slice keeps the whole buffer alive and may start at an address that is not a
                 # multiple of the element size.
-                own = flat.clone().view(self.inputs[number].dtype)
+                own = received_rows.clone().view(self.inputs[number].dtype)
                 self._rows[number][piece.first] = own.view(piece.count, -1)
-
-
-def _as_bytes(parts: Sequence[Tensor]) -> Tensor:
-    flat = [part.contiguous().view(-1).view(torch.uint8) for part in parts]
-    return torch.cat([torch.empty(0, dtype=torch.uint8), *flat])

@@ -64,7 +64,8 @@ class StepLoader:
 
     def read(self, step: int) -> StepData:
         """Return the data of global step `step`, counted from 0; waits for the shards that it needs."""
-        size, width = self.train.global_batch, self.train.micro_batch
+        size = self.train.global_batch
+        width = self.train.micro_batch
         self.store.wait((step + 1) * size)
         sequences = self.store.order(self.seed, step * size, (step + 1) * size).tolist()
         groups = [tuple(sequences[i : i + width]) for i in range(0, size, width)]

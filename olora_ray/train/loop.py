@@ -106,13 +106,11 @@ class Trainer:
         """Run the steps from `start` (counted from 0) to the end of the schedule; raises as `step`."""
         began = time.perf_counter()
         for number, (data, waited) in enumerate(loader.steps(start, schedule), start):
-            result = self.step(number, data, schedule, loader.store)
+            result = self.step(number, data, schedule)
             yield replace(result, seconds=time.perf_counter() - began, waited=waited)
             began = time.perf_counter()
 
-    def step(
-        self, number: int, data: StepData, schedule: Schedule, store: TokenStore
-    ) -> StepResult:
+    def step(self, number: int, data: StepData, schedule: Schedule) -> StepResult:
         """Do step `number`, counted from 0: the gradient of the global mean loss, and one update.
 
         The micro-batches, and the order of each sum, depend on the step alone and not on the workers. Raises UserError
@@ -160,16 +158,8 @@ class Trainer:
         mean_loss, *more = tree.total(known.sums).tolist()
         norm = float(known.norm)
         if not math.isfinite(mean_loss):
-            own = known.sums[data.first : data.first + len(data.sequences), 0].isfinite().tolist()
-            bad = [
-                origin
-                for finite, group in zip(own, data.sequences, strict=True)
-                if not finite
-                for index in group
-                for origin in store.origins(index)
-            ]
-            everywhere = [*chain.from_iterable(collectives.gather(bad))]
-            raise UserError(f"step {number + 1}: the {not_finite(everywhere)}, or lower train.lr")
+            rows = rows_of_odd_losses(known.sums[:, 0], data, schedule.store)
+            raise UserError(f"step {number + 1}: the {not_finite(rows)}, or lower train.lr")
         if not math.isfinite(norm):
             raise UserError(
                 f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr"
@@ -198,10 +188,11 @@ class Trainer:
             return first_step.for_steps(known(self.config.adapter.rank), steps)
         batch = collate(first_step.examples(packs), attention).to(self.device)
         moves = first_step.output_shift(self.loss, self.adapted, batch, self.config.train.lr_ratio)
-        moves = collectives.from_first(
-            moves
-        )  # another type of processor would find other last bits
-        return first_step.peak_lr(moves, self.config.adapter.scale(), steps) if moves else None
+        # Another type of processor would find other last bits.
+        moves = collectives.from_first(moves)
+        if not moves:
+            return None
+        return first_step.peak_lr(moves, self.config.adapter.scale(), steps)
 
     @staticmethod
     def rate_for(steps: int, rate: float, made_for: int) -> float:
@@ -240,6 +231,20 @@ class Trainer:
 def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
     for layer in adapted.values():
         layer.training = on
+
+
+def rows_of_odd_losses(losses: Tensor, data: StepData, store: TokenStore) -> list[str]:
+    """Return the rows of the micro-batches, of all workers, whose loss is not finite.
+
+    All workers must call it together, with the `losses` of the micro-batches of the step.
+    """
+    own = losses[data.first : data.first + len(data.sequences)].isfinite().tolist()
+    rows: list[str] = []
+    for finite, group in zip(own, data.sequences, strict=True):
+        if not finite:
+            for index in group:
+                rows += store.origins(index)
+    return [*chain.from_iterable(collectives.gather(rows))]
 
 
 def not_finite(origins: Sequence[str]) -> str:

@@ -77,7 +77,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, r = ctx.saved_tensors
-        g, wide = (grads[0] * weight).float(), x.float()
+        g = (grads[0] * weight).float()
+        wide = x.float()
         total = torch.linalg.vecdot(g, wide)[..., None]
         return (
             g.mul_(r).addcmul_(wide, r.pow(3) * total, value=-1 / x.shape[-1]).to(x.dtype),
@@ -159,7 +160,8 @@ class SelfTest:
 
     def line(self) -> str:
         line = f"self-test: passed with attention={self.attention}, in {self.seconds:.1f} s"
-        if (differences := self.differences) is None:
+        differences = self.differences
+        if differences is None:
             return line
         return (
             f"{line}; all blocks agree with the model's own attention up to rounding (relative difference"
@@ -202,7 +204,10 @@ class SupervisedLoss(nn.Module):
         self.compile_blocks = self.compiled = False
         """True if training steps run the blocks compiled; has no effect before `parallel.install`. `compiled` is true
         while a step runs."""
-        self._takes = _arguments(backbone(model))
+        parameters = inspect.signature(backbone(model).forward).parameters
+        kinds = {item.kind for item in parameters.values()}
+        self._takes = frozenset(parameters)
+        self._takes_any = inspect.Parameter.VAR_KEYWORD in kinds
         replace_rms_norms(model)
 
     def forward(self, batch: Batch, each: bool = False) -> Tensor:
@@ -234,29 +239,22 @@ class SupervisedLoss(nn.Module):
         return output
 
     def taken(self, batch: Batch) -> dict[str, Any]:
-        inputs = {
+        # Backbones take different inputs; a recurrent one takes no positions, for example.
+        inputs: dict[str, Any] = {
             name: value
             for name, value in batch.inputs.items()
-            if self._takes is None or name in self._takes
+            if self._takes_any or name in self._takes
         }
-        return inputs | {"attention_mask": self._masks(batch)} if self.given_masks else inputs
-
-    def _masks(self, batch: Batch) -> Any:
+        if not self.given_masks:
+            return inputs
         from transformers.masking_utils import create_masks_for_generate
 
         model: Any = self.model
         positions = batch.inputs["position_ids"]
         assert isinstance(positions, Tensor)
         like = torch.empty(*positions.shape, 1, dtype=model.dtype, device=positions.device)
-        return create_masks_for_generate(model.config, like, None, None, position_ids=positions)
-
-
-def _arguments(module: nn.Module) -> frozenset[str] | None:
-    # Backbones take different inputs; a recurrent one takes no positions, for example. None: it takes any name.
-    parameters = inspect.signature(module.forward).parameters
-    if any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values()):
-        return None
-    return frozenset(parameters)
+        masks = create_masks_for_generate(model.config, like, None, None, position_ids=positions)
+        return inputs | {"attention_mask": masks}
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -307,8 +305,13 @@ See = Callable[[str, Tensor, Tensor], None]
 
 @contextmanager
 def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
+    def hand_over(
+        name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
+        see(name, next(iter((*inputs, *named.values()))), output)
+
     handles = [
-        module.register_forward_hook(partial(_hand_over, name, see), with_kwargs=True)
+        module.register_forward_hook(partial(hand_over, name), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:
@@ -316,14 +319,3 @@ def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hand_over(
-    name: str,
-    see: See,
-    _: nn.Module,
-    inputs: tuple[Any, ...],
-    named: dict[str, Any],
-    output: Tensor,
-) -> None:
-    see(name, inputs[0] if inputs else next(iter(named.values())), output)

@@ -72,7 +72,11 @@ class _Block:
         self._loss = loss
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled() or _has_cache((*inputs, *named.values())):
+        from transformers import Cache
+
+        # With a cache of keys and values a second run of the block would add the same tokens again.
+        cached = any(isinstance(value, Cache) for value in (*inputs, *named.values()))
+        if cached or not torch.is_grad_enabled():
             return self.__wrapped__(*inputs, **named)
         run = self._compiled if self._loss.compiled else self.__wrapped__
         if not self._loss.recompute:
@@ -83,7 +87,14 @@ class _Block:
 
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
-        _leave_out()
+        # Adapted layers, packed weights and attention in segments add in place, keep results between calls, or read
+        # lengths on the host, which no graph can contain. The decorator is not written where they are defined, because
+        # it would import the compiler.
+        parts: Any = (AdaptedLinear, AdaptedExperts, QuantisedLinear)
+        for part in parts:
+            if not hasattr(part.forward, "_torchdynamo_disable"):
+                part.forward = torch.compiler.disable(part.forward)
+        attention.register(torch.compiler.disable)
         # Without `dynamic`, a second length would compile the block again. Blocks of the same class share their graphs.
         compiled: Callable[..., Any] = torch.compile(self.__wrapped__, dynamic=True)
         return compiled
@@ -93,28 +104,11 @@ def _run(run: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any
     return run(*inputs, **named)
 
 
-def _leave_out() -> None:
-    # Adapted layers, packed weights and attention in segments add in place, keep results between calls, or read lengths
-    # on the host, which no graph can contain. The decorator is not written where they are defined, because it would
-    # import the compiler.
-    parts: Any = (AdaptedLinear, AdaptedExperts, QuantisedLinear)
-    for part in parts:
-        if not hasattr(part.forward, "_torchdynamo_disable"):
-            part.forward = torch.compiler.disable(part.forward)
-    attention.register(torch.compiler.disable)
-
-
-def _has_cache(values: Sequence[Any]) -> bool:
-    # With a cache of keys and values a second run of the block would add the same tokens again.
-    from transformers import Cache
-
-    return any(isinstance(value, Cache) for value in values)
-
-
 @contextmanager
 def switched(loss: SupervisedLoss, on: bool) -> Iterator[None]:
     """Turn recomputation on or off inside a `with` block; turning it on has no effect before `install`."""
-    before, loss.recompute = loss.recompute, on
+    before = loss.recompute
+    loss.recompute = on
     try:
         yield
     finally:
@@ -136,10 +130,12 @@ def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]
     # They differ if a block changes its inputs or an outer state, because the second run changes it again.
     if all(torch.equal(one, other) for one, other in zip(with_it, without, strict=True)):
         return
-    off, norm = (
-        float(torch.stack([part.float().norm() for part in parts]).norm())
-        for parts in ([one - other for one, other in zip(with_it, without, strict=True)], without)
-    )
+
+    def norm_of(parts: Iterable[Tensor]) -> float:
+        return float(torch.stack([part.float().norm() for part in parts]).norm())
+
+    off = norm_of(one - other for one, other in zip(with_it, without, strict=True))
+    norm = norm_of(without)
     # GPU kernels do not add in a fixed order, so their gradients may differ by rounding.
     if without[0].device.type == "cpu" or not off <= 1e-3 * norm:
         raise UserError(
@@ -172,18 +168,16 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None
     from torch.distributed.fsdp import fully_shard
 
     world = collectives.world_size()
-    shape, names = (
-        ((world,), ("shards",))
-        if replicas == 1
-        else ((replicas, world // replicas), ("copies", "shards"))
-    )
+    shape: tuple[int, ...] = (world,)
+    names: tuple[str, ...] = ("shards",)
+    if replicas > 1:
+        shape = (replicas, world // replicas)
+        names = ("copies", "shards")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    adapters = {
-        parameter
-        for module in loss.modules()
-        if isinstance(module, AdaptedWeight)
-        for parameter in (module.da, module.db)
-    }
+    adapters = set[nn.Parameter]()
+    for module in loss.modules():
+        if isinstance(module, AdaptedWeight):
+            adapters |= {module.da, module.db}
     blocks = blocks_to_shard(loss.model)
     whole = adapters | outside(loss, blocks)
     for block in blocks:
@@ -193,14 +187,17 @@ def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None
 
 
 def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    inside = set[int]()
+    for block in blocks:
+        inside.update(map(id, block.parameters()))
     return {parameter for parameter in model.parameters() if id(parameter) not in inside}
 
 
 def own_rows(parameter: "DTensor") -> tuple[int, int]:
     """Return the rows first..last of a sharded parameter that this worker has; may be empty if there are few rows."""
     # FSDP cuts rows like torch.chunk: all parts but the last have the same size.
-    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    mesh = parameter.device_mesh
+    rows = parameter.shape[0]
     size = math.ceil(rows / mesh.size(-1))
     first = min(size * mesh.get_local_rank(mesh.ndim - 1), rows)
     return first, min(first + size, rows)

@@ -9,8 +9,10 @@ import inspect
 import json
 import math
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from olora_ray.common import records
@@ -110,7 +112,8 @@ class Judge:
     """A scorer whose mistakes become UserErrors of one line; creating it raises the UserErrors of `resolve`."""
 
     def __init__(self, name: str) -> None:
-        self.name, self._scorer = name, resolve(name)
+        self.name = name
+        self._scorer = resolve(name)
 
     def __call__(self, prediction: str, reference: str) -> dict[str, float]:
         """Return the scores of an answer; raises UserError if the scorer fails, or a score is not a finite number."""
@@ -134,28 +137,32 @@ class Judge:
             raise UserError(
                 f"evaluation.scorer: {self.name} must return {{name: number}}, not {_short(raw)}"
             ) from None
-        if taken := [name for name in TAKEN if name in scores]:
-            raise UserError(
-                f"evaluation.scorer: {self.name} returns a score {taken[0]!r}, but eval/{taken[0]} is a metric of the"
-                " held-out rows; give the score another name"
-            )
+        for name in TAKEN:
+            if name in scores:
+                raise UserError(
+                    f"evaluation.scorer: {self.name} returns a score {name!r}, but eval/{name} is a metric of the"
+                    " held-out rows; give the score another name"
+                )
         # One value that is not finite would make the mean of all answers useless.
-        if odd := next((name for name, value in scores.items() if not math.isfinite(value)), None):
-            raise UserError(
-                f"evaluation.scorer: {self.name} returns {scores[odd]} as {odd!r} for the answer {_short(prediction)}"
-                f" and the reference {_short(reference)}; leave out a score that does not apply"
-            )
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"evaluation.scorer: {self.name} returns {value} as {name!r} for the answer {_short(prediction)}"
+                    f" and the reference {_short(reference)}; leave out a score that does not apply"
+                )
         return scores
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    values_of = {name: [row[name] for row in rows if name in row] for name in names}
+    values_of: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            values_of[name].append(value)
     return {name: sum(values) / len(values) for name, values in values_of.items()}
 
 
 def partial_scores(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    counts = {name: sum(name in row for row in rows) for name in means(rows)}
+    counts = Counter(chain.from_iterable(rows))
     return [
         f"score {name}: only {count} of {len(rows)} answers have it, and its mean is over these"
         for name, count in counts.items()

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -58,32 +59,30 @@ def three_examples(packs: Sequence[Pack], config: AnyDecided, model: Any) -> tup
     most = config.data.max_length
     short = max(3, min(SHORT, most // 4))
     rows = list(examples_of(packs, short))
-    windows = _limits(model.config.get_text_config(), most)
+    windows = []
+    for name, value in model.config.get_text_config().to_dict().items():
+        if ("window" in name or "chunk" in name) and type(value) is int and 0 < value < most:
+            windows.append(value)
     # Together the three are as long as one sequence, because some models depend on the position in it. They are longer
     # only if a window needs it.
     length = min(most, max(windows) + SHORT) if windows else min(LONG, max(short, most - 2 * short))
-    text = tuple(token for pack in packs for token in pack.input_ids.tolist())
+    text = tuple(np.concatenate([pack.input_ids for pack in packs]).tolist())
     return rows[0], (text * -(-length // len(text)))[:length], rows[2]
 
 
 def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
     """Return the examples of some sequences, cut to `longest` tokens, and repeated if there are fewer than three."""
-    every = [
-        tuple(ids.tolist())
-        for pack in packs
-        for ids in np.split(pack.input_ids, np.cumsum(pack.segments)[:-1])
-    ]
+    every: list[Ids] = []
+    for pack in packs:
+        parts = np.split(pack.input_ids, np.cumsum(pack.segments)[:-1])
+        every += [tuple(part.tolist()) for part in parts]
     long = [ids[:longest] for ids in every if len(ids) > 2]
-    # If all examples have 1 or 2 tokens, they are joined and repeated to one that is long enough.
-    long = long or [(3 * tuple(token for ids in every for token in ids))[:longest]]
-    return iter([*long, *[ids[::-1] for ids in long], *long] if len(long) < 3 else long)
-
-
-def _limits(shape: Any, length: int) -> list[int]:
-    named = [
-        value for name, value in shape.to_dict().items() if "window" in name or "chunk" in name
-    ]
-    return [value for value in named if type(value) is int and 0 < value < length]
+    if not long:
+        # All examples have 1 or 2 tokens, so they are joined and repeated to one that is long enough.
+        long = [(3 * tuple(chain.from_iterable(every)))[:longest]]
+    if len(long) < 3:
+        long = [*long, *[ids[::-1] for ids in long], *long]
+    return iter(long)
 
 
 def one_pack(examples: Sequence[Ids]) -> Pack:
@@ -133,12 +132,13 @@ def _parts(
     recorded: list[dict[tuple[str, int], list[_Output]]] = [defaultdict(list) for _ in rows]
 
     def exchange(key: tuple[str, int], output: Any) -> Any:
-        if not isinstance(output, Tensor) or (axis := _axis(output, shape)) is None:
+        axis = _axis(output, shape) if isinstance(output, Tensor) else None
+        if axis is None:
             return output
-        values, slopes = _by_token(output.detach(), axis).clone(), None
-        for number, (positions, outputs) in enumerate(
-            zip(rows, (each[key] for each in recorded), strict=True)
-        ):
+        values = _by_token(output.detach(), axis).clone()
+        slopes = None
+        for number, (positions, each) in enumerate(zip(rows, recorded, strict=True)):
+            outputs = each[key]
             outputs.append(_Output(values[positions]))
             if given:
                 replacement = given[number][key][len(outputs) - 1]
@@ -160,7 +160,9 @@ def _parts(
         )
 
     names = {part: name for name, part in model.named_modules()}
-    inside = {part: name for block in decoder_layers(model) for name, part in block.named_modules()}
+    inside = dict[nn.Module, str]()
+    for block in decoder_layers(model):
+        inside |= {part: name for name, part in block.named_modules()}
     choose = {part for part, name in inside.items() if {"gate", "router"} & set(name.split("."))}
     # Norms are left out, because they give the same bits for the same input.
     wanted = [
@@ -184,8 +186,10 @@ def _axis(output: Tensor, shape: torch.Size) -> int | None:
 
     -1 if the first axis has all tokens of all rows; None if the output has no axis of tokens.
     """
-    axes = [axis for axis in range(output.dim()) if output.shape[axis : axis + 2] == shape]
-    return axes[0] if axes else -1 if output.shape[:1] == (shape.numel(),) else None
+    for axis in range(output.dim()):
+        if output.shape[axis : axis + 2] == shape:
+            return axis
+    return -1 if output.shape[:1] == (shape.numel(),) else None
 
 
 def _by_token(output: Tensor, axis: int) -> Tensor:
@@ -218,11 +222,9 @@ def _alone(
 ) -> tuple[Outputs, Tensor]:
     model: Any = loss.model
     ids = torch.tensor([example], device=device)
-    last = (
-        {"logits_to_keep": SHORT + 1}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
+    last = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        last = {"logits_to_keep": SHORT + 1}
     with (
         torch.set_grad_enabled(backward),
         _parts(model, ids.shape, _positions([[example]], ids)) as (parts,),
@@ -236,7 +238,8 @@ def _alone(
 
 def _positions(groups: Sequence[Sequence[Ids]], ids: Tensor) -> list[Tensor]:
     """Return the flat positions of each example in a batch `ids`, which has one row per group or a single row."""
-    positions, start = [], 0
+    positions = []
+    start = 0
     for number, group in enumerate(groups):
         start = start if len(ids) == 1 else number * ids.shape[1]
         for example in group:
@@ -246,12 +249,11 @@ def _positions(groups: Sequence[Sequence[Ids]], ids: Tensor) -> list[Tensor]:
 
 
 def _worst(measured: Outputs, wanted: Outputs) -> tuple[float, str]:
-    off = [
-        (_off(output.value, expected.value[: len(output.value)]), key[0])
-        for key, outputs in wanted.items()
-        for output, expected in zip(measured[key], outputs, strict=True)
-        if expected.value.is_floating_point()
-    ]
+    off = []
+    for key, outputs in wanted.items():
+        for output, expected in zip(measured[key], outputs, strict=True):
+            if expected.value.is_floating_point():
+                off.append((_off(output.value, expected.value[: len(output.value)]), key[0]))
     return max(
         ((float(value.nan_to_num(math.inf)), name) for value, name in off), default=(0.0, "")
     )
@@ -284,7 +286,15 @@ def choose_attention(
     dtype = next(model.parameters()).dtype
     check_lengths(model, config)
     tokens = config.train.micro_batch * config.data.max_length
-    wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device), tokens)
+    names = attention.candidates(model, config.model, dtype, device)
+    # Some models cannot have all examples of a micro-batch in one row, whatever the attention.
+    why_not = why_not_in_one_row(model, tokens)
+    wanted = [name for name in names if why_not is None or name not in FLAT_ATTENTION]
+    if not wanted:
+        raise UserError(
+            f"model.attention={names[0]}: it puts all examples of a micro-batch into one row, but"
+            f" {type(model).__name__} {why_not}; set model.attention: auto"
+        )
     # `packs` are only the first sequences. Even if each has one example, later ones may have several.
     packed = config.data.packing or any(len(pack.segments) > 1 for pack in packs)
     examples = three_examples(packs, config, model)
@@ -309,7 +319,8 @@ def choose_attention(
         (name for name in free if name not in failed and trial.run(name)[0] is None), None
     )
     if instead is not None:
-        family, why = type(model).__name__, failed[wanted[-1]]
+        family = type(model).__name__
+        why = failed[wanted[-1]]
         text = f"model.attention={wanted[-1]}: with {family}, {why}; set model.attention: {instead}"
     raise UserError(text)
 
@@ -328,18 +339,6 @@ def require_layout(loss: SupervisedLoss, config: AnyDecided) -> None:
         )
 
 
-def _not_flat(model: Any, names: tuple[str, ...], tokens: int) -> tuple[str, ...]:
-    # Some models cannot have all examples of a micro-batch in one row, whatever the attention.
-    why = why_not_in_one_row(model, tokens)
-    usable = tuple(name for name in names if why is None or name not in FLAT_ATTENTION)
-    if not usable:
-        raise UserError(
-            f"model.attention={names[0]}: it puts all examples of a micro-batch into one row, but"
-            f" {type(model).__name__} {why}; set model.attention: auto"
-        )
-    return usable
-
-
 def _refusal(family: str, failed: Mapping[str, str], trial: "_Trial") -> str:
     name, why = list(failed.items())[-1]
     if trial.only_beside and trial.packed:
@@ -356,17 +355,22 @@ class _Trial:
         self, loss: SupervisedLoss, examples: Sequence[Ids], packed: bool, device: torch.device
     ) -> None:
         model: Any = loss.model
-        self.loss, self.model, self.packed, self.device = loss, model, packed, device
+        self.loss = loss
+        self.model = model
+        self.packed = packed
+        self.device = device
         self.only_beside = False
         """True if the last attention was wrong only with several examples together."""
         model.set_attn_implementation(attention.own(model))
         # FSDP must know its root before an attention that may fail, with which later runs would fail otherwise.
         begin_at_root(loss)
         self.examples = [(ids, *_alone(loss, ids, device)) for ids in examples]
-        self.routing = {
-            name for name, _ in self.examples[0][1] if _routes(model.get_submodule(name))
-        }
+        self.routing = set[str]()
         """Parts that multiply all rows of an expert at once: with other rows, the rounding differs."""
+        for name, _ in self.examples[0][1]:
+            for inner, module in model.get_submodule(name).named_modules():
+                if inner.endswith("experts") or hasattr(module, "num_experts"):
+                    self.routing.add(name)
 
     def run(self, name: str) -> tuple[str | None, Differences | None]:
         self.loss.given_masks = False
@@ -378,11 +382,13 @@ class _Trial:
             and self.packed
             and name in ("sdpa", "eager")
         ):
-            beside, self.loss.given_masks = self.only_beside, True
+            beside = self.only_beside
+            self.loss.given_masks = True
             problem_with_masks, given = self._try(name)
             if problem_with_masks is None:
                 return None, given
-            self.only_beside, self.loss.given_masks = beside, False
+            self.only_beside = beside
+            self.loss.given_masks = False
         return problem, differences
 
     def _try(self, name: str) -> tuple[str | None, Differences | None]:
@@ -448,13 +454,6 @@ class _Trial:
         rows = [positions[number][: -1 if but_last else None] for number in given]
         with _parts(self.model, ids.shape, rows, list(given.values())) as outputs:
             return outputs, self.loss.each(batch)
-
-
-def _routes(model: nn.Module) -> bool:
-    return any(
-        name.endswith("experts") or hasattr(module, "num_experts")
-        for name, module in model.named_modules()
-    )
 
 
 # Test of a model's adapters before the first step: they change nothing yet, and a gradient reaches each.
@@ -569,10 +568,8 @@ def _check_compiled(
 ) -> None:
     model: Any = loss.model
     loss(batch).backward()
-    wanted, refused = (
-        _gradients(adapted),
-        f"model.compile: set it to false; compiled, {type(model).__name__}",
-    )
+    wanted = _gradients(adapted)
+    refused = f"model.compile: set it to false; compiled, {type(model).__name__}"
     # The compiler has many types of errors. Failed exchanges of a sharded base have them too, and may pass.
     sharded = loss.sharded
     with (
@@ -590,11 +587,15 @@ def _reached(adapted: Mapping[str, AdaptedWeight]) -> Iterator[set[str]]:
     """Collect the adapters that a gradient reaches, even if the gradient is zero."""
     # A block whose weights start at zero passes on zero gradients at first, but it is trained later.
     reached: set[str] = set()
-    hooks = [
-        part.register_hook(lambda grad, layer=layer: None if grad is None else reached.add(layer))
-        for layer, module in adapted.items()
-        for part in (module.da, module.db)
-    ]
+    hooks = []
+
+    def note(layer: str, grad: Tensor | None) -> None:
+        if grad is not None:
+            reached.add(layer)
+
+    for layer, module in adapted.items():
+        hooks.append(module.da.register_hook(partial(note, layer)))
+        hooks.append(module.db.register_hook(partial(note, layer)))
     try:
         yield reached
     finally:
@@ -606,7 +607,8 @@ def _relative(
     measured: Mapping[str, Tensor], wanted: Mapping[str, Tensor], layers: Sequence[str]
 ) -> float:
     """Return the relative difference of the gradients of some layers together; infinite if one is not finite."""
-    ours, theirs = (torch.cat([parts[layer] for layer in layers]) for parts in (measured, wanted))
+    ours = torch.cat([measured[layer] for layer in layers])
+    theirs = torch.cat([wanted[layer] for layer in layers])
     return float(((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).nan_to_num(math.inf))
 
 

@@ -6,7 +6,7 @@ Where this cannot be guaranteed, `find` returns the reason, and the caller loads
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,8 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:
     """Return the files of a model that is still on the meta device, or the reason why they cannot be read by rows."""
-    if problem := _not_plain(folder, model):
+    problem = _not_plain(folder, model)
+    if problem:
         return problem
     tensors: dict[str, Tensor] = dict(
         model.named_parameters(remove_duplicate=False)
@@ -101,16 +102,21 @@ def find(folder: Path, model: "PreTrainedModel") -> BaseFiles | str:
     # Another version of transformers may convert names in a way that as_transformers_reads does not know.
     except (UserError, AttributeError, ImportError, KeyError, TypeError) as error:
         return f"the names in its files do not fit the model ({type(error).__name__}: {first_line(error)})"
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
     names: dict[str, str] = {}
-    for alike in _alike(tensors):
+    for alike in names_of.values():
         stored_names = [name for name in alike if name in groups]
         if not stored_names:
             return f"{alike[0]} is missing in its files"
         # from_pretrained compares their values, and does not share two weights whose values differ.
         if stored_names[1:]:
             return f"the model shares {stored_names[0]} and {stored_names[1]}, but both are stored"
-        names.update(dict.fromkeys(alike, name := stored_names[0]))
-        if problem := _unreadable(groups[name], name, tensors[name]):
+        name = stored_names[0]
+        names.update(dict.fromkeys(alike, name))
+        problem = _unreadable(groups[name], name, tensors[name])
+        if problem:
             return f"{name} {problem}"
     return BaseFiles(
         folder,
@@ -132,10 +138,6 @@ def _not_plain(folder: Path, model: Any) -> str | None:
         return "its config.json names additional weight files"
     if (folder / INDEX).exists() and (folder / SINGLE).exists():
         return f"its folder has both {SINGLE} and {INDEX}"
-    return _kept_precise(model)
-
-
-def _kept_precise(model: Any) -> str | None:
     plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         for pattern, dtype in plan.items():
@@ -144,19 +146,12 @@ def _kept_precise(model: Any) -> str | None:
     return None
 
 
-def _alike(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    groups: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault(id(tensor), []).append(name)
-    return list(groups.values())
-
-
 def _unreadable(group: Group, name: str, tensor: Tensor) -> str | None:
     entries = group.stored
     if group.converter is None and len(entries) > 1:
         return f"is stored twice, as {entries[0].name} and {entries[1].name}"
-    if odd := group.odd:
-        return f"is stored as {odd.dtype}, which cannot be read by rows"
+    if group.odd:
+        return f"is stored as {group.odd.dtype}, which cannot be read by rows"
     if group.shapes.get(name) != tuple(tensor.shape):
         return f"is not stored in the model's shape {tuple(tensor.shape)}"
     if not isinstance(tensor, nn.Parameter) and group.converter is not None:
@@ -191,27 +186,28 @@ def blocks_to_shard(model: nn.Module) -> list[nn.Module]:
     module that shares a weight with a module outside it, such as an embedding with the head, is not sharded.
     """
     layers = decoder_layers(model)
-    named = [module for module in _outermost(model) if _is_closed(model, module)]
-    inside = [{id(part) for part in module.modules()} for module in named]
-    held = [sum(id(layer) in parts for layer in layers) for parts in inside]
-    return named if sum(held) == len(layers) and max(held, default=0) <= 1 else layers
-
-
-def _outermost(model: nn.Module) -> Iterator[nn.Module]:
     classes: Any = getattr(model, "_no_split_modules", None) or ()
+    named: list[nn.Module] = []
+    held = 0
     waiting = list(model.children())[::-1]
     while waiting:
         module = waiting.pop()
-        if type(module).__name__ in classes:
-            yield module
-        else:
+        if type(module).__name__ not in classes:
             waiting.extend(list(module.children())[::-1])
+        elif _is_closed(model, module):
+            parts = {id(part) for part in module.modules()}
+            inside = sum(id(layer) in parts for layer in layers)
+            if inside > 1:
+                return layers
+            named.append(module)
+            held += inside
+    return named if held == len(layers) else layers
 
 
 def _is_closed(model: nn.Module, module: nn.Module) -> bool:
     own = {id(parameter) for parameter in module.parameters()}
     inside = {id(part) for part in module.modules()}
-    outside = (part for part in model.modules() if id(part) not in inside)
-    return bool(own) and not any(
-        id(weight) in own for part in outside for weight in part.parameters(recurse=False)
-    )
+    for part in model.modules():
+        if id(part) not in inside and any(id(each) in own for each in part.parameters(False)):
+            return False
+    return bool(own)

@@ -29,7 +29,7 @@ class FlatAdapters:
 
     def __init__(self, adapted: Mapping[str, AdaptedWeight], apart: bool = False) -> None:
         self.layers = adapted
-        pairs = [(name, part) for name in adapted for part in ("da", "db")]
+        pairs = list(itertools.product(adapted, ("da", "db")))
         if apart:
             pairs.sort(key=lambda pair: pair[1])
         self.slots: dict[str, Tensor] = {
@@ -42,7 +42,8 @@ class FlatAdapters:
         for name, slot in self.slots.items():
             slot.data = self.view(self.vector, name)
             slot.grad = self.view(self.grad, name)
-        size, of_a = sum(sizes), sum(layer.da.numel() for layer in adapted.values())
+        size = sum(sizes)
+        of_a = sum(layer.da.numel() for layer in adapted.values())
         self.groups = [slice(0, of_a), slice(of_a, size)] if apart else [slice(0, size)]
         """Slices of the vector that have a learning rate of their own."""
 

@@ -26,7 +26,8 @@ def precondition(
     for layer in adapted.values():
         a = layer.a0 + layer.da
         b = layer.db if layer.b0 is None else layer.b0 + layer.db
-        grad_a, grad_b = layer.da.grad, layer.db.grad
+        grad_a = layer.da.grad
+        grad_b = layer.db.grad
         assert grad_a is not None
         assert grad_b is not None
         new_a = _solve(b.mT, grad_a, epsilon)

@@ -55,7 +55,9 @@ class Spectral(Update):
         alike: dict[tuple[torch.Size, torch.Size], list[str]] = defaultdict(list)
         for name, layer in self.adapted.items():
             alike[layer.da.shape[-2:], layer.db.shape[-2:]].append(name)
-        self.groups = [part for names in alike.values() for part in self._parts(names)]
+        self.groups: list[list[str]] = []
+        for names in alike.values():
+            self.groups += self._parts(names)
 
     def _parts(self, names: list[str]) -> list[list[str]]:
         parts: list[list[str]] = []
@@ -63,16 +65,20 @@ class Spectral(Update):
         for name in names:
             more = self.adapted[name].da.numel() + self.adapted[name].db.numel()
             if numbers + more > AT_ONCE:
-                parts, numbers = [*parts, []], 0
+                parts = [*parts, []]
+                numbers = 0
             parts[-1].append(name)
             numbers += more
         return parts
 
     def update(self, lr: float) -> None:
-        far = {
-            name: self.sizes[name] * self._used(name) * (lr / layer.scale)
-            for name, layer in self.adapted.items()
-        }
+        far = {}
+        for name, layer in self.adapted.items():
+            gradient = self.flat.view(self.flat.grad, f"{name}.db")
+            used: Tensor | float = 1.0
+            if gradient.dim() > 2:  # an expert that has seen no token stands still
+                used = gradient.flatten(1).any(1)
+            far[name] = self.sizes[name] * used * (lr / layer.scale)
         self.momentum.lerp_(self.flat.grad, 1 - MOMENTUM)
         # Nesterov's momentum, but for its length.
         share = (
@@ -86,28 +92,22 @@ class Spectral(Update):
         for names in self.groups:
             self._move(names, torch.cat([far[name] for name in names])[:, None, None])
 
-    def _used(self, name: str) -> Tensor | float:
-        """Return 0 for each expert that has seen no token, so that it stands still; otherwise 1."""
-        gradient = self.flat.view(self.flat.grad, f"{name}.db")
-        return gradient.flatten(1).any(1) if gradient.dim() > 2 else 1.0
-
     def _move(self, names: list[str], far: Tensor) -> None:
         layers = [self.adapted[name] for name in names]
         a = _flat([layer.a0 + layer.da for layer in layers])
         b = _flat([layer.db if layer.b0 is None else layer.b0 + layer.db for layer in layers]).mT
-        of_a, of_b = (
-            _flat([self.flat.view(self.flat.grad, f"{name}.{part}") for name in names])
-            for part in ("da", "db")
-        )
+        of_a = _flat([self.flat.view(self.flat.grad, f"{name}.da") for name in names])
+        of_b = _flat([self.flat.view(self.flat.grad, f"{name}.db") for name in names])
         root_a = _root(a)
         limit = (KAPPA * far.double()).square() * torch.cholesky_inverse(root_a)
         step_b = _step(far * self.config.lr_ratio, root_a, of_b.mT)
         step_a = _step(far, _root(b, limit), of_a)
         start = 0
         for name, layer in zip(names, layers, strict=True):
-            rows = slice(start, start := start + len(self.sizes[name]))
-            layer.da.add_(step_a[rows].view_as(layer.da))
-            layer.db.add_(step_b[rows].mT.reshape(layer.db.shape))
+            stop = start + len(self.sizes[name])
+            layer.da.add_(step_a[start:stop].view_as(layer.da))
+            layer.db.add_(step_b[start:stop].mT.reshape(layer.db.shape))
+            start = stop
 
     def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
         """Return momenta and sizes as named tensors; `copied_to` as in Update."""
@@ -155,24 +155,20 @@ def _inverse_root(gram: Tensor) -> Tensor:
     """
     lifted = _lifted(gram, WEAKEST)
     size = lifted.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    root, inverse = (
-        lifted / size,
-        torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram),
-    )
+    root = lifted / size
+    inverse = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     least = (WEAKEST / gram.shape[-1]) ** 0.5
     while least < 1 - 1e-4:
         scale = (3 / (1 + least + least**2)) ** 0.5
         turn = (-0.5 * scale**3) * (inverse @ root)
         turn.diagonal(dim1=-2, dim2=-1).add_(1.5 * scale)
-        root, inverse = root @ turn, turn @ inverse
+        root = root @ turn
+        inverse = turn @ inverse
         least = 0.5 * scale * least * (3 - (scale * least) ** 2)
     return inverse / size.sqrt()
 
 
-def _rate(rank: int) -> float:
-    # A step is even in all directions, so its Frobenius norm grows with the root of their number.
-    rate: float = RATE * (16 / rank) ** 0.5
-    return rate
-
-
-OPTIMIZER = Optimizer("spectral", Spectral, sizes=True, rate=_rate)
+# A step is even in all directions, so its Frobenius norm grows with the root of their number.
+OPTIMIZER = Optimizer(
+    "spectral", Spectral, sizes=True, rate=lambda rank: float(RATE * (16 / rank) ** 0.5)
+)
