@@ -256,7 +256,6 @@ class StoreBuild:
         self._status = status
         self._limits = limits
         self._stop = threading.Event()
-        self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._held_out: StoreBuild | None = None
 
@@ -296,49 +295,39 @@ class StoreBuild:
         """True if `run` takes a moment and needs no Ray."""
         return small(self._job, self._status)
 
-    @property
-    def done(self) -> bool:
-        """True if the work has ended, in whatever way, or there was none."""
-        return self.complete or self._ended.is_set()
-
     def run(self, cpus_held: float = 0.0) -> None:
         """Build what is missing, in this thread; return early after `stop`.
 
         `cpus_held` are CPUs of the cluster that others hold meanwhile: if they hold almost all, the work continues
         without asking Ray for any. Raise UserError for data that cannot be used.
         """
-        try:
-            # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
-            apart = None
-            line = None
-            held_out = self._held_out
-            if self.plan.split == "train" and self.plan.eval_fraction is not None:
-                assert held_out, "call check_against first"
-                rows = np.unique(np.concatenate(list(held_out._rows())))
-                self._job = replace(self._job, plan=replace(self.plan, held_out=rows))
-            elif held_out:
-                # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
-                kept = node_cache.result_path("held-apart", self.store.uri, held_out.store.uri)
-                if self.complete:
-                    line = node_cache.read(kept)
-                if line is None:
-                    apart = HeldOut(np.concatenate(list(held_out._rows())))
-            if not self.complete:
-                if not make(
-                    self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart
-                ):
-                    return
-                _say(self._job.plan.split, self.store.manifest)
-            elif apart:
-                for rows in self._rows():
-                    apart.meet(rows)
-            if apart:
-                line = apart.line()
-                node_cache.keep(kept, line)
-            if line:
-                logger.warning(line)
-        finally:
-            self._ended.set()
+        # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
+        apart = None
+        line = None
+        held_out = self._held_out
+        if self.plan.split == "train" and self.plan.eval_fraction is not None:
+            assert held_out, "call check_against first"
+            rows = np.unique(np.concatenate(list(held_out._rows())))
+            self._job = replace(self._job, plan=replace(self.plan, held_out=rows))
+        elif held_out:
+            # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
+            kept = node_cache.result_path("held-apart", self.store.uri, held_out.store.uri)
+            if self.complete:
+                line = node_cache.read(kept)
+            if line is None:
+                apart = HeldOut(np.concatenate(list(held_out._rows())))
+        if not self.complete:
+            if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart):
+                return
+            _say(self._job.plan.split, self.store.manifest)
+        elif apart:
+            for rows in self._rows():
+                apart.meet(rows)
+        if apart:
+            line = apart.line()
+            node_cache.keep(kept, line)
+        if line:
+            logger.warning(line)
 
     def start(self, cpus_held: float = 0.0) -> None:
         assert self._thread is None

@@ -17,7 +17,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -536,7 +536,13 @@ def _try(
         with _reached(adapted) as reached:
             total.backward()
     gradients = _gradients(adapted)
-    without = _missed(gradients, reached)
+    # An expert may get none of the few test tokens, so it counts as reached if another expert of its layer was.
+    layers_reached = {_EXPERT.sub(r"\1.*", layer) for layer in reached}
+    without = [
+        layer
+        for layer in gradients
+        if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in layers_reached
+    ]
     # Layers that differ only in their numbers are compared together: a mistake in the code is in all of them.
     alike: dict[str, list[str]] = defaultdict(list)
     for layer in gradients.keys() - without:
@@ -610,16 +616,6 @@ def _relative(
     ours = torch.cat([measured[layer] for layer in layers])
     theirs = torch.cat([wanted[layer] for layer in layers])
     return float(((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).nan_to_num(math.inf))
-
-
-def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
-    # An expert may get none of the few test tokens, so it counts as reached if another expert of its layer was.
-    layers_reached = {_EXPERT.sub(r"\1.*", layer) for layer in reached}
-    return [
-        layer
-        for layer in adapted
-        if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in layers_reached
-    ]
 
 
 def _gradients(adapted: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def test_what_is_there_at_the_front_is_known(
 ) -> None:
     preparation = begin(corpus, tiny_spec, "train")
     store = preparation.store
-    assert (preparation.complete, preparation.done, preparation.problem) == (False, False, None)
+    assert (preparation.complete, preparation.problem) == (False, None)
     assert (store.complete, len(store), store.total, store.shard_count) == (False, 0, None, 12)
     assert store.digest == made.digest
     sizes = [shard.packs for shard in made.manifest.shards]
@@ -105,12 +105,10 @@ def test_start_gives_the_same_store_as_prepare(
     preparation = begin(corpus, tiny_spec, "train")
     preparation.start()
     preparation.join()
-    assert preparation.done
     assert preparation.store.manifest.packs == len(made)
     assert content(preparation.store.uri) == content(made.uri)
     again = begin(corpus, tiny_spec, "train")
     assert again.complete
-    assert again.done
     assert again.store.complete
     again.run()
 
@@ -127,7 +125,6 @@ def test_a_stopped_preparation_is_finished_by_the_next(
     monkeypatch.setattr(fault_points, "handler", stop)
     preparation.start()
     preparation.join()
-    assert preparation.done
     assert preparation.problem is None
     wanted = {name for n in range(5) for name in (f"shard-{n:05d}.arrow", f"shard-{n:05d}.json")}
     assert set(content(preparation.store.uri)) == wanted
@@ -144,7 +141,6 @@ def test_a_problem_ends_the_work_and_is_passed_on(
     preparation.start()
     with pytest.raises(UserError, match=r"of \d+ rows cannot be used"):
         preparation.join()
-    assert preparation.done
     assert isinstance(preparation.problem, UserError)
     assert not preparation.store.complete
 
