@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from olora_ray.common.logs import quiet_bitsandbytes
-from olora_ray.config.decided import DecidedConfig, is_auto, with_values
+from olora_ray.config.decided import DecidedConfig, with_values
 from olora_ray.config.load import at
 from olora_ray.config.schema import Config
+from olora_ray.config.section import is_auto
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.plan import Counts, Pack

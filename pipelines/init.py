@@ -33,7 +33,7 @@ from olora_ray.common.storage import is_uri
 from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
-from olora_ray.config.section import Source
+from olora_ray.config.section import Source, is_auto
 from olora_ray.data import detect
 from olora_ray.data.formats import columns_of, format_named, to_example
 from olora_ray.data.formats.format import Rejected
@@ -186,7 +186,9 @@ def _config(given: Config) -> str:
     if hub:
         rows = MANY
     # The format of hub data is still auto.
-    formats = [format_named(look.source.format) for look in looks if look.source.format != "auto"]
+    formats = [
+        format_named(look.source.format) for look in looks if not is_auto(look.source.format)
+    ]
     turns = all(format.has_turns for format in formats)
     texts = len(formats) == len(looks) and all(format.makes == "text" for format in formats)
     others = [f"{{path: {_yaml(look.held_out)}}}" for look in looks if look.held_out]
@@ -266,7 +268,7 @@ def _look(config: Config, number: int, shown: str) -> Look:
     source = config.data.train[number]
     where = f"data.train.{number}"
     seen = ""
-    if source.format == "auto":
+    if is_auto(source.format):
         source, seen = detect.find_format(source, where, config.run.storage)
     else:
         detect.check_data(config)

@@ -119,6 +119,8 @@ PATIENCE = 10.0
 OWN = "local"
 """The address with which ray.init starts a new Ray for this run."""
 _VARIABLE = "RAY_ADDRESS"
+_ANY = ("", "auto")
+"""Values of RAY_ADDRESS that mean a Ray on this machine."""
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 SEGMENTS = "expandable_segments:True"
 """Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays."""
@@ -155,10 +157,15 @@ def find(patience: float = PATIENCE) -> str:
     return address
 
 
+def elsewhere() -> bool:
+    """True if a run would join a Ray that is running; unlike `find`, do not ask whether it answers."""
+    named = os.environ.get(_VARIABLE, "").strip()
+    return named not in (*_ANY, OWN) or ray_internals.started_address() is not None
+
+
 def _from_environment() -> str | None:
-    # `auto` means a Ray on this machine, like an empty RAY_ADDRESS.
     address = os.environ.get(_VARIABLE, "").strip()
-    if address in ("", "auto"):
+    if address in _ANY:
         return None
     if "://" in address:
         raise UserError(

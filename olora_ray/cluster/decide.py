@@ -28,15 +28,12 @@ from olora_ray.config.decided import (
     Decisions,
     Expected,
     Kept,
-    is_auto,
     values_of,
     with_values,
 )
-from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Config
-from olora_ray.config.section import Source
+from olora_ray.config.section import Source, is_auto
 from olora_ray.data.formats import format_named
-from olora_ray.data.tokenize import as_chat
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
@@ -92,9 +89,7 @@ def decide_data(
     config: Config, spec: TokenizerSpec, facts: DataFacts, kept: Kept = NOTHING
 ) -> DataDecisions:
     """Decide what the tokens depend on. Raises UserError if `data.max_length: auto` has no rows to be measured on."""
-    decisions = _formats(config, facts.found, kept)
-    known = override(config, values_of(decisions))
-    decisions |= _chats(known, spec, kept)
+    decisions = _of_sources(config, spec, facts.found, kept)
     if is_auto(config.data.max_length):
         decisions[LENGTH] = kept.decision(LENGTH) or _length(config, facts.lengths)
     if is_auto(config.data.packing):
@@ -111,37 +106,33 @@ def _sources(config: AnyConfig) -> dict[str, Source]:
     return found
 
 
-def _formats(config: Config, found: Mapping[str, Source], kept: Kept) -> dict[str, Decision]:
-    decisions = {}
+def _of_sources(
+    config: Config, spec: TokenizerSpec, found: Mapping[str, Source], kept: Kept
+) -> dict[str, Decision]:
+    """Decide the formats of the sources, and which prompts with completions become chats."""
+    decisions: dict[str, Decision] = {}
     for setting, source in _sources(config).items():
-        if not is_auto(source.format):
-            continue
-        format_field = f"{setting}.format"
-        fields_field = f"{setting}.fields"
-        before = kept.decision(format_field)
-        if before is not None:
-            decisions[format_field] = before
-            decisions[fields_field] = kept.fields(setting, source.fields)
-        elif setting in found:
-            why = "the first rows have this format"
-            known = found[setting]
-            decisions[format_field] = Decision(known.format, why)
-            decisions[fields_field] = Decision(known.fields, why, asked=source.fields)
-    return decisions
-
-
-def _chats(config: Config, spec: TokenizerSpec, kept: Kept) -> dict[str, Decision]:
-    # The rows of other formats have one form alone, and most of them refuse a choice.
-    decisions = {}
-    for setting, source in _sources(config).items():
-        # A trial may have formats that are recognised only when its files are listed.
-        known = source.format != "auto"
-        if known and format_named(source.format).makes == "completion" and source.chat == "auto":
-            why = "the model has no chat template"
-            if spec.has_template:
-                why = "the model has a chat template"
+        format_name = source.format
+        if is_auto(format_name):
+            decision = kept.decision(f"{setting}.format")
+            fields = kept.fields(setting, source.fields)
+            if decision is None:
+                # A trial may have formats that are recognised only when its files are listed.
+                if setting not in found:
+                    continue
+                why = "the first rows have this format"
+                decision = Decision(found[setting].format, why)
+                fields = Decision(found[setting].fields, why, asked=source.fields)
+            format_name = decision.value
+            decisions[f"{setting}.format"] = decision
+            decisions[f"{setting}.fields"] = fields
+        # The rows of other formats have one form alone, and most of them refuse a choice.
+        if is_auto(source.chat) and format_named(format_name).makes == "completion":
+            why = "the model has a chat template"
+            if not spec.has_template:
+                why = "the model has no chat template"
             name = f"{setting}.chat"
-            decisions[name] = kept.decision(name) or Decision(as_chat(source, spec), why)
+            decisions[name] = kept.decision(name) or Decision(spec.has_template, why)
     return decisions
 
 
@@ -166,11 +157,12 @@ def _length(config: Config, lengths: Lengths | None) -> Decision:
 
 def length_of(config: AnyConfig) -> int:
     """Return data.max_length; raise UserError if it is auto, where no training has decided it."""
-    if config.data.max_length == "auto":
+    length = config.data.max_length
+    if is_auto(length):
         raise UserError(
             "data.max_length: auto works only in finetune, sweep and retrain; set the number from their log"
         )
-    return config.data.max_length
+    return length
 
 
 def _packing(apart: str | None) -> Decision:
@@ -203,24 +195,23 @@ def decide(
 ) -> Decided:
     """Decide what the training on this cluster depends on; `trial`: it is one of many in a search."""
     decisions = dict(data.decisions) | _workers(config, cluster, trial)
-    values: dict[str, Any] = {MICRO: 1, RECOMPUTE: False} | values_of(decisions)
-    if not is_auto(config.train.micro_batch):
-        values[MICRO] = config.train.micro_batch
-    if not is_auto(config.train.activation_checkpointing):
-        values[RECOMPUTE] = config.train.activation_checkpointing
+    micro = config.train.micro_batch
+    recompute = config.train.activation_checkpointing
+    values = values_of(decisions)
+    values[MICRO] = 1 if is_auto(micro) else micro
+    values[RECOMPUTE] = False if is_auto(recompute) else recompute
     draft = with_values(data.config, DecidedConfig, values)
     nodes = cluster.with_room(draft.cluster.fewest)
     expected = expect(draft, nodes, kept)
-    if is_auto(config.train.micro_batch):
-        again = config.train.activation_checkpointing
-        choices = (False, True) if again == "auto" else (again,)
+    if is_auto(micro):
+        choices = (False, True) if is_auto(recompute) else (recompute,)
         now = kept.decision(MICRO) or _micro_batch(draft, base, expected, nodes, choices)
         decisions[MICRO] = now
-        draft = override(draft, {MICRO: now.value})
+        draft = draft.with_step(now.value, draft.train.activation_checkpointing)
     size = estimate(draft, base, expected)
-    if is_auto(config.train.activation_checkpointing):
+    if is_auto(recompute):
         decisions[RECOMPUTE], size = recomputation(draft, base, expected, nodes, size)
-        draft = override(draft, {RECOMPUTE: decisions[RECOMPUTE].value})
+        draft = draft.with_step(draft.train.micro_batch, decisions[RECOMPUTE].value)
     return Decided(draft, decisions, expected, size)
 
 
@@ -274,17 +265,15 @@ def expect(config: DecidedConfig, nodes: Sequence[Node], kept: Kept = NOTHING) -
     """
     gpu = config.cluster.gpus_per_worker > 0
     old = gpu and any((node.info.gpu_generation or AMPERE) < AMPERE for node in nodes)
-    dtype = config.model.dtype
     attention = config.model.attention
-    slow = old or (gpu and kept.dtype == "float32")
-    if attention == "auto" and slow:
+    if is_auto(attention) and (old or (gpu and kept.dtype == "float32")):
         attention = "sdpa"
-    if dtype == "auto" and kept.dtype is not None:
-        return Expected(gpu, kept.dtype, attention)
-    if dtype == "auto" and gpu:
-        return Expected(gpu, "float32" if old else "bfloat16", attention)
-    on_cpu = pick_dtype(config.model, torch.device("cpu"))
-    return Expected(gpu, str(on_cpu).removeprefix("torch."), attention)
+    dtype = str(pick_dtype(config.model, torch.device("cpu"))).removeprefix("torch.")
+    if is_auto(config.model.dtype) and kept.dtype is not None:
+        dtype = kept.dtype
+    elif is_auto(config.model.dtype) and gpu:
+        dtype = "float32" if old else "bfloat16"
+    return Expected(gpu, dtype, attention)
 
 
 def _micro_batch(
@@ -303,7 +292,7 @@ def _micro_batch(
     parts = sorted({-(-share // number) for number in range(1, share + 1)}, reverse=True)
     why = "no larger part of a step fits on each GPU"
     for again in recompute:
-        one = estimate(override(config, {MICRO: 1, RECOMPUTE: again}), base, expected)
+        one = estimate(config.with_step(1, again), base, expected)
         for micro in parts:
             ample = replace(one, activation_bytes=int(AMPLE * micro * one.activation_bytes))
             needed = f"{ample.total_bytes() / GIB:.1f} GiB on each GPU"
@@ -331,7 +320,7 @@ def recomputation(
     ample = replace(size, activation_bytes=int(AMPLE * size.activation_bytes))
     if fits(config, base, ample, expected, nodes):
         return Decision(False, "a step fits in memory"), size
-    less = estimate(override(config, {RECOMPUTE: True}), base, expected)
+    less = estimate(config.with_step(config.train.micro_batch, True), base, expected)
     if size.activation_bytes <= less.activation_bytes:
         return Decision(False, "it would not save memory"), size
     why = (

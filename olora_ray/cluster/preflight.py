@@ -24,7 +24,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.decided import AnyDecided, DecidedConfig, Expected
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Cluster, Config
-from olora_ray.config.section import Source
+from olora_ray.config.section import Source, is_auto
 from olora_ray.config.tables import EXPORTERS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Table
 from olora_ray.model.folder import loaded_files
 from olora_ray.model.quantised import KINDS
@@ -111,14 +111,14 @@ class ClusterFacts:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         wanted = resources.of_worker(cluster, gpus_per_worker(cluster, gpus > 0))
         has = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
-        room = resources.room(wanted, [resources.Nodes(has, 1)])
+        room = resources.fit(wanted, has)
         node = Node("here", node_facts.node_info(), room)
         return cls((node,), gpus > 0, max(1, room), max(1, room))
 
 
 def gpus_per_worker(cluster: Cluster, has_gpus: bool) -> float:
     """Return `cluster.gpus_per_worker` in a cluster with or without GPUs."""
-    if cluster.gpus_per_worker == "auto":
+    if is_auto(cluster.gpus_per_worker):
         return float(has_gpus)
     return cluster.gpus_per_worker
 
@@ -132,7 +132,7 @@ def ask(config: AnyConfig) -> ClusterFacts:
     of_node = {node["NodeManagerAddress"]: node["Resources"] for node in schedulable}
     nodes = []
     for address, info in answers:
-        fits = resources.room(wanted, [resources.Nodes(of_node.get(address, {}), 1)])
+        fits = resources.fit(wanted, of_node.get(address, {}))
         if fits:
             nodes.append(Node(address, info, fits))
     now, most = _room(wanted)
@@ -154,8 +154,8 @@ def _room(wanted: Resources) -> tuple[int, int]:
     # Now, while other runs have their GPUs, and on the whole cluster.
     most = resources.room(wanted, resources.present())
     if not most:  # the autoscaler will start a node for the workers
-        nodes = (resources.Nodes(each.resources, 1) for each in resources.maximum())
-        most = max((resources.room(wanted, [node]) for node in nodes), default=0) or 1
+        rooms = [resources.fit(wanted, node.resources) for node in resources.maximum()]
+        most = max(rooms, default=0) or 1
         return most, most
     return min(resources.free_workers(wanted), most) or most, most
 
@@ -432,7 +432,7 @@ def plugins_in(config: AnyConfig) -> list[tuple[Table, str]]:
         used.append((OBJECTIVES, config.train.objective))
         used.append((OPTIMIZERS, config.train.optimizer))
         used += [(EXPORTERS, name) for name in config.export.also]
-    used += [(FORMATS, source.format) for source in sources if source.format != "auto"]
+    used += [(FORMATS, source.format) for source in sources if not is_auto(source.format)]
     return [(table, name) for table, name in dict.fromkeys(used) if name not in table.own]
 
 

@@ -46,7 +46,7 @@ def of_worker(cluster: Cluster, gpus: float) -> dict[str, float]:
 def free_workers(wanted: Resources) -> int:
     """Return how many workers of `wanted` resources fit in the free resources of the nodes that stay."""
     free = ray_internals.free_resources()
-    return sum(_fit(wanted, free.get(node["NodeID"], {})) for node in schedulable_nodes())
+    return sum(fit(wanted, free.get(node["NodeID"], {})) for node in schedulable_nodes())
 
 
 def schedulable_nodes() -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def own_node(processes: int, memory: float) -> dict[str, float]:
     )
     # Each node has 1.0 of this; 0.0001 is the smallest amount that Ray counts.
     share = {f"node:{address}": 0.0001}
-    if _fit({**share, "memory": memory}, free) < processes:
+    if fit({**share, "memory": memory}, free) < processes:
         return {}
     return share
 
@@ -103,7 +103,7 @@ def maximum() -> list[Nodes]:
 
 def room(wanted: Resources, nodes: Iterable[Nodes]) -> int:
     """Return how many workers of `wanted` resources fit on these nodes if nothing else runs there."""
-    return sum(_fit(wanted, node.resources) * node.count for node in nodes)
+    return sum(fit(wanted, node.resources) * node.count for node in nodes)
 
 
 def amount(name: str, nodes: Iterable[Nodes]) -> float:
@@ -171,7 +171,8 @@ def _size(node_type: Mapping[str, Any]) -> tuple[float, float]:
     return float(resources.get("GPU", 0)), float(resources.get("CPU", 0))
 
 
-def _fit(wanted: Resources, free: Resources) -> int:
+def fit(wanted: Resources, free: Resources) -> int:
+    """Return how many workers of `wanted` resources fit in the free resources of a node."""
     return min(
         (_times(name, each, free.get(name, 0.0)) for name, each in wanted.items() if each),
         default=0,

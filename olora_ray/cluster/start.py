@@ -33,7 +33,7 @@ from olora_ray.common import collectives, node_cache, records
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
-from olora_ray.config.load import override
+from olora_ray.config.section import is_auto
 from olora_ray.model import attention
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
@@ -90,9 +90,8 @@ def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> Star
         state = restart.state
     adapter = spec.config.adapter
     state.precision = _precision(context, spec, state.precision)
-    config = override(spec.config, {"model.dtype": state.precision})
     with context.activate({}):
-        loss = context.base(replace(spec, config=config))
+        loss = context.base(spec, state.precision)
         model: Any = loss.model
         sizes = {}
         # Sizes come before the factors, because a method may shard the base.
@@ -116,7 +115,7 @@ def starting_point(context: WorkerContext, spec: TrainSpec, folder: str) -> Star
 
 def _precision(context: WorkerContext, spec: TrainSpec, began: str | None) -> str:
     if not isinstance(context, SharedBaseContext) or context.dtype is None:
-        return str(common_dtype(spec.config, context.device, began).model.dtype)
+        return common_dtype(spec.config, context.device, began)
     shared = context.dtype
     if began not in (None, shared):
         logger.warning(
@@ -395,7 +394,7 @@ def measure_first_step(context: WorkerContext, spec: TrainSpec, start: StartingP
         old = state.lr
         if old and before and before != steps:
             state.lr = trainer.rate_for(steps, old, before)
-            if train.lr == "auto":
+            if is_auto(train.lr):
                 logger.info(
                     f"train.lr=auto: the peak rate is {state.lr:.2g} for {steps} steps; it was {old:.2g} for {before}"
                 )
@@ -405,7 +404,7 @@ def measure_first_step(context: WorkerContext, spec: TrainSpec, start: StartingP
         packs = first_sequences(spec.train)
         auto = trainer.automatic_rate(packs, steps, start.attention)
     state.lr = auto
-    if train.lr == "auto":
+    if is_auto(train.lr):
         if auto is None:
             raise UserError(
                 "train.lr=auto: stacked experts cannot be measured, and only these are adapted; set a number"

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import ray
 import torch
@@ -24,6 +23,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.config.section import is_auto
 from olora_ray.model import attention
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel, on_this_node
@@ -98,10 +98,10 @@ class RayTrainContext:
     def world(self) -> int:
         return collectives.world_size()
 
-    def base(self, spec: TrainSpec) -> SupervisedLoss:
+    def base(self, spec: TrainSpec, dtype: str) -> SupervisedLoss:
         """Return the base model, which is loaded at the first call. Use it only inside `activate`."""
         if self._loss is None:
-            self._loss = load_loss(spec, self.device)
+            self._loss = load_loss(spec, self.device, dtype)
         self._loss.recompute = spec.config.train.activation_checkpointing
         return self._loss
 
@@ -128,8 +128,8 @@ class SharedBase:
     @classmethod
     def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
         prepare_device(spec.config, device)
-        config = common_dtype(spec.config, device)
-        return cls(load_loss(replace(spec, config=config), device), device, config.model.dtype)
+        dtype = common_dtype(spec.config, device)
+        return cls(load_loss(spec, device, dtype), device, dtype)
 
 
 def on_cpu(spec: TrainSpec) -> TrainSpec:
@@ -150,7 +150,8 @@ class SharedBaseContext:
         self.dtype = shared.dtype
         self._shared = shared
 
-    def base(self, spec: TrainSpec) -> SupervisedLoss:
+    def base(self, spec: TrainSpec, dtype: str) -> SupervisedLoss:
+        """Return the base model, in the precision in which it was loaded."""
         self._shared.loss.recompute = spec.config.train.activation_checkpointing
         return self._shared.loss
 
@@ -185,25 +186,20 @@ class Turns:
             self._waiting.append(ticket)
         ticket.wait()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._guard:
             self._waiting.popleft()
             if self._waiting:
                 self._waiting[0].set()
 
 
-def load_loss(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
+def load_loss(spec: TrainSpec, device: torch.device, dtype: str) -> SupervisedLoss:
     """Load the frozen base model of a spec; of a sharded base, this worker's part. All workers must call it together.
 
     If one worker has a UserError, for example because its node has no access to the model, all workers raise it.
     """
     base = collectives.together(lambda: _on_every_node(spec))
-    loss = load_base(base.folder, common_dtype(spec.config, device), device)
+    loss = load_base(base.folder, override(spec.config, {"model.dtype": dtype}), device)
     loss.compile_blocks = spec.config.model.compile
     return loss
 
@@ -217,35 +213,32 @@ def _on_every_node(spec: TrainSpec) -> BaseModel:
         collectives.wait_for_all()
 
 
-def common_dtype(
-    config: DecidedConfig, device: torch.device, began: str | None = None
-) -> DecidedConfig:
-    """Return the config with the same precision for all workers instead of `auto`.
+def common_dtype(config: DecidedConfig, device: torch.device, began: str | None = None) -> str:
+    """Return the precision of the base, the same for all workers.
 
-    This is `began`, the precision in which the run started, if there is one. Otherwise it is float32 if the workers
-    differ in their choice. With several precisions, the loss of a micro-batch would depend on its worker, and the
-    shards of a base would differ in size.
+    For `auto` it is `began`, the precision in which the run started, if there is one. Otherwise it is float32 if the
+    workers differ in their choice. With several precisions, the loss of a micro-batch would depend on its worker, and
+    the shards of a base would differ in size.
     """
-    if config.model.dtype != "auto":
-        return config
+    if not is_auto(config.model.dtype):
+        return config.model.dtype
     every = collectives.gather(pick_dtype(config.model, device))
     choices = [str(dtype).removeprefix("torch.") for dtype in every]
     others = set(choices) - {began}
-    dtype = began
-    if began and others:
-        logger.warning(
-            f"model.dtype=auto: keeping {began}, in which this run started (its current workers would choose"
-            f" {min(others)}), so that the result stays the same"
-        )
-    elif not began:
-        dtype = choices[0]
-        if len(others) > 1:
-            dtype = "float32"
+    if began is not None:
+        if others:
             logger.warning(
-                f"model.dtype=auto: using float32, because {choices.count(dtype)} of {len(choices)} workers are not"
-                f" fast at {max(others - {dtype})}; use workers with equal hardware, or set model.dtype"
+                f"model.dtype=auto: keeping {began}, in which this run started (its current workers would choose"
+                f" {min(others)}), so that the result stays the same"
             )
-    return override(config, {"model.dtype": dtype})
+        return began
+    if len(others) == 1:
+        return choices[0]
+    logger.warning(
+        f"model.dtype=auto: using float32, because {choices.count('float32')} of {len(choices)} workers are not"
+        f" fast at {max(others - {'float32'})}; use workers with equal hardware, or set model.dtype"
+    )
+    return "float32"
 
 
 def prepare_device(config: Config, device: torch.device) -> None:

@@ -11,7 +11,7 @@ assumes what `Expected` says, and the checkpoint's state holds what was measured
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from olora_ray.config.load import changed, flatten, override, validated
 from olora_ray.config.schema import (
@@ -22,7 +22,7 @@ from olora_ray.config.schema import (
     EvaluationData,
     Train,
 )
-from olora_ray.config.section import PositiveInt
+from olora_ray.config.section import PositiveInt, is_auto
 
 # The types.
 
@@ -78,6 +78,11 @@ class DecidedConfig(DataConfig):
     def accumulation(self, workers: int | None = None) -> int:
         """Return the largest number of micro-batches of one worker in a step; `workers` defaults to the maximum."""
         return -(-self.train.micro_batches() // (workers or self.cluster.most))
+
+    def with_step(self, micro_batch: int, recompute: bool) -> Self:
+        """Return the config with another micro-batch, and with or without recomputation."""
+        values = {"train.micro_batch": micro_batch, "train.activation_checkpointing": recompute}
+        return override(self, values)
 
 
 class DecidedEvaluationData(EvaluationData):
@@ -142,7 +147,7 @@ class Kept:
         if name in self.decisions:
             return self.decisions[name]
         value = self.settings.get(name, "auto")
-        return None if value == "auto" else Decision(value, BEGUN)
+        return None if is_auto(value) else Decision(value, BEGUN)
 
     def fields(self, setting: str, asked: dict[str, str]) -> Decision:
         """Return the decision of the fields of a source whose format is kept."""
@@ -159,7 +164,7 @@ class Kept:
         values: dict[str, Any] = {}
         for name, asked in flatten(config).items():
             decision = self.decision(name)
-            if asked != "auto" or decision is None or not KEPT.fullmatch(name):
+            if not is_auto(asked) or decision is None or not KEPT.fullmatch(name):
                 continue
             values[name] = decision.value
             if name.endswith(".format"):
@@ -172,10 +177,6 @@ NOTHING = Kept()
 
 
 Made = TypeVar("Made", bound=Config | EvaluationConfig)
-
-
-def is_auto(value: object) -> bool:
-    return value == "auto"
 
 
 def values_of(decisions: Decisions) -> dict[str, Any]:

@@ -766,6 +766,11 @@ def override(config: AnySection, changes: Mapping[str, Any]) -> AnySection:
     return validated(type(config), changed(config.model_dump(mode="json"), changes), "config")
 
 
+def with_model(config: AnySection, name: str, revision: str | None = None) -> AnySection:
+    """Return a config with another model."""
+    return override(config, {"model.name": name, "model.revision": revision})
+
+
 def dump(config: Config) -> str:
     """Return the config as YAML; `load_config` reads it back to an equal config."""
     return yaml.dump(

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
@@ -31,8 +32,16 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from olora_ray.config.tables import FORMATS, Table
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 LARGEST = 2**31 - 1
 """Largest number in a config, so that products of two such numbers fit in 64 bits."""
+
+
+def is_auto(value: object) -> "TypeIs[Literal['auto']]":
+    """True if a field, or its value, is still to be decided."""
+    return value == "auto"
 
 
 class Section(BaseModel):
@@ -270,7 +279,7 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _chat_fits_the_format(self) -> "Source":
-        if self.format == "auto" or self.chat == "auto":
+        if is_auto(self.format) or is_auto(self.chat):
             return self
         problem = self.wrong_chat(self.format)
         if problem:
@@ -288,4 +297,4 @@ class Source(Section):
 
     def has_no_questions(self) -> bool:
         """True if the rows are plain text; a format that is still to be detected is not known to be."""
-        return self.format != "auto" and row_format(self.format).makes == "text"
+        return not is_auto(self.format) and row_format(self.format).makes == "text"

@@ -16,7 +16,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.config.section import Source
+from olora_ray.config.section import Source, is_auto
 from olora_ray.data import columns, reader
 from olora_ray.data.formats import own_formats, to_example
 from olora_ray.data.formats.chat import sequence
@@ -41,7 +41,7 @@ def check_data(config: Config) -> dict[str, Source]:
         if storage.exists(storage.join(config.folder(), "result.json")):
             return {}
     for where, source in _sources(config).items():
-        if source.format != "auto" and not source.path.startswith("hf://"):
+        if not is_auto(source.format) and not source.path.startswith("hf://"):
             _check(source, where, config.run.storage)
     return find_formats(config)
 
@@ -50,7 +50,7 @@ def find_formats(config: Config) -> dict[str, Source]:
     """Return the sources of format auto as `check_data`; the other ones are not read, except those of the hub."""
     sources = _sources(config)
     read = {name: read_as(each, name, config.run.storage) for name, each in sources.items()}
-    return {name: each for name, each in read.items() if sources[name].format == "auto"}
+    return {name: each for name, each in read.items() if is_auto(sources[name].format)}
 
 
 def with_formats(config: Config, found: Mapping[str, Source]) -> Config:
@@ -72,7 +72,7 @@ def _sources(config: Config) -> dict[str, Source]:
 
 
 def read_as(source: Source, where: str, storage_root: str) -> Source:
-    if source.format != "auto":
+    if not is_auto(source.format):
         if source.path.startswith("hf://"):  # `check` does not download it
             _check(source, where, storage_root)
         return source
@@ -159,19 +159,19 @@ def _looked(source: Source, where: str, storage_root: str) -> Iterator[Sampled]:
     for named in looked_at:
         # A .json file is read completely, so a large one is read only to detect its format.
         large = named.kind == "json" and named.size > 64 * 2**20
-        if large and source.format != "auto":
+        if large and not is_auto(source.format):
             empty = False
             continue
         scanned = head(named)
         file = scanned.file or named
-        if source.format != "auto" and file.form != named.form:
+        if not is_auto(source.format) and file.form != named.form:
             logger.info(f"{where}: {file.uri} is read as {file.form}")
         empty = empty and not scanned.units
         for unit in scanned.units[:1] if large else _spread(scanned.units):
             # All columns, so that a message can name them.
             rows = reader.read_unit(file, unit, scanned.columns, scanned.columns)
             yield from ((file, position, row) for position, row in itertools.islice(rows, 10))
-    if empty and (source.format == "auto" or len(files) == len(looked_at)):
+    if empty and (is_auto(source.format) or len(files) == len(looked_at)):
         problem = (
             "is empty: it has no rows"
             if len(files) == len(looked_at)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.config.section import Source
+from olora_ray.config.section import Source, is_auto
 from olora_ray.config.tables import FORMATS
 from olora_ray.data import columns
 from olora_ray.data.chat_template import left_out, reasoning, text_of
@@ -562,7 +562,7 @@ def as_chat(source: Source, spec: TokenizerSpec) -> bool:
     """True if the prompts and completions of a source become turns of a chat."""
     if format_named(source.format).makes != "completion":
         return False
-    return spec.has_template if source.chat == "auto" else source.chat
+    return spec.has_template if is_auto(source.chat) else source.chat
 
 
 def asks_in_chats(source: Source, spec: TokenizerSpec) -> bool:

@@ -19,7 +19,7 @@ from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
-from olora_ray.config.load import load_config, override, read_config, validated
+from olora_ray.config.load import changed, load_config, override, read_config, validated, with_model
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
@@ -78,17 +78,18 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
         own = read_for_others(run)
         parent, _, name = run.rpartition("/")
         # The user has moved the run's storage, so the config still names the old path.
+        moved = {}
         if name == own.run.name and run != own.folder():
-            own = override(own, {"run.storage": parent})
+            moved = {"run.storage": parent}
         scorer = own.evaluation.scorer
         if scorer and scorer not in SCORERS and "evaluation.scorer" not in changes:
             raise UserError(
                 f"evaluation.scorer: the config in {run} names the Python code {scorer}, and others may write there; if"
                 f" you trust that code, add --scorer {scorer}, or name your own config with --config"
             )
-        return override(own, {**NO_GATE, **changes})
-    defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
-    return command_line.resolved(override(defaults, changes), Path.cwd())
+        return override(own, {**moved, **NO_GATE, **changes})
+    named = validated(EvaluationConfig, changed({"model": {"name": names[0]}}, changes), "config")
+    return command_line.resolved(named, Path.cwd())
 
 
 def _refuse_nowhere(name: str) -> None:
@@ -228,8 +229,7 @@ def _of_adapter(name: str, path: str, shared: AnyConfig) -> Target:
 def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:
     if not revision and shared.model.name == name:
         revision = shared.model.revision
-    changed = override(shared, {"model.name": name, "model.revision": revision or None})
-    return command_line.resolved(changed, Path.cwd())
+    return command_line.resolved(with_model(shared, name, revision or None), Path.cwd())
 
 
 def _absolute(name: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.config.section import is_auto
 
 # Attention inside segments by torch's own kernel for variable lengths: on GPUs, without another package.
 
@@ -186,7 +187,7 @@ def candidates(
 
     Raise UserError if the config names one that the family, the precision or the device does not have.
     """
-    if config.attention != "auto":
+    if not is_auto(config.attention):
         if problem := _unusable(model, config.attention, dtype, device):
             raise UserError(
                 f"model.attention={config.attention}: {problem}; set model.attention: auto"
@@ -203,7 +204,7 @@ def left_out(
     """Return the faster implementations that are no candidates on a GPU, and why; none if the config names one."""
     problems = (
         _in_order(model, dtype, device)
-        if config.attention == "auto" and device.type != "cpu"
+        if is_auto(config.attention) and device.type != "cpu"
         else {}
     )
     return {name: problem for name, problem in problems.items() if problem is not None}

@@ -9,6 +9,7 @@ from torch import nn
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.config.section import is_auto
 from olora_ray.model import attention, convert
 from olora_ray.model.folder import (
     check_model,
@@ -158,7 +159,7 @@ def _start(
 
 def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """Return the precision of the base: as configured, otherwise bfloat16 if `device` multiplies it natively."""
-    if config.dtype != "auto":
+    if not is_auto(config.dtype):
         return convert.DTYPES[config.dtype]
     if device.type == "cuda":
         return (

@@ -7,7 +7,7 @@ from typing import Any
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
-from olora_ray.config.load import override
+from olora_ray.config.load import with_model
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from olora_ray.model import stored
@@ -62,8 +62,8 @@ def parts(
 
 def _base(entry: Registered, base: BaseOfAdapter, config: AnyConfig) -> tuple[AnyConfig, BaseModel]:
     # First the folder of the base model at the time of registration, then the place to which its name leads now.
-    at_registration = override(config, {"model.name": base.folder, "model.revision": None})
-    own = override(config, {"model.name": base.name, "model.revision": base.revision})
+    at_registration = with_model(config, base.folder)
+    own = with_model(config, base.name, base.revision)
     for candidate in (at_registration, own):
         passes = False
         try:

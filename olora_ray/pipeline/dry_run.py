@@ -5,7 +5,6 @@ It starts neither Ray nor an MLflow run, and writes no file except a converted m
 
 import itertools
 import logging
-import os
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,14 +12,14 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from olora_ray.cluster import preflight, ray_internals
+from olora_ray.cluster import address, preflight
 from olora_ray.cluster.decide import Decided, decide
 from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common.text import aligned, duration
 from olora_ray.config.decided import DataConfig
 from olora_ray.config.load import dump
 from olora_ray.config.schema import Config
-from olora_ray.config.section import Source
+from olora_ray.config.section import Source, is_auto
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import prepare, report
 from olora_ray.pipeline.base import open_base
@@ -69,14 +68,8 @@ def dry_run(
             f"\n{_short(example.origin)}: {len(example.input_ids):,} tokens, {int(example.mask.sum()):,} supervised"
         )
         print(_shown(base.tokenizer, example))
-    if not _elsewhere():
+    if not address.elsewhere():
         preflight.refuse_here(decided.config, base.model, decided.size, decided.expected, here)
-
-
-def _elsewhere() -> bool:
-    return os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local") or bool(
-        ray_internals.started_address()
-    )
 
 
 def layers(targets: Mapping[str, tuple[int, ...]]) -> str:
@@ -153,7 +146,7 @@ def _measured(
     decided: Decided, base: BaseModel, train: Preview, held_out: Preview | None
 ) -> Iterator[tuple[str, str]]:
     config = decided.config
-    why = estimate.not_measured(config, decided.size, _elsewhere())
+    why = estimate.not_measured(config, decided.size, address.elsewhere())
     if why:
         yield "time", f"not estimated: {why}"
         return
@@ -163,7 +156,7 @@ def _measured(
     packs = [train.some_packs[number % len(train.some_packs)] for number in range(width)]
     steps = total_steps(config.train, train.packs)
     once, rate = estimate.micro_batch(config, base, packs, steps)
-    if rate is not None and config.train.lr == "auto":
+    if rate is not None and is_auto(config.train.lr):
         yield "learning rate", f"about {rate * config.train.lr_factor:.2g} (train.lr=auto)"
     step = once * config.accumulation()
     seconds = steps * step

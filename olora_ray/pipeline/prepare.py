@@ -21,10 +21,10 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
-from olora_ray.config.decided import NOTHING, DataConfig, DecidedConfig, Kept, is_auto
+from olora_ray.config.decided import NOTHING, DataConfig, DecidedConfig, Kept
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.config.section import Source
+from olora_ray.config.section import Source, is_auto
 from olora_ray.data import detect
 from olora_ray.data.formats import format_named
 from olora_ray.model.load import skeleton
@@ -101,7 +101,7 @@ def _check_formats(config: Config) -> None:
     sources = {"data.train": config.data.train, "data.eval": config.data.eval}
     for field, listed in sources.items():
         for number, source in enumerate(listed):
-            if source.format == "auto":
+            if is_auto(source.format):
                 continue
             makes = format_named(source.format).makes
             if makes not in objective.takes:

@@ -13,7 +13,7 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.retry import is_temporary
 from olora_ray.common.secrets import mask
-from olora_ray.config.load import flatten, override
+from olora_ray.config.load import flatten, with_model
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, score
@@ -255,9 +255,7 @@ def push_version(config: Config, number: str) -> None:
     repo = config.export.push
     if repo and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
-        found = models.of_config(
-            override(config, {"model.name": f"models:/{name}/{number}", "model.revision": None})
-        )
+        found = models.of_config(with_model(config, f"models:/{name}/{number}"))
         if found is None or not found.version.checksum:
             raise UserError(
                 f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push"

@@ -26,6 +26,7 @@ from olora_ray.config.load import (
     read_config,
 )
 from olora_ray.config.schema import Config, Export
+from olora_ray.config.section import is_auto
 from olora_ray.tracking.checksums import SETTINGS
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class RunState:
             before = old.get(field)
             now = new.get(field)
             # A version without decided.json left auto where the decision follows from the contents.
-            if before != now and not (before == "auto" and KEPT.fullmatch(field)):
+            if before != now and not (is_auto(before) and KEPT.fullmatch(field)):
                 changed.append(f"{field} was {before!r}, is {now!r}")
         return ", ".join(changed[:4])
 

@@ -19,7 +19,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.decided import DataConfig
-from olora_ray.config.load import override
+from olora_ray.config.load import override, with_model
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config
 from olora_ray.config.section import Source
 from olora_ray.evaluation import lm_eval_tasks, targets
@@ -313,16 +313,12 @@ def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | No
         target = targets.resolve(name, config)
         return target.config, with_tokenizer(target.base, target.config), target.adapter
     # The nodes read the model from the storage. Only the driver reads from MLflow.
-    named = _with_model(config, _in_storage(_with_model(config, name), version))
+    named = with_model(config, _in_storage(with_model(config, name), version))
     base = with_tokenizer(find_model(named), named)
     if version.checksum:
         aliases = Aliases(resolve_uri(config), version.name)
         aliases.verify_copy(version.number, Path(base.model.folder))
     return named, base, None
-
-
-def _with_model(config: Config, name: str) -> Config:
-    return override(config, {"model.name": name, "model.revision": None})
 
 
 def _in_storage(named: Config, version: Version) -> str:

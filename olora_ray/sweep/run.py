@@ -24,7 +24,7 @@ from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.decided import Decisions
-from olora_ray.config.load import flatten, override
+from olora_ray.config.load import flatten
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
@@ -73,7 +73,7 @@ def _with_room_for_the_largest(
     undecided = RECOMPUTE in decided.decisions and not config.train.activation_checkpointing
     if not undecided or largest <= config.train.micro_batch:
         return decided
-    wide = override(config, {MICRO: largest})
+    wide = config.with_step(largest, False)
     size = estimate(wide, base.model, decided.expected)
     nodes = cluster.with_room(config.cluster.fewest)
     decision, _ = recomputation(wide, base.model, decided.expected, nodes, size)
@@ -83,7 +83,7 @@ def _with_room_for_the_largest(
         "train.activation_checkpointing=auto: on for all trials, because a trial with"
         f" {MICRO}={largest} would not fit in memory without it"
     )
-    return replace(decided, config=override(config, {RECOMPUTE: True}))
+    return replace(decided, config=config.with_step(config.train.micro_batch, True))
 
 
 def share(

@@ -11,6 +11,7 @@ from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common.errors import UserError, of_problems
 from olora_ray.config.load import at, flatten, override, read_yaml, validated
 from olora_ray.config.schema import NO_GATE, Config
+from olora_ray.config.section import is_auto
 from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.sweep import shared_work
@@ -66,7 +67,7 @@ def _problems(space: Space, config: Config, where: str) -> Iterator[str]:
             yield f"search.{field}: all trials must be measured in the same way; put it under set"
         if field in IDLE:
             yield f"search.{field}: it does not change the result of a training; put it under set"
-        if field in DECIDED and "auto" in domain.options():
+        if field in DECIDED and any(map(is_auto, domain.options())):
             yield f"search.{field}: auto is decided once for all trials; name values, or set auto in the config"
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
             yield f"search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here"

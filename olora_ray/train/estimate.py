@@ -27,6 +27,7 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.config.load import override
 from olora_ray.config.schema import Adapter
+from olora_ray.config.section import is_auto
 from olora_ray.model import attention
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import skeleton
@@ -128,7 +129,7 @@ def _implementations(model: Any, config: DecidedConfig, expected: Expected) -> t
             attention.own(model),
         )
     # The workers' GPU may be on another machine, so it is not asked. The choice follows what is installed here.
-    if wanted == "auto":
+    if is_auto(wanted):
         installed = importlib.util.find_spec("flash_attn") or attention.kernel()
         flat = installed and not apart and dtype in (torch.bfloat16, torch.float16)
         wanted = attention.FLASH if flat else "sdpa"

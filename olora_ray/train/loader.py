@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from olora_ray.common import collectives
 from olora_ray.config.decided import DecidedTrain
 from olora_ray.config.schema import Train
+from olora_ray.config.section import is_auto
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.plan import Counts
 from olora_ray.tokens.store import TokenStore
@@ -159,7 +160,7 @@ class Schedule:
         self.auto = auto
 
     def peak(self) -> float:
-        rate = self.auto if self.train.lr == "auto" else self.train.lr
+        rate = self.auto if is_auto(self.train.lr) else self.train.lr
         assert rate is not None, "train.lr=auto: not measured yet"
         return rate * self.train.lr_factor
 

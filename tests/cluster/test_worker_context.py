@@ -92,7 +92,7 @@ def load_what_lies_there(folders: list[str]) -> None:
     """In a worker: load the model of its node."""
     base = BaseModel("/models/m", folders[collectives.rank()], "digest")
     spec: Any = SimpleNamespace(base=base, config=tiny.decided(cluster__workers=2))
-    load_loss(spec, CPU)
+    load_loss(spec, CPU, "float32")
 
 
 @pytest.mark.parametrize("problem", ["is not on every node", "no such file or directory"])
@@ -119,7 +119,7 @@ def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tu
             "pick_dtype",
             lambda model, _: own if model.dtype == "auto" else torch.bfloat16,
         )
-        return common_dtype(tiny.decided(model__dtype=dtype), CPU, began).model.dtype, lines
+        return common_dtype(tiny.decided(model__dtype=dtype), CPU, began), lines
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from olora_ray.common.errors import UserError
+from olora_ray.config.section import is_auto
 from olora_ray.config.tables import FORMATS
 from olora_ray.data.formats.format import EXAMPLES, NONE, Example, Format, Rejected, Row, type_name
 
@@ -23,7 +24,7 @@ def own_formats() -> tuple[Format, ...]:
 @cache
 def field_names(format: str) -> tuple[str, ...]:
     """Return the names that `fields` of a source may map; for format auto, those of all formats that are detected."""
-    if format != "auto":
+    if not is_auto(format):
         return format_named(format).names
     return tuple(dict.fromkeys(name for each in own_formats() for name in each.names))
 

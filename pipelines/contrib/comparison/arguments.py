@@ -23,7 +23,7 @@ from olora_ray.config.load import (
     validated,
 )
 from olora_ray.config.schema import Config
-from olora_ray.config.section import NAME, Section
+from olora_ray.config.section import NAME, AnySection, Section
 
 logger = logging.getLogger("olora_ray.comparison")
 
@@ -79,6 +79,9 @@ class Arm:
     name: str
     values: Mapping[str, Any]
     """Dotted field -> value, over the config."""
+
+    def config(self, config: AnySection) -> AnySection:
+        return override(config, self.values)
 
 
 @dataclass(frozen=True)

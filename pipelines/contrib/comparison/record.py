@@ -17,6 +17,7 @@ from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import records, storage
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.config.section import is_auto
 from olora_ray.evaluation.statistics import Interval, Values, crossed, per_token, simultaneous
 from olora_ray.pipeline import answers
 from olora_ray.sweep.record import finite
@@ -270,7 +271,7 @@ def _arm(
 def _rate(tuning: TuningResult, trial: Trial) -> float | None:
     """Return the peak learning rate of a trial; None if it is automatic and no training of the arm measured it."""
     rate, factor = trial.values[LR], float(trial.values[FACTOR])
-    if rate != "auto":
+    if not is_auto(rate):
         return float(rate) * factor
     results = (_result(each.record.folder) for each in tuning.trials if each.trial.arm == trial.arm)
     return next(

@@ -80,14 +80,18 @@ class RowSets:
     def contents(self) -> dict[str, str]:
         return {f"{kind} rows": digest for kind, digest in self.digests.items()}
 
-    def config(self, config: DecidedConfig, held_out: Literal["tuning", "test"]) -> DecidedConfig:
-        """Return the config with these training rows, and with the tuning or the test rows held out."""
+    def config(
+        self,
+        config: DecidedConfig,
+        held_out: Literal["tuning", "test"],
+        changes: Mapping[str, object],
+    ) -> DecidedConfig:
+        """Return the config with these training rows, with the tuning or the test rows held out, and `changes`."""
         sources = {"data.train": self.sources["train"], "data.eval": self.sources[held_out]}
-        changes = {
-            name: [each.model_dump(mode="json") for each in entries]
-            for name, entries in sources.items()
-        }
-        return override(config, {"data.eval_fraction": None, **changes})
+        rows: dict[str, object] = {"data.eval_fraction": None}
+        for name, entries in sources.items():
+            rows[name] = [each.model_dump(mode="json") for each in entries]
+        return override(config, {**rows, **changes})
 
 
 def split(config: DataConfig, compare: Compare, spec: TokenizerSpec) -> RowSets:

@@ -29,7 +29,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import duration, plural
-from olora_ray.config.load import flatten, leaves, override
+from olora_ray.config.load import flatten, leaves
 from olora_ray.config.schema import NO_GATE
 from olora_ray.evaluation import statistics
 from olora_ray.pipeline.base import Base
@@ -94,7 +94,7 @@ def sizes(comparison: Comparison, data: DataDecisions, base: Base) -> dict[str, 
     decided = decide(comparison.config, data, base.model, here, trial=True)
     of_arms = {}
     for arm in comparison.arms:
-        config = override(decided.config, arm.values)
+        config = arm.config(decided.config)
         size = estimate.estimate(config, base.model, decided.expected)
         check_settings(config)
         plan(replace(decided, config=config, size=size), base.model)
@@ -226,7 +226,7 @@ class Run:
 
     def init_seconds(self, arm: Arm) -> float:
         """Return the time of an arm's initialisation in one process."""
-        place = shared_by_adapter(self.folder, override(self.config, arm.values))
+        place = shared_by_adapter(self.folder, arm.config(self.config))
         return float(storage.read_text(storage.join(place, INIT)))
 
     def _check_groups(self, tested: TokenStore | None) -> None:
@@ -242,14 +242,14 @@ class Run:
     def _tokens(
         self, held_out: Literal["tuning", "test"], changes: Mapping[str, object]
     ) -> TrainSpec:
-        config = override(self.rows.config(self.config, held_out), changes)
+        config = self.rows.config(self.config, held_out, changes)
         return prepare_tokens(config, self.base, self.planned, wait=True).spec
 
     def _share(self, spec: TrainSpec) -> None:
         # All trials of the tuning use the same loss of the base model, and those of an arm the same factors.
         baseline = ""
         for arm in self.comparison.arms:
-            config = override(spec.config, arm.values)
+            config = arm.config(spec.config)
             folder = shared_by_adapter(self.folder, config)
             if not storage.exists(storage.join(folder, INIT)):
                 # Factors of an interrupted attempt would be reused, and the noted time would be too short.
@@ -321,7 +321,7 @@ def _pace(
 
     `spec` and `size` are the tuning's. Return the reason if the time would say nothing.
     """
-    config = override(spec.config, comparison.baseline.values)
+    config = comparison.baseline.config(spec.config)
     elsewhere = os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local")
     # The time on this machine's CPU says nothing about a GPU or about another machine of a cluster.
     if why := estimate.not_measured(config, size, elsewhere):
