@@ -4,6 +4,7 @@
 `decide` needs the facts of the cluster. Both are pure functions but for the folder of the base model, which they read.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +39,8 @@ from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
 from olora_ray.train.estimate import MemoryEstimate, estimate
+
+logger = logging.getLogger(__name__)
 
 MICRO = "train.micro_batch"
 RECOMPUTE = "train.activation_checkpointing"
@@ -328,3 +331,28 @@ def recomputation(
         f" {size.activation_bytes / GIB:.2f} GiB would not fit"
     )
     return Decision(True, why), less
+
+
+def with_room_for(
+    decided: Decided, largest: int, base: BaseModel, cluster: ClusterFacts
+) -> Decided:
+    """Recompute in all trials of a search if one with the micro-batch `largest` would not fit in memory without it.
+
+    One choice for all trials, because recomputing changes no result. In a trial that has memory enough it only costs
+    time.
+    """
+    config = decided.config
+    undecided = RECOMPUTE in decided.decisions and not config.train.activation_checkpointing
+    if not undecided or largest <= config.train.micro_batch:
+        return decided
+    wide = config.with_step(largest, False)
+    size = estimate(wide, base, decided.expected)
+    nodes = cluster.with_room(config.cluster.fewest)
+    decision, _ = recomputation(wide, base, decided.expected, nodes, size)
+    if not decision.value:
+        return decided
+    logger.info(
+        "train.activation_checkpointing=auto: on for all trials, because a trial with"
+        f" {MICRO}={largest} would not fit in memory without it"
+    )
+    return replace(decided, config=config.with_step(config.train.micro_batch, True))

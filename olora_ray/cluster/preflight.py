@@ -368,8 +368,7 @@ def _workers(config: AnyDecided) -> Iterator[str]:
     nodes = resources.present()
     wanted = resources.worker_resources(config)
     fewest = config.cluster.fewest
-    now = resources.room(wanted, nodes)
-    most = resources.room(wanted, resources.maximum())
+    now, most = resources.rooms(wanted)
     fields = ", ".join(f"{name.lower()}s_per_worker={each:g}" for name, each in wanted.items())
     have = ", ".join(f"{resources.amount(name, nodes):g} {name}s" for name in wanted)
     have += f", {plural(len(nodes), 'node')}"

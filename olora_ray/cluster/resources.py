@@ -106,6 +106,11 @@ def room(wanted: Resources, nodes: Iterable[Nodes]) -> int:
     return sum(fit(wanted, node.resources) * node.count for node in nodes)
 
 
+def rooms(wanted: Resources) -> tuple[int, int]:
+    """Return `room` on the present cluster, and on the largest one that the autoscaler may start."""
+    return room(wanted, present()), room(wanted, maximum())
+
+
 def amount(name: str, nodes: Iterable[Nodes]) -> float:
     return sum(node.resources.get(name, 0.0) * node.count for node in nodes)
 

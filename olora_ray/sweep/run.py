@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from olora_ray.cluster import resources, shared_base
-from olora_ray.cluster.decide import MICRO, RECOMPUTE, Decided, recomputation
+from olora_ray.cluster.decide import Decided, with_room_for
 from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.resources import PlacementRequest, free_workers, worker_resources
 from olora_ray.cluster.spec import TrainSpec
@@ -35,7 +35,6 @@ from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import SweepSpec
 from olora_ray.tracking import start
 from olora_ray.tracking.run import Tracker
-from olora_ray.train.estimate import estimate
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,8 @@ def train_spec(
     Raises UserError if the metric is a score that no trial would have: otherwise only a finished trial would say so.
     """
     began = time.monotonic()
-    decided = _with_room_for_the_largest(decided, space, base, cluster)
+    largest = max(space.possible("train.micro_batch", decided.config.train.micro_batch))
+    decided = with_room_for(decided, largest, base.model, cluster)
     prepared = prepare_tokens(
         decided.config, base, decided.size.total_bytes(), decided.decisions, wait=True
     )
@@ -60,30 +60,6 @@ def train_spec(
             " answers to the held-out rows; set another metric"
         )
     return prepared.spec, time.monotonic() - began
-
-
-def _with_room_for_the_largest(
-    decided: Decided, space: Space, base: Base, cluster: ClusterFacts
-) -> Decided:
-    """Recompute in all trials if one with the largest micro-batch of the space would not fit in memory without it."""
-    # One choice for all trials, because recomputing changes no result. In a trial that has memory enough it only costs
-    # time.
-    config = decided.config
-    largest = max(space.possible(MICRO, config.train.micro_batch))
-    undecided = RECOMPUTE in decided.decisions and not config.train.activation_checkpointing
-    if not undecided or largest <= config.train.micro_batch:
-        return decided
-    wide = config.with_step(largest, False)
-    size = estimate(wide, base.model, decided.expected)
-    nodes = cluster.with_room(config.cluster.fewest)
-    decision, _ = recomputation(wide, base.model, decided.expected, nodes, size)
-    if not decision.value:
-        return decided
-    logger.info(
-        "train.activation_checkpointing=auto: on for all trials, because a trial with"
-        f" {MICRO}={largest} would not fit in memory without it"
-    )
-    return replace(decided, config=config.with_step(config.train.micro_batch, True))
 
 
 def share(
@@ -217,8 +193,8 @@ def _fitting(wanted: Mapping[str, float], workers: int) -> int:
     fitting = room(wanted)
     if fitting >= workers:
         return fitting
-    now = resources.room(wanted, resources.present())
-    if not now < workers <= resources.room(wanted, resources.maximum()):
+    now, most = resources.rooms(wanted)
+    if not now < workers <= most:
         raise UserError(
             f"cluster.workers={workers}: a trial needs {workers}, but the cluster has room for {fitting}; set it lower"
         )
