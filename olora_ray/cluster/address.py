@@ -143,16 +143,17 @@ def find(patience: float = PATIENCE) -> str:
             break
         except OSError as error:
             problem = error.strerror or str(error)
-        if time.monotonic() > end and given:
+        if time.monotonic() <= end:
+            time.sleep(0.5)
+            continue
+        if given:
             raise UserError(
                 f"{_VARIABLE}={address}: no Ray answers there ({problem}); correct it, or unset it"
             )
-        if time.monotonic() > end:
-            raise UserError(
-                f"the Ray that was started on this machine does not answer at {address} ({problem}); restart it with"
-                f" `ray start --head`, stop it with `ray stop`, or set {_VARIABLE}={OWN} to start a Ray for this run"
-            )
-        time.sleep(0.5)
+        raise UserError(
+            f"the Ray that was started on this machine does not answer at {address} ({problem}); restart it with"
+            f" `ray start --head`, stop it with `ray stop`, or set {_VARIABLE}={OWN} to start a Ray for this run"
+        )
     _refuse_other_version(address, patience)
     return address
 
