@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 PACKAGE = "olora_ray"
-LIMIT = 20.0  # seconds of tests per mutant
+LIMIT = 20.0  # seconds of tests per drawn mutant; one that was killed before gets all of its tests
 MEMORY = 6 << 30  # bytes of a mutant, of which some never stop to take more
 OUTCOMES = ("killed", "survived", "not covered", "stillborn")
 TURNED: dict[type, type] = {
@@ -249,8 +249,8 @@ def watch(package: str) -> Calls:
     return calls
 
 
-def tests_for(mutant: Mutant, calls: Calls) -> list[str]:
-    """Return the tests that call the mutant's function, the module's own first and then the quickest, up to LIMIT."""
+def tests_for(mutant: Mutant, calls: Calls, limit: float) -> list[str]:
+    """Return the tests that call the mutant's function, the module's own first and then the quickest, up to a limit."""
     place = (mutant.module, mutant.function)
     chosen = [test for test in calls.seconds if place in calls.called[test]]
     if not any(place in called for called in calls.called.values()):  # code that runs at the import
@@ -261,17 +261,17 @@ def tests_for(mutant: Mutant, calls: Calls) -> list[str]:
     spent = 0.0
     for count, test in enumerate(chosen, 1):
         spent += calls.seconds[test]
-        if spent > LIMIT:
+        if spent > limit:
             return chosen[:count]
     return chosen
 
 
-def outcome_of(mutant: Mutant, calls: Calls) -> str:
+def outcome_of(mutant: Mutant, calls: Calls, limit: float) -> str:
     file = file_of(mutant.module)
     tree = mutated(mutant, file.read_text(encoding="utf-8"))
     if tree is None:
         return "gone"
-    tests = tests_for(mutant, calls)
+    tests = tests_for(mutant, calls, limit)
     if not tests:
         return "not covered"
 
@@ -321,11 +321,13 @@ def main() -> None:
     for package in asked.packages:
         calls = watch(package)
         mutants = drawn(package, asked.modules, asked.each, asked.seed)
+        limit = LIMIT
         if asked.only:
             mutants = killed_before(asked.only, package)
+            limit = float("inf")
         found: Counter[str] = Counter()
         for mutant in mutants:
-            outcome = outcome_of(mutant, calls)
+            outcome = outcome_of(mutant, calls, limit)
             found[outcome] += 1
             with asked.out.open("a", encoding="utf-8") as out:
                 out.write(json.dumps([*mutant, outcome]) + "\n")
