@@ -118,15 +118,13 @@ class Shape:
 
     # Row number n.
     row: Callable[[int], Row]
-    # The intended conversation or document; None: nothing to train on, or nothing clear.
-    turns: Callable[[int], list[Turn] | str] | None = once
+    # The intended conversation or document.
+    turns: Callable[[int], list[Turn] | str] = once
     # Settings that are detected, and would be needed otherwise; without them format messages.
     settings: Mapping[str, Any] = field(default_factory=dict)
     tools: bool = False
     # A column that is ignored, which the first look reports.
     unread: str = ""
-    # A part of the line that refuses such rows.
-    says: str = ""
 
 
 def fields(format: str, **names: str) -> dict[str, Any]:
@@ -141,14 +139,9 @@ def chatml(n: int) -> Row:
     return found
 
 
-NO = "set format and fields"
 SHAPES: dict[str, dict[str, Shape]] = {
     "OpenAI": {
         "chat": Shape(lambda n: {"messages": messages(once(n, SYSTEM))}, lambda n: once(n, SYSTEM)),
-        "weight": Shape(
-            lambda n: {"messages": marked(twice(n, first="context"), "weight", 0, 1)},
-            lambda n: twice(n, first="context"),
-        ),
         "tools": Shape(
             lambda n: {"messages": openai_calls(n), "tools": [TOOL], "parallel_tool_calls": False},
             called,
@@ -157,31 +150,11 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "completion": Shape(
             lambda n: {"prompt": ASK[n], "completion": SAY[n]}, once, fields("prompt_completion")
         ),
-        "preferences": Shape(
-            lambda n: {
-                "input": {
-                    "messages": messages(once(n)[:1]),
-                    "tools": [],
-                    "parallel_tool_calls": True,
-                },
-                "preferred_output": messages(once(n)[1:]),
-                "non_preferred_output": messages([("assistant", "nein")]),
-            },
-            None,
-            says=NO,
-        ),
     },
     "ShareGPT": {
         "dump": Shape(
             lambda n: {"id": f"x{n}", "conversations": sharegpt(twice(n))},
             twice,
-            fields("sharegpt"),
-        ),
-        "weights": Shape(  # SlimOrca
-            lambda n: {
-                "conversations": marked(twice(n, first="context"), "weight", 0, 1, **FROM_VALUE)
-            },
-            lambda n: twice(n, first="context"),
             fields("sharegpt"),
         ),
         "empty columns": Shape(  # OpenHermes
@@ -198,11 +171,6 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "alpaca": Shape(
             lambda n: {"instruction": ASK[n], "input": "", "output": SAY[n]}, once, fields("alpaca")
         ),
-        "gpteacher": Shape(
-            lambda n: {"instruction": ASK[n], "input": SYSTEM, "response": SAY[n]},
-            lambda n: [("user", f"{ASK[n]}\n\n{SYSTEM}"), ("assistant", SAY[n])],
-            fields("alpaca", output="response"),
-        ),
         "open_orca": Shape(
             lambda n: {
                 "id": f"x{n}",
@@ -212,12 +180,6 @@ SHAPES: dict[str, dict[str, Shape]] = {
             },
             lambda n: once(n, SYSTEM),
             fields("alpaca", system="system_prompt", instruction="question", output="response"),
-        ),
-        "jeopardy": Shape(
-            lambda n: {"question": ASK[n], "category": "Käse", "answer": SAY[n]},
-            once,
-            fields("alpaca", instruction="question", output="answer"),
-            unread="category",
         ),
         "context_qa": Shape(
             lambda n: {"article": SYSTEM, "question": ASK[n], "answer": SAY[n]},
@@ -231,14 +193,6 @@ SHAPES: dict[str, dict[str, Shape]] = {
             twice,
             {"format": "sharegpt", "fields": {"from": "role"}},
         ),
-        "own names": Shape(
-            lambda n: {"dialog": messages(twice(n), role="speaker", content="text")},
-            twice,
-            {
-                "format": "sharegpt",
-                "fields": {"conversations": "dialog", "from": "speaker", "value": "text"},
-            },
-        ),
         "train": Shape(
             lambda n: {
                 "conversations": marked(
@@ -251,16 +205,6 @@ SHAPES: dict[str, dict[str, Shape]] = {
             },
             lambda n: twice(n, first="context"),
             fields("sharegpt"),
-        ),
-        "explainchoice": Shape(
-            lambda n: {
-                "question": ASK[n],
-                "choices": ["a", "b"],
-                "solution": SAY[n],
-                "explanation": "",
-            },
-            None,
-            says="column 'choices'",
         ),
         # The tokens <s> and </s> of the test's tokenizer, as an empty document has them.
         "tokens": Shape(
@@ -292,7 +236,6 @@ SHAPES: dict[str, dict[str, Shape]] = {
             fields("sharegpt"),
             tools=True,
         ),
-        "pretraining": Shape(lambda n: {"text": SAY[n]}, lambda n: SAY[n], fields("text")),
     },
     "ms-swift": {
         "query": Shape(
@@ -303,14 +246,6 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "loss": Shape(
             lambda n: {"messages": marked(twice(n, first="context"), "loss", False, True)},
             lambda n: twice(n, first="context"),
-        ),
-        "human": Shape(
-            lambda n: {"system": SYSTEM, "conversation": [{"human": ASK[n], "assistant": SAY[n]}]},
-            None,
-            says="it has human, assistant",
-        ),
-        "pretraining": Shape(
-            lambda n: {"messages": messages(once(n)[1:])}, None, says="must be from user"
         ),
     },
     "TRL": {
@@ -364,41 +299,10 @@ SHAPES: dict[str, dict[str, Shape]] = {
             lambda n: once(n, SYSTEM),
             fields("alpaca", system="System", instruction="User", output="Assistant"),
         ),
-        "alpaca": Shape(  # tatsu-lab/alpaca
-            lambda n: {
-                "instruction": ASK[n],
-                "input": "",
-                "output": SAY[n],
-                "text": f"### {ASK[n]}{SAY[n]}",
-            },
-            once,
-            fields("alpaca"),
-        ),
-        "wikipedia": Shape(
-            lambda n: {"id": "1", "url": "https://a", "title": ASK[n], "text": SAY[n]},
-            lambda n: SAY[n],
-            fields("text"),
-        ),
         "messages": Shape(
             lambda n: {"messages": json.dumps(messages(twice(n)), ensure_ascii=False)},
             twice,
             fields("messages"),
-        ),
-        "German": Shape(lambda n: {"Frage": ASK[n], "Antwort": SAY[n]}, None, says=NO),
-        "two answers": Shape(
-            lambda n: {"problem": ASK[n], "solution": SAY[n], "answer": "5"},
-            None,
-            says="in two ways",
-        ),
-        "system beside": Shape(
-            lambda n: {"system": SYSTEM, "messages": messages(once(n))},
-            lambda n: once(n, SYSTEM),
-            fields("messages", system="system"),
-        ),
-        "repr": Shape(
-            lambda n: {"messages": str(messages(once(n)))},
-            None,
-            says="is text, not a list of messages",
         ),
     },
 }
@@ -549,8 +453,6 @@ WRITTEN: dict[tuple[str, str], Sequence[str]] = {
     ("table", "roles"): ["Excel, German"],
     ("table", "system prompt"): ["Excel, English", "pandas.to_csv sep=;"],
     ("table", "messages"): ["datasets.to_csv", "Excel, German"],
-    ("table", "German"): ["Excel, German"],
-    ("table", "repr"): ["pandas.to_csv"],
 }
 FILES = [
     File(tool, shape, writer, CANNOT.get(writer, ""))
@@ -588,7 +490,6 @@ TOKENIZER = Tokenizer.from_str(SPEC.json)
 
 def expected(shape: Shape) -> Iterator[tuple[str, str]]:
     """The text of each row as the model should see it, and its supervised part."""
-    assert shape.turns is not None
     for n in ROWS:
         turns = shape.turns(n)
         if isinstance(turns, str):
@@ -621,7 +522,7 @@ def outcome(file: File, folder: Path) -> str:
     except UserError as error:
         line = str(error).replace(f"{folder}/", "")
         return f"{'refused' if _is_meant(file, line) else 'WRONG'}: {line}"
-    if file.rows.turns is None or file.cannot:
+    if file.cannot:
         return f"WRONG: {len(rows)} rows are trained on, the first as {rows[0]}"
     if {"format": known.format, "fields": known.fields} != {
         "format": "messages",
@@ -637,8 +538,7 @@ def outcome(file: File, folder: Path) -> str:
 
 def _is_meant(file: File, line: str) -> bool:
     """True if the file should be refused, and the one-line message says why."""
-    wanted = file.cannot or file.rows.says
-    return bool(wanted) and wanted in line and "\n" not in line
+    return bool(file.cannot) and file.cannot in line and "\n" not in line
 
 
 def _read(config: Config) -> Iterator[tuple[str, str]]:

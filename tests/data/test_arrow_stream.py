@@ -15,7 +15,6 @@ from pyarrow import ipc
 from olora_ray.data import scan
 from olora_ray.data.reader import Unit, Units, read_unit
 from olora_ray.data.sources import Changed, File
-from tests.s3_server import Server
 
 
 def texts(rows: int) -> list[str]:
@@ -104,26 +103,3 @@ def test_a_stream_that_ends_before_the_unit_does_is_no_end_of_rows(tmp_path: Pat
     ):
         with pytest.raises(Changed):
             read(file, [unit])
-
-
-def test_in_a_bucket_little_more_is_read_than_there_is(
-    s3_server: Server, bucket: str, tmp_path: Path
-) -> None:
-    # Each of 64 units was read from the start of the file, on average half of it.
-    local = write(
-        tmp_path / "a.arrow", [100] * 100, pa.array([text * 100 for text in texts(10_000)])
-    )
-    name, _, prefix = bucket.removeprefix("s3://").partition("/")
-    s3_server.client().put_object(
-        Bucket=name, Key=f"{prefix}/a.arrow", Body=Path(local.uri).read_bytes()
-    )
-    file = dataclasses.replace(local, uri=f"{bucket}/a.arrow", modified=0)
-    found = scan.scan(file, "")
-    assert len(found.units) > 30
-    s3_server.ranges.clear()
-    rows = [
-        row for unit in found.units for _, row in read_unit(file, unit, found.columns, ["text"])
-    ]
-    assert [row["text"][:9] for row in rows] == texts(10_000)
-    assert sum(min(last + 1, file.size) - first for first, last in s3_server.ranges) < 4 * file.size
-    assert len(s3_server.ranges) < 6 * len(found.units)

@@ -16,9 +16,7 @@ from olora_ray.common.errors import StoreUnavailable, TryAgain
 from olora_ray.config.section import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
-from olora_ray.tokens import prepare
 from tests.said import said
-from tests.tokens import helpers
 
 AWAY = "When reading information for key 'a' in bucket 'b': AWS Error NETWORK_CONNECTION during HeadObject operation"
 TEXTS = [f"row {number:04d}" for number in range(1000)]
@@ -119,12 +117,3 @@ def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
         TryAgain, match=r"^data\.train\.0\.path: s3://bucket/a\.jsonl: .*NETWORK_CONNECTION"
     ):
         sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
-
-
-def test_neither_is_it_a_damaged_file_for_a_task(store: Store, tmp_path: Path) -> None:
-    config = helpers.config(tmp_path / "st", {"path": "s3://bucket/a.jsonl", "format": "text"})
-    plan = prepare.plan_here(config, helpers.spec(), "train")
-    job = prepare.StoreSpec(plan, str(tmp_path / "st" / "tokens"), str(tmp_path / "st"))
-    store.fails = lambda number: True
-    with pytest.raises(StoreUnavailable, match="NETWORK_CONNECTION"):
-        prepare.make_shard(job.for_tasks(), plan.part(0))

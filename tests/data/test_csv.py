@@ -114,20 +114,3 @@ def test_any_text_gives_the_rows_of_csv_reader(
             patch.setattr(scan, name, value)
         for name in ("a.csv", "a.tsv"):
             check(tmp_path_factory.getbasetemp(), text, name, start)
-
-
-def test_a_stray_quote_in_a_cell_harms_no_record_after_it(tmp_path: Path) -> None:
-    text = (
-        "size,answer\n"
-        + 'a 5" pipe,b\n'
-        + "".join(f'{n},"line one {n}\nline two {n}"\n' for n in range(60_000))
-    )
-    columns, rows = read(file_of(tmp_path, text.encode()))
-    assert columns == ("size", "answer")
-    assert [row["answer"] for _, row in rows] == [
-        "b",
-        *(f"line one {n}\nline two {n}" for n in range(60_000)),
-    ]
-    assert [place for place, _ in rows] == [1, *(2 + 2 * n for n in range(60_000))], (
-        "lines of a record's start"
-    )

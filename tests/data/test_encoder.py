@@ -157,7 +157,7 @@ def test_a_tokenizer_that_panics_rejects_the_row() -> None:
     inner = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     encoder = Encoder(inner.to_str(), "tiny")
-    with pytest.raises(Rejected, match="the tokenizer fails on the text") as caught:
+    with pytest.raises(Rejected) as caught:
         encoder.encode("a" * 40 + "b")
     assert caught.value.reason == "tokenizer"
 

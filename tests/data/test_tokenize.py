@@ -1,7 +1,6 @@
 import importlib.util
 import json
 import logging
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT
-from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats.format import Chat, Completion, Ids, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
@@ -113,10 +111,7 @@ TAGS = (
     [
         ("", "", "one", "(R)why(/R) one"),
         ("", "(R)", "(/R) one", "why(/R) one"),  # Cohere's, Apriel's
-        ("(R)(/R) ", "(R)", "(/R) one", "why(/R) one"),  # Nemotron 3's
-        ("(/R) ", "(R)", "(/R) one", "why(/R) one"),  # GLM-4.7's
         ("", "(R)(/R) ", "one", None),  # Gemma 4's
-        ("(/R) ", "(R)(/R)", " one", None),  # DeepSeek-V3.2's
     ],
 )
 def test_the_tags_of_the_reasoning_are_learnt_from_the_template(
@@ -136,33 +131,6 @@ def test_the_tags_of_the_reasoning_are_learnt_from_the_template(
     else:
         [tokens] = make(row)
         assert marked(tokens) == f"{start}[[{thinks}<|im_end|>]]"
-
-
-def test_the_line_of_the_refusal_switches_the_reasoning_on() -> None:
-    template = (
-        TAGS.replace("BEFORE", "")
-        .replace("PROMPT", "(R)(/R)")
-        .replace("'<|im_start|>A (R)(/R)'", "P")
-    )
-    template = template.replace(
-        "{{ P }}", "{{ '<|im_start|>A (R)' + ('' if enable_thinking else '(/R)') }}"
-    )
-    row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "thinking": "why"}))
-    with pytest.raises(Rejected) as refused:
-        tokenizer(template)(row)
-    [line] = re.findall(r"a copy that begins with (\{%.*%\})", refused.value.message)
-    [tokens] = tokenizer(line + template)(row)
-    assert marked(tokens).endswith("<|im_start|>A (R)[[why(/R) one<|im_end|>]]")
-
-
-@pytest.mark.parametrize("end", ["<|im_start|>A ", "<|im_start|>A (R)(/R)", "\n<|im_end|>"])
-def test_an_answer_ends_with_the_first_token_at_which_the_model_stops(end: str) -> None:
-    # Cohere's templates begin the model's next turn after the last message, whoever wrote it.
-    template = TAGS.replace("BEFORE", "").replace("PROMPT", "")
-    more = "{% if not add_generation_prompt %}" + end + "{% endif %}"
-    [tokens] = tokenizer(template + more, ends=(4,))(chat("hi", "one", "more", "two"))
-    assert marked(tokens).endswith("<|im_start|>A [[two<|im_end|>]]")
-    assert marked(tokens).count("[[") == 2
 
 
 # Writes the system message into the last user message, if none follows, like Mistral-7B-v0.3's.
@@ -242,7 +210,7 @@ def test_a_template_that_leaves_the_answer_out_gives_no_example(content: str) ->
     silent = helpers.CHATML.replace(
         "message['content']", f"(message['content'] if message.role == 'user' else {content})"
     )
-    with pytest.raises(Rejected, match="no token of its own") as caught:
+    with pytest.raises(Rejected) as caught:
         tokenizer(silent)(chat("hi", "hello"))
     assert caught.value.reason == "no_supervised_token"
 
@@ -266,7 +234,7 @@ def test_an_answer_without_a_supervised_token_of_its_own_is_rejected(completion:
     # The only token has nothing before it, is the end token, or stands for an unknown letter.
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     make = tokenizer(add_bos=False, special_tokens=special)
-    with pytest.raises(Rejected, match="no token of its own") as caught:
+    with pytest.raises(Rejected) as caught:
         make(Completion("" if completion == "4" else "a", completion))
     assert caught.value.reason == "no_supervised_token"
 
@@ -362,23 +330,6 @@ def pretrained_smollm2() -> Any:
     )
 
 
-def test_a_long_document_is_tokenised_in_bounded_memory() -> None:
-    # Tokenising took 400 times the size of the document.
-    spec, text = helpers.spec(), "word and " * 170_000
-    tokenize = tokenizer(max_length=2**21)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    (found,) = tokenize(Text(text))
-    assert resident("VmHWM") - before < 250 * len(text)
-    assert np.array_equal(found.ids[1:-1], Encoder(spec.json).ids(text))
-
-
-def resident(kind: str) -> int:
-    """Return VmRSS (now) or VmHWM (peak) in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
-
-
 @pytest.fixture(scope="session")
 def smollm2(pretrained_smollm2: Any) -> TokenizerSpec:
     return spec_from_pretrained(pretrained_smollm2, "SmolLM2")
@@ -440,46 +391,6 @@ def test_a_conversation_with_tools_is_rendered_by_the_template_for_tools() -> No
     assert marked(encode(plain)[0]).startswith("<|im_start|>")
 
 
-def _calling(arguments: str, tail: str = "") -> str:
-    written = (
-        "{% for call in message['tool_calls'] %}{{ call.function.name }}{{ "
-        + arguments
-        + " }}{% endfor %}"
-    )
-    return (
-        helpers.CHATML.replace("message['content']", f"message['content'] }}}}{written}{{{{ ''", 1)
-        + tail
-    )
-
-
-CALL = '{"city": "X", "days": null}'
-AS_OBJECT = "call.function.arguments | tojson"
-AS_TEXT = "call.function.arguments + ''"
-BY_KEY = "call.function.arguments.keys() | join(', ')"
-WHOLE = "call.function | tojson"
-
-
-@pytest.mark.parametrize("given", [CALL, json.loads(CALL)])
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
-        (AS_OBJECT, CALL),
-        (AS_TEXT, CALL),
-        (BY_KEY, "city, days"),
-        (WHOLE, f'{{"name": "f", "arguments": {CALL}}}'),
-    ],
-)
-def test_arguments_of_tool_calls_have_the_form_that_the_template_writes(
-    written: str, expected: str, given: Any
-) -> None:
-    # vLLM and others serve them in this form: a template that quotes texts would quote JSON text twice.
-    call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": given}}
-    messages = [*conversation("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
-    [tokens] = tokenizer(_calling(written))(Chat(tuple(messages)))
-    assert f"[[f{expected}<|im_end|>]]" in marked(tokens)
-    assert call["function"]["arguments"] == given, "the row stays as it is"
-
-
 def calls(*names: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in names]
 
@@ -496,79 +407,6 @@ def test_a_tool_call_that_the_template_leaves_out_is_rejected(template: str, con
     with pytest.raises(Rejected, match=told) as odd:
         tokenizer(template)(Chat((*conversation("hi"), calling("weather", content=content))))
     assert odd.value.reason == "template"
-
-
-@pytest.mark.parametrize(("last_turn_only", "more"), [(True, {}), (False, {"weight": 0})])
-def test_a_tool_call_that_is_missing_from_the_context_is_rejected(
-    last_turn_only: bool, more: dict[str, Any]
-) -> None:
-    messages = (
-        *conversation("hi"),
-        calling("weather", **more),
-        {"role": "tool", "content": "rain"},
-    )
-    encode = ExampleTokenizer(helpers.spec(DEFAULT), 1000, last_turn_only)
-    with pytest.raises(Rejected, match=r"message 2: .* drops the tool call"):
-        encode(Chat((*messages, *conversation("it rains", "it rains")[1:])))
-
-
-def test_all_tool_calls_of_a_message_must_be_written() -> None:
-    encode = tokenizer(_calling("''"))
-    text = marked(
-        encode(Chat((*conversation("hi"), calling("f", "f", "weather", content="f: "))))[0]
-    )
-    assert text.endswith("[[f: ffweather<|im_end|>]]\n")
-    first = tokenizer(
-        _calling("''").replace("in message['tool_calls']", "in (message['tool_calls'] or [])[:1]")
-    )
-    for names in (("f", "weather"), ("f", "f")):
-        with pytest.raises(Rejected, match="drops the tool call"):
-            first(Chat((*conversation("hi"), calling(*names))))
-    flat = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
-    with pytest.raises(Rejected, match="drops the tool call"):
-        tokenizer()(Chat((*conversation("hi"), flat)))
-
-
-# Writes calls only without content, like DeepSeek's V3 and R1.
-BRANCHES = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ '<|im_start|>' + m['content'] }}{% endif %}"
-    "{% if m['role'] == 'tool' %}{{ 'found: ' + m['content'] }}{% endif %}"
-    "{% if m['role'] == 'assistant' and m['content'] is none %}{% for call in m['tool_calls'] %}"
-    "{{ '<|im_end|>' + call['function']['name'] + ARGUMENTS }}{% endfor %}{{ eos_token }}{% endif %}"
-    "{% if m['role'] == 'assistant' and m['content'] is not none %}"
-    "{{ '<|im_end|>' + m['content'] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"
-)
-
-
-@pytest.mark.parametrize(
-    "arguments", ["call['function']['arguments']", "(call['function']['arguments'] | tojson)"]
-)
-@pytest.mark.parametrize("last_turn_only", [False, True])
-def test_a_template_that_writes_calls_only_without_content_gets_them_so(
-    arguments: str, last_turn_only: bool
-) -> None:
-    encode = ExampleTokenizer(
-        helpers.spec(BRANCHES.replace("ARGUMENTS", arguments)), 1000, last_turn_only
-    )
-    found = {"role": "tool", "content": "rain"}
-    messages = (
-        *conversation("hi"),
-        calling("weather"),
-        found,
-        {"role": "assistant", "content": "it rains"},
-    )
-    [tokens] = encode(Chat(messages))
-    call = "weather{}</s>" if last_turn_only else "[[weather{}</s>]]"
-    assert marked(tokens) == f"<|im_start|>hi<|im_end|>{call}found: rain<|im_end|>[[it rains</s>]]"
-    assert messages[1]["content"] == "", "the row stays as it is"
-    [tokens] = encode(Chat(messages[:2]))
-    assert marked(tokens) == "<|im_start|>hi<|im_end|>[[weather{}</s>]]"
-    with pytest.raises(
-        Rejected, match="drops the tool call"
-    ):  # a text beside it takes the call's place
-        encode(Chat((*conversation("hi"), calling("weather", content="I ask weather"))))
 
 
 def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(

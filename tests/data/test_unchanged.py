@@ -5,7 +5,6 @@ import gzip
 import json
 import lzma
 import os
-import pickle
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from olora_ray.config.section import Source
 from olora_ray.data import scan, sources
 from olora_ray.data.reader import Unit, read_unit
 from olora_ray.data.sources import Changed, File
-from olora_ray.tokens import prepare, preview
+from olora_ray.tokens import prepare
 from tests.tokens import helpers
 
 MESSAGE = (
@@ -105,21 +104,6 @@ def test_a_file_that_changes_after_the_scan_is_not_read(name: str, tmp_path: Pat
             read(file, (unit,), found.columns)
 
 
-def test_no_store_gets_rows_that_its_name_does_not_cover(tmp_path: Path) -> None:
-    lines_of("old")(tmp_path / "a.jsonl")
-    config = helpers.config(
-        tmp_path / "runs", {"path": str(tmp_path / "a.jsonl"), "format": "text"}
-    )
-    build = prepare.begin(config, helpers.spec(), "train")
-    lines_of("new")(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match=rf"a\.jsonl: {MESSAGE}"):
-        build.run()
-    assert not list(Path(build.store.uri).glob("*.arrow"))
-    store = prepare.prepare(config, helpers.spec(), "train")
-    assert store.uri != build.store.uri
-    assert all("new" in text for text in helpers.texts(store))
-
-
 def test_the_kept_scan_of_a_file_does_not_outlive_other_content_of_the_same_size_and_time(
     tmp_path: Path,
 ) -> None:
@@ -183,14 +167,3 @@ def test_no_scan_is_kept_of_a_file_that_was_just_changed(seconds: float, corpus:
     aged(Path(corpus.data.train[0].path, "3.jsonl"), seconds)
     digests(corpus)
     assert len(kept(corpus)) == 4
-
-
-def test_a_dry_run_writes_nothing(corpus: Config) -> None:
-    preview.describe(corpus, helpers.spec())
-    assert not Path(corpus.run.storage).exists()
-
-
-def test_the_error_travels_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(Changed(File("x.jsonl", "jsonl"))))
-    assert str(error) == f"x.jsonl: {MESSAGE}"
-    assert error.file.uri == "x.jsonl"

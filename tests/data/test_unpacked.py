@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import zstandard
 
-from olora_ray.common.errors import UserError
 from olora_ray.config.section import Source
 from olora_ray.data import reader, scan, sources
 from olora_ray.data.reader import Units
@@ -85,16 +84,6 @@ def test_a_damaged_copy_is_not_used(packed: Path, temporary: Path) -> None:
         copy.write_bytes(damage(copy.read_bytes()))
         for _ in range(2):
             assert read(file, units) == ROWS
-
-
-def test_a_file_that_is_damaged_in_its_middle_is_named(packed: Path, temporary: Path) -> None:
-    file, units = scanned(packed)
-    packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
-        read(file, units[-1:])
-    assert [
-        each.name for each in temporary.glob("*/unpacked/*") if not each.name.endswith(".lock")
-    ] == []
 
 
 @pytest.mark.parametrize("folder", [True, False])
