@@ -1,13 +1,10 @@
 """Packs become batches whose positions restart and whose labels are the supervised tokens."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.plan import Pack
@@ -64,36 +61,3 @@ def test_the_flat_layout_has_no_padding_and_the_borders_of_all_examples(
     assert flat(batch, "position_ids").tolist() == [
         place for size in sizes for place in range(size)
     ]
-
-
-@pytest.mark.parametrize("attention", ["segments", "sdpa"])
-def test_a_batch_moves_to_a_device_in_one_copy(attention: str) -> None:
-    batch = collate([tiny.pack(6), tiny.pack(3, 8)], attention)
-    with _Copies() as copies:
-        moved = batch.to(torch.device("meta"))
-    assert copies.count == 1
-    for name, value in batch.inputs.items():
-        if isinstance(value, torch.Tensor):
-            assert _form(moved.inputs[name]) == ("meta", value.shape, value.dtype)
-        else:
-            assert moved.inputs[name] == value
-    for part, other in ((moved.predicts, batch.predicts), (moved.labels, batch.labels)):
-        assert _form(part) == ("meta", other.shape, other.dtype)
-    assert moved.tokens == batch.tokens
-
-
-def _form(part: object) -> tuple[str, torch.Size, torch.dtype]:
-    assert isinstance(part, torch.Tensor)
-    return part.device.type, part.shape, part.dtype
-
-
-class _Copies(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, torch.Tensor) and isinstance(args[0], torch.Tensor):
-            self.count += found.device != args[0].device
-        return found

