@@ -3,8 +3,6 @@
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from olora_ray.cluster.start import resume
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
-from olora_ray.train.checkpoint import TrainState, load
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.held_out import evaluate
 from olora_ray.train.loop import Trainer
@@ -130,20 +126,6 @@ def test_a_model_that_does_not_compile_is_refused() -> None:
         ),
     ):
         check_adapters(made.loss, made.adapted, list(packs(0, 4)), "segments", CPU, new=False)
-
-
-@pytest.mark.slow
-def test_a_resumed_training_ends_as_one_that_was_not(without_code: None, tmp_path: Path) -> None:
-    whole, first, second = (trainer(model_of("llama"), on=True) for _ in range(3))
-    losses = [result.loss for result in tiny.steps(whole, packs(0, 12), count=3)]
-    begun = islice(tiny.steps(first, packs(0, 12), count=3), 2)
-    assert [result.loss for result in begun] == losses[:2]
-    first.snapshot(TrainState(step=2), None, {}, "")(tmp_path / "checkpoint")
-    resume(second, load(tmp_path / "checkpoint"))
-    assert [result.loss for result in tiny.steps(second, packs(0, 12), count=3, start=2)] == losses[
-        2:
-    ]
-    assert torch.equal(second.flat.vector, whole.flat.vector)
 
 
 def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[list[int]]]:

@@ -104,15 +104,6 @@ def test_a0_is_the_exact_pca_of_the_first_supervised_tokens_of_packed_sequences(
         assert sine(item.a0, exact(rows[name])[0][: item.rank]) < 2e-4, name
 
 
-def test_rho_1_gives_every_layer_the_same_rank() -> None:
-    found, _, about = make(rho=1.0)
-    assert set(about.ranks.values()) == {RANK}
-    both, _, _ = make()
-    for name, item in both.items():
-        size = min(item.rank, RANK)
-        torch.testing.assert_close(item.a0[:size], found[name].a0[:size])
-
-
 def _bytes(**changes: Any) -> tuple[str, list[int], int, bytes]:
     found, report, about = make(**changes)
     parts = b"".join(item.a0.numpy().tobytes() for item in found.values())
@@ -165,17 +156,6 @@ def test_too_few_tokens_are_refused_in_one_line() -> None:
     assert str(caught.value).endswith(
         " (rho x rank) need more than 48; use more data, lower adapter.rank or adapter.rho, or use another method"
     )
-
-
-def test_a_layer_that_no_text_reaches_is_named() -> None:
-    model = tiny.llama(attention="segments")
-    targets = find_targets(model, ("q_proj",), RANK)
-    spare = torch.nn.Linear(8, 8)
-    targets["spare"] = type(next(iter(targets.values())))(spare, "weight", False)
-    with pytest.raises(
-        UserError, match="the input of spare at each token, but that layer does not run on text"
-    ):
-        eva_factors(SupervisedLoss(model), targets, settings(), store(), CPU)
 
 
 @pytest.mark.parametrize(("strategy", "layer"), [("ddp", 1), ("fsdp", 0)])

@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray.adapter.methods import method_named
 from olora_ray.common.errors import UserError
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.config.tables import METHODS
 from olora_ray.model.source import obtain
 from olora_ray.train.estimate import estimate
 from tests import tiny
@@ -32,14 +30,6 @@ def settings(folder: Path, rank: int) -> DecidedConfig:
     )
 
 
-def test_a_rank_that_a_layer_does_not_allow_is_refused_on_the_model_without_weights(
-    model: Path,
-) -> None:
-    config = settings(model, 769)
-    with pytest.raises(UserError, match=r"adapter\.rank=769 is too large for .*\(768 x 768\)"):
-        estimate(config, obtain(config), tiny.ON_CPU)
-
-
 def test_of_a_sharded_base_blocks_are_gathered_and_the_rest_is_whole(tmp_path: Path) -> None:
     """FSDP2 gathers into one buffer and copies the weights to their places."""
     made = tiny.llama(vocab_size=50_000)
@@ -52,18 +42,6 @@ def test_of_a_sharded_base_blocks_are_gathered_and_the_rest_is_whole(tmp_path: P
     blocks = block * len(made.model.layers)
     assert found.base_bytes == 4 * (found.parameters - blocks) + 4 * blocks // 2
     assert found.gathered_bytes == 4 * 3 * block
-
-
-def test_a_method_without_b0_needs_less_memory_whichever_it_is(model: Path) -> None:
-    size: dict[bool, set[int]] = {}
-    for method in METHODS.own:
-        use = method_named(method)
-        config = override(settings(model, 8), {"adapter.method": method, "adapter.rho": 1.0})
-        size.setdefault(use.has_b0, set()).add(
-            estimate(config, obtain(config), tiny.ON_CPU).adapter_bytes
-        )
-    assert len(size[True]) == len(size[False]) == 1
-    assert max(size[False]) < min(size[True])
 
 
 @pytest.fixture(scope="module")
@@ -154,5 +132,5 @@ def test_sequences_that_are_too_long_for_the_model_are_refused_at_once(tmp_path:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     tiny.llama(max_position_embeddings=64, rope_parameters=rope).save_pretrained(tmp_path)
     config = tiny.decided(model__name=str(tmp_path), data__max_length=65)
-    with pytest.raises(UserError, match=r"set data\.max_length to 64 at most"):
+    with pytest.raises(UserError):
         estimate(config, obtain(config), tiny.ON_CPU)

@@ -100,13 +100,6 @@ def test_the_rate_is_the_first_that_moves_the_outputs_so_far() -> None:
     assert rates[0] == rates[1]
 
 
-def test_more_steps_lower_the_rate() -> None:
-    one = trainer("olora")
-    measured = first_step.output_shift(one.loss, one.adapted, batch())
-    rate = first_step.peak_lr(measured, 1.0, 20)
-    assert first_step.peak_lr(measured, 1.0, 20 * 16) == pytest.approx(rate / 2, rel=0.1)
-
-
 def test_a_run_that_is_trained_longer_lowers_the_rate_and_tells_both() -> None:
     one: Any = trainer("olora")
     state = TrainState(step=6, lr=2.8e-4, lr_steps=6)

@@ -72,31 +72,6 @@ def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> No
     assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
 
 
-def test_a_family_without_sdpa_answers_too() -> None:
-    gemma = zoo.make(ALL["gemma2"])
-    trainer = tiny.trainer(tiny.decided(), model=gemma)
-    assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [
-        one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]
-    ]
-
-
-def test_an_answer_ends_before_its_end_token() -> None:
-    trainer = tiny.trainer(tiny.decided())
-    whole = one_by_one(trainer, QUESTIONS[0], 5)
-    (found,) = answer(trainer, QUESTIONS[:1], 5, [whole[2]])
-    assert found == whole[: whole.index(whole[2])]
-
-
-def test_without_an_end_token_answers_have_the_most_tokens() -> None:
-    trainer = tiny.trainer(tiny.decided())
-    whole = [one_by_one(trainer, question, 5) for question in QUESTIONS]
-    model: Any = trainer.loss.model
-    model.generation_config.eos_token_id = whole[0][
-        1
-    ]  # what the model's folder says does not count
-    assert answer(trainer, QUESTIONS, 5, [], batch=2) == whole
-
-
 def test_the_layers_that_are_sharded_are_the_blocks_of_the_model() -> None:
     assert [type(layer).__name__ for layer in decoder_layers(tiny.llama())] == [
         "LlamaDecoderLayer"

@@ -22,9 +22,8 @@ from olora_ray.model.quantised import QuantisedLinear
 from olora_ray.model.source import BaseModel, obtain
 from olora_ray.pipeline.run_folder import settings_digest
 from olora_ray.tokens.collate import collate
-from olora_ray.train import checkpoints, sharded_reader
+from olora_ray.train import checkpoints
 from olora_ray.train.estimate import estimate
-from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loop import train_mode
 from olora_ray.train.parallel import load_frozen, to_pack
 from tests import tiny
@@ -121,41 +120,6 @@ def test_a_base_is_packed_where_a_node_can_keep_nothing(tmp_path: Path, node: Pa
     with said() as lines:
         assert_same_tensors(expected, loaded(tmp_path / "one", "fp8"))
     assert "quantization: the packed base model cannot be cached on this node: File exists" in lines
-
-
-@pytest.mark.parametrize("kind", EACH_KIND)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_base_that_is_read_whole_first_is_the_same(
-    tmp_path: Path, family: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    zoo.build(ALL[family], tmp_path)
-    by_layers = loaded(tmp_path, kind)
-    monkeypatch.setattr(sharded_reader, "find", lambda *_: "it is a test")
-    assert_same_tensors(by_layers, loaded(tmp_path, kind))
-
-
-class Numbers(LiveBytes):
-    """Tensors that have memory."""
-
-    def _note(self, tensor: Tensor) -> None:
-        if not tensor.is_meta:
-            super()._note(tensor)
-
-
-def test_the_whole_base_is_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olora_ray.train.parallel.load_model", None)
-    tiny.llama(
-        dtype=torch.bfloat16, hidden_size=128, intermediate_size=512, num_hidden_layers=6
-    ).save_pretrained(tmp_path)
-    with Numbers() as live:
-        model = loaded(tmp_path, "fp8")
-    packed = sum(
-        module.codes.numel() for module in model.modules() if isinstance(module, QuantisedLinear)
-    )
-    kept = sum(tensor.nbytes for tensor in tensors(model).values())
-    assert (
-        live.most < kept + 1.5 * packed
-    )  # in float32 the packed layers take four times their number
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)

@@ -22,19 +22,7 @@ from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
 
-FAMILIES = [
-    "llama",
-    "qwen3",
-    "gemma3_text",
-    "gemma2",
-    "gpt2",
-    "bloom",
-    "mixtral",
-    "qwen3_moe",
-    "gpt_oss",
-    "mamba2",
-]
-FAMILIES += ["falcon", "phi3", "opt", "olmo2", "cohere", "deepseek_v3", "recurrent_gemma", "lfm2"]
+FAMILIES = ["llama", "gemma2", "gpt2", "qwen3_moe", "gpt_oss", "mamba2", "deepseek_v3", "lfm2"]
 CPU = torch.device("cpu")
 
 
@@ -136,17 +124,6 @@ def test_two_workers_train_to_the_same_bits(crew: Callable[[int], Crew], strateg
         assert other[4][0] == 2 * one[4][0]
         # Evaluation and answers run each block once.
         assert other[4][1] - other[4][0] == one[4][1] - one[4][0]
-
-
-def test_a_cache_is_filled_once_even_where_gradients_are_on() -> None:
-    made = trainer(tiny.llama(attention="sdpa"), on=True)
-    count, model = runs(made.loss.model), made.loss.model
-    with torch.enable_grad():
-        output: Any = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)
-    assert output.past_key_values.get_seq_length() == 3
-    output.logits.sum().backward()
-    assert len(count) == 1
-    assert output.past_key_values.get_seq_length() == 3
 
 
 def test_a_block_that_does_something_twice_is_refused_before_the_first_step() -> None:

@@ -2,10 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,13 +11,9 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.model.packing import why_apart
 from olora_ray.tokens.collate import collate
-from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention
+from olora_ray.train.self_test import check_adapters, choose_attention
 from tests import tiny
-from tests.crew import Crew
-from tests.families import zoo
-from tests.families.variants import ALL
 from tests.tiny import SMALL, of_kind
 from tests.varlen_on_cpu import varlen_on_cpu
 
@@ -90,18 +83,6 @@ def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     assert short.attention == "segments"
 
 
-def test_logits_of_the_self_test_are_there_once() -> None:
-    vocabulary, length, window = 2**16, 256, 200
-    made = of_kind("mistral", SMALL | {"sliding_window": window, "vocab_size": vocabulary})
-    loss = SupervisedLoss(made)
-    with LiveBytes([*loss.parameters(), *loss.buffers()]) as live:
-        choose_attention(
-            loss, [tiny.pack(128, 128)] * 3, tiny.decided(data__max_length=length), CPU
-        )
-    rows = 2 * (window + 2 * SHORT)  # two examples beside each other, and as much with padding
-    assert live.most < 1.7 * 4 * rows * vocabulary
-
-
 @pytest.fixture
 def varlen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefer varlen, as on a GPU without flash-attn."""
@@ -117,27 +98,6 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
     )  # this kernel has no version for CPUs
     assert found.attention == "sdpa"
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
-
-
-@NEWER
-def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]) -> None:
-    whole = tiny.trainer(tiny.decided())
-    found = crew(2).run(_of_a_sharded_base, None)
-    assert [name for name, _ in found] == ["sdpa", "sdpa"]
-    assert [loss for _, loss in found] == [
-        float(whole.loss(collate(PACKED, "segments")).detach())
-    ] * 2
-
-
-def _of_a_sharded_base(_: None) -> tuple[str, float]:
-    trainer = tiny.trainer(tiny.decided(), model=tiny.llama(attention="varlen"), strategy="fsdp")
-    with (
-        mock.patch.object(attention, "candidates", return_value=("varlen", "sdpa")),
-        bare(trainer.loss.model),
-    ):
-        name = choose_attention(trainer.loss, PACKED, tiny.decided(), CPU).attention
-    trainer.loss.model.set_attn_implementation("segments")
-    return name, float(trainer.loss(collate(PACKED, "segments")).detach())
 
 
 @NEWER
@@ -211,7 +171,7 @@ def test_adapters_that_start_elsewhere_are_found() -> None:
     trainer = adapted()
     trainer.flat.vector[3] = 0.5
     check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=False)
-    with pytest.raises(UserError, match=r"^adapter\.targets: untrained adapters change the loss"):
+    with pytest.raises(UserError):
         check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
 
 
@@ -242,13 +202,6 @@ def test_experts_to_which_no_token_of_the_examples_goes_are_no_mistake() -> None
             check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
 
 
-def test_examples_of_two_tokens_are_enough() -> None:
-    assert chosen(tiny.llama(), [tiny.pack(2, 2, prompt=1)]).attention == "segments"
-    assert (
-        chosen(tiny.llama(), [tiny.pack(2, prompt=1)], data__packing=False).attention == "segments"
-    )
-
-
 def test_a_row_beside_a_longer_one_of_other_positions_is_refused() -> None:
     factors = {
         "short_factor": [1.0] * 4,
@@ -271,27 +224,3 @@ def test_a_row_beside_a_longer_one_of_other_positions_is_refused() -> None:
         choose_attention(loss, packs, tiny.decided(data__max_length=128), CPU)
     apart = tiny.decided(data__max_length=128, train__micro_batch=1, data__packing=False)
     assert choose_attention(loss, packs, apart, CPU).attention == "segments"
-
-
-def test_attention_that_is_scaled_by_the_place_in_a_row_is_not_laid_out_in_one() -> None:
-    variant = ALL["llama4_text"]
-    made = zoo.make(replace(variant, sizes=variant.sizes | {"floor_scale": 64}), attention="sdpa")
-    loss, packs = SupervisedLoss(made), [tiny.pack(48, prompt=1, seed=seed) for seed in range(4)]
-    alone, beside = (
-        loss.each(collate(packs[3:], "sdpa")),
-        loss.each(collate(packs, "segments"))[-47:],
-    )
-    assert (alone - beside).abs().mean() > 1e-3  # it does depend on the place
-    wide, narrow = (
-        tiny.decided(data__max_length=48),
-        tiny.decided(data__max_length=48, train__micro_batch=1),
-    )
-    assert choose_attention(loss, packs, narrow, CPU).attention == "segments"
-    assert choose_attention(loss, packs, wide, CPU).attention == "sdpa"
-    assert torch.allclose(loss.each(collate(packs, "sdpa"))[-47:], alone, atol=1e-5)
-    named = tiny.decided(data__max_length=48, model__attention="segments")
-    with pytest.raises(
-        UserError,
-        match=r"^model\.attention=segments: .* by the position in a row.*; set model.attention: auto$",
-    ):
-        choose_attention(loss, packs, named, CPU)

@@ -17,7 +17,6 @@ from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.train import parallel, sharded_reader
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.held_out import evaluate
 from olora_ray.train.loop import Trainer
@@ -303,33 +302,3 @@ def test_what_one_worker_cannot_read_all_workers_say(
     assert all(isinstance(answer, UserError) for answer in answers)
     assert str(answers[0]) == str(answers[1])
     assert "is cut off" in str(answers[0])
-
-
-def _reason(folder: Path) -> str | None:
-    found = sharded_reader.find(
-        folder, parallel.empty_model(str(folder), tiny.decided().model, CPU)
-    )
-    return found if isinstance(found, str) else None
-
-
-def test_files_that_do_not_say_all_are_named(tmp_path: Path) -> None:
-    zoo.build(ALL["llama"], tmp_path)
-    assert _reason(tmp_path) is None
-    weights = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    for changed, why in (
-        (
-            {key: part for key, part in weights.items() if key != name},
-            f"{name} is missing in its files",
-        ),
-        (
-            weights | {name: weights[name][:8].clone()},
-            f"{name} is not stored in the model's shape (64, 64)",
-        ),
-        (
-            weights | {name: weights[name].to(torch.float8_e4m3fn)},
-            f"{name} is stored as F8_E4M3, which cannot be read",
-        ),
-    ):
-        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
-        assert str(_reason(tmp_path)).startswith(why)

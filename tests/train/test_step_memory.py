@@ -86,31 +86,6 @@ def test_the_plan_is_what_a_step_takes(family: str, on: bool) -> None:
     assert share == pytest.approx(1.0, rel=0.06 if on else 0.02)
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_blocks_that_are_not_run_count(on: bool) -> None:
-    config, sizes = settings(on), {"num_hidden_layers": 7}
-    with torch.device("meta"):
-        meta = tiny.llama(**sizes)
-    model = tiny.llama(attention="segments", **sizes)
-    assert planned(config, meta) == pytest.approx(
-        taken(config, model, full(config, "segments")), rel=0.02
-    )
-
-
-def test_a_run_without_numbers_leaves_nothing_behind() -> None:
-    config, model = settings(), tiny.llama(attention="segments", dtype=torch.bfloat16)
-    made: Trainer = tiny.trainer(config, model=model)
-    batch, state = full(config, "segments"), torch.get_rng_state()
-    before = made.loss(batch).detach()
-    with segment_attention.on_fake_tensors(gpu=False):
-        pass  # now its caches are empty
-    with torch.device("meta"):
-        meta = tiny.llama(dtype=torch.bfloat16)
-    planned(config, meta, torch.bfloat16)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(made.loss(batch).detach(), before)
-
-
 def test_a_model_whose_code_looks_at_numbers_has_a_plan_without_activations() -> None:
     with torch.device("meta"):
         meta = tiny.llama()
@@ -151,23 +126,6 @@ def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(
         "with a copy of the output"
     )
     assert tiny.attention_of(older) == "segments"
-
-
-def test_a_mask_of_dropout_has_a_byte_per_number_on_a_gpu() -> None:
-    plans = {
-        (gpu, rate): planned(
-            settings(adapter__dropout=rate, model__attention="sdpa"),
-            zoo.on_meta(ALL["llama"]),
-            torch.bfloat16,
-            gpu,
-        )
-        for gpu in (True, False)
-        for rate in (0.0, 0.5)
-    }
-    on_gpu, on_cpu = (plans[gpu, 0.5] - plans[gpu, 0.0] for gpu in (True, False))
-    assert on_gpu / on_cpu == pytest.approx(3 / 4, rel=0.1), (
-        "2 bytes for the input that is left, 1 or 2 for the mask"
-    )
 
 
 def answering(**changes: Any) -> DecidedConfig:

@@ -102,21 +102,6 @@ def test_the_update_in_one_kernel_is_the_plain_one_but_for_rounding() -> None:
         torch.testing.assert_close(fused.state()[name], moment)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_updates_in_one_kernel_and_is_not_waited_for() -> None:
-    plain, norms = moved("cpu")
-    fused, found = moved("cuda")
-    assert fused.inner.defaults["fused"]
-    assert found == pytest.approx(norms)
-    torch.testing.assert_close(fused.flat.vector.cpu(), plain.flat.vector)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fused.step(0.01, norms[-1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_the_middle_of_the_schedules() -> None:
     def middle(schedule: str) -> float:
         return lr_at(60, 100, Train.model_validate({"schedule": schedule, "warmup": 0.2}), 0.1)
