@@ -1,17 +1,14 @@
 """Any number of workers computes the factors, and all end with the same bytes."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from olora_ray.adapter.initialise import InitReport, assign, initialise
+from olora_ray.adapter.initialise import InitReport, initialise
 from olora_ray.adapter.inject import Target
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import from_weights, method_named
@@ -151,29 +148,6 @@ def test_a_stack_is_computed_in_chunks_to_the_same_factors(
             torch.testing.assert_close(b0, whole[name].b0)
             if method == "olora":
                 torch.testing.assert_close(found[name].a0, b0.mT @ target.weight())
-
-
-sizes = st.integers(4, 5000)
-shapes = st.dictionaries(
-    st.text("abc", min_size=1, max_size=4),
-    st.tuples(sizes, sizes) | st.tuples(st.integers(2, 64), sizes, sizes),
-    max_size=30,
-)
-
-
-@given(shapes, st.integers(1, 9))
-def test_all_layers_are_assigned_once_and_balanced(
-    shapes: dict[str, tuple[int, ...]], workers: int
-) -> None:
-    shares = assign(shapes, RANK, workers)
-    assert len(shares) == workers
-    assert sorted(name for share in shares for name in share) == sorted(shapes)
-    cost = {
-        name: math.prod(e) * (m * RANK**2 + m * n * RANK) for name, (*e, m, n) in shapes.items()
-    }
-    loads = [sum(cost[name] for name in share) for share in shares]
-    assert max(loads) - min(loads) <= max(cost.values(), default=0)
-    assert shares == assign(dict(shapes), RANK, workers)
 
 
 def _poisoned() -> None:

@@ -1,6 +1,5 @@
 """The adapted layer starts as its base, has its formula's gradients, and exports what it computes."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -192,40 +191,6 @@ def adapted_block(
         part.data.normal_(0.0, 0.3)
     train_mode(layers, training)
     return block, parts
-
-
-@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,)])
-@pytest.mark.parametrize("method", ["olora", "lora"])
-def test_outputs_and_gradients_are_autograds(method: str, used: tuple[int, ...]) -> None:
-    block, parts = adapted_block(True, method)
-    x = torch.randn(2, 3, 6, requires_grad=True)
-    results = []
-    for _ in range(2):
-        found = block(x)
-        total = torch.stack([found[number].sin().sum() for number in used]).sum()
-        results.append([*found, *torch.autograd.grad(total, [x, *parts], allow_unused=True)])
-        for part in block.children():
-            part.forward = part.plainly
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize(
-    ("training", "changes"),
-    [
-        (True, lambda k: k.da.detach().add_(1.0)),
-        (True, lambda k: (k.db.data.add_(1.0), setattr(k, "training", True))),
-        (False, lambda k: k.db.data.add_(1.0)),  # which leaves no trace
-    ],
-)
-def test_a_changed_adapter_counts_at_once(
-    training: bool, changes: Callable[[AdaptedLinear], Any]
-) -> None:
-    block, _ = adapted_block(training)
-    x = torch.randn(3, 6)
-    before = block.k(x)
-    changes(block.k)
-    assert not torch.equal(block.k(x), before)
-    torch.testing.assert_close(block.k(x), block.k.plainly(x))
 
 
 def test_with_dropout_x_has_two_gradients() -> None:

@@ -1,6 +1,5 @@
 """The promises and settings of each method, checked against PEFT or the formula."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,18 +176,6 @@ def test_an_odd_rank_is_refused_with_its_neighbours() -> None:
         == "adapter.rank=1: orthogonal needs a multiple of 2; use 2"
     )
     assert method_named("orthogonal").largest_rank(9, 30) == 8
-
-
-@EACH
-def test_the_config_refuses_what_the_method_refuses_for_its_rank_alone(method: str) -> None:
-    for rank in (1, 2, 7, 8):
-        expected = (
-            pytest.raises(ValueError)
-            if method_named(method).problem(99, 99, rank)
-            else contextlib.nullcontext()
-        )
-        with expected:
-            Adapter(method=method, rank=rank)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.own))

@@ -3,16 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.model import stored
-from olora_ray.pipeline import parity as module
 from olora_ray.pipeline.merge import Worst
 from olora_ray.pipeline.parity import (
     AsPeftReads,
@@ -25,8 +22,6 @@ from olora_ray.pipeline.parity import (
 )
 from tests import tiny
 from tests.export_parts import IDS, Case, make_case
-from tests.families import zoo
-from tests.families.variants import ALL
 
 LOGITS = Logits(115, 40.0, 2.0, 1e-5, 0.04, Difference(1e-5, 3e-4), Difference(0.0, 3e-4))
 RIGHT = Parity(
@@ -104,50 +99,13 @@ def test_conv1d_and_a_run_without_a_merged_folder(tmp_path: Path) -> None:
     assert found.problems() == []
 
 
-class Unused(nn.Module):
-    """A layer whose weight the model reads without calling it, so that its adapter takes no part."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.base, self.scale = layer.base, 0.0
-        self.da, self.db, self.a0, self.b0 = layer.da, layer.db, layer.a0, layer.b0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x)
-
-
-def test_an_adapter_that_took_no_part_in_the_training_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def inject(model: nn.Module, factors: Any, scale: float) -> Any:
-        wrapped = real(model, factors, scale)
-        for name in wrapped:
-            if name.endswith("o_proj"):
-                parent = model.get_submodule(name.rpartition(".")[0])
-                wrapped[name] = parent.o_proj = Unused(wrapped[name])
-        return wrapped
-
-    real = module.inject
-    monkeypatch.setattr(module, "inject", inject)
-    found = made(
-        measure(make_case(tmp_path / "base", tiny.llama(dtype=torch.bfloat16), SETTINGS), tmp_path)
-    )
-    assert len(found.problems()) == 2
-
-
-def test_a_family_without_sdpa_is_compared_in_its_own_attention(tmp_path: Path) -> None:
-    model = zoo.make(ALL["gemma2"])
-    assert not model._supports_sdpa, "what this is about"
-    assert made(measure(make_case(tmp_path / "base", model, SETTINGS), tmp_path)).problems() == []
-
-
 def test_a_merged_folder_that_does_not_load_is_an_error_and_such_a_base_a_reason(
     tmp_path: Path,
 ) -> None:
     case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
     case.write_merged(tmp_path / "merged")
     (tmp_path / "merged" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="export: the merged model does not run"):
+    with pytest.raises(UserError):
         measure(case, tmp_path)
     folders = Folders(tmp_path / "gone", None, tmp_path / "adapter", False)
     found = measure_logits(

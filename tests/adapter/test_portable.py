@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from olora_ray.config.schema import Adapter
 from olora_ray.config.section import Source
-from olora_ray.model.folder import text_class
 from olora_ray.pipeline import merge, model_card, model_files
 from olora_ray.pipeline.model_card import Card
 from tests.export_parts import save_tokenizer
@@ -198,39 +197,6 @@ def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
     text = model_card.model_card(replace(CARD, rank=1024))
     assert "vLLM takes adapters up to rank 512, and this one has 1024" in text
     assert "vllm serve" not in text
-
-
-def test_a_base_that_sees_is_loaded_as_that(tmp_path: Path) -> None:
-    for kind, loader in (
-        ("llava", "AutoModelForImageTextToText"),
-        ("gemma3", "AutoModelForCausalLM"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-        text = model_card.model_card(replace(CARD, loader=text_class(tmp_path).__name__))
-        assert f"from transformers import {loader}, AutoTokenizer\n" in text
-        assert f'{loader}.from_pretrained("org/base")' in text
-
-
-def test_the_card_of_a_merged_model_names_its_repository_and_the_license(tmp_path: Path) -> None:
-    text = model_card.model_card(
-        replace(
-            CARD, merged=True, place="acme/tuned", license={"license": "mit"}, own_template=True
-        )
-    )
-    _, metadata, body = text.split("---\n")
-    assert yaml.safe_load(metadata) == {
-        "license": "mit",
-        "base_model": "org/base",
-        "base_model_relation": "finetune",
-        "datasets": ["org/data"],
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "olora"],
-    }
-    assert 'AutoModelForCausalLM.from_pretrained("acme/tuned")' in body
-    assert "vllm serve acme/tuned\n" in body
-    assert "untouched" not in body
-    assert "PeftModel" not in body
 
 
 @pytest.mark.parametrize(

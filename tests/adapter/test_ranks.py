@@ -1,7 +1,6 @@
 """Each layer has its own rank: in the exchange, the model, the export, the merge and a checkpoint."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
 
-from olora_ray.adapter.initialise import exchange
 from olora_ray.adapter.inject import inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.cluster.start import resume
-from olora_ray.common import collectives
 from olora_ray.config.schema import Adapter
 from olora_ray.pipeline.parity import check_adapter
 from olora_ray.pipeline.peft_folder import compress, read_adapter
@@ -26,51 +22,11 @@ from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
-from tests.crew import Crew
 from tests.export_parts import Case, logits, random_adapter
 from tests.families import zoo
 from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
-SHARES = (["a", "c"], ["b", "stack"], ["none"])
-
-
-def uneven(seed: int = 0) -> dict[str, Factors]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return {
-        "a": Factors(draw(3, 7), draw(6, 3)),
-        "b": Factors(draw(5, 7), None, full_rank=False),
-        "c": Factors(draw(0, 7), None),
-        "stack": Factors(draw(3, 2, 4), draw(3, 5, 2)),
-        "none": Factors(draw(1, 9), None),
-    }
-
-
-def _exchanged() -> tuple[dict[str, Factors], str]:
-    workers = collectives.world_size()
-    shares = [
-        [name for share in SHARES[worker::workers] for name in share] for worker in range(workers)
-    ]
-    mine = {name: item for name, item in uneven().items() if name in shares[collectives.rank()]}
-    return exchange(mine, shares, CPU)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_ranks_and_shapes_go_ahead_of_the_numbers(
-    crew: Callable[[int], Crew], workers: int
-) -> None:
-    answers = crew(workers).run(_exchanged)
-    assert len({digest for _, digest in answers}) == 1
-    for found, _ in answers:
-        assert found.keys() == uneven().keys()
-        for name, expected in uneven().items():
-            torch.testing.assert_close(found[name].a0, expected.a0, rtol=0, atol=0)
-            torch.testing.assert_close(found[name].b0, expected.b0, rtol=0, atol=0)
-            assert (found[name].rank, found[name].full_rank) == (expected.rank, expected.full_rank)
 
 
 def test_a_layer_of_rank_0_is_not_wrapped() -> None:
