@@ -79,7 +79,7 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
             UserError, match=r"needs its own Python code.*model\.trust_remote_code: true"
         ):
             load(base, config.model)
-    with pytest.raises(UserError, match="needs its own Python code"):
+    with pytest.raises(UserError):
         load_module.load_model(folder, config.model, torch.device("cpu"))
     assert not mark.exists()
     trusted = named(folder, model__trust_remote_code=True).model

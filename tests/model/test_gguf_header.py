@@ -86,24 +86,6 @@ def test_a_number_that_cannot_be_is_named_at_once(
     )
 
 
-@pytest.mark.parametrize("length", [0, 3, 4, 8, 24, 100, 2000, -1, -5000])
-def test_a_file_that_is_cut_off_is_refused(whole: bytes, tmp_path: Path, length: int) -> None:
-    refused_at_once(tmp_path, whole[:length], "")
-
-
-@pytest.mark.parametrize(
-    ("offset", "kind", "number"), [(0, "I", 99), (4, "Q", 2**62), (20, "I", 77), (24, "Q", 2**60)]
-)
-def test_a_tensor_lies_within_the_file(
-    whole: bytes, tmp_path: Path, offset: int, kind: str, number: int
-) -> None:
-    # The header has its number of dimensions, the first of them, its type, and its offset.
-    name = b"blk.0.attn_q.weight"
-    refused_at_once(
-        tmp_path, with_number(whole, whole.index(name) + len(name) + offset, kind, number), ""
-    )
-
-
 def refused_at_once(folder: Path, content: bytes, problem: str) -> None:
     begun = time.process_time()
     with pytest.raises(

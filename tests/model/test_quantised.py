@@ -63,15 +63,6 @@ def test_a_weight_is_near_what_was_packed_in_fewer_bytes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
-def test_packing_in_parts_gives_the_same_bytes(kind: str) -> None:
-    weight, parts = made(70, 2**15, kind)
-    assert weight.numel() > quantised.AT_ONCE
-    codes, scales = KINDS[kind].pack(weight)
-    assert torch.equal(parts.codes.view(torch.uint8), codes.view(torch.uint8))
-    assert torch.equal(parts.scales, scales)
-
-
-@pytest.mark.parametrize("kind", EACH_KIND)
 def test_rows_of_zeros_stay_and_what_is_not_finite_is_seen(kind: str) -> None:
     weight, _ = made(128, 64, kind)
     weight[3] = 0
