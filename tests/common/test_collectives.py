@@ -41,7 +41,7 @@ def test_a_process_alone_gets_its_own_values_back() -> None:
         "all": ["worker 0"],
     }
     with_problems(None)
-    with pytest.raises(UserError, match=r"^broken$"):
+    with pytest.raises(UserError):
         with_problems("broken")
 
 

@@ -23,7 +23,7 @@ def test_a_key_does_not_lead_out_of_the_folder(
 ) -> None:
     name, key = s3.split(bucket)
     s3_server.client().put_object(Bucket=name, Key=f"{key}/model/../../evil", Body=b"x")
-    with pytest.raises(OSError, match="points outside the folder"):
+    with pytest.raises(OSError):
         node_cache.local_copy(storage.join(bucket, "model"), tmp_path / "cache")
     assert [
         path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"

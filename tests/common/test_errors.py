@@ -82,7 +82,7 @@ def test_a_write_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.M
         raise failed(errno.ENOSPC)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device") as caught:
+    with pytest.raises(OSError) as caught:
         storage.write_text(str(tmp_path / "result.json"), "{}")
     assert (caught.value.errno, caught.value.filename) == (
         errno.ENOSPC,

@@ -57,5 +57,5 @@ def test_an_export_that_has_passed_is_not_tried_again(tmp_path: Path) -> None:
         (tiny.config(model__name=model.folder, adapter__rank=2), names),
         (config, [names[0].replace("q_proj", "k_proj")]),
     ):
-        with pytest.raises(UserError, match="does not load"):
+        with pytest.raises(UserError):
             export_preflight.problems(model, other, targets)

@@ -96,12 +96,8 @@ def test_a_folder_that_cannot_be_flushed_at_all_is_no_failure(
 
     (tmp_path / "file").touch()
     monkeypatch.setattr(os, "fsync", refused)
-    with pytest.raises(OSError, match="argument" if number == errno.EINVAL else "error"):
+    with pytest.raises(OSError):
         storage.flush_to_disk(tmp_path / "file")
-    for_folders = (
-        contextlib.nullcontext()
-        if number == errno.EINVAL
-        else pytest.raises(OSError, match="error")
-    )
+    for_folders = contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(OSError)
     with for_folders:
         storage.flush_to_disk(tmp_path)

@@ -101,7 +101,7 @@ def test_what_could_not_be_made_is_tried_again(tmp_path: Path) -> None:
         partial.write_text("half")
         raise OSError("cut off")
 
-    with pytest.raises(OSError, match="cut off"):
+    with pytest.raises(OSError):
         node_cache.cached(tmp_path / "entry", broken)
     assert (
         node_cache.cached(

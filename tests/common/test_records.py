@@ -51,5 +51,5 @@ def test_a_missing_file_is_none_and_a_changed_one_breaks_its_seal(tmp_path: Path
 
 
 def test_a_file_that_cannot_be_read_is_not_missing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="is a directory"):
+    with pytest.raises(OSError):
         records.read(str(tmp_path), Ended)
