@@ -6,8 +6,6 @@ import struct
 from random import Random
 from typing import Any
 
-import yaml
-
 ODD_TEXTS = [
     "",
     " ",
@@ -165,11 +163,3 @@ def as_json(tree: Any, random: Random | None = None) -> str:
         key = random.choice(list(tree))
         return f"{written[:-1]}, {json.dumps(key)}: {json.dumps(value(random))}}}"
     return written
-
-
-def as_yaml(tree: Any) -> str:
-    """YAML; of a tree that is too deep for the writer JSON, which is YAML too."""
-    try:
-        return yaml.dump(tree, sort_keys=False)
-    except RecursionError:
-        return json.dumps(tree)
