@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
-from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.tokens.collate import Batch
 from olora_ray.train import loss as losses
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.held_out import evaluate
-from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optimizers.adamw import AdamW
 from tests import device_walk, tiny
 from tests.device import gpu
 from tests.device_walk import STEPS
@@ -109,11 +106,6 @@ def _labels_stay(to: Any, batch: Batch, device: torch.device) -> Batch:
     return replace(moved, labels=batch.labels)
 
 
-def _mask_picks(to: Any, batch: Batch, device: torch.device) -> Batch:
-    moved: Batch = to(batch, device)
-    return replace(moved, labels=moved.labels[moved.labels >= 0])
-
-
 def _copied_one_by_one(_: Any, batch: Batch, device: torch.device) -> Batch:
     inputs = {
         name: value.to(device) if isinstance(value, Tensor) else value
@@ -127,45 +119,10 @@ def _copied_one_by_one(_: Any, batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def _factor_stays(begin: Any, trainer: Trainer) -> None:
-    begin(trainer)
-    layer = next(iter(trainer.adapted.values()))
-    layer.b0 = layer.b0.cpu()  # type: ignore[union-attr]
-
-
-def _moment_stays(begin: Any, optimizer: AdamW, *arguments: Any) -> None:
-    begin(optimizer, *arguments)
-    state = optimizer.inner.state[optimizer.parameters[0]]
-    state["exp_avg"] = state["exp_avg"].cpu()
-
-
-def _numpys(snapshot: Any, trainer: Trainer, *arguments: Any) -> Any:
-    trainer.flat.vector.numpy()
-    return snapshot(trainer, *arguments)
-
-
 def _loss_is_read(forward: Any, loss: SupervisedLoss, *arguments: Any, **named: Any) -> Tensor:
     found: Tensor = forward(loss, *arguments, **named)
     assert found.sum().item() > 0
     return found
-
-
-def _mask_of_the_cpu(taken: Any, loss: SupervisedLoss, batch: Batch) -> dict[str, Any]:
-    ids: Any = batch.inputs["input_ids"]
-    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril().pin_memory()
-    return taken(loss, batch) | {
-        "attention_mask": mask.to(ids.device, non_blocking=True)[None, None]
-    }
-
-
-class _Converted:
-    """A weight that one copy brings to the device, by way of float32 on the CPU."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def to(self, device: torch.device, *_: Any) -> Tensor:
-        return self.weight.to(device, torch.float32)
 
 
 def _objects(summed: Any, tensor: Tensor) -> None:
@@ -184,44 +141,17 @@ Mistake = tuple[Any, str, Callable[..., Any], str]
 """Owner and name of a function, what takes its place, with the function as its first argument, and how it is found."""
 ONE_WORKER: dict[str, Mistake] = {
     "labels stay on the CPU": (Batch, "to", _labels_stay, "refused: train/loss.py: .*same device"),
-    "a factor stays on the CPU": (
-        Trainer,
-        "__post_init__",
-        _factor_stays,
-        "refused: adapter/layer.py: .*same device",
-    ),
-    "a moment stays on the CPU": (
-        AdamW,
-        "__init__",
-        _moment_stays,
-        "refused: train/optimizers/adamw.py: .*same device",
-    ),
-    "dropout draws with a generator of the CPU": (
-        AdaptedWeight,
-        "dropped_out",
-        lambda _, layer, x: x * torch.empty_like(x).bernoulli_(0.9, generator=torch.Generator()),
-        "refused: .*'cuda' device type for generator",
-    ),
-    "an adapter becomes numpy's": (Trainer, "snapshot", _numpys, "refused: .*to numpy"),
     "a micro-batch's loss is read": (
         SupervisedLoss,
         "forward",
         _loss_is_read,
         "waits of a step: .* _loss: a number",
     ),
-    "a mask picks the labels": (Batch, "to", _mask_picks, "waits of a step: .*aten::nonzero"),
     "a batch is copied by tensors": (
         Batch,
         "to",
         _copied_one_by_one,
         "waits of a step: .*copy to the device",
-    ),
-    "masks are made on the CPU": (SupervisedLoss, "taken", _mask_of_the_cpu, "bytes of a step"),
-    "weights are converted while they are copied": (
-        Target,
-        "numbers",
-        lambda numbers, target: _Converted(numbers(target)),
-        r"conversions: .*adapter/initialise.py:\d+ _numbers",
     ),
     "weights are converted and then copied": (
         Target,
@@ -230,14 +160,6 @@ ONE_WORKER: dict[str, Mistake] = {
         "bytes of the start",
     ),
     "the loss takes a token at a time": (losses, "chunk_rows", lambda *_: 1, "launches"),
-    "a checkpoint copies layer by layer": (
-        AdamW,
-        "state",
-        lambda state, optimizer, copied_to: {
-            name: part.to(copied_to) for name, part in state(optimizer).items()
-        },
-        "copies of a checkpoint",
-    ),
 }
 TWO_WORKERS: dict[str, Mistake] = {
     "gradients are sent from the CPU": (
@@ -245,12 +167,6 @@ TWO_WORKERS: dict[str, Mistake] = {
         "transfer",
         _sent(Tensor.cpu),
         "isend: NCCL takes no tensor of",
-    ),
-    "gradients are sent with gaps": (
-        collectives,
-        "transfer",
-        _sent(lambda part: torch.stack([part, part], dim=1)[:, 0]),
-        "isend: NCCL takes only contiguous tensors",
     ),
     "losses are exchanged as objects": (
         collectives,

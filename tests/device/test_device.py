@@ -92,11 +92,8 @@ def test_a_mistake_is_found(child: ProcessPoolExecutor, mistake: str) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "sdpa": {"dropout": 0.1},
-    "sdpa, bfloat16": {"dtype": torch.bfloat16},
     "varlen, bfloat16": {"attention": "varlen", "dtype": torch.bfloat16, "dropout": 0.1},
-    "eager, bfloat16": {"attention": "eager", "dtype": torch.bfloat16, "dropout": 0.1},
     "eager on a shared base": {"attention": "eager", "on_device": True},
-    "GPT-2, plain LoRA": {"make": tiny.gpt2, "method": "lora"},
     "PiSSA, preconditioned, two rates": {
         "method": "pissa",
         "changes": {"lr_ratio": 4.0, "optimizer": "preconditioned"},
@@ -162,8 +159,6 @@ RUNS: dict[str, Run] = {
         {"adapter__method": "pissa", "train__lr": "auto", "model__attention": "sdpa"},
     ),
     "fp8": ("llama", "float32", {"model__quantization": "fp8"}),
-    "a mixture": ("qwen3_moe", "float32", {}),
-    "GPT-2, plain LoRA": ("gpt2", "float32", {"adapter__method": "lora"}),
     "factors from data": (
         "llama",
         "float32",
