@@ -72,15 +72,6 @@ def test_each_dense_form_has_its_figure(tmp_path: Path, text: str, name: str | N
     assert dense == ({f"{name} per 10,000 nodes"} if name else set())
 
 
-def test_rates_are_per_node_per_statement_and_per_line(tmp_path: Path) -> None:
-    text = "x = 1 if y else 2\n" + "x = 1\n" * 14 + "def f():\n    pass\n"
-    found = measured(tmp_path, {"olora_ray/a/one.py": text})
-    assert found["nodes of package and pipelines"] == 52
-    assert found["conditional expressions per 10,000 nodes"] == 192.3
-    assert found["nodes per statement"] == 3.25
-    assert found["nodes per line of code"] == 3.06
-
-
 @pytest.mark.parametrize(
     ("files", "name", "value"),
     [
@@ -162,18 +153,3 @@ def test_imports_that_go_round_are_found_wherever_they_stand(
     with pytest.raises(SystemExit) as stopped:
         measure_code.main([str(root), "--check"])
     assert "olora_ray.a.one, olora_ray.b.two" in str(stopped.value)
-
-
-def test_a_package_and_its_modules_are_told_apart(tmp_path: Path) -> None:
-    files = {
-        "olora_ray/a/__init__.py": "from olora_ray.a import one, y\nfrom olora_ray.a.one import x\n",
-        "olora_ray/a/one.py": "from olora_ray.b import NAME\nimport os.path\n",
-        "olora_ray/b/__init__.py": "NAME = 1\n",
-    }
-    tree = Tree(write(tmp_path, files))
-    assert tree.imports == {
-        "olora_ray.a": {"olora_ray.a.one"},
-        "olora_ray.a.one": {"olora_ray.b"},
-        "olora_ray.b": set(),
-    }
-    assert measure_code.figures(tree)["longest import chain"] == 3
