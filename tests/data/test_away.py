@@ -13,9 +13,9 @@ from pyarrow import fs, parquet
 
 from olora_ray.common import retry
 from olora_ray.common.errors import StoreUnavailable, TryAgain
-from olora_ray.config.section import Source
-from olora_ray.data import scan, sources
+from olora_ray.data import scan
 from olora_ray.data.reader import read_unit
+from tests.data.reading import listed, texts
 from tests.said import said
 
 AWAY = "When reading information for key 'a' in bucket 'b': AWS Error NETWORK_CONNECTION during HeadObject operation"
@@ -72,22 +72,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return found
 
 
-def texts(name: str) -> list[str]:
-    [file] = sources.list_files(
-        Source(path=f"s3://bucket/{name}", format="text"), "data.train.0", ""
-    )
-    found = scan.scan(file, "")
-    return [
-        row["text"]
-        for unit in found.units
-        for _, row in read_unit(file, unit, found.columns, ["text"])
-    ]
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "*.parquet"])
 def test_it_is_asked_again(name: str, store: Store) -> None:
     # Without retries, a moment's failure of the network, in a night of reading, ended the run.
-    assert texts(name) == TEXTS
+    assert texts(listed(f"s3://bucket/{name}")) == TEXTS
     requests, store.requests = store.requests, 0
     failed = set[int]()
 
@@ -99,15 +87,13 @@ def test_it_is_asked_again(name: str, store: Store) -> None:
 
     store.fails = once_at_each
     with said() as lines:
-        assert texts(name) == TEXTS
+        assert texts(listed(f"s3://bucket/{name}")) == TEXTS
     assert f"warning: s3://bucket does not answer ({AWAY}); retrying for 1 s more" in lines
 
 
 def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
     # Exit code 75 lets the caller start the same command again; it was 2, with the message "not readable".
-    [file] = sources.list_files(
-        Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", ""
-    )
+    [file] = listed("s3://bucket/a.jsonl")
     unit = scan.scan(file, "").units[0]
     store.fails = lambda number: True
     for ask in (lambda: scan.head(file), lambda: list(read_unit(file, unit, (), ["text"]))):
@@ -116,4 +102,4 @@ def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
     with pytest.raises(
         TryAgain, match=r"^data\.train\.0\.path: s3://bucket/a\.jsonl: .*NETWORK_CONNECTION"
     ):
-        sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
+        listed("s3://bucket/a.jsonl")

@@ -9,12 +9,8 @@ import pytest
 from olora_ray.common.errors import UserError
 from olora_ray.config.section import Source
 from olora_ray.data import sources
+from tests.data.reading import names
 from tests.said import said
-
-
-def listed(path: Path | str) -> list[str]:
-    found = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
-    return [file.uri.rsplit("/", 1)[1] for file in found]
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -38,7 +34,7 @@ def test_what_a_folder_has_beside_is_said_once(scheme: str, tmp_path: Path) -> N
     touch(tmp_path, ".hidden", "_SUCCESS", "sub/.part.crc", "_temporary/x.bin")
     with said() as lines:
         for _ in range(2):
-            assert listed(f"{scheme}{tmp_path}") == ["a.jsonl"]
+            assert names(f"{scheme}{tmp_path}") == ["a.jsonl"]
     assert len(lines) == 1
     assert lines[0].startswith(
         f"data.train.0.path: not read in {scheme}{tmp_path}: 1 .gz.gz, 1 .parquet.gz, 1 .rar, 1 .xlsx,"
@@ -50,7 +46,7 @@ def test_a_linked_folder_is_not_entered_and_that_is_said(tmp_path: Path) -> None
     touch(tmp_path, "data/a.jsonl", "elsewhere/b.jsonl")
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     with said() as lines:
-        assert listed(tmp_path / "data") == ["a.jsonl"]
+        assert names(tmp_path / "data") == ["a.jsonl"]
     assert "1 linked folder" in lines[0]
 
 
@@ -59,7 +55,7 @@ def test_a_glob_that_matches_a_folder_and_what_is_in_it_reads_each_file_once(
     scheme: str, tmp_path: Path
 ) -> None:
     touch(tmp_path, "a.jsonl", "sub/b.jsonl", "sub/deep/c.jsonl")
-    assert sorted(listed(f"{scheme}{tmp_path}/**")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert sorted(names(f"{scheme}{tmp_path}/**")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
 SPLITS: dict[str, tuple[list[str], list[str]]] = {
@@ -90,19 +86,19 @@ def test_files_of_another_split_are_left_out_and_named(
     case: str, scheme: str, pattern: str, tmp_path: Path
 ) -> None:
     # A test split was trained on without a warning.
-    names, out = SPLITS[case]
-    touch(tmp_path, *names)
+    written, out = SPLITS[case]
+    touch(tmp_path, *written)
     with said() as lines:
-        found = listed(f"{scheme}{tmp_path}{pattern}")
-    left_out = {name.rpartition("/")[2] for name in names} - set(found)
+        found = names(f"{scheme}{tmp_path}{pattern}")
+    left_out = {name.rpartition("/")[2] for name in written} - set(found)
     assert {name for name in left_out if name.startswith(tuple(out))} == left_out
     assert len(left_out) == len(out)
     assert all(
         any(f"{name} (" in line or f"{name}, " in line for line in lines) for name in left_out
     )
     # They are used in a source of their own, and in data.eval.
-    for name in names:
-        assert listed(f"{scheme}{tmp_path}/{name}") == [name.rpartition("/")[2]]
+    for name in written:
+        assert names(f"{scheme}{tmp_path}/{name}") == [name.rpartition("/")[2]]
     other = Source(path=str(tmp_path), format="text")
     held_out = {
         file.uri.rpartition("/")[2] for file in sources.list_files(other, "data.eval.0", "")
@@ -121,7 +117,7 @@ def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], None], tmp_pat
         with pytest.raises(
             UserError, match=r"data\.train\.0\.path: .*a\.jsonl: neither a file nor a link to one"
         ):
-            listed(path)
+            names(path)
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
@@ -134,4 +130,4 @@ def test_a_saved_data_set_that_is_damaged(
     with pytest.raises(
         UserError, match=r"data\.train\.0\.path: .*Dataset\.save_to_disk is damaged"
     ):
-        listed(f"{scheme}{tmp_path}")
+        names(f"{scheme}{tmp_path}")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.section import Source
-from olora_ray.data import reader, scan, sources
+from olora_ray.data import reader, scan
 from olora_ray.data.reader import FileScan
+from tests.data.reading import listed
 
 
 def scanned(path: Path) -> FileScan:
-    [file] = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
+    [file] = listed(path)
     return scan.scan(file, "")
 
 

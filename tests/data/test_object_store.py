@@ -2,16 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.section import Source
-from olora_ray.data import scan, sources
+from olora_ray.data import scan
 from olora_ray.data.reader import read_unit
+from tests.data.reading import listed, texts
 from tests.s3_server import Faults, Server
 
 NAMES = [
@@ -33,19 +32,6 @@ def put(server: Server, bucket: str, key: str, content: bytes) -> str:
 
 def row(text: str) -> bytes:
     return json.dumps({"text": text}).encode() + b"\n"
-
-
-def listed(place: str, **more: Any) -> list[sources.File]:
-    return sources.list_files(Source(path=place, format="text", **more), "data.train.0", "")
-
-
-def texts(files: list[sources.File]) -> list[str]:
-    found = []
-    for file in files:
-        scanned = scan.scan(file, "")
-        for unit in scanned.units:
-            found += [row["text"] for _, row in read_unit(file, unit, scanned.columns, ["text"])]
-    return found
 
 
 def test_keys_are_taken_letter_by_letter(s3_server: Server, bucket: str) -> None:

@@ -22,9 +22,9 @@ from olora_ray.config.load import override
 from olora_ray.config.section import Source
 from olora_ray.data import reader, scan, sources
 from olora_ray.data.formats.format import Rejected
-from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.prepare import prepare
+from tests.data.reading import listed, names
 from tests.said import said
 from tests.tokens import helpers
 
@@ -229,14 +229,6 @@ def test_a_text_file_is_a_document_and_a_large_one_several(tmp_path: Path) -> No
     lines = [f"{'x' * 600_000}{number}\n" for number in range(3)]
     path.write_text("".join(lines))
     assert places(path) == [(0, {"text": lines[0] + lines[1]}), (1, {"text": lines[2]})]
-
-
-def listed(path: Path | str) -> list[File]:
-    return sources.list_files(source(path), "data.train.0", "")
-
-
-def names(path: Path | str) -> list[str]:
-    return [file.uri.rsplit("/", 1)[1] for file in listed(path)]
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9/a.jsonl"])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.config.section import Source
-from olora_ray.data import scan, sources
+from olora_ray.data import scan
 from olora_ray.data.reader import read_unit
+from tests.data.reading import listed
 
 UTF_8 = None
 WRITTEN: dict[str, tuple[str, bytes, str, str | None]] = {
@@ -38,7 +38,7 @@ WRITTEN: dict[str, tuple[str, bytes, str, str | None]] = {
 def test_the_kind_and_the_encoding_of_a_file(case: str, tmp_path: Path) -> None:
     name, content, kind, encoding = WRITTEN[case]
     (tmp_path / name).write_bytes(content)
-    [file] = sources.list_files(Source(path=str(tmp_path / name)), "data.train.0", "")
+    [file] = listed(tmp_path / name)
     for found in (scan.scan(file, "").file, scan.head(file).file):
         assert found is not None
         assert (found.kind, found.encoding) == (kind, encoding)
@@ -49,7 +49,7 @@ def test_a_large_file_in_another_encoding_is_read_by_units(encoding: str, tmp_pa
     rows = [(f"größer als {n}?", f"„ja“, sagt er; {n} € " * (n % 40)) for n in range(3000)]
     text = "question\tanswer\r\n" + "".join(f"{ask}\t{say}\r\n" for ask, say in rows)
     (tmp_path / "a.csv").write_bytes(text.encode(encoding))
-    [file] = sources.list_files(Source(path=str(tmp_path / "a.csv")), "data.train.0", "")
+    [file] = listed(tmp_path / "a.csv")
     found = scan.scan(file, "")
     assert found.file is not None
     assert len(found.units) > 4

@@ -18,11 +18,11 @@ from pyarrow import parquet
 from olora_ray.common import records
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.config.section import Source
-from olora_ray.data import scan, sources
+from olora_ray.data import scan
 from olora_ray.data.reader import Unit, read_unit
 from olora_ray.data.sources import Changed, File
 from olora_ray.tokens import prepare
+from tests.data.reading import listed
 from tests.tokens import helpers
 
 MESSAGE = (
@@ -67,7 +67,7 @@ def test_a_file_that_one_node_does_not_see_is_told_with_the_node(tmp_path: Path)
     # The message was "gone while it was read", although its owner saw the file.
     path = tmp_path / "a.jsonl"
     lines_of("word")(path)
-    file = only(path)
+    [file] = listed(path)
     unit = scan.scan(file, "").units[0]
     path.unlink()
     for attempt in (
@@ -82,11 +82,6 @@ def test_a_file_that_one_node_does_not_see_is_told_with_the_node(tmp_path: Path)
         )
 
 
-def only(path: Path) -> File:
-    [file] = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
-    return file
-
-
 def read(file: File, units: Sequence[Unit], columns: tuple[str, ...]) -> list[str]:
     return [row["text"] for unit in units for _, row in read_unit(file, unit, columns, ["text"])]
 
@@ -94,7 +89,7 @@ def read(file: File, units: Sequence[Unit], columns: tuple[str, ...]) -> list[st
 @pytest.mark.parametrize("name", KINDS)
 def test_a_file_that_changes_after_the_scan_is_not_read(name: str, tmp_path: Path) -> None:
     KINDS[name]("old")(tmp_path / name)
-    file = only(tmp_path / name)
+    [file] = listed(tmp_path / name)
     found = scan.scan(file, "")
     os.utime(file.uri, ns=(5, 5))  # a copy: each node of a cluster may have unpacked it by itself
     assert all(text.startswith("old") for text in read(file, found.units, found.columns))

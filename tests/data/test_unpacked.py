@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from olora_ray.config.section import Source
-from olora_ray.data import reader, scan, sources
+from olora_ray.data import reader, scan
 from olora_ray.data.reader import Units
 from olora_ray.data.sources import File
+from tests.data.reading import listed
 
 PACKS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -46,7 +46,7 @@ def packed(tmp_path: Path, temporary: Path) -> Path:
 
 
 def scanned(path: Path) -> tuple[File, Units]:
-    [file] = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
+    [file] = listed(path)
     units = scan.scan(file, "").units
     assert len(units) > 8
     return file, units
