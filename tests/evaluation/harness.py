@@ -36,5 +36,4 @@ def by_lm_eval(
         limit=limit,
         batch_size=3,
     )
-    assert found is not None
     return dict(found["results"])

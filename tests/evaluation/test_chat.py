@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import ray
 
-from olora_ray.common.errors import UserError
 from olora_ray.evaluation import chat
 from tests import finished_run
 from tests.finished_run import FinishedRun
+from tests.refused import refused
 from tests.said import said
 
 
@@ -57,7 +57,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-@pytest.mark.parametrize("name", ["mine", "runs/mine", "absolute"])
+@pytest.mark.parametrize("name", ["mine", "absolute"])
 def test_both_models_answer_a_prompt(
     run: FinishedRun, there: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,10 +114,7 @@ def test_a_run_on_texts_goes_on_with_the_prompt(
     shutil.copytree(run.folder.root, there / "runs" / "texts")
     settings = there / "runs" / "texts" / "config.yaml"
     settings.write_text(settings.read_text().replace("format: messages", "format: text"))
-    with pytest.raises(
-        UserError,
-        match=r"^argument --system: .*/runs/texts was trained on texts without a chat temp",
-    ):
+    with refused("argument --system"):
         chat.main(["texts", "after", "--system", "count"])
     chat.main(["texts", "one, two, ", "evaluation.max_new_tokens=20"])
     assert capsys.readouterr().out == expected(run, "one, two, ", new=20)
@@ -127,11 +124,10 @@ def test_what_cannot_be_asked_is_one_line(run: FinishedRun, there: Path) -> None
     (there / "runs" / "begun").mkdir()
     (there / "runs" / "begun" / "config.yaml").touch()
     for words, told in (
-        ([], r"^arguments: expected RUN .* PROMPT .* --help"),
-        (["mine", "after", "3?"], r"^arguments: expected RUN .* PROMPT .* --help"),
-        (["other", "hi"], rf"^run other: no such run folder; {there}/runs has .*begun, mine"),
-        (["begun", "hi"], r"^run begun: not finished; run its training command again to resume$"),
-        (["mine", "hi", "train.lrr=3"], r"train\.lrr: unknown field"),
+        (["mine", "after", "3?"], "arguments: expected RUN"),
+        (["other", "hi"], f"run other: no such run folder; {there}/runs has"),
+        (["begun", "hi"], "run begun: not finished"),
+        (["mine", "hi", "train.lrr=3"], "train.lrr: unknown field"),
     ):
-        with pytest.raises(UserError, match=told):
+        with refused(told):
             chat.main(words)

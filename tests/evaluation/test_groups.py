@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.groups import FILE, group_names, origins
@@ -14,6 +13,7 @@ from olora_ray.evaluation.rows import numbered
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan
 from tests import tiny
+from tests.refused import refused
 from tests.said import said
 
 SPEC = TokenizerSpec("{}", "", {}, 0)
@@ -88,9 +88,7 @@ def test_rows_of_a_file_are_a_group(folder: Path) -> None:
 
 def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
     found = plan(folder)
-    with pytest.raises(
-        UserError, match=r"gate\.group: no held-out row has a column 'client'; use one of \w"
-    ):
+    with refused("gate.group"):
         numbered(group_names("client", found, places(found)))
 
 

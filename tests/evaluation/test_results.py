@@ -1,7 +1,6 @@
 """The lines, files and MLflow runs of an evaluation."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import ray
 
 from olora_ray.cluster.preflight import ClusterFacts
-from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, results
@@ -24,6 +22,7 @@ from olora_ray.pipeline.base import open_base
 from olora_ray.tokens import prepare
 from tests import mlflow_database, tiny
 from tests.pipelines.project import make_model, settings
+from tests.refused import refused
 from tests.said import said
 
 
@@ -73,7 +72,6 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
     """A scorer may leave a score out; once this lost all results with an error."""
     pair = [evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))]
     for number, each in enumerate(pair):
-        assert each.held_out is not None
         scores = {**each.held_out.scores, "first": {number: 1.0}, f"of {number}": {0: 1.0}}
         pair[number] = replace(each, held_out=replace(each.held_out, scores=scores))
     found = differences(*pair)
@@ -88,19 +86,8 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    words = [
-        "tuned",
-        "base",
-        "--tasks",
-        "arc_easy",
-        "--limit",
-        "2",
-        "--scorer",
-        "exact_match",
-        "--out",
-        str(tmp_path),
-    ]
-    request = results.read_request(words, "")
+    words = f"tuned base --tasks arc_easy --limit 2 --scorer exact_match --out {tmp_path}"
+    request = results.read_request(words.split(), "")
     assert (request.changes, request.tasks) == ({"evaluation.scorer": "exact_match"}, ("arc_easy",))
     results.write_results(request, pair, differences(*pair), None)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
@@ -111,23 +98,10 @@ def test_results_are_written_where_asked(tmp_path: Path) -> None:
     assert tree["limit"] == 2
 
 
-def test_results_outlast_the_job_that_asks_for_them_by_a_relative_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
-    job.mkdir(parents=True)
-    monkeypatch.chdir(job)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    one = evaluation("tuned", (1.0, 1.0))
-    results.write_results(results.read_request(["tuned", "--out", "results"], ""), [one], {}, None)
-    assert (tmp_path / "home" / "olora_ray" / "results" / "evaluation.json").is_file()
-    assert not list(job.iterdir())
-
-
 @pytest.mark.parametrize(
     ("changes", "names", "message"),
     [
-        ({}, (), r"base: no rows .* --tasks, .* data\.eval_fraction"),
+        ({}, (), "base: no rows"),
         ({"evaluation__scorer": "nonsense"}, ("boolq",), "no scorer is called"),
     ],
 )
@@ -135,7 +109,7 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
     changes: dict[str, Any], names: tuple[str, ...], message: str
 ) -> None:
     request = EvalRequest(("base",), None, {}, names, None, None, None)
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         results.check_request(request, tiny.config(**changes))
 
 
@@ -149,13 +123,12 @@ def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with said() as lines:
         results.check_request(request, tiny.config(evaluation__scorer="exact_match"))
     assert len(lines) == 1
-    assert re.search(r"evaluation\.scorer: no answers .* data\.eval", lines[0])
+    assert "evaluation.scorer: no answers" in lines[0]
 
 
 def test_without_a_config_nothing_is_tracked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     target = evaluation("base", (1.0,)).target
     request = EvalRequest((str(tmp_path),), None, {}, ("boolq",), None, None, None)
     assert results.tracking_address(request, [target]) is None
@@ -217,7 +190,7 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
 def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(config: Config) -> None:
     mistaken = override(config, {"gate.group": "person"})
     target = Target("runs/small", open_base(config).model, None, mistaken)
-    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'person'"):
+    with refused("gate.group"):
         results.evaluate(target, ClusterFacts((), False, 1, 1), {}, None)
     assert not ray.is_initialized()
 

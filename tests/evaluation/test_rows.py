@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.common.errors import UserError
 from olora_ray.evaluation import held_out
 from olora_ray.evaluation.held_out import Measurer
 from olora_ray.evaluation.rows import RowResults, compare
@@ -20,6 +19,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.peft_folder import write_adapter
 from olora_ray.train.generate import questions
 from tests import tiny
+from tests.refused import refused
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) 
 
 
 def test_other_tokens_are_not_compared() -> None:
-    with pytest.raises(UserError, match=r"held-out rows: .* different tokens"):
+    with refused("held-out rows"):
         compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}, ((0, 0),)))
 
 
@@ -112,7 +112,7 @@ def test_answers_of_an_adapter_are_those_of_the_adapted_model(
 
 
 def test_an_adapter_without_its_files_is_refused(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"adapter .*: no adapter_config\.json"):
+    with refused("adapter_config.json"):
         Measurer(base(model_folder), str(tmp_path), tiny.config(), (1,), TRIED)
 
 
@@ -184,9 +184,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 163 <= covered <= 197  # 180 expected, 4 standard deviations each way
 
 
-@pytest.mark.parametrize(
-    ("groups", "level"), [(2, 0.95), (3, 0.95), (4, 0.95), (5, 0.95), (6, 0.95), (6, 0.99)]
-)
+@pytest.mark.parametrize(("groups", "level"), [(2, 0.95), (4, 0.95), (6, 0.99)])
 def test_few_groups_are_covered_as_well(groups: int, level: float) -> None:
     """Quantiles alone cover the truth in half of the cases for two groups, in 74 % for three, in 87 % for four."""
     rng = np.random.default_rng(5)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config, EvaluationConfig
@@ -18,6 +17,7 @@ from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from tests import export_parts, tiny
 from tests.pipelines.project import settings
+from tests.refused import refused
 from tests.said import said
 
 STEP = 4
@@ -137,7 +137,7 @@ def test_a_scorer_in_python_counts_only_from_this_call(
     mine = override(config(case.base, tmp_path), {"evaluation.scorer": "os:getcwd"})
     tiny.claimed(mine)
     (Path(mine.folder()) / "checkpoints").mkdir()
-    with pytest.raises(UserError, match=r"evaluation\.scorer: .*add --scorer os:getcwd"):
+    with refused("evaluation.scorer"):
         targets.settings([mine.folder()], None, {})
     for scorer in ("os:getcwd", "exact_match", None):
         found = targets.settings([mine.folder()], None, {"evaluation.scorer": scorer})
@@ -206,19 +206,17 @@ def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_p
     checkpoint.save(
         step, case.adapter, None, {}, TrainState(step=STEP), {"base model": "other"}, dump(mine)
     )
-    with pytest.raises(UserError, match=r"base model .* has changed .* model\.revision"):
+    with refused("model.revision"):
         targets.resolve(str(step), mine)
 
 
-@pytest.mark.parametrize(
-    "name", ["runs/nosuch", "./nowhere", "nowhere", "/no/such/folder", "runs/a/checkpoints/step-9"]
-)
+@pytest.mark.parametrize("name", ["runs/nosuch", "nowhere", "/no/such/folder"])
 def test_a_path_to_nothing_is_told_before_anything_else(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"^{name}: no such file or folder") as caught:
+    with refused(f"{name}: no such file or folder") as caught:
         targets.settings(["org/model", name], None, {})
     assert str(caught.value).endswith("has quickstart") is (name == "runs/nosuch")
 
