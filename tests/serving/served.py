@@ -11,9 +11,8 @@ import torch
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.load import build, dump, parse_yaml
 from olora_ray.config.schema import Config
-from olora_ray.contrib.gguf import write_gguf
 from olora_ray.model.load import load_model
-from olora_ray.pipeline import export, exporter
+from olora_ray.pipeline import export
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import prepare
@@ -28,12 +27,11 @@ Chat = list[dict[str, str]]
 
 @dataclass
 class Served:
-    """The exports of a run; `gguf` writes its merged model in another precision."""
+    """The exports of a run."""
 
     config: Config
     base: Path
     folder: RunFolder
-    work: exporter.Work
 
     @property
     def chats(self) -> list[Chat]:
@@ -41,13 +39,10 @@ class Served:
         lines = (ROOT / "pipelines/quickstart/heldout.jsonl").read_text().splitlines()[:PROMPTS]
         return [json.loads(line)["messages"] for line in lines]
 
-    def gguf(self, kind: str) -> Path:
-        if kind == self.config.export.also["gguf"]:
-            (file,) = Path(self.folder.export("gguf")).iterdir()
-            return file
-        file = Path(self.folder.root) / f"{kind}.gguf"
-        merged = Path(self.folder.merged)
-        write_gguf(merged, file, self.work.model, self.config, self.work.spec.eos, kind)
+    @property
+    def gguf(self) -> Path:
+        """The merged model in float32."""
+        (file,) = Path(self.folder.export("gguf")).iterdir()
         return file
 
 
@@ -73,7 +68,7 @@ def make(folder: Path) -> Served:
     trainer.snapshot(TrainState(STEPS), None, {}, dump(config))(checkpoint)
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
     export.export_run(spec, run, STEPS)
-    return Served(config, Path(base.model.folder), run, exporter.prepare(spec, str(checkpoint)))
+    return Served(config, Path(base.model.folder), run)
 
 
 @dataclass(frozen=True)

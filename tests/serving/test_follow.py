@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import requests
 
-from olora_ray.common.errors import UserError
 from olora_ray.serving.watch import Watch
 from olora_ray.tracking.models import Contents
 from tests.ray_head import free_port
+from tests.refused import refused
 from tests.said import said
 from tests.serving.engine import Engine, following
 from tests.serving.versions import CHALLENGER, FOLLOWED, NAME, Versions, registered
@@ -220,7 +220,7 @@ def test_versions_that_no_engine_of_this_base_can_serve(versions: Versions, tmp_
     assert "is not an adapter that this project registered" in "".join(lines)
     found = Watch(f"{NAME}@{other}", versions.server.uri, tmp_path).look()
     assert found
-    with pytest.raises(UserError, match="has other weights than its own"):
+    with refused("has other weights than its own"):
         found.check_base(str(versions.base))
 
 

@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -93,16 +92,7 @@ def vllm(command: list[str], model: str, log: Path) -> Iterator[Server]:
     """A server of vLLM, started by `command`, in float32 on loopback."""
     assert command[:2] == ["vllm", "serve"]
     port = free_port()
-    here = [
-        "--dtype",
-        "float32",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--max-model-len",
-        "512",
-    ]
+    here = f"--dtype float32 --host 127.0.0.1 --port {port} --max-model-len 512".split()
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -190,24 +180,7 @@ class LlamaCpp:
 
 @LLAMA_CPP
 def test_llama_cpp_answers_with_the_file_in_float32(run: Served, merged: list[Answer]) -> None:
-    agrees(LlamaCpp(run.gguf("f32")), merged, run)
-
-
-@LLAMA_CPP
-def test_llama_cpp_answers_nearly_the_same_with_8_bits(run: Served, merged: list[Answer]) -> None:
-    engine = LlamaCpp(run.gguf("q8_0"))
-    scores = [engine.scores(answer) for answer in merged]
-    away = [
-        each
-        for answer, found in zip(merged, scores, strict=True)
-        for each in answer.differences(found, 1.0)
-    ]
-    same = [first for found in scores for _, first in found]
-    print(
-        f"q8_0: log-probabilities {fmean(away):.4f} away on average; {fmean(same):.1%} of the tokens are the same"
-    )
-    assert fmean(away) < 0.15
-    assert fmean(same) > 0.9
+    agrees(LlamaCpp(run.gguf), merged, run)
 
 
 @LLAMA_CPP
@@ -215,7 +188,7 @@ def test_llama_cpp_makes_the_tokens_of_the_training(run: Served) -> None:
     from llama_cpp import Llama
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder.merged)
-    model = Llama(str(run.gguf("f32")), vocab_only=True, verbose=False)
+    model = Llama(str(run.gguf), vocab_only=True, verbose=False)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in run.chats]
     for text in [*texts, "  1234 5.67\n\n\tI'LL don't   naïve 東京 🦙 <|im_end|>\r\n x "]:
         assert (

@@ -20,10 +20,8 @@ import torch
 
 from olora_ray.serving.follow import Engine
 from olora_ray.serving.watch import Watch
-from tests.ray_head import free_port
-from tests.serving.engine import following
 from tests.serving.test_serving import Server, vllm
-from tests.serving.versions import CHALLENGER, FOLLOWED, NAME, Versions, registered
+from tests.serving.versions import FOLLOWED, NAME, Versions, registered
 from tests.waiting import until
 
 pytestmark = [
@@ -43,27 +41,22 @@ LATE = 5.0
 """Seconds after a move until which the old version may answer."""
 
 
-def asked(server: Server, model: str, prompt: list[int]) -> tuple[tuple[int, ...], str]:
-    """Return the tokens of an answer, and the version that `olora-ray follow --listen` names."""
+def answer(server: Server, model: str, prompt: list[int]) -> tuple[int, ...]:
     body = {
         "model": model,
         "prompt": prompt,
         "max_tokens": LENGTH,
         "temperature": 0,
         "ignore_eos": True,
+        "return_token_ids": True,
     }
-    data = json.dumps({**body, "return_token_ids": True}).encode()
     request = urllib.request.Request(
-        f"{server.address}/v1/completions", data, {"Content-Type": "application/json"}
+        f"{server.address}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=300) as response:
-        return tuple(json.load(response)["choices"][0]["token_ids"]), response.headers.get(
-            "x-olora-version", ""
-        )
-
-
-def answer(server: Server, model: str, prompt: list[int]) -> tuple[int, ...]:
-    return asked(server, model, prompt)[0]
+        return tuple(json.load(response)["choices"][0]["token_ids"])
 
 
 @torch.inference_mode()
@@ -91,8 +84,8 @@ class Load:
     """Threads that ask all servers for the champion until they are told to stop."""
 
     def __init__(self, servers: list[Server]) -> None:
-        self.answers: list[tuple[float, float, int, tuple[int, ...], str]] = []
-        """Beginning, end, prompt, tokens, version."""
+        self.answers: list[tuple[float, float, int, tuple[int, ...]]] = []
+        """Beginning, end, prompt, tokens."""
         self.failures: list[str] = []
         self._servers, self._stop = servers, threading.Event()
         self.threads = [threading.Thread(target=self._ask, args=[i]) for i in range(4)]
@@ -106,8 +99,8 @@ class Load:
                 time.monotonic(),
             )
             try:
-                tokens, version = asked(self._servers[server], FOLLOWED, PROMPTS[prompt])
-                self.answers.append((begun, time.monotonic(), prompt, tokens, version))
+                tokens = answer(self._servers[server], FOLLOWED, PROMPTS[prompt])
+                self.answers.append((begun, time.monotonic(), prompt, tokens))
             except Exception as error:
                 self.failures.append(repr(error))
 
@@ -122,75 +115,23 @@ class Load:
             thread.join()
 
 
-def prepared(
-    versions: Versions, folder: Path, monkeypatch: pytest.MonkeyPatch, plugins: str
-) -> list[str]:
+def prepared(versions: Versions, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Set vLLM's environment, and return its command."""
     for name, value in (
         ("MLFLOW_TRACKING_URI", versions.server.uri),
         ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1"),
-        ("VLLM_PLUGINS", plugins),
+        ("VLLM_PLUGINS", "olora_ray"),
         ("HOME", str(folder)),
     ):
         monkeypatch.setenv(name, value)
-    command = [
-        "vllm",
-        "serve",
-        str(versions.base),
-        "--enable-lora",
-        "--max-lora-rank",
-        "8",
-        "--max-loras",
-        "2",
-    ]
-    return [*command, "--tokenizer", str(versions.base)]
-
-
-def test_half_of_the_requests_go_to_the_challenger_under_load(
-    versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = prepared(versions, tmp_path, monkeypatch, "")
-    at = f"127.0.0.1:{free_port()}"
-    words = ["--listen", at, "--challenger", CHALLENGER, "--share", "0.5"]
-    versions.point("1")
-    versions.point("2", "challenger")
-    with contextlib.ExitStack() as running:
-        server = running.enter_context(vllm(command, FOLLOWED, tmp_path / "vllm"))
-        wanted = {}
-        for number in GOOD:
-            adapter = Watch(name := f"{NAME}@{number}", versions.server.uri, tmp_path).look()
-            assert adapter
-            Engine(server.address, None, None).serve(name, adapter)
-            wanted[name] = [answer(server, name, prompt) for prompt in PROMPTS]
-        words = ["--engine", server.address, *words]
-        printed = running.enter_context(following(FOLLOWED, versions.server.uri, tmp_path, *words))
-        until(lambda: printed("answers at") == 2, 120)
-        with Load([Server(f"http://{at}", FOLLOWED)]) as load:
-
-            def given(number: str) -> int:
-                return sum(version == f"{NAME}@{number}" for *_, version in load.answers)
-
-            until(lambda: (given("1") > 30 and given("2") > 30) or load.failures, 300)
-            versions.point("3")
-            until(lambda: (given("3") > 30) or load.failures, 300)
-            versions.point("4", "challenger")
-            until(lambda: (given("4") > 30 and len(load.answers) > 200) or load.failures, 300)
-        assert not load.failures
-        share = (given("2") + given("4")) / len(load.answers)
-        wrong = [each for each in load.answers if each[-1] and wanted[each[-1]][each[2]] != each[3]]
-        unknown = sum(not each[-1] for each in load.answers)
-        print(
-            f"{len(load.answers)} answers, {share:.0%} of them the challenger's; {unknown} begun before a move"
-        )
-        assert 0.35 < share < 0.65
-        # Those that run when vLLM replaces an adapter end with the new one.
-        assert len(wrong) + unknown <= 2 * len(load.threads)
+    words = f"vllm serve {versions.base} --tokenizer {versions.base} --enable-lora"
+    return f"{words} --max-lora-rank 8 --max-loras 2".split()
 
 
 def test_two_servers_follow_the_champion_under_load(
     versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = prepared(versions, tmp_path, monkeypatch, "olora_ray")
+    command = prepared(versions, tmp_path, monkeypatch)
     versions.point("1")
     logs = [tmp_path / "first", tmp_path / "second"]
     with contextlib.ExitStack() as running:
@@ -278,7 +219,6 @@ def _late(
     ended: float,
     prompt: int,
     tokens: tuple[int, ...],
-    _: str,
 ) -> float:
     """Seconds between the end of the command that replaced the version of an answer, and the answer's beginning."""
     (number,) = [each for each, answers in wanted.items() if answers[prompt] == tokens]

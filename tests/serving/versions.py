@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from olora_ray.adapter.inject import find_targets
 from olora_ray.config.schema import Adapter
 from olora_ray.model import folder as model_folder
@@ -83,11 +81,9 @@ class Versions:
 @contextlib.contextmanager
 def registered(folder: Path, number: int) -> Iterator[Versions]:
     """So many versions, the first of which is the champion."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        found = Versions(folder)
-        for _ in range(number):
-            found.add()
-        found.point("1")
-        yield found
-        found.server.kill()
+    found = Versions(folder)
+    for _ in range(number):
+        found.add()
+    found.point("1")
+    yield found
+    found.server.kill()
