@@ -1,6 +1,5 @@
 """A run on two nodes that have Python and Ray alone: the job brings the rest (deploy/runtime_env.yaml)."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -72,36 +71,3 @@ def test_a_job_brings_its_packages(bare: World, tool: str) -> None:
         assert done.returncode == 0
         assert "2 node(s)" in done.stdout
         assert "registered: " in done.stdout
-
-
-def test_a_wheel_is_an_environment_as_well(bare: World) -> None:
-    """No checkout: the job's folder has a config, the wheel, and the packages to install."""
-    laptop, shared = bare.machines["laptop"], bare.shared
-    job = laptop.folder / "root" / "job"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "-w",
-        job,
-        job.with_name("olora_ray"),
-    ]
-    subprocess.run(pip, check=True)
-    (wheel,) = job.glob("*.whl")
-    packages = [f"${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{wheel.name}[gguf,s3]"]
-    (job / "environment.yaml").write_text(
-        yaml.safe_dump({"pip": packages, "config": {"setup_timeout_seconds": 1800}})
-    )
-    tree = project.settings(
-        shared, shared / "model", cluster={"workers": 2, "cpus_per_worker": 1}, run__name="wheel"
-    )
-    shutil.copy(project.write_config(shared, tree), job / "mine.yaml")
-    line = "ray job submit --working-dir . --runtime-env environment.yaml -- olora-ray finetune mine.yaml"
-    done = laptop.run(f"cd job && {line}", 1800, RAY_ADDRESS="http://127.0.0.1:8265")
-    print(done.stdout[-6000:])
-    assert done.returncode == 0
-    assert "2 node(s)" in done.stdout
-    assert "registered: " in done.stdout

@@ -22,6 +22,7 @@ import yaml
 
 from tests.deploy.test_kuberay import Tree, found_under, rendered
 from tests.pipelines import project
+from tests.ran import ran
 from tests.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -79,9 +80,7 @@ class Podman:
             "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
         }
         command = [str(word) for word in (*enter, "podman", *self.options, *words)]
-        done = subprocess.run(
-            command, env={**os.environ, **own}, capture_output=True, text=True, check=False
-        )
+        done = ran(command, code=None, env={**os.environ, **own})
         assert not check or done.returncode == 0, (
             f"{command}\n{done.stdout[-6000:]}{done.stderr[-3000:]}"
         )
@@ -107,9 +106,7 @@ def build(podman: Podman, image: str) -> None:
     text = re.sub(r" \\\n(?:    --hash=.*\n)+", "\n", lock.read_text())
     lock.write_text(re.sub(r"(?m)^(?:nvidia-|cuda-|triton==).*\n", "", text))
     # The indexes and certificates of this machine.
-    listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
-    )
+    listed = ran([sys.executable, "-m", "pip", "config", "list"])
     found = dict(re.findall(r"(cert|index-url|extra-index-url|find-links)='(.*)'", listed.stdout))
     settings = podman.folder / "pip.conf"
     settings.write_text(

@@ -6,8 +6,6 @@
     s3.internal               SeaweedFS, an S3 server, behind nginx with TLS on 443
     hooks.internal            a receiver of webhooks, on port 8000
 
-    python -m tests.outside.world        makes one to look around in, until Ctrl+C
-
 A private CA signs the certificates. /mnt is one folder on all machines. A machine is a network, mount, process and
 host-name namespace; all of them hang on one bridge, and disappear when the world ends.
 """
@@ -475,16 +473,6 @@ def world(*machines: str, servers: bool = True) -> Iterator[World]:
         made.end()
 
 
-def show(made: World) -> None:
-    """Say how to enter the machines of a world, and wait for Ctrl+C."""
-    print("the variables of a user's shell for the servers:")
-    print("\n".join(f"  export {name}={text}" for name, text in made.tls.items()))
-    for machine in made.machines.values():
-        print(f"{machine.name}: {shlex.join(machine.command('exec bash -i'))}")
-    with contextlib.suppress(KeyboardInterrupt):
-        signal.pause()
-
-
 def _enter(namespace: int) -> None:
     import ctypes
 
@@ -493,10 +481,3 @@ def _enter(namespace: int) -> None:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
-
-
-if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    with world("head", "worker1", "worker2", "laptop") as found:
-        show(found)
