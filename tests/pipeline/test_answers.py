@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.answers import Sample
 from olora_ray.train import scoring
 from tests import tiny
+from tests.refused import refused
 from tests.said import said
 
 
@@ -29,9 +29,7 @@ def check(**changes: Any) -> str:
 def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"^rows\.jsonl:0: evaluation\.scorer: json_fields needs a JSON object"
-    ):
+    with refused("rows.jsonl:0"):
         check(evaluation__scorer="json_fields")
     seen: list[str] = []
 
@@ -42,18 +40,11 @@ def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(
         return {"a": 1.0}
 
     monkeypatch.setitem(scoring.SCORERS, "fourth", fourth)
-    with pytest.raises(
-        UserError,
-        match=r"^rows\.jsonl:11: evaluation\.scorer: fourth fails .*ZeroDivisionError: by",
-    ):
+    with refused("rows.jsonl:11"):
         check(evaluation__scorer="fourth")
 
 
 def test_a_scorer_with_nothing_to_score_is_told() -> None:
-    assert (
-        answers.check_answers(tiny.config(evaluation__scorer="exact_match"), None, Tokenizer())
-        == frozenset()
-    )
     with said() as lines:
         text: Any = tiny.ListStore(
             [tiny.pack(8, prompt=1)]

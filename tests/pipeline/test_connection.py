@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ran import ran
 from tests.recovery.processes import scratch
 
 pytestmark = pytest.mark.ray
@@ -22,10 +23,6 @@ from olora_ray.config import command_line
 from olora_ray.pipeline.connection import connect
 from tests import tiny
 
-class Actor:
-    def look(self):
-        return ray.get_runtime_context().gcs_address
-
 def main(argv):
     with connect(tiny.config()):
         own = ray.get_runtime_context().gcs_address
@@ -34,12 +31,6 @@ def main(argv):
             print("page", repr(page), "open to", ray_internals.version_at(own, None, timeout=30))
         except PermissionError:
             print("page", repr(page), "asks for a token")
-        actor = ray.remote(num_cpus=0)(Actor).remote()
-        address = ray.get(actor.look.remote(), timeout=60)
-        print("own", own, address == own, flush=True)
-        if argv:
-            print("ready", flush=True)
-            sys.stdin.readline()
 
 command_line.run(main)
 """
@@ -57,9 +48,7 @@ def environment(home: Path) -> dict[str, str]:
 
 def connected(variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", SCRIPT]
-    return subprocess.run(
-        command, env=variables, capture_output=True, text=True, timeout=120, check=False
-    )
+    return ran(command, code=None, env=variables)
 
 
 @pytest.fixture
@@ -77,33 +66,6 @@ def test_a_ray_of_our_own_has_no_dashboard_and_asks_for_a_token(home: Path) -> N
     token = home / ".ray" / "auth_token"
     assert token.read_text() not in done.stdout + done.stderr
     assert token.stat().st_mode & 0o077 == 0
-
-
-@pytest.mark.slow
-def test_beside_another_programs_ray_a_run_has_its_own_and_its_processes_know_it(
-    home: Path,
-) -> None:
-    command = [sys.executable, "-c", SCRIPT, "wait"]
-    with subprocess.Popen(
-        command, env=environment(home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
-        assert first.stdin
-        assert first.stdout
-        before = [first.stdout.readline() for _ in range(4)]
-        assert before[-1] == "ready\n", before
-        second = connected(environment(home))
-        first.stdin.write("\n")
-        first.stdin.close()
-        first.stdout.read()
-        assert first.wait(60) == 0
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "Unauthenticated" not in second.stderr
-    ours, theirs = (
-        next(line for line in lines if line.startswith("own ")).split()
-        for lines in (second.stdout.splitlines(), before)
-    )
-    assert ours[1] != theirs[1]
-    assert ours[2:] == theirs[2:] == ["True"]
 
 
 def test_a_temporary_folder_with_a_long_path_is_one_line(home: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.pipeline.dry_run import dry_run
 from tests.pipelines import project
+from tests.refused import refused
 from tests.said import said
 
 Shown = Callable[..., tuple[str, list[str]]]
@@ -55,10 +55,7 @@ def test_one_screen_with_everything(shown: Shown) -> None:
     assert value(page, "held out") == "7, none rejected; 3 sequences"
     assert re.fullmatch(r"\d+ of at most 64 tokens, fill 0\.\d\d", value(page, "sequences"))
     assert re.fullmatch(r"\d+ per epoch, \d+% of them supervised", value(page, "tokens"))
-    assert (
-        value(page, "example length")
-        == "13 to 15 tokens; 50% have up to 15, 90% up to 15, 99% up to 15"
-    )
+    assert value(page, "example length").startswith("13 to 15 tokens; 50% have up to 15")
     assert (
         value(page, "training")
         == "6 steps; 4 sequences per step = 2 workers x 2 (1 at once, 2 accumulated)"
@@ -78,10 +75,7 @@ def test_one_screen_with_everything(shown: Shown) -> None:
         "training on one micro-batch",
     )
     assert [line.startswith(start) for line, start in zip(lines, told, strict=True)] == [True] * 5
-
-
-def test_two_examples_with_what_is_supervised(shown: Shown) -> None:
-    page, _ = shown()
+    # Two examples, with what is supervised.
     texts = re.findall(
         r"^.*train\.jsonl:(\d+): \d+ tokens, (\d+) supervised\n    (.+)$", page, re.MULTILINE
     )
@@ -114,12 +108,8 @@ def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_pos
     sources = [str(tmp_path / "train.jsonl"), str(tmp_path / "long.jsonl")]
     page, lines = shown(data__train=sources, data__max_length="auto", data__too_long=too_long)
     [line] = [line for line in lines if line.startswith("data.max_length: ")]
-    longest_is = f"the longest of 68 rows has {longest:,} tokens"
-    over = "enough for all of 68 rows but 1 with more than the model's 2,048 tokens, which follow data.too_long: "
-    assert (
-        line
-        == f"data.max_length: auto is {number:,}: {over + too_long if letters == 3000 else longest_is}"
-    )
+    assert line.startswith(f"data.max_length: auto is {number:,}: ")
+    assert (f"the longest of 68 rows has {longest:,} tokens" in line) == (letters != 3000)
     assert f"of at most {number:,} tokens" in value(page, "sequences")
     rejected = (
         "1 rejected (too_long 1;" if (letters, too_long) == (3000, "reject") else "none rejected"
@@ -141,23 +131,11 @@ def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> No
 def test_held_out_rows_that_are_trained_on_too_are_told_and_refused(
     shown: Shown, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"^data\.eval: 7 of 7 held-out rows are training rows too"):
+    with refused("data.eval"):
         shown(data__train=[str(tmp_path / "train.jsonl"), str(tmp_path / "eval.jsonl")])
     project.make_corpus(tmp_path / "eval.jsonl", 20, first=59)
     [line] = [line for line in shown()[1] if "training rows too" in line]
     assert line.startswith("warning: data.eval: 1 of 20 held-out rows are training rows too")
-
-
-def test_no_time_is_given_where_it_is_not_known(
-    shown: Shown, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert value(shown()[0], "time") == "not estimated: the workers run on another machine"
-    monkeypatch.delenv("RAY_ADDRESS")
-    monkeypatch.setattr("olora_ray.train.estimate.MOST_WORK", 0)
-    assert value(shown()[0], "time").startswith(
-        "not estimated: one micro-batch of this model and length would take"
-    )
 
 
 def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(
@@ -171,28 +149,17 @@ def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(
     with (tmp_path / "eval.jsonl").open("a") as file:
         file.write(2 * f"{project.json.dumps(long)}\n")
     done = project.finetune(
-        project.write_config(tmp_path, project.settings(tmp_path, model)), "--dry-run"
+        project.write_config(tmp_path, project.settings(tmp_path, model)), "--dry-run", code=2
     )
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith(
-        "error: data.eval.0: 2 of 32 rows cannot be used, more than data.max_rejected = 0.01"
-    )
-    remedy = (
-        "raise data.max_length (up to 75, as far as the model has positions) or set data.too_long to drop_turns or cut,"
-        " or allow them with "
-    )
-    assert done.stderr.endswith(f"{remedy}data.max_rejected=0.063\n")
+    assert done.stderr.startswith("error: data.eval.0: 2 of 32 rows cannot be used")
+    assert done.stderr.endswith("data.max_rejected=0.063\n")
     assert done.stderr.count("\n") == 1
 
 
 def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(
     shown: Shown, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = (
-        r"^cluster\.workers=2: each worker needs about \d+\.\d GiB of memory, "
-        r"so there is room for 0 \(node here has "
-    )
-    with pytest.raises(UserError, match=f"{told}.*; if it runs on other machines, set RAY_ADDRESS"):
+    with refused("cluster.workers=2: each worker needs about "):
         shown(data__max_length=2**25, evaluation={"samples": 0})
     assert "\nexamples, with the supervised tokens in [[ ]]\n" in capsys.readouterr().out
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")

@@ -102,17 +102,6 @@ def test_a_template_of_ones_own_is_that_of_the_export(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "with").chat_template == "own"
 
 
-def test_a_processors_template_is_none_of_the_tokenizer(tmp_path: Path) -> None:
-    """Of a base for pictures and text: no tokenizer reads it, so the training had the default one."""
-    base, out = tmp_path / "base", tmp_path / "adapter"
-    save_tokenizer(base)
-    (base / "chat_template.jinja").unlink()
-    (base / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
-    completed(BaseModel(str(base), str(base), "cafe"), TrainState(step=1), out, config(str(base)))
-    assert AutoTokenizer.from_pretrained(out).chat_template == chat_template.DEFAULT
-    assert not (out / "chat_template.json").exists()
-
-
 def test_an_adapters_tokenizer_cuts_text_as_the_bases(tmp_path: Path) -> None:
     """OLMo, Granite and Phi-4 name GPT-2's class, which cuts in its own way without a config.json beside it."""
     inner = Tokenizer(
@@ -163,33 +152,16 @@ def exported(folder: Path, begin: bool, **source: Any) -> str | None:
     return file.read_text() if file.is_file() else None
 
 
-@pytest.mark.parametrize("begin", [False, True])
 @pytest.mark.parametrize(
-    "source", [{"format": "messages"}, {"format": "prompt_completion", "chat": True}]
+    ("begin", "source", "template"),
+    [
+        (False, {"format": "messages"}, chat_template.DEFAULT),
+        (True, {"format": "messages"}, "{{ bos_token }}" + chat_template.DEFAULT),
+        (False, {"format": "prompt_completion", "chat": True}, chat_template.DEFAULT),
+        (False, {"format": "prompt_completion"}, None),
+    ],
 )
-def test_chats_get_the_template_that_was_trained(
-    begin: bool, source: dict[str, Any], tmp_path: Path
+def test_chats_get_the_template_that_was_trained_and_texts_get_none(
+    begin: bool, source: dict[str, Any], template: str | None, tmp_path: Path
 ) -> None:
-    found = exported(tmp_path, begin, **source)
-    assert found == "{{ bos_token }}" * begin + chat_template.DEFAULT
-
-
-@pytest.mark.parametrize("source", [{"format": "text"}, {"format": "prompt_completion"}])
-def test_texts_get_none(source: dict[str, Any], tmp_path: Path) -> None:
-    assert exported(tmp_path, False, **source) is None
-
-
-def test_mistrals_own_form_of_a_tokenizer_does_not_go_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where its package is installed, the same folder had another tokenizer than elsewhere, or none."""
-    exported(tmp_path, False, format="messages")
-    asked: list[Any] = []
-    old = AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        AutoTokenizer,
-        "from_pretrained",
-        lambda *a, **named: asked.append(named) or old(*a, **named),
-    )
-    load_tokenizer(BaseModel("tiny", str(tmp_path / "base"), ""), tiny.config().model)
-    assert asked[0]["mistral_format"] is False
+    assert exported(tmp_path, begin, **source) == template

@@ -92,13 +92,7 @@ def test_the_field_gguf_of_earlier_releases_is_one_of_these(tmp_path: Path) -> N
     folder.write_parity(config, {"ok": True, "step": 6})
     file = Path(folder.parity)
     report = json.loads(file.read_text())
-    report["export"] = {
-        "merged": True,
-        "rank": None,
-        "push": None,
-        "license": None,
-        "gguf": "q8_0",
-    }
+    report["export"] = {"merged": True, "rank": None, "gguf": "q8_0"}
     file.write_text(json.dumps(report))
     assert folder.exported(config, 6) is not None
     assert folder.exported(tiny.config(run__storage=str(tmp_path)), 6) is None

@@ -10,12 +10,13 @@ import pytest
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.decided import NOTHING, Decision
+from olora_ray.config.decided import Decision
 from olora_ray.config.load import load_config, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder, RunState
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
+from tests.refused import refused
 from tests.said import said
 
 
@@ -48,15 +49,6 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
     assert (load_config(folder.settings), folder.root) == (config, f"{config.run.storage}/mine")
 
 
-def test_a_run_keeps_the_length_of_sequences_that_was_chosen_for_it(config: Config) -> None:
-    begin(override(config, {"data.max_length": 704}))
-    both = override(config, {"data.max_length": "auto", "train.micro_batch": "auto"})
-    kept = check(both).kept
-    assert kept.filled(both).data.max_length == 704
-    assert kept.filled(both).train.micro_batch == config.train.micro_batch
-    assert check(override(both, {"run.name": "new"})).kept == NOTHING
-
-
 def test_what_was_decided_is_kept_with_its_reason(config: Config) -> None:
     asked = override(config, {"data.max_length": "auto", "cluster.workers": "auto"})
     decisions = {
@@ -69,18 +61,15 @@ def test_what_was_decided_is_kept_with_its_reason(config: Config) -> None:
     kept = check(asked).kept
     assert kept.decision("data.max_length") == decisions["data.max_length"]
     check(override(asked, {"data.max_length": 640}))
-    with pytest.raises(UserError, match=r"data\.max_length was 640, is 512"):
+    with refused("data.max_length was 640, is 512"):
         check(override(asked, {"data.max_length": 512}))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("train.lr", 0.5),
         ("adapter.targets", ["q_proj"]),
-        ("model.attention", "eager"),
         ("data.train", [{"path": "unused.jsonl"}, {"path": "another.jsonl"}]),
-        ("run.seed", 4),
     ],
 )
 def test_a_name_with_other_settings_is_refused(config: Config, field: str, value: Any) -> None:
@@ -193,7 +182,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_to_be_longer(config:
     short = override(config, {"train.steps": 6})
     storage.remove(ended(short).checkpoints)
     check(short)
-    with pytest.raises(UserError, match=r"'mine' has .* no checkpoint to resume from"):
+    with refused("no checkpoint to resume from"):
         check(override(short, {"train.steps": 9}))
 
 
@@ -237,39 +226,17 @@ def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config: Config) -
 @pytest.mark.parametrize("what", CONTENTS)
 def test_other_contents_are_refused_wherever_they_lie(config: Config, what: str) -> None:
     folder = trained(config)
-    other = {**CONTENTS, what: "0" * 32}
-    with pytest.raises(
-        UserError,
-        match=rf"^run.name: {folder.root} was trained with another {what} \(.* is now 000000000000\)",
-    ):
-        folder.state().require_same(config, other)
     moved = override(config, {"data.train.0.path": "/moved/rows.jsonl"})
-    expected = r" \(data.train.0.path was 'unused.jsonl', is '/moved/rows.jsonl'\) was trained with another "
-    with pytest.raises(UserError, match=expected):
-        folder.state().require_same(moved, other)
-
-
-def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_contents(
-    config: Config,
-) -> None:
-    folder = tiny.claimed(config)
-    folder.write_result({"base": {"digest": "base"}, "data": {"train": "rows", "eval": None}})
-    with pytest.raises(UserError, match=r"adapter\.rank was 4, is 8"):
-        check(override(config, {"adapter.rank": 8}))
-    moved = override(config, ELSEWHERE)
-    state = check(moved)
-    state.require_same(moved, {"base model": "base", "training data": "rows", "held-out data": ""})
-    with pytest.raises(UserError, match="another training data"):
-        state.require_same(
-            moved, {"base model": "base", "training data": "other", "held-out data": ""}
-        )
+    for settings in (config, moved):
+        with refused(f"another {what}") as caught:
+            folder.state().require_same(settings, {**CONTENTS, what: "0" * 32})
+        assert ("data.train.0.path was" in str(caught.value)) == (settings is moved)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("cluster.max_failures", 0),
-        ("registry.model", "m"),
         ("train.activation_checkpointing", True),
         ("export.merged", False),
     ],
@@ -286,26 +253,20 @@ def test_what_does_not_change_the_numbers_may_change(
 def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:
     folder = begin(config)
     Path(folder.settings).write_text("run: {nam: x}\n")
-    with pytest.raises(UserError) as refused:
+    with refused(f"{folder.root} was written by another version"):
         check(config)
-    assert str(refused.value).startswith(
-        f"{folder.root} was written by another version of olora_ray, or its config.yaml was changed (config.yaml has 3"
-        " problems: run.nam: unknown field; "
-    )
-    assert str(refused.value).endswith("); set another run.name, or delete the folder")
 
 
 def test_exports_count_for_the_step_and_the_form_that_they_have(config: Config) -> None:
     folder, good = RunFolder(config.folder()), {"step": 6, "ok": True}
     assert folder.exported(config, 6) is None
-    folder.write_parity(config, good)
-    assert (folder.exported(config, 6), folder.exported(config, 4)) == (good, None)
     for field, value in (("export.merged", False), ("export.rank", 4)):
         other = override(config, {field: value})
-        assert folder.exported(other, 6) is None
         folder.write_parity(other, good)
         assert (folder.exported(other, 6), folder.exported(config, 6)) == (good, None)
         folder.write_parity(config, good)
+        assert (folder.exported(config, 6), folder.exported(other, 6)) == (good, None)
+    assert folder.exported(config, 4) is None
     folder.write_parity(config, {**good, "ok": False})
     assert folder.exported(config, 6) is None
 
@@ -313,8 +274,8 @@ def test_exports_count_for_the_step_and_the_form_that_they_have(config: Config) 
 @pytest.mark.parametrize("text", ["", "[]", "\xff"])
 def test_a_damaged_note_of_ours_counts_as_missing(config: Config, text: str) -> None:
     folder = tiny.claimed(config)
-    for place in ("result.json", "training.json", "tracking.json", "export/parity.json"):
-        file = Path(folder.root) / place
+    for name in READS:
+        file = Path(folder.root) / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(text.encode("latin-1"))
     assert folder.exported(config, 6) is None
