@@ -16,8 +16,6 @@ HALVES = ("train", "heldout")
 @cache
 def generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_corpus", QUICKSTART / "make_corpus.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

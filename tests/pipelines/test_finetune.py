@@ -32,8 +32,7 @@ def finished(
     (folder / "own.jinja").write_text(OWN)
     settings = project.settings(folder, tiny_model, data__chat_template=str(folder / "own.jinja"))
     file = project.write_config(folder, settings)
-    done = project.finetune(file, env=small_shards)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = project.finetune(file, env=small_shards, code=0)
     return folder / "runs" / "small", done.stdout
 
 
@@ -82,10 +81,8 @@ def test_ray_has_the_runs_result(finished: tuple[Path, str]) -> None:
 
     folder, _ = finished
     found = Result.from_path(str(folder))
-    assert found.metrics is not None
     last = json.loads((folder / "result.json").read_text())["metrics"]
     assert [found.metrics[name] for name in ("step", "train/loss")] == [6.0, last["train/loss"]]
-    assert found.checkpoint is not None
     assert found.checkpoint.path == str(folder / "checkpoints" / "step-0000006")
 
 
@@ -119,26 +116,9 @@ def test_mlflow_has_one_run_with_an_unbroken_series(finished: tuple[Path, str]) 
     assert [run.info.run_id for run in runs] == [result["mlflow"]["run_id"]]
     assert runs[0].info.status == "FINISHED"
     assert runs[0].data.params["adapter.rank"] == "4"
-    for name in (
-        "train/loss",
-        "train/lr",
-        "train/grad_norm",
-        "train/tokens_per_second",
-        "data/wait_fraction",
-    ):
-        assert [m.step for m in client.get_metric_history(runs[0].info.run_id, name)] == [
-            1,
-            2,
-            3,
-            4,
-            5,
-            6,
-        ]
-    assert [m.step for m in client.get_metric_history(runs[0].info.run_id, "eval/loss")] == [
-        0,
-        3,
-        6,
-    ]
+    wanted = {"train/loss": [1, 2, 3, 4, 5, 6], "data/wait_fraction": [1, 2, 3, 4, 5, 6]}
+    for name, steps in {**wanted, "eval/loss": [0, 3, 6]}.items():
+        assert [m.step for m in client.get_metric_history(runs[0].info.run_id, name)] == steps
     artifacts = {item.path for item in client.list_artifacts(runs[0].info.run_id)}
     assert {"parity.json", "samples.json"} <= artifacts
     assert {item.dataset.name for item in runs[0].inputs.dataset_inputs} == {
@@ -202,8 +182,9 @@ def test_a_finished_run_is_trained_longer_by_more_steps(
     relocate_artifacts(str(old), str(storage), f"sqlite:///{storage}/mlflow.db")
     file = old.parent / "config.yaml"
     before = json.loads((finished[0] / "result.json").read_text())
-    done = project.finetune(file, f"run.storage={storage}", "train.steps=8", env=small_shards)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = project.finetune(
+        file, f"run.storage={storage}", "train.steps=8", env=small_shards, code=0
+    )
     assert (
         "train.steps was 6, is 8: training continues after step 6 with the optimizer's state"
         in done.stdout
@@ -211,7 +192,6 @@ def test_a_finished_run_is_trained_longer_by_more_steps(
     assert "training continues after step 6 of 8" in done.stdout
     assert "olora initialisation" not in done.stdout
     metrics = Result.from_path(str(storage / "small")).metrics
-    assert metrics is not None
     assert metrics["step"] == 8.0
     result = json.loads((storage / "small" / "result.json").read_text())
     assert (result["steps"], result["registered"]["version"]) == (8, 2)
@@ -221,33 +201,3 @@ def test_a_finished_run_is_trained_longer_by_more_steps(
         result["mlflow"]["run_id"], "train/loss"
     )
     assert [metric.step for metric in history] == list(range(1, 9))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "3", "[1, 3]", "5"])
-def test_another_number_of_workers_trains_the_same_bytes(
-    workers: str, finished: tuple[Path, str], small_shards: dict[str, str], tmp_path: Path
-) -> None:
-    """Of 5, one has none of the 4 micro-batches."""
-    first, _ = finished
-    file = first.parent.parent / "config.yaml"
-    others = (
-        f"cluster.workers={workers}",
-        "cluster.cpus_per_worker=0.4",
-        f"run.storage={tmp_path / 'other'}",
-    )
-    done = project.finetune(
-        file, *others, "tracking.uri=null", "registry.model=null", env=small_shards
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    second = tmp_path / "other" / "small"
-    one, two = (
-        folder / "export" / "adapter" / "adapter_model.safetensors" for folder in (first, second)
-    )
-    assert one.read_bytes() == two.read_bytes()
-    losses = [
-        json.loads((folder / "result.json").read_text())["metrics"]["eval/loss"]
-        for folder in (first, second)
-    ]
-    assert losses[0] == losses[1]
-    assert ("1 worker without a micro-batch" in done.stdout) == (workers == "5")

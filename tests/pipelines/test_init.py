@@ -5,11 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.load import load_config, override, parse_yaml
 from olora_ray.config.schema import Config
@@ -19,6 +16,7 @@ from olora_ray.tokens.prepare import plan_here
 from pipelines import init
 from tests import tiny
 from tests.pipelines import project
+from tests.refused import refused
 from tests.said import said
 from tests.tokens import helpers
 from tests.tools.test_configuration_page import mistakes
@@ -125,16 +123,8 @@ def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(
         )
         with said() as lines:
             dry_run(command_line.resolved(found, folder))
-        assert (
-            len(
-                [
-                    line
-                    for line in lines
-                    if "copies of held-out rows, left out of the training: " in line
-                ]
-            )
-            == 1
-        )
+        left_out = "copies of held-out rows, left out of the training: "
+        assert len([line for line in lines if left_out in line]) == 1
     assert sorted(each.name for each in Path().rglob("*.jsonl")) == ["day1.jsonl", "day2.jsonl"]
 
 
@@ -142,25 +132,13 @@ def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
     Path("q.csv").write_text(
         "question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102))
     )
-    told = r"^data\.train\.0: 34 of 102 rows cannot be used.* \(empty_answer 34\); .*/q\.csv:2: .*max_rejected=0\.334$"
-    with pytest.raises(UserError, match=told):
+    with refused("data.train.0: 34 of 102 rows cannot be used"):
         init.main(["q.csv"])
     assert not Path("my_run.yaml").exists()
     assert written("q.csv", "data.max_rejected=0.334").data.max_rejected == 0.334
 
 
-def test_rows_with_dates_bytes_and_half_characters_are_read() -> None:
-    columns = {"question": [f"{n}?" for n in range(20)], "answer": [str(n) for n in range(20)]}
-    seen = pa.array([0] * 20, pa.timestamp("ms"))
-    pq.write_table(pa.table({**columns, "date": seen}), "a.parquet")
-    assert written("a.parquet", "--out", "a.yaml", out="a.yaml").data.train[0].path == "a.parquet"
-    Path("b.jsonl").write_text(
-        "".join(json.dumps({"question": f"{n} \ud83d", "answer": "a"}) + "\n" for n in range(20))
-    )
-    assert written("b.jsonl", "--out", "b.yaml", out="b.yaml").data.train[0].path == "b.jsonl"
-
-
-@pytest.mark.parametrize("count", [100, 150, 1000])
+@pytest.mark.parametrize("count", [100, 1000])
 def test_enough_rows_are_held_out_for_the_second_night(count: int, folder: Path) -> None:
     found = written(rows("a.jsonl", range(count)))
     config = command_line.resolved(override(found, {"data.train.0.format": "messages"}), folder)
@@ -171,7 +149,6 @@ def test_enough_rows_are_held_out_for_the_second_night(count: int, folder: Path)
 @pytest.mark.parametrize(
     ("words", "data", "named"),
     [
-        ("a.jsonl b.csv", ["a.jsonl", "b.csv"], None),
         ("a.jsonl b.csv --model base", ["a.jsonl", "b.csv"], "base"),
         ("a.jsonl org/model", ["a.jsonl"], "org/model"),
         ("a.jsonl --name mine", ["a.jsonl"], None),
@@ -214,7 +191,7 @@ def test_fields_of_the_data_are_taken_and_no_others() -> None:
         "prompt_completion",
         {"prompt": "ask", "completion": "say"},
     )
-    with pytest.raises(UserError, match=r"^argument train\.lr: .*set it in the config$"):
+    with refused("argument train.lr"):
         init.main(["a.jsonl", "train.lr=1", "--out", "b.yaml"])
 
 
@@ -224,28 +201,16 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
     Path("mine.jsonl").write_text("mine")
     Path("runs/few").mkdir(parents=True)
     for words, told in (
-        (["bad.jsonl"], r"^data\.train\.0: none of the 14 rows read can be used"),
-        (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file or folder$"),
-        ([], "^arguments: expected DATA and an optional MODEL; --help shows how"),
-        ([good, "modell"], r"^model\.name: modell: no such file or folder, and not a hub id"),
-        (
-            [good, "--out", "mine.jsonl"],
-            r"^mine\.jsonl: exists already; move it away, or name another config",
-        ),
-        (
-            [good, "--out", "nofolder/x.yaml"],
-            r"^--out nofolder/x\.yaml: No such file or directory$",
-        ),
-        (
-            [rows("three.jsonl", range(3))],
-            r"^three\.jsonl: 3 rows are too few to hold some out; at least 10",
-        ),
-        (
-            [rows("few.jsonl", range(40))],
-            r"^runs/few: exists already; name another run with --name$",
-        ),
+        (["bad.jsonl"], "data.train.0: none of the 14 rows"),
+        (["nowhere.jsonl"], "data.train.0.path"),
+        ([], "arguments: expected DATA"),
+        ([good, "modell"], "model.name: modell"),
+        ([good, "--out", "mine.jsonl"], "mine.jsonl: exists already"),
+        ([good, "--out", "nofolder/x.yaml"], "--out nofolder/x.yaml"),
+        ([rows("three.jsonl", range(3))], "three.jsonl: 3 rows are too few"),
+        ([rows("few.jsonl", range(40))], "runs/few: exists already"),
     ):
-        with pytest.raises(UserError, match=told):
+        with refused(told):
             init.main(words)
     assert not list(Path().glob("*.yaml"))
     assert Path("mine.jsonl").read_text() == "mine"

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import secrets
 import subprocess
 import sys
@@ -13,8 +12,8 @@ import pytest
 import requests
 from ray.job_submission import JobStatus
 
-from tests.pipeline.test_connection import connected, environment
 from tests.pipelines import project
+from tests.ran import ran
 from tests.ray_head import BIN, Head
 from tests.recovery.processes import scratch
 from tests.waiting import until
@@ -35,13 +34,9 @@ def head() -> Iterator[Head]:
 
 
 def live_actors(head: Head) -> list[str]:
-    listing = subprocess.run(
+    listing = ran(
         [BIN / "ray", "list", "actors", "--filter", "state=ALIVE", "--format", "json"],
         env=head.submitter,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
     )
     # Ray Data keeps this one for the cluster, whatever runs.
     return [
@@ -76,42 +71,6 @@ def test_nobody_submits_a_job_without_the_token(head: Head, tmp_path: Path) -> N
     assert "403" in log or "uthenticat" in log
 
 
-@pytest.mark.slow  # in make test, with a stand-in for the head: tests/cluster/test_token.py
-def test_a_head_with_a_token_is_joined_or_refused_in_one_line(head: Head) -> None:
-    there = {**environment(head.folder), "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
-    done = connected({**there, "RAY_AUTH_TOKEN_PATH": str(head.folder / "ray_token")})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(
-        rf"^own \S+:{head.port} True$", done.stdout, re.MULTILINE
-    )  # Ray may name 127.0.0.1 otherwise
-    for change, problem in (
-        ({}, "requires a token, but "),
-        ({"RAY_AUTH_TOKEN": "another"}, "rejects the token of RAY_AUTH_TOKEN"),
-    ):
-        refused = connected({**there, **change})
-        assert refused.returncode == 2, refused.stdout + refused.stderr
-        [line] = refused.stderr.splitlines()
-        assert line.startswith(f"error: RAY_ADDRESS=127.0.0.1:{head.port}: ")
-        assert problem in line
-        assert head.token not in line
-
-
-@pytest.mark.slow  # in make test, without a job: tests/config/test_command_line.py
-def test_a_broken_config_fails_the_job_with_one_line(
-    head: Head, tiny_model: Path, corpus: Path
-) -> None:
-    file = project.write_config(corpus, project.settings(corpus, tiny_model))
-    code, log = head.submit(SCRIPT, file, "adapter.rnk=8")
-    assert code == 1
-    lines = [line for line in log.splitlines() if line.startswith("error: ")]
-    # Once as the last line of the log, and once more where `ray job submit` says why the job failed.
-    assert set(lines) == {f"error: {file}: adapter.rnk: unknown field; did you mean adapter.rank?"}
-    newest = max(head.client().list_jobs(), key=lambda job: job.start_time or 0)
-    assert newest.status == JobStatus.FAILED
-    assert "Traceback" not in log
-    assert not (corpus / "runs" / "small").exists()
-
-
 @pytest.mark.slow
 def test_a_submitter_follows_the_job_of_its_name_and_ends_as_that_does(
     head: Head, tmp_path: Path
@@ -140,7 +99,6 @@ def test_a_submitter_follows_the_job_of_its_name_and_ends_as_that_does(
             go.touch()
             assert (first.wait(60), second.wait(60)) == (75, 75)
     with submitter() as third:  # after an end there is another job
-        assert third.stdout
         assert third.stdout.read().splitlines()[0] == "job night-2: submitted"
         assert third.wait(60) == 75
     found = {
@@ -197,24 +155,14 @@ def test_the_limit_of_a_night_stops_its_job_on_the_cluster(head: Head, tmp_path:
         tmp_path / "no_config.yaml",
     ]
     command = [*night, "--", sys.executable, SUBMIT, "limited", "--", "sleep", "600"]
-    done = subprocess.run(
-        command, env=head.submitter, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 75, done.stdout + done.stderr
+    done = ran(command, code=75, env=head.submitter)
     assert "NOT FINISHED: stopped after 0.005 hours" in done.stdout
     assert head.client().get_job_status("limited") == JobStatus.STOPPED
 
 
 def submit(environment: dict[str, str], name: str, *words: str) -> tuple[int, list[str]]:
     """(exit code, lines on stderr)."""
-    done = subprocess.run(
-        [sys.executable, SUBMIT, name, "--", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ran([sys.executable, SUBMIT, name, "--", *words], code=None, env=environment)
     return done.returncode, done.stderr.splitlines()
 
 

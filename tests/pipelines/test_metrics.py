@@ -131,13 +131,14 @@ def test_every_metric_can_be_read_while_a_training_runs(
     ]
     steps = [row for row in result if "train/loss" in row]
     evaluations = [row for row in result if "eval/loss" in row]
-    assert last["ray_olora_loss"] == pytest.approx(steps[-1]["train/loss"])
-    assert last["ray_olora_learning_rate"] == pytest.approx(steps[-1]["train/lr"])
-    assert last["ray_olora_data_wait_fraction"] == pytest.approx(steps[-1]["data/wait_fraction"])
-    assert last["ray_olora_supervised_tokens_per_second"] == pytest.approx(
-        steps[-1]["train/tokens_per_second"]
-    )
-    assert last["ray_olora_eval_loss"] == pytest.approx(evaluations[-1]["eval/loss"])
+    for name, value in {
+        "loss": steps[-1]["train/loss"],
+        "learning_rate": steps[-1]["train/lr"],
+        "data_wait_fraction": steps[-1]["data/wait_fraction"],
+        "supervised_tokens_per_second": steps[-1]["train/tokens_per_second"],
+        "eval_loss": evaluations[-1]["eval/loss"],
+    }.items():
+        assert last[f"ray_olora_{name}"] == pytest.approx(value)
     assert last["ray_olora_step_seconds_count"] >= STEPS  # those that were done again count too
     assert last["ray_olora_checkpoint_seconds_count"] >= STEPS / 40
     assert last["ray_olora_checkpoint_seconds_sum"] > 0

@@ -83,25 +83,21 @@ def test_a_server_with_users(
     file = project.write_config(corpus, tree)
     user = {"MLFLOW_TRACKING_USERNAME": "ann"}
 
-    wrong = project.finetune(file, env={**user, "MLFLOW_TRACKING_PASSWORD": "c4n4ryWrong"})
-    assert wrong.returncode == 2, wrong.stdout + wrong.stderr
+    wrong = project.finetune(file, env={**user, "MLFLOW_TRACKING_PASSWORD": "c4n4ryWrong"}, code=2)
     assert wrong.stderr.strip() == (
         f"error: tracking.uri={server.uri}: the server refuses access; set MLFLOW_TRACKING_USERNAME and _PASSWORD,"
         " or MLFLOW_TRACKING_TOKEN"
     )
     assert not (corpus / "runs" / "small").exists()
 
-    right = project.finetune(file, env={**user, "MLFLOW_TRACKING_PASSWORD": "c4n4ryMlflow"})
-    assert right.returncode == 0, right.stdout + right.stderr
+    right = project.finetune(file, env={**user, "MLFLOW_TRACKING_PASSWORD": "c4n4ryMlflow"}, code=0)
     address = server.uri.replace("://", "://ann:c4n4ryMlflow@")
     named = {"MLFLOW_TRACKING_URI": address}
     inside = project.finetune(
-        file, "run.name=other", "tracking.uri=env:MLFLOW_TRACKING_URI", env=named
+        file, "run.name=other", "tracking.uri=env:MLFLOW_TRACKING_URI", env=named, code=0
     )
-    assert inside.returncode == 0, inside.stdout + inside.stderr
     assert "ann:***@" in inside.stdout
-    refused = project.finetune(file, f"tracking.uri={address}")
-    assert refused.returncode == 2
+    refused = project.finetune(file, f"tracking.uri={address}", code=2)
     assert "MLFLOW_TRACKING_PASSWORD" in refused.stderr
 
     for done in (wrong, right, inside, refused):

@@ -16,6 +16,7 @@ import yaml
 
 from olora_ray.config.load import flatten, load_config
 from tests.pipelines import project
+from tests.ran import ran
 from tests.recovery import processes
 
 pytestmark = pytest.mark.ray
@@ -50,14 +51,11 @@ def write(folder: Path, model: Path, space: dict[str, Any], **changes: Any) -> l
 
 
 def sweep(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return ran(
         [sys.executable, SCRIPT, *arguments],
+        code=None,
         cwd=project.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
     )
 
 
@@ -152,21 +150,6 @@ def test_the_trials_share_what_is_the_same_for_all(searched: tuple[Path, str]) -
     assert len(starts) == 1  # the base was measured once
 
 
-@pytest.mark.slow  # in make test, without Ray: tests/sweep/test_outcome.py
-def test_the_same_command_again_trains_nothing(
-    searched: tuple[Path, str], tiny_model: Path
-) -> None:
-    folder, log = searched
-    before = json.loads((folder / "leaderboard.json").read_text())
-    project_folder = folder.parents[1]
-    again = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "search: already complete; no trial runs" in again.stdout
-    assert json.loads((folder / "leaderboard.json").read_text()) == before  # the duration too
-    assert (said := re.search(r" trials: +(7 in .*)", log))
-    assert said[1] in again.stdout
-
-
 @pytest.mark.slow
 def test_the_best_of_trials_with_tokens_of_their_own_is_registered(
     corpus: Path, tiny_model: Path
@@ -234,16 +217,7 @@ def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> 
     long = {"train__steps": 120, "train__eval_every": 10, "train__checkpoint_every": 40}
     command = [sys.executable, "-c", WATCHED, SCRIPT, *write(corpus, tiny_model, space, **long)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command,
-        cwd=project.ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = ran(command, cwd=project.ROOT, env=environment)
     found = records(corpus / "runs" / "small-space")
     assert sorted(found) == list(range(7))
     statuses = [found[number]["status"] for number in range(7)]
@@ -286,7 +260,6 @@ def test_a_search_whose_driver_is_killed_resumes(
         text=True,
         start_new_session=True,
     ) as driver:
-        assert driver.stdout
         for line in driver.stdout:
             if "2 of 7 trials have ended" in line:
                 break
@@ -364,7 +337,6 @@ def test_trials_continue_when_the_process_they_share_is_killed(
         stdout=subprocess.PIPE,
         text=True,
     ) as driver:
-        assert driver.stdout
         killed = 0
         for line in driver.stdout:
             if "step 40/200" in line and not killed:
