@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+
+from tests.ran import ran
 
 Tree = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -135,9 +136,7 @@ def rendered(tmp_path: Path, name: str) -> list[Tree]:
         file.write_text(
             re.sub(r"^  # - (\w+\.yaml)", r"  - \1", file.read_text(), flags=re.MULTILINE)
         )
-    done = subprocess.run(
-        ["kubectl", "kustomize", copy / name], check=True, capture_output=True, text=True
-    )
+    done = ran(["kubectl", "kustomize", copy / name])
     return list(yaml.safe_load_all(done.stdout))
 
 

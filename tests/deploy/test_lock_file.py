@@ -2,9 +2,6 @@
 
 import csv
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -128,38 +125,6 @@ def named(tree: Any) -> Iterator[tuple[str, Any]]:
     for key, value in items:
         yield key, value
         yield from named(value)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("glibc", "fits"), [("2_35", True), ("2_17", False)])
-def test_wheels_of_the_lock_run_on_ubuntu_22_04(tmp_path: Path, glibc: str, fits: bool) -> None:
-    """Images have Ubuntu 22.04 (glibc 2.35) or newer. The second case shows that an old one would be seen."""
-    if not (uv := shutil.which("uv")):
-        pytest.skip("needs uv and a package index")
-    words = [
-        uv,
-        "pip",
-        "install",
-        "--dry-run",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--python",
-        sys.executable,
-    ]
-    words += [
-        "--target",
-        tmp_path,
-        "--python-platform",
-        f"x86_64-manylinux_{glibc}",
-        "-r",
-        ROOT / "deploy/requirements.lock",
-    ]
-    for pure in ("rouge-score", "sqlitedict", "word2number"):  # PyPI has their sources alone
-        words += ["--no-binary", pure]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode == 0) is fits, done.stderr
-    assert fits or "no wheels with a matching platform tag" in " ".join(done.stderr.split())
 
 
 def test_each_locked_package_names_a_license_that_lets_others_keep_their_code() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.ran import ran
 from tests.receiver import Receiver, receiver
 from tests.waiting import until
 
@@ -50,7 +51,7 @@ def words(config: Path, script: str, *options: str) -> list[str]:
 def night(config: Path, script: str, *options: str) -> tuple[int, list[str]]:
     """Return (exit code, lines of the output)."""
     command = words(config, script, *options)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = ran(command, code=None)
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
 
@@ -91,15 +92,11 @@ def test_an_end_that_the_command_has_not_told_is_told_with_its_last_line(
     config: Path, hook: Receiver, command: list[str], code: int, reason: str
 ) -> None:
     bin = str(Path(sys.executable).parent)
-    done = subprocess.run(
+    ran(
         [sys.executable, NIGHT, config, "--", *command],
+        code=code,
         env={**os.environ, "PATH": f"{bin}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
-    assert done.returncode == code
     (message,) = hook.got
     assert (message["event"], message["model"]) == ("failed", "support")
     assert message["reason"].endswith(reason)
@@ -115,23 +112,10 @@ def test_a_mistake_in_the_config_is_told_to_whom_the_config_names(
     assert [(each["event"], each["model"]) for each in hook.got] == [("failed", "support")]
 
 
-def test_a_night_that_finds_another_process_at_work_is_no_failure(
-    config: Path, hook: Receiver
-) -> None:
-    line = "error: the retraining of support is already running (process 7 on a, since 02:30); try again later"
-    code, lines = night(config, f'echo "{line}" >&2; exit 75', "--tries", "2")
-    assert (code, lines.count(line)) == (0, 2)
-    assert f"SKIPPED: {line.removeprefix('error: ')} (exit code 75)" in "\n".join(lines)
-    assert hook.got == []
-
-
 def test_the_output_comes_while_the_command_runs_and_stays_in_its_streams(config: Path) -> None:
     script = "echo out; echo err >&2; read line; echo $line"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(words(config, script), text=True, **pipes) as process:
-        assert process.stdin
-        assert process.stdout
-        assert process.stderr
         assert (process.stdout.readline(), process.stderr.readline()) == ("out\n", "err\n")
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -210,7 +194,6 @@ def test_a_signal_reaches_the_command_and_ends_the_pause(
     with subprocess.Popen(
         words(config, busy, "--pause", "60"), stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout
         lines = [process.stdout.readline()]  # that it has begun, or waits
         process.send_signal(number)
         lines += process.stdout.read().splitlines()
@@ -230,13 +213,6 @@ def test_a_signal_reaches_the_command_and_ends_the_pause(
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], problem: str) -> None:
-    done = subprocess.run(
-        [sys.executable, NIGHT, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2
+    done = ran([sys.executable, NIGHT, *arguments], code=2)
     assert done.stderr.startswith(f"error: {problem}")
     assert len(done.stderr.splitlines()) == 1

@@ -13,6 +13,7 @@ import yaml
 from ray.scripts import scripts
 
 from olora_ray.config.load import parse_assignments
+from tests.ran import ran
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -106,14 +107,7 @@ def cron(
     }
     environment = {**given, **mine, **changes, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     assert mine.keys() <= given.keys()
-    return subprocess.run(
-        [given["SHELL"], "-c", command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return ran([given["SHELL"], "-c", command], code=None, env=environment)
 
 
 @pytest.mark.parametrize("code", [0, 2])

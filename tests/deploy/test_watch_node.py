@@ -10,6 +10,7 @@ import pytest
 
 from tests.deploy import metadata
 from tests.deploy.test_recipes import DEPLOY, recorder
+from tests.ran import ran
 from tests.waiting import until
 
 INSIDE = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
@@ -75,7 +76,5 @@ def test_a_node_without_its_head_ends_itself(cloud: str, call: str, tmp_path: Pa
 
 def test_a_machine_that_is_no_clouds_is_left_alone(tmp_path: Path) -> None:
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "METADATA_URL": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        ["bash", SCRIPT, "0"], env=environment, check=True, capture_output=True, text=True
-    )
+    done = ran(["bash", SCRIPT, "0"], env=environment)
     assert "this node is not watched" in done.stdout
