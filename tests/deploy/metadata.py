@@ -1,9 +1,8 @@
-"""A stand-in for the metadata service of a cloud: python metadata.py CLOUD PORT FOLDER.
+"""A stand-in for the metadata service of a cloud.
 
 A file FOLDER/notice takes the node away. FOLDER/asked gets the requests that end the machine.
 """
 
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -58,7 +57,3 @@ def serve(cloud: str, port: int, folder: Path) -> ThreadingHTTPServer:
         def log_message(self, *words: object) -> None: ...
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])).serve_forever()

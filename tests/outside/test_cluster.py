@@ -15,7 +15,7 @@ import yaml
 
 from tests.outside import cluster, world
 from tests.outside.cluster import submitted
-from tests.outside.world import ROOT, Machine, World
+from tests.outside.world import Machine, World
 from tests.pipelines import project
 from tests.waiting import until
 
@@ -108,28 +108,6 @@ def test_a_run_is_the_same_whatever_dies(
     until(
         lambda: cluster.nodes(outside) == cluster.NODES, 300, pause=5
     )  # the machine is a node again, by itself
-
-
-def test_a_spot_notice_moves_the_training_to_another_node(
-    outside: World, laptop: Machine, config: Path
-) -> None:
-    """The watcher of deploy/ with a stand-in for EC2's metadata service, which has the notice in mid-run."""
-    process, log = cluster.submit(laptop, "pipelines/finetune.py", str(config), "run.name=spot")
-    until(lambda: reached(log, 200), 240, pause=0.5)
-    victim = next(
-        each for each in outside.machines.values() if cluster.pids(each, "RayTrainWorker")
-    )
-    victim.start(f"python3 {ROOT}/tests/deploy/metadata.py ec2 8169 /tmp", "metadata.log")
-    variables = (
-        "export METADATA_URL=http://127.0.0.1:8169 PATH=~/olora_env/bin:$PATH RAY_AUTH_MODE=token"
-    )
-    victim.start(f"{variables}; sleep 2; bash olora_ray/deploy/watch_node.sh", "watch.log")
-    until(lambda: "watching" in (victim.folder / "watch.log").read_text(), 30)
-    victim.ok("touch /tmp/notice")
-    assert process.wait(600) == 0, log.read_text()[-6000:]
-    assert "is preempted" in log.read_text()
-    assert adapter(outside, "spot") == adapter(outside, "first")
-    until(lambda: cluster.nodes(outside) == cluster.NODES, 400, pause=5)
 
 
 def test_a_search_on_an_object_store(laptop: Machine, config: Path) -> None:

@@ -1,5 +1,6 @@
 """A version's description says in words what it is, and nothing of the machine that trained it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -7,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from olora_ray.pipeline import publish
 from olora_ray.pipeline.version import describe
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.models import BaseOfAdapter
-from olora_ray.tracking.start import resolve_uri
+from olora_ray.tracking.start import resolve_uri, start_run
+from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.objectives.objective import perplexity
 from tests import finished_run
 from tests.finished_run import FinishedRun
 
@@ -71,3 +75,18 @@ def test_an_adapter_alone_says_what_else_is_needed(run: FinishedRun) -> None:
         run, finished_run.SCORES, BaseOfAdapter("org/base", "cafe", folder, "0123", True)
     )
     assert "`org/base` at commit `0123`" in text
+
+
+def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: FinishedRun) -> None:
+    losses = {0: 2.0, 2: 1.0, 4: 1.5}
+    history = [
+        {"step": float(step), "eval/loss": loss, "eval/perplexity": perplexity(loss)}
+        for step, loss in losses.items()
+    ]
+    result = replace(run.result, state=TrainState(4, 1.0, 2, history=history))
+    tracker = start_run(run.config, "test", {})
+    found = publish.publish(replace(run.exported, result=result), tracker, {}, {})
+    assert found["best_step"] == 2
+    assert found["eval_loss_before"] == 2.0
+    assert found["metrics"]["eval/loss"] == 1.0
+    assert found["metrics"]["eval/perplexity"] == pytest.approx(math.e)

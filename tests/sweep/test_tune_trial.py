@@ -264,13 +264,18 @@ def handed_on(first: Any, second: Any, folder: Path) -> None:
 def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(
     tmp_path: Path, searcher: str
 ) -> None:
-    """Regression: each trial was trained and then counted as failed, because Tune wrote its note to the old folder."""
+    """Regression: each trial was trained and then counted as failed, because Tune wrote its note to the old folder.
+
+    The concurrency is that of today, too, not that of the first attempt.
+    """
     search = spec(tmp_path, searcher=searcher)
     begun(search, '{"trial_data": [["{}", "{}"]]}')
     found = again(search, concurrent=2)._tune_config.search_alg
-    first: Any = BasicVariantGenerator()
+    first: Any = BasicVariantGenerator(max_concurrent=5)
+    limiter = found
     if searcher == "tpe":
-        first = SearchGenerator(ConcurrencyLimiter(found.searcher.searcher, 2))
+        first = SearchGenerator(ConcurrencyLimiter(found.searcher.searcher, 5))
+        limiter = found.searcher
     old = tmp_path / "old"
     first.add_configurations(
         [Experiment("tune", SearchTrial, config={NUMBER: 0}, storage_path=str(old), num_samples=2)]
@@ -279,3 +284,4 @@ def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(
     handed_on(first, found, tmp_path)
     trial = found.next_trial()
     assert trial.storage.storage_fs_path == search.folder
+    assert limiter.max_concurrent == 2
