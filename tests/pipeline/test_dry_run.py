@@ -159,10 +159,15 @@ def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(
 def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(
     shown: Shown, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # With less that could be advised there is less to estimate.
+    large = {
+        "data__max_length": 2**25,
+        "model__dtype": "bfloat16",
+        "train__activation_checkpointing": True,
+        "evaluation": {"samples": 0},
+    }
     with refused("cluster.workers=2: each worker needs about "):
-        shown(data__max_length=2**25, evaluation={"samples": 0})
+        shown(**large)
     assert "\nexamples, with the supervised tokens in [[ ]]\n" in capsys.readouterr().out
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert value(shown(data__max_length=2**25, evaluation={"samples": 0})[0], "time").startswith(
-        "not estimated: the workers run on another"
-    )
+    assert value(shown(**large)[0], "time").startswith("not estimated: the workers run on another")
