@@ -49,9 +49,7 @@ def raised(error: Exception) -> Exception:
         ({}, "workers failed"),
     ],
 )
-def test_the_cause_is_named_not_its_consequences(
-    exceptions: dict[int, Exception], expected: str
-) -> None:
+def test_the_cause_is_named_not_its_consequences(exceptions, expected):
     assert describe(exceptions) == expected
 
 
@@ -81,9 +79,7 @@ def preempted() -> Exception:
         (ControllerError(WorkerGroupStartupTimeoutError(2)), None, False),
     ],
 )
-def test_what_counts_against_the_limit(
-    error: BaseException, expected: str | None, counted: bool
-) -> None:
+def test_what_counts_against_the_limit(error, expected, counted):
     assert expected is None or cause(error) == expected
     assert counts(error) is counted
 
@@ -91,12 +87,12 @@ def test_what_counts_against_the_limit(
 @pytest.mark.parametrize(
     ("error", "advised"), [(torch.OutOfMemoryError("CUDA"), True), (RuntimeError("NCCL"), False)]
 )
-def test_only_a_lack_of_memory_is_advised_as_one(error: RuntimeError, advised: bool) -> None:
+def test_only_a_lack_of_memory_is_advised_as_one(error, advised):
     with pytest.raises(UserError if advised else RuntimeError), advice_for_memory(tiny.decided()):
         raise error
 
 
-def test_a_store_that_does_not_answer_is_told_apart() -> None:
+def test_a_store_that_does_not_answer_is_told_apart():
     away = StoreUnavailable("s3://b/runs: no answer for 60 s")
     assert passes(WorkerGroupError("", {0: raised(GLOO), 1: raised(away)}))
     assert passes(

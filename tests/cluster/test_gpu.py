@@ -1,7 +1,5 @@
 """What only a GPU can show; all that can be shown without one is in tests/device."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_start_equals_the_base_exactly(dtype: torch.dtype) -> None:
+def test_the_start_equals_the_base_exactly(dtype):
     base = tiny.llama(attention="sdpa", dtype=dtype).cuda()
     ids = torch.randint(2, tiny.VOCABULARY, (2, 16), device="cuda")
     with torch.no_grad():
@@ -33,7 +31,7 @@ def test_the_start_equals_the_base_exactly(dtype: torch.dtype) -> None:
         assert torch.equal(adapted.loss.model(ids, use_cache=False).logits, expected)
 
 
-def test_the_attention_that_is_picked_keeps_segments_apart() -> None:
+def test_the_attention_that_is_picked_keeps_segments_apart():
     device = torch.device("cuda")
     settings = tiny.decided()
     dtype = pick_dtype(settings.model, device)
@@ -54,7 +52,7 @@ WINDOW = 8
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
-def test_losses_and_gradients_do_not_depend_on_the_attention(window: int | None) -> None:
+def test_losses_and_gradients_do_not_depend_on_the_attention(window):
     def model(attention: str, dtype: torch.dtype) -> Any:
         if window is None:
             return tiny.llama(attention=attention, dtype=dtype)
@@ -91,7 +89,7 @@ def test_losses_and_gradients_do_not_depend_on_the_attention(window: int | None)
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
-def test_a_batch_comes_whole_to_the_gpu(attention: str) -> None:
+def test_a_batch_comes_whole_to_the_gpu(attention):
     for seed in range(50):  # the memory that is copied from is used again
         batch = collate([tiny.pack(40, 7, seed=seed), tiny.pack(12, seed=seed + 1)], attention)
         moved = batch.to(torch.device("cuda"))
@@ -104,7 +102,7 @@ def test_a_batch_comes_whole_to_the_gpu(attention: str) -> None:
         assert torch.equal(batch.predicts, moved.predicts.cpu())
 
 
-def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path: Path) -> None:
+def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path):
     cpu, gpu = (
         device_walk.walk(
             device_walk.start(tiny.llama(), torch.device(device)),
@@ -118,7 +116,7 @@ def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path: Path) -> None:
     assert list(map(len, gpu.answers)) == list(map(len, cpu.answers))
 
 
-def test_a_process_computes_on_the_gpu_that_ray_gave_it(ray_with: Callable[[int], None]) -> None:
+def test_a_process_computes_on_the_gpu_that_ray_gave_it(ray_with):
     ray_with(2)
     ask = ray.remote(assigned_device)
     assert ray.get(ask.options(num_gpus=1).remote()) == torch.device("cuda", 0)

@@ -26,9 +26,7 @@ def keep(text: str, file: Path) -> None:
     file.write_text(text)
 
 
-def test_the_token_is_that_of_the_environment_or_of_a_file(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_is_that_of_the_environment_or_of_a_file(home, monkeypatch):
     assert address.known() is None
     keep("of home\n", home / ".ray" / "auth_token")
     assert address.known() == "of home"
@@ -56,13 +54,13 @@ def test_the_token_is_that_of_the_environment_or_of_a_file(
     ],
 )
 def test_a_ray_is_joined_as_it_wants_or_refused_with_a_reason(
-    wished: str | None,
-    ours: str | None,
-    theirs: str | None,
-    problem: str | None,
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    wished,
+    ours,
+    theirs,
+    problem,
+    home,
+    monkeypatch,
+):
     if wished is not None:
         monkeypatch.setenv("RAY_AUTH_MODE", wished)
     if ours is not None:
@@ -80,7 +78,7 @@ def test_a_ray_is_joined_as_it_wants_or_refused_with_a_reason(
         assert chosen == []
 
 
-def test_a_token_is_made_once_and_for_this_user_only(home: Path) -> None:
+def test_a_token_is_made_once_and_for_this_user_only(home):
     address.make_own()
     file = home / ".ray" / "auth_token"
     assert re.fullmatch("[0-9a-f]{64}", first := file.read_text())
@@ -90,7 +88,7 @@ def test_a_token_is_made_once_and_for_this_user_only(home: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
 
 
-def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(home: Path) -> None:
+def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(home):
     (home / ".ray").write_text("no folder")
     address.make_own()
     assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])

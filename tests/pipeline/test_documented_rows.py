@@ -1,7 +1,6 @@
 """A row that docs/data.md describes passes the first look and the dry run, and nothing of it is left out."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,9 +61,7 @@ EACH = pytest.mark.parametrize(
 
 @EACH
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_documented_row_is_used_as_it_is(
-    row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path
-) -> None:
+def test_a_documented_row_is_used_as_it_is(row, renamed, tmp_path):
     format, columns = row
     fields = {
         name: f"my {name}" if renamed else name

@@ -54,7 +54,7 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-def test_an_export_is_written_and_checked(run: Run) -> None:
+def test_an_export_is_written_and_checked(run):
     measured = export.export_run(run.spec, run.folder, STEP)
     assert run.folder.exported(run.config, STEP) == json.loads(json.dumps(measured))
     assert measured["ok"] is True
@@ -67,9 +67,7 @@ def test_an_export_is_written_and_checked(run: Run) -> None:
 
 
 @pytest.mark.parametrize("damaged", [None, 8, -1])
-def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(
-    run: Run, damaged: int | None
-) -> None:
+def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(run, damaged):
     export.export_run(run.spec, run.folder, STEP)
     file = Path(run.folder.merged) / "model.safetensors"
     number, right = file.stat().st_ino, file.read_bytes()

@@ -1,7 +1,6 @@
 """What a training on the cluster is given: Train's controller unpacks it without torch, half of its start."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -23,7 +22,7 @@ print(*(type(each).__name__ for each in rest[0]))
 """
 
 
-def test_the_controller_needs_no_torch(tmp_path: Path) -> None:
+def test_the_controller_needs_no_torch(tmp_path):
     from ray.train.v2._internal.execution.failure_handling import create_failure_policy
     from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
 

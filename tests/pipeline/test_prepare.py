@@ -1,7 +1,5 @@
 """The plan of a run refuses what its objective does not measure, before anything is prepared."""
 
-from pathlib import Path
-
 import pytest
 
 from olora_ray.common.errors import UserError
@@ -9,9 +7,7 @@ from olora_ray.pipeline import prepare
 from tests import example_objective, tiny
 
 
-def test_a_gate_on_the_perplexity_of_an_objective_without_one_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_gate_on_the_perplexity_of_an_objective_without_one_is_refused(monkeypatch, tmp_path):
     with example_objective.installed(monkeypatch, tmp_path):
         config = tiny.config(train__objective="examples", gate__metric="eval/perplexity")
         with pytest.raises(UserError) as error:
@@ -20,9 +16,7 @@ def test_a_gate_on_the_perplexity_of_an_objective_without_one_is_refused(
 
 
 @pytest.mark.parametrize("field", ["data__train", "data__eval"])
-def test_rows_from_which_the_objective_cannot_learn_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, field: str
-) -> None:
+def test_rows_from_which_the_objective_cannot_learn_are_refused(monkeypatch, tmp_path, field):
     rows = {"path": "rows.txt", "format": "text"}
     with example_objective.installed(monkeypatch, tmp_path):
         config = tiny.config(train__objective="examples", **{field: [rows]})

@@ -62,7 +62,7 @@ def exported(folder: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("xet", [True, False])
-def test_a_finished_run_is_pushed_once(config: Config, tmp_path: Path, xet: bool) -> None:
+def test_a_finished_run_is_pushed_once(config, tmp_path, xet):
     folder = RunFolder(config.folder())
     with hub_stand_in.running(str(tmp_path / "xet") if xet else "") as hub, said() as lines:
         publish.push(config)
@@ -88,9 +88,7 @@ def test_a_finished_run_is_pushed_once(config: Config, tmp_path: Path, xet: bool
     ]
 
 
-def test_an_adapter_takes_the_place_of_a_merged_model_and_other_files_stay(
-    config: Config, hub: Hub
-) -> None:
+def test_an_adapter_takes_the_place_of_a_merged_model_and_other_files_stay(config, hub):
     folder = RunFolder(config.folder())
     shutil.rmtree(folder.merged)  # as export.merged=false leaves it
     hub.repos[REPO] = {"model-00001-of-00002.safetensors": b"1", "notes.md": b"mine"}
@@ -121,9 +119,7 @@ def problem_of(repo: str) -> str:
         ("else/a", "fineGrained", ""),
     ],
 )
-def test_what_may_not_be_pushed_is_told_before_the_training(
-    hub: Hub, repo: str, role: str, told: str
-) -> None:
+def test_what_may_not_be_pushed_is_told_before_the_training(hub, repo, role, told):
     hub.role = role
     if told:
         assert problem_of(repo).startswith(f"export.push: {repo}: {told}")
@@ -133,9 +129,7 @@ def test_what_may_not_be_pushed_is_told_before_the_training(
     assert hub.requests.count("/api/whoami-v2") <= 1
 
 
-def test_a_missing_token_or_hub_is_told_before_the_training(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_token_or_hub_is_told_before_the_training(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "the hub refuses it (Invalid user token. The token from HF_TOKEN" in problem_of("acme/a")
     monkeypatch.delenv("HF_TOKEN")
@@ -148,7 +142,7 @@ def test_a_missing_token_or_hub_is_told_before_the_training(
             publish.check_hub("acme/a")
 
 
-def test_a_license_that_nobody_names_is_told_before_the_training(tmp_path: Path) -> None:
+def test_a_license_that_nobody_names_is_told_before_the_training(tmp_path):
     base = BaseModel("org/base", str(tmp_path), "")
     with refused("export.license"):
         publish.check_license(tiny.config(export__push="acme/a"), base)

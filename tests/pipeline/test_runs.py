@@ -1,7 +1,5 @@
 """The table of runs says what a storage has, also where something in it is damaged."""
 
-from pathlib import Path
-
 import pytest
 
 from olora_ray.common import storage
@@ -30,7 +28,7 @@ def made(root: str, name: str, step: int = 4, **changes: object) -> RunFolder:
 
 
 @pytest.mark.parametrize("place", ["tmp_path", "bucket"])
-def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequest) -> None:
+def test_every_folder_of_ours_has_a_line(place, request):
     root = str(request.getfixturevalue(place))
     for other in (
         "tokens/ab/manifest.json",
@@ -76,9 +74,7 @@ def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequ
     assert [line[-16:] for line in lines[1:]] == sorted(line[-16:] for line in lines[1:])
 
 
-def test_a_folder_without_runs_is_an_error_if_it_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_runs_is_an_error_if_it_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with refused("/nothere"):
         runs.main(["nothere"])
@@ -86,9 +82,7 @@ def test_a_folder_without_runs_is_an_error_if_it_is_named(
     assert capsys.readouterr().out == f"no runs in {tmp_path}/runs\n"
 
 
-def test_what_a_run_decided_is_shown_with_its_reasons(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_run_decided_is_shown_with_its_reasons(tmp_path, capsys, monkeypatch):
     folder = made(str(tmp_path / "runs"), "mine")
     why = "3 would need about 81.2 GiB on each GPU"
     folder.write_config(tiny.config(), {"train.micro_batch": Decision(2, why)}, folder.state())

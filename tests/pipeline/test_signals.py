@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
 
 import pytest
 
@@ -12,9 +11,7 @@ from olora_ray.pipeline.connection import Stop
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_at_once(
-    number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_ends_at_once(number, code, capfd):
     with Stop(), pytest.raises(Stopped) as caught:
         os.kill(os.getpid(), number)
     assert caught.value.exit_code == code
@@ -25,7 +22,7 @@ def test_a_signal_ends_at_once(
     assert str(caught.value) == f"stopped ({name}); run the same command again to resume"
 
 
-def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end() -> None:
+def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end():
     with Stop() as stop:
         stop.gentle = True
         os.kill(os.getpid(), signal.SIGTERM)
@@ -42,7 +39,7 @@ def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end() -> None:
 
 
 @pytest.mark.ray
-def test_a_signal_ends_a_wait_for_ray(ray_with: Callable[[int], None]) -> None:
+def test_a_signal_ends_a_wait_for_ray(ray_with):
     """Ray drops an exception of a handler while it waits, unless it is a KeyboardInterrupt."""
     import ray
 

@@ -41,9 +41,7 @@ def holding(folder: Path, canary: bytes = CANARY) -> list[str]:
 
 
 @pytest.mark.slow
-def test_secrets_of_the_environment_stay_there(
-    tiny_model: Path, corpus: Path, ray_files: Path
-) -> None:
+def test_secrets_of_the_environment_stay_there(tiny_model, corpus, ray_files):
     secret = {
         **CANARIES,
         "OUR_MLFLOW": f"sqlite:///{corpus}/hidden.db",
@@ -75,9 +73,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
 
 
 @pytest.mark.slow
-def test_a_server_with_users(
-    guarded: tuple[Server, Path], tiny_model: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_with_users(guarded, tiny_model, corpus, monkeypatch):
     server, folder = guarded
     tree = project.settings(corpus, tiny_model, train__steps=2, tracking={"uri": server.uri})
     file = project.write_config(corpus, tree)

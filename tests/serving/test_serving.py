@@ -134,9 +134,7 @@ def agrees(engine: "Server | LlamaCpp", answers: list[Answer], run: Served) -> N
 
 
 @VLLM
-def test_vllm_serves_the_adapter_by_the_command_of_its_card(
-    run: Served, adapter: list[Answer], tmp_path: Path
-) -> None:
+def test_vllm_serves_the_adapter_by_the_command_of_its_card(run, adapter, tmp_path):
     card = (Path(run.folder.adapter) / "README.md").read_text()
     (line,) = [line for line in card.splitlines() if line.startswith("    vllm serve ")]
     command = shlex.split(
@@ -147,7 +145,7 @@ def test_vllm_serves_the_adapter_by_the_command_of_its_card(
 
 
 @VLLM
-def test_vllm_serves_the_merged_model(run: Served, merged: list[Answer], tmp_path: Path) -> None:
+def test_vllm_serves_the_merged_model(run, merged, tmp_path):
     with vllm(["vllm", "serve", run.folder.merged], run.folder.merged, tmp_path / "log") as server:
         agrees(server, merged, run)
 
@@ -179,12 +177,12 @@ class LlamaCpp:
 
 
 @LLAMA_CPP
-def test_llama_cpp_answers_with_the_file_in_float32(run: Served, merged: list[Answer]) -> None:
+def test_llama_cpp_answers_with_the_file_in_float32(run, merged):
     agrees(LlamaCpp(run.gguf), merged, run)
 
 
 @LLAMA_CPP
-def test_llama_cpp_makes_the_tokens_of_the_training(run: Served) -> None:
+def test_llama_cpp_makes_the_tokens_of_the_training(run):
     from llama_cpp import Llama
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder.merged)

@@ -1,7 +1,6 @@
 """A search makes the factors of each method once; they equal those that a trial would make itself."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,9 +54,7 @@ def factors(base: SharedBase, spec: TrainSpec) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rank", [8, 4])
-def test_every_trial_starts_with_the_factors_that_it_would_make(
-    base: SharedBase, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_trial_starts_with_the_factors_that_it_would_make(base, tmp_path, rank, monkeypatch):
     space = Space.model_validate(
         {"search": {"adapter.method": {"grid": METHODS}, "adapter.rank": {"choice": [4, 8]}}}
     )
@@ -86,9 +83,7 @@ def _never(*arguments: Any) -> None:
     raise AssertionError("these factors are shared")
 
 
-def test_what_is_there_is_not_made_again_and_what_is_missing_is(
-    base: SharedBase, tmp_path: Path
-) -> None:
+def test_what_is_there_is_not_made_again_and_what_is_missing_is(base, tmp_path):
     spec = spec_of()
     shared_work.make(spec, str(tmp_path), [("olora", 8)])
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
@@ -102,7 +97,7 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_is(
     }
 
 
-def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, bases: Any) -> None:
+def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path, bases):
     """Gemma 2 caps its attention, which the first attention that is tried does not support."""
     segment_attention.register()
     bases.family = lambda: zoo.make(ALL["gemma2"], attention="segments")
@@ -121,7 +116,7 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, ba
     assert found.loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, bases: Any) -> None:
+def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path, bases):
     """With another attention than the trials if theirs needs a GPU."""
     for number, attention in enumerate(("varlen", "flash_attention_2", "sdpa")):
         spec = spec_of(cluster__strategy="fsdp", model__attention=attention)

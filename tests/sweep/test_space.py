@@ -37,7 +37,7 @@ GATED = override(
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
+def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path):
     """A search has no gate, and some spaces answer no rows. The best config has its gate again."""
     found = space_file.load_space(path, GATED)
     for number in range(found.count()):
@@ -102,8 +102,8 @@ HALVES = {"adapter.method": {"choice": ["lora", "orthogonal"]}}
     ],
 )
 def test_a_method_and_a_rank_that_do_not_go_together_are_found_before_a_trial_has_both(
-    ranks: dict[str, Any], searcher: str, tmp_path: Path
-) -> None:
+    ranks, searcher, tmp_path
+):
     with refused("search: adapter: rank"):
         space(tmp_path, search=HALVES | ranks, searcher=searcher)
     only = {"adapter.method": {"choice": ["lora", "pissa"]}}
@@ -197,9 +197,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 BAD |= ODD
 
 
-def test_trials_are_measured_by_one_objective_that_has_the_metric(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_trials_are_measured_by_one_objective_that_has_the_metric(monkeypatch, tmp_path):
     with example_objective.installed(monkeypatch, tmp_path):
         other = {"train.objective": "examples"}
         with pytest.raises(UserError) as error:
@@ -212,7 +210,7 @@ def test_trials_are_measured_by_one_objective_that_has_the_metric(
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
+def test_bad_spaces_name_the_field(case, tmp_path):
     tree, message = BAD[case]
     with pytest.raises(UserError) as error:
         space(tmp_path, **tree)
@@ -240,8 +238,8 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
-    domain: dict[str, Any], field: str, value: Any, contains: bool, tmp_path: Path
-) -> None:
+    domain, field, value, contains, tmp_path
+):
     found = space(tmp_path, search={field: domain})
     assert found.as_draws(override(CONFIG, {field: value})) == (
         {field: value} if contains else None
@@ -263,16 +261,14 @@ SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
         ),
     ],
 )
-def test_a_list_of_the_config_is_found_among_the_options(
-    field: str, options: list[Any], own: Any, tmp_path: Path
-) -> None:
+def test_a_list_of_the_config_is_found_among_the_options(field, options, own, tmp_path):
     """Its entries contain their defaults in a config, but not necessarily in a space."""
     for searcher in ("random", "tpe"):
         found = space(tmp_path, search={field: {"choice": options}}, searcher=searcher)
         assert found.as_draws(CONFIG) == (None if own is None else {field: own})
 
 
-def test_values_that_optuna_draws_are_the_steps_themselves() -> None:
+def test_values_that_optuna_draws_are_the_steps_themselves():
     import optuna
 
     search = {
@@ -298,14 +294,14 @@ def test_values_that_optuna_draws_are_the_steps_themselves() -> None:
             override(CONFIG, values)
 
 
-def test_held_out_metrics_need_held_out_rows(tmp_path: Path) -> None:
+def test_held_out_metrics_need_held_out_rows(tmp_path):
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"train.lr": {"choice": [1e-3]}}}))
     with refused("metric"):
         space_file.load_space(file, tiny.config())
 
 
-def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> None:
+def test_a_grid_has_every_combination_once_after_the_default(tmp_path):
     found = space(
         tmp_path,
         search={
@@ -325,7 +321,7 @@ def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> 
 
 
 @given(seed=st.integers(0, 2**31 - 1), number=st.integers(1, 500))
-def test_draws_repeat_lie_inside_and_depend_on_the_number(seed: int, number: int) -> None:
+def test_draws_repeat_lie_inside_and_depend_on_the_number(seed, number):
     tree = {
         "search": {
             "train.lr": {"loguniform": [1e-5, 1e-2]},

@@ -1,6 +1,5 @@
 import errno
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,7 @@ def record(number: int = 3) -> TrialRecord:
     return TrialRecord(number, {"train.lr": 1e-3}, "unfinished")
 
 
-def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Path) -> None:
+def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path):
     """Its training resumes from the checkpoint, and measures only later steps."""
     first = trial_file.TrialFile(str(tmp_path), record(), "min")
     for step, value in ((4, 0.5), (8, 1.0), (12, 0.8)):
@@ -30,7 +29,7 @@ def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Pat
     assert other.record.curve == ()
 
 
-def test_the_folder_of_a_record_is_where_it_lies(tmp_path: Path) -> None:
+def test_the_folder_of_a_record_is_where_it_lies(tmp_path):
     """Regression: after a search was moved, the best trial was exported from the old folder."""
     trial_file.TrialFile(str(tmp_path / "old" / "trials" / "trial-003"), record(), "min").begin()
     (tmp_path / "old").rename(tmp_path / "new")
@@ -38,7 +37,7 @@ def test_the_folder_of_a_record_is_where_it_lies(tmp_path: Path) -> None:
     assert found.folder == f"{tmp_path}/new/trials/trial-003"
 
 
-def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) -> None:
+def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path):
     """Tune may run a trial in a free process before the process that it started for the trial is ready."""
     kept = trial_file.TrialFile(str(tmp_path), record(), "min")
     kept.begin()
@@ -50,7 +49,7 @@ def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) ->
     assert found.status == "unfinished"
 
 
-def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -> None:
+def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path):
     kept = trial_file.TrialFile(str(tmp_path), record(), "min")
     (tmp_path / "trial.json").mkdir()
     with said() as lines:
@@ -77,12 +76,12 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
     ],
 )
 def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: OSError,
-    kind: type[UserError],
-    code: int,
-) -> None:
+    tmp_path,
+    monkeypatch,
+    error,
+    kind,
+    code,
+):
     """Regression: a report silently lacked trials while the storage failed."""
     place = tmp_path / "trials" / "trial-003"
     trial_file.TrialFile(str(place), record(), "min").begin()
