@@ -227,6 +227,19 @@ def test_other_contents_are_refused_wherever_they_lie(config, what):
         assert ("data.train.0.path was" in str(caught.value)) == (settings is moved)
 
 
+def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_contents(config):
+    folder = tiny.claimed(config)
+    folder.write_result({"base": {"digest": "base"}, "data": {"train": "rows", "eval": None}})
+    with refused("adapter.rank was 4, is 8"):
+        check(override(config, {"adapter.rank": 8}))
+    moved = override(config, ELSEWHERE)
+    state = check(moved)
+    contents = {"base model": "base", "training data": "rows", "held-out data": ""}
+    state.require_same(moved, contents)
+    with refused("another training data"):
+        state.require_same(moved, {**contents, "training data": "other"})
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
