@@ -83,7 +83,6 @@ def test_what_the_command_has_told_itself_is_not_told_again(config, hook, code):
         (["/none"], 2, "COMMAND /none: No such file or directory; correct the words after --"),
         (["bash", "-c", "echo token=c4n4ry; exit 3"], 3, "token=*** (exit code 3)"),
         (["false"], 1, "exit code 1"),
-        (["bash", "-c", "kill -9 $$"], 137, "killed by SIGKILL"),
     ],
 )
 def test_an_end_that_the_command_has_not_told_is_told_with_its_last_line(
@@ -166,6 +165,11 @@ def test_a_command_that_does_not_stop_is_killed_with_its_processes(config, hook,
     process = Path("/proc") / inner.read_text().strip() / "cmdline"
     until(lambda: not process.exists() or not process.read_bytes())
     assert hook.events() == ["not finished"]
+
+
+def test_a_command_that_is_killed_is_not_finished(config, hook):
+    assert night(config, "kill -9 $$")[0] == 137
+    assert hook.got[0]["reason"] == "killed by SIGKILL"
 
 
 @pytest.mark.parametrize(
