@@ -62,13 +62,11 @@ def with_formats(config: Config, found: Mapping[str, Source]) -> Config:
 
 
 def _sources(config: Config) -> dict[str, Source]:
-    splits = {"data.train": config.data.train, "data.eval": config.data.eval}
-    answered = {name: grouped(config, sources) for name, sources in splits.items()}
-    return {
-        f"{name}.{number}": source
-        for name, sources in answered.items()
-        for number, source in enumerate(sources)
-    }
+    named: dict[str, Source] = {}
+    for setting, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for number, source in enumerate(grouped(config, sources)):
+            named[f"{setting}.{number}"] = source
+    return named
 
 
 def read_as(source: Source, where: str, storage_root: str) -> Source:
@@ -90,47 +88,54 @@ def find_format(source: Source, where: str, storage_root: str) -> tuple[Source, 
     """
     looked = list(_looked(source, where, storage_root))
     rows = [row for _, _, row in looked]
+    other = None
     try:
         reading = find(rows, source.fields, source.chat)
-        other = find(rows, source.fields) if reading is None else None
+        if reading is None:
+            other = find(rows, source.fields)
     except UserError as unclear:
         raise UserError(f"{where}: {unclear}") from None
     if other is not None:
         raise UserError(f"{where}.{source.wrong_chat(other.format)}")
     if reading is None:
         raise _unusable(where, looked, why_not(looked[0][2], source.fields, where))
-    kinds = " and ".join(dict.fromkeys(file.form for file, _, _ in looked))
-    fields = "".join(f"; {field}: {column}" for field, column in reading.fields.items())
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
     read = [row for row in rows if isinstance(row, Mapping)]
     _answered(where, known, zip(read, reading.examples, strict=True), auto=True)
-    unread = f"; not read: {listed(reading.unread)}" if reading.unread else ""
-    return known, f"{reading.format} rows in {kinds}{fields}{unread}"
+    kinds = " and ".join(dict.fromkeys(file.form for file, _, _ in looked))
+    words = f"{reading.format} rows in {kinds}"
+    for field, column in reading.fields.items():
+        words += f"; {field}: {column}"
+    if reading.unread:
+        words += f"; not read: {listed(reading.unread)}"
+    return known, words
 
 
 def _answered(
     where: str, source: Source, read: Iterable[tuple[Any, Example | None]], auto: bool
 ) -> None:
-    notes, used = Counter[str](), [(row, example) for row, example in read if example]
-    setting, _, number = where.rpartition(".")
+    notes = Counter[str]()
+    used = [(row, example) for row, example in read if example]
+    setting, _, place = where.rpartition(".")
+    number = int(place)
     for row, example in used:
-        columns.note_unread(notes, int(number), source, row, example)
-    if error := columns.unresolved_error(notes, {int(number): source}, setting, len(used), auto):
+        columns.note_unread(notes, number, source, row, example)
+    error = columns.unresolved_error(notes, {number: source}, setting, len(used), auto)
+    if error:
         raise error
 
 
 def _check(source: Source, where: str, storage_root: str) -> None:
-    looked, read, problems = list[Sampled](), list[tuple[Any, Example | None]](), list[Rejected]()
+    looked: list[Sampled] = []
+    read: list[tuple[Any, Example | None]] = []
+    problems: list[Rejected] = []
+    # The model is not known yet, so rows that are a chat only with its template pass.
+    as_chat = source.chat is not False
     for entry in _looked(source, where, storage_root):
         looked.append(entry)
+        row = entry[2]
         try:
-            # The model is not known yet, so rows that are a chat only with its template pass.
-            read.append(
-                (
-                    entry[2],
-                    to_example(source.format, entry[2], source.fields, source.chat is not False),
-                )
-            )
+            read.append((row, to_example(source.format, row, source.fields, as_chat)))
         except Rejected as why:
             problems.append(why)
     if problems and not read:
@@ -167,23 +172,25 @@ def _looked(source: Source, where: str, storage_root: str) -> Iterator[Sampled]:
         if not is_auto(source.format) and file.form != named.form:
             logger.info(f"{where}: {file.uri} is read as {file.form}")
         empty = empty and not scanned.units
-        for unit in scanned.units[:1] if large else _spread(scanned.units):
+        units = _spread(scanned.units)
+        if large:
+            units = units[:1]
+        for unit in units:
             # All columns, so that a message can name them.
             rows = reader.read_unit(file, unit, scanned.columns, scanned.columns)
             yield from ((file, position, row) for position, row in itertools.islice(rows, 10))
-    if empty and (is_auto(source.format) or len(files) == len(looked_at)):
-        problem = (
-            "is empty: it has no rows"
-            if len(files) == len(looked_at)
-            else "has no rows in some files; set its format"
-        )
-        raise UserError(f"{where}.path: {source.path} {problem}")
+    if not empty:
+        return
+    if len(files) == len(looked_at):
+        raise UserError(f"{where}.path: {source.path} is empty: it has no rows")
+    if is_auto(source.format):
+        raise UserError(f"{where}.path: {source.path} has no rows in some files; set its format")
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:
-    return [
-        items[number] for number in sorted({0, len(items) // 2, len(items) - 1} if items else ())
-    ]
+    if not items:
+        return []
+    return [items[number] for number in sorted({0, len(items) // 2, len(items) - 1})]
 
 
 # Detection of format and fields, if a source sets none: by the names of columns, and by trying to read the rows.
@@ -208,8 +215,11 @@ class Interpretation:
         return len(self.examples) - self.examples.count(None)
 
     def settings(self) -> str:
-        shown = ", ".join(f"{field}: {column}" for field, column in self.fields.items())
-        return f"format: {self.format}" + f", fields: {{{shown}}}" * bool(shown)
+        settings = f"format: {self.format}"
+        if self.fields:
+            shown = ", ".join(f"{field}: {column}" for field, column in self.fields.items())
+            settings += f", fields: {{{shown}}}"
+        return settings
 
 
 def find(
@@ -222,19 +232,17 @@ def find(
     """
     rows = [row for row in rows if isinstance(row, Mapping)]
     meant = {field for field, column in given.items() if column != NONE}
-    candidates = [
-        _reading(format, fields, rows, given)
-        for format in own_formats()
-        if meant <= set(format.names) and format.takes(chat)
-        for fields in _assignments(format, rows, given)
-    ]
+    candidates: list[Interpretation] = []
+    for format in own_formats():
+        if meant <= set(format.names) and format.takes(chat):
+            for fields in _assignments(format, rows, given):
+                candidates += _reading(format, fields, rows, given)
     # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
-    most = max((reading.used for reading in candidates if reading), default=0)
-    readings = sorted(
-        (each for each in candidates if each and 2 * each.used > most), key=lambda each: each.rank
-    )
+    most = max((reading.used for reading in candidates), default=0)
+    readings = [reading for reading in candidates if 2 * reading.used > most]
     if not readings:
         return None
+    readings.sort(key=lambda each: each.rank)
     best = readings[0]
     rivals = [
         each
@@ -263,13 +271,11 @@ def why_not(row: Any, given: Mapping[str, str], where: str) -> Rejected:
         for name, value in row.items()
         if isinstance(value, str) and columns.severity("text", name, value)
     ]
-    named = columns.fields(
-        where, {**given, **dict(zip(("instruction", "output"), texts, strict=False))}
-    )
-    hint = f", such as {named}" if len(texts) > 1 else ""
-    return Rejected(
-        "missing_field", f"no format has its columns ({listed(row)}); set format and fields{hint}"
-    )
+    problem = f"no format has its columns ({listed(row)}); set format and fields"
+    if len(texts) > 1:
+        mapped = {**given, "instruction": texts[0], "output": texts[1]}
+        problem += f", such as {columns.fields(where, mapped)}"
+    return Rejected("missing_field", problem)
 
 
 def _assignments(
@@ -292,8 +298,11 @@ def _assignments(
             continue
         fields = dict(zip(format.needed, needed, strict=True))
         for field in format.fields:
-            left = _keys(rows, needed[0]) if field.in_turn else set(every) - set(fields.values())
-            if free := called(field, left):
+            if field.in_turn:
+                free = called(field, _keys(rows, needed[0]))
+            else:
+                free = called(field, set(every) - set(fields.values()))
+            if free:
                 fields.setdefault(field.name, free[0])
         yield fields
 
@@ -301,7 +310,8 @@ def _assignments(
 def _keys(rows: Iterable[Mapping[Any, Any]], column: str) -> Iterable[Any]:
     for row in rows:
         with contextlib.suppress(Rejected):
-            if (turns := sequence(row.get(column), column)) and isinstance(turns[0], Mapping):
+            turns = sequence(row.get(column), column)
+            if turns and isinstance(turns[0], Mapping):
                 return turns[0]
     return ()
 
@@ -311,38 +321,36 @@ def _reading(
     fields: dict[str, str],
     rows: Sequence[Mapping[Any, Any]],
     given: Mapping[str, str],
-) -> Interpretation | None:
-    """Return the reading with these columns; None if plain text would be one of several columns by another name."""
+) -> list[Interpretation]:
+    """Return the reading with these columns; none if plain text would be one of several columns by another name."""
     used = {
         fields[field.name] for field in format.fields if field.name in fields and not field.in_turn
     }
-    left = {
-        str(name): str(name).lower().strip()
-        for row in rows
-        for name, value in row.items()
-        if value not in EMPTY
-    }
-    left = {
-        name: lower for name, lower in left.items() if name not in used and given.get(name) != NONE
-    }
+    left: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.items():
+            column = str(name)
+            if value not in EMPTY and column not in used and given.get(column) != NONE:
+                left[column] = column.lower().strip()
     own = {field if field in given else fields[field].lower().strip() for field in format.needed}
     if format.makes == "text" and left and own != {*format.needed}:
-        return None
+        return []
     called = {
         field: column
         for field, column in fields.items()
         if field != column or field in format.asked
     }
     called |= given
+    examples: list[Example | None] = []
+    for row in rows:
+        try:
+            examples.append(to_example(format.name, row, called, as_chat=True))
+        except Rejected:
+            examples.append(None)
     ignored = len(columns.KNOWN.intersection(left.values()))
-    return Interpretation(
-        format.name,
-        called,
-        tuple(fields[field] for field in format.needed),
-        tuple(_example(format.name, row, called) for row in rows),
-        (_doubt(format, own), ignored, len(called), own_formats().index(format)),
-        left,
-    )
+    rank = (_doubt(format, own), ignored, len(called), own_formats().index(format))
+    needed = tuple(fields[field] for field in format.needed)
+    return [Interpretation(format.name, called, needed, tuple(examples), rank, left)]
 
 
 def _doubt(format: Format, own: set[str]) -> int:
@@ -356,9 +364,3 @@ def _doubt(format: Format, own: set[str]) -> int:
     if any(own == {*other.needed} for other in own_formats()):
         return 1
     return 2
-
-
-def _example(format: str, row: Any, fields: Mapping[str, str]) -> Example | None:
-    with contextlib.suppress(Rejected):
-        return to_example(format, row, fields, as_chat=True)
-    return None

@@ -61,7 +61,8 @@ def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
     Any name may be mapped to `NONE`: its column, or key of a message, is left out.
     """
     known = field_names(format)
-    if unknown := [name for name, column in fields.items() if name not in known and column != NONE]:
+    unknown = [name for name, column in fields.items() if name not in known and column != NONE]
+    if unknown:
         raise UserError(
             f"{where}.fields: format {format} has no field {unknown[0]!r}; it has {', '.join(known)}"
         )
@@ -76,4 +77,7 @@ def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
 
 def column_of(name: str, fields: Mapping[str, str]) -> str:
     """Return the column of a name that need not be a field, also if the format is to leave it out."""
-    return name if fields.get(name) == NONE else fields.get(name, name)
+    column = fields.get(name)
+    if column is None or column == NONE:
+        return name
+    return column

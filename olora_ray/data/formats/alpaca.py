@@ -11,24 +11,22 @@ def read(row: Row) -> Example:
     answer = row.text("output")
     extra = row.optional_text("input")
     messages: list[Any] = []
-    if system := row.optional_text("system"):
+    system = row.optional_text("system")
+    if system:
         messages.append({"role": "system", "content": system})
-    for question, earlier in _history(row):
-        messages += question_answer(question, earlier)
-    asked = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return to_chat([*messages, *question_answer(asked, answer)])
-
-
-def _history(row: Row) -> list[Any]:
-    if not (value := row.optional("history")):
-        return []
-    pairs = sequence(value, row.column("history"))
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise Rejected(
-            "wrong_type",
-            f"field {row.column('history')!r} is not a list of [question, answer] pairs",
-        )
-    return pairs
+    history = row.optional("history")
+    if history:
+        column = row.column("history")
+        pairs = sequence(history, column)
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise Rejected(
+                "wrong_type", f"field {column!r} is not a list of [question, answer] pairs"
+            )
+        for question, earlier in pairs:
+            messages += question_answer(question, earlier)
+    if extra.strip():
+        instruction = f"{instruction}\n\n{extra}"
+    return to_chat([*messages, *question_answer(instruction, answer)])
 
 
 FORMAT = Format(

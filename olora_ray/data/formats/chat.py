@@ -77,32 +77,31 @@ def in_a_cell(value: Any) -> Any:
         turns = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return turns if isinstance(turns, list) and turns and all(map(_has_role, turns)) else value
+    if not isinstance(turns, list) or not turns:
+        return value
+    for turn in turns:
+        if not isinstance(turn, dict) or "role" not in turn:
+            return value
+        if "content" not in turn and "tool_calls" not in turn:
+            return value
+    return turns
 
 
 def _turned_back(value: Any) -> Any:
     # {"role": [...], "content": [...]} -> [{"role": ..., "content": ...}, ...]; any other value stays unchanged.
-    if (
-        not isinstance(value, dict)
-        or not value
-        or not all(isinstance(part, list) for part in value.values())
-    ):
+    if not isinstance(value, dict) or not value:
         return value
-    if len({len(part) for part in value.values()}) > 1:
+    parts = list(value.values())
+    if not all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
         return value
-    return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
-
-
-def _has_role(turn: Any) -> bool:
-    return isinstance(turn, dict) and "role" in turn and ("content" in turn or "tool_calls" in turn)
+    return [dict(zip(value, row, strict=True)) for row in zip(*parts, strict=True)]
 
 
 def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
-    if type(turn) is dict and turn.keys() == {
-        role,
-        content,
-    }:  # most turns, in a quarter of the time
-        name, text = turn[role], turn[content]
+    if type(turn) is dict and turn.keys() == {role, content}:
+        # Most turns end here, in a quarter of the time.
+        name = turn[role]
+        text = turn[content]
         if type(name) is type(text) is str and name in ROLES and text.strip():
             return {"role": name, "content": text}
     if not isinstance(turn, Mapping):
@@ -111,24 +110,16 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
             f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}",
         )
     if not isinstance(turn.get(role), str):
-        hint = (
-            "; from and value need format: sharegpt, and no fields"
-            if role == "role" and "from" in turn
-            else ""
-        )
-        raise Rejected(
-            "missing_field", f"message {number} has no {role!r}; it has {listed(turn)}{hint}"
-        )
-    if turn[role] not in ROLES:
-        hint = (
-            f"; format: sharegpt has the role {turn[role]!r}"
-            if turn[role] in (*SHAREGPT_ROLES, CALL)
-            else ""
-        )
-        raise Rejected(
-            "bad_role",
-            f"message {number}: unknown role {turn[role]!r}; known: {', '.join(sorted(ROLES))}{hint}",
-        )
+        problem = f"message {number} has no {role!r}; it has {listed(turn)}"
+        if role == "role" and "from" in turn:
+            problem += "; from and value need format: sharegpt, and no fields"
+        raise Rejected("missing_field", problem)
+    name = turn[role]
+    if name not in ROLES:
+        problem = f"message {number}: unknown role {name!r}; known: {', '.join(sorted(ROLES))}"
+        if name in (*SHAREGPT_ROLES, CALL):
+            problem += f"; format: sharegpt has the role {name!r}"
+        raise Rejected("bad_role", problem)
     # Templates want a missing key, not a null.
     rest = {
         key: without_nulls(value)
@@ -136,17 +127,16 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
         if value is not None and key not in (role, content)
     }
     marks = [rest.pop(key) for key in MARKS if rest.get(key) in (False, True)]
-    if False in marks and turn[role] == "assistant":
+    if False in marks and name == "assistant":
         rest["weight"] = 0
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"message {number}: 'tool_calls'")
-        if not rest[
-            "tool_calls"
-        ]:  # servers write [] without calls, but templates only check whether the key exists
+        # Servers write [] without calls, but templates only check whether the key exists.
+        if not rest["tool_calls"]:
             del rest["tool_calls"]
     text = content_of(turn.get(content), number, content)
     if not text.strip() and not rest.get("tool_calls"):
-        if turn[role] == "assistant":
+        if name == "assistant":
             raise Rejected(
                 "empty_answer", f"message {number}: {content!r} of the assistant is empty"
             )
@@ -158,7 +148,7 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
         raise Rejected(
             "wrong_type", f"message {number}: weight must be 0 or 1, not {rest['weight']!r}"
         )
-    return {**rest, "role": turn[role], "content": text}
+    return {**rest, "role": name, "content": text}
 
 
 def content_of(value: Any, number: int, name: str) -> str:
@@ -166,20 +156,19 @@ def content_of(value: Any, number: int, name: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(
+    what = f"message {number}: {name!r}"
+    if not isinstance(value, list) or not all(
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
     ):
-        if type_ := next((part["type"] for part in value if part.get("type") not in TEXTS), None):
+        raise Rejected("wrong_type", f"{what} is {type_name(value)}, not text")
+    for part in value:
+        if part.get("type") not in TEXTS:
             raise Rejected(
-                "wrong_type",
-                f"message {number}: {name!r} has a part of type {type_!r}, which is not text",
+                "wrong_type", f"{what} has a part of type {part['type']!r}, which is not text"
             )
-        if any(part.get(key) == 0 for part in value for key in (*MARKS, "weight")):
-            raise Rejected(
-                "wrong_type", f"message {number}: {name!r} has a part that is not to be trained"
-            )
-        return "".join(part["text"] for part in value)
-    raise Rejected("wrong_type", f"message {number}: {name!r} is {type_name(value)}, not text")
+        if any(part.get(key) == 0 for key in (*MARKS, "weight")):
+            raise Rejected("wrong_type", f"{what} has a part that is not to be trained")
+    return "".join(part["text"] for part in value)
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
@@ -194,7 +183,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
 
 def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
-        value = parsed(value, f"{what} is text, but not JSON") if value.strip() else []
+        value = parsed(value.strip() or "[]", f"{what} is text, but not JSON")
     return _objects(value, what)
 
 
@@ -213,7 +202,9 @@ def without_nulls(value: Any) -> Any:
     """Return the value without the keys, at any depth, whose value is null; null entries of lists stay."""
     if isinstance(value, Mapping):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    return value
 
 
 def parsed(text: str, otherwise: str) -> Any:
@@ -225,11 +216,11 @@ def parsed(text: str, otherwise: str) -> Any:
 
 def after_system(row: Row, turns: list[Any], role: str, content: str) -> list[Any]:
     # Anthropic and Bedrock write the system message beside the others, as a text or as a list of parts.
-    if (value := row.optional("system")) is None:
-        return turns
-    system = (
-        content_of(value, 0, "system") if isinstance(value, list) else row.optional_text("system")
-    )
+    value = row.optional("system")
+    if isinstance(value, list):
+        system = content_of(value, 0, "system")
+    else:
+        system = row.optional_text("system")
     if not system:
         return turns
     first = turns[0] if turns and isinstance(turns[0], Mapping) else {}

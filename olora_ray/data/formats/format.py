@@ -28,7 +28,9 @@ class Rejected(Exception):
 def one_line(text: str, most: int = LONGEST_MESSAGE) -> str:
     """Shorten a text to one line: names of columns and parts of rows may hold line breaks and half surrogate pairs."""
     line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-    return line if len(line) <= most else line[:most] + "..."
+    if len(line) > most:
+        line = line[:most] + "..."
+    return line
 
 
 class Chat(NamedTuple):
@@ -78,14 +80,20 @@ def type_name(value: Any) -> str:
         bool: "true or false",
         type(None): "null",
     }
-    return names.get(
-        type(value), "a number" if isinstance(value, int | float) else type(value).__name__
-    )
+    if type(value) in names:
+        return names[type(value)]
+    if isinstance(value, int | float):
+        return "a number"
+    return type(value).__name__
 
 
 def listed(columns: Mapping[str, Any]) -> str:
+    if not columns:
+        return "no fields"
     names = [str(name) for name in columns]
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "no fields"
+    if len(names) > 12:
+        names[12:] = ["..."]
+    return ", ".join(names)
 
 
 class Row(NamedTuple):
@@ -106,9 +114,11 @@ class Row(NamedTuple):
             return self.columns[column]
         if column in self.columns:
             raise Rejected("missing_field", f"field {column!r} is null")
-        meant = f" (set as {name} in fields)" if column != name else ""
-        missing = f"is missing; the row has {listed(self.columns)}"
-        raise Rejected("missing_field", f"field {column!r}{meant} {missing}")
+        problem = f"field {column!r}"
+        if column != name:
+            problem += f" (set as {name} in fields)"
+        problem += f" is missing; the row has {listed(self.columns)}"
+        raise Rejected("missing_field", problem)
 
     def text(self, name: str) -> str:
         return self._text(name, self.value(name))
@@ -119,7 +129,9 @@ class Row(NamedTuple):
     def optional_text(self, name: str) -> str:
         """Return a text field, or "" if it is missing or null; raise Rejected for another type."""
         value = self.optional(name)
-        return "" if value is None else self._text(name, value)
+        if value is None:
+            return ""
+        return self._text(name, value)
 
     def _text(self, name: str, value: Any) -> str:
         if not isinstance(value, str):

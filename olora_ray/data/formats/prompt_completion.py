@@ -11,7 +11,17 @@ def read(row: Row) -> Example:
     prompt = in_a_cell(row.value("prompt"))
     completion = in_a_cell(row.value("completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _messages_of_two(row, prompt, completion)
+        if not row.as_chat:
+            raise Rejected(
+                "wrong_type", "prompt and completion are lists of messages; set chat: true"
+            )
+        if not any(_is_answer(turn) for turn in completion):
+            raise Rejected(
+                "no_answer", f"field {row.column('completion')!r} has no assistant message"
+            )
+        # Assistant messages of the prompt are context, so they get weight 0.
+        context = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in prompt]
+        return to_chat([*context, *completion], row.optional("tools"))
     prompt = row.text("prompt")
     completion = row.text("completion")
     if not completion.strip():
@@ -24,16 +34,6 @@ def read(row: Row) -> Example:
             f"field {row.column('tools')!r} needs a chat: set chat: true, or remove the tools",
         )
     return Completion(prompt, completion)
-
-
-def _messages_of_two(row: Row, prompt: list[Any], completion: list[Any]) -> Example:
-    # Assistant messages of the prompt are context, so they get weight 0.
-    if not row.as_chat:
-        raise Rejected("wrong_type", "prompt and completion are lists of messages; set chat: true")
-    if not any(_is_answer(turn) for turn in completion):
-        raise Rejected("no_answer", f"field {row.column('completion')!r} has no assistant message")
-    context = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in prompt]
-    return to_chat([*context, *completion], row.optional("tools"))
 
 
 def _is_answer(turn: Any) -> bool:

@@ -29,21 +29,22 @@ def read(row: Row) -> Example:
 def _renamed(turn: Any, number: int, role: str, content: str) -> Any:
     if not isinstance(turn, Mapping) or not isinstance(turn.get(role), str):
         return turn
-    if turn[role] == CALL:
-        calls = _calls(turn.get(content), number)
-        return {**turn, role: "assistant", content: None, "tool_calls": calls}
-    return {**turn, role: SHAREGPT_ROLES.get(turn[role], turn[role])}
-
-
-def _calls(value: Any, number: int) -> list[dict[str, Any]]:
+    if turn[role] != CALL:
+        return {**turn, role: SHAREGPT_ROLES.get(turn[role], turn[role])}
     problem = f"message {number}: the value of a {CALL} is not JSON text of {{name, arguments}}"
-    found = parsed(value, problem) if isinstance(value, str) else without_nulls(value)
-    calls = found if isinstance(found, list) else [found]
+    value = turn.get(content)
+    if isinstance(value, str):
+        calls = parsed(value, problem)
+    else:
+        calls = without_nulls(value)
+    if not isinstance(calls, list):
+        calls = [calls]
     if not calls or not all(
         isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls
     ):
         raise Rejected("wrong_type", problem)
-    return [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
+    calls = [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
+    return {**turn, role: "assistant", content: None, "tool_calls": calls}
 
 
 FORMAT = Format(
