@@ -22,13 +22,17 @@ _FOREIGN = re.compile(r"[ÐÝÞðýþÿŸ]|[^\W\d_][¡-©«-´¶¸¹»-¿×÷][^
 
 def as_written(kind: str, begin: bytes) -> tuple[str, str | None]:
     """Return type and encoding of a file that starts with `begin`; in doubt its type is `kind`, from its name."""
-    encoding = "utf-16" if begin.startswith(_UTF_16) else None
-    if kind in DELIMITERS and encoding is None and _is_cp1252(begin):
+    encoding = None
+    if begin.startswith(_UTF_16):
+        encoding = "utf-16"
+    elif kind in DELIMITERS and _is_cp1252(begin):
         encoding = "cp1252"
     text = begin.decode(encoding or "utf-8-sig", "replace")
     if kind in ("json", "jsonl"):
         kind = _by_values(text, kind)
-    return _by_cells(text) if kind == "csv" else kind, encoding
+    elif kind == "csv":
+        kind = _by_cells(text)
+    return kind, encoding
 
 
 def _is_cp1252(begin: bytes) -> bool:
@@ -63,7 +67,9 @@ def _by_cells(text: str) -> str:
         several = [kind for kind in DELIMITERS if names(kind) > 1]
     except csv.Error:  # the scan reports the line
         return "csv"
-    return several[0] if len(several) == 1 else "csv"
+    if len(several) == 1:
+        return several[0]
+    return "csv"
 
 
 def _by_values(text: str, kind: str) -> str:
@@ -73,4 +79,6 @@ def _by_values(text: str, kind: str) -> str:
         with contextlib.suppress(ValueError, RecursionError):
             json.loads(first)
             return "jsonl"
-    return "json" if re.match(r"\[\s*\{", text) else kind
+    if re.match(r"\[\s*\{", text):
+        return "json"
+    return kind
