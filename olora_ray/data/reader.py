@@ -102,7 +102,9 @@ class Units(Sequence[Unit]):
     @overload
     def __getitem__(self, index: slice) -> "Units": ...
     def __getitem__(self, index: int | slice) -> "Unit | Units":
-        return Units(self.table[index]) if isinstance(index, slice) else _as_unit(self.table[index])
+        if isinstance(index, slice):
+            return Units(self.table[index])
+        return _as_unit(self.table[index])
 
     def __iter__(self) -> Iterator[Unit]:
         return map(_as_unit, self.table)
@@ -143,9 +145,11 @@ class Batches:
     def placed(self, units: Iterable[Unit]) -> Iterator[Unit]:
         starts = [0, *accumulate(self.rows)]
         for unit in units:
-            number = bisect_right(starts, unit.first) - 1
-            start = (self.offsets[number], unit.first - starts[number]) if self.offsets else (0, 0)
-            yield replace(unit, offset=start[0], before=start[1])
+            if self.offsets:
+                number = bisect_right(starts, unit.first) - 1
+                before = unit.first - starts[number]
+                unit = replace(unit, offset=self.offsets[number], before=before)
+            yield unit
 
 
 def look(stream: Any, position: Callable[[], int], most: int | None) -> Batches:
@@ -177,21 +181,19 @@ def _has_dictionary(type_: pa.DataType) -> bool:
 def opened(file: File, unit: Unit) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """Yield a file's schema and its batches, from the unit's first batch on if its offset is known."""
     system, path = storage.filesystem(file.uri)
-    with (
-        pa.memory_map(path)
-        if system.type_name == "local"
-        else system.open_input_file(path) as stream
-    ):
-        # For a unit in the middle only the schema is read from the start, so a small buffer is enough.
-        reader = ipc.open_stream(buffered(stream, 2**16 if unit.offset else 2**20))
+    if system.type_name == "local":
+        opening = pa.memory_map(path)
+    else:
+        opening = system.open_input_file(path)
+    with opening as stream:
         if not unit.offset:
+            reader = ipc.open_stream(buffered(stream))
             yield reader.schema, iter(reader)
             return
+        # Only the schema is read from the start, so a small buffer is enough.
+        schema = ipc.open_stream(buffered(stream, 2**16)).schema
         stream.seek(unit.offset)
-        yield (
-            reader.schema,
-            _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), reader.schema),
-        )
+        yield schema, _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), schema)
 
 
 def _messages(stream: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -217,32 +219,26 @@ def rows(batch: Any) -> list[Any]:
     """
     names = batch.schema.names
     try:
-        return [
-            dict(zip(names, row, strict=True))
-            for row in zip(*map(_values, batch.columns), strict=True)
-        ]
+        columns = [_values(column) for column in batch.columns]
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [Rejected("not_utf8", "not UTF-8 text")]
-        return [row for number in range(batch.num_rows) for row in rows(batch.slice(number, 1))]
+        singles = (rows(batch.slice(number, 1)) for number in range(batch.num_rows))
+        return list(itertools.chain.from_iterable(singles))
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _values(column: Any) -> list[Any]:
     try:
-        values = column.to_pylist()
-        return (
-            [_with_objects(value, column.type) for value in values]
-            if _has_maps(column.type)
-            else values
-        )
-    except (
-        OverflowError,
-        ValueError,
-        LookupError,
-    ) as error:  # a time that Python does not have, such as year 10000
-        if isinstance(error, UnicodeDecodeError):
-            raise
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError, LookupError) as error:
+        # A time that Python does not have, such as year 10000.
         return [f"<{first_line(error)}>"] * len(column)
+    if _has_maps(column.type):
+        return [_with_objects(value, column.type) for value in values]
+    return values
 
 
 def _has_maps(type_: Any) -> bool:
@@ -339,9 +335,8 @@ def _copy(file: File) -> Path | None:
     def unpack(partial: Path) -> None:
         folder = partial.parent
         node_cache.make_room(folder, folder.glob("*.raw"))
-        if (
-            shutil.disk_usage(folder).free < 10 * file.size
-        ):  # compressed text is three to ten times smaller
+        # Compressed text is three to ten times smaller.
+        if shutil.disk_usage(folder).free < 10 * file.size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open_stream(file) as stream, partial.open("wb") as copy:
             shutil.copyfileobj(stream, copy, 2**23)
@@ -392,7 +387,8 @@ def _patiently(uri: str, read: Callable[[], Iterator[Located]]) -> Iterator[Loca
 
     def more(*_: object) -> list[Located]:
         nonlocal rows
-        rows = itertools.islice(read(), done, None) if rows is None else rows
+        if rows is None:
+            rows = itertools.islice(read(), done, None)
         try:
             return list(itertools.islice(rows, BATCH))
         except Exception:
@@ -427,13 +423,15 @@ def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) 
         raw = lzma.LZMAFile(raw)  # noqa: SIM115 - closed by whoever closes the stream
     elif file.compression:
         raw = pa.CompressedInputStream(_native(raw), file.compression)
-    return (
-        pa.transcoding_input_stream(_native(raw), file.encoding, "utf-8") if file.encoding else raw
-    )
+    if file.encoding:
+        raw = pa.transcoding_input_stream(_native(raw), file.encoding, "utf-8")
+    return raw
 
 
 def _native(stream: Any) -> pa.NativeFile:
-    return stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
+    if isinstance(stream, pa.NativeFile):
+        return stream
+    return pa.PythonFile(stream, mode="r")
 
 
 def _bytes(file: File, unit: Unit) -> bytes:
@@ -449,7 +447,8 @@ def _range(file: File, unit: Unit) -> bytes:
         with system.open_input_file(path) as stream:
             stream.seek(unit.offset)
             return bytes(stream.read(unit.size))
-    if unit.offset >= WORTH_IT and (copied := _copy(file)) is not None:
+    copied = _copy(file) if unit.offset >= WORTH_IT else None
+    if copied is not None:
         with contextlib.suppress(FileNotFoundError), copied.open("rb") as copy:
             copy.seek(unit.offset)
             content = copy.read(unit.size)
@@ -479,10 +478,9 @@ def _parsed(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         return Rejected("broken_json", f"{error.msg} (column {error.colno})")
     except UnicodeDecodeError:
-        packed = line.startswith(b"\x1f\x8b")
-        return Rejected(
-            "not_utf8", "the file is compressed: name it .jsonl.gz" if packed else "not UTF-8 text"
-        )
+        if line.startswith(b"\x1f\x8b"):
+            return Rejected("not_utf8", "the file is compressed: name it .jsonl.gz")
+        return Rejected("not_utf8", "not UTF-8 text")
     except RecursionError:
         return Rejected("broken_json", "nested too deeply")
     except ValueError as error:  # a number with more digits than Python parses
@@ -498,38 +496,36 @@ def _csv(
     lines = list(io.StringIO(text, newline="")) if ESCAPED in text else []
     start = 0
     for cells in reader:
-        position, first, start = unit.first + start, start, reader.line_num
+        first = start
+        start = reader.line_num
         if not cells:
             continue
+        row: Any
         if len(cells) != len(header):
-            yield (
-                position,
-                Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}"),
+            row = Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
+        elif lines and _has_escaped_quote("".join(lines[first:start]), file):
+            row = Rejected(
+                "broken_csv",
+                f'a quote inside a quoted cell is written as {ESCAPED}, not doubled as ""',
             )
-        elif lines and (problem := _strictly("".join(lines[first:start]), file)):
-            yield position, problem
         elif not all(map(_is_utf8, cells)):
-            yield position, Rejected("not_utf8", "not UTF-8 text")
+            row = Rejected("not_utf8", "not UTF-8 text")
         else:
-            yield position, dict(zip(header, cells, strict=True))
+            row = dict(zip(header, cells, strict=True))
+        yield unit.first + first, row
 
 
-def _strictly(record: str, file: File) -> Rejected | None:
+def _has_escaped_quote(record: str, file: File) -> bool:
     # csv.reader accepts a quoted cell that ends before its end. Spark and MySQL write a quote inside a quoted cell with
     # a backslash, where csv doubles it.
     if ESCAPED not in record:
-        return None
+        return False
+    text = io.StringIO(record, newline="")
     try:
-        list(
-            csv.reader(
-                io.StringIO(record, newline=""), delimiter=DELIMITERS[file.kind], strict=True
-            )
-        )
+        list(csv.reader(text, delimiter=DELIMITERS[file.kind], strict=True))
     except csv.Error:
-        return Rejected(
-            "broken_csv", f'a quote inside a quoted cell is written as {ESCAPED}, not doubled as ""'
-        )
-    return None
+        return True
+    return False
 
 
 def _is_utf8(cell: str) -> bool:
@@ -544,19 +540,20 @@ def _is_utf8(cell: str) -> bool:
 def _text(
     file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
 ) -> Iterator[Located]:
-    content = _bytes(file, unit).removeprefix(BOM if unit.offset == 0 else b"")
-    try:
-        if content.startswith(b"{") and all(
-            isinstance(_parsed(line), dict) for line in content.splitlines() if line
-        ):
-            yield (
-                unit.first,
-                Rejected("bad_text", "its lines are JSON objects: name the file .jsonl"),
-            )
-        else:
-            yield unit.first, {"text": content.decode()}
-    except UnicodeDecodeError:
-        yield unit.first, Rejected("not_utf8", "not UTF-8 text; if it is a table, name it .csv")
+    content = _bytes(file, unit)
+    if unit.offset == 0:
+        content = content.removeprefix(BOM)
+    row: Any
+    if content.startswith(b"{") and all(
+        isinstance(_parsed(line), dict) for line in content.splitlines() if line
+    ):
+        row = Rejected("bad_text", "its lines are JSON objects: name the file .jsonl")
+    else:
+        try:
+            row = {"text": content.decode()}
+        except UnicodeDecodeError:
+            row = Rejected("not_utf8", "not UTF-8 text; if it is a table, name it .csv")
+    yield unit.first, row
 
 
 def _json(
@@ -577,9 +574,8 @@ def _parquet(
         metadata, starts = _row_groups(file, unit.after)
         table = parquet.ParquetFile(stream, buffer_size=2**20, metadata=metadata)
         group = bisect_right(starts, unit.first) - 1
-        batches = table.iter_batches(
-            BATCH, row_groups=[group], columns=_present(table.schema_arrow, columns)
-        )
+        present = _present(table.schema_arrow, columns)
+        batches = table.iter_batches(BATCH, row_groups=[group], columns=present)
         yield from _slice(file, batches, starts[group], unit)
 
 
@@ -613,7 +609,8 @@ def _slice(file: File, batches: Any, start: int, unit: Unit) -> Iterator[Located
     for batch in batches:
         if start >= stop:
             return
-        low, high = max(unit.first - start, 0), min(stop - start, batch.num_rows)
+        low = max(unit.first - start, 0)
+        high = min(stop - start, batch.num_rows)
         if low < high:
             yield from enumerate(rows(batch.slice(low, high - low)), start + low)
         start += batch.num_rows
