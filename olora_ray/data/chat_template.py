@@ -4,6 +4,7 @@ A template is code from a model hub: it runs in jinja2's immutable sandbox. The 
 write is detected by rendering marked conversations, so that no part of a chat is lost silently.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -170,7 +171,7 @@ class ChatForm:
 
     def __call__(self, chat: Chat) -> Chat:
         """Return the chat in this form; raise Rejected if the template would drop a part of it."""
-        messages = [_with_every_name(each) if len(each) > 2 else each for each in chat.messages]
+        messages = [_with_every_name(message) for message in chat.messages]
         if chat.tools is not None and not self.writes_tools:
             raise Rejected(
                 "template",
@@ -186,24 +187,18 @@ class ChatForm:
                 )
             if self.developer == "system":
                 messages = _with_one_system(messages)
-        if self.arguments:
-            messages = [
-                {
-                    **message,
-                    "tool_calls": [self._with_arguments(call) for call in message["tool_calls"]],
-                }
-                if isinstance(message.get("tool_calls"), list)
-                else message
-                for message in messages
-            ]
-        if self.wants_null:
-            messages = [
-                {**message, "content": None} if _calls_alone(message) else message
-                for message in messages
-            ]
-        if self.wants_parts:
-            messages = [{**message, "content": _parts(message["content"])} for message in messages]
-        return Chat(tuple(messages), chat.tools)
+        written: list[dict[str, Any]] = []
+        for message in messages:
+            calls = message.get("tool_calls")
+            if self.arguments and isinstance(calls, list):
+                message = {**message, "tool_calls": [self._with_arguments(call) for call in calls]}
+            content = message["content"]
+            if self.wants_null and calls and not content.strip() and message["role"] == "assistant":
+                message = {**message, "content": None}
+            elif self.wants_parts:
+                message = {**message, "content": _parts(content)}
+            written.append(message)
+        return Chat(tuple(written), chat.tools)
 
     def _with_arguments(self, call: Any) -> Any:
         # Only an object, or JSON text of an object, is converted; anything else stays unchanged.
@@ -212,49 +207,39 @@ class ChatForm:
         if "function" in call:
             return {**call, "function": self._with_arguments(call["function"])}
         value = call.get("arguments")
-        if isinstance(value, str):
-            try:
+        if self.arguments == "text" and isinstance(value, dict):
+            return {**call, "arguments": json.dumps(value, ensure_ascii=False)}
+        if self.arguments == "objects" and isinstance(value, str):
+            with suppress(ValueError, RecursionError):
                 value = json.loads(value)
-            except (ValueError, RecursionError):
-                return call
-            return (
-                {**call, "arguments": value}
-                if isinstance(value, dict) and self.arguments == "objects"
-                else call
-            )
-        as_text = isinstance(value, dict) and self.arguments == "text"
-        return {**call, "arguments": json.dumps(value, ensure_ascii=False)} if as_text else call
-
-
-def chat_form(source: str, special_tokens: Mapping[str, str], what: str) -> ChatForm:
-    """Return the form of chats for a template, which messages call `what`."""
-    return _chat_form(source, tuple(sorted(special_tokens.items())), what)
+            if isinstance(value, dict):
+                return {**call, "arguments": value}
+        return call
 
 
 @lru_cache(maxsize=8)
-def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], what: str) -> ChatForm:
+def chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], what: str) -> ChatForm:
+    """Return the form of chats for a template, which messages call `what`."""
     template = ChatTemplate(source, dict(special_tokens))
-    # Arguments as JSON text and as an object, because some templates refuse one of them.
-    shapes: tuple[Any, Any] = ("{}", {})
-    empty, null = (
-        any(_MARK in _with_call(template, each, text) for each in shapes) for text in ("", None)
-    )
-    wants_null = null and not empty and "tool_calls" in source
+
+    def writes_call(content: str | None) -> bool:
+        # Arguments as JSON text and as an object, because some templates refuse one of them.
+        texts = [_with_call(template, "{}", content), _with_call(template, {}, content)]
+        return any(_MARK in text for text in texts)
+
+    wants_null = "tool_calls" in source and not writes_call("") and writes_call(None)
+    content = None if wants_null else ""
     example = {"olora_argument": 1}
-    forms: tuple[Any, Any] = (example, json.dumps(example))
-    from_object, from_text = (
-        _with_call(template, each, None if wants_null else "") for each in forms
-    )
+    from_object = _with_call(template, example, content)
+    from_text = _with_call(template, json.dumps(example), content)
     arguments: Literal["objects", "text"] | None = None
     if from_object != from_text:
         if "olora_argument" in from_object and str(example) not in from_object:
             arguments = "objects"
         elif "olora_argument" in from_text:
             arguments = "text"
-    contents: tuple[Any, Any] = (_MARK, _parts(_MARK))
-    as_text, as_parts = (
-        _written(template, [{**EXCHANGE[0], "content": each}]) for each in contents
-    )
+    as_text = _written(template, [{"role": "user", "content": _MARK}])
+    as_parts = _written(template, [{"role": "user", "content": _parts(_MARK)}])
     wants_parts = _MARK in as_parts and _MARK not in as_text
     return ChatForm(
         what, arguments, wants_null, wants_parts, _developer(template), _writes_tools(template)
@@ -294,9 +279,9 @@ def _writes_tools(template: ChatTemplate) -> bool:
     heads: tuple[list[Message], ...] = ([], [{"role": "system", "content": "Be brief."}])
     # In the form of OpenAI's API, and flat, because some templates read that.
     tools: tuple[Message, ...] = ({"type": "function", "function": _FUNCTION}, _FUNCTION)
-    texts = [
-        text for tool in tools for head in heads for text in _exchanges(template, head, [tool])
-    ]
+    texts = []
+    for tool, head in itertools.product(tools, heads):
+        texts += _exchanges(template, head, [tool])
     return not texts or any(_MARK in text for text in texts)
 
 
@@ -330,30 +315,26 @@ def reasoning(message: Mapping[str, Any]) -> Any:
         if message.get(name) is not None:
             return message[name]
     before, closed, _ = text_of(message).partition("</think>")
-    return before.rpartition("<think>")[2] if closed else None
+    if not closed:
+        return None
+    return before.rpartition("<think>")[2]
 
 
 def text_of(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
-    return (content if isinstance(content, str) else content[-1]["text"]).strip()
+    if not isinstance(content, str):
+        content = content[-1]["text"]
+    text: str = content.strip()
+    return text
 
 
 def _with_every_name(message: dict[str, Any]) -> dict[str, Any]:
     # Templates read the reasoning under different names, so transformers gives it to them under each.
-    thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    return (
-        message
-        if thought is None
-        else {**dict.fromkeys(REASONING, thought), **message, REASONING[0]: thought}
-    )
-
-
-def _calls_alone(message: Mapping[str, Any]) -> bool:
-    return (
-        message["role"] == "assistant"
-        and bool(message.get("tool_calls"))
-        and not message["content"].strip()
-    )
+    for name in REASONING:
+        thought = message.get(name)
+        if thought is not None:
+            return {**dict.fromkeys(REASONING, thought), **message, REASONING[0]: thought}
+    return message
 
 
 def left_out(message: Mapping[str, Any], text: str) -> str | None:
@@ -363,11 +344,16 @@ def left_out(message: Mapping[str, Any], text: str) -> str | None:
     function too, so it is removed first.
     """
     own = text.replace(text_of(message), "", 1)
-    names = Counter(name for call in message["tool_calls"] if (name := called(call)))
-    return next((name for name, calls in names.items() if own.count(name) < calls), None)
+    for name, calls in Counter(map(called, message["tool_calls"])).items():
+        if name and own.count(name) < calls:
+            return name
+    return None
 
 
 def called(call: Any) -> str:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    return name.strip() if isinstance(name, str) else ""
+    if isinstance(call, Mapping) and "function" in call:
+        call = call["function"]
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        return ""
+    name: str = call["name"].strip()
+    return name

@@ -86,36 +86,33 @@ def note_unread(
 
     Without the chat template it is not known which keys are read, so only those that decide are noted.
     """
-    used, mapped = _used(source.format, *source.fields.items()), source.fields
-    read, messages = _read_keys(template), example.messages if isinstance(example, Chat) else ()
-    left = (
-        [("column", *column) for column in row.items() if column[0] not in used]
-        if isinstance(row, Mapping)
-        else []
-    )
-    keys = [
-        ("key", *key)
-        for each in messages
-        if not each.keys() <= read
-        for key in each.items()
-        if key[0] not in read
-    ]
-    left += [key for key in keys if template or DECIDES.intersection(_words(key[1]))]
+    used = _used(source.format, *source.fields.items())
+    read = _read_keys(template)
+    messages = example.messages if isinstance(example, Chat) else ()
+    left: list[tuple[str, Any, Any]] = []
+    if isinstance(row, Mapping):
+        left += [("column", name, value) for name, value in row.items() if name not in used]
+    for message in messages:
+        for name, value in message.items():
+            if name not in read and (template or DECIDES.intersection(_words(name))):
+                left.append(("key", name, value))
     for kind, name, value in left:
-        if name in TOKENIZED or mapped.get(name, name) != name or value in EMPTY:
+        if name in TOKENIZED or source.fields.get(name, name) != name or value in EMPTY:
             continue
-        if not (needed := severity(source.format, str(name), value)):
+        needed = severity(source.format, str(name), value)
+        if not needed:
             continue
-        own = [
-            message[key] for message in messages for key in message if key in read and key != "role"
-        ]
+        if kind == "column":
+            own = [row.get(column) for column in used]
+        else:
+            own = []
+            for message in messages:
+                own += [message[key] for key in message if key in read and key != "role"]
         # Columns that repeat what is read: the first question beside messages, all texts joined beside a question.
-        seen = [*_texts(own if kind == "key" else [row.get(column) for column in used])]
+        seen = [*_texts(own)]
         texts = {*_texts(value)} - ROLES - {*SHAREGPT_ROLES}
-        if texts and (
-            texts <= {*seen}
-            or (len(seen) > 1 and isinstance(value, str) and all(t in value for t in seen))
-        ):
+        joined = len(seen) > 1 and isinstance(value, str) and all(text in value for text in seen)
+        if texts and (joined or texts.issubset(seen)):
             continue
         note = f"unread\t{number}\t{kind}\t{json.dumps(str(name))}\t{needed}\t"
         others = sum(other.startswith(note) for other in notes)
@@ -139,7 +136,9 @@ def severity(format: str, name: str, value: Any) -> int:
     """Return 2 if a value needs an answer, 1 if it needs one unless all rows have it, else 0."""
     if name == "olora_ray":  # what `olora-ray follow --rows` notes about a row
         return 0
-    words, texts, known = _words(name), [*_texts(value)], name.lower().strip()
+    words = _words(name)
+    texts = [*_texts(value)]
+    known = name.lower().strip()
     if (
         DECIDES.intersection(words)
         or known in COMPLETION.other_names
@@ -155,10 +154,12 @@ def severity(format: str, name: str, value: Any) -> int:
         if KNOWN.isdisjoint(inner) and not any(map(_is_prose, texts)):
             return 0
     if not isinstance(value, str):
-        return 2 * bool(texts or isinstance(value, list | bytes))
+        return 2 if texts or isinstance(value, list | bytes) else 0
     if not texts or ABSTRACT.fullmatch(texts[0]):
         return 0
-    return 1 if len(value.split()) <= 2 and not KNOWN.intersection((known, *words[-1:])) else 2
+    if len(value.split()) <= 2 and KNOWN.isdisjoint((known, *words[-1:])):
+        return 1
+    return 2
 
 
 @lru_cache(2**12)
@@ -177,11 +178,17 @@ def _is_prose(text: str) -> bool:
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield from filter(None, [value.strip()])
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            if isinstance(part, str | dict | list):
-                yield from _texts(part)
+        text = value.strip()
+        if text:
+            yield text
+        return
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return
+    for part in value:
+        if isinstance(part, str | dict | list):
+            yield from _texts(part)
 
 
 def unresolved_error(
@@ -196,27 +203,36 @@ def unresolved_error(
     `rows` is the number of rows behind the notes, if it is known: a value that some of them lack is no constant.
     The notes of a store may be older than an answer. `auto` is True if the format was detected.
     """
-    needed, met = dict[int, dict[str, tuple[str, str]]](), Counter[tuple[str, str]]()
-    for note in (note for note in notes if note.startswith("unread\t")):
-        _, number, kind, name, severity, example = note.split("\t")
+    needed: dict[int, dict[str, tuple[str, str]]] = {}
+    met = Counter[tuple[int, str]]()
+    for note, count in notes.items():
+        if not note.startswith("unread\t"):
+            continue
+        _, place, kind, quoted, severity, example = note.split("\t")
+        number = int(place)
+        name = json.loads(quoted)
         met[number, name] += int(severity)
-        varies = met[number, name] > 1 or rows == 1 or notes[note] < rows
-        if varies and json.loads(name) not in sources[int(number)].fields:
-            needed.setdefault(int(number), {})[json.loads(name)] = (kind, example)
-    return next(
-        (_refusal(each, f"{setting}.{n}", sources[n], auto) for n, each in needed.items()), None
+        varies = met[number, name] > 1 or rows == 1 or count < rows
+        if varies and name not in sources[number].fields:
+            needed.setdefault(number, {})[name] = (kind, example)
+    if not needed:
+        return None
+    number, unread = next(iter(needed.items()))
+    return _refusal(
+        dict(itertools.islice(unread.items(), 12)), f"{setting}.{number}", sources[number], auto
     )
 
 
 def _refusal(
     needed: Mapping[str, tuple[str, str]], where: str, source: Source, auto: bool
 ) -> UserError:
-    needed = dict(itertools.islice(needed.items(), 12))
     name, (kind, example) = next(iter(needed.items()))
     format = format_named(source.format)
     free = {field.name for field in format.fields if not field.needed and not field.in_turn}
     free -= source.fields.keys()
-    way = f"map it to a field ({', '.join(sorted(free))}), or " if free and kind == "column" else ""
+    way = ""
+    if free and kind == "column":
+        way = f"map it to a field ({', '.join(sorted(free))}), or "
     if auto and format.makes == "text" and example.startswith('"'):
         answer = {"instruction": source.fields.get("text", "text"), "output": name}
         way = f"train it as the answer with {fields(where, answer)}, or "
