@@ -190,10 +190,12 @@ def opened(file: File, unit: Unit) -> Iterator[tuple[pa.Schema, Iterator[pa.Reco
             reader = ipc.open_stream(buffered(stream))
             yield reader.schema, iter(reader)
             return
-        # Only the schema is read from the start, so a small buffer is enough.
-        schema = ipc.open_stream(buffered(stream, 2**16)).schema
+        # Only the schema is read from the start, so a small buffer is enough. The reader stays, because its end would
+        # close the stream.
+        reader = ipc.open_stream(buffered(stream, 2**16))
         stream.seek(unit.offset)
-        yield schema, _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), schema)
+        messages = _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), reader.schema)
+        yield reader.schema, messages
 
 
 def _messages(stream: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
