@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,8 @@ logger = logging.getLogger(__name__)
 _LARGEST_NUMBER = 2**31
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # Tensors that divide the frequencies of rotary positions.
-_DIVISORS, _OTHER_DIVISORS = (
-    "rope_freqs.weight",
-    ("rope_factors_long.weight", "rope_factors_short.weight"),
-)
+_DIVISORS = "rope_freqs.weight"
+_OTHER_DIVISORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 # The architecture whose scaled positions transformers reads.
 _READS_SCALING = "gpt-oss"
 # Architectures whose base of the frequencies transformers ignores: it then takes 10,000, but StarCoder 2 has up to a
@@ -44,9 +42,12 @@ _PASSES_BASE_BY = ("starcoder2", "stablelm")
 _PASSES_WINDOW_BY = ("phi3",)
 # Architectures whose attention transformers divides by the root of this number, because no GGUF file has the divisor.
 # It is the size of a head, except in the 27B models: 144 and 168, with heads of 128.
-_GUESSES_SCALE, _SCALE = ("gemma2", "gemma3"), 256
+_GUESSES_SCALE = ("gemma2", "gemma3")
+_SCALE = 256
 # Of Llama 3.1 to 3.3, whose files have the divisors that follow from these numbers and a factor.
-_LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
+_LOW = 1.0
+_HIGH = 4.0
+_ORIGINAL = 8192
 _INSTEAD = "name the folder or hub id with its original safetensors"
 
 
@@ -57,7 +58,31 @@ def check_gguf(file: Path) -> dict[str, Any]:
     set. Raise UserError also if these cannot be determined.
     """
     with foreign(f"model.name: {file} cannot be loaded as a GGUF model"):
-        return _passed_by(_reader(file))
+        reader = _reader(file)
+        values = {}
+        for name, field in reader.fields.items():
+            if len(field.types) == 1:  # no lists
+                values[name] = field.contents()
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        _check_sizes(values, tensors)
+        architecture = values["general.architecture"]
+        scale = values.get(f"{architecture}.attention.key_length", _SCALE)
+        if architecture in _GUESSES_SCALE and scale != _SCALE:
+            raise ValueError(
+                f"a GGUF file does not contain this model's attention scale; {_INSTEAD}"
+            )
+        rope: dict[str, Any] = {}
+        theta = values.get(f"{architecture}.rope.freq_base")
+        if architecture in _PASSES_BASE_BY and isinstance(theta, int | float):
+            rope["rope_theta"] = theta
+        rope |= _scaling(values, tensors)
+        fields: dict[str, Any] = {}
+        if rope:
+            fields["rope_parameters"] = rope
+        window = values.get(f"{architecture}.attention.sliding_window")
+        if architecture in _PASSES_WINDOW_BY and type(window) is int and window > 0:
+            fields["sliding_window"] = window
+        return fields
 
 
 def _reader(file: Path) -> Any:
@@ -75,33 +100,6 @@ def _reader(file: Path) -> Any:
     return Bounded(file)
 
 
-def _passed_by(reader: Any) -> dict[str, Any]:
-    values = {
-        name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1
-    }  # no lists
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _check_sizes(values, tensors)
-    architecture = values["general.architecture"]
-    if (
-        architecture in _GUESSES_SCALE
-        and values.get(f"{architecture}.attention.key_length", _SCALE) != _SCALE
-    ):
-        raise ValueError(f"a GGUF file does not contain this model's attention scale; {_INSTEAD}")
-    fields: dict[str, Any] = {}
-    theta = values.get(f"{architecture}.rope.freq_base")
-    rope = (
-        {"rope_theta": theta}
-        if isinstance(theta, int | float) and architecture in _PASSES_BASE_BY
-        else {}
-    )
-    if rope := rope | (_scaling(values, tensors) or {}):
-        fields["rope_parameters"] = rope
-    window = values.get(f"{architecture}.attention.sliding_window")
-    if architecture in _PASSES_WINDOW_BY and type(window) is int and window > 0:
-        fields["sliding_window"] = window
-    return fields
-
-
 def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     # transformers builds a model of these sizes before it reads the tensors, so a wrong size could fill the memory.
     architecture = values.get("general.architecture")
@@ -114,7 +112,7 @@ def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
             and abs(value) > _LARGEST_NUMBER
         ):
             raise ValueError(f"{key[:60]} cannot be {value}")
-    blocks = {match[1] for name in tensors if (match := _BLOCK.match(name))}
+    blocks = {match[1] for match in map(_BLOCK.match, tensors) if match}
     largest = max((int(tensor.shape.max()) for tensor in tensors.values()), default=0)
     for name, most, unit in (
         ("block_count", len(blocks), "blocks"),
@@ -128,7 +126,7 @@ def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
             )
 
 
-def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     architecture = values["general.architecture"]
     rope = f"{architecture}.rope"
     kind = values.get(f"{rope}.scaling.type", "linear")  # as llama.cpp takes it
@@ -136,8 +134,11 @@ def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str,
     unsupported = next((name for name in _OTHER_DIVISORS if name in tensors), None)
     if architecture != _READS_SCALING and kind != "none" and factor not in (0, 1):
         unsupported = str(kind)[:40]
-    divisors = np.ones(1, np.float32) if _DIVISORS not in tensors else tensors[_DIVISORS].data
-    theta, largest = values.get(f"{rope}.freq_base", 10_000.0), float(divisors.max())
+    divisors = np.ones(1, np.float32)
+    if _DIVISORS in tensors:
+        divisors = tensors[_DIVISORS].data
+    theta = values.get(f"{rope}.freq_base", 10_000.0)
+    largest = float(divisors.max())
     scaled = not bool((divisors == 1).all())
     if (
         scaled
@@ -150,7 +151,7 @@ def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str,
             f"scaled rotary positions ({unsupported}) are not read from a GGUF file; {_INSTEAD}"
         )
     if not scaled:
-        return None
+        return {}
     return {
         "rope_type": "llama3",
         "factor": largest,
@@ -179,24 +180,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def gguf(file: Path, config: AnyConfig) -> Path:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
-    announcement = f"model: dequantising {file.name} to {dtype}, once on this machine"
-    write = partial(_dequantise, file, DTYPES[dtype])
-    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}", config, announcement)
-
-
-def _converted(
-    write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str
-) -> Path:
-    cache, remote = Path(node_cache.CACHE) / "models", storage.is_uri(config.run.storage)
-    target = (
-        cache if remote else Path(config.run.storage) / "models"
-    ) / f"{name}-{storage.digest(key, length=16)}"
+    key = storage.digest(f"{of_weights([file])}/{dtype}", length=16)
+    cache = Path(node_cache.CACHE) / "models"
+    remote = storage.is_uri(config.run.storage)
+    models = cache if remote else Path(config.run.storage) / "models"
+    target = models / f"{file.stem}-{key}"
     if (target / "config.json").exists():
         return target
 
     def convert(unfinished: Path) -> None:
-        logger.info(announcement)
-        write(unfinished)
+        logger.info(f"model: dequantising {file.name} to {dtype}, once on this machine")
+        _dequantise(file, DTYPES[dtype], unfinished)
 
     if remote:
         node_cache.cached(target, convert)
@@ -245,18 +239,18 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     # refuse to save it.
     plain: Any = model
     for name, value in passed_by.items():
-        setattr(
-            plain.config,
-            name,
-            {**getattr(plain.config, name), **value} if isinstance(value, dict) else value,
-        )
+        if isinstance(value, dict):
+            value = {**getattr(plain.config, name), **value}
+        setattr(plain.config, name, value)
     plain.config.__dict__.pop("quantization_config", None)
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+    marks = {"hf_quantizer": None, "quantization_method": None, "is_quantized": False}
+    for mark, unset in marks.items():
         if hasattr(plain, mark):
-            setattr(plain, mark, None if mark != "is_quantized" else False)
+            setattr(plain, mark, unset)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    _readable(out)
+    for written in out.iterdir():
+        storage.open_up(written)
 
 
 def _check_biases(file: Path, model: Any) -> None:
@@ -279,8 +273,3 @@ def _check_biases(file: Path, model: Any) -> None:
                 f"model.name: {file} has {tensor.name}, which transformers ignores for {type(model).__name__};"
                 f" {_INSTEAD}"
             )
-
-
-def _readable(folder: Path) -> None:
-    for file in folder.iterdir():
-        storage.open_up(file)

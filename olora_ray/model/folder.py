@@ -18,7 +18,9 @@ from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
 from olora_ray.common.text import plural
 
-CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 SINGLE = "model.safetensors"
 _LARGEST_JSON = 200 * 2**20
 _LARGEST_NUMBER = 2**31
@@ -57,14 +59,11 @@ def indexed(folder: Path) -> list[str]:
             f"model.name: {folder / INDEX}: weight_map does not name a file for each tensor"
         )
     names = sorted(set(file_of.values()))
-    if outside := [
-        name
-        for name in names
-        if name != os.path.basename(name) or name in (".", "..") or "\0" in name
-    ]:
-        raise UserError(
-            f"model.name: {folder / INDEX} names {outside[0][:200]!r}, which is not a file in that folder"
-        )
+    for name in names:
+        if name != os.path.basename(name) or name in (".", "..") or "\0" in name:
+            raise UserError(
+                f"model.name: {folder / INDEX} names {name[:200]!r}, which is not a file in that folder"
+            )
     return names
 
 
@@ -79,9 +78,8 @@ def loaded_files(folder: Path) -> list[Path]:
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    return [folder / name for name in indexed(folder) if (folder / name).is_file()] or weight_files(
-        folder
-    )
+    listed = [folder / name for name in indexed(folder) if (folder / name).is_file()]
+    return listed or weight_files(folder)
 
 
 def parameters(folder: str | Path) -> int:
@@ -89,9 +87,7 @@ def parameters(folder: str | Path) -> int:
 
     Raise UserError if a header does not fit its file, and as `indexed`.
     """
-    return sum(
-        math.prod(shape) for file in loaded_files(Path(folder)) for _, shape in _header(file)
-    )
+    return sum(sum(map(math.prod, _header(file))) for file in loaded_files(Path(folder)))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -118,31 +114,32 @@ def _check_numbers(tree: dict[str, Any], where: str) -> None:
             waiting.extend((str(key), item) for key, item in value.items())
         elif isinstance(value, list):
             waiting.extend((name, item) for item in value if isinstance(item, dict | list | int))
-        elif isinstance(value, int) and abs(value) > (
-            _MOST_LAYERS if _COUNTS_LAYERS.search(name) else _LARGEST_NUMBER
-        ):
-            raise UserError(f"model.name: {where}: {name} cannot be {value:.0e}")
+        elif isinstance(value, int):
+            most = _MOST_LAYERS if _COUNTS_LAYERS.search(name) else _LARGEST_NUMBER
+            if abs(value) > most:
+                raise UserError(f"model.name: {where}: {name} cannot be {value:.0e}")
 
 
-def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
-    # safetensors compares the header with the file.
+def _header(file: Path) -> list[list[int]]:
+    # The shapes of the tensors; safetensors compares the header with the file.
     with (
         foreign(f"model.name: {file} is not a safetensors file, or is cut off"),
         safe_open(file, "pt") as stored,
     ):
-        return [(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
+        return [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118
 
 
 # Identity of a model: digests of its weights and of the other files that decide what it computes.
 
 
 # Pieces of a weight file that a glance reads, and the bytes of each.
-PIECES, PIECE = 64, 4096
+PIECES = 64
+PIECE = 4096
 # Bytes from which the digest of a weight file is kept, so that a retraining without a change says so within seconds.
 KEPT_FROM = 2**30
 # Config, generation config, index, tokenizer, chat templates.
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
-_CODE = "*.py"
+
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 # Fields that change when the same model is saved again, or at another path.
 _UNIMPORTANT = ("transformers_version", "_name_or_path", "name_or_path")
@@ -172,18 +169,21 @@ def weights(identity: str) -> str:
 
 
 def _others(folder: Path, code: bool) -> str:
-    patterns = (*_PATTERNS, _CODE) if code else _PATTERNS
-    files = sorted(
-        {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    )
+    patterns = [*_PATTERNS]
+    if code:
+        patterns.append("*.py")
+    files: set[Path] = set()
+    for pattern in patterns:
+        files.update(file for file in folder.glob(pattern) if file.is_file())
     return "".join(
-        f"{file.relative_to(folder).as_posix()}:{_digest_of_text(file)}\n" for file in files
+        f"{file.relative_to(folder).as_posix()}:{_digest_of_text(file)}\n" for file in sorted(files)
     )
 
 
 def _pieces(file: Path) -> str:
     # Pieces from the start to the end of the file: all of a small one.
-    size, read = file.stat().st_size, []
+    size = file.stat().st_size
+    read = []
     with file.open("rb") as stream:
         for offset in (*range(0, size, max(PIECE, size // PIECES)), max(0, size - PIECE)):
             stream.seek(offset)
@@ -194,12 +194,13 @@ def _pieces(file: Path) -> str:
 def _digest_of_weights(file: Path) -> str:
     # For a large file the digest is kept on this node while size and modification time are the same.
     info = file.stat()
+    if info.st_size < KEPT_FROM:
+        return storage.digest_file(file)
     key = storage.digest(file.resolve(), info.st_size, info.st_mtime_ns, length=32)
     path = storage.join(node_cache.CACHE, "digests", key)
-    if info.st_size >= KEPT_FROM and (known := node_cache.read(path)):
-        return known
-    digest = storage.digest_file(file)
-    if info.st_size >= KEPT_FROM:
+    digest = node_cache.read(path)
+    if not digest:
+        digest = storage.digest_file(file)
         node_cache.keep(path, digest)  # a home that is read-only or full must not stop a run
     return digest
 
@@ -238,12 +239,12 @@ def whole_model(what: str, path: Path, **options: Any) -> tuple[Any, list[str]]:
 
     Raise a UserError that begins with `what` if it does not load, or has no weights for a part of it.
     """
-    from_pretrained: Any = text_class(
-        path
-    ).from_pretrained  # its type does not know output_loading_info
+    # Any, because its type does not know output_loading_info.
+    from_pretrained: Any = text_class(path).from_pretrained
     with foreign(what):
         model, report = from_pretrained(path, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise UserError(f"{what}: it has no weights for {', '.join(missing[:3])}")
     return model, sorted(report["unexpected_keys"])
 
@@ -256,9 +257,8 @@ def text_class(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    shape = (
-        read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    )  # the folder of a GGUF file has none
+    # The folder of a GGUF file has no config.
+    shape = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     kind = shape.get("model_type")
     if shape.get("is_encoder_decoder") is True:
         raise UserError(
@@ -267,7 +267,9 @@ def text_class(folder: Path) -> Any:
         )
     causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in shape
     sees = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if sees and not causal else AutoModelForCausalLM
+    if sees and not causal:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def why(error: BaseException) -> str:
@@ -279,8 +281,9 @@ def why(error: BaseException) -> str:
             "it needs its own Python code, which is not run; read that code, and if you trust it set"
             " model.trust_remote_code: true"
         )
-    known = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        return first_line(error)
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 # Messages about tensors that a model's files may have and its config does not describe.
@@ -316,8 +319,10 @@ def unsupported_packing(name: str, kind: str) -> str:
 
 
 def unused_tensors(model: Any, names: Sequence[str], files: str) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += f" and {len(names) - 3} more"
     return (
         f"model.name: {type(model).__name__} does not use {plural(len(names), 'tensor')} in the files of {files},"
-        f" so they are ignored: {', '.join(names[:3])}{more}"
+        f" so they are ignored: {shown}"
     )

@@ -73,17 +73,22 @@ def _nf4(weight: Tensor) -> Packed:
     # Counting the borders below a number is ten times as fast as a search, on CPUs with numpy's comparison.
     nearest = torch.zeros_like(scaled, dtype=torch.uint8)
     for border in ((codes[:-1] + codes[1:]) / 2).unbind():
-        on_cpu = scaled.device.type == "cpu"
-        above = torch.from_numpy(scaled.numpy() > border.numpy()) if on_cpu else scaled > border
+        if scaled.device.type == "cpu":
+            above = torch.from_numpy(scaled.numpy() > border.numpy())
+        else:
+            above = scaled > border
         nearest += above.view(torch.uint8)
     return (nearest[::2] << 4 | nearest[1::2])[:, None], scales
 
 
 def _from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    library, count = _functional(), shape.numel()
+    library = _functional()
+    count = shape.numel()
     # On CPUs bitsandbytes (0.50) begins a new block with each row when it unpacks, but not when it packs. So the weight
     # is unpacked as rows of one block, or as a single row.
-    rows = torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
+    rows = torch.Size((1, count))
+    if count % BLOCK == 0:
+        rows = torch.Size((count // BLOCK, BLOCK))
     state = library.QuantState(
         absmax=scales, shape=rows, dtype=dtype, blocksize=BLOCK, quant_type="nf4"
     )
@@ -158,8 +163,10 @@ def pack(weight: Tensor, kind: str, device: torch.device | None = None) -> Packe
         KINDS[kind].pack(part.to(device).float().contiguous())
         for part in weight.detach().split(rows)
     ]
+    if len(parts) == 1:
+        return parts[0]
     codes, scales = zip(*parts, strict=True)
-    return (codes[0], scales[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scales))
+    return torch.cat(codes), torch.cat(scales)
 
 
 class QuantisedLinear(nn.Linear):
@@ -182,7 +189,8 @@ class QuantisedLinear(nn.Linear):
         """
         nn.Module.__init__(self)  # not Linear's, which would create a weight
         self.out_features, self.in_features = weight.shape
-        self.kind, self.dtype = kind, weight.dtype
+        self.kind = kind
+        self.dtype = weight.dtype
         codes, scales = packed or pack(weight, kind, device)
         self.register_buffer("codes", codes.to(device), persistent=False)
         self.register_buffer("scales", scales.to(device), persistent=False)

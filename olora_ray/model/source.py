@@ -38,15 +38,16 @@ class BaseModel:
     def commit(self) -> str | None:
         """Return the commit of a model in the hub client's cache (models--ORG--NAME/snapshots/COMMIT), else None."""
         parts = Path(self.folder).parts
-        return (
-            parts[-1]
-            if parts[-3:-1] == (f"models--{self.name.replace('/', '--')}", "snapshots")
-            else None
-        )
+        if parts[-3:-1] == (f"models--{self.name.replace('/', '--')}", "snapshots"):
+            return parts[-1]
+        return None
 
     def shown(self) -> str:
         """Return the name, of a model of the hub with its commit."""
-        return f"{self.name}@{commit}" if (commit := self.commit()) else self.name
+        commit = self.commit()
+        if commit is None:
+            return self.name
+        return f"{self.name}@{commit}"
 
 
 CONVERT = (
@@ -86,7 +87,9 @@ def glance(config: AnyConfig) -> str | None:
     source = _source_folder(config)
     if source.is_file():
         return folder.of_weights([source])
-    return folder.of_folder(source, code=False) if folder.weight_files(source) else None
+    if not folder.weight_files(source):
+        return None
+    return folder.of_folder(source, code=False)
 
 
 def is_found(config: AnyConfig) -> bool:
@@ -99,11 +102,10 @@ def is_found(config: AnyConfig) -> bool:
     name = config.model.name
     if name.startswith("models:/") or (storage.is_uri(name) and not name.startswith("package://")):
         return False
-    if (source := _here(name)) is None:
-        with (
-            _asking_the_hub(config.model) as ask,
-            contextlib.suppress(LocalEntryNotFoundError),
-        ):  # it is unreachable
+    source = _here(name)
+    if source is None:
+        # Suppressed where the hub is unreachable.
+        with _asking_the_hub(config.model) as ask, contextlib.suppress(LocalEntryNotFoundError):
             source = ask(allow_patterns=[folder.CONFIG])
     if source and source.is_dir() and not (source / folder.CONFIG).is_file():
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
@@ -136,15 +138,17 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     another version. Raise UserError if it cannot be fetched here, or is not the same here.
     """
     path = Path(base.folder)
-    if _is_same(path, base, config):
+    same = False
+    with contextlib.suppress(OSError):  # a file that was removed, or that this user may not read
+        looks = ("", folder.look(path, config.model.trust_remote_code))
+        same = path.is_dir() and base.look in looks
+    if same:
         _keep(path)
         return base
     if base.name.startswith("models:/") or Path(base.name).is_absolute():
-        problem = (
-            "has other files on this node than on the driver's node"
-            if path.is_dir()
-            else "is not on every node"
-        )
+        problem = "is not on every node"
+        if path.is_dir():
+            problem = "has other files on this node than on the driver's node"
         raise UserError(
             f"model.name: {base.folder} {problem}; put it, or run.storage, where all nodes see it"
         )
@@ -156,16 +160,6 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     return fetched
 
 
-def _is_same(path: Path, base: BaseModel, config: AnyConfig) -> bool:
-    try:
-        return path.is_dir() and base.look in (
-            "",
-            folder.look(path, config.model.trust_remote_code),
-        )
-    except OSError:  # a file that was removed meanwhile, or that this user may not read
-        return False
-
-
 def _source_folder(config: AnyConfig) -> Path:
     name = config.model.name
     if storage.is_uri(name) and not name.startswith("package://"):
@@ -173,7 +167,18 @@ def _source_folder(config: AnyConfig) -> Path:
             # One folder per address and version, because the model at an address may be replaced.
             key = storage.digest(name, storage.version(name), length=16)
             return node_cache.local_copy(name, f"{node_cache.CACHE}/models/{key}")
-    return _here(name) or _from_hub(config.model)
+    source = _here(name)
+    if source is not None:
+        return source
+    # README.md: the card has the license.
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    if config.model.trust_remote_code:
+        patterns.append("*.py")
+    # A pattern's * matches folders too, which may have the same weights in other forms (gpt-oss: original/).
+    # Mistral has its own form beside the weights.
+    others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
+    with _asking_the_hub(config.model) as ask:
+        return ask(allow_patterns=patterns, ignore_patterns=others)
 
 
 def _here(name: str) -> Path | None:
@@ -186,24 +191,6 @@ def _here(name: str) -> Path | None:
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"model.name: {name}: no such file or folder, and not a hub id (ORG/NAME)")
     return None
-
-
-def _from_hub(config: ModelConfig) -> Path:
-    patterns = [
-        "*.safetensors",
-        "*.json",
-        "*.jinja",
-        "*.model",
-        "*.txt",
-        "README.md",
-    ]  # the card has the license
-    if config.trust_remote_code:
-        patterns.append("*.py")
-    # A pattern's * matches folders too, which may have the same weights in other forms (gpt-oss: original/).
-    # Mistral has its own form beside the weights.
-    others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
-    with _asking_the_hub(config) as ask:
-        return ask(allow_patterns=patterns, ignore_patterns=others)
 
 
 @contextlib.contextmanager
@@ -227,10 +214,8 @@ def _hub_problem(error: BaseException) -> str:
             return "the model hub grants access to it on request: request it on the model's page, then set HF_TOKEN"
         case errors.RevisionNotFoundError():
             return "the model hub has the model, but not this model.revision"
-        case errors.HfHubHTTPError() if error.response.status_code in (
-            401,
-            404,
-        ):  # 401: the answer without a token
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 404):
+            # 401 is the answer without a token.
             return "the model hub has no model of this name, or it is private: correct the name, or set HF_TOKEN"
         case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
             why = first_line(error.__cause__)
