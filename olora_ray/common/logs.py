@@ -21,8 +21,10 @@ PACKAGE = "olora_ray"
 
 def line(record: logging.LogRecord) -> str:
     """Return a record's message without secrets, after `warning: ` or `error: ` if its level is above INFO."""
-    prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-    return mask(prefix + record.getMessage())
+    message = record.getMessage()
+    if record.levelno >= logging.WARNING:
+        message = f"{record.levelname.lower()}: {message}"
+    return mask(message)
 
 
 class LineFormatter(logging.Formatter):
@@ -55,9 +57,8 @@ def handled_by(handler: logging.Handler) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.propagate = (
-            not logger.handlers
-        )  # several trainings may share a process, and each has its own
+        # Several trainings may share a process, and each has its own.
+        logger.propagate = not logger.handlers
         handler.close()
 
 

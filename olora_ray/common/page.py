@@ -57,11 +57,8 @@ def image(png: bytes, described: str, wide: bool) -> str:
 
 
 def terms(pairs: Iterable[tuple[str, str]]) -> str:
-    return (
-        "<dl>"
-        + "".join(f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs)
-        + "</dl>"
-    )
+    lines = [f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs]
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 Head = tuple[str, str, str]

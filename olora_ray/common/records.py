@@ -23,10 +23,8 @@ def read(location: str, form: type[Record], sealed: bool = False) -> Record | No
     """Return the record in a file; None if the file is missing, damaged or of another form. Raises OSError."""
     try:
         content = storage.read_bytes(location)
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-    ):  # NotADirectoryError: a stray file instead of a folder
+    except (FileNotFoundError, NotADirectoryError):
+        # NotADirectoryError: a stray file instead of a folder.
         return None
     return parsed(content, form, sealed)
 
@@ -44,8 +42,11 @@ def write(
 
 
 def text_of(record: Any, indent: int | None = None, sealed: bool = False) -> str:
-    tree = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
-    return seal(tree, indent) if sealed else json.dumps(tree, indent=indent)
+    if is_dataclass(record) and not isinstance(record, type):
+        record = asdict(record)
+    if sealed:
+        return seal(record, indent)
+    return json.dumps(record, indent=indent)
 
 
 def parsed(text: str | bytes, form: type[Record], sealed: bool = False) -> Record | None:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 # Connections to file systems: one per address and environment, kept by the process.
 
 
-CONNECT_SECONDS, ANSWER_SECONDS, ATTEMPTS = 5, 10, 3
+CONNECT_SECONDS = 5
+ANSWER_SECONDS = 10
+ATTEMPTS = 3
 """A store that accepts a connection and never answers fails after about ATTEMPTS * ANSWER_SECONDS."""
 
 
@@ -45,7 +47,10 @@ def _connected(
         return _s3(bucket), bucket
     if scheme == "gs" and "retry_limit_seconds" not in query:  # 15 minutes by default
         query = "&".join(filter(None, [query, f"retry_limit_seconds={ATTEMPTS * ANSWER_SECONDS}"]))
-    system, root = fs.FileSystem.from_uri(f"{scheme}://{bucket}/" + (f"?{query}" if query else ""))
+    address = f"{scheme}://{bucket}/"
+    if query:
+        address += f"?{query}"
+    system, root = fs.FileSystem.from_uri(address)
     return system, str(root).rstrip("/")
 
 
@@ -53,14 +58,21 @@ def _s3(bucket: str) -> fs.FileSystem:
     options: dict[str, Any] = {
         "region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     }
-    if endpoint := s3_endpoint():
-        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-        options |= {
-            "scheme": parts.scheme,
-            "endpoint_override": parts.netloc + parts.path.rstrip("/"),
-        }
+    endpoint = s3_endpoint()
+    if endpoint:
+        if "://" not in endpoint:
+            endpoint = f"https://{endpoint}"
+        parts = urlsplit(endpoint)
+        options["scheme"] = parts.scheme
+        options["endpoint_override"] = parts.netloc + parts.path.rstrip("/")
     else:
-        options["region"] = _region_of(bucket, options["region"])
+        # pyarrow asks us-east-1. A private network may not reach it, and it does not know buckets in China and
+        # GovCloud.
+        try:
+            options["region"] = str(fs.resolve_s3_region(bucket))
+        except OSError:
+            if options["region"] is None:
+                raise
     return fs.S3FileSystem(
         connect_timeout=CONNECT_SECONDS,
         request_timeout=ANSWER_SECONDS,
@@ -69,16 +81,6 @@ def _s3(bucket: str) -> fs.FileSystem:
         background_writes=False,  # otherwise a file that is read faster than it is sent fills the memory
         **options,
     )
-
-
-def _region_of(bucket: str, named: str | None) -> str:
-    # pyarrow asks us-east-1. A private network may not reach it, and it does not know buckets in China and GovCloud.
-    try:
-        return str(fs.resolve_s3_region(bucket))
-    except OSError:
-        if named is None:
-            raise
-        return named
 
 
 _UNTRUSTED = re.compile(
@@ -93,12 +95,15 @@ _TRUST = (
 
 def untrusted(error: BaseException) -> str | None:
     """Return what to do about an error of an untrusted certificate; None for another error."""
-    return _TRUST if _UNTRUSTED.search(str(error)) else None
+    if _UNTRUSTED.search(str(error)):
+        return _TRUST
+    return None
 
 
 def follow_certificates() -> None:
     """Make requests and boto3 use SSL_CERT_FILE, which pyarrow and the hub's client read by themselves."""
-    if file := os.environ.get("SSL_CERT_FILE"):
+    file = os.environ.get("SSL_CERT_FILE")
+    if file:
         for name in ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"):
             os.environ.setdefault(name, file)
 
@@ -134,24 +139,27 @@ def with_retries(store: str, request: Callable[[], Answer]) -> Answer:
     Raises FileNotFoundError for a missing file, ValueError for an invalid address, and StoreError or StoreUnavailable
     for any other failure.
     """
-    end, pause = None, PATIENCE / 60
+    end = None
+    pause = PATIENCE / 60
     while True:
         try:
             answer = request()
         except FileNotFoundError:
             _answered.add(store)
             raise
+        except ValueError:  # an invalid address
+            raise
         except (OSError, ArrowException) as error:  # pyarrow raises both kinds for gs://
-            if isinstance(error, ValueError):  # an invalid address
-                raise
-            end = time.monotonic() + PATIENCE if end is None else end
+            if end is None:
+                end = time.monotonic() + PATIENCE
             left = end - time.monotonic()
             if store not in _answered or not transient(error) or left <= 0:
                 error_type = StoreUnavailable if transient(error) else StoreError
-                why = untrusted(error)
-                raise error_type(
-                    f"{mask(store)}: {why}" if why else mask(first_line(error))
-                ) from None
+                problem = mask(first_line(error))
+                remedy = untrusted(error)
+                if remedy:
+                    problem = f"{mask(store)}: {remedy}"
+                raise error_type(problem) from None
             logger.warning(
                 f"{mask(store)} does not answer ({first_line(error)}); retrying for {left:.0f} s more"
             )
@@ -174,7 +182,8 @@ def is_temporary(error: BaseException) -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    for cause in _chain(error):
+    cause: BaseException | None = error
+    while cause is not None:
         if isinstance(cause, errors.HfHubHTTPError):
             status = cause.response.status_code
             return status == 429 or status >= 500  # too many requests, or a server error
@@ -183,12 +192,6 @@ def is_temporary(error: BaseException) -> bool:
         client: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
         if isinstance(cause, client | ConnectionError | TimeoutError):
             return True
-    return False
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    # `datasets` hides the cause of some errors with `raise ... from None`, so follow __context__, too.
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
+        # `datasets` hides the cause of some errors with `raise ... from None`, so follow __context__, too.
         cause = cause.__cause__ or cause.__context__
+    return False

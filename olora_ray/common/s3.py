@@ -57,11 +57,11 @@ def check_bucket(location: str, field: str) -> None:
             client.put_object(Bucket=bucket, Key=key, Body=b"probe")
             client.get_object(Bucket=bucket, Key=key)["Body"].read()
             client.delete_object(Bucket=bucket, Key=key)
+    except StoreUnavailable as error:
+        raise TryAgain(
+            f"{field}: {location}: the object store at {_where()} does not answer: {error}"
+        ) from None
     except StoreError as error:
-        if isinstance(error, StoreUnavailable):
-            raise TryAgain(
-                f"{field}: {location}: the object store at {_where()} does not answer: {error}"
-            ) from None
         raise UserError(f"{field}: {location} cannot be written: {error}") from None
 
 
@@ -85,9 +85,8 @@ def put_if(location: str, content: bytes, etag: str | None) -> str | None:
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
     try:
         with _as_store_error():
-            return str(
-                _client().put_object(Bucket=bucket, Key=key, Body=content, **condition)["ETag"]
-            )
+            answer = _client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+            return str(answer["ETag"])
     except (FileExistsError, FileNotFoundError):  # 404: it was deleted meanwhile
         return None
 
@@ -108,9 +107,8 @@ def _cached_client(attempts: int, environment: tuple[tuple[str, str], ...]) -> A
     import boto3
     from botocore.config import Config
 
-    logging.getLogger("botocore").setLevel(
-        logging.WARNING
-    )  # at INFO it logs where the credentials come from
+    # At INFO it logs where the credentials come from.
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     # Few stores other than AWS have a host name per bucket, so the bucket is a part of the path there, as in pyarrow.
     style = "path" if retry.s3_endpoint() else "auto"
     return boto3.session.Session().client(
@@ -147,7 +145,8 @@ def _as_store_error() -> Iterator[None]:
         exceptions.IncompleteReadError,
         OSError,
     ) as error:
-        if remedy := untrusted(error):
+        remedy = untrusted(error)
+        if remedy:
             raise StoreError(f"{_where()}: {remedy}") from None
         # The URL at the end names the probe, a file that the user does not know.
         why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))

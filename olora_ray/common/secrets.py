@@ -104,7 +104,8 @@ def mask(text: str) -> str:
         text = _CURL_USER.sub(rf"\1{_HIDDEN}", text)
     if any(part in lower for part in _IN_NAMES):
         text = "".join(_fields_masked(text))
-        text = _OPTION.sub(_without_value, text) if "--" in text else text
+        if "--" in text:
+            text = _OPTION.sub(_without_value, text)
     return text
 
 
@@ -135,14 +136,16 @@ def _without_credentials(match: re.Match[str]) -> str:
     before = match.string[max(0, match.start() - 40) : match.start()]
     # `bearer` is also a usual word: without `Authorization:` before it, only a long value with digits is a token.
     bare = scheme.lower() == "bearer" and len(value) >= 16 and any(sign.isdigit() for sign in value)
-    return f"{scheme}{blank}{_HIDDEN}" if bare or _AUTHORIZATION.search(before) else match[0]
+    if bare or _AUTHORIZATION.search(before):
+        return f"{scheme}{blank}{_HIDDEN}"
+    return match[0]
 
 
 def _without_value(match: re.Match[str]) -> str:
     option, blank, *quotes = match.groups()
-    return (
-        f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}" if is_name(option) else match[0]
-    )
+    if not is_name(option):
+        return match[0]
+    return f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}"
 
 
 def _fields_masked(text: str) -> Iterator[str]:
@@ -150,22 +153,27 @@ def _fields_masked(text: str) -> Iterator[str]:
     for field in _FIELD.finditer(text):
         if field.start() < end or not is_name(field[1]):
             continue
-        if span := _value_span(text, field[2], field.end()):
+        span = _value_span(text, field[2], field.end())
+        if span:
             yield text[end : span[0]] + _HIDDEN
             end = span[1]
     yield text[end:]
 
 
 def _value_span(text: str, sign: str, begin: int) -> tuple[int, int] | None:
-    if quoted := _QUOTED.match(text, begin):
+    quoted = _QUOTED.match(text, begin)
+    if quoted:
         return quoted.span(2 if quoted[1] else 4)
+    value = None
     if sign == "=":
         value = _BARE.match(text, begin)
-    elif sign[0] in "'\"\\" or sign[-1] in " \t":
+    elif (
+        sign[0] in "'\"\\" or sign[-1] in " \t"
+    ):  # otherwise a file and a line: tests/test_token.py:12
         value = _AFTER_COLON.match(text, begin)
-    else:  # a file and a line, as in tests/test_token.py:12
-        value = None
-    return value.span() if value else None
+    if value is None:
+        return None
+    return value.span()
 
 
 def looked_up(value: str, field: str) -> str:
@@ -175,7 +183,8 @@ def looked_up(value: str, field: str) -> str:
     """
     scheme, _, name = value.partition(":")
     if scheme == "env":
-        if not (content := os.environ.get(name, "").strip()):
+        content = os.environ.get(name, "").strip()
+        if not content:
             raise UserError(
                 f"{field}: {value}: the environment variable {name} is not set in this process"
             )

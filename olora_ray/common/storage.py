@@ -59,9 +59,8 @@ def staged(target: Path) -> Iterator[Path]:
         yield partial
         try:
             os.replace(partial, target)
-        except (
-            OSError
-        ):  # the system does not replace a folder that has files: another process was faster
+        except OSError:
+            # The system does not replace a folder that has files: another process was faster.
             if not target.exists():
                 raise
     finally:
@@ -151,7 +150,9 @@ def filesystem(location: str) -> tuple[fs.FileSystem, str]:
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
     system, root = retry.connect(scheme, bucket, query)
-    return system, f"{root}/{unquote(key) if scheme == 'file' else key}".rstrip("/")
+    if scheme == "file":
+        key = unquote(key)
+    return system, f"{root}/{key}".rstrip("/")
 
 
 def local_path(location: str) -> Path | None:
@@ -177,24 +178,25 @@ def check_storage(location: str, field: str) -> None:
     if s3.is_s3(location):
         s3.check_bucket(location, field)
     probe = join(location, f".probe-{uuid.uuid4().hex}")
-    content, subject = os.urandom(4 * PART), f"{field}: {location}"
+    content = os.urandom(4 * PART)
+    subject = f"{field}: {location}"
+
+    def read_part(system: fs.FileSystem, path: str) -> bytes:
+        with system.open_input_file(path) as file:
+            file.seek(PART)
+            return bytes(file.read(PART))
+
     with as_user_error(
         f"{subject} cannot be written", OSError, ValueError, reason=short_reason, passes=transient
     ):
         write_bytes(probe, content)
-        part = ask(probe, _part)
+        part = ask(probe, read_part)
         remove(probe)
     if part != content[PART : 2 * PART]:
         raise UserError(
             f"{subject}: the object store returns wrong bytes for a part of a file (HTTP ranges), so shards and weights"
             " would be wrong; use another object store, or another version of its software"
         )
-
-
-def _part(system: fs.FileSystem, path: str) -> bytes:
-    with system.open_input_file(path) as file:
-        file.seek(PART)
-        return bytes(file.read(PART))
 
 
 def exists(location: str) -> bool:
@@ -206,7 +208,9 @@ def exists(location: str) -> bool:
 def size(location: str) -> int | None:
     def look(system: fs.FileSystem, path: str) -> int | None:
         info = system.get_file_info(path)
-        return int(info.size) if info.is_file else None
+        if not info.is_file:
+            return None
+        return int(info.size)
 
     return ask(location, look)
 
@@ -296,7 +300,8 @@ def write_chunks(
             for chunk in content():
                 stream.write(chunk)
 
-    if (path := local_path(location)) is None:
+    path = local_path(location)
+    if path is None:
         ask(location, write)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -326,10 +331,11 @@ def read_text(location: str) -> str:
 
 
 def remove(location: str) -> None:
-    if (path := local_path(location)) is not None:
+    path = local_path(location)
+    if path is None:
+        ask(location, _remove)
+    else:
         remove_local(path)
-        return
-    ask(location, _remove)
 
 
 def _remove(system: fs.FileSystem, path: str) -> None:
