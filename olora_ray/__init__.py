@@ -56,8 +56,11 @@ def finetune(
 
         content = run.run(read, found=found)
         publish.push(read)
-    loss, registered = content["metrics"].get("eval/loss"), content["registered"]
-    model = f"models:/{registered['model']}/{registered['version']}" if registered else None
+    model = None
+    registered = content["registered"]
+    if registered:
+        model = f"models:/{registered['model']}/{registered['version']}"
+    loss = content["metrics"].get("eval/loss")
     return Result(read.folder(), content["eval_loss_before"], loss, content["scores"], model)
 
 
@@ -98,7 +101,8 @@ def evaluate(
 def _ready() -> Any:
     from olora_ray.common import errors, logs
 
-    if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
         raise errors.UserError(
             "this process is connected to Ray: call ray.shutdown(); RAY_ADDRESS chooses the cluster"
         )

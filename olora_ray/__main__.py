@@ -72,16 +72,20 @@ def _main(argv: list[str]) -> None:
     elif name in COMMANDS:
         quiet_environment()  # Ray reads these variables when it is imported
         if name == "quickstart":
-            name, rest = "finetune", [QUICKSTART, *rest]
+            name = "finetune"
+            rest = [QUICKSTART, *rest]
         _command(name)(rest)
     else:
         near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
+        hint = f"use one of {', '.join(COMMANDS)}"
+        if near:
+            hint = f"did you mean {near[0]}?"
         raise UserError(f"argument {name}: unknown command; {hint}")
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    if module := COMMANDS[name][1]:
+    module = COMMANDS[name][1]
+    if module:
         return importlib.import_module(module).main  # type: ignore[no-any-return]
     # The scripts are no modules of the package: `python pipelines/finetune.py` runs the same files.
     folder = command_line.ROOT / "pipelines"

@@ -58,11 +58,15 @@ class DecidedCluster(Cluster):
 
     @property
     def fewest(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
+        if isinstance(self.workers, int):
+            return self.workers
+        return self.workers[0]
 
     @property
     def most(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
+        if isinstance(self.workers, int):
+            return self.workers
+        return self.workers[1]
 
     @property
     def is_elastic(self) -> bool:
@@ -147,7 +151,9 @@ class Kept:
         if name in self.decisions:
             return self.decisions[name]
         value = self.settings.get(name, "auto")
-        return None if is_auto(value) else Decision(value, BEGUN)
+        if is_auto(value):
+            return None
+        return Decision(value, BEGUN)
 
     def fields(self, setting: str, asked: dict[str, str]) -> Decision:
         """Return the decision of the fields of a source whose format is kept."""

@@ -163,24 +163,19 @@ def _set_twice(name: str, field: str) -> UserError:
 
 @cache
 def _fields() -> dict[str, str]:
-    # A field's own name means that field only if no other section has a field of this name.
     own: dict[str, list[str]] = {}
-    for section, name in _own():
-        own.setdefault(name, []).append(f"{section}.{name}")
-    fields = {
-        _plain(name): full_names[0] for name, full_names in own.items() if len(full_names) == 1
-    }
-    return fields | {
-        _plain(word): field for field, words in PLAIN.items() for word in words.split()
-    }
-
-
-def _own() -> Iterator[tuple[str, str]]:
     for section, field in Config.model_fields.items():
         inner = next(iter(get_args(field.annotation)), field.annotation)
         assert isinstance(inner, type)
         assert issubclass(inner, Section)
-        yield from ((section, each.alias or name) for name, each in inner.model_fields.items())
+        for name, each in inner.model_fields.items():
+            word = each.alias or name
+            own.setdefault(word, []).append(f"{section}.{word}")
+    # A field's own name means that field only if no other section has a field of this name.
+    fields = {_plain(word): names[0] for word, names in own.items() if len(names) == 1}
+    for name, words in PLAIN.items():
+        fields |= dict.fromkeys(map(_plain, words.split()), name)
+    return fields
 
 
 def _plain(word: str) -> str:
@@ -195,9 +190,12 @@ def meant(word: str) -> str | None:
 def spelling_advice(word: str, place: str = "") -> str | None:
     """Return advice for a word that is no field at `place` (`use adapter.rank`), or None."""
     plain = _plain(word)
-    if (field := meant(word)) and field != place:
+    field = meant(word)
+    if field and field != place:
         return f"use {field}"
-    return EXPLAINED["report_to"] if plain.startswith(TRACKERS) else EXPLAINED.get(plain)
+    if plain.startswith(TRACKERS):
+        return EXPLAINED["report_to"]
+    return EXPLAINED.get(plain)
 
 
 # YAML as people write configs: 1e-4 is a number (YAML 1.1 reads a text), and texts that look like numbers are quoted.
@@ -280,28 +278,30 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         tree = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        if error.problem_mark:
+            where = f"{where}, line {error.problem_mark.line + 1}"
         problem = " ".join((error.problem or "").removeprefix("but ").split())
-        raise UserError(f"{where}{line}: not valid YAML: {problem[:200]}") from None
+        raise UserError(f"{where}: not valid YAML: {problem[:200]}") from None
     except yaml.reader.ReaderError as error:
-        line = f", line {text.count(chr(10), 0, error.position) + 1}"
+        line = text.count("\n", 0, error.position) + 1
         raise UserError(
-            f"{where}{line}: not valid YAML: remove the character #x{error.character:04x}"
+            f"{where}, line {line}: not valid YAML: remove the character #x{error.character:04x}"
         ) from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_MUCH}") from None
     # A few lines with nested aliases may expand to billions of values, and validation would never end. The limit leaves
     # room for the 10,000 files that `only` of a source may list.
-    left, count = [(tree, 0)], 0
+    left = [(tree, 0)]
+    count = 0
     while left:
         value, depth = left.pop()
         count += 1
         if count > 50_000 or depth > 50:
             raise UserError(f"{where}: {_TOO_MUCH}")
-        inner = (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        )
-        left += ((each, depth + 1) for each in inner)
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            left += ((each, depth + 1) for each in value)
     return tree
 
 
@@ -310,8 +310,11 @@ def _problem(node: yaml.Node, text: str) -> ConstructorError:
 
 
 def _quoted(value: object) -> str:
-    text = value if isinstance(value, str) else "this"
-    return ascii(text if len(text) <= 40 else f"{text[:37]}...")
+    if not isinstance(value, str):
+        value = "this"
+    if len(value) > 40:
+        value = f"{value[:37]}..."
+    return ascii(value)
 
 
 # Dotted fields: a config as flat names and values, and changes to it by such names.
@@ -400,7 +403,8 @@ def _section_of(tree: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
     *parents, last = field.split(".")
     node: Any = tree
     for part in parents:
-        node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node = node.get(part)
     if not isinstance(node, dict):
         return {}, last
     return node, last
@@ -413,9 +417,11 @@ def parse_assignments(given: list[str]) -> dict[str, Any]:
     for word in given:
         field, equals, value = word.partition("=")
         if not equals or "." not in field or "" in field.split("."):
+            problem = f"argument {secrets.mask(word)!r}: expected section.field=value"
             advice = spelling_advice(field) if equals else None
-            hint = f"; {advice}" if advice else ""
-            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value{hint}")
+            if advice:
+                problem += f"; {advice}"
+            raise UserError(problem)
         name = field
         field = SYNONYMS.get(name, name)
         if names.setdefault(field, name) != name:
@@ -448,10 +454,13 @@ def at(config: Section, field: str, default: Any = None) -> Any:
     """Return the plain value of a dotted field, which may also be a section or a list of mappings."""
     node: Any = config.model_dump(mode="json")
     for part in field.split("."):
-        if isinstance(node, dict) and part in node:
-            node = node[part]
-        elif isinstance(node, list) and (index := _index(part, node)) is not None:
+        if isinstance(node, list):
+            index = _index(part, node)
+            if index is None:
+                return default
             node = node[index]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
         else:
             return default
     return node
@@ -461,14 +470,23 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     """Return a copy of a nested mapping with dotted fields set; raise UserError for an unreachable field."""
     result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
     for field, value in changes.items():
-        if numbered := NUMBERED.fullmatch(field):
-            _number_sources(result.get("data"), numbered[1])
+        numbered = NUMBERED.fullmatch(field)
+        data = result.get("data")
+        if numbered and isinstance(data, dict):
+            # `data.train: a.jsonl` is allowed, but `data.train.0.weight=2` needs a list of mappings to set a field in.
+            sources = data.get(numbered[1])
+            if not isinstance(sources, list):
+                sources = [sources or {}]
+            data[numbered[1]] = [
+                {"path": source} if isinstance(source, str) else source for source in sources
+            ]
         node: Any = result
         *parents, last = field.split(".")
         for part in parents:
             node = _child(node, part, field)
         if isinstance(node, list):
-            if (index := _index(last, node)) is None:
+            index = _index(last, node)
+            if index is None:
                 raise UserError(
                     f"{field}: no such entry; the list has {len(node)} entries, counted from 0"
                 )
@@ -484,18 +502,12 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-def _number_sources(data: Any, name: str) -> None:
-    # `data.train: a.jsonl` is allowed, but `data.train.0.weight=2` needs a list of mappings to set a field in.
-    if isinstance(data, dict):
-        given = data.get(name)
-        sources = given if isinstance(given, list) else [given or {}]
-        data[name] = [{"path": source} if isinstance(source, str) else source for source in sources]
-
-
 def _child(node: Any, part: str, field: str) -> Any:
     child = None
-    if isinstance(node, list) and (index := _index(part, node)) is not None:
-        child = node[index]
+    if isinstance(node, list):
+        index = _index(part, node)
+        if index is not None:
+            child = node[index]
     elif isinstance(node, dict):
         if node.get(part) is None:
             node[part] = {}
@@ -508,7 +520,9 @@ def _child(node: Any, part: str, field: str) -> Any:
 
 
 def _index(part: str, items: list[Any]) -> int | None:
-    return int(part) if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < len(items) else None
+    if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < len(items):
+        return int(part)
+    return None
 
 
 def _copy(value: Any) -> Any:
@@ -540,12 +554,8 @@ PATTERNS = {
 """Patterns of field types -> messages."""
 
 
-def explain(item: ErrorDetails, root: type[Section]) -> str:
-    """Return an error of pydantic as `field: problem; advice`, without secrets."""
-    return _short(_explain(item, root), 500)
-
-
-def _explain(item: ErrorDetails, root: type[Section]) -> str:
+def _explained(item: ErrorDetails, root: type[Section]) -> str:
+    """Return an error of pydantic as `field: problem; advice`."""
     # pydantic adds tags of union members to the location. The user wrote only names and indices.
     *outer, last = [str(part) for part in item["loc"]] or [""]
     parts = [part for part in outer if not _UNION_TAG.search(part)]
@@ -561,21 +571,22 @@ def _explain(item: ErrorDetails, root: type[Section]) -> str:
     if item["type"] == "string_pattern_mismatch":
         message = PATTERNS.get(item.get("ctx", {}).get("pattern", ""), message)
     message = message[0].lower() + message[1:]
-    shown = "" if item["type"] == "value_error" else f" (got {_excerpt(item['input'])})"
-    return f"{field}: {message}{shown}" if field else message
+    if not field:
+        return message
+    if item["type"] != "value_error":
+        message += f" (got {_excerpt(item['input'])})"
+    return f"{field}: {message}"
 
 
 def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Drop problems that only follow from another one: pydantic also calls a list with an invalid entry too short."""
-    return [
-        item
-        for item in items
-        if not (item["type"] == "too_short" and item["input"])
-        or not any(
-            another is not item and another["loc"][: len(item["loc"])] == item["loc"]
-            for another in items
-        )
-    ]
+    kept = []
+    for item in items:
+        place = item["loc"]
+        inside = [other for other in items if other["loc"][: len(place)] == place]
+        if item["type"] != "too_short" or not item["input"] or len(inside) == 1:
+            kept.append(item)
+    return kept
 
 
 def _joined(lines: Sequence[str]) -> list[str]:
@@ -599,15 +610,14 @@ def _joined(lines: Sequence[str]) -> list[str]:
 def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str:
     if secrets.is_name(parts[-1]):
         return "delete it; secrets come from environment variables or files, never from a config"
-    if issubclass(root, Config | EvaluationConfig) and (
-        advice := spelling_advice(parts[-1], ".".join(parts))
-    ):
-        return advice
+    if issubclass(root, Config | EvaluationConfig):
+        advice = spelling_advice(parts[-1], ".".join(parts))
+        if advice:
+            return advice
     # Last, because names of other tools resemble fields with another meaning: do_train is not `train`.
     near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
-    if near and (
-        len(parts) > 1 or isinstance(value, dict)
-    ):  # a plain value cannot be a misspelt section
+    # A plain value cannot be a misspelt section.
+    if near and (len(parts) > 1 or isinstance(value, dict)):
         return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
     return "--help all lists the fields"
 
@@ -617,14 +627,19 @@ def _excerpt(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
-        return f"[{', '.join([*map(_excerpt, value[:8]), *['...'] * (len(value) > 8)])}]"
+        shown = [_excerpt(each) for each in value[:8]]
+        if len(value) > 8:
+            shown.append("...")
+        return f"[{', '.join(shown)}]"
     return _short(repr(value), 80)
 
 
 def _short(text: str, length: int) -> str:
     # Mask before cutting: a secret that is cut in half is not recognised.
     line = " ".join(secrets.mask(text).splitlines())
-    return line if len(line) <= length else f"{line[: length - 3]}..."
+    if len(line) > length:
+        line = f"{line[: length - 3]}..."
+    return line
 
 
 def instead(field: str, text: str) -> str:
@@ -644,25 +659,30 @@ def instead(field: str, text: str) -> str:
 def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
     section = root
     for part in parts[:-1]:
-        named = section.model_fields.items()
-        field = next((field for name, field in named if part in (name, field.alias)), None)
-        section = (_section_in(field.annotation) if field else None) or section
+        for name, field in section.model_fields.items():
+            if part in (name, field.alias):
+                section = _section_in(field.annotation) or section
+                break
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next(
-        (section for inner in get_args(annotation) if (section := _section_in(inner))), None
-    )
+    for inner in get_args(annotation):
+        section = _section_in(inner)
+        if section:
+            return section
+    return None
 
 
 def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     """Read a config file and apply dotted `changes`; raise UserError that lists every problem with its field."""
-    file, changes = read_tree(path), changes or {}
+    file = read_tree(path)
+    changes = changes or {}
     config = build(changed(file, changes), str(path))
-    before, train = (file.get("train") or {}).get("steps"), config.train
+    before = (file.get("train") or {}).get("steps")
+    train = config.train
     if before and train.steps is None and "train.epochs" in changes:
         logger.info(f"train.epochs overrides train.steps={before} of {path}")
     elif train.steps and train.epochs != 1 and "train.steps" not in changes:
@@ -687,7 +707,9 @@ def read_yaml(path: str | Path, what: str) -> Any:
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        hint = did_you_mean(str(path)) if isinstance(error, FileNotFoundError) else ""
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            hint = did_you_mean(str(path))
         raise UserError(f"{what} {path}: {error.strerror}{hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"{what} {path}: not UTF-8 text") from None
@@ -702,7 +724,14 @@ def build(tree: Mapping[str, Any], where: str = "config") -> Config:
     tree.pop("compare", None)
     config = validated(Config, tree, where)
     if config.run.name == "auto":
-        config = override(config, {"run.name": _own_name(config)})
+        # Defaults are left out, so that a new field in a new release does not rename old runs. The length is left out,
+        # so that a run can be trained longer under the same name.
+        given = leaves(config.model_dump(mode="json", exclude_defaults=True), "")
+        others = (*FREE_TO_CHANGE, *LENGTH)
+        named = {field: value for field, value in given if not field.startswith(others)}
+        digest = storage.digest_json(named, length=8)
+        name = f"{config.adapter.method}-r{config.adapter.rank}-{digest}"
+        config = override(config, {"run.name": name})
         logger.info(f"run.name: auto is {config.run.name}")
     return config
 
@@ -722,42 +751,33 @@ def read_config(location: str) -> Config:
     return build(tree, location)
 
 
-def _own_name(config: Config) -> str:
-    # Defaults are left out, so that a new field in a new release does not rename old runs. The length is left out, so
-    # that a run can be trained longer under the same name.
-    given = leaves(config.model_dump(mode="json", exclude_defaults=True), "")
-    others = (*FREE_TO_CHANGE, *LENGTH)
-    digest = storage.digest_json(
-        {field: value for field, value in given if not field.startswith(others)}, length=8
-    )
-    return f"{config.adapter.method}-r{config.adapter.rank}-{digest}"
-
-
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
     """Validate a nested mapping into a section; raise UserError with all problems and without secrets.
 
     Removed fields are dropped at their defaults, and are problems at other values.
     """
     tree, retired = without_retired(tree)
-    named = [
-        (field, value if isinstance(value, list | tuple) else [value])
-        for field, value in leaves(tree, "")
-    ]
-    texts = [(field, item) for field, items in named for item in items if isinstance(item, str)]
-    texts = [
-        (field, item) for field, item in texts if not field.startswith("notify.")
-    ]  # these take no address at all
-    problems = [f"{field}: {instead(field, text)}" for field, text in texts if secrets.in_uri(text)]
+    problems = []
+    for field, value in leaves(tree, ""):
+        if field.startswith("notify."):  # its fields take no address at all
+            continue
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and secrets.in_uri(text):
+                problems.append(f"{field}: {instead(field, text)}")
     problems += retired
     valid = None
     try:
         valid = section.model_validate(tree)
     except ValidationError as error:
-        problems += _joined([explain(item, section) for item in relevant(error.errors())])
+        errors = [_explained(item, section) for item in relevant(error.errors())]
+        problems += _joined([_short(line, 500) for line in errors])
     if valid is None or problems:
-        more = [f"and {len(problems) - 100} more"] if len(problems) > 100 else []
-        shown = [*problems[:100], *more] if len(problems) > 1 else [f"{where}: {problems[0]}"]
-        raise of_problems(f"{where} has {len(problems)} problems", shown)
+        heading = f"{where} has {len(problems)} problems"
+        if len(problems) == 1:
+            problems = [f"{where}: {problems[0]}"]
+        elif len(problems) > 100:
+            problems[100:] = [f"and {len(problems) - 100} more"]
+        raise of_problems(heading, problems)
     return valid
 
 

@@ -65,7 +65,9 @@ class Adapter(Section):
     @field_validator("targets", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _single_name(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) and value != "all-linear" else value
+        if isinstance(value, str) and value != "all-linear":
+            return (value,)
+        return value
 
     @model_validator(mode="after")
     def _rank_fits_the_method(self) -> "Adapter":
@@ -90,7 +92,9 @@ class Adapter(Section):
 
     def largest_rank(self) -> int:
         """Return the largest rank that one layer may have; the average over the layers is `rank`."""
-        return round(self.rho * self.rank) if self.method == "eva" else self.rank
+        if self.method == "eva":
+            return round(self.rho * self.rank)
+        return self.rank
 
     def options(self) -> dict[str, Any]:
         """Return the settings that only this method reads."""
@@ -98,9 +102,7 @@ class Adapter(Section):
 
     def identity(self) -> str:
         """Return the settings as JSON without those of other methods, so that equal adapters have equal texts."""
-        others = {
-            name for names in METHOD_OPTIONS.values() for name in names
-        } - self.options().keys()
+        others = set[str]().union(*METHOD_OPTIONS.values()) - self.options().keys()
         return self.model_dump_json(exclude=others)
 
 
@@ -156,12 +158,14 @@ class Cluster(Section):
 
     def may_share_gpus(self) -> bool:
         """True if Ray may put several workers on one GPU."""
-        gpus, alone = self.gpus_per_worker, self.workers in (1, (1, 1))
-        return isinstance(gpus, float) and 0 < gpus <= 0.5 and not alone
+        gpus = self.gpus_per_worker
+        return isinstance(gpus, float) and 0 < gpus <= 0.5 and self.workers not in (1, (1, 1))
 
     def each_trial(self) -> int | str:
         """Return the workers of a trial: of a range the smallest number."""
-        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+        if isinstance(self.workers, tuple):
+            return self.workers[0]
+        return self.workers
 
 
 # Sections for the time after a training: exports and registry; nights.py has those of a scheduled retraining.
@@ -355,10 +359,11 @@ class Data(Section):
     )
     @classmethod
     def _paths(cls, value: object) -> object:
-        sources = list(value) if isinstance(value, list | tuple) else [value] if value else value
-        if not isinstance(sources, list):
-            return value
-        return [{"path": source} if isinstance(source, str) else source for source in sources]
+        if not isinstance(value, list | tuple):
+            if not value:
+                return value
+            value = [value]
+        return [{"path": source} if isinstance(source, str) else source for source in value]
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> "Data":
@@ -455,7 +460,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _replicas_divide_the_workers(self) -> "Config":
-        workers, replicas = self.cluster.workers, self.cluster.fsdp_replicas
+        workers = self.cluster.workers
+        replicas = self.cluster.fsdp_replicas
         if self.cluster.strategy != "fsdp" or replicas == 1 or workers in (1, "auto"):
             return self
         fields = f"cluster.fsdp_replicas={replicas} with cluster.workers={workers}"

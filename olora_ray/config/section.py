@@ -88,22 +88,25 @@ class Section(BaseModel):
         return self
 
 
-def _leaves(value: object) -> Iterator[object]:
-    if isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(each)
-    else:
+def _leaves(value: Any) -> Iterator[object]:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
         yield value
+        return
+    for each in value:
+        yield from _leaves(each)
 
 
 def _kinds(annotation: Any) -> Iterator[type]:
+    inner = get_args(annotation)
     if get_origin(annotation) is Literal:
-        yield from map(type, get_args(annotation))
-    elif inner := get_args(annotation):
+        yield from map(type, inner)
+    elif isinstance(annotation, type) and not inner:
+        yield annotation
+    else:
         for each in inner:
             yield from _kinds(each)
-    elif isinstance(annotation, type):
-        yield annotation
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -124,7 +127,8 @@ LONGEST_NAME = 200
 
 
 def _fits_a_file(name: str) -> str:
-    if (size := len(name.encode())) > LONGEST_NAME:
+    size = len(name.encode())
+    if size > LONGEST_NAME:
         raise ValueError(
             f"the name has {size} bytes, but files with this name allow {LONGEST_NAME}; shorten it"
         )
@@ -148,7 +152,8 @@ _ONE_SLASH = re.compile(r"(?!models:)([A-Za-z][\w.+-]+):/(?!/)")
 
 
 def _straight(path: str) -> str:
-    if match := _ONE_SLASH.match(path):
+    match = _ONE_SLASH.match(path)
+    if match:
         slashes = "///" if match[1] == "file" else "//"
         raise ValueError(
             f"an address needs {slashes} after the colon; use {match[1]}:{slashes}{path[match.end() :]}"
@@ -159,15 +164,14 @@ def _straight(path: str) -> str:
 
 
 def _without_options(path: str) -> str:
-    if (
-        "://" in path
-        and not path.startswith("file://")
-        and (sign := next((c for c in "?#%" if c in path), None))
-    ):
-        raise ValueError(
-            f"this address must not contain {sign!r}; remove it, and set the object store's server in the environment"
-            " variables AWS_ENDPOINT_URL and AWS_REGION on all nodes"
-        )
+    if "://" not in path or path.startswith("file://"):
+        return path
+    for sign in "?#%":
+        if sign in path:
+            raise ValueError(
+                f"this address must not contain {sign!r}; remove it, and set the object store's server in the"
+                " environment variables AWS_ENDPOINT_URL and AWS_REGION on all nodes"
+            )
     return path
 
 

@@ -15,7 +15,7 @@ come from buckets and checkpoints, and reading one must not decide what is impor
 import difflib
 import hashlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import ModuleSpec
@@ -136,20 +136,18 @@ def _spec(module: str) -> ModuleSpec | None:
 
 
 def _digest(spec: ModuleSpec) -> str:
+    files: list[tuple[str, Path]] = []
+    for folder in spec.submodule_search_locations or ():
+        for path in sorted(Path(folder).rglob("*.py")):
+            files.append((path.relative_to(folder).as_posix(), path))
+    if not spec.submodule_search_locations and spec.origin:
+        files.append((Path(spec.origin).name, Path(spec.origin)))
     digest = hashlib.sha256()
-    for name, path in _files(spec):
+    for name, path in files:
         content = path.read_bytes()
         digest.update(f"{name} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
-
-
-def _files(spec: ModuleSpec) -> Iterator[tuple[str, Path]]:
-    for folder in spec.submodule_search_locations or ():
-        for path in sorted(Path(folder).rglob("*.py")):
-            yield path.relative_to(folder).as_posix(), path
-    if not spec.submodule_search_locations and spec.origin:
-        yield Path(spec.origin).name, Path(spec.origin)
 
 
 # The index. The order of the formats decides between readings of rows that are equally good.

@@ -152,7 +152,8 @@ def _difference(dtype: torch.dtype, device: torch.device, window: int | None) ->
         sliding_window=window,
     )
     exact = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
-    expected = _definition(*exact, window)
+    q_, k_, v_ = exact
+    expected = _definition(q_, k_, v_, window)
     w = weights.detach().transpose(1, 2)
     gradients = torch.autograd.grad(output, (q, k, v), w)
     expected_gradients = torch.autograd.grad(expected, exact, w.float())
