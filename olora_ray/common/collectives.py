@@ -161,7 +161,7 @@ def raise_together(problem: UserError | str | None) -> None:
 def together(work: Callable[[], Value]) -> Value:
     """Return the result of `work`; a UserError of one worker is raised on all workers (`raise_together`)."""
     problem = None
-    results: list[Value] = []
+    results = []
     try:
         results.append(work())
     except UserError as error:

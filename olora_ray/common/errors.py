@@ -107,16 +107,12 @@ def of_the_machine(error: BaseException) -> str | None:
     return f"{error.filename}: {error.strerror}; fix the cause, and run the same command again"
 
 
-def _store_unavailable(error: BaseException) -> bool:
-    return isinstance(error, StoreUnavailable)
-
-
 @contextlib.contextmanager
 def as_user_error(
     subject: str,
     *types: type[Exception],
     reason: Callable[[BaseException], str] = first_line,
-    passes: Callable[[BaseException], bool] = _store_unavailable,
+    passes: Callable[[BaseException], bool] = lambda error: isinstance(error, StoreUnavailable),
 ) -> Iterator[None]:
     """Raise an exception of these types as the UserError `subject: reason`. A UserError is raised unchanged.
 

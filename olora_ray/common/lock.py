@@ -209,10 +209,8 @@ class Lock:
         folder = self._file.location.rpartition("/")[0]
         probe = storage.join(folder, f".clock-{uuid.uuid4().hex}")
         storage.write_bytes(probe, b"", durable=False)
-        now, written = (
-            storage.ask(each, lambda system, path: system.get_file_info(path).mtime_ns)
-            for each in (probe, self._file.location)
-        )
+        now = storage.info(probe).mtime_ns
+        written = storage.info(self._file.location).mtime_ns
         storage.remove(probe)
         if not now or not written:
             return 0.0

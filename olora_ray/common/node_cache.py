@@ -184,8 +184,10 @@ def last_used(entry: Path) -> float:
     return max(times)
 
 
-def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> None:
+def make_room(root: Path, entries: Iterable[Path] | None = None, limit: int | None = None) -> None:
     """Remove the least recently used entries until `limit` bytes remain, by default SHARE of the disk of `root`.
+
+    `entries` are by default all files and folders of `root`, without hidden ones.
 
     Entries that were used in the last ten minutes stay, because a process may be about to open them. Entries that a
     process holds (`hold`) stay, too.
@@ -197,6 +199,8 @@ def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> 
                 storage.remove_local(partial)
     if limit is None:
         limit = int(shutil.disk_usage(root).total * SHARE)
+    if entries is None:
+        entries = root.glob("[!.]*")
     oldest_first = []
     for entry in entries:
         if entry.exists():

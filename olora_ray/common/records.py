@@ -61,9 +61,7 @@ def parsed(text: str | bytes, form: type[Record], sealed: bool = False) -> Recor
         return None
 
 
-@cache
-def _adapter(form: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(form)  # building one takes milliseconds
+_adapter = cache(TypeAdapter)  # building one takes milliseconds
 
 
 def seal(tree: Mapping[str, Any], indent: int | None = None) -> str:

@@ -153,27 +153,21 @@ def _fields_masked(text: str) -> Iterator[str]:
     for field in _FIELD.finditer(text):
         if field.start() < end or not is_name(field[1]):
             continue
-        span = _value_span(text, field[2], field.end())
-        if span:
-            yield text[end : span[0]] + _HIDDEN
-            end = span[1]
+        sign = field[2]
+        group = 0
+        value = _QUOTED.match(text, field.end())
+        if value:
+            group = 2 if value[1] else 4
+        elif sign == "=":
+            value = _BARE.match(text, field.end())
+        elif (
+            sign[0] in "'\"\\" or sign[-1] in " \t"
+        ):  # otherwise a file and a line: test_token.py:12
+            value = _AFTER_COLON.match(text, field.end())
+        if value:
+            yield text[end : value.start(group)] + _HIDDEN
+            end = value.end(group)
     yield text[end:]
-
-
-def _value_span(text: str, sign: str, begin: int) -> tuple[int, int] | None:
-    quoted = _QUOTED.match(text, begin)
-    if quoted:
-        return quoted.span(2 if quoted[1] else 4)
-    value = None
-    if sign == "=":
-        value = _BARE.match(text, begin)
-    elif (
-        sign[0] in "'\"\\" or sign[-1] in " \t"
-    ):  # otherwise a file and a line: tests/test_token.py:12
-        value = _AFTER_COLON.match(text, begin)
-    if value is None:
-        return None
-    return value.span()
 
 
 def looked_up(value: str, field: str) -> str:
@@ -189,20 +183,18 @@ def looked_up(value: str, field: str) -> str:
                 f"{field}: {value}: the environment variable {name} is not set in this process"
             )
         return content
-    if scheme == "file" and not name.startswith("//"):
-        return _line_of(Path(name).expanduser(), f"{field}: {value}")
-    return value
-
-
-def _line_of(path: Path, subject: str) -> str:
+    if scheme != "file" or name.startswith("//"):
+        return value
+    path = Path(name).expanduser()
     if not path.is_absolute():
-        raise UserError(f"{subject}: use the absolute path of the file, file:/PATH")
+        raise UserError(f"{field}: {value}: use the absolute path of the file, file:/PATH")
     try:
         words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{subject}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
-        ) from None
+        problem = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{field}: {value}: cannot be read: {problem}") from None
     if len(words) != 1:
-        raise UserError(f"{subject}: expected one line with an address, found {len(words)} words")
+        raise UserError(
+            f"{field}: {value}: expected one line with an address, found {len(words)} words"
+        )
     return words[0]

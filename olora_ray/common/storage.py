@@ -199,41 +199,40 @@ def check_storage(location: str, field: str) -> None:
         )
 
 
+def info(location: str) -> fs.FileInfo:
+    return ask(location, lambda system, path: system.get_file_info(path))
+
+
 def exists(location: str) -> bool:
-    return ask(
-        location, lambda system, path: bool(system.get_file_info(path).type != fs.FileType.NotFound)
-    )
+    return bool(info(location).type != fs.FileType.NotFound)
 
 
 def size(location: str) -> int | None:
-    def look(system: fs.FileSystem, path: str) -> int | None:
-        info = system.get_file_info(path)
-        if not info.is_file:
-            return None
-        return int(info.size)
-
-    return ask(location, look)
+    found = info(location)
+    if not found.is_file:
+        return None
+    return int(found.size)
 
 
 def names(location: str) -> list[str]:
     """Return the sorted names of the files and folders in a folder; empty if the folder does not exist."""
     if location.startswith(_WITHOUT_FOLDERS):
         return sorted({path.partition("/")[0] for path in files_below(location)})
-    return sorted(info.base_name for info in _infos(location))
+    return sorted(each.base_name for each in _infos(location))
 
 
 def times(location: str) -> dict[str, float]:
     """Return name -> last change of each entry in a folder, in seconds since 1970; 0 if the store does not tell it."""
-    return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in _infos(location)}
+    return {each.base_name: (each.mtime_ns or 0) / 1e9 for each in _infos(location)}
 
 
 def files_below(location: str) -> dict[str, int]:
     """Return path -> bytes of all files below a folder, at any depth; empty if the folder does not exist."""
     root = filesystem(location)[1]
     return {
-        info.path[len(root) :].lstrip("/"): info.size
-        for info in _infos(location, recursive=True)
-        if info.is_file
+        each.path[len(root) :].lstrip("/"): each.size
+        for each in _infos(location, recursive=True)
+        if each.is_file
     }
 
 
@@ -243,11 +242,11 @@ def version(location: str) -> str:
     Raises FileNotFoundError if the location does not exist.
     """
     root = filesystem(location)[1]
-    infos = [ask(location, lambda system, path: system.get_file_info(path))]
+    infos = [info(location)]
     if not infos[0].is_file:
         infos = _infos(location, recursive=True)
     files = sorted(
-        (info.path[len(root) :], info.size, info.mtime_ns or 0) for info in infos if info.is_file
+        (each.path[len(root) :], each.size, each.mtime_ns or 0) for each in infos if each.is_file
     )
     if not files:
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", location)
@@ -331,21 +330,20 @@ def read_text(location: str) -> str:
 
 
 def remove(location: str) -> None:
+    def delete(system: fs.FileSystem, path: str) -> None:
+        file_type = system.get_file_info(path).type
+        if file_type == fs.FileType.Directory:
+            # On gs:// pyarrow then deletes the object that stands for the folder, which exists only if it was created.
+            with contextlib.suppress(FileNotFoundError):
+                system.delete_dir(path)
+        elif file_type == fs.FileType.File:
+            system.delete_file(path)
+
     path = local_path(location)
     if path is None:
-        ask(location, _remove)
+        ask(location, delete)
     else:
         remove_local(path)
-
-
-def _remove(system: fs.FileSystem, path: str) -> None:
-    file_type = system.get_file_info(path).type
-    if file_type == fs.FileType.Directory:
-        # On gs:// pyarrow then deletes the object that stands for the folder, which exists only if it was created.
-        with contextlib.suppress(FileNotFoundError):
-            system.delete_dir(path)
-    elif file_type == fs.FileType.File:
-        system.delete_file(path)
 
 
 # SHA-256 digests in hex. They name token stores, caches and runs, so the text that is hashed must never change: an

@@ -139,9 +139,7 @@ def help_text(config: type[Section] = Config, only: Collection[str] | None = Non
     """
     lines = []
     for name, field in config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
+        section: Any = field.annotation
         shown = None
         if only is not None and name not in only and name in Config.model_fields:
             shown = [each for each in section.model_fields if f"{name}.{each}" in only]
@@ -198,7 +196,7 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     # ~ is expanded here because exports name the base model by this path, and other users have another ~.
     if not is_uri(name):
         path = job_path(name, folder, "model.name")
-        if is_there(Path(path), "model.name"):
+        if is_there(Path(path)):
             name = path
     start = config.train.start
     if start:
@@ -227,9 +225,9 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     )
 
 
-def is_there(path: Path, field: str) -> bool:
-    """True if the path exists; raises UserError that names `field` if this user cannot read its folder."""
-    with as_user_error(f"{field}: {path}", OSError, reason=short_reason):
+def is_there(path: Path) -> bool:
+    """True if a path of a model exists; raises UserError if this user cannot read its folder."""
+    with as_user_error(f"model.name: {path}", OSError, reason=short_reason):
         return path.exists()
 
 
@@ -358,9 +356,9 @@ def parse(
                 f"\nFields to begin with and their defaults (--help all: all):\n\n{help_text(fields, first)}"
             )
         raise SystemExit(0)
-    words: list[str] = []
-    given: set[str] = set()
-    values: list[tuple[str, str]] = []
+    words = []
+    given = set()
+    values = []
     rest = iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")

@@ -167,7 +167,7 @@ class Kept:
 
     def filled(self, config: Config) -> Config:
         """Return the config with the kept values instead of auto, to compare it with that of the earlier attempts."""
-        values: dict[str, Any] = {}
+        values = {}
         for name, asked in flatten(config).items():
             decision = self.decision(name)
             if not is_auto(asked) or decision is None or not KEPT.fullmatch(name):

@@ -165,9 +165,7 @@ def _set_twice(name: str, field: str) -> UserError:
 def _fields() -> dict[str, str]:
     own: dict[str, list[str]] = {}
     for section, field in Config.model_fields.items():
-        inner = next(iter(get_args(field.annotation)), field.annotation)
-        assert isinstance(inner, type)
-        assert issubclass(inner, Section)
+        inner: Any = next(iter(get_args(field.annotation)), field.annotation)
         for name, each in inner.model_fields.items():
             word = each.alias or name
             own.setdefault(word, []).append(f"{section}.{word}")
@@ -615,7 +613,14 @@ def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str
         if advice:
             return advice
     # Last, because names of other tools resemble fields with another meaning: do_train is not `train`.
-    near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
+    section = root
+    for part in parts[:-1]:
+        for name, field in section.model_fields.items():
+            if part in (name, field.alias):
+                section = _section_in(field.annotation) or section
+                break
+    beside = [field.alias or name for name, field in section.model_fields.items()]
+    near = difflib.get_close_matches(parts[-1], beside, n=1)
     # A plain value cannot be a misspelt section.
     if near and (len(parts) > 1 or isinstance(value, dict)):
         return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
@@ -654,16 +659,6 @@ def instead(field: str, text: str) -> str:
             " MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     return f"the address contains a secret; {REFER}"
-
-
-def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
-    section = root
-    for part in parts[:-1]:
-        for name, field in section.model_fields.items():
-            if part in (name, field.alias):
-                section = _section_in(field.annotation) or section
-                break
-    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section_in(annotation: Any) -> type[Section] | None:

@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.config.section import METRICS, Command, Reference, Section, Source
+from olora_ray.config.section import (
+    METRICS,
+    Command,
+    PositiveFloat,
+    Reference,
+    Section,
+    Share,
+    Source,
+)
 
 
 class Condition(Section):
@@ -48,7 +56,7 @@ class Gate(Section):
     guard: Literal["text"] | tuple[str | Source, ...] | None = "text"
     """Rows of other tasks, on which a challenger must not lose: sources as in data.eval, or names of lm-eval's tasks.
     text: 800 short rows of English and code that come with the package; null: no guard."""
-    guard_margin: Annotated[float, Field(gt=0.0)] = 0.03
+    guard_margin: PositiveFloat = 0.03
     """Loss per token on the guard rows (for tasks: share of wrong answers) by which a challenger may be worse than the
     champion that is best there, with confidence."""
 
@@ -87,9 +95,9 @@ class Retrain(Section):
 
     origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
     """base: train a new adapter on all data. champion: train the champion's, on new files and some old rows."""
-    replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    replay: Share = 0.2
     """Only for `from: champion`: share of the rows of known files to use beside all new ones; drawn again each time."""
-    may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    may_shrink: Share = 0.5
     """Stop if data.train has lost more than this share of the rows that the champion was trained on; 1: never stop."""
     ping: Reference | None = None
     """env:NAME or file:/PATH with the address of a dead man's switch in the form of healthchecks.io: deploy/night.py

@@ -16,9 +16,11 @@ from olora_ray.config.section import (
     Fraction,
     ModelName,
     NameIn,
+    PositiveFloat,
     PositiveInt,
     Reference,
     Section,
+    Share,
     Source,
 )
 from olora_ray.config.tables import EXPORTERS, METHODS, OBJECTIVES, OPTIMIZERS
@@ -44,7 +46,7 @@ class Adapter(Section):
     inputs on the training data, zero B; layers where they explain most get more rank (2410.07170)."""
     rank: PositiveInt = 16
     """Rank r of the update; a larger rank has more trainable parameters."""
-    alpha: Annotated[float, Field(gt=0.0)] = 16
+    alpha: PositiveFloat = 16
     """Scale of the update: it is multiplied by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout probability on the adapter's input during training."""
@@ -53,7 +55,7 @@ class Adapter(Section):
     dotted suffixes or regexes of layers or of experts' weights."""
     rank_stabilized: bool = False
     """Multiply the update by alpha / sqrt(rank) instead of alpha / rank."""
-    sigma: Annotated[float, Field(gt=0.0)] | Literal["matched"] = 0.02
+    sigma: PositiveFloat | Literal["matched"] = 0.02
     """Only for nora: size of A0 = sigma / scale x noise x W. matched: rows of A0 have the length that lora gives them,
     so that only their direction differs."""
     rho: Annotated[float, Field(ge=1.0)] = 2.0
@@ -115,10 +117,10 @@ class Cluster(Section):
     workers: Literal["auto"] | PositiveInt | tuple[PositiveInt, PositiveInt] = "auto"
     """Number of training processes. auto: one for each GPU of the cluster (for each trial of a search: one), without
     GPUs 2. [min, max]: training runs with at least min workers, and with up to max when the cluster has room."""
-    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = "auto"
+    gpus_per_worker: Literal["auto"] | Share = "auto"
     """GPUs per worker; auto: 1 if the cluster has GPUs, otherwise 0. A fraction leaves the rest of the GPU to other
     runs and trials; 0.5 or less needs workers=1, because NCCL cannot connect workers on one GPU."""
-    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
+    cpus_per_worker: PositiveFloat = 1
     """CPUs per worker; also the number of threads of each worker."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every worker holds the complete base model. fsdp: the base model is sharded; each worker reads and holds one
@@ -222,7 +224,7 @@ class Registry(Section):
 class Train(Section):
     """Length, batches, optimizer, evaluations and checkpoints of the training."""
 
-    epochs: Annotated[float, Field(gt=0.0)] = 1
+    epochs: PositiveFloat = 1
     """Number of passes over the training sequences."""
     steps: PositiveInt | None = None
     """Number of optimizer steps; overrides `epochs`. null: `epochs` decides."""
@@ -242,13 +244,13 @@ class Train(Section):
     """preconditioned: AdamW on the gradient of A times (B^T B)^-1 and that of B times (A A^T)^-1, each scaled to length
     1 (as NoRA+, arXiv 2410.18965). spectral: steps that change the weight by a given share of its size, whatever the
     sizes of A and B (docs/method.md)."""
-    lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
+    lr: PositiveFloat | Literal["auto"] = "auto"
     """Peak learning rate. auto: with spectral a constant for the rank and the number of steps; with AdamW measured on
     the first rows before step 0, for this model, method, rank, alpha and number of steps, compared with tuned rates at
     20 steps, too low for a base that has learned little."""
-    lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
+    lr_factor: PositiveFloat = 1.0
     """Multiplies `lr`; a search varies it, to vary an automatic rate."""
-    lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    lr_ratio: PositiveFloat = 1.0
     """Learning rate of B divided by the learning rate of A, which is `lr`; LoRA+ (arXiv 2402.12354) uses 16."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Curve of the learning rate after the warm-up."""
@@ -256,7 +258,7 @@ class Train(Section):
     """Share of all steps, at the start, in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight decay; it pulls the adapter back to its initial values."""
-    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    clip: PositiveFloat | None = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
     eval_every: PositiveInt = 50
     """Steps between two evaluations; the last step is always evaluated."""
@@ -347,7 +349,7 @@ class Data(Section):
     """Chat template instead of the model's own, exported too: a Jinja file, or plain (User: ..., Assistant: ...)."""
     last_turn_only: bool = False
     """Supervise only the last answer of each chat; earlier answers are context."""
-    max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    max_rejected: Share = 0.01
     """Stop if more than this share of the rows is rejected, for training and held-out rows separately. Above 0, one
     rejected row of ten or more never stops a run."""
 

@@ -83,7 +83,12 @@ class Table:
             return None
         entry = self._entry(name)
         assert entry.dist is not None
-        spec = _spec(entry.module)
+        # The outermost part with code. Parts above it are namespaces, which packages share and which run no code.
+        module, *inner = entry.module.split(".")
+        spec = find_spec(module)
+        while spec is not None and spec.origin is None and inner:
+            module = f"{module}.{inner.pop(0)}"
+            spec = find_spec(module)
         if spec is None:
             raise UserError(f"{self._said(entry)} has no module {entry.module}; repair the package")
         return Plugin(name, entry.dist.name, entry.dist.version, _digest(spec))
@@ -125,18 +130,8 @@ def _imported(place: str) -> object:
     return getattr(importlib.import_module(module), name)
 
 
-def _spec(module: str) -> ModuleSpec | None:
-    # The outermost part with code. Parts above it are namespaces, which packages share; importing them runs no code.
-    name, *inner = module.split(".")
-    spec = find_spec(name)
-    while spec is not None and spec.origin is None and inner:
-        name = f"{name}.{inner.pop(0)}"
-        spec = find_spec(name)
-    return spec
-
-
 def _digest(spec: ModuleSpec) -> str:
-    files: list[tuple[str, Path]] = []
+    files = []
     for folder in spec.submodule_search_locations or ():
         for path in sorted(Path(folder).rglob("*.py")):
             files.append((path.relative_to(folder).as_posix(), path))

@@ -186,8 +186,12 @@ class ChatForm:
                     " into the first user message, or set data.chat_template to one that writes them",
                 )
             if self.developer == "system":
-                messages = _with_one_system(messages)
-        written: list[dict[str, Any]] = []
+                # Some templates write no second system message, so all that precede the user's become one.
+                heads = ("developer", "system")
+                texts = [each["content"] for each in messages if each["role"] in heads]
+                others = [each for each in messages if each["role"] not in heads]
+                messages = [{"role": "system", "content": "\n\n".join(texts)}, *others]
+        written = []
         for message in messages:
             calls = message.get("tool_calls")
             if self.arguments and isinstance(calls, list):
@@ -293,16 +297,6 @@ def _exchanges(
         with suppress(Exception):  # a template is code: it may raise anything
             texts.append(template.render([*head, *EXCHANGE[:count]], count == 1, tools))
     return texts
-
-
-def _with_one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Some templates write no second system message, so all that precede the user's become one.
-    heads = ("developer", "system")
-    text = "\n\n".join(message["content"] for message in messages if message["role"] in heads)
-    return [
-        {"role": "system", "content": text},
-        *(each for each in messages if each["role"] not in heads),
-    ]
 
 
 def _parts(content: str | None) -> Any:

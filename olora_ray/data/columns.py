@@ -89,7 +89,7 @@ def note_unread(
     used = _used(source.format, *source.fields.items())
     read = _read_keys(template)
     messages = example.messages if isinstance(example, Chat) else ()
-    left: list[tuple[str, Any, Any]] = []
+    left = []
     if isinstance(row, Mapping):
         left += [("column", name, value) for name, value in row.items() if name not in used]
     for message in messages:

@@ -62,7 +62,7 @@ def with_formats(config: Config, found: Mapping[str, Source]) -> Config:
 
 
 def _sources(config: Config) -> dict[str, Source]:
-    named: dict[str, Source] = {}
+    named = {}
     for setting, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for number, source in enumerate(grouped(config, sources)):
             named[f"{setting}.{number}"] = source
@@ -126,9 +126,9 @@ def _answered(
 
 
 def _check(source: Source, where: str, storage_root: str) -> None:
-    looked: list[Sampled] = []
-    read: list[tuple[Any, Example | None]] = []
-    problems: list[Rejected] = []
+    looked = []
+    read = []
+    problems = []
     # The model is not known yet, so rows that are a chat only with its template pass.
     as_chat = source.chat is not False
     for entry in _looked(source, where, storage_root):
@@ -232,7 +232,7 @@ def find(
     """
     rows = [row for row in rows if isinstance(row, Mapping)]
     meant = {field for field, column in given.items() if column != NONE}
-    candidates: list[Interpretation] = []
+    candidates = []
     for format in own_formats():
         if meant <= set(format.names) and format.takes(chat):
             for fields in _assignments(format, rows, given):
@@ -326,7 +326,7 @@ def _reading(
     used = {
         fields[field.name] for field in format.fields if field.name in fields and not field.in_turn
     }
-    left: dict[str, str] = {}
+    left = {}
     for row in rows:
         for name, value in row.items():
             column = str(name)

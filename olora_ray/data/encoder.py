@@ -13,6 +13,7 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -51,16 +52,6 @@ a\u0301\u0323\u0302 \u0344 \u09c7\u09be \u1100\u1161 \ufffd\ufffe \U0010ffff
 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"""
 
 
-def _long() -> str:
-    # fastokens splits long texts and encodes the parts at once: releases of 2026 split them inside a token of newlines,
-    # blanks and punctuation (crusoecloud/fastokens#59, #67).
-    random = Random(0)
-    count = 2**18 // 6
-    signs = random.choices("\n ./\t!", k=count)
-    lengths = random.choices(range(1, 12), k=count)
-    return "".join(map(str.__mul__, signs, lengths))
-
-
 class Unlike(Exception):
     """fastokens gave other tokens than the tokenizer; it is not used again in this process."""
 
@@ -97,8 +88,20 @@ class Encoder:
         self._tokenizer = self._loaded.tokenizer
         self._ids_ahead: dict[str, Numbers] = {}
         self._cut_ahead: dict[tuple[str, int], tuple[Numbers, int]] = {}
-        self.is_blank = lru_cache(2**16)(self._is_blank)
-        self._prefixes = self._puts_a_blank()
+
+        @lru_cache(2**16)
+        def is_blank(number: int) -> bool:
+            # A broken decoder does not matter here: it only reads what a model writes.
+            text, _ = _tried(self._tokenizer.decode, [number], skip_special_tokens=False)
+            return text is not None and not text.strip()
+
+        self.is_blank = is_blank
+        # True if a text has other tokens at the beginning than when it continues another text.
+        self._prefixes = False
+        with suppress(Rejected):
+            pieces = (self._after(anchor, "a") for anchor in ANCHORS)
+            after = next((piece for piece in pieces if piece is not None), None)
+            self._prefixes = after is not None and after.ids != self._encode("a").ids
 
     def id_of(self, token: str | None) -> int | None:
         if token is None:
@@ -113,11 +116,6 @@ class Encoder:
     def special_ids(self) -> frozenset[int]:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(number for number, token in added.items() if token.special)
-
-    def _is_blank(self, number: int) -> bool:
-        # A broken decoder does not matter here: it only reads what a model writes.
-        text, _ = _tried(self._tokenizer.decode, [number], skip_special_tokens=False)
-        return text is not None and not text.strip()
 
     def encode(self, text: str, continues: bool = False) -> Piece:
         """Tokenise a text that begins an example, or `continues` one; raise Rejected if the tokenizer cannot."""
@@ -208,15 +206,6 @@ class Encoder:
             return None
         return Piece(ids, both, len(alone), len(anchor))
 
-    def _puts_a_blank(self) -> bool:
-        """True if a text has other tokens at the beginning than when it continues another text."""
-        try:
-            pieces = (self._after(anchor, "a") for anchor in ANCHORS)
-            after = next((piece for piece in pieces if piece is not None), None)
-            return after is not None and after.ids != self._encode("a").ids
-        except Rejected:
-            return False
-
     def _encode(self, text: str) -> "Encoding":
         encoding, why = _tried(self._tokenizer.encode, text, add_special_tokens=False)
         if encoding is not None:
@@ -270,12 +259,28 @@ class _Loaded:
         return self.quick is not None
 
     def _checked(self) -> Any:
-        texts = ["", *HARD.splitlines(), HARD, "".join(map(chr, range(0x180))), _long()]
+        # fastokens splits long texts and encodes the parts at once: releases of 2026 split them inside a token of
+        # newlines, blanks and punctuation (crusoecloud/fastokens#59, #67).
+        random = Random(0)
+        count = 2**18 // 6
+        signs = random.choices("\n ./\t!", k=count)
+        lengths = random.choices(range(1, 12), k=count)
+        long = "".join(map(str.__mul__, signs, lengths))
+        texts = ["", *HARD.splitlines(), HARD, "".join(map(chr, range(0x180))), long]
         added = list(self.tokenizer.get_added_tokens_decoder().values())
         for each in added[:CHECKED]:
             token = each.content
             texts += [token, f" {token} a", f"a{token}\n{token}", f"\n\n{token}  "]
-        quick, _ = _tried(self._fastokens)
+
+        def load() -> Any:
+            from fastokens import Tokenizer
+
+            quick = Tokenizer.from_json_str(self._content)
+            quick.no_truncation()
+            quick.no_padding()
+            return quick
+
+        quick, _ = _tried(load)
         own, _ = _tried(
             lambda: [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         )
@@ -286,14 +291,6 @@ class _Loaded:
             found = _quickly(quick, [text])
             if found is not None and found[0].tolist() != ids:
                 return None
-        return quick
-
-    def _fastokens(self) -> Any:
-        from fastokens import Tokenizer
-
-        quick = Tokenizer.from_json_str(self._content)
-        quick.no_truncation()
-        quick.no_padding()
         return quick
 
 

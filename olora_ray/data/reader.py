@@ -13,6 +13,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import shutil
 import socket
 import zlib
@@ -358,6 +359,8 @@ def _copy(file: File) -> Path | None:
 # Rows that are asked for at a time.
 BATCH = 256
 ESCAPED = '\\"'
+# "surrogateescape" puts a half surrogate in place of each byte that is not UTF-8.
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
 # Exceptions that a damaged container or compression raises.
 UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
 
@@ -374,32 +377,46 @@ def read_unit(
     `header` names the columns of a csv file; of files that have columns only `columns` are read. Raise UserError for
     a broken file, Changed if it is not what the scan saw, and StoreUnavailable.
     """
-    try:
-        yield from _patiently(file.uri, lambda: READERS[file.kind](file, unit, header, columns))
-    except FileNotFoundError:
-        raise not_here(file) from None
-    except UNREADABLE as error:
-        raise broken(file, error) from None
-
-
-def _patiently(uri: str, read: Callable[[], Iterator[Located]]) -> Iterator[Located]:
-    # If an object store fails in between, the unit is read again, and the rows that were yielded already are skipped.
     rows: Iterator[Located] | None = None
     done = 0
 
     def more(*_: object) -> list[Located]:
+        # If an object store fails in between, the unit is read again, and the rows that were yielded are skipped.
         nonlocal rows
         if rows is None:
-            rows = itertools.islice(read(), done, None)
+            rows = itertools.islice(_read(file, unit, header, columns), done, None)
         try:
             return list(itertools.islice(rows, BATCH))
         except Exception:
             rows = None
             raise
 
-    while batch := storage.ask(uri, more):
-        yield from batch
-        done += len(batch)
+    try:
+        while batch := storage.ask(file.uri, more):
+            yield from batch
+            done += len(batch)
+    except FileNotFoundError:
+        raise not_here(file) from None
+    except UNREADABLE as error:
+        raise broken(file, error) from None
+
+
+def _read(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
+    match file.kind:
+        case "jsonl":
+            return _jsonl(file, unit)
+        case "text":
+            return _text(file, unit)
+        case "json":
+            return _json(file, unit)
+        case "parquet":
+            return _parquet(file, unit, columns)
+        case "arrow":
+            return _arrow(file, unit, columns)
+        case _:
+            return _csv(file, unit, header)
 
 
 def not_here(file: File) -> UserError:
@@ -417,10 +434,19 @@ def broken(file: File, error: Exception) -> UserError | StoreUnavailable:
     return UserError(f"{file.uri}: not a readable {kind} file: {first_line(error)}")
 
 
-def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) -> Any:
-    """Open the content as a stream, uncompressed and in UTF-8; `wrap` gets the stream of the bytes on disk."""
+def open_raw(file: File) -> Any:
+    """Open a file as a stream of its bytes on disk."""
     system, path = storage.filesystem(file.uri)
-    raw = wrap(system.open_input_stream(path, compression=None))
+    return system.open_input_stream(path, compression=None)
+
+
+def open_stream(file: File) -> Any:
+    """Open the content as a stream, uncompressed and in UTF-8."""
+    return unpacked(open_raw(file), file)
+
+
+def unpacked(raw: Any, file: File) -> Any:
+    """Return the content of a file as a stream, from the stream of its bytes on disk."""
     if file.compression == "xz":
         raw = lzma.LZMAFile(raw)  # noqa: SIM115 - closed by whoever closes the stream
     elif file.compression:
@@ -464,9 +490,7 @@ def _range(file: File, unit: Unit) -> bytes:
         return bytes(stream.read(unit.size))
 
 
-def _jsonl(
-    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
-) -> Iterator[Located]:
+def _jsonl(file: File, unit: Unit) -> Iterator[Located]:
     for number, line in enumerate(_bytes(file, unit).split(b"\n")):
         if number + unit.first == 0:
             line = line.removeprefix(BOM)
@@ -489,9 +513,7 @@ def _parsed(line: bytes) -> Any:
         return Rejected("broken_json", first_line(error))
 
 
-def _csv(
-    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
-) -> Iterator[Located]:
+def _csv(file: File, unit: Unit, header: Sequence[str]) -> Iterator[Located]:
     csv.field_size_limit(2**31 - 1)  # no limit here: the scan has one
     text = _bytes(file, unit).decode("utf-8", "surrogateescape")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[file.kind])
@@ -510,7 +532,7 @@ def _csv(
                 "broken_csv",
                 f'a quote inside a quoted cell is written as {ESCAPED}, not doubled as ""',
             )
-        elif not all(map(_is_utf8, cells)):
+        elif any(map(_NOT_UTF8.search, cells)):
             row = Rejected("not_utf8", "not UTF-8 text")
         else:
             row = dict(zip(header, cells, strict=True))
@@ -530,18 +552,7 @@ def _has_escaped_quote(record: str, file: File) -> bool:
     return False
 
 
-def _is_utf8(cell: str) -> bool:
-    # "surrogateescape" puts a half surrogate in place of each byte that is not UTF-8.
-    try:
-        cell.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _text(
-    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
-) -> Iterator[Located]:
+def _text(file: File, unit: Unit) -> Iterator[Located]:
     content = _bytes(file, unit)
     if unit.offset == 0:
         content = content.removeprefix(BOM)
@@ -558,9 +569,7 @@ def _text(
     yield unit.first, row
 
 
-def _json(
-    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
-) -> Iterator[Located]:
+def _json(file: File, unit: Unit) -> Iterator[Located]:
     with open_stream(file) as stream:
         content = read_whole(stream, file)
     if zlib.crc32(content) != unit.after:
@@ -568,9 +577,7 @@ def _json(
     yield from enumerate(rows_of(file, content)[unit.first : unit.first + unit.rows], unit.first)
 
 
-def _parquet(
-    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
-) -> Iterator[Located]:
+def _parquet(file: File, unit: Unit, columns: Sequence[str]) -> Iterator[Located]:
     system, path = storage.filesystem(file.uri)
     with as_scanned(file, unit.after), system.open_input_file(path) as stream:
         metadata, starts = _row_groups(file, unit.after)
@@ -591,9 +598,7 @@ def _row_groups(file: File, crc: int) -> tuple[parquet.FileMetaData, list[int]]:
     return metadata, list(accumulate(sizes, initial=0))[:-1]
 
 
-def _arrow(
-    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
-) -> Iterator[Located]:
+def _arrow(file: File, unit: Unit, columns: Sequence[str]) -> Iterator[Located]:
     start = unit.first - unit.before if unit.offset else 0
     with as_scanned(file, unit.after), opened(file, unit) as (schema, batches):
         present = _present(schema, columns)
@@ -618,13 +623,3 @@ def _slice(file: File, batches: Any, start: int, unit: Unit) -> Iterator[Located
         start += batch.num_rows
     if start < stop:
         raise Changed(file)
-
-
-READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {
-    "jsonl": _jsonl,
-    **dict.fromkeys(DELIMITERS, _csv),
-    "text": _text,
-    "json": _json,
-    "parquet": _parquet,
-    "arrow": _arrow,
-}

@@ -4,7 +4,6 @@ Scanning costs about as much as reading, so the results are kept.
 """
 
 import base64
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -350,8 +349,7 @@ def head(file: File) -> FileScan:
 def _scan(file: File, limit: int | None = None) -> FileScan:
     # With a limit, about so many bytes of a file of lines are read, and other files get no digest.
     try:
-        written = storage.ask(file.uri, lambda *_: _written(file))
-        result = storage.ask(file.uri, lambda *_: _scanned(written, limit))
+        result = storage.ask(file.uri, lambda *_: _scanned(file, limit))
     except FileNotFoundError:
         raise reader.not_here(file) from None
     except PermissionError:
@@ -365,29 +363,28 @@ def _scan(file: File, limit: int | None = None) -> FileScan:
             raise UserError(
                 f"{file.uri}: several columns are named {name!r}; give each column a different name"
             )
-    return dataclasses.replace(result, file=written)
-
-
-def _written(file: File) -> File:
-    if file.kind in ("text", "parquet", "arrow"):
-        return file
-    with reader.open_stream(file) as stream:
-        kind, encoding = as_written(file.kind, bytes(stream.read(2**20)))
-    return dataclasses.replace(file, kind=kind, encoding=encoding)
+    return result
 
 
 def _scanned(file: File, limit: int | None) -> FileScan:
-    match file.kind:
-        case "json":
-            return _json(file)
-        case "parquet":
-            with steady(file):
-                return _parquet(file, whole=limit is None)
-        case "arrow":
-            with steady(file):
-                return _arrow(file, limit)
-        case _:
-            return _lines(file, limit)
+    if file.kind not in ("text", "parquet", "arrow"):
+        with reader.open_stream(file) as stream:
+            kind, encoding = as_written(file.kind, bytes(stream.read(2**20)))
+        file = dataclasses.replace(file, kind=kind, encoding=encoding)
+    if file.kind == "json":
+        hashed = _Hashed(reader.open_raw(file))
+        with reader.unpacked(hashed, file) as stream:
+            content = reader.read_whole(stream, file)
+            hashed.finish()
+        rows = len(reader.rows_of(file, content))
+        units = _slices(0, rows, file.size, SLOW_UNITS)
+        result = _of_whole(hashed, zlib.crc32(content), rows, (), units)
+    elif file.kind in ("parquet", "arrow"):
+        with steady(file):
+            result = _parquet(file, limit) if file.kind == "parquet" else _arrow(file, limit)
+    else:
+        result = _lines(file, limit)
+    return dataclasses.replace(result, file=file)
 
 
 class _Hashed:
@@ -426,21 +423,10 @@ class _Hashed:
         self.close()
 
 
-@contextlib.contextmanager
-def _hashed(file: File) -> Iterator[tuple[Any, _Hashed]]:
-    streams: list[_Hashed] = []
-
-    def wrap(stream: Any) -> _Hashed:
-        streams.append(_Hashed(stream))
-        return streams[0]
-
-    with reader.open_stream(file, wrap) as stream:
-        yield stream, streams[0]
-
-
 def _lines(file: File, limit: int | None = None) -> FileScan:
     columns: tuple[str, ...] = ()
-    with _hashed(file) as (stream, hashed):
+    hashed = _Hashed(reader.open_raw(file))
+    with reader.unpacked(hashed, file) as stream:
         if file.kind in DELIMITERS:
             marks, columns = _mark_records(stream, file, limit)
         else:
@@ -466,14 +452,6 @@ def _estimated(rows: int, file: File, seen: int) -> int:
     return round(rows * max(1.0, file.size / max(seen, 1)))
 
 
-def _json(file: File) -> FileScan:
-    with _hashed(file) as (stream, hashed):
-        content = reader.read_whole(stream, file)
-        hashed.finish()
-    rows = len(reader.rows_of(file, content))
-    return _of_whole(hashed, zlib.crc32(content), rows, (), _slices(0, rows, file.size, SLOW_UNITS))
-
-
 def _slices(first: int, rows: int, size: int, wanted: int) -> Iterator[Unit]:
     count = _slow_units(rows, size, wanted)
     borders = [rows * number // count for number in range(count + 1)]
@@ -486,7 +464,7 @@ def _slow_units(rows: int, size: int, wanted: int) -> int:
     return max(min(wanted, rows // UNIT_ROWS), -(-size // SLOW_UNIT_BYTES), 1)
 
 
-def _parquet(file: File, whole: bool) -> FileScan:
+def _parquet(file: File, limit: int | None) -> FileScan:
     system, path = storage.filesystem(file.uri)
     with system.open_input_file(path) as stream:
         opened = parquet.ParquetFile(stream)
@@ -499,7 +477,7 @@ def _parquet(file: File, whole: bool) -> FileScan:
             rows = group.num_rows
             units.extend(_slices(start, rows, group.total_byte_size, -(-SLOW_UNITS // count)))
             start += rows
-    if not whole:
+    if limit is not None:
         return FileScan("", start, columns, Units.of(units))
     with _buffered(file) as hashed:
         hashed.finish()
@@ -522,8 +500,7 @@ def _arrow(file: File, limit: int | None) -> FileScan:
 
 def _buffered(file: File) -> _Hashed:
     # Little may be asked at a time, and in an object store each read is a request.
-    system, path = storage.filesystem(file.uri)
-    return _Hashed(reader.buffered(system.open_input_stream(path, compression=None)), with_crc=True)
+    return _Hashed(reader.buffered(reader.open_raw(file)), with_crc=True)
 
 
 def _of_whole(

@@ -61,17 +61,6 @@ TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}
 Below = tuple[Any, str]
 
 
-def _matching(path: str) -> list[str]:
-    fixed, pattern = _split_pattern(path)
-    names = []
-    for name in sorted(glob.glob(path, recursive=True)):
-        relative = name[len(fixed) :].strip("/")
-        if _in_log(relative, pattern) or (_unasked(relative, pattern) and os.path.isdir(name)):
-            continue
-        names.append(name)
-    return names
-
-
 def _split_pattern(path: str) -> tuple[str, str]:
     wildcard = re.search(r"[*?\[]", path)
     fixed = path
@@ -94,7 +83,7 @@ def _files_matching(
 ) -> tuple[list[Any], dict[str, list[Below]]]:
     """Return the files that match a glob, and for each folder that matches it the files below that folder."""
     parts = pattern.split("/")
-    files: list[Any] = []
+    files = []
     folders: dict[str, list[Below]] = {}
     for item, name in below:
         names = name.split("/")
@@ -197,7 +186,7 @@ SAVED = (SPLITS, STATE)
 
 def _saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
     """Return the Arrow files of a folder that `datasets` has saved; empty if it is no such folder."""
-    entries: list[str] = []
+    entries = []
     try:
         splits = _json_file(system, f"{folder}/{SPLITS}")
         if splits is not None:
@@ -340,20 +329,30 @@ def _of_split(files: list[File], path: str, where: str) -> list[File]:
 
 def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     if source.path.startswith("hf://"):
-        return [_stored(uri) for uri in as_parquet(source.path, field, storage_root)]
+        files = []
+        for uri in as_parquet(source.path, field, storage_root):
+            info = storage.info(uri)
+            files.append(File(uri, "parquet", None, info.size, info.mtime_ns or 0))
+        return files
     if storage.is_uri(source.path):
         return _remote(source.path, field)
     path = source.path
     split = "train"
-    options = re.fullmatch(r"(.+)\?split=([\w.-]+)", path)
+    options = re.fullmatch(r"(.+)\?split=([\w.-]+)", path)  # folder?split=test
     if options and not os.path.exists(path):
         path = options[1]
         split = options[2]
     paths = [path]
     if glob.has_magic(path) and not os.path.exists(path):
-        paths = _matching(path)
+        fixed, pattern = _split_pattern(path)
+        paths = []
+        for name in sorted(glob.glob(path, recursive=True)):
+            relative = name[len(fixed) :].strip("/")
+            asked = not _unasked(relative, pattern) or not os.path.isdir(name)
+            if asked and not _in_log(relative, pattern):
+                paths.append(name)
     # A glob with ** matches a folder and also the files in it.
-    once: dict[str, File] = {}
+    once = {}
     for name in paths:
         for file in _local(name, split, field, alone=len(paths) == 1):
             once[os.path.normpath(file.uri)] = file
@@ -372,7 +371,7 @@ def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
     def unreadable(error: OSError) -> None:
         raise UserError(f"{field}: {error.filename}: {error.strerror}")
 
-    names: list[str] = []
+    names = []
     linked = 0
     for folder, folders, here in os.walk(path, onerror=unreadable):
         folders[:] = [name for name in folders if _visible(name)]
@@ -408,7 +407,7 @@ def _file(path: str, field: str) -> File:
 
 
 def _say_passed_over(names: Sequence[str], linked: int, folder: str, field: str) -> None:
-    endings: Counter[str] = Counter()
+    endings = Counter[str]()
     for name in names:
         stem, suffix = posixpath.splitext(posixpath.basename(name.lower()))
         if suffix in COMPRESSIONS:
@@ -533,18 +532,7 @@ def _some(files: list[File], path: str, field: str) -> list[File]:
     return files
 
 
-def _stored(uri: str) -> File:
-    def look(system: fs.FileSystem, path: str) -> File:
-        info = system.get_file_info(path)
-        return File(uri, "parquet", None, info.size, info.mtime_ns or 0)
-
-    return storage.ask(uri, look)
-
-
 # Checks that a file is still what the scan saw.
-
-
-CHUNK = 8 * 2**20
 
 
 class Changed(UserError):
@@ -595,6 +583,6 @@ def _crc(uri: str, size: int, modified: int) -> int:
     system, path = storage.filesystem(uri)
     crc = 0
     with system.open_input_stream(path, compression=None) as stream:
-        while chunk := stream.read(CHUNK):
+        while chunk := stream.read(storage.CHUNK):
             crc = zlib.crc32(chunk, crc)
     return crc

@@ -4,7 +4,6 @@ Only the scan detects it; the result is kept with the scan and is part of the na
 """
 
 import codecs
-import contextlib
 import csv
 import io
 import json
@@ -28,11 +27,24 @@ def as_written(kind: str, begin: bytes) -> tuple[str, str | None]:
     elif kind in DELIMITERS and _is_cp1252(begin):
         encoding = "cp1252"
     text = begin.decode(encoding or "utf-8-sig", "replace")
-    if kind in ("json", "jsonl"):
-        kind = _by_values(text, kind)
-    elif kind == "csv":
+    if kind == "csv":
         kind = _by_cells(text)
+    elif kind in ("json", "jsonl"):
+        text = text.lstrip()
+        first, _, rest = text.partition("\n")
+        if rest.strip() and _is_json(first):
+            kind = "jsonl"
+        elif re.match(r"\[\s*\{", text):
+            kind = "json"
     return kind, encoding
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_cp1252(begin: bytes) -> bool:
@@ -70,15 +82,3 @@ def _by_cells(text: str) -> str:
     if len(several) == 1:
         return several[0]
     return "csv"
-
-
-def _by_values(text: str, kind: str) -> str:
-    text = text.lstrip()
-    first, _, rest = text.partition("\n")
-    if rest.strip():
-        with contextlib.suppress(ValueError, RecursionError):
-            json.loads(first)
-            return "jsonl"
-    if re.match(r"\[\s*\{", text):
-        return "json"
-    return kind

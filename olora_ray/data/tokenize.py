@@ -20,6 +20,7 @@ An example with more than `max_length` tokens is rejected or shortened (`data.to
 beginning: all tokens up to `max_length`, as in TRL and Axolotl, or those up to the end of the last answer that fits.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -131,7 +132,10 @@ class ExampleTokenizer:
                 before = []
                 size = 0
                 for text, spans in self._parts(example):
-                    cuts = _cuts(text, spans)
+                    # The text is cut where an answer begins.
+                    starts = [start for start, _ in spans]
+                    borders = itertools.pairwise([0, *starts, len(text)])
+                    cuts = [text[low:high] for low, high in borders]
                     parts.append((cuts, spans))
                     before.append(cuts[0])
                     lengths = [stop - start for start, stop in spans]
@@ -375,7 +379,7 @@ class ExampleTokenizer:
 
     def _chat(self, parts: Sequence[tuple[Sequence[str], Sequence[Span]]]) -> list[Tokens]:
         """Return the tokens of a chat's texts; with shortening, without the texts of which nothing fits."""
-        tokens: list[Tokens] = []
+        tokens = []
         too_long = None
         for cuts, spans in parts:
             try:
@@ -452,13 +456,14 @@ class ExampleTokenizer:
                 raise Rejected("wrong_length", f"{len(numbers)} {name} for {len(ids)} input_ids")
         # What the mask leaves out is padding.
         kept = np.asarray(row.mask or np.ones(len(ids)), dtype=bool)
-        for number in (int(ids[kept].min(initial=0)), int(ids[kept].max(initial=0))):
+        used = ids[kept]
+        for number in (int(used.min(initial=0)), int(used.max(initial=0))):
             if number < 0 or self._encoder.token_of(number) is None:
                 raise Rejected(
                     "unknown_token", f"{self._spec.name} has no token {number}; use its tokenizer"
                 )
         if row.labels is None:
-            return self._pieces(ids[kept].astype(np.int32))
+            return self._pieces(used.astype(np.int32))
         labels = np.asarray(row.labels, dtype=np.int64)
         wrong = np.flatnonzero(kept & (labels != -100) & (labels != ids))
         if len(wrong):
@@ -467,7 +472,7 @@ class ExampleTokenizer:
                 "wrong_label",
                 f"label {at + 1} is {labels[at]}, but must be -100 or the token there, {ids[at]}; do not shift labels",
             )
-        return [self._checked(ids[kept].astype(np.int32), labels[kept] != -100)]
+        return [self._checked(used.astype(np.int32), labels[kept] != -100)]
 
     def _pieces(self, ids: NDArray[np.int32]) -> list[Tokens]:
         # Each piece begins with the last token of the previous one, so each token but the first is predicted once.
@@ -525,11 +530,6 @@ class ExampleTokenizer:
         if not np.count_nonzero(supervised):
             raise Rejected("no_supervised_token", "the answer has no token of its own to train on")
         return Tokens(ids, supervised, shortened)
-
-
-def _cuts(text: str, answers: Sequence[Span]) -> list[str]:
-    starts = [start for start, _ in answers]
-    return [text[low:high] for low, high in zip([0, *starts], [*starts, len(text)], strict=True)]
 
 
 def _refused(why: str, other: str = "another template") -> Rejected:

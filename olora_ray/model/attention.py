@@ -243,27 +243,21 @@ def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.dev
         return "it needs a GPU"
     if name == VARLEN and not kernel():
         return f"it needs torch 2.12 or later, this is {torch.__version__}"
-    missing = _missing_package() if name == FLASH else None
-    if missing:
-        return missing
+    if name == FLASH:
+        from transformers.utils.import_utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            return "the package flash-attn is not installed"
+        try:  # it is built for one version of torch, but can be installed beside any
+            importlib.import_module("flash_attn.flash_attn_interface")
+        except Exception as error:  # ImportError of a library, or any error of its own code
+            return f"the package flash-attn does not import: {first_line(error)}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it does not compute in {str(dtype).removeprefix('torch.')}; set model.dtype to bfloat16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of the Ampere generation or later"
     if name == VARLEN:
         return trial(dtype, device)
-    return None
-
-
-def _missing_package() -> str | None:
-    from transformers.utils.import_utils import is_flash_attn_2_available
-
-    if not is_flash_attn_2_available():
-        return "the package flash-attn is not installed"
-    try:  # it is built for one version of torch, but can be installed beside any
-        importlib.import_module("flash_attn.flash_attn_interface")
-    except Exception as error:  # ImportError of a library, or any error of its own code
-        return f"the package flash-attn does not import: {first_line(error)}"
     return None
 
 

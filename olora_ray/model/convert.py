@@ -71,7 +71,7 @@ def check_gguf(file: Path) -> dict[str, Any]:
             raise ValueError(
                 f"a GGUF file does not contain this model's attention scale; {_INSTEAD}"
             )
-        rope: dict[str, Any] = {}
+        rope = {}
         theta = values.get(f"{architecture}.rope.freq_base")
         if architecture in _PASSES_BASE_BY and isinstance(theta, int | float):
             rope["rope_theta"] = theta
@@ -206,9 +206,7 @@ def gguf(file: Path, config: AnyConfig) -> Path:
             convert(unfinished)
         else:
             shutil.copytree(entry, unfinished, copy_function=_link)
-            node_cache.make_room(
-                cache, (each for each in cache.iterdir() if not each.name.startswith("."))
-            )
+            node_cache.make_room(cache)
     return target
 
 

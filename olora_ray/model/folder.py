@@ -156,7 +156,17 @@ def look(folder: Path, code: bool) -> str:
 
     Another model has another one, and so has a folder in which files are missing; `code` as in `of_folder`.
     """
-    weights = "".join(f"{file.name}:{_pieces(file)}\n" for file in weight_files(folder))
+    weights = ""
+    for file in weight_files(folder):
+        # Pieces from the start to the end of the file: all of a small one.
+        size = file.stat().st_size
+        read = []
+        with file.open("rb") as stream:
+            for offset in (*range(0, size, max(PIECE, size // PIECES)), max(0, size - PIECE)):
+                stream.seek(offset)
+                read.append(stream.read(PIECE))
+        pieces = storage.digest(size, storage.digest_bytes(b"".join(read)))
+        weights += f"{file.name}:{pieces}\n"
     return storage.digest(_others(folder, code), weights)
 
 
@@ -175,20 +185,18 @@ def _others(folder: Path, code: bool) -> str:
     files: set[Path] = set()
     for pattern in patterns:
         files.update(file for file in folder.glob(pattern) if file.is_file())
-    return "".join(
-        f"{file.relative_to(folder).as_posix()}:{_digest_of_text(file)}\n" for file in sorted(files)
-    )
-
-
-def _pieces(file: Path) -> str:
-    # Pieces from the start to the end of the file: all of a small one.
-    size = file.stat().st_size
-    read = []
-    with file.open("rb") as stream:
-        for offset in (*range(0, size, max(PIECE, size // PIECES)), max(0, size - PIECE)):
-            stream.seek(offset)
-            read.append(stream.read(PIECE))
-    return storage.digest(size, storage.digest_bytes(b"".join(read)))
+    lines = []
+    for file in sorted(files):
+        digest = storage.digest_file(file)
+        tree = None
+        if file.name in _CONFIGS:  # of a damaged file the loading will say so
+            tree = records.parsed(file.read_bytes(), dict[str, Any])
+        if tree is not None:
+            for name in _UNIMPORTANT:
+                tree.pop(name, None)
+            digest = storage.digest_json(tree)
+        lines.append(f"{file.relative_to(folder).as_posix()}:{digest}\n")
+    return "".join(lines)
 
 
 def _digest_of_weights(file: Path) -> str:
@@ -203,16 +211,6 @@ def _digest_of_weights(file: Path) -> str:
         digest = storage.digest_file(file)
         node_cache.keep(path, digest)  # a home that is read-only or full must not stop a run
     return digest
-
-
-def _digest_of_text(file: Path) -> str:
-    if file.name in _CONFIGS:
-        tree = records.parsed(file.read_bytes(), dict[str, Any])
-        if tree is not None:  # of a damaged file the loading will say so
-            return storage.digest_json(
-                {name: value for name, value in tree.items() if name not in _UNIMPORTANT}
-            )
-    return storage.digest_file(file)
 
 
 # Errors of libraries that read other people's files.

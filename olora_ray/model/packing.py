@@ -196,7 +196,7 @@ def positions(model: Any) -> int | None:
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     language = _language(model)
-    tables: list[Any] = []
+    tables = []
     for name, part in language.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(part, nn.Embedding) and ("pos" in last or last == "wpe"):

@@ -101,19 +101,10 @@ def _int8(weight: Tensor) -> Packed:
     return torch.round(weight * (127.0 / scales.clamp(min=1e-30)[:, None])).to(torch.int8), scales
 
 
-def _from_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    weight: Tensor = _functional().int8_vectorwise_dequant(codes, scales)
-    return weight.to(dtype)
-
-
 def _fp8(weight: Tensor) -> Packed:
     # A row of zeros has the scale 0, by which nothing can be divided.
     scales = (weight.abs().amax(dim=1) / LARGEST_FP8).clamp_(min=torch.finfo(torch.float32).tiny)
     return (weight / scales[:, None]).to(torch.float8_e4m3fn), scales
-
-
-def _from_fp8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return codes.float().mul_(scales[:, None]).to(dtype)
 
 
 def _by_rows(m: int, n: int) -> int:
@@ -129,8 +120,21 @@ KINDS = {
         lambda width: width,
         "bitsandbytes",
     ),
-    "int8": Kind(_int8, _from_int8, _by_rows, lambda width: 8, "bitsandbytes"),
-    "fp8": Kind(_fp8, _from_fp8, _by_rows, lambda width: 4 if width == 4 else 4 + width),
+    "int8": Kind(
+        _int8,
+        lambda codes, scales, shape, dtype: (
+            _functional().int8_vectorwise_dequant(codes, scales).to(dtype)
+        ),
+        _by_rows,
+        lambda width: 8,
+        "bitsandbytes",
+    ),
+    "fp8": Kind(
+        _fp8,
+        lambda codes, scales, shape, dtype: codes.float().mul_(scales[:, None]).to(dtype),
+        _by_rows,
+        lambda width: 4 if width == 4 else 4 + width,
+    ),
 }
 
 

@@ -70,7 +70,7 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     source = registered or _source_folder(config)
     if source.suffix == ".gguf":
         source = convert.gguf(source, config)
-    elif not command_line.is_there(source / folder.CONFIG, "model.name"):
+    elif not command_line.is_there(source / folder.CONFIG):
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
     elif not folder.weight_files(source):
         raise UserError(f"model.name: {source} has no usable weights: no *.safetensors; {CONVERT}")
@@ -113,7 +113,7 @@ def is_found(config: AnyConfig) -> bool:
 
 
 def _what_it_is(source: Path) -> str:
-    if not command_line.is_there(source / folder.ADAPTER, "model.name"):
+    if not command_line.is_there(source / folder.ADAPTER):
         return "it is not a model folder"
     return (
         "it is an adapter, not a model; name its base model, or its merged model (export/merged of a run), or set"
@@ -126,9 +126,7 @@ def _keep(source: Path) -> None:
     root = Path(node_cache.CACHE) / "models"
     if root in source.parents:
         node_cache.hold(root / source.relative_to(root).parts[0])
-        node_cache.make_room(
-            root, (entry for entry in root.iterdir() if not entry.name.startswith("."))
-        )
+        node_cache.make_room(root)
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
@@ -186,7 +184,7 @@ def _here(name: str) -> Path | None:
     if name.startswith("package://"):
         return command_line.package_file(name)
     path = command_line.at_home(name, "model.name")
-    if command_line.is_there(path, "model.name"):
+    if command_line.is_there(path):
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"model.name: {name}: no such file or folder, and not a hub id (ORG/NAME)")

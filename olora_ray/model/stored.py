@@ -93,7 +93,7 @@ class Stored:
 
 def tensors(folder: Path) -> dict[str, Stored]:
     """Return all stored tensors by name; raises UserError for a folder without safetensors."""
-    found: dict[str, Stored] = {}
+    found = {}
     for name in weight_files(folder):
         # The format: 8 bytes with the header's length, the header (JSON), the tensors (huggingface/safetensors).
         with (folder / name).open("rb") as file:
@@ -255,8 +255,11 @@ class Group:
             positions = torch.cat([part.reshape(-1) for part in self._find_positions(0, last)])
         except Exception as error:  # transformers' operations raise all kinds of errors
             return f"it is not known how transformers converts its stored tensors ({type(error).__name__})"
-        if _is_permutation(positions, size):
-            return None
+        if positions.numel() == size and positions.min() >= 0 and positions.max() < size:
+            seen = torch.zeros(size, dtype=torch.bool)
+            seen[positions] = True
+            if seen.all():
+                return None
         return "transformers does more than rearrange its stored numbers"
 
     @cached_property
@@ -348,14 +351,6 @@ def convert(
 _positions: dict[tuple[str, ...], list[Tensor]] = {}
 
 
-def _is_permutation(positions: Tensor, size: int) -> bool:
-    if positions.numel() != size or int(positions.min()) < 0 or int(positions.max()) >= size:
-        return False
-    seen = torch.zeros(size, dtype=torch.bool)
-    seen[positions] = True
-    return bool(seen.all())
-
-
 def _within_experts(operations: Sequence[Any]) -> bool:
     """True if these operations of transformers do not mix experts: they leave the first dimension alone."""
     for operation in operations:
@@ -394,7 +389,7 @@ def find(
     problems = _tied(model, parameters, wanted)
     read_from = as_transformers_reads(stored, model)
     by_tensor: dict[str, Group] = {}
-    problem_of_kind: dict[tuple[str, ...], str | None] = {}
+    problem_of_kind = {}
     for parameter, layer in wanted.items():
         if layer in problems:
             continue
@@ -455,7 +450,7 @@ def follow(
     known = model.state_dict()
     prefix = model.base_model_prefix
     parts: dict[str, dict[str | None, list[Stored]]] = {}
-    unread: dict[str, str] = {}
+    unread = {}
     for name in sorted(stored, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, known)
         # Some renamings of transformers match names that the model already has.
@@ -465,7 +460,7 @@ def follow(
             parts.setdefault(key, {}).setdefault(pattern, []).append(stored[name])
         else:
             unread[name] = key
-    group_of: dict[str, Group] = {}
+    group_of = {}
     for key, part in parts.items():
         group = _group(key, part, by_pattern, model)
         group_of.update(dict.fromkeys(group.shapes, group))

@@ -1,7 +1,5 @@
 """Format alpaca: an instruction with its input and output; a chat of one question, after an optional history."""
 
-from typing import Any
-
 from olora_ray.data.formats.chat import ANSWERS, SYSTEM, question_answer, sequence, to_chat
 from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
 
@@ -10,7 +8,7 @@ def read(row: Row) -> Example:
     instruction = row.text("instruction")
     answer = row.text("output")
     extra = row.optional_text("input")
-    messages: list[Any] = []
+    messages = []
     system = row.optional_text("system")
     if system:
         messages.append({"role": "system", "content": system})

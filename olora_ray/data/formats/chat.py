@@ -53,7 +53,13 @@ def to_chat(
             raise Rejected(
                 "bad_role", f"message {number}: a {name} message is allowed only at the start"
             )
-    return Chat(messages, _tools(tools))
+    if isinstance(tools, str) and tools.strip():
+        tools = parsed(tools, "field 'tools' is text, but not JSON")
+    else:
+        tools = without_nulls(tools)
+    if not tools:
+        return Chat(messages)
+    return Chat(messages, tuple(_objects(sequence(tools, "tools"), "field 'tools'")))
 
 
 def sequence(value: Any, name: str) -> list[Any]:
@@ -130,7 +136,11 @@ def _message(turn: Any, number: int, role: str, content: str) -> dict[str, Any]:
     if False in marks and name == "assistant":
         rest["weight"] = 0
     if "tool_calls" in rest:
-        rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"message {number}: 'tool_calls'")
+        calls = rest["tool_calls"]
+        what = f"message {number}: 'tool_calls'"
+        if isinstance(calls, str):
+            calls = parsed(calls.strip() or "[]", f"{what} is text, but not JSON")
+        rest["tool_calls"] = _objects(calls, what)
         # Servers write [] without calls, but templates only check whether the key exists.
         if not rest["tool_calls"]:
             del rest["tool_calls"]
@@ -169,22 +179,6 @@ def content_of(value: Any, number: int, name: str) -> str:
         if any(part.get(key) == 0 for key in (*MARKS, "weight")):
             raise Rejected("wrong_type", f"{what} has a part that is not to be trained")
     return "".join(part["text"] for part in value)
-
-
-def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
-    if isinstance(value, str) and value.strip():
-        value = parsed(value, "field 'tools' is text, but not JSON")
-    else:
-        value = without_nulls(value)
-    if not value:
-        return None
-    return tuple(_objects(sequence(value, "tools"), "field 'tools'"))
-
-
-def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        value = parsed(value.strip() or "[]", f"{what} is text, but not JSON")
-    return _objects(value, what)
 
 
 def _objects(values: Any, what: str) -> list[dict[str, Any]]:
