@@ -277,7 +277,8 @@ def outcome_of(mutant: Mutant, calls: Calls, limit: float) -> str:
 
     def work() -> int:
         sys.meta_path.insert(0, Mutated(mutant.module, file, tree))
-        return run_tests(["-x", *tests], Hasty())
+        slowest = max(calls.seconds[test] for test in tests)
+        return run_tests(["-x", f"--timeout={30 + 3 * slowest}", *tests], Hasty())
 
     code = in_a_fork(work, 60 + 3 * sum(calls.seconds[test] for test in tests))
     return {None: "killed", 0: "survived", 1: "killed", 5: "not covered"}.get(code, "stillborn")
