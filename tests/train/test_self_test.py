@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from olora_ray.tokens.collate import collate
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.self_test import check_adapters, choose_attention
 from tests import tiny
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.tiny import SMALL, of_kind
 from tests.varlen_on_cpu import varlen_on_cpu
 
@@ -224,3 +227,27 @@ def test_a_row_beside_a_longer_one_of_other_positions_is_refused() -> None:
         choose_attention(loss, packs, tiny.decided(data__max_length=128), CPU)
     apart = tiny.decided(data__max_length=128, train__micro_batch=1, data__packing=False)
     assert choose_attention(loss, packs, apart, CPU).attention == "segments"
+
+
+def test_attention_that_is_scaled_by_the_place_in_a_row_is_not_laid_out_in_one() -> None:
+    variant = ALL["llama4_text"]
+    made = zoo.make(replace(variant, sizes=variant.sizes | {"floor_scale": 64}), attention="sdpa")
+    loss, packs = SupervisedLoss(made), [tiny.pack(48, prompt=1, seed=seed) for seed in range(4)]
+    alone, beside = (
+        loss.each(collate(packs[3:], "sdpa")),
+        loss.each(collate(packs, "segments"))[-47:],
+    )
+    assert (alone - beside).abs().mean() > 1e-3  # it does depend on the place
+    wide, narrow = (
+        tiny.decided(data__max_length=48),
+        tiny.decided(data__max_length=48, train__micro_batch=1),
+    )
+    assert choose_attention(loss, packs, narrow, CPU).attention == "segments"
+    assert choose_attention(loss, packs, wide, CPU).attention == "sdpa"
+    assert torch.allclose(loss.each(collate(packs, "sdpa"))[-47:], alone, atol=1e-5)
+    named = tiny.decided(data__max_length=48, model__attention="segments")
+    with pytest.raises(
+        UserError,
+        match=r"^model\.attention=segments: .* by the position in a row.*; set model.attention: auto$",
+    ):
+        choose_attention(loss, packs, named, CPU)
