@@ -24,8 +24,9 @@ def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
         .config("", {"name": ""}, train={"steps": 2, "global_batch": 2, "micro_batch": 1})
         .train
     )
-    assert Schedule(train, store).lr(0) > 0  # with the default, train.lr=auto, this failed
+    schedule = Schedule(train.model_copy(update={"steps": 3}), store)
+    assert schedule.lr(0) > 0  # with the default, train.lr=auto, this failed
     loader = StepLoader(store, train, 0, "segments")
-    steps = [data for data, _ in loader.steps(0, lambda done: done >= 3)]
+    steps = [data for data, _ in loader.steps(0, schedule)]
     assert len(steps) == 3  # into the second pass
     assert [data.whole.supervised for data in steps] == [8, 8, 8]

@@ -41,7 +41,7 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not():
 def test_a_run_that_was_drawn_in_windows_is_not_resumed_in_one_draw():
     """It would repeat some of its rows and miss others."""
     few, many = (
-        TokenStore("/a", Outline("digest", shards, 8, ()))
+        TokenStore("/a", Outline("digest", shards, 8, ()), (), None)
         for shards in (IN_WINDOWS, IN_WINDOWS + 1)
     )
     base = BaseModel("m", "/m", "base")
