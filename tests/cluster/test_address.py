@@ -34,13 +34,17 @@ def port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("given", [None, "", "auto", "local"])
-def test_without_a_ray_the_run_gets_its_own(given, monkeypatch):
+def test_without_a_ray_the_run_gets_its_own(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if given is not None:
         monkeypatch.setenv("RAY_ADDRESS", given)
     assert address.find() == "local"
 
 
-def test_ray_address_comes_before_the_ray_of_this_machine(port, tmp_path, monkeypatch):
+def test_ray_address_comes_before_the_ray_of_this_machine(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started(tmp_path, free_port())
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     assert address.find() == f"127.0.0.1:{port}"
@@ -53,7 +57,9 @@ def test_ray_address_comes_before_the_ray_of_this_machine(port, tmp_path, monkey
         ("head", "HOST:PORT"),
     ],
 )
-def test_an_address_that_is_none_of_a_head_is_refused(given, expected, monkeypatch):
+def test_an_address_that_is_none_of_a_head_is_refused(
+    given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", given)
     with refused(expected) as caught:
         address.find()
@@ -61,21 +67,23 @@ def test_an_address_that_is_none_of_a_head_is_refused(given, expected, monkeypat
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
-def test_an_address_at_which_nothing_answers_is_named(host, monkeypatch):
+def test_an_address_at_which_nothing_answers_is_named(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = f"{host}:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", given)
     with refused(f"RAY_ADDRESS={given}: no Ray answers there"):
         address.find(patience=0)
 
 
-def test_a_ray_of_this_machine_that_has_died_is_named(tmp_path):
+def test_a_ray_of_this_machine_that_has_died_is_named(tmp_path: Path) -> None:
     port = free_port()
     started(tmp_path, port)  # as after a power cut: nothing has removed the file
     with refused(f"127.0.0.1:{port}"):
         address.find(patience=0)
 
 
-def test_a_ray_of_another_version_is_refused(tmp_path):
+def test_a_ray_of_another_version_is_refused(tmp_path: Path) -> None:
     with fake_head.head("2.1.0") as port:
         started(tmp_path, port)
         with refused(f"127.0.0.1:{port}: runs Ray 2.1.0"):
@@ -99,7 +107,7 @@ ENDS = {
 
 @pytest.mark.ray
 @pytest.mark.parametrize("end", ENDS)
-def test_the_ray_that_starts_beside_the_drivers_imports_ends_with_the_driver(end):
+def test_the_ray_that_starts_beside_the_drivers_imports_ends_with_the_driver(end: str) -> None:
     code, expected = ENDS[end]
     whole = (
         f"import os, signal\nfrom olora_ray.cluster import address\nwith address.begun(): {code}"

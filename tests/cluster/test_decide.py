@@ -26,19 +26,19 @@ def lengths(longest: int, over: int = 0) -> Lengths:
 
 
 @pytest.mark.parametrize(("longest", "number"), [(10, 256), (300, 320), (2000, 1024)])
-def test_the_length_is_enough_for_the_longest_row(longest, number):
+def test_the_length_is_enough_for_the_longest_row(longest: int, number: int) -> None:
     found = decide_data(asked(), helpers.spec(), DataFacts(lengths=lengths(longest)))
     assert found.config.data.max_length == number
     assert "9 rows" in found.decisions["data.max_length"].why
 
 
-def test_plain_text_has_no_longest_row():
+def test_plain_text_has_no_longest_row() -> None:
     with refused("data.max_length"):
         decide_data(asked(), helpers.spec(), DataFacts(lengths=lengths(0)))
 
 
 @pytest.mark.parametrize("apart", [None, "has a convolution"])
-def test_examples_are_packed_unless_the_model_would_mix_them(apart):
+def test_examples_are_packed_unless_the_model_would_mix_them(apart: str | None) -> None:
     spec = helpers.spec(apart=apart)
     found = decide_data(asked(), spec, DataFacts(lengths=lengths(300)))
     assert found.config.data.packing is (apart is None)
@@ -46,7 +46,7 @@ def test_examples_are_packed_unless_the_model_would_mix_them(apart):
     assert (said.config.data.packing, "data.packing" in said.decisions) == (False, False)
 
 
-def test_the_chat_of_completions_follows_from_the_model_and_that_of_other_formats_stays():
+def test_the_chat_of_completions_follows_from_the_model_and_that_of_other_formats_stays() -> None:
     source = Source(path="a.jsonl", format="prompt_completion", fields={"prompt": "q"})
     facts = DataFacts({"data.train.0": source}, lengths(300))
     found = decide_data(asked(), helpers.spec(), facts)
@@ -60,7 +60,7 @@ def test_the_chat_of_completions_follows_from_the_model_and_that_of_other_format
     assert decide_data(asked(), helpers.spec(), tokens).config.data.train[0].chat == "auto"
 
 
-def test_a_resumed_run_keeps_what_its_bytes_depend_on():
+def test_a_resumed_run_keeps_what_its_bytes_depend_on() -> None:
     """Without looking at its rows, which may be gone; of an older version it reads config.yaml."""
     kept = Kept(
         {
@@ -76,7 +76,7 @@ def test_a_resumed_run_keeps_what_its_bytes_depend_on():
     assert found.data.train[0].fields == {"output": "answer"}
 
 
-def test_an_evaluation_decides_without_a_training():
+def test_an_evaluation_decides_without_a_training() -> None:
     config = override(tiny.config(), {"cluster.workers": "auto", "train.micro_batch": "auto"})
     alone = decide_evaluation(config, ClusterFacts((), False, 1, 1))
     assert (alone.cluster.workers, alone.cluster.gpus_per_worker) == (2, 0.0)

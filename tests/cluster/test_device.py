@@ -1,6 +1,6 @@
 """A process computes on the GPU that Ray gave it, never on one that merely is there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import ray
@@ -20,7 +20,9 @@ from tests.refused import refused
         (["2"], {}, "cuda:2"),
     ],
 )
-def test_the_device_is_the_first_that_was_given(given, environment, expected):
+def test_the_device_is_the_first_that_was_given(
+    given: list[str], environment: Mapping[str, str], expected: str
+) -> None:
     assert device_of(given, environment) == torch.device(expected)
 
 
@@ -36,12 +38,12 @@ def given_gpus(
         monkeypatch.setattr(place, name, lambda value=value: value)
 
 
-def test_without_ray_it_is_the_cpu_whatever_torch_sees(monkeypatch):
+def test_without_ray_it_is_the_cpu_whatever_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     given_gpus(monkeypatch, [0], ray_runs=False)
     assert assigned_device() == torch.device("cpu")
 
 
-def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     given_gpus(monkeypatch, [3], usable=False)
     with refused("cluster.gpus_per_worker"):
         assigned_device()
@@ -58,8 +60,8 @@ def as_in_nvidias_images() -> Iterator[None]:
 
 @pytest.mark.usefixtures("as_in_nvidias_images")
 def test_float32_is_multiplied_as_float32_in_a_process_with_a_gpu(
-    monkeypatch,
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given_gpus(monkeypatch, [])
     assert assigned_device() == torch.device("cpu")
     assert torch.get_float32_matmul_precision() == "high", "nothing to do with us"

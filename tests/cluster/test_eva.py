@@ -1,5 +1,6 @@
 """A worker that trains EVA: made once, of the training data, and never again; ranks as they were found."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def ranks(folder: Path) -> set[int]:
 
 @pytest.mark.parametrize("lost", [(6,), (6, 3, 0)])
 def test_a_resumed_run_has_the_factors_of_its_checkpoint(
-    whole, tmp_path, lost, without_new_factors
-):
+    whole: Path, tmp_path: Path, lost: tuple[int, ...], without_new_factors: Callable[[], None]
+) -> None:
     train(tmp_path, **EVA)
     for step in lost:
         (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
@@ -40,7 +41,7 @@ def test_a_resumed_run_has_the_factors_of_its_checkpoint(
     assert min(ranks(whole)) < 4 < max(ranks(whole))
 
 
-def test_too_few_supervised_tokens_end_the_run_before_it_trains(tmp_path):
+def test_too_few_supervised_tokens_end_the_run_before_it_trains(tmp_path: Path) -> None:
     result, channel = train(
         tmp_path, **(EVA | {"adapter__init_tokens": 999}), adapter__rho=20.0, adapter__rank=32
     )

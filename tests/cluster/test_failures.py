@@ -49,7 +49,9 @@ def raised(error: Exception) -> Exception:
         ({}, "workers failed"),
     ],
 )
-def test_the_cause_is_named_not_its_consequences(exceptions, expected):
+def test_the_cause_is_named_not_its_consequences(
+    exceptions: dict[int, Exception], expected: str
+) -> None:
     assert describe(exceptions) == expected
 
 
@@ -79,7 +81,9 @@ def preempted() -> Exception:
         (ControllerError(WorkerGroupStartupTimeoutError(2)), None, False),
     ],
 )
-def test_what_counts_against_the_limit(error, expected, counted):
+def test_what_counts_against_the_limit(
+    error: BaseException, expected: str | None, counted: bool
+) -> None:
     assert expected is None or cause(error) == expected
     assert counts(error) is counted
 
@@ -87,12 +91,12 @@ def test_what_counts_against_the_limit(error, expected, counted):
 @pytest.mark.parametrize(
     ("error", "advised"), [(torch.OutOfMemoryError("CUDA"), True), (RuntimeError("NCCL"), False)]
 )
-def test_only_a_lack_of_memory_is_advised_as_one(error, advised):
+def test_only_a_lack_of_memory_is_advised_as_one(error: RuntimeError, advised: bool) -> None:
     with pytest.raises(UserError if advised else RuntimeError), advice_for_memory(tiny.decided()):
         raise error
 
 
-def test_a_store_that_does_not_answer_is_told_apart():
+def test_a_store_that_does_not_answer_is_told_apart() -> None:
     away = StoreUnavailable("s3://b/runs: no answer for 60 s")
     assert passes(WorkerGroupError("", {0: raised(GLOO), 1: raised(away)}))
     assert passes(

@@ -1,5 +1,7 @@
 """What only a GPU can show; all that can be shown without one is in tests/device."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_start_equals_the_base_exactly(dtype):
+def test_the_start_equals_the_base_exactly(dtype: torch.dtype) -> None:
     base = tiny.llama(attention="sdpa", dtype=dtype).cuda()
     ids = torch.randint(2, tiny.VOCABULARY, (2, 16), device="cuda")
     with torch.no_grad():
@@ -31,7 +33,7 @@ def test_the_start_equals_the_base_exactly(dtype):
         assert torch.equal(adapted.loss.model(ids, use_cache=False).logits, expected)
 
 
-def test_the_attention_that_is_picked_keeps_segments_apart():
+def test_the_attention_that_is_picked_keeps_segments_apart() -> None:
     device = torch.device("cuda")
     settings = tiny.decided()
     dtype = pick_dtype(settings.model, device)
@@ -52,7 +54,7 @@ WINDOW = 8
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
-def test_losses_and_gradients_do_not_depend_on_the_attention(window):
+def test_losses_and_gradients_do_not_depend_on_the_attention(window: int | None) -> None:
     def model(attention: str, dtype: torch.dtype) -> Any:
         if window is None:
             return tiny.llama(attention=attention, dtype=dtype)
@@ -89,7 +91,7 @@ def test_losses_and_gradients_do_not_depend_on_the_attention(window):
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
-def test_a_batch_comes_whole_to_the_gpu(attention):
+def test_a_batch_comes_whole_to_the_gpu(attention: str) -> None:
     for seed in range(50):  # the memory that is copied from is used again
         batch = collate([tiny.pack(40, 7, seed=seed), tiny.pack(12, seed=seed + 1)], attention)
         moved = batch.to(torch.device("cuda"))
@@ -102,7 +104,7 @@ def test_a_batch_comes_whole_to_the_gpu(attention):
         assert torch.equal(batch.predicts, moved.predicts.cpu())
 
 
-def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path):
+def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path: Path) -> None:
     cpu, gpu = (
         device_walk.walk(
             device_walk.start(tiny.llama(), torch.device(device)),
@@ -116,7 +118,7 @@ def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path):
     assert list(map(len, gpu.answers)) == list(map(len, cpu.answers))
 
 
-def test_a_process_computes_on_the_gpu_that_ray_gave_it(ray_with):
+def test_a_process_computes_on_the_gpu_that_ray_gave_it(ray_with: Callable[[int], None]) -> None:
     ray_with(2)
     ask = ray.remote(assigned_device)
     assert ray.get(ask.options(num_gpus=1).remote()) == torch.device("cuda", 0)

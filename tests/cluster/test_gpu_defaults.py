@@ -63,7 +63,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free: float = 80.0, busy
     ("gpus", "busy", "workers", "micro"),
     [(1, 0, 1, 16), (3, 0, 3, 6), (8, 0, 8, 2), (32, 0, 32, 1), (8, 3, (5, 8), 2)],
 )
-def test_every_gpu_has_an_equal_part_of_a_step(config, monkeypatch, gpus, busy, workers, micro):
+def test_every_gpu_has_an_equal_part_of_a_step(
+    config: Config, monkeypatch: pytest.MonkeyPatch, gpus: int, busy: int, workers: Any, micro: int
+) -> None:
     machine(monkeypatch, gpus, busy=busy)
     base, cluster = obtain(config), preflight.ask(config)
     data = tiny.of_data(config)
@@ -84,8 +86,8 @@ def _require(config: Config) -> None:
 
 
 def test_other_processes_on_a_gpu_are_named_and_their_memory_is_not_planned_with(
-    config, monkeypatch
-):
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(monkeypatch, 1, free=0.5)
     with (
         said() as lines,

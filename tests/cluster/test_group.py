@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ SLEEP = "import sys, time; time.sleep(60)"
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("broken")])
-def test_it_ends_with_what_the_workers_return_or_raise(error):
+def test_it_ends_with_what_the_workers_return_or_raise(error: Exception | None) -> None:
     end, asked = threading.Event(), list[str]()
 
     def fit(workers: int) -> TrainResult:
@@ -46,7 +47,7 @@ def test_it_ends_with_what_the_workers_return_or_raise(error):
 
 
 @pytest.mark.ray
-def test_a_channel_tells_of_silent_workers_and_ends(ray_with):
+def test_a_channel_tells_of_silent_workers_and_ends(ray_with: Callable[[int], None]) -> None:
     import ray
 
     ray_with(1)
@@ -96,7 +97,7 @@ def a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel: Any) -> N
     assert ray.wait([channel.wait_for_stop.remote()], timeout=0.5)[0] == []
 
 
-def test_only_workers_are_killed():
+def test_only_workers_are_killed() -> None:
     other = subprocess.Popen([sys.executable, "-c", SLEEP])
     worker = subprocess.Popen([sys.executable, "-c", SLEEP, "ray::RayTrainWorker"])
     try:

@@ -34,7 +34,9 @@ TORCH = ("torch", "transformers", "peft", "mlflow", "datasets", "sklearn")
         ),
     ],
 )
-def test_nothing_heavy_is_imported_before_it_is_needed(what, modules, unwanted):
+def test_nothing_heavy_is_imported_before_it_is_needed(
+    what: str, modules: str, unwanted: tuple[str, ...]
+) -> None:
     code = f"import {modules}, sys\nprint(*(name for name in {unwanted!r} if name in sys.modules))"
     done = ran([sys.executable, "-c", code], cwd=project.ROOT)
     assert done.stdout.split() == [], what

@@ -87,8 +87,8 @@ def node(fits: int, memory: float, gpu_memory: float | None = None) -> Node:
 
 
 def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(
-    base,
-):
+    base: tuple[str, BaseModel],
+) -> None:
     stored, folder = base
     assert stored_as(folder, torch.bfloat16) == stored
     on_gpu, beside = needs(with_gpus(), folder, SIZE, tiny.ON_GPU)
@@ -103,8 +103,8 @@ def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(
 
 @pytest.mark.parametrize("base", [torch.float16], indirect=True)
 def test_workers_that_fit_on_their_gpus_may_not_fit_on_the_node(
-    base,
-):
+    base: tuple[str, BaseModel],
+) -> None:
     on_gpu, beside = needs(with_gpus(), base[1], SIZE, tiny.ON_GPU)
     nodes = [node(8, memory=24 * GIB, gpu_memory=80 * GIB)]
     assert missing(8, on_gpu, nodes) is None
@@ -114,7 +114,9 @@ def test_workers_that_fit_on_their_gpus_may_not_fit_on_the_node(
 
 
 @pytest.mark.parametrize("base", [torch.float16], indirect=True)
-def test_only_nodes_with_room_for_workers_are_counted(base, monkeypatch):
+def test_only_nodes_with_room_for_workers_are_counted(
+    base: tuple[str, BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpus, cpus = (
         NodeInfo({"torch": "2.13.0+cpu"}, 24 * GIB, 80 * GIB),
         NodeInfo({"torch": "2.13.0+cpu"}, 999 * GIB),
@@ -159,7 +161,9 @@ def one_node(monkeypatch: pytest.MonkeyPatch, memory: int) -> Answers:
     return cluster_of(monkeypatch, ("10.0.0.1", {"CPU": 1.0}, NodeInfo({}, memory)))
 
 
-def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model, monkeypatch):
+def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, base, plain = sized(model, "auto")
     again = sized(model, again=True)[2]
     assert again.activation_bytes < plain.activation_bytes / 2
@@ -187,13 +191,13 @@ def test_auto_has_blocks_run_again_only_where_a_step_does_not_fit(model, monkeyp
     ],
 )
 def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
-    generation,
-    began,
-    dtype,
-    attention,
-    tmp_path,
-    monkeypatch,
-):
+    generation: tuple[int, int] | None,
+    began: str | None,
+    dtype: str,
+    attention: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     young, old = (
         NodeInfo({"torch": None}, GIB, GIB, gpu_generation=each) for each in (generation, (6, 1))
     )
@@ -213,7 +217,9 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     assert (on_cpu.gpu, on_cpu.attention) == (False, "auto")
 
 
-def test_a_refusal_names_the_change_that_makes_it_fit(model, monkeypatch):
+def test_a_refusal_names_the_change_that_makes_it_fit(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     room = sized(model, again=True, micro=2)[2].total_bytes()
     one_node(monkeypatch, room + PROCESS_BYTES)
     for setting, words in (
@@ -241,7 +247,7 @@ def test_a_refusal_names_the_change_that_makes_it_fit(model, monkeypatch):
     ],
     ids=str,
 )
-def test_every_change_that_may_be_advised_is_one_that_can_be_made(settings):
+def test_every_change_that_may_be_advised_is_one_that_can_be_made(settings: dict[str, Any]) -> None:
     """Where one is refused, the refusal of the memory would be a line about a field that nobody has set."""
     config = tiny.decided(**({"cluster__workers": 2} | settings))
     made = [override(config, change) for change in changes(config, tiny.ON_CPU)]

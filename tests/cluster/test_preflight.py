@@ -115,13 +115,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 @pytest.mark.ray
 class TestTwoNodes:
-    def test_a_node_with_another_version_is_named_with_the_package(self, cluster):
+    def test_a_node_with_another_version_is_named_with_the_package(self, cluster: Path) -> None:
         here = version("torch")
         assert problems_of(config(cluster)) == (
             f"node 127.0.0.2: has torch 9.9.9, here it is {here}: install the same version on all nodes"
         )
 
-    def test_everything_that_is_wrong_is_in_one_error(self, cluster, base):
+    def test_everything_that_is_wrong_is_in_one_error(self, cluster: Path, base: BaseModel) -> None:
         error = problems_of(
             config(cluster / "own", cluster__gpus_per_worker=1, train__keep=2**31 - 1), base
         )
@@ -138,23 +138,25 @@ class TestTwoNodes:
         )
         assert "the run needs about" in disk
 
-    def test_nothing_is_left_in_the_storage(self, cluster):
+    def test_nothing_is_left_in_the_storage(self, cluster: Path) -> None:
         problems_of(config(cluster))
         problems_of(config(cluster / "own"))
         assert [entry.name for entry in cluster.rglob("*")] == ["own"]
 
-    def test_a_worker_larger_than_the_nodes_memory(self, cluster, base):
+    def test_a_worker_larger_than_the_nodes_memory(self, cluster: Path, base: BaseModel) -> None:
         error = problems_of(config(cluster, data__max_length=2**31 - 1, train__micro_batch=4), base)
         assert (
             "GiB of memory, so there is room for 0 (node " in error
         )  # Ray may name 127.0.0.1 otherwise
 
-    def test_a_range_of_workers_waits(self, cluster):
+    def test_a_range_of_workers_waits(self, cluster: Path) -> None:
         with said() as lines, refused("torch"):  # nothing else is wrong
             check(config(cluster, cluster__workers=[3, 4]))
         assert lines[0].startswith("training waits for the cluster to grow: cluster.workers=3 ")
 
-    def test_what_the_launcher_may_start_counts(self, cluster, monkeypatch):
+    def test_what_the_launcher_may_start_counts(
+        self, cluster: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         home = cluster.parent / "launched"
         home.mkdir()
         kinds = {"head": {}, "cpu": {"resources": {"CPU": 2}, "max_workers": 2}}
@@ -169,7 +171,7 @@ class TestTwoNodes:
         )
 
 
-def test_the_launchers_limits_are_those_of_cluster_yaml():
+def test_the_launchers_limits_are_those_of_cluster_yaml() -> None:
     kinds = {
         "head": {"resources": {"CPU": 0}},
         "cpu": {"resources": {"CPU": 8}, "max_workers": 9},
@@ -189,14 +191,16 @@ def test_the_launchers_limits_are_those_of_cluster_yaml():
     ("each", "gpus", "fits"),
     [(0.25, 1.0, 4), (0.3333, 2.0, 6), (0.6, 3.0, 3), (0.4, 1.6, 3)],
 )
-def test_no_part_of_a_gpu_lies_on_two(each, gpus, fits):
+def test_no_part_of_a_gpu_lies_on_two(each: float, gpus: float, fits: int) -> None:
     """A search that counts on one more would wait for it for ever. The last: a worker is there already."""
     node = resources.Nodes({"CPU": 64.0, "GPU": gpus}, 1)
     assert resources.room({"CPU": 1.0, "GPU": each}, [node, node]) == 2 * fits
     assert resources.room({"CPU": each}, [resources.Nodes({"CPU": 2.0}, 1)]) == int(2 / each + 1e-6)
 
 
-def test_uploads_need_room_in_the_temporary_folder(base, tmp_path, monkeypatch):
+def test_uploads_need_room_in_the_temporary_folder(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = tiny.decided(run__storage="s3://b/runs")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for trainable, expected in ((10**3, False), (10**15, True)):
@@ -210,7 +214,9 @@ def test_uploads_need_room_in_the_temporary_folder(base, tmp_path, monkeypatch):
     assert f"in {tmp_path}, " in found[0]
 
 
-def test_the_tokens_of_other_runs_are_no_room_for_this_one(base, tmp_path, monkeypatch):
+def test_the_tokens_of_other_runs_are_no_room_for_this_one(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = tiny.decided(run__storage=str(tmp_path))
     size = replace(estimate(settings, base, tiny.ON_CPU), trainable=10**8)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
@@ -252,14 +258,14 @@ def test_the_tokens_of_other_runs_are_no_room_for_this_one(base, tmp_path, monke
     ],
 )
 def test_gpus_that_cannot_be_used_are_told_before_a_worker_gets_them(
-    torch, gpu_memory, cuda, expected
-):
+    torch: str, gpu_memory: int | None, cuda: tuple[int | None, int | None], expected: str | None
+) -> None:
     found = preflight.unusable_gpu(NodeInfo({"torch": torch}, 0, gpu_memory, None, None, *cuda))
     assert found == expected if expected is None else found and found.startswith(expected)
     assert expected is None or str(found).endswith("or set cluster.gpus_per_worker=0")
 
 
-def test_builds_of_one_version_are_the_same():
+def test_builds_of_one_version_are_the_same() -> None:
     here = NodeInfo({"python": "3.11.7", "torch": "2.9.0+cpu"}, 0)
     assert (
         preflight.version_problems(
@@ -273,7 +279,7 @@ def test_builds_of_one_version_are_the_same():
     assert "has no torch" in torch
 
 
-def test_nodes_with_other_code_of_the_project_are_told():
+def test_nodes_with_other_code_of_the_project_are_told() -> None:
     """A node that was not updated ran its own version of what the driver asked for, in silence."""
     here = node_facts.node_info()
     assert here.versions["olora_ray"] == f"code {node_cache.project()}"
@@ -287,7 +293,9 @@ def test_nodes_with_other_code_of_the_project_are_told():
     assert none.startswith("node b: has no olora_ray, here it is code ")
 
 
-def test_other_code_in_the_folder_of_now_is_told(tmp_path, monkeypatch):
+def test_other_code_in_the_folder_of_now_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkout that was updated and not installed: the workers import it, and the script what is installed."""
     monkeypatch.chdir(tmp_path)
     assert preflight.code_problems() == []
@@ -303,7 +311,9 @@ def test_other_code_in_the_folder_of_now_is_told(tmp_path, monkeypatch):
     assert line.startswith(f"{tmp_path}/olora_ray differs from {node_cache.PACKAGE}, ")
 
 
-def test_each_node_needs_the_same_code_of_the_plugins_that_a_run_uses(tmp_path, monkeypatch):
+def test_each_node_needs_the_same_code_of_the_plugins_that_a_run_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     entries = "[olora_ray.formats]\ndialogs = my_rows:FORMAT\n"
     plugins.install(monkeypatch, tmp_path, "my-rows", "my_rows", "", entries)
     sources = [{"path": "a", "format": "dialogs"}, {"path": "b", "format": "text"}, "c"]
@@ -321,7 +331,7 @@ def test_each_node_needs_the_same_code_of_the_plugins_that_a_run_uses(tmp_path, 
     assert none.startswith("node b: has no olora_ray.formats:dialogs, here it is code ")
 
 
-def test_only_a_run_that_needs_a_package_wants_it_on_all_nodes():
+def test_only_a_run_that_needs_a_package_wants_it_on_all_nodes() -> None:
     here = NodeInfo({"torch": "2.9.0", "bitsandbytes": "0.50.2"}, 0)
     others = [("a", NodeInfo({"torch": "2.9.0", "bitsandbytes": None}, 0))]
     assert preflight.version_problems(here, others) == []

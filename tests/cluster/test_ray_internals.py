@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from tests.waiting import until
 PACKAGE = Path(ray_internals.__file__).parents[1]
 
 
-def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch):
+def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVIDIA's driver says "Not Supported" of its memory (GB10), and all else."""
     put_gpus(monkeypatch, [None], [(12, 1)])
     found = node_facts.node_info()
@@ -54,7 +55,9 @@ def put_gpus(
 
 
 @pytest.mark.parametrize("given", [{}, {"TOKENIZERS_PARALLELISM": "true", "OURS": "1"}, None])
-def test_a_job_may_be_submitted_with_variables_that_the_project_sets_itself(given, monkeypatch):
+def test_a_job_may_be_submitted_with_variables_that_the_project_sets_itself(
+    given: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ray.init refused both with a traceback that showed every variable of the job, secrets too."""
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
     from ray.runtime_env.runtime_env import _merge_runtime_env
@@ -75,7 +78,7 @@ class TrainController:
 
 
 @pytest.mark.ray
-def test_what_a_running_ray_says(ray_with):
+def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
     import ray
 
     ray_with(3)
@@ -153,13 +156,13 @@ def the_limits_of_an_autoscaler_are_read() -> None:
     assert ray_internals.autoscaler_groups() == [({"CPU": 4}, 3), ({"CPU": 4}, -1)]
 
 
-def test_no_other_file_uses_a_private_part_of_ray():
+def test_no_other_file_uses_a_private_part_of_ray() -> None:
     private = re.compile(r"\bray(?:\.\w+)*(?:\.| import )(?:_(?!_)\w+|v2|generated)\b")
     using = {file for file in PACKAGE.rglob("*.py") if private.search(file.read_text())}
     assert using == {PACKAGE / "cluster" / "ray_internals.py"}
 
 
-def test_every_private_part_is_there():
+def test_every_private_part_is_there() -> None:
     found = 0
     for node in ast.walk(ast.parse(Path(ray_internals.__file__).read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ray":
@@ -175,7 +178,7 @@ def test_every_private_part_is_there():
     assert found > 10
 
 
-def test_the_coordinator_is_the_one_that_trains_controller_asks_for():
+def test_the_coordinator_is_the_one_that_trains_controller_asks_for() -> None:
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
     from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 

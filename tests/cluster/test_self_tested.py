@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from tests import tiny
+from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.refused import refused
@@ -47,11 +49,11 @@ def _tested(wrong: int | None) -> tuple[str, list[int]]:
     return found.attention, collectives.gather(dist.get_rank())
 
 
-def test_all_workers_pass_together(crew):
+def test_all_workers_pass_together(crew: Callable[[int], Crew]) -> None:
     assert crew(2).run(_tested, None) == [("segments", [0, 1])] * 2
 
 
-def test_what_fails_on_one_worker_ends_all_with_its_line(crew):
+def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Callable[[int], Crew]) -> None:
     for wrong in (0, 1):
         errors = crew(2).run(_tested, wrong)
         assert [type(error) for error in errors] == [UserError, UserError]
@@ -75,7 +77,7 @@ def _resumed(state: TrainState, digest: str = "", **settings: Any) -> tuple[Star
     return found, not any("self-test: passed earlier" in line for line in lines)
 
 
-def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes():
+def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes() -> None:
     first, done = _resumed(TrainState())
     assert done
     again, done = _resumed(first.state)
@@ -92,7 +94,7 @@ def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes():
 
 
 @pytest.mark.parametrize("what", ["processor", "torch", "code"])
-def test_another_worker_or_version_tests_again(what):
+def test_another_worker_or_version_tests_again(what: str) -> None:
     first, _ = _resumed(TrainState())
     first.state.self_test["with"][what] = "another"
     again, done = _resumed(first.state)
@@ -115,7 +117,7 @@ def _without_gate(mlp: Any) -> Any:
     return lambda x: mlp.down_proj(mlp.up_proj(x))
 
 
-def test_all_linear_leaves_out_what_no_gradient_reaches(node):
+def test_all_linear_leaves_out_what_no_gradient_reaches(node: Path) -> None:
     for _ in range(2):  # the second time with what the node has kept
         with said() as lines:
             start = _partly_unused(_without_gate)
@@ -132,7 +134,7 @@ def test_all_linear_leaves_out_what_no_gradient_reaches(node):
         _partly_unused(_without_gate, adapter__targets=("gate_proj", "up_proj"))
 
 
-def test_a_block_that_begins_as_zeros_is_adapted():
+def test_a_block_that_begins_as_zeros_is_adapted() -> None:
     def begins_as_zeros(mlp: Any) -> Any:
         mlp.down_proj.weight.zero_()
         return mlp.forward
@@ -144,7 +146,7 @@ def test_a_block_that_begins_as_zeros_is_adapted():
         )
 
 
-def test_the_node_keeps_what_has_passed_for_the_next_run(node):
+def test_the_node_keeps_what_has_passed_for_the_next_run(node: Path) -> None:
     first, done = _resumed(TrainState(), "base")
     assert done
     again, done = _resumed(TrainState(), "base")
@@ -162,7 +164,7 @@ def test_the_node_keeps_what_has_passed_for_the_next_run(node):
     assert not _resumed(TrainState(), "base")[1]
 
 
-def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next():
+def test_a_base_that_has_passed_for_one_trial_is_looked_at_for_the_next() -> None:
     def again(loss: SupervisedLoss, **settings: Any) -> SelfTest:
         return start.self_test(loss, spec_of(tiny.decided(**settings)), [], CONTEXT.device)
 

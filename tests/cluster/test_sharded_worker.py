@@ -1,5 +1,6 @@
 """Workers that hold a part of the base each, from start to result: the same bytes as with the whole base."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
 from tests import tiny
 from tests.cluster.test_worker import SETTINGS, Channel, adapter, same
+from tests.crew import Crew
 from tests.families import every, zoo
 from tests.families.variants import ALL
 
@@ -76,7 +78,9 @@ def run(
         pytest.param(LEAVES_OUT, {}, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_on_parts_of_the_base(crew, tmp_path, family, changes):
+def test_a_run_on_parts_of_the_base(
+    crew: Callable[[int], Crew], tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
     model, whole, parts = (tmp_path / name for name in ("model", "whole", "parts"))
     zoo.build(every.variant_of(family), model)
     (first, _), (second, other) = (
@@ -102,7 +106,9 @@ def _run_where(fast: bool, model: Path, storage: Path) -> None:
         run(model, storage, "ddp", {"model__dtype": "auto"})
 
 
-def test_a_run_that_goes_on_on_other_processors_ends_with_the_same_bytes(crew, tmp_path):
+def test_a_run_that_goes_on_on_other_processors_ends_with_the_same_bytes(
+    crew: Callable[[int], Crew], tmp_path: Path
+) -> None:
     """`auto` meant another precision there, and the warning spoke of last bits."""
     model, whole, moved = (tmp_path / name for name in ("model", "whole", "moved"))
     zoo.build(ALL["llama"], model)

@@ -1,11 +1,13 @@
 """A process that several trials share, while it is not there."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import psutil
+import pytest
 import ray
 import torch
 
@@ -18,8 +20,8 @@ BLOCKS, BLOCK = 100, 2**20
 
 
 def test_trials_are_shared_out_and_use_the_memory_of_one_another(
-    ray_with,
-):
+    ray_with: Callable[[int], None],
+) -> None:
     ray_with(2)
     spec: Any = tiny.decided()
     actors = shared_base.start_actors(spec, {"CPU": 1}, 2, 4)
@@ -49,7 +51,7 @@ def _use_memory(_: Any) -> tuple[int, int]:
     return threading.get_ident(), psutil.Process().memory_info().rss
 
 
-def test_a_place_is_not_kept_for_one_that_never_comes(monkeypatch):
+def test_a_place_is_not_kept_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec: Any = tiny.decided()
     actor = shared_base.SharedBaseActor(spec)
     assert actor.take("a", 0)

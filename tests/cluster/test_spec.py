@@ -14,7 +14,7 @@ from tests import tiny
 from tests.refused import refused
 
 
-def test_a_result_comes_back_exactly():
+def test_a_result_comes_back_exactly() -> None:
     state = TrainState(step=7, best_loss=1 / 3, best_step=5, stale=1, before=[[1], []])
     state.record(7, {"train/loss": 0.1 + 0.2})
     result = TrainResult(
@@ -23,7 +23,7 @@ def test_a_result_comes_back_exactly():
     assert records.parsed(records.text_of(result), TrainResult) == result
 
 
-def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not():
+def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -> None:
     store: Any = tiny.store()
 
     def identity(start: str | None, **changes: Any) -> dict[str, str]:
@@ -38,7 +38,7 @@ def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not():
     assert identity("digest", train__start="/a") != identity(None)
 
 
-def test_a_run_that_was_drawn_in_windows_is_not_resumed_in_one_draw():
+def test_a_run_that_was_drawn_in_windows_is_not_resumed_in_one_draw() -> None:
     """It would repeat some of its rows and miss others."""
     few, many = (
         TokenStore("/a", Outline("digest", shards, 8, ()), (), None)
@@ -70,7 +70,7 @@ def spec(shared: str | None = None, **changes: Any) -> TrainSpec:
 
 
 @pytest.mark.parametrize("method", ["olora", "lora"])
-def test_the_identity_of_an_adapter_of_before_is_the_same_text(method):
+def test_the_identity_of_an_adapter_of_before_is_the_same_text(method: str) -> None:
     """Checkpoints, versions and names of exports hold it: settings of other methods are not in it."""
     found = spec(
         adapter__method=method, adapter__rank=4, adapter__alpha=8, adapter__sigma=0.5
@@ -86,7 +86,7 @@ def test_the_identity_of_an_adapter_of_before_is_the_same_text(method):
     }
 
 
-def test_factors_of_the_data_are_those_of_these_tokens_only():
+def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
     eva = {"adapter__method": "eva"}
     found = spec(**eva).factor_origin()
     assert found["training data"] == "list"
@@ -100,7 +100,7 @@ def test_factors_of_the_data_are_those_of_these_tokens_only():
         assert spec(**eva, **other).factor_origin() != found
 
 
-def test_what_the_base_does_is_measured_again_with_another_precision_or_length_of_answers():
+def test_what_the_base_does_is_measured_again_with_another_precision_or_length_of_answers() -> None:
     one, other, longer = (
         spec(**changes).baseline_identity()
         for changes in ({}, {"model__dtype": "bfloat16"}, {"evaluation__max_new_tokens": 5})

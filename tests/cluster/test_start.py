@@ -34,7 +34,7 @@ def known(model: Any, targets: Any) -> dict[str, AdapterWeights]:
     return dict(sorted(weights.items(), reverse=True))
 
 
-def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order():
+def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> None:
     model: Any = zoo.make(ALL["mixtral"])
     spec: Any = SimpleNamespace(config=tiny.decided())
     before = known(
@@ -51,8 +51,8 @@ def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order():
 
 @pytest.mark.parametrize(("kind", "raised"), [(TryAgain, StoreUnavailable), (UserError, UserError)])
 def test_a_checkpoint_that_a_worker_cannot_fetch_now_is_for_another_group_of_workers(
-    kind, raised, monkeypatch
-):
+    kind: type[UserError], raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that it cannot use ends the run. The kind of error is all that Train hands on (failures.passes)."""
 
     def read(place: str) -> None:

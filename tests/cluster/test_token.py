@@ -26,7 +26,9 @@ def keep(text: str, file: Path) -> None:
     file.write_text(text)
 
 
-def test_the_token_is_that_of_the_environment_or_of_a_file(home, monkeypatch):
+def test_the_token_is_that_of_the_environment_or_of_a_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert address.known() is None
     keep("of home\n", home / ".ray" / "auth_token")
     assert address.known() == "of home"
@@ -54,13 +56,13 @@ def test_the_token_is_that_of_the_environment_or_of_a_file(home, monkeypatch):
     ],
 )
 def test_a_ray_is_joined_as_it_wants_or_refused_with_a_reason(
-    wished,
-    ours,
-    theirs,
-    problem,
-    home,
-    monkeypatch,
-):
+    wished: str | None,
+    ours: str | None,
+    theirs: str | None,
+    problem: str | None,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if wished is not None:
         monkeypatch.setenv("RAY_AUTH_MODE", wished)
     if ours is not None:
@@ -78,7 +80,7 @@ def test_a_ray_is_joined_as_it_wants_or_refused_with_a_reason(
         assert chosen == []
 
 
-def test_a_token_is_made_once_and_for_this_user_only(home):
+def test_a_token_is_made_once_and_for_this_user_only(home: Path) -> None:
     address.make_own()
     file = home / ".ray" / "auth_token"
     assert re.fullmatch("[0-9a-f]{64}", first := file.read_text())
@@ -88,7 +90,7 @@ def test_a_token_is_made_once_and_for_this_user_only(home):
     assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
 
 
-def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(home):
+def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(home: Path) -> None:
     (home / ".ray").write_text("no folder")
     address.make_own()
     assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])

@@ -1,6 +1,7 @@
 """A worker without Ray: it resumes where it was, with the best adapter, and measures the base model once."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +62,7 @@ def train(
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
 
 
-def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path):
+def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -> None:
     def fails(**_: Any) -> Any:
         raise ValueError("no cache of this shape")
 
@@ -84,7 +85,9 @@ def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path):
         (1, "train.activation_checkpointing=true or data.max_length=8"),
     ],
 )
-def test_a_step_without_memory_names_the_settings_that_need_less(tmp_path, micro, settings):
+def test_a_step_without_memory_names_the_settings_that_need_less(
+    tmp_path: Path, micro: int, settings: str
+) -> None:
     model = tiny.llama(attention="segments")
     steps = []
 
@@ -128,7 +131,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult, 
     return folder, *train(folder)
 
 
-def test_a_run_is_told_step_by_step(whole):
+def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) -> None:
     folder, result, channel = whole
     assert channel.messages.count(Started(1)) == 1
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
@@ -138,7 +141,9 @@ def test_a_run_is_told_step_by_step(whole):
     assert [list(pair.before) for pair in result.answers] == result.state.before
 
 
-def test_an_installed_objective_is_trained_and_measured_to_the_end(whole, tmp_path, monkeypatch):
+def test_an_installed_objective_is_trained_and_measured_to_the_end(
+    whole: tuple[Path, TrainResult, Channel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with example_objective.installed(monkeypatch, tmp_path):
         result, channel = train(tmp_path / "run", train__objective="examples")
     assert result.problem is None
@@ -154,11 +159,11 @@ def test_an_installed_objective_is_trained_and_measured_to_the_end(whole, tmp_pa
 
 @pytest.mark.parametrize("lost", [(6,), (6, 3)])
 def test_a_resumed_run_ends_with_the_same_bytes(
-    whole,
-    tmp_path,
-    lost,
-    without_new_factors,
-):
+    whole: tuple[Path, TrainResult, Channel],
+    tmp_path: Path,
+    lost: tuple[int, ...],
+    without_new_factors: Callable[[], None],
+) -> None:
     train(tmp_path)
     for step in lost:
         (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
@@ -178,7 +183,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
 
 
-def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path):
+def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
     """Its data and random numbers are those of a run of that length, and its rates from there on."""
     flat: dict[str, Any] = {"train__schedule": "constant", "train__warmup": 0.0}
     for schedule in (flat, {}):
@@ -200,7 +205,7 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path):
     assert moments[0].read_bytes() == moments[1].read_bytes()
 
 
-def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path):
+def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, train__steps=None, train__epochs=1)  # 8 sequences are 2 steps
     assert result.problem.startswith(
@@ -224,7 +229,9 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
-def test_what_a_run_has_decided_is_kept_through_a_resume(tmp_path, settings):
+def test_what_a_run_has_decided_is_kept_through_a_resume(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     first, whole = train(tmp_path / "whole", **settings)
     train(tmp_path / "cut", **settings)
     (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
@@ -240,7 +247,7 @@ def test_what_a_run_has_decided_is_kept_through_a_resume(tmp_path, settings):
         assert max(whole.metrics("train/lr").values()) == pytest.approx(first.state.lr / 2)
 
 
-def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path):
+def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path) -> None:
     first, _ = train(tmp_path, train__lr="auto")
     with said() as lines:
         longer, channel = train(tmp_path, train__lr="auto", train__steps=96)
@@ -250,7 +257,7 @@ def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path):
     assert len([line for line in lines if "96 steps; it was" in line]) == 1
 
 
-def test_a_rate_that_is_far_too_high_is_told(tmp_path):
+def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
     result, channel = train(tmp_path / "fits", train__lr="auto")
     assert result.state.lr is not None
     told = [str(message) for message in channel.messages if "train.lr=auto" in str(message)]
@@ -264,7 +271,7 @@ def test_a_rate_that_is_far_too_high_is_told(tmp_path):
         )
 
 
-def test_the_base_is_measured_once_in_a_run(tmp_path):
+def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     train(tmp_path)
     for step in (0, 3, 6):
         (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
@@ -276,8 +283,8 @@ def test_the_base_is_measured_once_in_a_run(tmp_path):
 
 @pytest.mark.parametrize(("share", "more"), [(1e9, True), (1e-9, False)])
 def test_a_checkpoint_is_due_after_some_seconds_unless_it_costs_too_much(
-    tmp_path, monkeypatch, share, more
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, more: bool
+) -> None:
     monkeypatch.setattr(worker, "MOST_LOST", 0.0)
     monkeypatch.setattr(worker, "SHARE", share)
     train(tmp_path)
@@ -285,7 +292,7 @@ def test_a_checkpoint_is_due_after_some_seconds_unless_it_costs_too_much(
     assert saved > {0, 3, 6} if more else saved == {0, 3, 6}
 
 
-def test_another_base_is_a_problem_in_the_result(tmp_path):
+def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, adapter__alpha=4)
     assert result.problem is not None
@@ -297,7 +304,7 @@ def test_another_base_is_a_problem_in_the_result(tmp_path):
     assert "was trained with another adapter; " in started.problem
 
 
-def test_a_run_may_start_with_the_adapter_of_another(tmp_path):
+def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
     train(tmp_path / "first", measured_on=tiny.store(8))  # on what it trains on it gets better
     place = str(tmp_path / "first" / checkpoints.name_of(6))
     result, channel = train(tmp_path / "second", measured_on=tiny.store(8), train__start=place)
@@ -316,8 +323,8 @@ def whole_losses(folder: Path) -> dict[int, float]:
 
 
 def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
-    monkeypatch,
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The others wait for it in an exchange, over NCCL for half an hour, and the driver waits for them."""
     given: list[TrainResult] = []
     channel = SimpleNamespace(finish=SimpleNamespace(remote=given.append))

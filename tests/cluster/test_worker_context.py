@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
+from tests.crew import Crew
 from tests.said import said
 
 CPU = torch.device("cpu")
@@ -72,7 +74,7 @@ def in_threads(functions: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def test_adapters_that_share_a_base_train_as_if_each_were_alone():
+def test_adapters_that_share_a_base_train_as_if_each_were_alone() -> None:
     alone = [train(base(), changes) for changes in MEMBERS]
     shared = base()
     before = {name: value.clone() for name, value in shared.loss.state_dict().items()}
@@ -94,7 +96,9 @@ def load_what_lies_there(folders: list[str]) -> None:
 
 
 @pytest.mark.parametrize("problem", ["is not on every node", "no such file or directory"])
-def test_a_model_that_one_node_does_not_have_ends_all_workers(problem, crew, tmp_path):
+def test_a_model_that_one_node_does_not_have_ends_all_workers(
+    problem: str, crew: Callable[[int], Crew], tmp_path: Path
+) -> None:
     """The others waited for its worker until their exchange timed out, and nobody told why."""
     tiny.llama().save_pretrained(tmp_path / "whole")
     other = tmp_path / "other"
@@ -132,13 +136,13 @@ def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tu
     ],
 )
 def test_workers_compute_in_one_precision_and_stay_in_that_of_the_run(
-    crew,
-    fast,
-    asked,
-    began,
-    dtype,
-    told,
-):
+    crew: Callable[[int], Crew],
+    fast: tuple[bool, bool],
+    asked: str,
+    began: str | None,
+    dtype: str,
+    told: str,
+) -> None:
     for found, lines in crew(2).run(_agreed, fast, asked, began):
         assert found == dtype
         assert len(lines) == bool(told)

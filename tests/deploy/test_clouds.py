@@ -39,7 +39,7 @@ def tags(kind: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_all_clouds_have_the_same_nodes_and_the_same_commands(file):
+def test_all_clouds_have_the_same_nodes_and_the_same_commands(file: str) -> None:
     tree, aws = loaded(file), loaded("cluster.yaml")
     gpus = {
         name: kind["resources"].get("GPU") for name, kind in tree["available_node_types"].items()
@@ -78,7 +78,9 @@ def asked_of_ec2(tree: Tree) -> dict[str, Tree]:
     return dict(zip(tree["available_node_types"], sent, strict=True))
 
 
-def test_ec2_is_asked_for_named_images_closed_ports_and_nodes_that_end(tmp_path, monkeypatch):
+def test_ec2_is_asked_for_named_images_closed_ports_and_nodes_that_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto")
     own = {"HOME": str(tmp_path), "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     for name, text in (
@@ -172,7 +174,9 @@ class Google:
         ).encode()
 
 
-def test_google_is_asked_for_named_images_and_a_network_of_its_own(tmp_path, monkeypatch):
+def test_google_is_asked_for_named_images_and_a_network_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     discovery = pytest.importorskip("googleapiclient.discovery")
     from ray.autoscaler._private.gcp import config, node
 
@@ -226,7 +230,7 @@ def test_google_is_asked_for_named_images_and_a_network_of_its_own(tmp_path, mon
     }
 
 
-def test_azures_templates_know_what_the_file_sets():
+def test_azures_templates_know_what_the_file_sets() -> None:
     folder = Path(autoscaler.__file__).parent / "_azure"
     known = json.loads((folder / "azure-vm-template.json").read_text())["parameters"]
     tree = loaded("deploy/azure.yaml")

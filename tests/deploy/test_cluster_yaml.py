@@ -18,7 +18,7 @@ STARTS: dict[str, str] = {
 }
 
 
-def test_cluster_yaml_is_valid_for_rays_launcher():
+def test_cluster_yaml_is_valid_for_rays_launcher() -> None:
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
     jsonschema.validate(TREE, schema)
     # What `ray up` does before it asks the cloud for anything: limits that do not fit together, paths.
@@ -41,7 +41,7 @@ def on_premise() -> dict[str, Any]:
     )
 
 
-def test_the_recipe_for_machines_that_are_there_starts_ray_on_all_of_them():
+def test_the_recipe_for_machines_that_are_there_starts_ray_on_all_of_them() -> None:
     tree = on_premise()
     jsonschema.validate(
         tree, json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
@@ -60,14 +60,14 @@ def test_the_recipe_for_machines_that_are_there_starts_ray_on_all_of_them():
     assert "$RAY_HEAD_IP" in prepared["worker_start_ray_commands"][-1]
 
 
-def test_authentication_is_on_everywhere_and_the_dashboard_on_loopback():
+def test_authentication_is_on_everywhere_and_the_dashboard_on_loopback() -> None:
     for command in STARTS.values():
         assert re.search(r"export [^;]*RAY_AUTH_MODE=token;.*ray start", command)
     assert "~/.ray/auth_token" in TREE["file_mounts"]
     assert "--dashboard-host=127.0.0.1" in STARTS["head"].split()
 
 
-def test_the_project_that_is_installed_is_copied_first():
+def test_the_project_that_is_installed_is_copied_first() -> None:
     local = [Path(path) for path in TREE["file_mounts"].values() if not path.startswith("~")]
     assert [path for path in local if not (ROOT / path).exists()] == []
     assert {"olora_ray", "pipelines", "pyproject.toml"} <= {str(path) for path in local}

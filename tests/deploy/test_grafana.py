@@ -25,7 +25,7 @@ def series() -> dict[str, str]:
     return {f"{name}{end}": name for name, kind in exported().items() for end in ENDINGS[kind]}
 
 
-def test_every_series_of_the_dashboard_is_exported_and_every_metric_is_shown():
+def test_every_series_of_the_dashboard_is_exported_and_every_metric_is_shown() -> None:
     used = {name for query in queries() for name in re.findall(r"\b(?:ray|olora)_\w+", query)}
     assert used - METRICS.keys() - series().keys() == set()
     assert {series().get(name, name) for name in used} == exported().keys() | METRICS.keys()

@@ -57,7 +57,7 @@ def found_under(tree: Any, key: str) -> Iterator[Any]:
             yield from found_under(value, key)
 
 
-def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_all():
+def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_all() -> None:
     tree = manifest("kustomization.yaml")
     text = (FOLDER / "kustomization.yaml").read_text()
     assert set(re.findall(r"^  (?:# )?- (\w+\.yaml)", text, re.MULTILINE)) == {*CUSTOM, *OTHERS}
@@ -76,7 +76,7 @@ def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_
         assert len(maps) == len(list(pods(cluster(name)))) if name in CUSTOM else not maps
 
 
-def test_the_operator_of_prometheus_gets_the_same_alerts_and_the_port_of_all_pods():
+def test_the_operator_of_prometheus_gets_the_same_alerts_and_the_port_of_all_pods() -> None:
     monitor, rule = yaml.safe_load_all((FOLDER / "monitoring.yaml").read_text())
     nights, operator = rule["spec"]["groups"]
     assert [nights] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yaml").read_text())[
@@ -90,13 +90,13 @@ def test_the_operator_of_prometheus_gets_the_same_alerts_and_the_port_of_all_pod
 
 
 @pytest.mark.parametrize("name", CUSTOM)
-def test_manifests_fit_the_schemas_of_kuberay_and_ask_for_a_token(name):
+def test_manifests_fit_the_schemas_of_kuberay_and_ask_for_a_token(name: str) -> None:
     tree = manifest(name)
     jsonschema.validate(tree, {**SCHEMA, "$ref": f"#/$defs/{tree['kind']}"})
     assert cluster(name)["authOptions"] == {"mode": "token"}
 
 
-def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits(tmp_path):
+def test_the_patch_for_kueue_gives_a_run_of_fixed_size_that_waits(tmp_path: Path) -> None:
     """Kueue makes a Workload of a job: its groups of pods with their numbers, which must be final."""
     rendered(tmp_path, "kuberay")  # makes a copy
     file = tmp_path / "deploy/kuberay/kustomization.yaml"
@@ -153,7 +153,7 @@ def names_of(documents: list[Tree]) -> set[tuple[str, str]]:
     }
 
 
-def test_a_second_team_shares_no_name_with_the_first(tmp_path):
+def test_a_second_team_shares_no_name_with_the_first(tmp_path: Path) -> None:
     first, second = (
         names_of(rendered(tmp_path, "kuberay")),
         names_of(rendered(tmp_path, "kuberay-team")),
@@ -169,7 +169,7 @@ def test_a_second_team_shares_no_name_with_the_first(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*CUSTOM, "cronjob.yaml"])
-def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name):
+def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name: str) -> None:
     found = list(pods(manifest(name)))
     assert found
     for pod in found:
@@ -210,7 +210,7 @@ def test_pods_are_bounded_and_unprivileged_and_have_secrets_by_reference(name):
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml"])
-def test_a_night_fits_its_cluster_and_ends_before_it_is_cut_off(name):
+def test_a_night_fits_its_cluster_and_ends_before_it_is_cut_off(name: str) -> None:
     spec = manifest(name)["spec"]
     spec = spec.get("jobTemplate", spec)
     words = shlex.split(spec["entrypoint"])
@@ -223,7 +223,7 @@ def test_a_night_fits_its_cluster_and_ends_before_it_is_cut_off(name):
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml", "cronjob.yaml"])
-def test_the_network_lets_submitters_reach_the_dashboard(name):
+def test_the_network_lets_submitters_reach_the_dashboard(name: str) -> None:
     among, jobs, _ = manifest("network.yaml")["spec"]["ingress"]
     assert among["from"][0]["podSelector"]["matchLabels"].items() >= {
         ("olora-ray/cluster", "olora-ray")

@@ -62,7 +62,7 @@ def below(requirement: Requirement) -> Iterator[Requirement]:
             yield inner
 
 
-def test_developers_get_exact_public_versions_of_all_that_the_project_wants():
+def test_developers_get_exact_public_versions_of_all_that_the_project_wants() -> None:
     text = (ROOT / "requirements-dev.lock").read_text()
     pins = [line for line in text.splitlines() if not line.startswith("#")]
     versions = dict(pin.split("==") for pin in pins)
@@ -73,7 +73,7 @@ def test_developers_get_exact_public_versions_of_all_that_the_project_wants():
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
 
 
-def test_the_lock_is_a_list_of_exact_public_versions_with_hashes():
+def test_the_lock_is_a_list_of_exact_public_versions_with_hashes() -> None:
     entries = re.sub(r"(?m)^#.*\n", "", TEXT).replace(" \\\n", "").splitlines()
     assert len(entries) == len(LOCKED) > 100
     for entry in entries:
@@ -85,12 +85,12 @@ def test_the_lock_is_a_list_of_exact_public_versions_with_hashes():
     assert not re.search(r"https?:|index-url|find-links|/tmp|/home|/work|/root", TEXT)
 
 
-def test_every_requirement_of_the_project_is_met():
+def test_every_requirement_of_the_project_is_met() -> None:
     assert {"ray", "torch", "gguf", "lm-eval"} <= {requirement.name for requirement in wanted()}
     assert [problem for problem in map(unmet, wanted()) if problem] == []
 
 
-def test_so_is_what_they_need_themselves_with_their_extras():
+def test_so_is_what_they_need_themselves_with_their_extras() -> None:
     ahead, seen, problems = wanted(), set[tuple[str, frozenset[str]]](), []
     while ahead:
         requirement = ahead.pop()
@@ -105,7 +105,7 @@ def test_so_is_what_they_need_themselves_with_their_extras():
 @pytest.mark.parametrize(
     "file", sorted(write_lock.MANIFESTS.glob("*.yaml")), ids=lambda file: file.stem
 )
-def test_the_manifests_name_the_locks_ray(file):
+def test_the_manifests_name_the_locks_ray(file: Path) -> None:
     text = file.read_text()
     assert write_lock.stamped(text, LOCKED["ray"]) == text
     found = list(named(list(yaml.safe_load_all(text))))
@@ -127,7 +127,7 @@ def named(tree: Any) -> Iterator[tuple[str, Any]]:
         yield from named(value)
 
 
-def test_each_locked_package_names_a_license_that_lets_others_keep_their_code():
+def test_each_locked_package_names_a_license_that_lets_others_keep_their_code() -> None:
     lines = list(csv.reader((ROOT / "deploy" / "licenses.csv").open()))[1:]
     assert {name: version for name, version, _ in lines} == LOCKED, "make lock writes it"
     strong = re.compile(r"\b(A?GPL|Affero|non-?commercial|CC.BY.NC)", re.IGNORECASE)

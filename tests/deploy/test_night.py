@@ -55,7 +55,7 @@ def night(config: Path, script: str, *options: str) -> tuple[int, list[str]]:
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
 
-def test_the_output_of_all_nights_stays_in_a_file(config, tmp_path):
+def test_the_output_of_all_nights_stays_in_a_file(config: Path, tmp_path: Path) -> None:
     file = tmp_path / "logs" / "night.log"
     for name in ("monday", "tuesday"):
         assert night(config, f"echo {name}", "--log", str(file)) == (0, [name])
@@ -66,7 +66,9 @@ def test_the_output_of_all_nights_stays_in_a_file(config, tmp_path):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
-def test_what_the_command_has_told_itself_is_not_told_again(config, hook, code):
+def test_what_the_command_has_told_itself_is_not_told_again(
+    config: Path, hook: Receiver, code: int
+) -> None:
     line = "notify.url: the event 'failed' was sent" if code else "nothing changed since version 1"
     assert night(config, f'echo "{line}"; exit {code}') == (code, [line])
     assert hook.got == []
@@ -86,8 +88,8 @@ def test_what_the_command_has_told_itself_is_not_told_again(config, hook, code):
     ],
 )
 def test_an_end_that_the_command_has_not_told_is_told_with_its_last_line(
-    config, hook, command, code, reason
-):
+    config: Path, hook: Receiver, command: list[str], code: int, reason: str
+) -> None:
     bin = str(Path(sys.executable).parent)
     ran(
         [sys.executable, NIGHT, config, "--", *command],
@@ -99,7 +101,9 @@ def test_an_end_that_the_command_has_not_told_is_told_with_its_last_line(
     assert message["reason"].endswith(reason)
 
 
-def test_a_mistake_in_the_config_is_told_to_whom_the_config_names(config, hook):
+def test_a_mistake_in_the_config_is_told_to_whom_the_config_names(
+    config: Path, hook: Receiver
+) -> None:
     config.write_text(config.read_text().replace("data:", "date:"))
     code, lines = night(config, f"{Path(sys.executable).parent}/olora-ray retrain {config}")
     assert code == 2
@@ -107,7 +111,7 @@ def test_a_mistake_in_the_config_is_told_to_whom_the_config_names(config, hook):
     assert [(each["event"], each["model"]) for each in hook.got] == [("failed", "support")]
 
 
-def test_the_output_comes_while_the_command_runs_and_stays_in_its_streams(config):
+def test_the_output_comes_while_the_command_runs_and_stays_in_its_streams(config: Path) -> None:
     script = "echo out; echo err >&2; read line; echo $line"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(words(config, script), text=True, **pipes) as process:
@@ -118,7 +122,9 @@ def test_the_output_comes_while_the_command_runs_and_stays_in_its_streams(config
         assert process.wait(30) == 0
 
 
-def test_a_command_that_says_later_runs_again_until_it_is_done(config, hook, tmp_path):
+def test_a_command_that_says_later_runs_again_until_it_is_done(
+    config: Path, hook: Receiver, tmp_path: Path
+) -> None:
     file = tmp_path / "tries"
     code, lines = night(
         config, f"echo x >>{file}; [ $(wc -l <{file}) -ge 3 ] || exit 75; echo done"
@@ -127,7 +133,9 @@ def test_a_command_that_says_later_runs_again_until_it_is_done(config, hook, tmp
     assert hook.got == []
 
 
-def test_a_night_that_is_not_finished_after_the_last_try_is_no_success_and_is_told(config, hook):
+def test_a_night_that_is_not_finished_after_the_last_try_is_no_success_and_is_told(
+    config: Path, hook: Receiver
+) -> None:
     code, lines = night(config, "echo away; exit 75", "--tries", "3")
     assert (code, lines.count("away")) == (75, 3)
     assert "NOT FINISHED: away (exit code 75)" in lines[-2]
@@ -141,7 +149,7 @@ def test_a_night_that_is_not_finished_after_the_last_try_is_no_success_and_is_to
     assert message["text"] == "support: not finished: away (exit code 75)"
 
 
-def test_at_the_limit_the_command_has_time_for_its_checkpoint(config, hook):
+def test_at_the_limit_the_command_has_time_for_its_checkpoint(config: Path, hook: Receiver) -> None:
     script = "trap 'echo checkpoint; exit 143' TERM; echo began; sleep 60 >/dev/null 2>&1 & wait"
     code, lines = night(config, script, "--hours", "0.001")
     assert (code, lines[:2]) == (75, ["began", "checkpoint"])
@@ -151,7 +159,9 @@ def test_at_the_limit_the_command_has_time_for_its_checkpoint(config, hook):
     )
 
 
-def test_a_command_that_does_not_stop_is_killed_with_its_processes(config, hook, tmp_path):
+def test_a_command_that_does_not_stop_is_killed_with_its_processes(
+    config: Path, hook: Receiver, tmp_path: Path
+) -> None:
     inner = tmp_path / "inner"
     code, _ = night(
         config,
@@ -182,7 +192,9 @@ def test_a_command_that_is_killed_is_not_finished(config, hook):
         ("exit 75", signal.SIGINT),
     ],
 )
-def test_a_signal_reaches_the_command_and_ends_the_pause(config, hook, busy, number):
+def test_a_signal_reaches_the_command_and_ends_the_pause(
+    config: Path, hook: Receiver, busy: str, number: signal.Signals
+) -> None:
     with subprocess.Popen(
         words(config, busy, "--pause", "60"), stdout=subprocess.PIPE, text=True
     ) as process:
@@ -204,7 +216,7 @@ def test_a_signal_reaches_the_command_and_ends_the_pause(config, hook, busy, num
         ),
     ],
 )
-def test_mistakes_are_one_line(arguments, problem):
+def test_mistakes_are_one_line(arguments: list[str], problem: str) -> None:
     done = ran([sys.executable, NIGHT, *arguments], code=2)
     assert done.stderr.startswith(f"error: {problem}")
     assert len(done.stderr.splitlines()) == 1

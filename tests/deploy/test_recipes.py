@@ -50,7 +50,7 @@ def crontab() -> tuple[list[str], str]:
     return lines[:-1], lines[-1].split(maxsplit=5)[5]
 
 
-def test_the_image_copies_what_is_there_and_runs_as_a_user():
+def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
     steps = dockerfile()
     sources = [name for words in steps if words[0] == "COPY" for name in words[1:-1]]
     assert {"pyproject.toml", "olora_ray", "pipelines"} <= set(sources)
@@ -61,7 +61,7 @@ def test_the_image_copies_what_is_there_and_runs_as_a_user():
     assert steps[user][1] != "root"
 
 
-def test_jobs_call_scripts_of_the_project_with_fields_that_exist():
+def test_jobs_call_scripts_of_the_project_with_fields_that_exist() -> None:
     found = dict(commands())
     assert found.keys() == {"rayjob.yaml", "raycronjob.yaml", "cronjob.yaml", "crontab"}
     for name, words in found.items():
@@ -111,7 +111,9 @@ def cron(
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_cron_gets_the_code_of_the_night_and_mails_the_end_of_the_log_of_a_bad_one(tmp_path, code):
+def test_cron_gets_the_code_of_the_night_and_mails_the_end_of_the_log_of_a_bad_one(
+    tmp_path: Path, code: int
+) -> None:
     done = cron(tmp_path, code)
     log = (tmp_path / "log").read_text().splitlines()
     job = "deploy/submit.py --working-dir . nightly -- python pipelines/retrain.py c.yaml"
@@ -129,7 +131,9 @@ def recorder(file: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("gpu", "driver"), [(False, ""), (True, "580.95.05"), (True, "550.144.03"), (True, "")]
 )
-def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(tmp_path, gpu, driver):
+def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(
+    tmp_path: Path, gpu: bool, driver: str
+) -> None:
     recorder(tmp_path / "bin" / "nvidia-smi", f"echo {driver}")
     recorder(tmp_path / "bin" / "python3", f"echo python3 $* >>{tmp_path}/said")
     recorder(tmp_path / ".local" / "bin" / "uv", f"echo uv $* >>{tmp_path}/said")
@@ -165,7 +169,7 @@ def test_a_node_installs_the_lock_and_without_a_gpu_no_cuda(tmp_path, gpu, drive
     assert text == re.sub(r"(?m)^(torch==\S+) \\\n(?:    .*\n)+", r"\1\n", whole)
 
 
-def test_a_worker_pod_announces_its_own_node_before_it_is_stopped(tmp_path):
+def test_a_worker_pod_announces_its_own_node_before_it_is_stopped(tmp_path: Path) -> None:
     inside = ["unshare", "--fork", "--pid", "--mount-proc"]  # a pod has no other raylet
     if subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs root and PID namespaces")
@@ -180,7 +184,7 @@ def test_a_worker_pod_announces_its_own_node_before_it_is_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])
-def test_the_units_start_ray_as_the_pages_say(tmp_path, role):
+def test_the_units_start_ray_as_the_pages_say(tmp_path: Path, role: str) -> None:
     file = DEPLOY / "systemd" / f"olora-ray-{role}.service"
     lines = dict(
         line.split("=", 1) for line in file.read_text().splitlines() if line.startswith("Exec")

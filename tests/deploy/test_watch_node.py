@@ -50,7 +50,7 @@ def watched(
 
 
 @pytest.mark.parametrize(("cloud", "seconds"), [("ec2", 100), ("gce", 20), ("azure", 20)])
-def test_a_notice_of_the_cloud_drains_the_node(cloud, seconds, tmp_path):
+def test_a_notice_of_the_cloud_drains_the_node(cloud: str, seconds: int, tmp_path: Path) -> None:
     with watched(cloud, tmp_path, 60, raylet=True) as process:
         assert not (tmp_path / "said").exists()
         (tmp_path / "notice").touch()
@@ -68,13 +68,13 @@ AZURE_CALL = "POST /subscriptions/s/virtualMachines/node/deallocate Bearer secre
     ("cloud", "call"),
     [("ec2", "shutdown -h now"), ("gce", "shutdown -h now"), ("azure", AZURE_CALL)],
 )
-def test_a_node_without_its_head_ends_itself(cloud, call, tmp_path):
+def test_a_node_without_its_head_ends_itself(cloud: str, call: str, tmp_path: Path) -> None:
     with watched(cloud, tmp_path, 1, raylet=False):
         until((tmp_path / "asked").exists, 30)
     assert (tmp_path / "asked").read_text().splitlines()[0] == call
 
 
-def test_a_machine_that_is_no_clouds_is_left_alone(tmp_path):
+def test_a_machine_that_is_no_clouds_is_left_alone(tmp_path: Path) -> None:
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "METADATA_URL": "http://127.0.0.1:9"}
     done = ran(["bash", SCRIPT, "0"], env=environment)
     assert "this node is not watched" in done.stdout

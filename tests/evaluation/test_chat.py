@@ -58,19 +58,25 @@ def user(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["mine", "absolute"])
-def test_both_models_answer_a_prompt(run, there, name, capsys):
+def test_both_models_answer_a_prompt(
+    run: FinishedRun, there: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     chat.main([run.folder.root if name == "absolute" else name, "after x=3?"])
     assert capsys.readouterr().out == expected(run, [user("after x=3?")])
     assert not ray.is_initialized()
 
 
-def test_a_system_message_and_a_length_are_taken(run, there, capsys):
+def test_a_system_message_and_a_length_are_taken(
+    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chat.main(["mine", "evaluation.max_new_tokens=9", "after 5?", "--system", "count"])
     system = {"role": "system", "content": "count"}
     assert capsys.readouterr().out == expected(run, [system, user("after 5?")], new=9)
 
 
-def test_the_system_message_of_all_rows_is_sent_without_asking(run, there, capsys):
+def test_the_system_message_of_all_rows_is_sent_without_asking(
+    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = there / "train.jsonl"
     before = rows.read_text()
     system = {"role": "system", "content": "count"}
@@ -90,11 +96,11 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(run, there, capsy
 
 
 def test_each_line_of_the_input_is_a_prompt_of_its_own(
-    run,
-    there,
-    capsys,
-    monkeypatch,
-):
+    run: FinishedRun,
+    there: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("after 1?\n\nafter 2?"))
     chat.main(["mine"])
     assert capsys.readouterr().out == "".join(
@@ -102,7 +108,9 @@ def test_each_line_of_the_input_is_a_prompt_of_its_own(
     )
 
 
-def test_a_run_on_texts_goes_on_with_the_prompt(run, there, capsys):
+def test_a_run_on_texts_goes_on_with_the_prompt(
+    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(run.folder.root, there / "runs" / "texts")
     settings = there / "runs" / "texts" / "config.yaml"
     settings.write_text(settings.read_text().replace("format: messages", "format: text"))
@@ -112,7 +120,7 @@ def test_a_run_on_texts_goes_on_with_the_prompt(run, there, capsys):
     assert capsys.readouterr().out == expected(run, "one, two, ", new=20)
 
 
-def test_what_cannot_be_asked_is_one_line(run, there):
+def test_what_cannot_be_asked_is_one_line(run: FinishedRun, there: Path) -> None:
     (there / "runs" / "begun").mkdir()
     (there / "runs" / "begun" / "config.yaml").touch()
     for words, told in (

@@ -71,7 +71,9 @@ def places(found: Plan) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("fields", [{}, {"prompt": "customer"}])
-def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(folder, fields):
+def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(
+    folder: Path, fields: dict[str, str]
+) -> None:
     found = plan(folder, fields=fields)
     with said() as lines:
         groups = numbered(group_names("prompt" if fields else "customer", found, places(found)))
@@ -79,18 +81,18 @@ def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(folder,
     assert "gate.group: 2 held-out rows without" in "".join(lines)
 
 
-def test_rows_of_a_file_are_a_group(folder):
+def test_rows_of_a_file_are_a_group(folder: Path) -> None:
     found = plan(folder)
     assert numbered(group_names(FILE, found, places(found))) == [0] * 6 + [1]
 
 
-def test_a_column_that_is_not_there_is_named(folder):
+def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
     found = plan(folder)
     with refused("gate.group"):
         numbered(group_names("client", found, places(found)))
 
 
-def test_origins_of_a_store_are_in_the_order_of_its_examples():
+def test_origins_of_a_store_are_in_the_order_of_its_examples() -> None:
     store = tiny.ListStore([tiny.pack(5, 6), tiny.pack(7)])
     store.files = ("other.jsonl", "rows.jsonl")
     assert origins(store) == ((1, -1), (1, 0), (1, 9))

@@ -24,7 +24,7 @@ def load(names: list[str], folder: Path) -> dict[str, Any]:
     return lm_eval_tasks.load_tasks(names, str(folder))
 
 
-def test_rows_of_a_local_folder_are_read_as_the_task_says(folder):
+def test_rows_of_a_local_folder_are_read_as_the_task_says(folder: Path) -> None:
     found = load(["arc_easy", "boolq"], folder)
     arc, boolq = found["arc_easy"], found["boolq"]
     assert len(arc.eval_docs) == len(boolq.eval_docs) == sets.ROWS
@@ -34,12 +34,12 @@ def test_rows_of_a_local_folder_are_read_as_the_task_says(folder):
     assert [boolq.doc_to_target(row) for row in boolq.eval_docs] == [1, 0] * (sets.ROWS // 2)
 
 
-def test_a_task_is_named_as_its_folder_too(tmp_path, folder):
+def test_a_task_is_named_as_its_folder_too(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "arc_easy").symlink_to(folder / "ai2_arc" / "ARC-Easy")
     assert len(load(["arc_easy"], tmp_path)["arc_easy"].eval_docs) == sets.ROWS
 
 
-def test_rows_are_kept_only_of_metrics_that_are_their_mean():
+def test_rows_are_kept_only_of_metrics_that_are_their_mean() -> None:
     """lambada's rows are log-likelihoods, and its perplexity is an exponential; the interval was once of the former."""
     likely = [-1.0, -2.5, -0.5]
     results = {"alias": "lambada_openai", "acc,none": 2 / 3, "perplexity,none": math.exp(4.0 / 3)}
@@ -65,20 +65,22 @@ def test_rows_are_kept_only_of_metrics_that_are_their_mean():
         (["arc_easy"], None, "--tasks arc_easy"),
     ],
 )
-def test_data_that_is_not_there_is_one_line(folder, names, data, message):
+def test_data_that_is_not_there_is_one_line(
+    folder: Path, names: list[str], data: str | None, message: str
+) -> None:
     with refused(message):
         lm_eval_tasks.load_tasks(names, data and data.format(folder=folder))
 
 
 @pytest.mark.slow  # reads all tasks of lm-eval
-def test_an_unknown_task_is_named_with_what_it_may_have_been():
+def test_an_unknown_task_is_named_with_what_it_may_have_been() -> None:
     with refused("--tasks"):
         lm_eval_tasks.load_tasks(["arc_esay"], None)
     with refused("--tasks"):
         lm_eval_tasks.load_tasks(["mmlu"], None)
 
 
-def test_without_lm_eval_the_extra_is_named(monkeypatch):
+def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with refused("pip install 'olora-ray[eval]"):
         lm_eval_tasks.load_tasks(["arc_easy"], None)

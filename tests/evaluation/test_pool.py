@@ -1,5 +1,6 @@
 """Held-out results are the same for any number of actors."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -32,7 +33,9 @@ def measured(config: Config) -> RowResults:
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_number_of_actors(ray_with, config):
+def test_results_do_not_depend_on_the_number_of_actors(
+    ray_with: Callable[[int], None], config: Config
+) -> None:
     ray_with(2)
     four = measured(override(config, {"cluster.workers": 4}))  # half a CPU each
     one = measured(override(config, {"cluster.workers": 1, "train.micro_batch": 4}))
@@ -44,7 +47,9 @@ def test_results_do_not_depend_on_the_number_of_actors(ray_with, config):
 
 
 @pytest.mark.slow
-def test_what_a_user_can_fix_comes_back_as_it_was_raised(ray_with, config, capfd):
+def test_what_a_user_can_fix_comes_back_as_it_was_raised(
+    ray_with: Callable[[int], None], config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
     ray_with(2)
     with refused("piece 2"):
         held_out.map_over_actors(partial(Piece, 2), [1, 2, 3], config)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -34,7 +35,7 @@ def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> Eval
     return EvalResult(target, held_out, {"arc_easy": task})
 
 
-def test_one_model_is_a_table_of_values_and_errors():
+def test_one_model_is_a_table_of_values_and_errors() -> None:
     found = results.lines([evaluation("base", (1.0, 0.0, 1.0, 1.0))], {})
     assert found == [
         "model: base",
@@ -48,7 +49,7 @@ def test_one_model_is_a_table_of_values_and_errors():
     ]
 
 
-def test_two_models_stand_side_by_side_with_intervals():
+def test_two_models_stand_side_by_side_with_intervals() -> None:
     pair = evaluation("tuned", (1.0, 1.0, 1.0, 0.0)), evaluation("base", (0.0, 1.0, 0.0, 0.0))
     found = differences(*pair)
     assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
@@ -67,7 +68,7 @@ def test_two_models_stand_side_by_side_with_intervals():
     ]
 
 
-def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval():
+def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval() -> None:
     """A scorer may leave a score out; once this lost all results with an error."""
     pair = [evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))]
     for number, each in enumerate(pair):
@@ -83,7 +84,7 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
     assert line.split()[2:] == ["held-out[:1]", "-", "1.0000", "-", "not", "paired"]
 
 
-def test_results_are_written_where_asked(tmp_path):
+def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
     words = f"tuned base --tasks arc_easy --limit 2 --scorer exact_match --out {tmp_path}"
     request = results.read_request(words.split(), "")
@@ -104,13 +105,15 @@ def test_results_are_written_where_asked(tmp_path):
         ({"evaluation__scorer": "nonsense"}, ("boolq",), "no scorer is called"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_starts(changes, names, message):
+def test_what_cannot_be_done_is_said_before_anything_starts(
+    changes: dict[str, Any], names: tuple[str, ...], message: str
+) -> None:
     request = EvalRequest(("base",), None, {}, names, None, None, None)
     with refused(message):
         results.check_request(request, tiny.config(**changes))
 
 
-def test_a_scorer_without_rows_is_said(monkeypatch):
+def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/evaluation.md promises it; with tasks alone the answers were once missing without a line."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
     request = EvalRequest(("base",), None, {}, ("boolq",), None, None, None)
@@ -123,7 +126,9 @@ def test_a_scorer_without_rows_is_said(monkeypatch):
     assert "evaluation.scorer: no answers" in lines[0]
 
 
-def test_without_a_config_nothing_is_tracked(monkeypatch, tmp_path):
+def test_without_a_config_nothing_is_tracked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     target = evaluation("base", (1.0,)).target
     request = EvalRequest((str(tmp_path),), None, {}, ("boolq",), None, None, None)
     assert results.tracking_address(request, [target]) is None
@@ -149,7 +154,9 @@ def config(tmp_path: Path) -> Config:
     return build(tree)
 
 
-def test_answers_lead_to_their_rows_and_rows_to_people(config, tmp_path, monkeypatch):
+def test_answers_lead_to_their_rows_and_rows_to_people(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         held_out, "map_over_actors", lambda make, works, config: list(map(make(), works))
     )  # without Ray
@@ -180,7 +187,7 @@ def test_answers_lead_to_their_rows_and_rows_to_people(config, tmp_path, monkeyp
     ]
 
 
-def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(config):
+def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(config: Config) -> None:
     mistaken = override(config, {"gate.group": "person"})
     target = Target("runs/small", open_base(config).model, None, mistaken)
     with refused("gate.group"):
@@ -188,7 +195,9 @@ def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(config
     assert not ray.is_initialized()
 
 
-def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(config, tmp_path):
+def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(
+    config: Config, tmp_path: Path
+) -> None:
     request = results.read_request(["m", "--out", str(tmp_path)], "")
     found = [EvalResult(Target("m", open_base(config).model, None, config), None, {})]
     results.write_results(request, found, {}, None)

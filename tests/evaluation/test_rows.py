@@ -37,7 +37,7 @@ BETTER = RowResults(
 )
 
 
-def test_metrics_are_means_over_tokens_and_over_answers():
+def test_metrics_are_means_over_tokens_and_over_answers() -> None:
     assert ROWS.metric("eval/loss") == pytest.approx(2.7)
     assert ROWS.metric("eval/perplexity") == pytest.approx(math.exp(2.7))
     assert ROWS.metric("eval/exact_match") == 0.5
@@ -45,18 +45,18 @@ def test_metrics_are_means_over_tokens_and_over_answers():
 
 
 @pytest.mark.parametrize("name", ROWS.names())
-def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name):
+def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) -> None:
     found = compare(name, BETTER, ROWS).interval
     assert found.mean == pytest.approx(BETTER.metric(name) - ROWS.metric(name))
     assert found.low <= found.mean <= found.high
 
 
-def test_other_tokens_are_not_compared():
+def test_other_tokens_are_not_compared() -> None:
     with refused("held-out rows"):
         compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}, ((0, 0),)))
 
 
-def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group():
+def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group() -> None:
     """A chat that its template splits gives one example per answer, and a long text gives several pieces."""
     whole = compare("eval/loss", BETTER, ROWS)
     assert (whole.rows, whole.groups) == (3, 3)
@@ -69,7 +69,7 @@ def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group():
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
-def test_each_example_has_the_loss_it_has_alone(model_folder, attention):
+def test_each_example_has_the_loss_it_has_alone(model_folder: Path, attention: str) -> None:
     measurer = Measurer(
         base(model_folder),
         None,
@@ -84,7 +84,9 @@ def test_each_example_has_the_loss_it_has_alone(model_folder, attention):
     )
 
 
-def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder, tmp_path):
+def test_answers_of_an_adapter_are_those_of_the_adapted_model(
+    model_folder: Path, tmp_path: Path
+) -> None:
     settings = tiny.config(model__dtype="float32", evaluation__max_new_tokens=6)
     trainer = tiny.trainer(
         settings,
@@ -109,7 +111,7 @@ def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder, tmp_
     assert measurer(asked) == [one_by_one(trainer.loss.model, item.prompt, 6) for item in asked]
 
 
-def test_an_adapter_without_its_files_is_refused(model_folder, tmp_path):
+def test_an_adapter_without_its_files_is_refused(model_folder: Path, tmp_path: Path) -> None:
     with refused("adapter_config.json"):
         Measurer(base(model_folder), str(tmp_path), tiny.config(), (1,), TRIED)
 
@@ -154,8 +156,8 @@ def columns(rows: list[tuple[float, float, float]]) -> tuple[list[float], list[f
 
 @given(VALUES)
 def test_bounds_surround_the_middle_of_the_draws_and_swapping_turns_the_sign(
-    rows,
-):
+    rows: list[tuple[float, float, float]],
+) -> None:
     ours, theirs, weights = columns(rows)
     there, back = (
         difference(ours, theirs, weights, draws=200),
@@ -170,7 +172,7 @@ def test_bounds_surround_the_middle_of_the_draws_and_swapping_turns_the_sign(
     )
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(2)
     covered = 0
     for seed in range(200):
@@ -183,7 +185,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 
 @pytest.mark.parametrize(("groups", "level"), [(2, 0.95), (4, 0.95), (6, 0.99)])
-def test_few_groups_are_covered_as_well(groups, level):
+def test_few_groups_are_covered_as_well(groups: int, level: float) -> None:
     """Quantiles alone cover the truth in half of the cases for two groups, in 74 % for three, in 87 % for four."""
     rng = np.random.default_rng(5)
     covered = 0
@@ -204,7 +206,7 @@ def test_few_groups_are_covered_as_well(groups, level):
     assert covered > expected - 4.5 * error
 
 
-def test_two_groups_have_the_interval_of_students_t():
+def test_two_groups_have_the_interval_of_students_t() -> None:
     found = difference([1.0, 2.0], [0.0, 0.0], draws=20_000)
     # standard error 0.5, and 12.706 of them with one degree of freedom
     assert (found.mean, found.low, found.high) == pytest.approx(
@@ -214,12 +216,12 @@ def test_two_groups_have_the_interval_of_students_t():
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 2.0])])
-def test_rows_without_a_partner_are_refused(ours, theirs):
+def test_rows_without_a_partner_are_refused(ours: list[float], theirs: list[float]) -> None:
     with pytest.raises(ValueError):
         difference(ours, theirs)
 
 
-def test_groups_are_drawn_as_a_whole():
+def test_groups_are_drawn_as_a_whole() -> None:
     ours = np.repeat([1.0, 2.0, 6.0, 3.0], 5)
     grouped = difference(ours, np.zeros(20), groups=np.repeat([7, 3, 9, 1], 5))
     single = difference([1.0, 2.0, 6.0, 3.0], [0.0] * 4)
@@ -232,7 +234,7 @@ def test_groups_are_drawn_as_a_whole():
     assert (one.mean, one.low, one.high) == (3.0, 3.0, 3.0)
 
 
-def test_more_groups_than_are_drawn_are_pooled_and_give_the_same_width():
+def test_more_groups_than_are_drawn_are_pooled_and_give_the_same_width() -> None:
     rng = np.random.default_rng(3)
     values = rng.normal(0.3, 1.0, 100_000)
     found = difference(values, np.zeros(len(values)), rng.uniform(1, 200, len(values)))

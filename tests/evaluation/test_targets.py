@@ -68,7 +68,9 @@ def logits(name: str | Path, shared: Config | None = None) -> torch.Tensor:
     )
 
 
-def test_models_are_measured_on_the_weights_that_they_are_exported_for(case, tmp_path):
+def test_models_are_measured_on_the_weights_that_they_are_exported_for(
+    case: export_parts.Case, tmp_path: Path
+) -> None:
     mine = override(config(case.base, tmp_path), {"model.quantization": "fp8"})
     tiny.claimed(mine)
     (Path(mine.folder()) / "checkpoints").mkdir()
@@ -85,7 +87,9 @@ def test_models_are_measured_on_the_weights_that_they_are_exported_for(case, tmp
     )
 
 
-def test_a_checkpoint_is_the_adapter_of_its_step_and_a_run_without_exports_its_best(case, run):
+def test_a_checkpoint_is_the_adapter_of_its_step_and_a_run_without_exports_its_best(
+    case: export_parts.Case, run: Path
+) -> None:
     torch.testing.assert_close(
         logits(run / "checkpoints" / f"step-{STEP:07d}"), case.logits, atol=1e-4, rtol=1e-4
     )
@@ -94,7 +98,9 @@ def test_a_checkpoint_is_the_adapter_of_its_step_and_a_run_without_exports_its_b
     )
 
 
-def test_a_run_with_exports_is_its_merged_model_wherever_it_was_moved(case, run):
+def test_a_run_with_exports_is_its_merged_model_wherever_it_was_moved(
+    case: export_parts.Case, run: Path
+) -> None:
     moved = run.rename(run.with_name("moved"))
     case.write_merged(moved / "export" / "merged")
     (moved / "result.json").write_text("{}")
@@ -104,7 +110,9 @@ def test_a_run_with_exports_is_its_merged_model_wherever_it_was_moved(case, run)
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_an_exported_adapter_finds_its_base(case, run, tmp_path, inside):
+def test_an_exported_adapter_finds_its_base(
+    case: export_parts.Case, run: Path, tmp_path: Path, inside: bool
+) -> None:
     place = (run / "export" if inside else tmp_path) / "adapter"
     write_adapter(
         case.adapter, case.settings, "gone" if inside else str(case.base), place, case.model
@@ -113,7 +121,7 @@ def test_an_exported_adapter_finds_its_base(case, run, tmp_path, inside):
     torch.testing.assert_close(logits(place, shared), case.logits, atol=1e-4, rtol=1e-4)
 
 
-def test_settings_are_those_of_the_run_with_changes(run):
+def test_settings_are_those_of_the_run_with_changes(run: Path) -> None:
     for name in (run, run / "checkpoints" / f"step-{STEP:07d}", run / "export" / "adapter"):
         name.mkdir(parents=True, exist_ok=True)
         found = targets.settings(["org/base", str(name)], None, {"evaluation.rows": 3})
@@ -122,7 +130,9 @@ def test_settings_are_those_of_the_run_with_changes(run):
     assert targets.run_of("org/base") is None
 
 
-def test_a_scorer_in_python_counts_only_from_this_call(case, tmp_path):
+def test_a_scorer_in_python_counts_only_from_this_call(
+    case: export_parts.Case, tmp_path: Path
+) -> None:
     """Others may write in a run folder, and a scorer's module runs as soon as it is imported."""
     mine = override(config(case.base, tmp_path), {"evaluation.scorer": "os:getcwd"})
     tiny.claimed(mine)
@@ -137,14 +147,18 @@ def test_a_scorer_in_python_counts_only_from_this_call(case, tmp_path):
     assert targets.settings([mine.folder()], str(file), {}).evaluation.scorer == "os:getcwd"
 
 
-def test_a_storage_that_was_moved_is_written_to_where_it_lies_now(run, tmp_path):
+def test_a_storage_that_was_moved_is_written_to_where_it_lies_now(
+    run: Path, tmp_path: Path
+) -> None:
     storage = run.parent
     assert targets.settings([str(run)], None, {}).run.storage == str(storage)
     moved = storage.rename(tmp_path / "elsewhere") / run.name
     assert targets.settings([str(moved)], None, {}).run.storage == str(tmp_path / "elsewhere")
 
 
-def test_what_the_gate_asks_for_need_not_be_measured(case, tmp_path):
+def test_what_the_gate_asks_for_need_not_be_measured(
+    case: export_parts.Case, tmp_path: Path
+) -> None:
     """`--scorer` with another scorer than the gate's was once refused, and so were rows without the gate's column."""
     asked = {
         "gate.metric": "eval/exact_match",
@@ -170,7 +184,7 @@ def test_what_the_gate_asks_for_need_not_be_measured(case, tmp_path):
             )
 
 
-def test_a_model_of_no_run_has_settings_without_a_training(tmp_path):
+def test_a_model_of_no_run_has_settings_without_a_training(tmp_path: Path) -> None:
     found = targets.settings(
         ["org/base", "org/other"], None, {"run.storage": str(tmp_path), "cluster.workers": 3}
     )
@@ -186,7 +200,7 @@ def test_a_model_of_no_run_has_settings_without_a_training(tmp_path):
     assert held_out.data.eval[0].path == str(Path.cwd() / "rows.jsonl")
 
 
-def test_a_base_that_has_changed_since_is_refused(case, tmp_path):
+def test_a_base_that_has_changed_since_is_refused(case: export_parts.Case, tmp_path: Path) -> None:
     mine = config(case.base, tmp_path)
     step = Path(mine.folder()) / "checkpoints" / f"step-{STEP:07d}"
     checkpoint.save(
@@ -197,7 +211,9 @@ def test_a_base_that_has_changed_since_is_refused(case, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["runs/nosuch", "nowhere", "/no/such/folder"])
-def test_a_path_to_nothing_is_told_before_anything_else(name, tmp_path, monkeypatch):
+def test_a_path_to_nothing_is_told_before_anything_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     with refused(f"{name}: no such file or folder") as caught:
@@ -206,12 +222,16 @@ def test_a_path_to_nothing_is_told_before_anything_else(name, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["org/model", "models:/name@champion", "package://yaml/x"])
-def test_a_name_that_may_lead_somewhere_is_not_refused(name, tmp_path, monkeypatch):
+def test_a_name_that_may_lead_somewhere_is_not_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert targets.settings([name], None, {}).model.name == name
 
 
-def test_a_job_finds_what_a_job_before_it_has_left(run, tmp_path, monkeypatch):
+def test_a_job_finds_what_a_job_before_it_has_left(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The job's own folder has no runs; the name was once taken for a hub id."""
     job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     job.mkdir(parents=True)

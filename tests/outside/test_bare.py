@@ -49,7 +49,7 @@ def bare() -> Iterator[World]:
 
 
 @pytest.mark.parametrize("tool", ["pip", "uv"])
-def test_a_job_brings_its_packages(bare, tool):
+def test_a_job_brings_its_packages(bare: World, tool: str) -> None:
     laptop, shared = bare.machines["laptop"], bare.shared
     tree = project.settings(
         shared, shared / "model", cluster={"workers": 2, "cpus_per_worker": 1}, run__name=tool

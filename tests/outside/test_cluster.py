@@ -70,7 +70,7 @@ def adapter(outside: World, run: str) -> str:
     return hashlib.sha256((outside.shared / "runs" / run / ADAPTER).read_bytes()).hexdigest()
 
 
-def test_a_first_run_by_plain_http(outside, laptop, config):
+def test_a_first_run_by_plain_http(outside: World, laptop: Machine, config: Path) -> None:
     uri = "tracking.uri=http://mlflow.internal:5000"
     log = submitted(laptop, "pipelines/finetune.py", str(config), "run.name=first", uri)
     assert "registered:           small version 1 (models:/small@candidate)" in log
@@ -79,7 +79,9 @@ def test_a_first_run_by_plain_http(outside, laptop, config):
     assert outside.password not in log
 
 
-def test_a_run_is_the_same_whatever_dies(outside, laptop, head, config):
+def test_a_run_is_the_same_whatever_dies(
+    outside: World, laptop: Machine, head: Machine, config: Path
+) -> None:
     """The database goes and comes back, a machine loses its power, the driver is killed, another checkout resumes."""
     words = ("pipelines/finetune.py", str(config), "run.name=killed")
     process, log = cluster.submit(laptop, *words)
@@ -108,7 +110,7 @@ def test_a_run_is_the_same_whatever_dies(outside, laptop, head, config):
     )  # the machine is a node again, by itself
 
 
-def test_a_search_on_an_object_store(laptop, config):
+def test_a_search_on_an_object_store(laptop: Machine, config: Path) -> None:
     words = f"pipelines/sweep.py {config} tune_spaces/smoke.yaml --register run.name=search"
     words += " run.storage=s3://runs/searches cluster.workers=1 registry.model=searched"
     log = submitted(laptop, *words.split())
@@ -144,7 +146,9 @@ def night(outside: World, head: Machine, config: Path) -> Callable[..., tuple[in
     return call
 
 
-def test_nights_are_told_with_their_decision_or_their_cause(outside, head, night):
+def test_nights_are_told_with_their_decision_or_their_cause(
+    outside: World, head: Machine, night: Callable[..., tuple[int, str]]
+) -> None:
     assert night() == (0, "")
     assert (outside.heard[-1]["event"], outside.heard[-1]["version"]) == ("promoted", "1")
     told = len(outside.heard)

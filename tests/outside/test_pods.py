@@ -194,7 +194,7 @@ def podman() -> Iterator[Podman]:
             made.end()
 
 
-def test_a_job_grows_leaves_a_drained_pod_and_is_registered(podman, tmp_path):
+def test_a_job_grows_leaves_a_drained_pod_and_is_registered(podman: Podman, tmp_path: Path) -> None:
     documents = {
         each["kind"]: each
         for each in rendered(tmp_path, "kuberay")

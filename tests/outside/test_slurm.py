@@ -140,7 +140,7 @@ class Job:
         until(lambda: self.trained(seen), 400, pause=1)
 
 
-def test_a_run_on_two_nodes_is_registered(slurm, config):
+def test_a_run_on_two_nodes_is_registered(slurm: World, config: Path) -> None:
     job = Job(slurm, "finetune.sbatch", str(config), "run.name=first")
     until(job.ended, 400, pause=2)
     assert job.state() == "COMPLETED 0:0", job.log[-6000:]
@@ -148,7 +148,9 @@ def test_a_run_on_two_nodes_is_registered(slurm, config):
     assert "registered:           small version 1" in job.log
 
 
-def test_requeue_preemption_notice_cancel_and_a_lost_node_change_no_byte(slurm, config):
+def test_requeue_preemption_notice_cancel_and_a_lost_node_change_no_byte(
+    slurm: World, config: Path
+) -> None:
     head = slurm.machines["head"]
     words = ("finetune.sbatch", str(config), "run.name=disturbed")
     job = Job(slurm, *words)
@@ -180,7 +182,9 @@ def test_requeue_preemption_notice_cancel_and_a_lost_node_change_no_byte(slurm, 
     assert adapter(slurm, "disturbed") == adapter(slurm, "first")
 
 
-def test_an_error_of_the_config_is_the_jobs_exit_code_and_a_night_submits_the_next(slurm, config):
+def test_an_error_of_the_config_is_the_jobs_exit_code_and_a_night_submits_the_next(
+    slurm: World, config: Path
+) -> None:
     tree = yaml.safe_load(config.read_text())
     night = config.with_name("night.yaml")
     night.write_text(yaml.safe_dump(tree | {"train": {"stepss": 1}}))
@@ -193,7 +197,7 @@ def test_an_error_of_the_config_is_the_jobs_exit_code_and_a_night_submits_the_ne
     assert waiting.startswith("PENDING")
 
 
-def test_a_search_and_a_night_register_their_versions(slurm, config):
+def test_a_search_and_a_night_register_their_versions(slurm: World, config: Path) -> None:
     space = config.with_name("space.yaml")
     steps = {"train.steps": 20, "train.eval_every": 20}
     space.write_text(

@@ -46,7 +46,9 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
     return {name: text for name, text in variables.items() if name not in names}
 
 
-def test_what_is_wrong_with_the_servers_is_told_before_the_training(outside, laptop):
+def test_what_is_wrong_with_the_servers_is_told_before_the_training(
+    outside: World, laptop: Machine
+) -> None:
     untrusted = "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file"
     no_ca = without(outside.tls, "SSL_CERT_FILE")
     assert f"tracking.uri=https://mlflow.internal: {untrusted}" in refused(laptop, **no_ca)
@@ -70,7 +72,9 @@ def test_what_is_wrong_with_the_servers_is_told_before_the_training(outside, lap
     assert "(HTTP 413); raise its limit to the size of the largest model file" in limited
 
 
-def test_a_run_registers_its_model_on_servers_with_names_and_certificates(outside, laptop):
+def test_a_run_registers_its_model_on_servers_with_names_and_certificates(
+    outside: World, laptop: Machine
+) -> None:
     done = laptop.ok(f"{RUN} run.storage=s3://corpus/runs", **outside.tls)
     assert "registered:           small version 1 (models:/small@candidate)" in done
     shown = laptop.ok(

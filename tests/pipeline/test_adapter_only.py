@@ -76,7 +76,7 @@ def named(run: FinishedRun, name: str = "models:/small/1") -> Config:
     return override(run.config, {"model.name": name})
 
 
-def test_the_version_has_no_weights_of_the_base(run):
+def test_the_version_has_no_weights_of_the_base(run: FinishedRun) -> None:
     folder = artifacts(run)
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")}
     assert names == {"peft/adapter_model.safetensors"}
@@ -84,7 +84,7 @@ def test_the_version_has_no_weights_of_the_base(run):
     assert (folder / "components" / "tokenizer" / "tokenizer.json").is_file()
 
 
-def test_mlflow_loads_base_and_adapter_and_generates(run):
+def test_mlflow_loads_base_and_adapter_and_generates(run: FinishedRun) -> None:
     import mlflow.transformers
 
     pipeline = mlflow.transformers.load_model("models:/small@candidate")
@@ -96,7 +96,9 @@ def test_mlflow_loads_base_and_adapter_and_generates(run):
     assert answer["generated_text"][-1]["role"] == "assistant"
 
 
-def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(run, base, tmp_path):
+def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(
+    run: FinishedRun, base: Path, tmp_path: Path
+) -> None:
     import mlflow.transformers
 
     elsewhere = shutil.move(base, tmp_path / "elsewhere")
@@ -104,13 +106,15 @@ def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(run, base, tmp_path):
     torch.testing.assert_close(export_parts.logits(pipeline.model), run.case.logits, **CLOSE)
 
 
-def test_it_is_evaluated_as_adapter_on_its_base(run):
+def test_it_is_evaluated_as_adapter_on_its_base(run: FinishedRun) -> None:
     found = targets.resolve("models:/small@candidate", run.config)
     assert (found.base.name, found.config.model.name) == (str(run.case.base), str(run.case.base))
     torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
 
 
-def test_where_the_storage_has_an_address_the_adapter_is_put_there_for_all_nodes(run, tmp_path):
+def test_where_the_storage_has_an_address_the_adapter_is_put_there_for_all_nodes(
+    run: FinishedRun, tmp_path: Path
+) -> None:
     found = targets.resolve(
         "models:/small/1", override(run.config, {"run.storage": f"file://{tmp_path}"})
     )
@@ -128,7 +132,7 @@ def opened(config: Config, version: Version) -> Opened:
     return Opened(*compare._opened(config, version))
 
 
-def test_the_gate_compares_it_with_a_merged_version(run, tmp_path):
+def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: Path) -> None:
     """Both see the same tokens and are the same model, and the adapter needs no merging."""
     number = finished_run.make(tmp_path, registry__alias="merged").registered()
     alone, merged = (opened(run.config, run.aliases.version(each)) for each in ("1", number))
@@ -141,8 +145,8 @@ def test_the_gate_compares_it_with_a_merged_version(run, tmp_path):
 
 
 def test_where_the_storage_has_an_address_a_merged_version_is_read_from_it_by_all_nodes(
-    run, tmp_path
-):
+    run: FinishedRun, tmp_path: Path
+) -> None:
     """From the run's folder as long as that is there, then from a copy of MLflow's files."""
     made = finished_run.make(tmp_path / "run", registry__alias="by-all")
     version = run.aliases.version(made.registered())
@@ -162,7 +166,7 @@ def test_where_the_storage_has_an_address_a_merged_version_is_read_from_it_by_al
         opened(config, version)
 
 
-def test_as_a_base_it_is_merged_once(run):
+def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:
     first = find_model(named(run))
     files = {file: file.stat().st_mtime_ns for file in Path(first.folder).iterdir()}
     assert find_model(named(run, "models:/small@candidate")).digest == first.digest
@@ -175,7 +179,7 @@ def test_as_a_base_it_is_merged_once(run):
 @pytest.mark.parametrize(
     "name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "MLmodel"]
 )
-def test_a_damaged_adapter_is_one_line(run, spoilt, name):
+def test_a_damaged_adapter_is_one_line(run: FinishedRun, spoilt: Path, name: str) -> None:
     (spoilt / name).write_bytes((spoilt / name).read_bytes()[:-1] + b"x")
     for use in (
         lambda: find_model(named(run)),
@@ -187,14 +191,14 @@ def test_a_damaged_adapter_is_one_line(run, spoilt, name):
     assert "champion" not in run.aliases.current()
 
 
-def test_a_base_with_other_files_is_one_line(run, base):
+def test_a_base_with_other_files_is_one_line(run: FinishedRun, base: Path) -> None:
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
     with refused(f"small version 1 is an adapter of {base}, which has changed"):
         targets.resolve("models:/small/1", run.config)
 
 
-def test_a_base_that_was_moved_is_one_line(run, base, tmp_path):
+def test_a_base_that_was_moved_is_one_line(run: FinishedRun, base: Path, tmp_path: Path) -> None:
     shutil.move(base, tmp_path / "moved")
     with refused("small version 1 is an adapter of"):
         targets.resolve("models:/small/1", run.config)
@@ -219,7 +223,7 @@ def from_hub(run: FinishedRun, name: str) -> FinishedRun:
     return replace(run, spec=replace(run.spec, config=config, base=find_model(config)))
 
 
-def test_a_base_of_the_hub_is_kept_by_id_and_commit(run, hub):
+def test_a_base_of_the_hub_is_kept_by_id_and_commit(run: FinishedRun, hub: Path) -> None:
     import mlflow.transformers
     from mlflow.models import Model
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.answers import Sample
 from olora_ray.train import scoring
@@ -25,8 +27,8 @@ def check(**changes: Any) -> str:
 
 
 def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(
-    monkeypatch,
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with refused("rows.jsonl:0"):
         check(evaluation__scorer="json_fields")
     seen: list[str] = []
@@ -42,7 +44,7 @@ def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(
         check(evaluation__scorer="fourth")
 
 
-def test_a_scorer_with_nothing_to_score_is_told():
+def test_a_scorer_with_nothing_to_score_is_told() -> None:
     with said() as lines:
         text: Any = tiny.ListStore(
             [tiny.pack(8, prompt=1)]
@@ -54,7 +56,7 @@ def test_a_scorer_with_nothing_to_score_is_told():
     )
 
 
-def test_references_that_no_answer_can_be_as_long_as_are_told():
+def test_references_that_no_answer_can_be_as_long_as_are_told() -> None:
     store: Any = tiny.ListStore([tiny.pack(9, 7), tiny.pack(14)])  # after prompts of 3 tokens
     for most, told in ((10, None), (9, "1 of 3 references"), (4, "2 of 3 references")):
         config = tiny.config(evaluation__scorer="exact_match", evaluation__max_new_tokens=most)
@@ -65,7 +67,7 @@ def test_references_that_no_answer_can_be_as_long_as_are_told():
         assert told is None or text.endswith("set it to 11")
 
 
-def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch):
+def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         scoring.SCORERS,
         "some",

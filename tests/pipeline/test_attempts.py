@@ -128,14 +128,18 @@ def returning(**result: Any) -> Does:
 
 
 @pytest.mark.parametrize(("passes", "code"), [(True, 75), (False, 2)])
-def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(training, passes, code):
+def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(
+    training: Training, passes: bool, code: int
+) -> None:
     with refused("the store does not answer") as caught:
         training.attempts(returning(problem="the store does not answer", passes=passes)).run()
     assert caught.value.exit_code == code
 
 
 @pytest.mark.parametrize(("limit", "ends"), [(1, True), (0, False)])
-def test_a_worker_that_hangs_is_ended_with_its_group_and_counts(training, limit, ends):
+def test_a_worker_that_hangs_is_ended_with_its_group_and_counts(
+    training: Training, limit: int, ends: bool
+) -> None:
     training.events = {0.0: Started(1)}
     training.silent = [Member(1, "node", 2**22, "hangs")]
     attempts = training.attempts(training.works, cluster__max_failures=limit)
@@ -151,7 +155,9 @@ def test_a_worker_that_hangs_is_ended_with_its_group_and_counts(training, limit,
 
 
 @pytest.mark.parametrize("error", [UserError("9 of 20 rows cannot be used"), RayActorError()])
-def test_a_failed_preparation_of_the_data_ends_the_training(training, error):
+def test_a_failed_preparation_of_the_data_ends_the_training(
+    training: Training, error: Exception
+) -> None:
     def waits_for_a_shard(workers: int) -> TrainResult:
         until(lambda: training.asked)
         return TrainResult(interrupted="training has ended")
@@ -167,7 +173,7 @@ def test_a_failed_preparation_of_the_data_ends_the_training(training, error):
     assert training.groups == [1]
 
 
-def test_workers_whose_node_will_be_taken_away_are_asked_to_stop(training):
+def test_workers_whose_node_will_be_taken_away_are_asked_to_stop(training: Training) -> None:
     training.events = {0.0: Started(1)}
     training.members = [Member(0, "0123456789", 1, "one")]
     training.draining = {"0123456789", "other"}
@@ -176,7 +182,7 @@ def test_workers_whose_node_will_be_taken_away_are_asked_to_stop(training):
     assert training.asked == ["node 01234567 is preempted"]
 
 
-def test_the_seconds_of_all_groups_are_counted_for_the_cost(training):
+def test_the_seconds_of_all_groups_are_counted_for_the_cost(training: Training) -> None:
     training.events, training.worker = {0.0: Started(2)}, {"CPU": 2.0, "GPU": 0.5}
     training.look = 20.0
     training.members = [Member(rank, "0123456789", 1, "one") for rank in (0, 1)]
@@ -195,7 +201,9 @@ def test_the_seconds_of_all_groups_are_counted_for_the_cost(training):
 
 
 @pytest.mark.parametrize(("kind", "code"), [(StoreUnavailable, 75), (ValueError, 2)])
-def test_a_store_that_was_away_through_all_restarts_may_be_back_later(training, kind, code):
+def test_a_store_that_was_away_through_all_restarts_may_be_back_later(
+    training: Training, kind: type[Exception], code: int
+) -> None:
     text = f"Traceback ...\n{kind.__module__}.{kind.__name__}: s3://b: no answer\n"
     error = WorkerGroupError(
         "", {0: UserExceptionWithTraceback(kind("s3://b: no answer"), traceback_str=text)}
@@ -205,7 +213,7 @@ def test_a_store_that_was_away_through_all_restarts_may_be_back_later(training, 
     assert caught.value.exit_code == code
 
 
-def test_a_training_whose_place_is_kept_waits_for_no_room(training):
+def test_a_training_whose_place_is_kept_waits_for_no_room(training: Training) -> None:
     """Processes that trials share may fill the cluster: nothing is free before the search ends, and its trials hung."""
     training.room = 0
     died = raising(SharedBaseDied())
@@ -215,7 +223,7 @@ def test_a_training_whose_place_is_kept_waits_for_no_room(training):
     assert attempts.cause == "the process that several trials share died"
 
 
-def test_a_stop_is_granted_where_no_worker_could_do_it(training):
+def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training) -> None:
     training.stop.asked = "SIGTERM"
     with pytest.raises(Stopped) as caught:
         training.attempts(training.works).run()

@@ -1,6 +1,7 @@
 """A model folder needs a tokenizer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.refused import refused
 from tests.said import said
 
 
-def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
+def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
     config = build(
         {"run": {"name": "a"}, "model": {"name": str(tmp_path)}, "data": {"train": "a.jsonl"}}
     )
@@ -29,7 +30,7 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
     assert with_tokenizer(base, config).eos == (1,)
 
 
-def test_what_ends_an_answer_in_chats_ends_answers(tmp_path):
+def test_what_ends_an_answer_in_chats_ends_answers(tmp_path: Path) -> None:
     folder = project.make_model(tmp_path / "model")  # its template ends turns with <|end|>, token 0
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(
@@ -48,8 +49,8 @@ def test_what_ends_an_answer_in_chats_ends_answers(tmp_path):
 
 
 def test_files_that_do_not_fit_the_config_are_told_before_anything_is_prepared(
-    tmp_path,
-):
+    tmp_path: Path,
+) -> None:
     folder = project.make_model(tmp_path / "model")
     config, file = build(project.settings(tmp_path, folder)), folder / "model.safetensors"
     tensors = load_file(file)
@@ -71,7 +72,7 @@ BOTS = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>\n' }}{% e
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_template_of_ones_own_takes_the_place_of_the_models(own, tmp_path):
+def test_a_template_of_ones_own_takes_the_place_of_the_models(own: bool, tmp_path: Path) -> None:
     folder, file = project.make_model(tmp_path / "model"), tmp_path / "own.jinja"
     if not own:
         (folder / "chat_template.jinja").unlink()
@@ -87,7 +88,7 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(own, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"{% for x in", b"\x89PNG\r\n"])
-def test_a_template_that_cannot_be_read_is_one_line(content, tmp_path):
+def test_a_template_that_cannot_be_read_is_one_line(content: bytes | None, tmp_path: Path) -> None:
     folder, file = project.make_model(tmp_path / "model"), tmp_path / "own.jinja"
     if content is not None:
         file.write_bytes(content)

@@ -58,7 +58,7 @@ def home() -> Iterator[Path]:
         yield folder
 
 
-def test_a_ray_of_our_own_has_no_dashboard_and_asks_for_a_token(home):
+def test_a_ray_of_our_own_has_no_dashboard_and_asks_for_a_token(home: Path) -> None:
     done = connected(environment(home))
     assert done.returncode == 0, done.stdout + done.stderr
     [page] = [line for line in done.stdout.splitlines() if line.startswith("page ")]
@@ -68,7 +68,7 @@ def test_a_ray_of_our_own_has_no_dashboard_and_asks_for_a_token(home):
     assert token.stat().st_mode & 0o077 == 0
 
 
-def test_a_temporary_folder_with_a_long_path_is_one_line(home):
+def test_a_temporary_folder_with_a_long_path_is_one_line(home: Path) -> None:
     """Schedulers set TMPDIR to a folder of the job; Ray ended in a traceback."""
     long = home / ("job" * 20)
     long.mkdir()

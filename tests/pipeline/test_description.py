@@ -37,7 +37,7 @@ def described(
     return describe(replace(run.exported, result=result), scores, base, Path(run.folder.merged))
 
 
-def test_the_page_of_a_version(run):
+def test_the_page_of_a_version(run: FinishedRun) -> None:
     version = connect(resolve_uri(run.config)).get_model_version("small", "1")
     text = version.description
     facts = text.partition("\n\n")[0].splitlines()
@@ -57,7 +57,7 @@ def test_the_page_of_a_version(run):
     assert version.tags.keys() >= {"olora.base_digest", "olora.checksums", "olora.data_digest"}
 
 
-def test_the_page_of_the_registered_model_says_what_its_aliases_mean(run):
+def test_the_page_of_the_registered_model_says_what_its_aliases_mean(run: FinishedRun) -> None:
     client = connect(resolve_uri(run.config))
     assert "`champion`: the version in use" in client.get_registered_model("small").description
     client.update_registered_model("small", "by hand")
@@ -65,7 +65,7 @@ def test_the_page_of_the_registered_model_says_what_its_aliases_mean(run):
     assert client.get_registered_model("small").description == "by hand"
 
 
-def test_an_adapter_alone_says_what_else_is_needed(run):
+def test_an_adapter_alone_says_what_else_is_needed(run: FinishedRun) -> None:
     folder = "/home/somebody/models/base"
     text = described(run, finished_run.SCORES, BaseOfAdapter(folder, "cafe", folder))
     assert 'load_model("{uri}", base_model_path="FOLDER_OF_THE_BASE")' in text
@@ -77,7 +77,7 @@ def test_an_adapter_alone_says_what_else_is_needed(run):
     assert "`org/base` at commit `0123`" in text
 
 
-def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run):
+def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: FinishedRun) -> None:
     losses = {0: 2.0, 2: 1.0, 4: 1.5}
     history = [
         {"step": float(step), "eval/loss": loss, "eval/perplexity": perplexity(loss)}

@@ -1,6 +1,7 @@
 """A row that docs/data.md describes passes the first look and the dry run, and nothing of it is left out."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +62,9 @@ EACH = pytest.mark.parametrize(
 
 @EACH
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_documented_row_is_used_as_it_is(row, renamed, tmp_path):
+def test_a_documented_row_is_used_as_it_is(
+    row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path
+) -> None:
     format, columns = row
     fields = {
         name: f"my {name}" if renamed else name

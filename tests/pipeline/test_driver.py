@@ -39,7 +39,7 @@ def hide(config: Config) -> None:
     lock_of(config).mkdir()
 
 
-def test_a_second_driver_leaves_and_says_who_works_on_the_run(config):
+def test_a_second_driver_leaves_and_says_who_works_on_the_run(config: Config) -> None:
     with only_driver(config), pytest.raises(TryAgain) as caught, only_driver(config):
         pass
     assert caught.value.exit_code == 75
@@ -53,7 +53,7 @@ def test_a_second_driver_leaves_and_says_who_works_on_the_run(config):
 
 
 @pytest.mark.parametrize("gentle", [False, True])
-def test_who_has_lost_the_run_stops_at_once(config, gentle):
+def test_who_has_lost_the_run_stops_at_once(config: Config, gentle: bool) -> None:
     stop = Stop()
     stop.gentle = gentle  # even while a first signal would be a wish
     with only_driver(config) as mine:
@@ -64,8 +64,8 @@ def test_who_has_lost_the_run_stops_at_once(config, gentle):
 
 
 def test_a_storage_that_does_not_answer_for_a_while_ends_nothing_that_can_be_done_twice(
-    config,
-):
+    config: Config,
+) -> None:
     with only_driver(config) as mine, Stop() as stop:
         hide(config)
         with mine.watch(stop, every=0.01):

@@ -45,7 +45,7 @@ def value(page: str, label: str) -> str:
     return found[1]
 
 
-def test_one_screen_with_everything(shown):
+def test_one_screen_with_everything(shown: Shown) -> None:
     page, lines = shown()
     assert len(page.splitlines()) + len(lines) < 40
     assert value(page, "targets").startswith("2 x 7 layers: q_proj 64 x 64, k_proj 32 x 64, ")
@@ -96,8 +96,8 @@ def test_one_screen_with_everything(shown):
     ],
 )
 def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_positions(
-    letters, too_long, number, longest, shown, tmp_path
-):
+    letters: int, too_long: str, number: int, longest: int, shown: Shown, tmp_path: Path
+) -> None:
     long = {
         "messages": [
             {"role": "user", "content": "q"},
@@ -117,7 +117,7 @@ def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_pos
     assert value(page, "rows").startswith(f"61, {rejected}")
 
 
-def test_rejected_rows_are_counted_by_reason(shown, tmp_path):
+def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> None:
     bad = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}
     (tmp_path / "bad.jsonl").write_text(project.json.dumps(bad) + "\n")
     odd = {"path": str(tmp_path / "b*.jsonl"), "format": "messages"}
@@ -128,7 +128,9 @@ def test_rejected_rows_are_counted_by_reason(shown, tmp_path):
     )
 
 
-def test_held_out_rows_that_are_trained_on_too_are_told_and_refused(shown, tmp_path):
+def test_held_out_rows_that_are_trained_on_too_are_told_and_refused(
+    shown: Shown, tmp_path: Path
+) -> None:
     with refused("data.eval"):
         shown(data__train=[str(tmp_path / "train.jsonl"), str(tmp_path / "eval.jsonl")])
     project.make_corpus(tmp_path / "eval.jsonl", 20, first=59)
@@ -136,7 +138,9 @@ def test_held_out_rows_that_are_trained_on_too_are_told_and_refused(shown, tmp_p
     assert line.startswith("warning: data.eval: 1 of 20 held-out rows are training rows too")
 
 
-def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(tmp_path, model):
+def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(
+    tmp_path: Path, model: Path
+) -> None:
     project.make_corpus(tmp_path / "train.jsonl", 60)
     project.make_corpus(tmp_path / "eval.jsonl", 30, first=100)
     long = {
@@ -152,7 +156,9 @@ def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(tmp_path, model
     assert done.stderr.count("\n") == 1
 
 
-def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(shown, capsys, monkeypatch):
+def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(
+    shown: Shown, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # With less that could be advised there is less to estimate.
     large = {
         "data__max_length": 2**25,

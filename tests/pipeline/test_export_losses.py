@@ -55,7 +55,7 @@ def by_peft(run: Run, adapter: Path, packs: Sequence[Any], base: Path | None = N
     return float(torch.cat(losses).mean())
 
 
-def test_the_loss_is_that_of_both_adapters(run, tmp_path):
+def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     spec = spec_of(run, export__rank=2)
     with said() as lines:
         found = export.export_run(spec, run.folder, STEP)["compressed"]
@@ -80,7 +80,9 @@ CHECKED = "Checks of the export: PEFT computes each layer's change with a relati
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_the_card_says_what_the_checks_found_and_the_template_is_that_of_the_training(run, merged):
+def test_the_card_says_what_the_checks_found_and_the_template_is_that_of_the_training(
+    run: Run, merged: bool
+) -> None:
     own = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
     export.export_run(replace(spec_of(run, export__merged=merged), template=own), run.folder, STEP)
     for folder in (run.folder.adapter, *([run.folder.merged] if merged else [])):
@@ -90,7 +92,9 @@ def test_the_card_says_what_the_checks_found_and_the_template_is_that_of_the_tra
     assert ("each merged weight is base + change, rounded to bfloat16" in card) == merged
 
 
-def test_a_card_of_an_export_that_is_not_right_says_so(run, monkeypatch):
+def test_a_card_of_an_export_that_is_not_right_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = export.new_adapter
 
     def scaled(adapter: Any, settings: Any, *rest: Any) -> Any:
@@ -102,7 +106,9 @@ def test_a_card_of_an_export_that_is_not_right_says_so(run, monkeypatch):
     assert "export: NOT right" in (Path(run.folder.adapter) / "README.md").read_text()
 
 
-def test_an_old_adapter_stays_until_the_new_one_is_checked(run, monkeypatch):
+def test_an_old_adapter_stays_until_the_new_one_is_checked(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = spec_of(run)
     export.export_run(spec, run.folder, STEP)
     folder = Path(run.folder.adapter)
@@ -118,7 +124,7 @@ def test_an_old_adapter_stays_until_the_new_one_is_checked(run, monkeypatch):
     assert not list(folder.parent.glob(".*")), "no leftovers"
 
 
-def test_the_loss_on_both_bases_is_measured_and_told(run, tmp_path):
+def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -> None:
     spec = spec_of(run, model__quantization="fp8")
     with said() as lines:
         measured = export.export_run(spec, run.folder, STEP)
@@ -139,7 +145,7 @@ def test_the_loss_on_both_bases_is_measured_and_told(run, tmp_path):
     assert [line for line in lines if line.startswith(f"adapter: {text}")]
 
 
-def test_the_merged_model_is_that_of_an_unquantised_training(run):
+def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:
     export.export_run(spec_of(run), run.folder, STEP)
     before = run.merged()
     measured = export.export_run(spec_of(run, model__quantization="fp8"), run.folder, STEP)

@@ -41,11 +41,11 @@ def tried(folder: Path, model: Any, names: list[str] | None = None) -> list[str]
 
 
 @pytest.mark.parametrize("family", [*MIXTURES, "phi3", "gemma3", "llama", "gpt2"])
-def test_what_can_be_delivered_is_not_refused(tmp_path, family):
+def test_what_can_be_delivered_is_not_refused(tmp_path: Path, family: str) -> None:
     assert tried(tmp_path, zoo.make(ALL[family])) == []
 
 
-def test_layers_that_peft_does_not_adapt_are_named_with_what_to_do(tmp_path):
+def test_layers_that_peft_does_not_adapt_are_named_with_what_to_do(tmp_path: Path) -> None:
     model = zoo.make(ALL["mamba"])
     lines = tried(tmp_path, model)
     assert len(lines) == 1
@@ -66,7 +66,7 @@ def rewritten(folder: Path, change: dict[str, torch.Tensor | None]) -> list[str]
     return looked(folder, linear_and_stacks(model))
 
 
-def test_weights_that_cannot_be_merged_are_named(tmp_path):
+def test_weights_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     eight_bits = torch.zeros(64, 64).to(torch.float8_e4m3fn)
     (line,) = rewritten(
         tmp_path,
@@ -81,7 +81,9 @@ def test_weights_that_cannot_be_merged_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
-def test_a_base_that_stays_quantised_is_refused_whatever_is_exported(tmp_path, method):
+def test_a_base_that_stays_quantised_is_refused_whatever_is_exported(
+    tmp_path: Path, method: str
+) -> None:
     folder = tmp_path / "base"
     rewritten(folder, {})
     fields = json.loads((folder / "config.json").read_text())

@@ -54,7 +54,7 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-def test_an_export_is_written_and_checked(run):
+def test_an_export_is_written_and_checked(run: Run) -> None:
     measured = export.export_run(run.spec, run.folder, STEP)
     assert run.folder.exported(run.config, STEP) == json.loads(json.dumps(measured))
     assert measured["ok"] is True
@@ -67,7 +67,9 @@ def test_an_export_is_written_and_checked(run):
 
 
 @pytest.mark.parametrize("damaged", [None, 8, -1])
-def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(run, damaged):
+def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(
+    run: Run, damaged: int | None
+) -> None:
     export.export_run(run.spec, run.folder, STEP)
     file = Path(run.folder.merged) / "model.safetensors"
     number, right = file.stat().st_ino, file.read_bytes()

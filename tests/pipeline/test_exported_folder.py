@@ -48,12 +48,14 @@ def completed(model: BaseModel, state: TrainState, out: Path, config: Config) ->
         ("models:/name@champion", "/runs/models/model-1"),
     ],
 )
-def test_a_hub_id_stays_and_everything_else_is_a_folder(name, public):
+def test_a_hub_id_stays_and_everything_else_is_a_folder(name: str, public: str) -> None:
     assert public_name(BaseModel(name, "/runs/models/model-1", "")) == public
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_an_adapters_folder_has_its_tokenizer_template_and_card(tmp_path, template):
+def test_an_adapters_folder_has_its_tokenizer_template_and_card(
+    tmp_path: Path, template: bool
+) -> None:
     base, out = tmp_path / "base", tmp_path / "adapter"
     save_tokenizer(base)
     if not template:
@@ -73,7 +75,7 @@ def test_an_adapters_folder_has_its_tokenizer_template_and_card(tmp_path, templa
     assert "is_local" not in json.loads((out / "tokenizer_config.json").read_text())
 
 
-def test_a_template_of_ones_own_is_that_of_the_export(tmp_path):
+def test_a_template_of_ones_own_is_that_of_the_export(tmp_path: Path) -> None:
     """Whatever the base has: one in its settings, one for tools, one of its processor."""
     base = tmp_path / "base"
     save_tokenizer(base)
@@ -100,7 +102,7 @@ def test_a_template_of_ones_own_is_that_of_the_export(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "with").chat_template == "own"
 
 
-def test_an_adapters_tokenizer_cuts_text_as_the_bases(tmp_path):
+def test_an_adapters_tokenizer_cuts_text_as_the_bases(tmp_path: Path) -> None:
     """OLMo, Granite and Phi-4 name GPT-2's class, which cuts in its own way without a config.json beside it."""
     inner = Tokenizer(
         BPE(
@@ -160,6 +162,6 @@ def exported(folder: Path, begin: bool, **source: Any) -> str | None:
     ],
 )
 def test_chats_get_the_template_that_was_trained_and_texts_get_none(
-    begin, source, template, tmp_path
-):
+    begin: bool, source: dict[str, Any], template: str | None, tmp_path: Path
+) -> None:
     assert exported(tmp_path, begin, **source) == template

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def notes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("notes")
-def test_an_installed_package_adds_an_export(tmp_path):
+def test_an_installed_package_adds_an_export(tmp_path: Path) -> None:
     run = Run(tmp_path)
     export.export_run(spec_of(run, export__also={"notes": "long"}), run.folder, STEP)
     folder = Path(run.folder.export("notes"))
@@ -65,7 +66,9 @@ def test_an_installed_package_adds_an_export(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_the_training(tmp_path, changes, line):
+def test_what_cannot_be_written_is_refused_before_the_training(
+    tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
     tiny.llama().save_pretrained(tmp_path)
     config = tiny.config(model__name=str(tmp_path), data__max_length=64, **changes)
     with pytest.raises(UserError) as error:
@@ -73,14 +76,14 @@ def test_what_cannot_be_written_is_refused_before_the_training(tmp_path, changes
     assert str(error.value) == line
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_one():
+def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(UserError) as error:
         tiny.config(export__also={"ggfu": "f16"})
     assert "export.also" in str(error.value)
     assert "did you mean 'gguf'" in str(error.value)
 
 
-def test_the_field_gguf_of_earlier_releases_is_one_of_these(tmp_path):
+def test_the_field_gguf_of_earlier_releases_is_one_of_these(tmp_path: Path) -> None:
     config = tiny.config(export__gguf="q8_0", run__storage=str(tmp_path))
     assert config.export.also == {"gguf": "q8_0"}
     assert tiny.config(export__gguf=None).export.also == {}

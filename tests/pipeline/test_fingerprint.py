@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,14 @@ from tests import tiny
         ("train.schedule", "cosine", False),  # its default, spelled out
     ],
 )
-def test_the_digest_has_the_settings_that_change_the_model(field, value, counts):
+def test_the_digest_has_the_settings_that_change_the_model(
+    field: str, value: Any, counts: bool
+) -> None:
     config = tiny.config()
     assert (settings_digest(override(config, {field: value})) != settings_digest(config)) is counts
 
 
-def test_the_page_on_retraining_names_the_settings_that_count():
+def test_the_page_on_retraining_names_the_settings_that_count() -> None:
     page = (Path(__file__).parents[2] / "docs" / "retraining.md").read_text(encoding="utf-8")
     told = page.partition("The settings that count are")[2].partition(": another gate")[0]
     fields = (

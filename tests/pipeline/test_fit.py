@@ -1,6 +1,7 @@
 """What a training on the cluster is given: Train's controller unpacks it without torch, half of its start."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -22,7 +23,7 @@ print(*(type(each).__name__ for each in rest[0]))
 """
 
 
-def test_the_controller_needs_no_torch(tmp_path):
+def test_the_controller_needs_no_torch(tmp_path: Path) -> None:
     from ray.train.v2._internal.execution.failure_handling import create_failure_policy
     from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
 

@@ -30,8 +30,8 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[finished_run
 
 
 def test_the_model_of_a_run_is_found_by_its_loss_and_its_evaluations_are_linked_with_it(
-    run,
-):
+    run: finished_run.FinishedRun,
+) -> None:
     tracker = start_run(run.config, "test", {})
     run.folder.write_result(publish.publish(run.exported, tracker, {}, {}))
     publish.publish(run.exported, tracker, {}, {})  # an attempt after one that was killed

@@ -1,5 +1,7 @@
 """The plan of a run refuses what its objective does not measure, before anything is prepared."""
 
+from pathlib import Path
+
 import pytest
 
 from olora_ray.common.errors import UserError
@@ -7,7 +9,9 @@ from olora_ray.pipeline import prepare
 from tests import example_objective, tiny
 
 
-def test_a_gate_on_the_perplexity_of_an_objective_without_one_is_refused(monkeypatch, tmp_path):
+def test_a_gate_on_the_perplexity_of_an_objective_without_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with example_objective.installed(monkeypatch, tmp_path):
         config = tiny.config(train__objective="examples", gate__metric="eval/perplexity")
         with pytest.raises(UserError) as error:
@@ -16,7 +20,9 @@ def test_a_gate_on_the_perplexity_of_an_objective_without_one_is_refused(monkeyp
 
 
 @pytest.mark.parametrize("field", ["data__train", "data__eval"])
-def test_rows_from_which_the_objective_cannot_learn_are_refused(monkeypatch, tmp_path, field):
+def test_rows_from_which_the_objective_cannot_learn_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, field: str
+) -> None:
     rows = {"path": "rows.txt", "format": "text"}
     with example_objective.installed(monkeypatch, tmp_path):
         config = tiny.config(train__objective="examples", **{field: [rows]})

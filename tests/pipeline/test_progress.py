@@ -53,12 +53,14 @@ def lines(total: int, every: int, *rows: dict[str, float]) -> list[str]:
         ),
     ],
 )
-def test_the_split_of_a_batch_says_who_has_nothing_to_do(batch, micro, workers, expected):
+def test_the_split_of_a_batch_says_who_has_nothing_to_do(
+    batch: int, micro: int, workers: int, expected: str
+) -> None:
     config = tiny.decided(train__global_batch=batch, train__micro_batch=micro)
     assert batch_split(config, workers) == expected
 
 
-def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left():
+def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left() -> None:
     told = lines(7, 3, *(row(step) for step in range(1, 8)))
     assert [line.split(" | ")[0] for line in told] == ["step 3/7", "step 6/7", "step 7/7"]
     slow = lines(9, 50, *(row(step, **{"train/step_seconds": 12.0}) for step in range(1, 8)))
@@ -69,7 +71,7 @@ def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left():
     )
 
 
-def test_the_time_left_counts_evaluations_and_begins_again_after_a_restart():
+def test_the_time_left_counts_evaluations_and_begins_again_after_a_restart() -> None:
     with said() as told, Progress(40, 1) as progress:
         progress.row(row(1, **{"train/step_seconds": 0.01}))
         time.sleep(1.0)  # an evaluation
@@ -120,7 +122,7 @@ LINE = re.compile(
 )
 
 
-def test_on_a_terminal_lines_stand_above_the_bar():
+def test_on_a_terminal_lines_stand_above_the_bar() -> None:
     parts = [part for part in re.split(r"[\r\n]+", on_a_terminal()) if part.strip()]
     bars = [part for part in parts if re.match(r"\d/6", part)]
     assert bars[-1].startswith("6/6, loss 1.500, lr 3.0e-04, 0:00 left |")

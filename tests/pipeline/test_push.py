@@ -62,7 +62,7 @@ def exported(folder: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("xet", [True, False])
-def test_a_finished_run_is_pushed_once(config, tmp_path, xet):
+def test_a_finished_run_is_pushed_once(config: Config, tmp_path: Path, xet: bool) -> None:
     folder = RunFolder(config.folder())
     with hub_stand_in.running(str(tmp_path / "xet") if xet else "") as hub, said() as lines:
         publish.push(config)
@@ -88,7 +88,9 @@ def test_a_finished_run_is_pushed_once(config, tmp_path, xet):
     ]
 
 
-def test_an_adapter_takes_the_place_of_a_merged_model_and_other_files_stay(config, hub):
+def test_an_adapter_takes_the_place_of_a_merged_model_and_other_files_stay(
+    config: Config, hub: Hub
+) -> None:
     folder = RunFolder(config.folder())
     shutil.rmtree(folder.merged)  # as export.merged=false leaves it
     hub.repos[REPO] = {"model-00001-of-00002.safetensors": b"1", "notes.md": b"mine"}
@@ -119,7 +121,9 @@ def problem_of(repo: str) -> str:
         ("else/a", "fineGrained", ""),
     ],
 )
-def test_what_may_not_be_pushed_is_told_before_the_training(hub, repo, role, told):
+def test_what_may_not_be_pushed_is_told_before_the_training(
+    hub: Hub, repo: str, role: str, told: str
+) -> None:
     hub.role = role
     if told:
         assert problem_of(repo).startswith(f"export.push: {repo}: {told}")
@@ -129,7 +133,9 @@ def test_what_may_not_be_pushed_is_told_before_the_training(hub, repo, role, tol
     assert hub.requests.count("/api/whoami-v2") <= 1
 
 
-def test_a_missing_token_or_hub_is_told_before_the_training(hub, tmp_path, monkeypatch):
+def test_a_missing_token_or_hub_is_told_before_the_training(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "the hub refuses it (Invalid user token. The token from HF_TOKEN" in problem_of("acme/a")
     monkeypatch.delenv("HF_TOKEN")
@@ -142,7 +148,7 @@ def test_a_missing_token_or_hub_is_told_before_the_training(hub, tmp_path, monke
             publish.check_hub("acme/a")
 
 
-def test_a_license_that_nobody_names_is_told_before_the_training(tmp_path):
+def test_a_license_that_nobody_names_is_told_before_the_training(tmp_path: Path) -> None:
     base = BaseModel("org/base", str(tmp_path), "")
     with refused("export.license"):
         publish.check_license(tiny.config(export__push="acme/a"), base)

@@ -58,7 +58,9 @@ def output(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_commands_work_in_any_folder(project, tmp_path, monkeypatch):
+def test_commands_work_in_any_folder(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(project)
     lines = next_steps(result(project), None)
     store = f"sqlite:///{project}/runs/mlflow.db"
@@ -74,8 +76,8 @@ def test_commands_work_in_any_folder(project, tmp_path, monkeypatch):
 
 
 def test_the_page_of_a_server_is_enough_and_an_unregistered_model_is_not_served(
-    project,
-):
+    project: Path,
+) -> None:
     lines = next_steps(
         {**result(project), "registered": None}, "http://mlflow:5000/#/experiments/1/runs/cafe"
     )
@@ -83,8 +85,8 @@ def test_the_page_of_a_server_is_enough_and_an_unregistered_model_is_not_served(
 
 
 def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_for(
-    tmp_path,
-):
+    tmp_path: Path,
+) -> None:
     config = tiny.config(run__name="mine", run__storage=str(tmp_path))
     state = tiny.claimed(config).state()
     for changes, count in (({}, 1), ({"export__rank": 16}, 2)):
@@ -100,8 +102,8 @@ def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_fo
 @pytest.mark.parametrize("best", [0, 2])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_the_end_says_that_nothing_became_better_and_that_held_out_rows_were_drawn(
-    best, drawn, tmp_path
-):
+    best: int, drawn: bool, tmp_path: Path
+) -> None:
     held_out: Any = (
         {"data__eval": [], "data__eval_fraction": 0.1} if drawn else {"data__eval": ["other.jsonl"]}
     )
@@ -124,7 +126,7 @@ def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
     return lines
 
 
-def test_the_plan_names_what_all_linear_cannot_take(tmp_path):
+def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
     lines = plan_lines(
         tmp_path, ALL["mamba"], data__max_length=64
     )  # its code goes position by position

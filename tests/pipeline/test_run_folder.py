@@ -37,7 +37,7 @@ def begin(config: Config) -> RunFolder:
     return folder
 
 
-def test_a_name_is_held_from_the_first_checkpoint_on(config):
+def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
     check(config)
     assert list(Path(config.run.storage).iterdir()) == []
     tiny.claimed(config)
@@ -49,7 +49,7 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config):
     assert (load_config(folder.settings), folder.root) == (config, f"{config.run.storage}/mine")
 
 
-def test_what_was_decided_is_kept_with_its_reason(config):
+def test_what_was_decided_is_kept_with_its_reason(config: Config) -> None:
     asked = override(config, {"data.max_length": "auto", "cluster.workers": "auto"})
     decisions = {
         "data.max_length": Decision(640, "the longest of 9 rows has 600 tokens"),
@@ -72,7 +72,7 @@ def test_what_was_decided_is_kept_with_its_reason(config):
         ("data.train", [{"path": "unused.jsonl"}, {"path": "another.jsonl"}]),
     ],
 )
-def test_a_name_with_other_settings_is_refused(config, field, value):
+def test_a_name_with_other_settings_is_refused(config: Config, field: str, value: Any) -> None:
     begin(config)
     with pytest.raises(UserError) as caught:
         check(override(config, {field: value}))
@@ -101,7 +101,9 @@ LONGER: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("before", "after"), LONGER)
-def test_a_run_may_be_made_longer_and_has_not_ended_then(config, before, after):
+def test_a_run_may_be_made_longer_and_has_not_ended_then(
+    config: Config, before: dict[str, Any], after: dict[str, Any]
+) -> None:
     folder = ended(short := override(config, before))
     for _ in range(2):  # until it is claimed the shorter run is as it was, whatever was looked at
         longer = override(short, after)
@@ -119,7 +121,9 @@ def test_a_run_may_be_made_longer_and_has_not_ended_then(config, before, after):
 
 
 @pytest.mark.parametrize("written", range(5))
-def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config, written):
+def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(
+    config: Config, written: int
+) -> None:
     folder = ended(short := override(config, {"train.steps": 6}))
     longer = override(short, {"train.steps": 12})
     state = check(longer)
@@ -164,7 +168,9 @@ def test_a_run_that_is_killed_while_it_is_made_longer_is_one_of_the_two(config, 
         ),
     ],
 )
-def test_a_length_that_a_run_cannot_have_is_refused(config, before, after, told):
+def test_a_length_that_a_run_cannot_have_is_refused(
+    config: Config, before: dict[str, Any], after: dict[str, Any], told: str
+) -> None:
     folder = ended(short := override(config, before), stale=2)
     with pytest.raises(UserError) as caught:
         check(override(short, after))
@@ -172,7 +178,7 @@ def test_a_length_that_a_run_cannot_have_is_refused(config, before, after, told)
     assert folder.state().finished(short)
 
 
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_to_be_longer(config):
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_to_be_longer(config: Config) -> None:
     short = override(config, {"train.steps": 6})
     storage.remove(ended(short).checkpoints)
     check(short)
@@ -204,7 +210,7 @@ def trained(config: Config, identity: dict[str, str] = CONTENTS) -> RunFolder:
     return folder
 
 
-def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config):
+def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config: Config) -> None:
     folder = trained(config)
     moved = override(config, ELSEWHERE)
     state = check(moved)
@@ -218,7 +224,7 @@ def test_model_and_data_may_lie_elsewhere_if_they_are_the_same(config):
 
 
 @pytest.mark.parametrize("what", CONTENTS)
-def test_other_contents_are_refused_wherever_they_lie(config, what):
+def test_other_contents_are_refused_wherever_they_lie(config: Config, what: str) -> None:
     folder = trained(config)
     moved = override(config, {"data.train.0.path": "/moved/rows.jsonl"})
     for settings in (config, moved):
@@ -248,21 +254,23 @@ def test_a_finished_run_without_checkpoints_is_still_bound_to_settings_and_conte
         ("export.merged", False),
     ],
 )
-def test_what_does_not_change_the_numbers_may_change(config, field, value):
+def test_what_does_not_change_the_numbers_may_change(
+    config: Config, field: str, value: Any
+) -> None:
     begin(config)
     changed = override(config, {field: value})
     check(changed)
     assert load_config(tiny.claimed(changed).settings) == changed
 
 
-def test_a_folder_with_a_config_that_does_not_read_is_refused(config):
+def test_a_folder_with_a_config_that_does_not_read_is_refused(config: Config) -> None:
     folder = begin(config)
     Path(folder.settings).write_text("run: {nam: x}\n")
     with refused(f"{folder.root} was written by another version"):
         check(config)
 
 
-def test_exports_count_for_the_step_and_the_form_that_they_have(config):
+def test_exports_count_for_the_step_and_the_form_that_they_have(config: Config) -> None:
     folder, good = RunFolder(config.folder()), {"step": 6, "ok": True}
     assert folder.exported(config, 6) is None
     for field, value in (("export.merged", False), ("export.rank", 4)):
@@ -277,7 +285,7 @@ def test_exports_count_for_the_step_and_the_form_that_they_have(config):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\xff"])
-def test_a_damaged_note_of_ours_counts_as_missing(config, text):
+def test_a_damaged_note_of_ours_counts_as_missing(config: Config, text: str) -> None:
     folder = tiny.claimed(config)
     for name in READS:
         file = Path(folder.root) / name
@@ -297,7 +305,7 @@ READS: dict[str, Callable[[RunFolder], object]] = {
 
 
 @pytest.mark.parametrize("name", READS)
-def test_a_note_that_cannot_be_read_now_is_not_missing(config, name):
+def test_a_note_that_cannot_be_read_now_is_not_missing(config: Config, name: str) -> None:
     """Else a finished run would get a second MLflow run, and a second version."""
     folder = RunFolder(config.folder())
     (Path(folder.root) / name).mkdir(parents=True)
@@ -305,7 +313,7 @@ def test_a_note_that_cannot_be_read_now_is_not_missing(config, name):
         READS[name](folder)
 
 
-def test_the_tracking_run_is_remembered_for_its_server_without_a_password(config):
+def test_the_tracking_run_is_remembered_for_its_server_without_a_password(config: Config) -> None:
     folder, root, uri = (
         RunFolder(config.folder()),
         config.run.storage,
@@ -322,8 +330,8 @@ def test_the_tracking_run_is_remembered_for_its_server_without_a_password(config
 
 
 def test_the_tracking_run_is_remembered_when_the_storage_with_its_database_is_moved(
-    config,
-):
+    config: Config,
+) -> None:
     before = Path(config.run.storage)
     RunFolder(config.folder()).keep_tracking_run(
         f"sqlite:///{before}/mlflow.db", str(before), "run-1"

@@ -1,5 +1,7 @@
 """The table of runs says what a storage has, also where something in it is damaged."""
 
+from pathlib import Path
+
 import pytest
 
 from olora_ray.common import storage
@@ -28,7 +30,7 @@ def made(root: str, name: str, step: int = 4, **changes: object) -> RunFolder:
 
 
 @pytest.mark.parametrize("place", ["tmp_path", "bucket"])
-def test_every_folder_of_ours_has_a_line(place, request):
+def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequest) -> None:
     root = str(request.getfixturevalue(place))
     for other in (
         "tokens/ab/manifest.json",
@@ -74,7 +76,9 @@ def test_every_folder_of_ours_has_a_line(place, request):
     assert [line[-16:] for line in lines[1:]] == sorted(line[-16:] for line in lines[1:])
 
 
-def test_a_folder_without_runs_is_an_error_if_it_is_named(tmp_path, monkeypatch, capsys):
+def test_a_folder_without_runs_is_an_error_if_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     with refused("/nothere"):
         runs.main(["nothere"])
@@ -82,7 +86,9 @@ def test_a_folder_without_runs_is_an_error_if_it_is_named(tmp_path, monkeypatch,
     assert capsys.readouterr().out == f"no runs in {tmp_path}/runs\n"
 
 
-def test_what_a_run_decided_is_shown_with_its_reasons(tmp_path, capsys, monkeypatch):
+def test_what_a_run_decided_is_shown_with_its_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = made(str(tmp_path / "runs"), "mine")
     why = "3 would need about 81.2 GiB on each GPU"
     folder.write_config(tiny.config(), {"train.micro_batch": Decision(2, why)}, folder.state())

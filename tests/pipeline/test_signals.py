@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -11,7 +12,9 @@ from olora_ray.pipeline.connection import Stop
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_at_once(number, code, capfd):
+def test_a_signal_ends_at_once(
+    number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Stop(), pytest.raises(Stopped) as caught:
         os.kill(os.getpid(), number)
     assert caught.value.exit_code == code
@@ -22,7 +25,7 @@ def test_a_signal_ends_at_once(number, code, capfd):
     assert str(caught.value) == f"stopped ({name}); run the same command again to resume"
 
 
-def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end():
+def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end() -> None:
     with Stop() as stop:
         stop.gentle = True
         os.kill(os.getpid(), signal.SIGTERM)
@@ -39,7 +42,7 @@ def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end():
 
 
 @pytest.mark.ray
-def test_a_signal_ends_a_wait_for_ray(ray_with):
+def test_a_signal_ends_a_wait_for_ray(ray_with: Callable[[int], None]) -> None:
     """Ray drops an exception of a handler while it waits, unless it is a KeyboardInterrupt."""
     import ray
 

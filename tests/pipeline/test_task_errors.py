@@ -27,7 +27,7 @@ def raised_by_a_task(error: Exception) -> Exception:
         (StoreUnavailable("s3://b/a: no answer"), 75),
     ],
 )
-def test_the_line_and_the_exit_code_are_those_of_the_task(error, code):
+def test_the_line_and_the_exit_code_are_those_of_the_task(error: Exception, code: int) -> None:
     """Else a store that was away during an export would end a night for good, with a remote traceback as its line."""
     with pytest.raises(UserError) as caught, user_errors():
         raise raised_by_a_task(error)
@@ -35,7 +35,7 @@ def test_the_line_and_the_exit_code_are_those_of_the_task(error, code):
     assert not isinstance(caught.value, RayTaskError)
 
 
-def test_a_full_disk_of_a_node_is_one_line():
+def test_a_full_disk_of_a_node_is_one_line() -> None:
     with (
         refused("/runs/tokens/a"),
         user_errors(),
@@ -43,6 +43,6 @@ def test_a_full_disk_of_a_node_is_one_line():
         raise raised_by_a_task(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/tokens/a"))
 
 
-def test_a_bug_of_a_task_stays_one():
+def test_a_bug_of_a_task_stays_one() -> None:
     with pytest.raises(RayTaskError), user_errors():
         raise raised_by_a_task(KeyError("ours"))

@@ -25,7 +25,7 @@ def refused(file: Path, *arguments: str) -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow  # in make test: tests/tokens/test_store.py, through Ray's tasks
-def test_a_mistake_is_one_line_and_an_exit_code(tiny_model, corpus):
+def test_a_mistake_is_one_line_and_an_exit_code(tiny_model: Path, corpus: Path) -> None:
     (corpus / "train.jsonl").write_text(
         f"{chat('a', 'b')}\n{{broken\n"
     )  # which is found when Ray runs
@@ -48,13 +48,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_in_the_config(case, tiny_model, corpus):
+def test_mistakes_in_the_config(case: str, tiny_model: Path, corpus: Path) -> None:
     changes, expected = MISTAKES[case]
     error = refused(project.write_config(corpus, project.settings(corpus, tiny_model, **changes)))
     assert all(part in error for part in expected), error
 
 
-def test_rows_that_cannot_be_used(tiny_model, corpus):
+def test_rows_that_cannot_be_used(tiny_model: Path, corpus: Path) -> None:
     (corpus / "train.jsonl").write_text('{"question": "a"}\n')
     error = refused(project.write_config(corpus, project.settings(corpus, tiny_model)))
     assert "train.jsonl:1" in error
@@ -66,13 +66,15 @@ def chat(user: str, answer: str) -> str:
     )
 
 
-def test_storage_that_cannot_be_written(tiny_model, corpus):
+def test_storage_that_cannot_be_written(tiny_model: Path, corpus: Path) -> None:
     (corpus / "file").write_text("")
     tree = project.settings(corpus, tiny_model, run__storage=str(corpus / "file" / "below"))
     assert "run.storage" in refused(project.write_config(corpus, tree))
 
 
-def test_an_address_of_a_dashboard_is_refused_before_the_model_is_fetched(corpus, monkeypatch):
+def test_an_address_of_a_dashboard_is_refused_before_the_model_is_fetched(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")  # as `ray job submit` wants it
     error = refused(project.write_config(corpus, project.settings(corpus, Path("/no/such/model"))))
     assert "RAY_ADDRESS=http://127.0.0.1:8265" in error

@@ -39,16 +39,16 @@ def word_runs(half: str, length: int) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_the_committed_file_is_what_the_generator_writes(half):
+def test_the_committed_file_is_what_the_generator_writes(half: str) -> None:
     assert generator().corpus(half).encode() == (QUICKSTART / f"{half}.jsonl").read_bytes()
 
 
-def test_no_five_words_in_a_row_are_shared():
+def test_no_five_words_in_a_row_are_shared() -> None:
     assert not word_runs("train", 5) & word_runs("heldout", 5)
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_product_and_order_occur_literally_in_the_message(half):
+def test_product_and_order_occur_literally_in_the_message(half: str) -> None:
     for message, answer in rows(half):
         assert answer["product"] in message
         assert answer["order"] is None or answer["order"] in message

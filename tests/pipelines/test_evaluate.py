@@ -15,7 +15,9 @@ TASKS = ("arc_easy", "boolq")
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_models_stand_side_by_side_and_are_logged(tiny_model, corpus, tmp_path):
+def test_two_models_stand_side_by_side_and_are_logged(
+    tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("lm_eval")
     data, other = sets.write(tmp_path / "sets"), project.make_model(tmp_path / "other", layers=1)
     file = project.write_config(
@@ -43,8 +45,8 @@ def test_two_models_stand_side_by_side_and_are_logged(tiny_model, corpus, tmp_pa
 @pytest.mark.ray
 @pytest.mark.slow  # in make test a run is evaluated: tests/test_first_day.py
 def test_a_base_model_is_evaluated_on_rows_that_the_command_line_names(
-    tiny_model, corpus, tmp_path
-):
+    tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
     words = [
         f"data.eval=[{{path: {corpus / 'eval.jsonl'}}}]",
         "cluster.workers=1",
@@ -89,13 +91,13 @@ def logged(database: Path) -> list[dict[str, float]]:
     ],
 )
 def test_mistakes_are_one_line(
-    tiny_model,
-    corpus,
-    capsys,
-    monkeypatch,
-    arguments,
-    message,
-):
+    tiny_model: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
     from olora_ray.config import command_line
     from pipelines import evaluate
 

@@ -36,7 +36,7 @@ def finished(
     return folder / "runs" / "small", done.stdout
 
 
-def test_a_run_leaves_what_the_readme_promises(finished):
+def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 6
@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     ]
 
 
-def test_its_page_and_its_mlflow_run_say_what_it_gave(finished):
+def test_its_page_and_its_mlflow_run_say_what_it_gave(finished: tuple[Path, str]) -> None:
     from mlflow import MlflowClient
 
     folder, printed = finished
@@ -76,7 +76,7 @@ def test_its_page_and_its_mlflow_run_say_what_it_gave(finished):
         assert shown in page
 
 
-def test_ray_has_the_runs_result(finished):
+def test_ray_has_the_runs_result(finished: tuple[Path, str]) -> None:
     from ray.train import Result
 
     folder, _ = finished
@@ -86,7 +86,7 @@ def test_ray_has_the_runs_result(finished):
     assert found.checkpoint.path == str(folder / "checkpoints" / "step-0000006")
 
 
-def test_the_log_shows_progress_and_no_wall_of_warnings(finished):
+def test_the_log_shows_progress_and_no_wall_of_warnings(finished: tuple[Path, str]) -> None:
     _, log = finished
     lines = log.splitlines()
     assert any("step 4/6 | loss" in line and " tok/s, " in line and "ETA" in line for line in lines)
@@ -106,7 +106,7 @@ def test_the_log_shows_progress_and_no_wall_of_warnings(finished):
     assert noise == []
 
 
-def test_mlflow_has_one_run_with_an_unbroken_series(finished):
+def test_mlflow_has_one_run_with_an_unbroken_series(finished: tuple[Path, str]) -> None:
     from mlflow import MlflowClient
 
     folder, _ = finished
@@ -127,7 +127,9 @@ def test_mlflow_has_one_run_with_an_unbroken_series(finished):
     }
 
 
-def test_the_registered_model_generates(finished, monkeypatch):
+def test_the_registered_model_generates(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
     folder, _ = finished
@@ -139,8 +141,8 @@ def test_the_registered_model_generates(finished, monkeypatch):
 
 
 def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers_too(
-    finished, tmp_path
-):
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
     """In make test this stands for the matrix of tests/recovery, and for other numbers of workers."""
     folder = finished[0].parent.parent
     with processes.scratch() as scratch:
@@ -167,7 +169,9 @@ def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers
         assert (run.initialised(), run.again()) == (1, 2)
 
 
-def test_a_finished_run_is_trained_longer_by_more_steps(finished, small_shards, tmp_path):
+def test_a_finished_run_is_trained_longer_by_more_steps(
+    finished: tuple[Path, str], small_shards: dict[str, str], tmp_path: Path
+) -> None:
     """A copy of it is, where it lies now."""
     from mlflow import MlflowClient
     from ray.train import Result

@@ -81,7 +81,7 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_gets_the_nodes_that_it_waits_for(head, tiny_model, corpus):
+def test_a_run_gets_the_nodes_that_it_waits_for(head: Path, tiny_model: Path, corpus: Path) -> None:
     tree = project.settings(
         corpus, tiny_model, cluster__workers=[2, 3], cluster__cpus_per_worker=1, train__steps=4
     )

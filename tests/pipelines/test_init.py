@@ -51,8 +51,8 @@ def written(*words: str, out: str = "my_run.yaml") -> Config:
 
 
 def test_the_config_is_one_that_an_editor_and_a_run_take(
-    capsys,
-):
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     found = written(rows("chats.jsonl", range(200)), model("model"))
     assert (found.run.name, found.model.name, found.registry.model) == ("chats", "model", "chats")
     assert [each.path for each in found.data.train] == ["chats.jsonl"]
@@ -81,7 +81,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(
 
 
 @pytest.mark.parametrize("count", [10, 30_000])
-def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count):
+def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count: int) -> None:
     found = written(rows("a.jsonl", range(count)))
     assert found.data.eval_fraction
     assert count * found.data.eval_fraction <= 1000
@@ -96,7 +96,9 @@ def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count):
         (["chats.jsonl", "test.jsonl"], "chats.jsonl", None),
     ],
 )
-def test_rows_that_are_held_out_by_name_are_held_out(files, data, held_out):
+def test_rows_that_are_held_out_by_name_are_held_out(
+    files: list[str], data: str, held_out: str | None
+) -> None:
     for number, file in enumerate(files):
         rows(file, range(100 * number, 100 * number + 30))
     found = written(data)
@@ -104,7 +106,9 @@ def test_rows_that_are_held_out_by_name_are_held_out(files, data, held_out):
     assert (found.data.eval_fraction is None) == (held_out is not None)
 
 
-def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(folder, capsys):
+def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = str(project.make_model(folder / "model"))
     rows("chats/day1.jsonl", [*range(200), *range(50)])
     rows("chats/day2.jsonl", range(300, 400))
@@ -124,7 +128,7 @@ def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(folder, ca
     assert sorted(each.name for each in Path().rglob("*.jsonl")) == ["day1.jsonl", "day2.jsonl"]
 
 
-def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them():
+def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
     Path("q.csv").write_text(
         "question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102))
     )
@@ -135,7 +139,7 @@ def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them():
 
 
 @pytest.mark.parametrize("count", [100, 1000])
-def test_enough_rows_are_held_out_for_the_second_night(count, folder):
+def test_enough_rows_are_held_out_for_the_second_night(count: int, folder: Path) -> None:
     found = written(rows("a.jsonl", range(count)))
     config = command_line.resolved(override(found, {"data.train.0.format": "messages"}), folder)
     plan = plan_here(override(config, {"data.max_length": 64}), helpers.spec(), "eval")
@@ -150,7 +154,7 @@ def test_enough_rows_are_held_out_for_the_second_night(count, folder):
         ("a.jsonl --name mine", ["a.jsonl"], None),
     ],
 )
-def test_several_sources_and_a_model(words, data, named):
+def test_several_sources_and_a_model(words: str, data: list[str], named: str | None) -> None:
     rows("a.jsonl", range(60))
     Path("b.csv").write_text("question,answer\n" + "".join(f"{n}?,{n}\n" for n in range(60)))
     model("base")
@@ -168,13 +172,13 @@ def test_several_sources_and_a_model(words, data, named):
         ("support/*.jsonl", "support"),
     ],
 )
-def test_any_path_is_written_as_it_is_and_gives_a_name(data, name):
+def test_any_path_is_written_as_it_is_and_gives_a_name(data: str, name: str) -> None:
     rows(data.replace("*", "a"), range(30))
     found = written(data, model("1e3"), "--out", "x.yaml", out="x.yaml")
     assert (found.data.train[0].path, found.run.name, found.model.name) == (data, name, "1e3")
 
 
-def test_fields_of_the_data_are_taken_and_no_others():
+def test_fields_of_the_data_are_taken_and_no_others() -> None:
     Path("a.jsonl").write_text(
         "".join(json.dumps({"ask": f"{n}?", "say": "2"}) + "\n" for n in range(20))
     )
@@ -191,7 +195,7 @@ def test_fields_of_the_data_are_taken_and_no_others():
         init.main(["a.jsonl", "train.lr=1", "--out", "b.yaml"])
 
 
-def test_nothing_is_overwritten_or_left_behind():
+def test_nothing_is_overwritten_or_left_behind() -> None:
     good = rows("good.jsonl", range(40))
     Path("bad.jsonl").write_text('{"a": 1}\n' * 20)
     Path("mine.jsonl").write_text("mine")

@@ -6,6 +6,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -45,7 +46,7 @@ def live_actors(head: Head) -> list[str]:
     ]
 
 
-def test_a_job_succeeds_and_leaves_no_actor(head, tiny_model, corpus):
+def test_a_job_succeeds_and_leaves_no_actor(head: Head, tiny_model: Path, corpus: Path) -> None:
     file = project.write_config(corpus, project.settings(corpus, tiny_model))
     code, log = head.submit(SCRIPT, file, "train.steps=2")
     assert code == 0, log
@@ -58,7 +59,7 @@ def test_a_job_succeeds_and_leaves_no_actor(head, tiny_model, corpus):
     assert not any(secret in jobs + log for secret in (CANARY, head.token))
 
 
-def test_nobody_submits_a_job_without_the_token(head, tmp_path):
+def test_nobody_submits_a_job_without_the_token(head: Head, tmp_path: Path) -> None:
     asked = requests.get(f"{head.dashboard}/api/jobs/", timeout=10)
     assert asked.status_code == 401
     wrong = tmp_path / "token"
@@ -71,7 +72,9 @@ def test_nobody_submits_a_job_without_the_token(head, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_submitter_follows_the_job_of_its_name_and_ends_as_that_does(head, tmp_path):
+def test_a_submitter_follows_the_job_of_its_name_and_ends_as_that_does(
+    head: Head, tmp_path: Path
+) -> None:
     go = tmp_path / "go"
     words = ["bash", "-c", f"echo began; until [ -e {go} ]; do sleep 0.1; done; exit 75"]
     command = [sys.executable, SUBMIT, "night", "--", *words]
@@ -115,7 +118,9 @@ def first_lines(submitter: "subprocess.Popen[str]") -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_submitter_that_is_stopped_stops_its_job_which_has_time_for_a_checkpoint(head, tmp_path):
+def test_a_submitter_that_is_stopped_stops_its_job_which_has_time_for_a_checkpoint(
+    head: Head, tmp_path: Path
+) -> None:
     (tmp_path / "here").touch()
     script = "trap 'sleep 5; ls; exit 0' TERM; echo began; while true; do sleep 0.1; done"  # longer than Ray's 3 s
     command = [
@@ -141,7 +146,7 @@ def test_a_submitter_that_is_stopped_stops_its_job_which_has_time_for_a_checkpoi
 
 
 @pytest.mark.slow
-def test_the_limit_of_a_night_stops_its_job_on_the_cluster(head, tmp_path):
+def test_the_limit_of_a_night_stops_its_job_on_the_cluster(head: Head, tmp_path: Path) -> None:
     night = [
         sys.executable,
         project.ROOT / "deploy" / "night.py",
@@ -163,8 +168,8 @@ def submit(environment: dict[str, str], name: str, *words: str) -> tuple[int, li
 
 @pytest.mark.slow
 def test_a_submitter_says_later_for_a_job_that_was_killed_and_for_a_head_that_is_not_there(
-    head,
-):
+    head: Head,
+) -> None:
     code, lines = submit(head.submitter, "killed", "bash", "-c", "kill -9 $$")
     assert code == 75
     assert lines[-1].startswith("error: job killed: killed, without an exit code: ")
@@ -176,7 +181,7 @@ def test_a_submitter_says_later_for_a_job_that_was_killed_and_for_a_head_that_is
 
 
 @pytest.mark.slow
-def test_a_submitter_with_a_wrong_token_is_a_mistake(head, tmp_path):
+def test_a_submitter_with_a_wrong_token_is_a_mistake(head: Head, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text(secrets.token_hex(32))
     code, lines = submit({**head.submitter, "RAY_AUTH_TOKEN_PATH": str(wrong)}, "night", "true")
@@ -190,7 +195,7 @@ def test_a_submitter_with_a_wrong_token_is_a_mistake(head, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_job_leaves_no_actor(head, tiny_model, corpus):
+def test_a_stopped_job_leaves_no_actor(head: Head, tiny_model: Path, corpus: Path) -> None:
     file = project.write_config(corpus, project.settings(corpus, tiny_model, train__steps=100_000))
     jobs = head.client()
     job = jobs.submit_job(

@@ -112,7 +112,9 @@ def run(file: Path, at: str, act: Callable[[], None]) -> tuple[str, list[Series]
 
 
 @pytest.mark.slow
-def test_every_metric_can_be_read_while_a_training_runs(head, tiny_model, corpus):
+def test_every_metric_can_be_read_while_a_training_runs(
+    head: Path, tiny_model: Path, corpus: Path
+) -> None:
     tree = project.settings(
         corpus, tiny_model, train__steps=STEPS, train__eval_every=40, train__checkpoint_every=40
     )

@@ -1,6 +1,7 @@
 """The MLflow server is killed in the middle of a run, and comes back only after it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -11,7 +12,7 @@ from tests.pipelines import project
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def test_a_run_ends_without_its_server_and_is_logged_later(tiny_model, corpus):
+def test_a_run_ends_without_its_server_and_is_logged_later(tiny_model: Path, corpus: Path) -> None:
     server = Server(corpus)
     try:
         server.wait()

@@ -28,7 +28,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_field_is_named_and_each_value_that_is_said_is_in_the_config(file, capsys):
+def test_each_field_is_named_and_each_value_that_is_said_is_in_the_config(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     init.main(["--from", file])
     text = Path("my_run.yaml").read_text(encoding="utf-8")
     assert text == (THEIRS / "ours" / f"{file}.yaml").read_text(encoding="utf-8")
@@ -49,7 +51,9 @@ def test_each_field_is_named_and_each_value_that_is_said_is_in_the_config(file, 
     assert {field: found[field] for field in last} == last
 
 
-def test_a_converted_config_with_rows_and_a_model_here_is_planned(folder, capsys):
+def test_a_converted_config_with_rows_and_a_model_here_is_planned(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     project.make_tiny(folder)
     words = "--from axolotl_chats.yaml data.train=train.jsonl --name mine --out mine.yaml"
     init.main(words.split())
@@ -76,7 +80,7 @@ def test_a_converted_config_with_rows_and_a_model_here_is_planned(folder, capsys
         ("trl sft --a 'b", "No closing quotation"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_in_one_line(text, told):
+def test_what_cannot_be_converted_is_refused_in_one_line(text: str, told: str) -> None:
     Path("x").write_text(text, encoding="utf-8")
     with refused(told) as error:
         init.main(["--from", "x"])
@@ -84,6 +88,6 @@ def test_what_cannot_be_converted_is_refused_in_one_line(text, told):
     assert not Path("my_run.yaml").exists()
 
 
-def test_rows_and_a_model_beside_a_file_of_another_tool_are_refused():
+def test_rows_and_a_model_beside_a_file_of_another_tool_are_refused() -> None:
     with refused("argument --from"):
         init.main(["rows.jsonl", "--from", "trl_defaults.yaml"])

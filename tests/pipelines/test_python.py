@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.ran import ran
 
 
 @pytest.mark.ray
-def test_the_examples_of_the_functions_are_true(tiny_model, tmp_path):
+def test_the_examples_of_the_functions_are_true(tiny_model: Path, tmp_path: Path) -> None:
     project.make_rows(tmp_path)
     settings = project.settings(tmp_path, tiny_model)
     settings["run"]["name"], settings["evaluation"] = "my_run", {"samples": 1, "max_new_tokens": 4}
@@ -33,7 +34,7 @@ def test_the_examples_of_the_functions_are_true(tiny_model, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow  # in make test, the same functions: test_the_examples_of_the_functions_are_true
-def test_the_cells_of_the_notebook_run(tiny_model, tmp_path):
+def test_the_cells_of_the_notebook_run(tiny_model: Path, tmp_path: Path) -> None:
     cells = json.loads((project.ROOT / "docs" / "first_steps.ipynb").read_text())["cells"]
     program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     (model,) = re.findall(r'MODEL = "(.*)"', program)
@@ -48,14 +49,14 @@ def test_the_cells_of_the_notebook_run(tiny_model, tmp_path):
     )
 
 
-def test_a_mapping_is_a_config_too_and_a_mistake_names_its_field():
+def test_a_mapping_is_a_config_too_and_a_mistake_names_its_field() -> None:
     with pytest.raises(ValueError, match="config: model: required, but not set"):
         olora_ray.finetune({"data": {"train": [{"path": "rows.jsonl"}]}})
     with pytest.raises(ValueError, match=r"nowhere\.yaml: No such file"):
         olora_ray.finetune("nowhere.yaml", {"train.steps": 2})
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_imports_nothing_heavy() -> None:
     told = (
         "import sys, olora_ray; "
         "print([name for name in ('torch', 'ray', 'mlflow', 'pydantic') if name in sys.modules])"

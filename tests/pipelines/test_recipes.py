@@ -32,12 +32,12 @@ def asked(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: str(recipe.name))
 def test_the_rows_of_a_recipe_are_the_same_each_time_and_taken_by_its_run(
-    recipe,
-    tiny_model,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
+    recipe: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.syspath_prepend(project.ROOT / "pipelines")  # as the commands do, for the scorer
     check_rows(recipe, tiny_model, tmp_path)
     assert capsys.readouterr().out.count(", none rejected") == 2

@@ -13,6 +13,7 @@ from olora_ray.tracking.aliases import Aliases
 from tests.pipelines import project
 from tests.recovery import processes, runs
 from tests.recovery.runs import Clean, Fault, Run
+from tests.s3_server import Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STAGES = {
@@ -63,13 +64,13 @@ def killed_and_resumed(
 
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_a_run_on_s3_that_is_killed_ends_as_an_untouched_one_on_a_disk(
-    stage,
-    local,
-    tiny_project,
-    remote,
-    tmp_path,
-    s3_server,
-):
+    stage: str,
+    local: Clean,
+    tiny_project: Path,
+    remote: dict[str, Any],
+    tmp_path: Path,
+    s3_server: Server,
+) -> None:
     killed_and_resumed(tiny_project, tmp_path, remote, STAGES[stage])
     place = f"{remote['run__storage']}/small"
     assert storage.read_bytes(f"{place}/{ADAPTER}") == local.end.adapter
@@ -108,7 +109,9 @@ class TestAfterwards:
             found[name] = runs.written(tiny_project, folder / name, **fields, **changes)
         return found
 
-    def test_retrained(self, tiny_project, remote, scratch, tmp_path):
+    def test_retrained(
+        self, tiny_project: Path, remote: dict[str, Any], scratch: Path, tmp_path: Path
+    ) -> None:
         """Trained, then nothing changed, then new rows: the same versions and verdicts as on a local disk."""
         root = remote["run__storage"].removesuffix("/runs")
         train = {"local": f"{tmp_path}/data", "s3": f"{root}/data"}

@@ -30,13 +30,13 @@ def dead(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return bucket
 
 
-def test_a_dead_server(dead, corpus):
+def test_a_dead_server(dead: str, corpus: Path) -> None:
     error = refused(finetune, corpus, dead)
     assert error.exit_code == 75
     assert str(error).startswith(f"run.storage: {dead}: the object store at http://127.0.0.1:")
 
 
-def test_a_retraining_meets_the_store_at_its_lock(dead, corpus):
+def test_a_retraining_meets_the_store_at_its_lock(dead: str, corpus: Path) -> None:
     error = refused(retrain, corpus, dead)
     assert error.exit_code == 75
     assert "cannot be written: Could not connect" in str(error)

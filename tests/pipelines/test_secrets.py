@@ -41,7 +41,9 @@ def holding(folder: Path, canary: bytes = CANARY) -> list[str]:
 
 
 @pytest.mark.slow
-def test_secrets_of_the_environment_stay_there(tiny_model, corpus, ray_files):
+def test_secrets_of_the_environment_stay_there(
+    tiny_model: Path, corpus: Path, ray_files: Path
+) -> None:
     secret = {
         **CANARIES,
         "OUR_MLFLOW": f"sqlite:///{corpus}/hidden.db",
@@ -73,7 +75,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
 
 
 @pytest.mark.slow
-def test_a_server_with_users(guarded, tiny_model, corpus, monkeypatch):
+def test_a_server_with_users(
+    guarded: tuple[Server, Path], tiny_model: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, folder = guarded
     tree = project.settings(corpus, tiny_model, train__steps=2, tracking={"uri": server.uri})
     file = project.write_config(corpus, tree)

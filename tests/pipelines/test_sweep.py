@@ -74,7 +74,7 @@ def records(folder: Path) -> dict[int, dict[str, Any]]:
     return {trial["number"]: trial for trial in found["trials"]}
 
 
-def test_a_search_leaves_what_the_docs_promise(searched):
+def test_a_search_leaves_what_the_docs_promise(searched: tuple[Path, str]) -> None:
     folder, _ = searched
     for name in (
         "best.yaml",
@@ -103,8 +103,8 @@ def test_a_search_leaves_what_the_docs_promise(searched):
 
 
 def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(
-    searched,
-):
+    searched: tuple[Path, str],
+) -> None:
     folder, log = searched
     failed = [trial for trial in records(folder).values() if trial["status"] == "failed"]
     assert {trial["params"]["train.lr"] for trial in failed} == {2e9}
@@ -116,8 +116,8 @@ def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(
 
 
 def test_mlflow_has_a_parent_with_a_child_per_trial_and_the_best_is_registered(
-    searched,
-):
+    searched: tuple[Path, str],
+) -> None:
     from mlflow import MlflowClient
 
     folder, _ = searched
@@ -138,7 +138,7 @@ def test_mlflow_has_a_parent_with_a_child_per_trial_and_the_best_is_registered(
     assert version.run_id == best["mlflow_run"]
 
 
-def test_the_trials_share_what_is_the_same_for_all(searched):
+def test_the_trials_share_what_is_the_same_for_all(searched: tuple[Path, str]) -> None:
     folder, log = searched
     assert "olora factors at rank 4" in log
     texts = [
@@ -151,7 +151,9 @@ def test_the_trials_share_what_is_the_same_for_all(searched):
 
 
 @pytest.mark.slow
-def test_the_best_of_trials_with_tokens_of_their_own_is_registered(corpus, tiny_model):
+def test_the_best_of_trials_with_tokens_of_their_own_is_registered(
+    corpus: Path, tiny_model: Path
+) -> None:
     """The search itself has other tokens than any of its trials."""
     space = {
         "search": {"data.max_length": {"grid": [48, 64]}},
@@ -203,7 +205,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_stopped_trials_give_back_everything(corpus, tiny_model):
+def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> None:
     """Trials with workers of their own: ASHA stops some while others wait for their place."""
     space = {
         "search": {"train.lr": {"grid": [1e-2, 1e-6, 1e-3, 1e-7, 2e9, 3e-3]}},
@@ -230,7 +232,9 @@ def test_stopped_trials_give_back_everything(corpus, tiny_model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["SIGKILL of everything", "SIGINT, then it is moved"])
-def test_a_search_whose_driver_is_killed_resumes(corpus, tiny_model, scratch, end):
+def test_a_search_whose_driver_is_killed_resumes(
+    corpus: Path, tiny_model: Path, scratch: Path, end: str
+) -> None:
     """It ends in the middle; the same command ends with the same trials, finished ones as they were."""
     space = {**SPACE, "scheduler": {"kind": "none"}, "concurrency": 2, "trials_per_worker": 2}
     arguments = write(
@@ -307,7 +311,9 @@ def test_a_search_whose_driver_is_killed_resumes(corpus, tiny_model, scratch, en
 
 
 @pytest.mark.slow
-def test_trials_continue_when_the_process_they_share_is_killed(corpus, tiny_model, scratch):
+def test_trials_continue_when_the_process_they_share_is_killed(
+    corpus: Path, tiny_model: Path, scratch: Path
+) -> None:
     space = {
         "search": {"train.lr": {"grid": [1e-2, 3e-3, 1e-3]}},
         "searcher": "grid",

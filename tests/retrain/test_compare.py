@@ -43,7 +43,7 @@ def note(config: Config, version: Version = VERSION) -> str:
     return compare.note_file(RowSet("rows", config, "held"), version)
 
 
-def test_results_are_of_a_version_and_a_precision(config):
+def test_results_are_of_a_version_and_a_precision(config: Config) -> None:
     versions = [
         VERSION,
         replace(VERSION, number="2"),
@@ -57,7 +57,7 @@ def test_results_are_of_a_version_and_a_precision(config):
     assert len(set(map(note, precisions))) == 2
 
 
-def test_another_scorer_under_the_same_name_measures_anew(config, tmp_path):
+def test_another_scorer_under_the_same_name_measures_anew(config: Config, tmp_path: Path) -> None:
     first = note(config)
     (tmp_path / "scorer_of_a_test.py").write_text("def score(a, b):\n    return {'x': 0.5}\n")
     assert note(config) != first
@@ -72,7 +72,7 @@ def rows(data: str = "d") -> RowResults:
     return RowResults(data, (1,), (0.5,), {}, ((0, 0),))
 
 
-def test_versions_whose_results_are_known_are_not_opened(config):
+def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None:
     """Their files may be deleted, but their tokenizers are still compared."""
     inputs: Any = SimpleNamespace(config=config)
     held_out = RowSet("rows", config, "held")

@@ -62,7 +62,9 @@ def again(config: Config, version: Version) -> Version:
     return Version.of(connect(resolve_uri(config)).get_model_version("m", version.number))
 
 
-def test_a_verdict_is_recorded_once_with_its_numbers(config, add):
+def test_a_verdict_is_recorded_once_with_its_numbers(
+    config: Config, add: Callable[..., Version]
+) -> None:
     version = add(**{GATE: "refused: eval/loss: worse"})
     decision_run.of_version(config, version)
     decision_run.of_version(config, again(config, version))
@@ -79,7 +81,9 @@ def test_a_verdict_is_recorded_once_with_its_numbers(config, add):
     assert f"#/models/m/versions/{version.number}" in run.data.tags["mlflow.note.content"]
 
 
-def test_a_record_that_was_cut_off_is_written_again(config, add, monkeypatch):
+def test_a_record_that_was_cut_off_is_written_again(
+    config: Config, add: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = add(**{GATE: "passed: better"})
 
     def killed(*_: object) -> None:
@@ -95,7 +99,7 @@ def test_a_record_that_was_cut_off_is_written_again(config, add, monkeypatch):
     assert Path(run.info.artifact_uri, "decision.json").is_file()
 
 
-def test_calls_that_find_nothing_share_a_run_until_something_else_is_said(config):
+def test_calls_that_find_nothing_share_a_run_until_something_else_is_said(config: Config) -> None:
     client = connect(resolve_uri(config))
 
     def latest() -> list[dict[str, str]]:

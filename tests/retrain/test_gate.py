@@ -39,7 +39,7 @@ def lax(**fields: Any) -> Gate:
 
 
 @given(LOSSES)
-def test_the_same_model_never_passes_unless_it_may_be_worse(losses):
+def test_the_same_model_never_passes_unless_it_may_be_worse(losses: list[float]) -> None:
     same = results(losses, score=losses)
     for metric in ("eval/loss", "eval/perplexity", "eval/score"):
         assert not decide(gate(metric=metric), same, same).passed
@@ -48,7 +48,7 @@ def test_the_same_model_never_passes_unless_it_may_be_worse(losses):
         assert decide(lax(metric=metric, must_improve_by=-1e-6), same, same).passed
 
 
-def test_losses_count_downwards_and_scores_upwards():
+def test_losses_count_downwards_and_scores_upwards() -> None:
     good, bad = results([1.0, 1.2], match=[1.0, 1.0]), results([2.0, 2.4], match=[0.0, 1.0])
     for metric in ("eval/loss", "eval/perplexity", "eval/match"):
         assert decide(lax(metric=metric), good, bad).passed, metric
@@ -60,7 +60,7 @@ def test_losses_count_downwards_and_scores_upwards():
     assert improvement("eval/match", good, bad).interval.mean == pytest.approx(0.5)
 
 
-def test_noise_passes_as_a_point_but_not_with_confidence():
+def test_noise_passes_as_a_point_but_not_with_confidence() -> None:
     rng = np.random.default_rng(1)
     champion = rng.normal(2.0, 0.5, 80)
     noisy = champion + rng.normal(0.0, 0.2, 80)
@@ -73,7 +73,7 @@ def test_noise_passes_as_a_point_but_not_with_confidence():
     assert decide(Gate(), results(better), results(champion)).passed
 
 
-def test_all_conditions_must_hold():
+def test_all_conditions_must_hold() -> None:
     conditions = [
         {"metric": "eval/match", "at_least": 0.9},
         {"metric": "eval/perplexity", "at_most": 3.0},
@@ -87,7 +87,7 @@ def test_all_conditions_must_hold():
     assert decide(gate(must_improve_by=5.0), results([9.0]), None).passed, "there is no champion"
 
 
-def test_what_is_not_a_number_passes_nothing():
+def test_what_is_not_a_number_passes_nothing() -> None:
     broken, good = results([math.nan, 1.0], s=[math.nan, 1]), results([1.0, 1.0], s=[0, 0])
     for metric in ("eval/loss", "eval/s"):
         assert not decide(lax(metric=metric), broken, good).passed
@@ -97,14 +97,14 @@ def test_what_is_not_a_number_passes_nothing():
     ).passed
 
 
-def test_a_metric_or_rows_that_were_not_measured():
+def test_a_metric_or_rows_that_were_not_measured() -> None:
     with refused("eval/match"):
         decide(gate(metric="eval/match"), results([1.0]), results([1.0]))
     with pytest.raises(UserError):
         decide(gate(), results([1.0]), results([1.0], data="others"))
 
 
-def test_few_rows_or_groups_are_not_enough():
+def test_few_rows_or_groups_are_not_enough() -> None:
     champion, better = results([2.0] * 19), results([1.0] * 19)
     for default in (Gate(), Gate(confident=False, anchor=9.0)):
         few = decide(default, better, champion)
@@ -118,7 +118,7 @@ def test_few_rows_or_groups_are_not_enough():
     assert decide(Gate(), *many, HeldOut(groups=[row // 3 for row in range(60)])).passed
 
 
-def test_rows_that_the_champion_was_trained_on_are_left_out():
+def test_rows_that_the_champion_was_trained_on_are_left_out() -> None:
     champion = results([0.01] * 40 + [2.0, 2.2] * 15)  # it has memorised the first forty rows
     better = results([1.0, 1.1] * 20 + [1.0, 1.1] * 15)
     assert not decide(Gate(), better, champion).passed
@@ -130,7 +130,7 @@ def test_rows_that_the_champion_was_trained_on_are_left_out():
     assert none.reason.startswith("eval/loss: no held-out row is left to compare on")
 
 
-def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal():
+def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal() -> None:
     """Regression: the first file has changed and all answers are to its rows. Each night trained, then failed."""
     better, champion = (results([1.0] * 70, first=[score] * 40) for score in (1.0, 0.0))
     found = decide(Gate(metric="eval/first"), better, champion, HeldOut(unseen=list(range(40, 70))))
@@ -140,7 +140,7 @@ def test_answers_to_rows_that_the_champion_was_trained_on_alone_are_a_refusal():
     assert some.passed
 
 
-def test_scores_are_paired_by_row_whatever_rows_have_them():
+def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
     """Lists of scores would be paired with other rows, or have different lengths."""
 
     def scored(found: dict[int, float]) -> RowResults:
@@ -161,7 +161,7 @@ def test_scores_are_paired_by_row_whatever_rows_have_them():
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_champion_whose_loss_is_not_finite_blocks_nobody(broken):
+def test_a_champion_whose_loss_is_not_finite_blocks_nobody(broken: float) -> None:
     champion, good = [broken, *np.linspace(1.0, 2.0, 40)], np.linspace(0.9, 1.9, 41)
     for metric in ("eval/loss", "eval/perplexity"):
         better = decide(Gate(metric=metric), results(good), results(champion))
@@ -176,7 +176,7 @@ def test_a_champion_whose_loss_is_not_finite_blocks_nobody(broken):
     assert not decide(strict, results(good), results([broken] * 41)).passed
 
 
-def test_whoever_answers_only_what_is_easy_does_not_win():
+def test_whoever_answers_only_what_is_easy_does_not_win() -> None:
     """Regression: a scorer left out unreadable answers, and only the few other rows were compared."""
     champion, challenger = (
         results([1.0] * 200, acc=[1.0] * 150 + [0.0] * 50),

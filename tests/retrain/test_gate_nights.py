@@ -6,7 +6,7 @@ from tests.retrain import nights
 from tests.retrain.nights import KINDS
 
 
-def test_an_equal_challenger_is_rarely_promoted_and_a_better_one_often():
+def test_an_equal_challenger_is_rarely_promoted_and_a_better_one_often() -> None:
     """A part of the kinds; 60 nights at 0.13 % have more than 2 promotions once in 15,000 times."""
     for kind in (KINDS[1], KINDS[4]):
         assert nights.promoted(kind, 60, 0.0) * 60 <= 2, kind.name
@@ -16,6 +16,6 @@ def test_an_equal_challenger_is_rarely_promoted_and_a_better_one_often():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_an_equal_challenger_is_promoted_in_at_most_1_percent_of_1000_nights(
-    kind,
-):
+    kind: nights.Kind,
+) -> None:
     assert nights.promoted(kind, 1000, 0.0) <= 0.01

@@ -40,7 +40,7 @@ def noisy(count: int, better: float, seed: int = 0) -> tuple[RowResults, RowResu
     return results(champion - difference + difference.mean() - better), results(champion)
 
 
-def test_every_further_set_of_rows_asks_for_more_confidence():
+def test_every_further_set_of_rows_asks_for_more_confidence() -> None:
     ours, theirs = noisy(100, 0.067)  # 3.3 standard errors
     assert decide(Gate(), ours, theirs).passed
     assert "99.75% interval" in decide(Gate(), ours, theirs, HeldOut(sets=20)).reason
@@ -51,7 +51,7 @@ def test_every_further_set_of_rows_asks_for_more_confidence():
     )
 
 
-def test_what_lets_champions_become_worse_needs_an_anchor():
+def test_what_lets_champions_become_worse_needs_an_anchor() -> None:
     for loose in ({"must_improve_by": -0.1}, {"confident": False}):
         with pytest.raises(ValidationError, match="set anchor"):
             Gate.model_validate(loose)
@@ -60,7 +60,7 @@ def test_what_lets_champions_become_worse_needs_an_anchor():
         Gate.model_validate({"guard": ["arc_easy", "rows/other.jsonl"]})
 
 
-def test_thirty_small_steps_down_end_at_the_anchor():
+def test_thirty_small_steps_down_end_at_the_anchor() -> None:
     gate, first = Gate(must_improve_by=-0.05, anchor=0.2), 1.0
     champion, promotions = results([first] * 40), 0
     best = champion
@@ -74,7 +74,7 @@ def test_thirty_small_steps_down_end_at_the_anchor():
     assert "but gate.anchor=0.2 allows less" in decision.reason
 
 
-def test_a_version_that_has_forgotten_other_tasks_is_refused():
+def test_a_version_that_has_forgotten_other_tasks_is_refused() -> None:
     ours, theirs = noisy(80, 0.2)
     before = results(np.linspace(2, 3, 800), data="guard")
     lost = decide(
@@ -96,7 +96,7 @@ def version(number: int, day: float, rows: str = "same", **tags: str) -> Version
     return Version("m", str(number), {**about, AGAINST: "", **tags}, created=day * 86400.0)
 
 
-def test_sets_of_rows_and_uses_are_counted_and_stale_rows_named():
+def test_sets_of_rows_and_uses_are_counted_and_stale_rows_named() -> None:
     old, others = version(1, 0, "old"), [version(n, 300 + n, f"set {n % 3}") for n in range(2, 8)]
     by_hand = replace(version(9, 305), tags={})
     found = compare.uses_of_rows(others[-1], others[0], [old, *others, by_hand])
@@ -117,7 +117,7 @@ def test_sets_of_rows_and_uses_are_counted_and_stale_rows_named():
     )
 
 
-def test_answers_that_were_right_and_are_wrong_are_listed_with_their_places():
+def test_answers_that_were_right_and_are_wrong_are_listed_with_their_places() -> None:
     inputs: Any = SimpleNamespace(
         held_out=SimpleNamespace(files=[SimpleNamespace(file=SimpleNamespace(uri="/d/a.jsonl"))])
     )
@@ -137,7 +137,9 @@ def measured(_: object, wanted: list[tuple[Version, Any]]) -> list[RowResults]:
     ]
 
 
-def test_the_best_champions_are_tags_and_decide_in_later_nights(tmp_path, model, monkeypatch):
+def test_the_best_champions_are_tags_and_decide_in_later_nights(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = {"must_improve_by": -0.1, "anchor": 0.2, "guard": "text"}
     nights = Nights(tmp_path, load_config(Nightly(tmp_path, model, gate=gate).config))
     mlflow_database.place(tmp_path / "runs")
@@ -172,7 +174,7 @@ def config(tmp_path: Path) -> Config:
     return tiny.decided(run__storage=str(tmp_path / "runs"), evaluation__scorer="exact_match")
 
 
-def test_the_guard_rows_are_the_shipped_text_or_the_sources(config, tmp_path):
+def test_the_guard_rows_are_the_shipped_text_or_the_sources(config: Config, tmp_path: Path) -> None:
     inputs: Any = SimpleNamespace(base=BASE, data=config)
     shipped = compare.guard(config, inputs)
     assert (shipped.config.evaluation.scorer, shipped.config.data.eval[0].path) == (
@@ -188,7 +190,9 @@ def test_the_guard_rows_are_the_shipped_text_or_the_sources(config, tmp_path):
         compare.guard(override(config, {"gate.guard": [str(tmp_path / "missing.jsonl")]}), inputs)
 
 
-def test_tasks_as_a_guard_count_their_wrong_answers(config, monkeypatch):
+def test_tasks_as_a_guard_count_their_wrong_answers(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compare, "load_tasks", lambda names, _: dict.fromkeys(names))
     tasks = compare.guard(
         override(config, {"gate.guard": ["arc_easy"]}), SimpleNamespace(base=BASE, data=config)

@@ -32,7 +32,9 @@ def night(nightly: Nightly, *arguments: str) -> list[tuple[str, str, str | None,
     return [(each["event"], each["version"], each["champion"], each["reason"]) for each in told]
 
 
-def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(nightly, monkeypatch):
+def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(
+    nightly: Nightly, monkeypatch: pytest.MonkeyPatch
+) -> None:
     aliases = registered.model(nightly.folder / "runs", "nightly", 2)
     same = recipe.read_inputs(load_config(nightly.config)).fingerprint.tags()
     for number in ("1", "2"):
@@ -76,7 +78,9 @@ def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(nightly
     ]
 
 
-def test_a_base_model_that_has_changed_is_named_in_the_message(nightly, model):
+def test_a_base_model_that_has_changed_is_named_in_the_message(
+    nightly: Nightly, model: Path
+) -> None:
     config = load_config(nightly.config)
     inputs = recipe.read_inputs(config)
     before = {**inputs.fingerprint.tags(), "olora.base_digest": "another", BASE: "org/tiny@0a1b2c"}
@@ -97,8 +101,8 @@ def test_a_base_model_that_has_changed_is_named_in_the_message(nightly, model):
 
 @pytest.mark.ray
 def test_a_version_tells_its_data_base_code_image_who_cost_and_decision(
-    folder, model, monkeypatch, capsys
-):
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The variables are those that an image and deploy/submit.py set."""
     pytest.importorskip("model_signing")
     nightly, (private, public) = Nightly(folder, model), make_keys(folder / "key")

@@ -196,7 +196,9 @@ DELETED = {
 
 
 @pytest.mark.parametrize(("deleted", "against", "why"), DELETED.values(), ids=DELETED)
-def test_a_version_must_still_beat_one(nights, deleted, against, why):
+def test_a_version_must_still_beat_one(
+    nights: Nights, deleted: list[Callable[[Nights], None]], against: str, why: str
+) -> None:
     for delete in deleted:
         delete(nights)
     before = nights.aliases.current()
@@ -226,7 +228,9 @@ def test_a_version_must_still_beat_one(nights, deleted, against, why):
     [[without_version("1", "2", "3")], [rolled_back, without_version("1", "2")]],
     ids=["all versions", "all but one that was rolled back"],
 )
-def test_without_any_to_compare_with_a_night_ends_before_it_trains(nights, deleted):
+def test_without_any_to_compare_with_a_night_ends_before_it_trains(
+    nights: Nights, deleted: list[Callable[[Nights], None]]
+) -> None:
     for delete in deleted:
         delete(nights)
     before, versions = nights.aliases.current(), nights.made()
@@ -235,7 +239,7 @@ def test_without_any_to_compare_with_a_night_ends_before_it_trains(nights, delet
     assert (nights.aliases.current(), nights.made()) == (before, versions)
 
 
-def test_versions_that_never_passed_are_no_champions(nights):
+def test_versions_that_never_passed_are_no_champions(nights: Nights) -> None:
     nights.client.delete_registered_model(NAME)
     nights.client.create_registered_model(NAME)
     nights.client.set_registered_model_alias(NAME, "candidate", nights.register(CHAMPION, {}))
@@ -248,7 +252,9 @@ def test_versions_that_never_passed_are_no_champions(nights):
 
 
 @pytest.mark.parametrize("delete", [without_alias, without_version("3")], ids=["alias", "version"])
-def test_a_champion_that_is_deleted_while_a_night_trains(nights, delete):
+def test_a_champion_that_is_deleted_while_a_night_trains(
+    nights: Nights, delete: Callable[[Nights], None]
+) -> None:
     nights.meanwhile = lambda: delete(nights)
     assert "refused: eval/loss 1.4100" in nights.call(WORSE)
     assert "champion" not in nights.aliases.current()

@@ -1,5 +1,7 @@
 """Mistakes of users are reported before anything expensive starts, and recorded as a failed decision."""
 
+from pathlib import Path
+
 import pytest
 
 from olora_ray.common.errors import UserError
@@ -14,7 +16,7 @@ def refused(nightly: Nightly, *arguments: str) -> str:
     return str(caught.value)
 
 
-def test_a_failure_is_recorded_with_its_reason(folder, model):
+def test_a_failure_is_recorded_with_its_reason(folder: Path, model: Path) -> None:
     nightly = Nightly(folder, model)
     mlflow_database.place(folder / "runs")
     (folder / "heldout.jsonl").unlink()

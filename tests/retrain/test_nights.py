@@ -22,7 +22,9 @@ def last(nightly: Nightly) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(folder, model):
+def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(
+    folder: Path, model: Path
+) -> None:
     told = folder / "told.json"
     nightly = Nightly(folder, model, notify={"command": f"cat >>{told}"}, gate={"guard": "text"})
     with lock.held(str(folder / "runs" / "locks" / "nightly.json"), "the test"):
@@ -56,7 +58,9 @@ def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(fold
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("origin", "merged"), [("base", True), ("champion", False)])
-def test_new_data_then_poisoned_data_then_rollback(folder, model, origin, merged):
+def test_new_data_then_poisoned_data_then_rollback(
+    folder: Path, model: Path, origin: str, merged: bool
+) -> None:
     settings = {"retrain": {"from": origin, "replay": 0.5}, "export": {"merged": merged}}
     nightly = Nightly(folder, model, train=longer(model), **settings)
     nightly.call()
@@ -116,7 +120,7 @@ DECIDED = "passed: eval/loss"
 
 
 @pytest.mark.slow
-def test_killed_at_each_stage_and_called_again(folder, model):
+def test_killed_at_each_stage_and_called_again(folder: Path, model: Path) -> None:
     nightly = Nightly(folder, model, gate={"must_improve_by": -9.0, "anchor": 9.0})
     nightly.call()
     nightly.add("1-more", ["three"], 40)

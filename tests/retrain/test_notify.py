@@ -30,7 +30,9 @@ def nightly(folder: Path, model: Path) -> Nightly:
 
 
 @pytest.mark.parametrize(("event", "verdict"), [("promoted", "passed"), ("refused", "refused")])
-def test_a_decision_is_told_once_with_its_version(nightly, event, verdict):
+def test_a_decision_is_told_once_with_its_version(
+    nightly: Nightly, event: str, verdict: str
+) -> None:
     client = connect(nightly.aliases.uri)
     client.create_registered_model("nightly")
     found = recipe.read_inputs(load_config(nightly.config))
@@ -62,7 +64,9 @@ def test_a_decision_is_told_once_with_its_version(nightly, event, verdict):
     }
 
 
-def test_a_failure_is_told_also_without_mlflow(nightly, monkeypatch):
+def test_a_failure_is_told_also_without_mlflow(
+    nightly: Nightly, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with receiver() as hook:
         monkeypatch.setenv("HOOK", hook.url)
         with pytest.raises(UserError):
@@ -80,7 +84,9 @@ def told(config: Config, caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_command_gets_the_same_on_its_standard_input(tmp_path, caplog):
+def test_a_command_gets_the_same_on_its_standard_input(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file, address = tmp_path / "got.json", tmp_path / "address"
     with receiver() as hook:
         address.write_text(hook.url)
@@ -92,7 +98,9 @@ def test_a_command_gets_the_same_on_its_standard_input(tmp_path, caplog):
     )
 
 
-def test_a_webhook_that_refuses_is_one_warning_without_its_address(monkeypatch, caplog):
+def test_a_webhook_that_refuses_is_one_warning_without_its_address(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with receiver(status=500) as hook:
         monkeypatch.setenv("NOTIFY_URL", hook.url)
         (line,) = told(tiny.config(notify__url="env:NOTIFY_URL", notify__command="exit 3"), caplog)[
@@ -112,8 +120,8 @@ def test_a_webhook_that_refuses_is_one_warning_without_its_address(monkeypatch, 
     ],
 )
 def test_a_webhook_that_is_not_there_is_one_warning_without_its_address(
-    monkeypatch, caplog, address, why
-):
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str, why: str
+) -> None:
     monkeypatch.setenv("NOTIFY_URL", address)
     (line,) = told(tiny.config(notify__url="env:NOTIFY_URL"), caplog)
     assert line.startswith(f"notify.url: the event 'failed' was not sent: {why}")
@@ -127,7 +135,7 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_a_config_has_no_address_of_a_webhook(address):
+def test_a_config_has_no_address_of_a_webhook(address: str) -> None:
     with pytest.raises(UserError) as caught:
         tiny.config(notify__url=address)
     assert str(caught.value).startswith("config: notify.url: an address is a secret")

@@ -99,8 +99,8 @@ ENDS = {
 
 @pytest.mark.parametrize(("command", "heard", "why"), ENDS.values(), ids=ENDS)
 def test_a_night_is_heard_at_its_begin_and_at_its_end_with_the_cause(
-    watched, command, heard, why, monkeypatch
-):
+    watched: Watched, command: str, heard: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     code = watched.night("bash", "-c", command)
     assert (code == 0) == (heard == "ping")
@@ -108,19 +108,21 @@ def test_a_night_is_heard_at_its_begin_and_at_its_end_with_the_cause(
     assert why in watched.hook.pings[-1][1]
 
 
-def test_a_night_whose_machine_is_lost_is_heard_at_its_begin_alone(watched):
+def test_a_night_whose_machine_is_lost_is_heard_at_its_begin_alone(watched: Watched) -> None:
     words = [sys.executable, "deploy/night.py", str(watched.project.config)]
     done = subprocess.run([*words, "--", "bash", "-c", "kill -9 $PPID"], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     assert watched.heard() == ["start"]
 
 
-def test_a_ping_that_fails_changes_nothing(watched):
+def test_a_ping_that_fails_changes_nothing(watched: Watched) -> None:
     (watched.project.folder / "ping").write_text("http://127.0.0.1:9/ping")
     assert watched.night("true") == 0
 
 
-def test_a_quiet_night_is_recorded_and_measured(watched, model, capsys):
+def test_a_quiet_night_is_recorded_and_measured(
+    watched: Watched, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (watched.project.folder / "model").symlink_to(model)
     project, metrics = watched.project, watched.project.folder / "nights.prom"
     client = project.aliases.client
@@ -147,7 +149,9 @@ def samples(text: str) -> dict[str, float]:
     return {sample.name: sample.value for sample in found}
 
 
-def test_mlflow_alone_tells_champion_refusals_and_age(tmp_path, capsys):
+def test_mlflow_alone_tells_champion_refusals_and_age(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     aliases = registered.model(mlflow_database.place(tmp_path / "runs"), "support", 3)
     where = {"run__storage": str(tmp_path / "runs"), "registry__model": "support"}
     with receiver() as gateway:
@@ -194,7 +198,7 @@ def promtool() -> str:
     pytest.skip("promtool, Prometheus's own checker, is not installed")
 
 
-def test_prometheus_fires_for_a_missing_night_and_not_before(promtool, tmp_path):
+def test_prometheus_fires_for_a_missing_night_and_not_before(promtool: str, tmp_path: Path) -> None:
     good = 'olora_night_last_success_timestamp_seconds{model="support"}'
     head_lost = {"series": good, "values": "0+0x20 _x1600"}  # the series ends after five hours
     quiet = {"series": good, "values": "0x95 86400x95 172800x95 259200x95 345600x95"}

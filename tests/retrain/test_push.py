@@ -12,7 +12,7 @@ from tests.said import said
 REPO = "acme/nightly"
 
 
-def test_the_repository_has_the_champion_s_own_files_and_no_other_version(tmp_path):
+def test_the_repository_has_the_champion_s_own_files_and_no_other_version(tmp_path: Path) -> None:
     run = finished_run.make(tmp_path, export={"push": REPO, "license": "mit", "merged": False})
     first = run.registered()
     run.aliases.promote(first, "passed")

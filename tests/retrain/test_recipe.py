@@ -43,14 +43,14 @@ def judged(number: int, made_of: Fingerprint, verdict: str, against: str) -> Ver
     return version(number, made_of, **{GATE: verdict, AGAINST: against})
 
 
-def test_a_champion_of_the_same_settles_it():
+def test_a_champion_of_the_same_settles_it() -> None:
     champion = version(1, NOW)
     assert find_decision([champion], champion, NOW) is champion
     assert find_decision([champion], champion, OLD) is None
     assert find_decision([], None, NOW) is None
 
 
-def test_a_version_waits_for_its_verdict():
+def test_a_version_waits_for_its_verdict() -> None:
     champion, waiting = version(1, OLD), version(2, NOW)
     assert find_decision([champion, waiting], champion, NOW) is None
     refused = judged(2, NOW, "refused: worse", "1")
@@ -60,12 +60,12 @@ def test_a_version_waits_for_its_verdict():
     )
 
 
-def test_a_verdict_holds_against_the_champion_it_was_made_against():
+def test_a_verdict_holds_against_the_champion_it_was_made_against() -> None:
     refused, champion = judged(2, NOW, "refused: worse", "1"), version(3, OLD)
     assert find_decision([version(1, OLD), refused, champion], champion, NOW) is None
 
 
-def test_a_version_that_was_rolled_back_stays_back():
+def test_a_version_that_was_rolled_back_stays_back() -> None:
     back = judged(2, NOW, "rolled back: bad answers", "1")
     for champion in (version(1, OLD), version(3, OLD)):
         assert find_decision([back, champion], champion, NOW) is back
@@ -133,7 +133,7 @@ def made(config: Config, champion: Version | None) -> tuple[Made, str]:
     return found, " ".join(lines)
 
 
-def test_from_the_base_on_everything(config):
+def test_from_the_base_on_everything(config: Config) -> None:
     found, said = made(override(config, {"retrain.from": "base"}), None)
     assert found.config.data == config.data
     assert found.config.train == config.train
@@ -144,7 +144,7 @@ def test_from_the_base_on_everything(config):
     assert said == ""
 
 
-def test_the_run_has_the_same_name_until_something_changes(config, tmp_path):
+def test_the_run_has_the_same_name_until_something_changes(config: Config, tmp_path: Path) -> None:
     first = made(config, None)[0].config.run.name
     assert made(config, None)[0].config.run.name == first
     for change in ({"train.lr": 1e-5}, {"adapter.sigma": 0.1}):
@@ -155,7 +155,9 @@ def test_the_run_has_the_same_name_until_something_changes(config, tmp_path):
     assert made(config, None)[0].config.run.name != first
 
 
-def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config, tmp_path):
+def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(
+    config: Config, tmp_path: Path
+) -> None:
     champion = champion_of(config, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
     found, _ = made(config, champion)
@@ -175,7 +177,9 @@ def test_on_from_the_champion_with_new_files_and_a_part_of_the_known(config, tmp
     assert plan.rows == 20 + 0.25 * 40 + 0.5 * 20
 
 
-def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config, tmp_path):
+def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(
+    config: Config, tmp_path: Path
+) -> None:
     champion = champion_of(config, tmp_path / "run")
     (tmp_path / "chats" / "a.jsonl").rename(tmp_path / "chats" / "z.jsonl")
     with (tmp_path / "chats" / "b.jsonl").open("a") as file:
@@ -185,7 +189,9 @@ def test_a_file_that_moved_is_known_and_one_that_has_grown_is_new(config, tmp_pa
     assert again.only == (f"{tmp_path}/chats/z.jsonl",)
 
 
-def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(config, tmp_path):
+def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(
+    config: Config, tmp_path: Path
+) -> None:
     drawn = override(config, {"data.eval_fraction": 0.2, "gate.min_rows": 2})
     champion = champion_of(drawn, tmp_path / "run")
     write(tmp_path / "chats" / "c.jsonl")
@@ -202,7 +208,9 @@ def test_where_all_held_out_rows_may_have_been_trained_on_nothing_is_trained(con
         made(drawn, version(1, Fingerprint("base", "unheard of", "held", "s")))
 
 
-def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config, tmp_path):
+def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(
+    config: Config, tmp_path: Path
+) -> None:
     held_out = tmp_path / "held_out.jsonl"
     write(held_out)
     apart = override(config, {"data.eval": [{"path": str(held_out)}], "retrain.from": "base"})
@@ -228,7 +236,9 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(config,
     made(override(apart, score | {"evaluation.rows": 20}), champion)
 
 
-def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(config, tmp_path):
+def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(
+    config: Config, tmp_path: Path
+) -> None:
     """Regression: only the gate said so, after the version was trained and registered."""
     write(tmp_path / "held_out.jsonl")
     apart = {"data.eval": [{"path": str(tmp_path / "held_out.jsonl")}], "retrain.from": "base"}
@@ -239,7 +249,9 @@ def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(config,
         made(override(config, {"gate.group": group, **apart}), None)
 
 
-def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config, tmp_path):
+def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(
+    config: Config, tmp_path: Path
+) -> None:
     good = champion_of(config, tmp_path / "run")
     other = version(1, Fingerprint("other", "data", "held", "s"))
     lost = version(1, inputs(config).fingerprint, **{recipe.RUN: str(tmp_path / "nowhere")})
@@ -267,7 +279,9 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(config,
         assert found.tags[recipe.ORIGIN] == "base"
 
 
-def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config, tmp_path):
+def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(
+    config: Config, tmp_path: Path
+) -> None:
     known = champion_of(config, tmp_path / "run")
     champion = version(1, Fingerprint.from_tags(known.tags), **made(config, None)[0].tags)
     made(
@@ -284,7 +298,9 @@ def test_data_that_have_shrunk_by_more_than_a_share_are_not_trained_on(config, t
     made(config, known)  # a version of an older release
 
 
-def test_the_champions_run_is_found_where_the_storage_lies_now(config, tmp_path):
+def test_the_champions_run_is_found_where_the_storage_lies_now(
+    config: Config, tmp_path: Path
+) -> None:
     champion = champion_of(config, tmp_path / "runs" / "nightly-1")
     write(tmp_path / "chats" / "c.jsonl")
     (tmp_path / "runs").rename(tmp_path / "moved")
@@ -292,7 +308,9 @@ def test_the_champions_run_is_found_where_the_storage_lies_now(config, tmp_path)
     assert found.config.train.start == f"{tmp_path}/moved/nightly-1/checkpoints/step-0000005"
 
 
-def test_a_night_without_changes_is_told_without_torch(tmp_path, model, node):
+def test_a_night_without_changes_is_told_without_torch(
+    tmp_path: Path, model: Path, node: Path
+) -> None:
     shutil.copytree(model, own := tmp_path / "model")
     (template := tmp_path / "own.jinja").write_text(project.TEMPLATE)
     rows = project.make_corpus(tmp_path / "train.jsonl", 20)

@@ -60,7 +60,7 @@ def trained(config: Config) -> tuple[str, str | None]:
     return version.number, version.run_id
 
 
-def test_a_finished_run_whose_version_is_not_here_is_registered(config):
+def test_a_finished_run_whose_version_is_not_here_is_registered(config: Config) -> None:
     add(config, "of another model")
     RunFolder(config.folder()).write_result(
         result("ours", "1")
@@ -74,7 +74,9 @@ def test_a_finished_run_whose_version_is_not_here_is_registered(config):
 @pytest.mark.parametrize(
     ("error", "noted"), [(StoreUnavailable("away"), []), (OSError("a bug"), ["failed"])]
 )
-def test_a_night_that_is_to_be_called_again_has_not_failed(config, monkeypatch, error, noted):
+def test_a_night_that_is_to_be_called_again_has_not_failed(
+    config: Config, monkeypatch: pytest.MonkeyPatch, error: Exception, noted: list[str]
+) -> None:
     def fails(*_: object) -> None:
         raise error
 

@@ -51,7 +51,7 @@ def settled(
     return "".join(lines), against
 
 
-def test_a_challenger_that_passes_is_champion_and_one_that_fails_is_not(aliases):
+def test_a_challenger_that_passes_is_champion_and_one_that_fails_is_not(aliases: Aliases) -> None:
     log, against = settled(aliases, NO)
     assert "refused: worse" in log
     assert "version 3 stays challenger, version 2 the champion" in log
@@ -65,7 +65,9 @@ def test_a_challenger_that_passes_is_champion_and_one_that_fails_is_not(aliases)
 
 
 @pytest.mark.parametrize("decision", [YES, NO])
-def test_a_rollback_meanwhile_stands_and_the_gate_decides_again(aliases, decision):
+def test_a_rollback_meanwhile_stands_and_the_gate_decides_again(
+    aliases: Aliases, decision: Decision
+) -> None:
     log, against = settled(aliases, decision, lambda: aliases.rollback("bad answers"))
     assert against == ["2", "1"]
     assert "the champion was version 2, and is now version 1: the gate decides again" in log
@@ -78,7 +80,9 @@ def test_a_rollback_meanwhile_stands_and_the_gate_decides_again(aliases, decisio
 
 
 @pytest.mark.parametrize("decision", [YES, NO])
-def test_what_a_person_decides_on_the_version_itself_stands(aliases, decision):
+def test_what_a_person_decides_on_the_version_itself_stands(
+    aliases: Aliases, decision: Decision
+) -> None:
     log, _ = settled(aliases, decision, lambda: aliases.promote("3", "promoted by hand"))
     assert "version 3 was promoted by hand meanwhile" in log
     assert aliases.current() == {"champion": "3", "previous": "2"}
@@ -90,8 +94,8 @@ def test_what_a_person_decides_on_the_version_itself_stands(aliases, decision):
 
 
 def test_the_child_of_a_version_that_was_rolled_back_is_refused_and_another_is_trained(
-    aliases,
-):
+    aliases: Aliases,
+) -> None:
     now = Fingerprint("base", "data", "held", "s")
     for tag, text in {**now.tags(), ORIGIN: "champion, version 2"}.items():
         aliases.client.set_model_version_tag(aliases.name, "3", tag, text)
@@ -105,7 +109,7 @@ def test_the_child_of_a_version_that_was_rolled_back_is_refused_and_another_is_t
     )
 
 
-def test_a_champion_that_never_rests_ends_it(aliases):
+def test_a_champion_that_never_rests_ends_it(aliases: Aliases) -> None:
     def decide(_: Version, champion: Version | None) -> Decision:
         aliases.promote("4" if champion.number != "4" else "2", "promoted by hand")
         return YES
@@ -115,7 +119,7 @@ def test_a_champion_that_never_rests_ends_it(aliases):
     assert GATE not in aliases.version("3").tags
 
 
-def test_one_that_has_lost_its_lock_writes_nothing(aliases):
+def test_one_that_has_lost_its_lock_writes_nothing(aliases: Aliases) -> None:
     def lost() -> None:
         raise TryAgain("taken over")
 

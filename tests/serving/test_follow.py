@@ -28,7 +28,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versions]:
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_an_engine_follows_the_champion(versions, tmp_path, kind):
+def test_an_engine_follows_the_champion(versions: Versions, tmp_path: Path, kind: str) -> None:
     engine, mirror = Engine(kind, versions.base), tmp_path / "mirror"
 
     def serves(number: str) -> bool:
@@ -113,7 +113,7 @@ def told(answer: requests.Response) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
-def test_a_share_of_the_requests_goes_to_the_challenger(versions, tmp_path):
+def test_a_share_of_the_requests_goes_to_the_challenger(versions: Versions, tmp_path: Path) -> None:
     engine = Engine("vllm", versions.base)
     at = Listening(engine, "--share", "0.5")
     versions.point("1")
@@ -155,7 +155,7 @@ def test_a_share_of_the_requests_goes_to_the_challenger(versions, tmp_path):
     assert not printed("Traceback")
 
 
-def test_what_passes_and_what_fails(versions, tmp_path):
+def test_what_passes_and_what_fails(versions: Versions, tmp_path: Path) -> None:
     engine = Engine("vllm", versions.base)
     at = Listening(engine)
     versions.point("1")
@@ -188,7 +188,7 @@ def test_what_passes_and_what_fails(versions, tmp_path):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_rows_have_both_answers(versions, tmp_path, stream):
+def test_rows_have_both_answers(versions: Versions, tmp_path: Path, stream: bool) -> None:
     engine, rows = Engine("vllm", versions.base), tmp_path / "rows.jsonl"
     at = Listening(engine, "--share", "1", "--rows", str(rows))
     versions.point("1")
@@ -213,7 +213,7 @@ def test_rows_have_both_answers(versions, tmp_path, stream):
     assert not printed("Traceback")
 
 
-def test_versions_that_no_engine_of_this_base_can_serve(versions, tmp_path):
+def test_versions_that_no_engine_of_this_base_can_serve(versions: Versions, tmp_path: Path) -> None:
     merged, other = versions.register(Contents(versions.base)), versions.add(digest="0123+4567")
     with said() as lines:
         assert Watch(f"{NAME}@{merged}", versions.server.uri, tmp_path).look() is None
@@ -224,7 +224,7 @@ def test_versions_that_no_engine_of_this_base_can_serve(versions, tmp_path):
         found.check_base(str(versions.base))
 
 
-def test_a_damaged_copy_is_fetched_again(versions, tmp_path):
+def test_a_damaged_copy_is_fetched_again(versions: Versions, tmp_path: Path) -> None:
     for _ in range(2):
         found = Watch(f"{NAME}@1", versions.server.uri, tmp_path).look()
         assert found

@@ -33,7 +33,9 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versions]:
         yield found
 
 
-def test_ray_serve_llm_loads_what_the_mirror_has(versions, bucket, tmp_path):
+def test_ray_serve_llm_loads_what_the_mirror_has(
+    versions: Versions, bucket: str, tmp_path: Path
+) -> None:
     from ray.llm._internal.serve.core.configs.llm_config import LoraConfig
     from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 
@@ -53,7 +55,7 @@ def test_ray_serve_llm_loads_what_the_mirror_has(versions, bucket, tmp_path):
 
 
 @pytest.mark.ray
-def test_the_app_follows_the_champion(versions, tmp_path):
+def test_the_app_follows_the_champion(versions: Versions, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "MLFLOW_TRACKING_URI": versions.server.uri,

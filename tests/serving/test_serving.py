@@ -134,7 +134,9 @@ def agrees(engine: "Server | LlamaCpp", answers: list[Answer], run: Served) -> N
 
 
 @VLLM
-def test_vllm_serves_the_adapter_by_the_command_of_its_card(run, adapter, tmp_path):
+def test_vllm_serves_the_adapter_by_the_command_of_its_card(
+    run: Served, adapter: list[Answer], tmp_path: Path
+) -> None:
     card = (Path(run.folder.adapter) / "README.md").read_text()
     (line,) = [line for line in card.splitlines() if line.startswith("    vllm serve ")]
     command = shlex.split(
@@ -145,7 +147,7 @@ def test_vllm_serves_the_adapter_by_the_command_of_its_card(run, adapter, tmp_pa
 
 
 @VLLM
-def test_vllm_serves_the_merged_model(run, merged, tmp_path):
+def test_vllm_serves_the_merged_model(run: Served, merged: list[Answer], tmp_path: Path) -> None:
     with vllm(["vllm", "serve", run.folder.merged], run.folder.merged, tmp_path / "log") as server:
         agrees(server, merged, run)
 
@@ -177,12 +179,12 @@ class LlamaCpp:
 
 
 @LLAMA_CPP
-def test_llama_cpp_answers_with_the_file_in_float32(run, merged):
+def test_llama_cpp_answers_with_the_file_in_float32(run: Served, merged: list[Answer]) -> None:
     agrees(LlamaCpp(run.gguf), merged, run)
 
 
 @LLAMA_CPP
-def test_llama_cpp_makes_the_tokens_of_the_training(run):
+def test_llama_cpp_makes_the_tokens_of_the_training(run: Served) -> None:
     from llama_cpp import Llama
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder.merged)

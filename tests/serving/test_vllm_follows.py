@@ -128,7 +128,9 @@ def prepared(versions: Versions, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     return f"{words} --max-lora-rank 8 --max-loras 2".split()
 
 
-def test_two_servers_follow_the_champion_under_load(versions, tmp_path, monkeypatch):
+def test_two_servers_follow_the_champion_under_load(
+    versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = prepared(versions, tmp_path, monkeypatch)
     versions.point("1")
     logs = [tmp_path / "first", tmp_path / "second"]

@@ -49,7 +49,7 @@ def ends(watch: SweepCallback, number: int, *values: float) -> None:
     watch.on_trial_complete(0, [], Trial(number, **{watch.space.metric: values[-1]}))
 
 
-def test_a_first_value_of_nan_does_not_hide_what_comes_after(tmp_path):
+def test_a_first_value_of_nan_does_not_hide_what_comes_after(tmp_path: Path) -> None:
     """Regression: NaN stayed the best value, and patience ended the search although trials were better."""
     watch = search(tmp_path, metric="score/f1", mode="max", scheduler={"kind": "none"}, patience=3)
     for number, value in enumerate([NAN, 0.1, 0.2, 0.3, 0.4]):
@@ -58,7 +58,7 @@ def test_a_first_value_of_nan_does_not_hide_what_comes_after(tmp_path):
     assert watch.best == (0.4, 4)
 
 
-def test_trials_that_bring_nothing_better_end_the_search(tmp_path):
+def test_trials_that_bring_nothing_better_end_the_search(tmp_path: Path) -> None:
     watch = search(tmp_path, patience=3)
     for number, value in enumerate([0.5, NAN, 0.6, float("inf")]):
         assert not watch.stop_all()
@@ -69,7 +69,7 @@ def test_trials_that_bring_nothing_better_end_the_search(tmp_path):
     assert lines == ["the search ends: 3 trials in a row had no better value"]
 
 
-def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path):
+def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path: Path) -> None:
     search_folder.keep(str(tmp_path), Progress(40.0))  # an earlier attempt that was killed
     watch = search(tmp_path, time_budget=60)
     watch.on_trial_start(0, [], Trial(0))
@@ -86,7 +86,7 @@ def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path):
     assert second.cut == {3}
 
 
-def test_what_a_limit_has_cut_is_known(tmp_path):
+def test_what_a_limit_has_cut_is_known(tmp_path: Path) -> None:
     """Regression: Tune stops these trials without calling a callback, and the report blamed the scheduler."""
     watch = search(tmp_path, patience=3)
     trials = [Trial(number) for number in range(5)]
@@ -105,7 +105,7 @@ def test_what_a_limit_has_cut_is_known(tmp_path):
     assert watch.cut == {1, 3, 4}
 
 
-def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_path):
+def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_path: Path) -> None:
     """Regression: Tune only logs a state that it cannot read. It ran one trial, and the search counted as complete."""
     watch = search(tmp_path, searcher="tpe")
     watch.setup(stop=watch, num_samples=1, total_num_samples=16)

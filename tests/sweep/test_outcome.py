@@ -65,8 +65,8 @@ def trial(number: int, value: float | None, **changes: Any) -> TrialRecord:
 
 
 def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(
-    ended,
-):
+    ended: tuple[Any, Any],
+) -> None:
     """Regression: the report had 0 seconds, and Ray Tune started although nothing was left to do."""
     spec, tracker = ended
     keep(spec.config, trial(0, 1.0), trial(1, 0.5))
@@ -77,7 +77,7 @@ def test_a_search_that_has_ended_is_reported_with_the_seconds_that_it_took(
     assert dict(text.facts(found))["trials"] == "2 in 5 min 18 s: 2 finished"
 
 
-def test_trials_say_what_has_cut_them(ended):
+def test_trials_say_what_has_cut_them(ended: tuple[Any, Any]) -> None:
     spec, tracker = ended
     folder = spec.config.folder()
     early = {"status": "stopped", "step": 4}
@@ -108,8 +108,8 @@ def test_trials_say_what_has_cut_them(ended):
 
 
 def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(
-    ended,
-):
+    ended: tuple[Any, Any],
+) -> None:
     spec, tracker = ended
     reasons = (
         ["out of memory"] * 5 + ["loss is not finite"] * 3 + [f"reason {i}" for i in range(40)]
@@ -126,7 +126,9 @@ def test_a_search_whose_trials_all_failed_tells_the_most_frequent_reasons(
     ("field", "other"),
     [("data.train", [{"path": "other.jsonl"}]), ("adapter", {"rank": 2}), ("train.lr", 1e-5)],
 )
-def test_a_default_that_is_a_list_or_a_section_can_win(tmp_path, field, other):
+def test_a_default_that_is_a_list_or_a_section_can_win(
+    tmp_path: Path, field: str, other: Any
+) -> None:
     """Regression: the value was null in the record, and best.yaml could not be written after all trials."""
     space = Space.model_validate({"search": {field: {"choice": [other]}}, "metric": "train/loss"})
     config = tiny.config(run__storage=str(tmp_path))
@@ -186,7 +188,9 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("status", ["failed", "unfinished", "stopped"])
-def test_no_other_adapter_is_registered_than_that_of_the_value(tmp_path, exported, status):
+def test_no_other_adapter_is_registered_than_that_of_the_value(
+    tmp_path: Path, exported: list[int], status: str
+) -> None:
     """Regression: a trial failed after its best evaluation, and the checkpoint before that was registered."""
     spec = with_checkpoint(tmp_path, TrainState(4, best_loss=1.5, best_step=4))
     for metric in ("eval/loss", "train/loss"):
@@ -195,7 +199,9 @@ def test_no_other_adapter_is_registered_than_that_of_the_value(tmp_path, exporte
     assert exported == []
 
 
-def test_a_stopped_trial_is_registered_whose_checkpoint_has_its_best(tmp_path, exported):
+def test_a_stopped_trial_is_registered_whose_checkpoint_has_its_best(
+    tmp_path: Path, exported: list[int]
+) -> None:
     """Also if other workers have measured the adapter again."""
     spec = with_checkpoint(tmp_path, TrainState(9, best_loss=0.90001, best_step=8))
     registered(spec, status="stopped")

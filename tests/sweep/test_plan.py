@@ -86,8 +86,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
-    metric, rows, given, prepared
-):
+    metric: str, rows: int, given: str | None, prepared: None
+) -> None:
     """Regression: each trial failed after its complete training, and the search ended without a result."""
     config = tiny.decided(
         evaluation__scorer="exact_match", evaluation__rows=rows, evaluation__samples=0
@@ -107,7 +107,7 @@ def test_a_score_that_no_trial_would_have_is_refused_before_the_trainings(
         run.train_spec(decided, space, base, cluster)
 
 
-def test_a_setting_that_only_some_trials_have_is_refused(model):
+def test_a_setting_that_only_some_trials_have_is_refused(model: Path) -> None:
     space = over(["up_proj"], ["q_proj", "up_proj"], ["v_proj"])
     with pytest.raises(UserError) as found:
         planned(model, space, adapter__targets=["down_proj"])
@@ -117,7 +117,7 @@ def test_a_setting_that_only_some_trials_have_is_refused(model):
     assert second.startswith("search.adapter.targets=['v_proj']: adapter.targets: ")
 
 
-def test_the_config_counts_where_it_is_a_trial(model):
+def test_the_config_counts_where_it_is_a_trial(model: Path) -> None:
     lr = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}}
     for space in (over(["up_proj"]), lr, lr | {"include_default": False}):
         with refused("adapter.targets"):
@@ -126,13 +126,13 @@ def test_the_config_counts_where_it_is_a_trial(model):
     assert planned(model, lr, export__merged=False)
 
 
-def test_whether_it_is_merged_may_be_searched(model):
+def test_whether_it_is_merged_may_be_searched(model: Path) -> None:
     space = {"search": {"export.merged": {"choice": [False, True]}}, "include_default": False}
     with refused("search.export.merged=True"):
         planned(model, space)
 
 
-def test_each_setting_is_planned_at_the_largest_rank(model):
+def test_each_setting_is_planned_at_the_largest_rank(model: Path) -> None:
     space = over(["up_proj"], ["gate_proj", "up_proj"])
     space["search"]["adapter.rank"] = {"choice": [2, 16]}
     lines = planned(model, space, adapter__targets=["down_proj"])
@@ -148,7 +148,7 @@ def test_each_setting_is_planned_at_the_largest_rank(model):
     assert not any("memory per worker" in line for line in lines)
 
 
-def test_the_command_refuses_before_it_starts_a_ray(tmp_path):
+def test_the_command_refuses_before_it_starts_a_ray(tmp_path: Path) -> None:
     project.make_tiny(tmp_path)
     mlflow_database.place(tmp_path / "runs")
     tree = project.settings(

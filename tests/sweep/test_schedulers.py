@@ -66,7 +66,7 @@ def asha(folder: Path, total: int, **settings: Any) -> Any:
     return made
 
 
-def test_a_longer_trial_that_is_the_best_is_not_cut_as_if_it_were_finished(tmp_path):
+def test_a_longer_trial_that_is_the_best_is_not_cut_as_if_it_were_finished(tmp_path: Path) -> None:
     """Regression: it was stopped at step 150 of its 240, where a trial of the config's length ends."""
     made, controller = asha(tmp_path, 120), Controller([])
     assert isinstance(made, Halving)
@@ -81,7 +81,7 @@ def test_a_longer_trial_that_is_the_best_is_not_cut_as_if_it_were_finished(tmp_p
         assert set(decisions) == {CONTINUE}
 
 
-def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path):
+def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path: Path) -> None:
     """Tune does not save schedulers: without the records, the first trial after a restart had no rival."""
     for number in range(4):
         kept = TrialFile(
@@ -107,7 +107,7 @@ def on_the_same_rows(folder: Path, **settings: Any) -> Any:
     return made
 
 
-def test_trials_on_the_same_rows_are_compared_by_their_training_losses(tmp_path):
+def test_trials_on_the_same_rows_are_compared_by_their_training_losses(tmp_path: Path) -> None:
     """One of four continues; evaluations stop nobody, and the unchanged config is always measured to its end."""
     made, controller = on_the_same_rows(tmp_path), Controller([])
     trials = [tune_trial(number) for number in range(6)]
@@ -139,5 +139,5 @@ def test_trials_on_the_same_rows_are_compared_by_their_training_losses(tmp_path)
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact", "mode": "max"},
     ],
 )
-def test_others_are_compared_by_evaluations(settings):
+def test_others_are_compared_by_evaluations(settings: dict[str, Any]) -> None:
     assert not Space.model_validate(settings).paired()

@@ -59,7 +59,9 @@ def begun(config: DecidedConfig) -> Path:
         ({"set": {"train.warmup": 0.1}}, "space.set.train.warmup was not set, is 0.1"),
     ],
 )
-def test_a_search_with_another_space_is_refused_and_the_difference_told(config, changes, said):
+def test_a_search_with_another_space_is_refused_and_the_difference_told(
+    config: DecidedConfig, changes: dict[str, Any], said: str
+) -> None:
     begun(config)
     with pytest.raises(UserError) as error:
         search_folder.check_search(config, space(**changes))
@@ -69,8 +71,8 @@ def test_a_search_with_another_space_is_refused_and_the_difference_told(config, 
 
 
 def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_change(
-    config,
-):
+    config: DecidedConfig,
+) -> None:
     begun(config)
     search_folder.check_search(
         config, space(patience=3, time_budget=10, min_improvement=0.1, concurrency=2)
@@ -82,7 +84,7 @@ def test_a_search_with_other_settings_is_refused_and_limits_and_places_may_chang
         search_folder.check_search(override(config, {"train.weight_decay": 0.1}), space())
 
 
-def test_a_search_of_other_contents_is_refused_before_work_is_shared(config):
+def test_a_search_of_other_contents_is_refused_before_work_is_shared(config: DecidedConfig) -> None:
     search_folder.begin(config, space(), {"training data": "old", "base model": "base"}, {})
     kept = (file := Path(config.folder(), "search.json")).read_text()
     store: Any = tiny.store()
@@ -93,7 +95,9 @@ def test_a_search_of_other_contents_is_refused_before_work_is_shared(config):
 
 
 @pytest.mark.parametrize("file", ["my space.yaml", "trailing..yaml"])
-def test_a_space_file_whose_name_cannot_be_part_of_a_name_is_refused_by_its_name(config, file):
+def test_a_space_file_whose_name_cannot_be_part_of_a_name_is_refused_by_its_name(
+    config: DecidedConfig, file: str
+) -> None:
     with refused("run.name"):
         search_folder.search_config(config, space(), file, registers=False)
     assert (
@@ -102,7 +106,7 @@ def test_a_space_file_whose_name_cannot_be_part_of_a_name_is_refused_by_its_name
     )
 
 
-def test_what_tune_unpickles_is_the_one_callback_with_the_limits_of_today(tmp_path):
+def test_what_tune_unpickles_is_the_one_callback_with_the_limits_of_today(tmp_path: Path) -> None:
     """Tune pickles the callback twice, as callback and as stopper. The stopper must be the callback that counts."""
     before = SweepCallback(str(tmp_path), space(patience=5))
     kept = cloudpickle.dumps({"callbacks": [before], "stop": before})

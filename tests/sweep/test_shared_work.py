@@ -1,6 +1,7 @@
 """A search makes the factors of each method once; they equal those that a trial would make itself."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +55,9 @@ def factors(base: SharedBase, spec: TrainSpec) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rank", [8, 4])
-def test_every_trial_starts_with_the_factors_that_it_would_make(base, tmp_path, rank, monkeypatch):
+def test_every_trial_starts_with_the_factors_that_it_would_make(
+    base: SharedBase, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space = Space.model_validate(
         {"search": {"adapter.method": {"grid": METHODS}, "adapter.rank": {"choice": [4, 8]}}}
     )
@@ -83,7 +86,9 @@ def _never(*arguments: Any) -> None:
     raise AssertionError("these factors are shared")
 
 
-def test_what_is_there_is_not_made_again_and_what_is_missing_is(base, tmp_path):
+def test_what_is_there_is_not_made_again_and_what_is_missing_is(
+    base: SharedBase, tmp_path: Path
+) -> None:
     spec = spec_of()
     shared_work.make(spec, str(tmp_path), [("olora", 8)])
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
@@ -97,7 +102,7 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_is(base, tmp_path):
     }
 
 
-def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path, bases):
+def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, bases: Any) -> None:
     """Gemma 2 caps its attention, which the first attention that is tried does not support."""
     segment_attention.register()
     bases.family = lambda: zoo.make(ALL["gemma2"], attention="segments")
@@ -116,7 +121,7 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path, bases):
     assert found.loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path, bases):
+def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, bases: Any) -> None:
     """With another attention than the trials if theirs needs a GPU."""
     for number, attention in enumerate(("varlen", "flash_attention_2", "sdpa")):
         spec = spec_of(cluster__strategy="fsdp", model__attention=attention)

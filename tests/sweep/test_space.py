@@ -37,7 +37,7 @@ GATED = override(
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path):
+def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
     """A search has no gate, and some spaces answer no rows. The best config has its gate again."""
     found = space_file.load_space(path, GATED)
     for number in range(found.count()):
@@ -102,8 +102,8 @@ HALVES = {"adapter.method": {"choice": ["lora", "orthogonal"]}}
     ],
 )
 def test_a_method_and_a_rank_that_do_not_go_together_are_found_before_a_trial_has_both(
-    ranks, searcher, tmp_path
-):
+    ranks: dict[str, Any], searcher: str, tmp_path: Path
+) -> None:
     with refused("search: adapter: rank"):
         space(tmp_path, search=HALVES | ranks, searcher=searcher)
     only = {"adapter.method": {"choice": ["lora", "pissa"]}}
@@ -197,7 +197,9 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 BAD |= ODD
 
 
-def test_trials_are_measured_by_one_objective_that_has_the_metric(monkeypatch, tmp_path):
+def test_trials_are_measured_by_one_objective_that_has_the_metric(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with example_objective.installed(monkeypatch, tmp_path):
         other = {"train.objective": "examples"}
         with pytest.raises(UserError) as error:
@@ -210,7 +212,7 @@ def test_trials_are_measured_by_one_objective_that_has_the_metric(monkeypatch, t
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_spaces_name_the_field(case, tmp_path):
+def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     tree, message = BAD[case]
     with pytest.raises(UserError) as error:
         space(tmp_path, **tree)
@@ -238,8 +240,8 @@ def test_bad_spaces_name_the_field(case, tmp_path):
     ],
 )
 def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
-    domain, field, value, contains, tmp_path
-):
+    domain: dict[str, Any], field: str, value: Any, contains: bool, tmp_path: Path
+) -> None:
     found = space(tmp_path, search={field: domain})
     assert found.as_draws(override(CONFIG, {field: value})) == (
         {field: value} if contains else None
@@ -261,14 +263,16 @@ SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
         ),
     ],
 )
-def test_a_list_of_the_config_is_found_among_the_options(field, options, own, tmp_path):
+def test_a_list_of_the_config_is_found_among_the_options(
+    field: str, options: list[Any], own: Any, tmp_path: Path
+) -> None:
     """Its entries contain their defaults in a config, but not necessarily in a space."""
     for searcher in ("random", "tpe"):
         found = space(tmp_path, search={field: {"choice": options}}, searcher=searcher)
         assert found.as_draws(CONFIG) == (None if own is None else {field: own})
 
 
-def test_values_that_optuna_draws_are_the_steps_themselves():
+def test_values_that_optuna_draws_are_the_steps_themselves() -> None:
     import optuna
 
     search = {
@@ -294,14 +298,14 @@ def test_values_that_optuna_draws_are_the_steps_themselves():
             override(CONFIG, values)
 
 
-def test_held_out_metrics_need_held_out_rows(tmp_path):
+def test_held_out_metrics_need_held_out_rows(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"train.lr": {"choice": [1e-3]}}}))
     with refused("metric"):
         space_file.load_space(file, tiny.config())
 
 
-def test_a_grid_has_every_combination_once_after_the_default(tmp_path):
+def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> None:
     found = space(
         tmp_path,
         search={
@@ -321,7 +325,7 @@ def test_a_grid_has_every_combination_once_after_the_default(tmp_path):
 
 
 @given(seed=st.integers(0, 2**31 - 1), number=st.integers(1, 500))
-def test_draws_repeat_lie_inside_and_depend_on_the_number(seed, number):
+def test_draws_repeat_lie_inside_and_depend_on_the_number(seed: int, number: int) -> None:
     tree = {
         "search": {
             "train.lr": {"loguniform": [1e-5, 1e-2]},

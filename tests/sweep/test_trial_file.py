@@ -1,5 +1,6 @@
 import errno
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ def record(number: int = 3) -> TrialRecord:
     return TrialRecord(number, {"train.lr": 1e-3}, "unfinished")
 
 
-def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path):
+def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path: Path) -> None:
     """Its training resumes from the checkpoint, and measures only later steps."""
     first = trial_file.TrialFile(str(tmp_path), record(), "min")
     for step, value in ((4, 0.5), (8, 1.0), (12, 0.8)):
@@ -29,7 +30,7 @@ def test_a_trial_that_begins_anew_keeps_what_led_to_its_checkpoint(tmp_path):
     assert other.record.curve == ()
 
 
-def test_the_folder_of_a_record_is_where_it_lies(tmp_path):
+def test_the_folder_of_a_record_is_where_it_lies(tmp_path: Path) -> None:
     """Regression: after a search was moved, the best trial was exported from the old folder."""
     trial_file.TrialFile(str(tmp_path / "old" / "trials" / "trial-003"), record(), "min").begin()
     (tmp_path / "old").rename(tmp_path / "new")
@@ -37,7 +38,7 @@ def test_the_folder_of_a_record_is_where_it_lies(tmp_path):
     assert found.folder == f"{tmp_path}/new/trials/trial-003"
 
 
-def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path):
+def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) -> None:
     """Tune may run a trial in a free process before the process that it started for the trial is ready."""
     kept = trial_file.TrialFile(str(tmp_path), record(), "min")
     kept.begin()
@@ -49,7 +50,7 @@ def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path):
     assert found.status == "unfinished"
 
 
-def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path):
+def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -> None:
     kept = trial_file.TrialFile(str(tmp_path), record(), "min")
     (tmp_path / "trial.json").mkdir()
     with said() as lines:
@@ -76,12 +77,12 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path):
     ],
 )
 def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
-    tmp_path,
-    monkeypatch,
-    error,
-    kind,
-    code,
-):
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+    kind: type[UserError],
+    code: int,
+) -> None:
     """Regression: a report silently lacked trials while the storage failed."""
     place = tmp_path / "trials" / "trial-003"
     trial_file.TrialFile(str(place), record(), "min").begin()

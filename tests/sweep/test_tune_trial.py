@@ -79,7 +79,9 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fake
 
 
-def test_a_trial_reports_the_training_losses_by_which_it_is_compared(tmp_path, training):
+def test_a_trial_reports_the_training_losses_by_which_it_is_compared(
+    tmp_path: Path, training: Any
+) -> None:
     """At a sixteenth and a quarter of the steps: the mean over the second half of the steps so far."""
     training.result, training.losses = None, {step: 1 / step for step in range(1, 65)}
     search = spec(tmp_path, metric="eval/loss")
@@ -99,7 +101,9 @@ def test_a_trial_reports_the_training_losses_by_which_it_is_compared(tmp_path, t
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path, training, fails):
+def test_the_end_of_a_trial_arrives_whatever_the_storage_does(
+    tmp_path: Path, training: Any, fails: bool
+) -> None:
     """Regression: the thread died while writing its last record, and the search waited for ever."""
     training.result, training.losses = None, {"a bug" if fails else 2: 0.5}
     run = TrialRun(spec(tmp_path), 1, {"train.lr": 1e-3})
@@ -117,7 +121,9 @@ def test_the_end_of_a_trial_arrives_whatever_the_storage_does(tmp_path, training
 @pytest.mark.parametrize(
     ("present", "most", "waits"), [(1, 8, True), (0, 2, True), (1, 1, False), (4, 8, False)]
 )
-def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(present, most, waits, monkeypatch):
+def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(
+    present: int, most: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Regression: a search without nodes failed after its preparation, which had brought only one node."""
     free = iter([1] * 10 + [2])
     monkeypatch.setattr(search_run, "free_workers", lambda wanted: next(free))
@@ -140,7 +146,9 @@ def test_a_trial_waits_for_nodes_that_the_autoscaler_may_start(present, most, wa
     assert bool(lines) is waits
 
 
-def test_no_key_of_the_driver_is_told_to_ray(tmp_path, monkeypatch):
+def test_no_key_of_the_driver_is_told_to_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Regression: Tune passed keys as environment variables, which Ray shows and writes to the logs of its nodes."""
     from ray.tune.execution import class_cache
 
@@ -176,7 +184,9 @@ def again(search: SweepSpec, concurrent: int = 1) -> Any:
     return made._local_tuner
 
 
-def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(tmp_path, training):
+def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(
+    tmp_path: Path, training: Any
+) -> None:
     """Tune has forgotten the trial and starts it as a new one, but its training resumes."""
     first = record_of(search := spec(tmp_path))
     for step, value in ((1, 0.5), (2, 0.6)):
@@ -190,7 +200,9 @@ def test_a_trial_that_goes_on_from_its_own_checkpoint_keeps_its_values(tmp_path,
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(1e-3, True), (2e-3, False)])
-def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(tmp_path, training, rate, kept):
+def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(
+    tmp_path: Path, training: Any, rate: float, kept: bool
+) -> None:
     """Regression: Optuna drew another rate after a kill, and the training silently resumed with the old one."""
     search = spec(tmp_path, searcher="tpe")
     first = TrialRun(search, 1, {"train.lr": 1e-3})
@@ -209,7 +221,9 @@ def test_a_trial_does_not_go_on_from_a_checkpoint_of_other_values(tmp_path, trai
 
 @pytest.mark.parametrize("state", [None, '{"trial_data": [["{}", "', '{"trial_data": []}'])
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
-def test_a_search_whose_state_is_lost_begins_anew(tmp_path, searcher, state):
+def test_a_search_whose_state_is_lost_begins_anew(
+    tmp_path: Path, searcher: str, state: str | None
+) -> None:
     """Regression: Tune ran one trial of Optuna and called the search complete."""
     search = spec(tmp_path, searcher=searcher)
     begun(search, state)
@@ -227,7 +241,7 @@ def test_a_search_whose_state_is_lost_begins_anew(tmp_path, searcher, state):
     assert kept.exists() == (searcher == "random")
 
 
-def test_what_was_measured_is_not_given_to_other_values(tmp_path):
+def test_what_was_measured_is_not_given_to_other_values(tmp_path: Path) -> None:
     """Trials that start again have other draws, but their folders hold results of the old draws."""
     search = spec(tmp_path, searcher="tpe")
     begun(search, None)
@@ -247,7 +261,9 @@ def handed_on(first: Any, second: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
-def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(tmp_path, searcher):
+def test_trials_that_are_made_after_a_search_was_moved_write_where_it_lies_now(
+    tmp_path: Path, searcher: str
+) -> None:
     """Regression: each trial was trained and then counted as failed, because Tune wrote its note to the old folder.
 
     The concurrency is that of today, too, not that of the first attempt.

@@ -31,7 +31,7 @@ def files_of(aliases: Aliases, number: str) -> Path:
     return Path(aliases.client.get_model_version(aliases.name, number).source)
 
 
-def test_promote_moves_champion_and_previous(add):
+def test_promote_moves_champion_and_previous(add: Add) -> None:
     aliases = made(add, "moves", 3)
     assert aliases.current() == {"challenger": "3"}
     assert aliases.promote("1", "passed: first") is None
@@ -44,7 +44,7 @@ def test_promote_moves_champion_and_previous(add):
     assert aliases.current() == {"champion": "3", "previous": "1"}
 
 
-def test_rollback_and_back_again_by_hand(add):
+def test_rollback_and_back_again_by_hand(add: Add) -> None:
     aliases = made(add, "rolled", 2)
     aliases.promote("1", "passed")
     with refused("nothing to roll back to"):
@@ -99,7 +99,9 @@ class Dying(Aliases):
 
 
 @pytest.mark.parametrize("action", ["promote", pytest.param("rollback", marks=pytest.mark.slow)])
-def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(database, action):
+def test_a_crash_between_any_two_writes_is_repaired_by_the_next_call(
+    database: Path, action: str
+) -> None:
     aliases = registered.model(database, f"crash-{action}", 3)
     real = aliases.client
     before = {"champion": "2", "previous": "1", "challenger": "3"}
@@ -150,7 +152,7 @@ def large(against: str) -> dict[str, str]:
     }
 
 
-def test_a_long_verdict_and_what_it_stands_on_are_kept(database):
+def test_a_long_verdict_and_what_it_stands_on_are_kept(database: Path) -> None:
     aliases = registered.model(database, "large", 2)
     why = "passed: " + "; ".join(f'eval/\u00e4"{number} 0.1234' for number in range(400))
     aliases.promote("1", "passed", large(""), instead_of="")
@@ -161,7 +163,7 @@ def test_a_long_verdict_and_what_it_stands_on_are_kept(database):
     assert aliases.version("2").tags[GATE] == f"rolled back: {why}"
 
 
-def test_a_promotion_that_was_cut_off_counts_as_a_whole_or_not_at_all(database):
+def test_a_promotion_that_was_cut_off_counts_as_a_whole_or_not_at_all(database: Path) -> None:
     """An old verdict, against another champion, does not count against the current champion."""
     aliases = registered.model(database, "cut-off-record", 2)
     real, seen = aliases.client, set()
@@ -192,7 +194,7 @@ def announced(aliases: Aliases, number: str, text: str) -> None:
     aliases.client.set_model_version_tag(aliases.name, number, MOVE, text)
 
 
-def test_a_move_that_was_cut_off_does_not_undo_a_later_one(database):
+def test_a_move_that_was_cut_off_does_not_undo_a_later_one(database: Path) -> None:
     aliases = registered.model(database, "by-hand", 3)
     aliases.promote("1", "passed")
     announced(aliases, "3", json.dumps({"previous": "2", "verdicts": {"3": "passed: 3"}}))
@@ -206,7 +208,7 @@ def test_a_move_that_was_cut_off_does_not_undo_a_later_one(database):
 
 
 @pytest.mark.parametrize("gone", ["champion", "bad"])
-def test_a_move_whose_version_has_been_deleted_stops_nobody(database, gone):
+def test_a_move_whose_version_has_been_deleted_stops_nobody(database: Path, gone: str) -> None:
     aliases = registered.model(database, f"deleted-{gone}", 4)
     aliases.promote("1", "passed")
     numbers = {"champion": "3", "bad": "2"}
@@ -217,7 +219,7 @@ def test_a_move_whose_version_has_been_deleted_stops_nobody(database, gone):
     assert aliases.current()["champion"] == "4"
 
 
-def test_a_decision_against_another_champion_is_not_carried_out(database):
+def test_a_decision_against_another_champion_is_not_carried_out(database: Path) -> None:
     aliases = registered.model(database, "overtaken", 3)
     aliases.promote("1", "passed", instead_of="")
     for instead_of, why in (
@@ -244,7 +246,7 @@ class Passed(Dying):
         Aliases(self.uri, self.name).promote("4", "promoted by hand")
 
 
-def test_of_two_movers_the_later_decision_stands(database):
+def test_of_two_movers_the_later_decision_stands(database: Path) -> None:
     aliases = registered.model(database, "passed", 4)
     champions = []
     for left in range(20):
@@ -266,8 +268,8 @@ def test_of_two_movers_the_later_decision_stands(database):
 
 
 def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_promoted(
-    database,
-):
+    database: Path,
+) -> None:
     aliases = registered.model(database, "added", 2)
     aliases.promote("1", "passed")
     folder = files_of(aliases, "2")
@@ -286,8 +288,8 @@ def test_a_version_that_has_more_files_than_it_was_registered_with_is_never_prom
 
 
 def test_files_that_are_reached_through_mlflow_are_listed_and_checked_like_those_on_a_disk(
-    database,
-):
+    database: Path,
+) -> None:
     aliases = registered.model(database, "remote", 1)
     folder, version = files_of(aliases, "1"), aliases.version("1")
     elsewhere = f"file:{folder}"  # this project treats it as an address, not as a folder
@@ -299,7 +301,7 @@ def test_files_that_are_reached_through_mlflow_are_listed_and_checked_like_those
 
 
 @pytest.mark.parametrize("spoil", ["content", "missing", "checksums"])
-def test_a_version_whose_files_have_changed_is_never_promoted(add, spoil):
+def test_a_version_whose_files_have_changed_is_never_promoted(add: Add, spoil: str) -> None:
     aliases = made(add, f"spoilt-{spoil}", 2)
     aliases.promote("1", "passed")
     folder = files_of(aliases, "2")
@@ -324,7 +326,7 @@ def test_a_version_whose_files_have_changed_is_never_promoted(add, spoil):
     assert GATE not in aliases.version("2").tags
 
 
-def test_a_rollback_checks_the_files_too(add):
+def test_a_rollback_checks_the_files_too(add: Add) -> None:
     aliases = made(add, "rolled-spoilt", 2)
     aliases.promote("1", "passed")
     aliases.promote("2", "passed")
@@ -334,7 +336,7 @@ def test_a_rollback_checks_the_files_too(add):
     assert aliases.current() == {"champion": "2", "previous": "1"}
 
 
-def test_what_is_not_there(add):
+def test_what_is_not_there(add: Add) -> None:
     aliases = made(add, "few", 1)
     with refused("few has no version 7; it has 1"):
         aliases.promote("7", "passed")

@@ -15,6 +15,7 @@ from tests import mlflow_database, tiny
 from tests.mlflow_server import Server
 from tests.refused import refused
 from tests.s3_server import Faults
+from tests.s3_server import Server as S3Server
 
 
 @pytest.fixture
@@ -28,12 +29,16 @@ def check(config: Config) -> None:
     start.check_artifacts(config, start.resolve_uri(config))
 
 
-def test_a_good_store_passes_and_nothing_is_left(s3_server, bucket, config):
+def test_a_good_store_passes_and_nothing_is_left(
+    s3_server: S3Server, bucket: str, config: Config
+) -> None:
     check(config)
     assert s3_server.keys(bucket) == []
 
 
-def test_a_runs_files_and_model_lie_in_the_bucket(s3_server, bucket, config, merged, tmp_path):
+def test_a_runs_files_and_model_lie_in_the_bucket(
+    s3_server: S3Server, bucket: str, config: Config, merged: Path, tmp_path: Path
+) -> None:
     check(config)
     tracker = start.start_run(config, "test", {})
     tracker.text("{}", "parity.json")
@@ -48,7 +53,9 @@ def test_a_runs_files_and_model_lie_in_the_bucket(s3_server, bucket, config, mer
 
 
 @pytest.mark.parametrize("host", ["mlflow.internal", "127.0.0.1"])
-def test_a_folder_of_the_servers_machine_is_told_before_a_training(tmp_path, host):
+def test_a_folder_of_the_servers_machine_is_told_before_a_training(
+    tmp_path: Path, host: str
+) -> None:
     """With --no-serve-artifacts MLflow creates the server's folder on the client; as root in a container this works."""
     place, uri = tmp_path / "server" / "artifacts" / "1", f"http://{host}:5000"
     with refused(f"{uri} keeps files in its folder {place}"):
@@ -58,7 +65,7 @@ def test_a_folder_of_the_servers_machine_is_told_before_a_training(tmp_path, hos
     start.probe(str(place), uri)
 
 
-def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path):
+def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path: Path) -> None:
     """MLflow calls the store of such a server mlflow-artifacts:/ID, without the server's name."""
     server = Server(tmp_path)
     server.wait()
@@ -74,15 +81,15 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
         server.kill()
 
 
-def test_a_store_without_time(s3_server, config):
+def test_a_store_without_time(s3_server: S3Server, config: Config) -> None:
     s3_server.faults = Faults(refuse=-1)
     with refused("MLflow's artifact store", TryAgain):
         check(config)
 
 
 def test_a_store_that_goes_away_while_a_model_is_logged_is_unavailable(
-    s3_server, config, merged, monkeypatch
-):
+    s3_server: S3Server, config: Config, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same command finishes the work later: exit code 75, no traceback."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     tracker = start.start_run(config, "test", {})

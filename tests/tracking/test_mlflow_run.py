@@ -33,7 +33,7 @@ def status(tracker: Tracker) -> str:
     return str(tracker.client().get_run(tracker.run_id).info.status)
 
 
-def test_the_next_attempt_resumes_the_run(config):
+def test_the_next_attempt_resumes_the_run(config: Config) -> None:
     ids = Ids()
     with mlflow_run(config, {"a": "b"}, ids, {"x": 1}, parent="above") as first:
         assert first.flush(20)
@@ -56,7 +56,9 @@ def test_the_next_attempt_resumes_the_run(config):
         (TakenOver("another driver works on it", 75), "FAILED", "RUNNING"),
     ],
 )
-def test_an_end_before_the_end_is_told(config, error, after_error, expected):
+def test_an_end_before_the_end_is_told(
+    config: Config, error: BaseException, after_error: str, expected: str
+) -> None:
     with (
         pytest.raises(type(error)) as caught,
         mlflow_run(config, {}, Ids(), {}, after_error=after_error) as tracker,  # type: ignore[arg-type]
@@ -77,8 +79,8 @@ def delete_and_write(tracker: Tracker, experiment: bool) -> None:
 
 @pytest.mark.parametrize("experiment", [False, True])
 def test_a_run_that_somebody_deletes_is_one_line_and_the_next_attempt_has_a_new_one(
-    tmp_path, experiment
-):
+    tmp_path: Path, experiment: bool
+) -> None:
     """MLflow refuses the model of a deleted run, which shows only after the training."""
     config = tiny.config(run__storage=str(mlflow_database.place(tmp_path)))
     ids = Ids()

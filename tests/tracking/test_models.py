@@ -23,7 +23,7 @@ def mlflow_there(triage: run.Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", triage.uri)
 
 
-def test_the_version_has_alias_tags_run_and_model(triage):
+def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
     version = triage.client().get_model_version_by_alias("triage", "candidate")
     assert version.run_id == triage.run_id
     text = (Path(version.source) / checksums.FILE).read_text()
@@ -41,7 +41,7 @@ def test_the_version_has_alias_tags_run_and_model(triage):
 
 
 @pytest.mark.usefixtures("mlflow_there")
-def test_mlflow_serves_it_as_a_chat_model():
+def test_mlflow_serves_it_as_a_chat_model() -> None:
     import mlflow.pyfunc
     from mlflow.pyfunc.scoring_server import init
     from starlette.testclient import TestClient
@@ -60,7 +60,7 @@ def test_mlflow_serves_it_as_a_chat_model():
 
 
 @pytest.mark.usefixtures("mlflow_there")
-def test_the_requirements_are_those_of_serving(triage):
+def test_the_requirements_are_those_of_serving(triage: run.Tracker) -> None:
     import mlflow.pyfunc
 
     needed = (
@@ -70,13 +70,13 @@ def test_the_requirements_are_those_of_serving(triage):
     assert not any("+" in line for line in needed), "no local version that an index does not have"
 
 
-def test_one_copy_of_the_weights(triage, merged, database):
+def test_one_copy_of_the_weights(triage: run.Tracker, merged: Path, database: Path) -> None:
     (copy,) = list(database.rglob("*.safetensors"))
     assert copy.read_bytes() == (merged / "model.safetensors").read_bytes()
     assert copy.stat().st_mode & 0o777 == 0o644
 
 
-def test_registering_again_gives_the_same_version(triage, merged):
+def test_registering_again_gives_the_same_version(triage: run.Tracker, merged: Path) -> None:
     client = triage.client()
     client.delete_registered_model_alias("triage", "candidate")  # as if killed before setting it
     assert models.register(triage, Contents(merged), "triage", "candidate", TAGS) == 1
@@ -84,7 +84,9 @@ def test_registering_again_gives_the_same_version(triage, merged):
     assert len(client.search_model_versions("name = 'triage'")) == 1
 
 
-def test_a_run_that_was_made_longer_has_a_version_of_each_length(tracker, merged):
+def test_a_run_that_was_made_longer_has_a_version_of_each_length(
+    tracker: run.Tracker, merged: Path
+) -> None:
     numbers = [
         models.register(
             tracker, Contents(merged), "longer", "candidate", {checksums.SETTINGS: settings}
@@ -101,7 +103,9 @@ def test_a_run_that_was_made_longer_has_a_version_of_each_length(tracker, merged
     ]
 
 
-def test_a_copy_that_was_interrupted_is_filled_again(tracker, merged, monkeypatch):
+def test_a_copy_that_was_interrupted_is_filled_again(
+    tracker: run.Tracker, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -121,8 +125,8 @@ def test_a_copy_that_was_interrupted_is_filled_again(tracker, merged, monkeypatc
 
 
 def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
-    triage, tracker, merged
-):
+    triage: run.Tracker, tracker: run.Tracker, merged: Path
+) -> None:
     for place, one in enumerate((triage, tracker), 1):
         assert models.register(one, Contents(merged), "direct", "champion", TAGS) == place
     assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
@@ -137,8 +141,8 @@ def another_run(database: Path) -> run.Tracker:
 
 
 def test_registering_again_undoes_no_rollback_and_pushes_out_no_newer_version(
-    tracker, database, merged
-):
+    tracker: run.Tracker, database: Path, merged: Path
+) -> None:
     first, second = tracker, another_run(database)
     aliases = Aliases(tracker.uri, "again")
     for one in (first, second):
@@ -151,7 +155,9 @@ def test_registering_again_undoes_no_rollback_and_pushes_out_no_newer_version(
     assert aliases.version("2").tags[GATE] == "rolled back: bad"
 
 
-def test_a_base_model_without_a_chat_template_completes(tracker, merged, tmp_path):
+def test_a_base_model_without_a_chat_template_completes(
+    tracker: run.Tracker, merged: Path, tmp_path: Path
+) -> None:
     import mlflow.pyfunc
 
     plain = shutil.copytree(merged, tmp_path / "plain")

@@ -49,7 +49,9 @@ def tracked(place: Path, ids: Ids) -> str:
 
 
 @pytest.mark.parametrize("copied", [False, True])
-def test_the_run_continues_where_the_storage_lies_now(tmp_path, ids, copied):
+def test_the_run_continues_where_the_storage_lies_now(
+    tmp_path: Path, ids: Ids, copied: bool
+) -> None:
     before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
     first = tracked(before, ids)
     assert first.startswith(f"{before}/mlartifacts/")
@@ -69,7 +71,7 @@ def test_the_run_continues_where_the_storage_lies_now(tmp_path, ids, copied):
         registry.main(["moved", str(before), str(now)])
 
 
-def test_a_registered_model_is_found_where_the_storage_lies_now(tmp_path, ids):
+def test_a_registered_model_is_found_where_the_storage_lies_now(tmp_path: Path, ids: Ids) -> None:
     """Even before the first run there, because that run may use it as its base model."""
     before, now = mlflow_database.place(tmp_path / "before"), tmp_path / "now"
     tracked(before, ids)
@@ -85,7 +87,7 @@ def test_a_registered_model_is_found_where_the_storage_lies_now(tmp_path, ids):
     assert str(found.folder) == version.source.replace(str(before), str(now))
 
 
-def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path, ids):
+def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path: Path, ids: Ids) -> None:
     shared, own = mlflow_database.place(tmp_path / "shared"), tmp_path / "own"
     config = tiny.config(run__storage=str(own), tracking__uri=f"sqlite:///{shared}/mlflow.db")
     with mlflow_run(config, {}, ids, {}) as tracker:
@@ -93,14 +95,14 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(tmp_path, ids):
     assert tracked(shared, ids).startswith(f"{own}/mlartifacts/")
 
 
-def test_a_storage_that_is_reached_by_two_paths_was_not_moved(tmp_path, ids):
+def test_a_storage_that_is_reached_by_two_paths_was_not_moved(tmp_path: Path, ids: Ids) -> None:
     storage = mlflow_database.place(tmp_path / "storage")
     (tmp_path / "link").symlink_to(storage)
     first = tracked(storage, ids)
     assert tracked(tmp_path / "link", ids) == first
 
 
-def test_a_database_that_is_no_sqlite_file_is_not_corrected(tmp_path):
+def test_a_database_that_is_no_sqlite_file_is_not_corrected(tmp_path: Path) -> None:
     with refused("only an SQLite database"):
         relocate_artifacts("/a", "/b", "http://mlflow:5000")
     with refused("mlflow.db is missing"):

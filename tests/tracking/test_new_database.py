@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 CODE = "import sys; from olora_ray.tracking.client import check_uri; sys.stdin.readline(); check_uri(sys.argv[1])"
 
 
-def test_a_new_database_can_be_opened_by_several_processes_at_once(tmp_path):
+def test_a_new_database_can_be_opened_by_several_processes_at_once(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     command = [sys.executable, "-c", CODE, uri]
     pipe = subprocess.PIPE

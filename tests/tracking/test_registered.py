@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.tracking import models
+from olora_ray.tracking import models, run
 from olora_ray.tracking.models import Contents
 from tests.refused import refused
 from tests.said import said
 
 
-def test_a_registered_model_as_a_base_model(triage, merged, tmp_path):
+def test_a_registered_model_as_a_base_model(
+    triage: run.Tracker, merged: Path, tmp_path: Path
+) -> None:
     folder = models.find("models:/triage@candidate", triage.uri, tmp_path).folder
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         path.name for path in merged.iterdir()
@@ -29,12 +31,14 @@ def test_a_registered_model_as_a_base_model(triage, merged, tmp_path):
         ("models:/triage", "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
 )
-def test_a_registered_model_that_is_not_there(triage, tmp_path, name, message):
+def test_a_registered_model_that_is_not_there(
+    triage: run.Tracker, tmp_path: Path, name: str, message: str
+) -> None:
     with refused(message):
         models.find(name, triage.uri, tmp_path)
 
 
-def test_a_version_that_is_no_transformers_model(tracker, tmp_path):
+def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path: Path) -> None:
     (tmp_path / "model.pkl").write_text("")
     tracker.client().create_registered_model("sklearn")
     tracker.client().create_model_version("sklearn", str(tmp_path))
@@ -43,8 +47,8 @@ def test_a_version_that_is_no_transformers_model(tracker, tmp_path):
 
 
 def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
-    triage, merged, tmp_path, monkeypatch
-):
+    triage: run.Tracker, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow.artifacts
 
     fetched = []
@@ -69,7 +73,9 @@ def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
 
 
 @pytest.mark.parametrize("name", ["model/adapter_config.json", "model/chat_template.jinja"])
-def test_a_version_with_added_or_changed_files_is_not_loaded(tracker, merged, name):
+def test_a_version_with_added_or_changed_files_is_not_loaded(
+    tracker: run.Tracker, merged: Path, name: str
+) -> None:
     version = models.register(tracker, Contents(merged), "spoilt", "candidate", {})
     uri = f"models:/spoilt/{version}"
     file = models.find(uri, tracker.uri, merged.parent).folder.parent / name
@@ -79,7 +85,7 @@ def test_a_version_with_added_or_changed_files_is_not_loaded(tracker, merged, na
         models.find(uri, tracker.uri, merged.parent)
 
 
-def test_a_version_of_others_is_loaded_with_a_warning(tracker, merged):
+def test_a_version_of_others_is_loaded_with_a_warning(tracker: run.Tracker, merged: Path) -> None:
     tracker.client().create_registered_model("others")
     tracker.client().create_model_version("others", str(merged))
     with said() as lines:

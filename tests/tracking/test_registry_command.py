@@ -20,7 +20,7 @@ def run(*words: str) -> None:
     registry.main(list(words))
 
 
-def test_from_list_to_rollback(add, capsys):
+def test_from_list_to_rollback(add: Add, capsys: pytest.CaptureFixture[str]) -> None:
     (uri, _), _ = add("by-hand"), add("by-hand")
     at = ("--tracking-uri", uri)
     run("promote", "by-hand", "1", *at)
@@ -56,7 +56,7 @@ def test_from_list_to_rollback(add, capsys):
         (["list", "' OR name != '"], "with a version"),
     ],
 )
-def test_mistakes(add, words, message, database):
+def test_mistakes(add: Add, words: list[str], message: str, database: object) -> None:
     uri = f"sqlite:///{database}/mlflow.db"
     if not Aliases(uri, "known").versions():
         add("known")
@@ -64,7 +64,9 @@ def test_mistakes(add, words, message, database):
         run(*words, "--tracking-uri", uri)
 
 
-def test_an_address_may_lie_in_a_variable_or_a_file(add, tmp_path, monkeypatch, capsys):
+def test_an_address_may_lie_in_a_variable_or_a_file(
+    add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Like in tracking.uri, the password is neither in a config nor in the list of processes."""
     uri, _ = add("kept")
     monkeypatch.setenv("OUR_MLFLOW", uri)
@@ -78,7 +80,7 @@ def test_an_address_may_lie_in_a_variable_or_a_file(add, tmp_path, monkeypatch, 
         run("list", "kept", "--tracking-uri", "postgresql://ann:c4n4ry@db/mlflow")
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(add):
+def test_a_mistake_is_one_line_and_exit_code_2(add: Add) -> None:
     uri, _ = add("process")
     command = [sys.executable, str(ROOT / "pipelines" / "registry.py"), "rollback", "process"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}

@@ -45,7 +45,7 @@ def run_of(tracker: tracking.Tracker) -> Any:
     return tracker.client().get_run(tracker.run_id)
 
 
-def test_where_runs_are_tracked(monkeypatch, tmp_path):
+def test_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_uri(tiny.config(run__storage="runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert resolve_uri(tiny.config(tracking__uri="sqlite:///a.db")) == f"sqlite:///{tmp_path}/a.db"
@@ -55,7 +55,9 @@ def test_where_runs_are_tracked(monkeypatch, tmp_path):
     assert resolve_uri(tiny.config(tracking__uri="http://other")) == "http://other"
 
 
-def test_another_process_is_told_where_runs_are_tracked(monkeypatch, tmp_path):
+def test_another_process_is_told_where_runs_are_tracked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     for uri, told in (
         (None, f"sqlite:///{tmp_path}/runs/mlflow.db"),
@@ -75,7 +77,9 @@ def test_another_process_is_told_where_runs_are_tracked(monkeypatch, tmp_path):
     assert everywhere(tiny.config(tracking__uri="env:PLAIN")) == "http://other:5000"
 
 
-def test_a_database_outlasts_the_job_that_names_it_by_a_relative_path(monkeypatch, tmp_path):
+def test_a_database_outlasts_the_job_that_names_it_by_a_relative_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     job.mkdir(parents=True)
     monkeypatch.chdir(job)
@@ -92,7 +96,7 @@ def test_a_database_outlasts_the_job_that_names_it_by_a_relative_path(monkeypatc
     )
 
 
-def test_a_remote_storage_needs_a_server():
+def test_a_remote_storage_needs_a_server() -> None:
     with refused("tracking.uri"):
         resolve_uri(tiny.config(run__storage="s3://bucket/runs"))
 
@@ -129,7 +133,7 @@ def answering(status: int, text: bytes) -> Iterator[str]:
         ("sqlite:////etc/hostname", "the database cannot be used"),
     ],
 )
-def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri, message):
+def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, message: str) -> None:
     import mlflow  # noqa: F401 - its import is not what is timed
 
     begin = time.perf_counter()
@@ -151,13 +155,17 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri, message):
         ),
     ],
 )
-def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(status, text, message):
+def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(
+    status: int, text: bytes, message: str
+) -> None:
     with answering(status, text) as uri, refused(message) as caught:
         client_module.check_uri(uri)
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_has_tags_and_a_place_beside_the_storage(tracker, storage):
+def test_a_run_has_tags_and_a_place_beside_the_storage(
+    tracker: tracking.Tracker, storage: Path
+) -> None:
     run = run_of(tracker)
     assert run.info.run_name == "test"
     assert run.info.artifact_uri.startswith(f"{storage}/mlartifacts/")
@@ -167,7 +175,9 @@ def test_a_run_has_tags_and_a_place_beside_the_storage(tracker, storage):
     assert tracker.url() is None
 
 
-def test_params_again_with_long_and_changed_values(tracker, settings):
+def test_params_again_with_long_and_changed_values(
+    tracker: tracking.Tracker, settings: Config
+) -> None:
     tracker.params(flatten(settings) | {"long": "x" * 7000})
     tracker.params(flatten(settings))
     tracker.params(flatten(settings) | {"cluster.workers": 8})
@@ -179,7 +189,7 @@ def test_params_again_with_long_and_changed_values(tracker, settings):
     assert run.data.tags["resumed.cluster.workers"] == "8"
 
 
-def test_datasets_are_inputs(tracker):
+def test_datasets_are_inputs(tracker: tracking.Tracker) -> None:
     for _ in range(2):
         tracker.dataset("train", "d" * 64, "s3://bucket/train.jsonl", 400)
         tracker.dataset("eval", "e" * 64, "/data/eval.jsonl", 80, "evaluation")
@@ -191,7 +201,7 @@ def test_datasets_are_inputs(tracker):
     assert inputs["eval"].tags[0].value == "evaluation"
 
 
-def test_a_deleted_experiment(settings, storage):
+def test_a_deleted_experiment(settings: Config, storage: Path) -> None:
     other = tiny.config(run__storage=str(storage), tracking__experiment="gone")
     client = client_module.connect(resolve_uri(settings))
     client.delete_experiment(client.create_experiment("gone"))
@@ -199,7 +209,7 @@ def test_a_deleted_experiment(settings, storage):
         start_run(other, "test", {})
 
 
-def test_nothing_is_printed(tmp_path, capfd):
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tracker = start_run(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
     tracker.metrics({0: {"a": 1.0}})
     tracker.watch_system(0.1)

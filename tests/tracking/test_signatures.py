@@ -41,12 +41,12 @@ def make_keys(place: Path) -> tuple[Path, Path]:
 
 
 def test_a_signed_version_is_checked_here_and_on_a_server_without_this_project(
-    add,
-    keys,
-    tmp_path,
-    capsys,
-    monkeypatch,
-):
+    add: Add,
+    keys: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (private, public), (uri, number) = keys, add("signed")
     at = ["--tracking-uri", uri, "--key"]
     with refused("model.sig"):
@@ -88,7 +88,9 @@ def elsewhere(folder: Path, public: Path, code: int) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_signature_of_another_version_and_a_changed_file_are_refused(add, keys):
+def test_the_signature_of_another_version_and_a_changed_file_are_refused(
+    add: Add, keys: tuple[Path, Path]
+) -> None:
     (private, public), (uri, first), (_, second) = keys, add("swapped"), add("swapped")
     aliases = Aliases(uri, "swapped")
     for number in (first, second):
@@ -108,7 +110,9 @@ def test_the_signature_of_another_version_and_a_changed_file_are_refused(add, ke
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_key_that_cannot_sign_is_refused_before_a_training(public, keys, tmp_path):
+def test_a_key_that_cannot_sign_is_refused_before_a_training(
+    public: bool, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
     file = tmp_path / "wrong.pem"
     file.write_text(keys[1].read_text() if public else "no key")
     with refused("wrong.pem"):

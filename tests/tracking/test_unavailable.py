@@ -146,13 +146,13 @@ def _away(seen: Outage) -> None:
     seen.flushed_while_away = seen.training.flush(0.2)
 
 
-def test_the_series_has_no_gap_and_no_step_twice(outage):
+def test_the_series_has_no_gap_and_no_step_twice(outage: Outage) -> None:
     for name in ("train/loss", "train/lr"):
         expected = [(step, row[name]) for step, row in rows(0, 40).items()]
         assert sorted(series(outage.training, name)) == expected
 
 
-def test_a_run_taken_up_while_the_server_is_away_has_no_step_twice(outage):
+def test_a_run_taken_up_while_the_server_is_away_has_no_step_twice(outage: Outage) -> None:
     for name in ("train/loss", "train/lr"):
         expected = [(step, row[name]) for step, row in rows(0, 50).items()]
         assert sorted(series(outage.taken_up, name)) == expected
@@ -163,14 +163,14 @@ def test_a_run_taken_up_while_the_server_is_away_has_no_step_twice(outage):
     assert outage.statuses == ["RUNNING", "RUNNING"]
 
 
-def test_training_does_not_wait(outage):
+def test_training_does_not_wait(outage: Outage) -> None:
     assert outage.asked_here == 0
     assert outage.pending == 100  # MLflow has not been asked yet for its values
     assert not outage.flushed_while_away
     assert outage.upload < 15
 
 
-def test_one_line_when_it_goes_and_one_when_it_is_back(outage):
+def test_one_line_when_it_goes_and_one_when_it_is_back(outage: Outage) -> None:
     gone = [line for line in outage.messages if line.startswith("MLflow does not answer (")]
     back = [line for line in outage.messages if line.startswith("MLflow answers again, ")]
     assert len(gone) == len(back) == 2  # one per tracker
@@ -183,7 +183,7 @@ def test_one_line_when_it_goes_and_one_when_it_is_back(outage):
     ), gone
 
 
-def test_the_end_says_so_when_mlflow_does_not_answer():
+def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
     others = threads()
     tracker = run.Tracker(CLOSED, "0" * 32)
     tracker.watch_system(0.1)
@@ -193,7 +193,7 @@ def test_the_end_says_so_when_mlflow_does_not_answer():
     assert threads() == others
 
 
-def test_a_new_run_needs_mlflow_and_a_known_one_does_not():
+def test_a_new_run_needs_mlflow_and_a_known_one_does_not() -> None:
     with refused("no MLflow server answers", reach.TrackingUnavailable):
         start_run(settings(CLOSED), "new", {})
     known = start_run(settings(CLOSED), "known", {}, "0" * 32)
@@ -202,7 +202,7 @@ def test_a_new_run_needs_mlflow_and_a_known_one_does_not():
         known.end(seconds=0.1)
 
 
-def test_a_server_that_hangs(monkeypatch):
+def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     reach.connect(CLOSED)
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "8"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -247,7 +247,7 @@ DENIALS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("case", DENIALS)
-def test_a_refused_access_is_one_line(address, case):
+def test_a_refused_access_is_one_line(address: str, case: str) -> None:
     """No traceback: a token may have expired during the run, or lack a permission."""
     local(address).end()
     with refused("access is refused") as caught, reach.reachable(address):
@@ -255,7 +255,7 @@ def test_a_refused_access_is_one_line(address, case):
     assert caught.value.exit_code == 2
 
 
-def test_a_database_that_has_no_room_for_another_client_is_waited_for(address):
+def test_a_database_that_has_no_room_for_another_client_is_waited_for(address: str) -> None:
     """Unlike a refused password, it may pass: with exit code 75 a night is tried again."""
     local(address).end()
     with (
@@ -272,8 +272,8 @@ def test_a_database_that_has_no_room_for_another_client_is_waited_for(address):
 
 
 def test_the_driver_of_a_database_that_is_not_installed_is_named(
-    monkeypatch,
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for driver in ("psycopg", "psycopg2"):  # psycopg2 for SQLAlchemy before 2.1
         monkeypatch.setitem(sys.modules, driver, None)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -283,7 +283,9 @@ def test_the_driver_of_a_database_that_is_not_installed_is_named(
     assert str(caught.value).startswith(f"tracking.uri={address}: needs the Python package psycopg")
 
 
-def test_a_server_of_mlflow_2_is_refused_before_a_training(address, monkeypatch):
+def test_a_server_of_mlflow_2_is_refused_before_a_training(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has no logged models, which showed only when the model was registered."""
 
     def search(*_: object, **__: object) -> object:

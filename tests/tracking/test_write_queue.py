@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 from olora_ray.tracking import run
 from tests.tracking.one_run import local, rows, series, steps
 from tests.waiting import until
@@ -13,7 +15,7 @@ from tests.waiting import until
 SYSTEM = "system/cpu_utilization_percentage"
 
 
-def test_a_run_taken_up_again_ignores_what_mlflow_has(address):
+def test_a_run_taken_up_again_ignores_what_mlflow_has(address: str) -> None:
     first = local(address)
     first.watch_system(0.1)
     first.metrics(rows(0, 30))
@@ -37,7 +39,9 @@ def test_a_run_taken_up_again_ignores_what_mlflow_has(address):
     assert len(after) > len(before) > 0
 
 
-def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(address, caplog):
+def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
     tracker = local(address)
     tracker.params({"not?allowed": 1})
     tracker.metrics({step: {"a": 1.0, "not?allowed": 2.0, "b": 3.0} for step in range(3)})
@@ -50,8 +54,8 @@ def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(address, capl
 
 
 def test_a_write_that_the_server_always_fails_at_is_dropped(
-    caplog,
-):
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Regression: HTTP 500 for one key, as for an emoji in a MySQL column, ended every run with exit code 75."""
     written: dict[str, list[int]] = {}
     with mlflow_that_fails_at({"bad"}, written) as uri:
@@ -70,8 +74,8 @@ def test_a_write_that_the_server_always_fails_at_is_dropped(
 
 
 def test_a_server_that_fails_at_all_writes_for_a_while_loses_none(
-    caplog,
-):
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A read-only database answers reads, and is no reason to drop a metric."""
     written: dict[str, list[int]] = {}
     with mlflow_that_fails_at(failing := {"a", "olora.can_be_written"}, written) as uri:
@@ -120,7 +124,7 @@ def mlflow_that_fails_at(keys: set[str], written: dict[str, list[int]]) -> Itera
         server.shutdown()
 
 
-def test_a_run_that_was_deleted_meanwhile(address, caplog):
+def test_a_run_that_was_deleted_meanwhile(address: str, caplog: pytest.LogCaptureFixture) -> None:
     tracker = local(address)
     tracker.client().delete_run(tracker.run_id)
     for gone in (tracker.run_id, "0" * 32):

@@ -41,7 +41,7 @@ FIRST = (
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in ODD]
 )
-def test_whatever_a_search_is_it_can_be_drawn(name):
+def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         drawn = render({figure: partial(draw, ODD[name]) for figure, draw in FIGURES.items()})
@@ -52,7 +52,7 @@ def test_whatever_a_search_is_it_can_be_drawn(name):
 @pytest.mark.parametrize(
     "record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"]
 )
-def test_no_word_is_cut_off_and_no_two_labels_overlap(draw, record):
+def test_no_word_is_cut_off_and_no_two_labels_overlap(draw: Draw, record: SearchRecord) -> None:
     drawn = draw(record)
     drawn.draw_without_rendering()
     axes = drawn.axes[0]
@@ -64,7 +64,7 @@ def test_no_word_is_cut_off_and_no_two_labels_overlap(draw, record):
         assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
 
 
-def test_curves_show_where_trials_were_stopped():
+def test_curves_show_where_trials_were_stopped() -> None:
     record = realistic()
     stopped = [trial for trial in record.trials if trial.status == "stopped"]
     ends = {(line.get_xdata()[-1], line.get_ydata()[-1]) for line in curves(record).axes[0].lines
@@ -74,7 +74,7 @@ def test_curves_show_where_trials_were_stopped():
     assert {f"stopped ({len(stopped)})", "failed (1)", "trial 0, the default config"} <= set(shown)
 
 
-def test_a_diverged_curve_leaves_the_picture_and_this_is_said():
+def test_a_diverged_curve_leaves_the_picture_and_this_is_said() -> None:
     figure = curves(ODD["one diverged"])
     assert figure.axes[0].get_ylim()[1] < 2
     assert any("far worse, drawn at the edge or outside: 1 trial" in item for item in texts(figure))

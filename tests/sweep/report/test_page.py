@@ -16,7 +16,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_page_needs_nothing_else(folder):
+def test_the_page_needs_nothing_else(folder: Path) -> None:
     shown = (folder / "report.html").read_text()
     addresses = re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?([^"'\s)>]+)""", shown)
     assert len(
@@ -27,7 +27,7 @@ def test_the_page_needs_nothing_else(folder):
     assert "default-src 'none'" in shown
 
 
-def test_text_of_trials_cannot_become_html():
+def test_text_of_trials_cannot_become_html() -> None:
     shown = page.html(ODD["nasty text"], {})
     assert "<script>" not in shown
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;$a$" in shown
@@ -35,6 +35,6 @@ def test_text_of_trials_cannot_become_html():
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_every_search_has_a_page_with_all_its_trials(name):
+def test_every_search_has_a_page_with_all_its_trials(name: str) -> None:
     shown = page.html(ODD[name], {})
     assert shown.count("<tr") == 1 + len(ODD[name].trials)

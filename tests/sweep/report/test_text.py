@@ -11,7 +11,7 @@ def said(record: object) -> dict[str, str]:
     return dict(text.facts(record))  # type: ignore[arg-type]
 
 
-def test_the_best_is_compared_with_the_default():
+def test_the_best_is_compared_with_the_default() -> None:
     record = search([({"a": 1}, 2.0), ({"a": 2}, 1.5)], default=0)
     assert said(record)["best"] == "eval/loss 1.5 (trial 1): a=2"
     assert (
@@ -22,7 +22,7 @@ def test_the_best_is_compared_with_the_default():
     assert "no other trial was better" in said(higher)["default"]
 
 
-def test_a_search_in_which_all_failed_says_so():
+def test_a_search_in_which_all_failed_says_so() -> None:
     assert said(ODD["all failed"]) == {
         "best": "no trial has a value of eval/loss",
         "trials": "6 in 1 min 00 s: 6 failed",
@@ -30,7 +30,7 @@ def test_a_search_in_which_all_failed_says_so():
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_everything_can_be_said_and_tabled(name):
+def test_everything_can_be_said_and_tabled(name: str) -> None:
     record = ODD[name]
     assert text.lines(record)
     assert text.summary(record)
