@@ -113,7 +113,9 @@ def total_steps(train: Train, packs: int) -> int:
 
 def known_steps(train: Train, store: TokenStore) -> int | None:
     """Return the steps of a run; None while shards are missing that decide it. Looks for new shards."""
-    if train.steps is None and not store.has(sys.maxsize):
+    if train.steps:
+        return train.steps
+    if not store.has(sys.maxsize):
         return None
     return total_steps(train, len(store))
 

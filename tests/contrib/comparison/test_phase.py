@@ -68,7 +68,7 @@ LOADS = """
 import pickle, sys
 spec = pickle.load(open(sys.argv[1], "rb"))
 found = spec.spec_of(spec.config(3, {"place": 3}))
-print(found.config.adapter.method, found.train.digest, found.shared, *map(spec.values, (0,), ({},)))
+print(found.config.adapter.method, found.train.digest, found.shared, spec.space.trial_values(0, {}))
 """
 
 
