@@ -1,8 +1,8 @@
 """Small things to test with: random models, packs, stores in memory, configs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from olora_ray.tokens.manifest import Outline, ShardInfo
 from olora_ray.tokens.store import Front
 
 VOCABULARY = 96
-Known = TypeVar("Known", bound=Config)
 
 
 def llama(
@@ -135,7 +134,7 @@ def plan(config: Config, base: Any) -> None:
     prepare.tell(made)
 
 
-def read_as(config: Known) -> Known:
+def read_as(config: Config) -> Config:
     """The config with the formats that the first look finds."""
     from olora_ray.data import detect
 
@@ -226,7 +225,7 @@ class ListStore(Arrival):
             raise IndexError(index)
         return self._packs[index]
 
-    def counts(self, indices: Sequence[int]) -> Any:
+    def counts(self, indices: Iterable[int]) -> Any:
         """The size of these packs together."""
         from olora_ray.tokens import plan
 

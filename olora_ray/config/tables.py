@@ -173,11 +173,18 @@ METHODS = Table(
     },
 )
 
-
-EXPORTERS = Table("olora_ray.exporters", {"gguf": "olora_ray.contrib.gguf:EXPORTER"})
+EXPORTERS = Table(
+    "olora_ray.exporters",
+    {
+        "gguf": "olora_ray.contrib.gguf:EXPORTER",
+    },
+)
 
 OBJECTIVES = Table(
-    "olora_ray.objectives", {"tokens": "olora_ray.train.objectives.tokens:OBJECTIVE"}
+    "olora_ray.objectives",
+    {
+        "tokens": "olora_ray.train.objectives.tokens:OBJECTIVE",
+    },
 )
 
 OPTIMIZERS = Table(

@@ -18,7 +18,6 @@ from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.config.tables import EXPORTERS
 from olora_ray.model import stored
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
@@ -37,13 +36,16 @@ _RANK = 1
 
 
 def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[str]:
-    """Return one line per type of layer that can be trained but not exported, with the setting to change.
+    """Return one line per type of layer that can be trained but not exported, with the setting to change."""
+    lines = _of_adapter(base, config, list(targets))
+    if config.export.also and not lines:
+        lines = [*exporter.problems(base, skeleton(base, config.model), config)]
+    return lines
 
-    `targets` are the full names of the layers to adapt. A result without problems is cached on this node.
-    """
-    names = list(targets)
-    plugins = [EXPORTERS.plugin(name) for name in config.export.also]
-    tried = (base, config.model, config.adapter, config.export, plugins)
+
+def _of_adapter(base: BaseModel, config: Config, names: Sequence[str]) -> list[str]:
+    # `names` are the full names of the layers to adapt. A result without problems is cached on this node.
+    tried = (base, config.model, config.adapter, config.export.merged)
     entry = node_cache.result_path("export-trials", *map(repr, tried), *names)
     if base.digest and node_cache.read(entry) == _PASSED:
         return []
@@ -54,7 +56,6 @@ def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[st
         lines = _unreadable(model, config, names)
         if config.export.merged:
             lines += _unmergeable(folder, model, names)
-        lines += exporter.problems(base, model, config)
     if base.digest and not lines:
         node_cache.keep(entry, _PASSED)
     return lines

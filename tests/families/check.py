@@ -155,7 +155,9 @@ def _start(state: State) -> None:
     row.packs = bool(decide(config.data.packing) if decide else config.data.packing)
     train: Any = tiny.ListStore(state.packs)
     held_out: Any = tiny.ListStore(HELD_OUT if row.packs else tiny.unpacked(HELD_OUT))
-    state.spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
+    state.spec = TrainSpec(
+        tiny.decided(config), base.model, base.spec.digest, base.eos, train, held_out
+    )
     state.context = SharedBaseContext(SharedBase.of(state.spec, CPU))
     checkpoints = RunFolder(config.folder()).checkpoints
     start = starting_point(state.context, state.spec, checkpoints)

@@ -71,8 +71,10 @@ def test_what_cannot_be_written_is_refused_before_the_training(
 ) -> None:
     tiny.llama().save_pretrained(tmp_path)
     config = tiny.config(model__name=str(tmp_path), data__max_length=64, **changes)
+    base = BaseModel(str(tmp_path), str(tmp_path), str(tmp_path))
+    tiny.plan(override(config, {"export.also": {"notes": "short"}, "run.name": "fine"}), base)
     with pytest.raises(UserError) as error:
-        tiny.plan(config, BaseModel(str(tmp_path), str(tmp_path), ""))
+        tiny.plan(config, base)
     assert str(error.value) == line
 
 
