@@ -1,8 +1,8 @@
 """List the runs, searches and comparisons of a storage, or show what one decided. Writes and starts nothing.
 
     olora-ray runs [STORAGE]        a folder or URI as in run.storage; the default is ./runs
-    olora-ray runs show RUN         its name in ./runs, or its folder: each field that was asked for as auto, with the
-                                    value that was decided, and why (decided.json)
+    olora-ray runs show RUN         its name in ./runs, or its folder: each field that was decided (decided.json), set or
+                                    measured, with its value, and why
 
 Each line of the list has the name, the state, the steps done / all steps, the held-out loss before > after training,
 the registered version, the base model, the data, and the time of the last change. The newest line is the last. Until a
@@ -22,8 +22,9 @@ from olora_ray.common import lock, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import aligned, minute
 from olora_ray.config import command_line
-from olora_ray.config.schema import IN_STORAGE
-from olora_ray.pipeline.run_folder import read_decisions
+from olora_ray.config.load import leaves
+from olora_ray.config.schema import IN_STORAGE, Config
+from olora_ray.pipeline.run_folder import RunFolder, read_decisions
 
 HEAD = ("name", "state", "steps", "loss", "version", "model", "data", "changed")
 KINDS = {
@@ -68,13 +69,30 @@ def show(arguments: Sequence[str]) -> None:
                     f"{name}: no run has this name in ./runs, and no run lies in this folder"
                 )
         decisions = read_decisions(place)
-    if not decisions:
-        print("nothing was asked for as auto: config.yaml has all values")
-        return
+        state = RunFolder(place).state()
     rows = [
         (field, json.dumps(decision.value), decision.why) for field, decision in decisions.items()
     ]
-    print("\n".join(aligned([("field", "decided", "why"), *rows])))
+    result = state.result or {}
+    measured = {
+        "model.dtype": state.precision,
+        "model.attention": result.get("self_test", {}).get("attention"),
+        "train.lr": result.get("automatic_lr"),
+    }
+    for field, value in _set(state.config).items():
+        measured.pop(field, None)
+        if not field.startswith(tuple(decisions)):
+            rows.append((field, json.dumps(value), "set in the config"))
+    for field, value in measured.items():
+        if value is not None:
+            rows.append((field, json.dumps(value), "the workers measured it"))
+    print("\n".join(aligned([("field", "value", "why"), *rows])))
+
+
+def _set(config: Config | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    return dict(leaves(config.model_dump(mode="json", exclude_defaults=True), ""))
 
 
 def _is_run(folder: str) -> bool:

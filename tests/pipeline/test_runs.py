@@ -86,17 +86,26 @@ def test_a_folder_without_runs_is_an_error_if_it_is_named(
     assert capsys.readouterr().out == f"no runs in {tmp_path}/runs\n"
 
 
-def test_what_a_run_decided_is_shown_with_its_reasons(
+def test_what_a_run_decided_and_was_given_is_shown_with_its_reasons(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made(str(tmp_path / "runs"), "mine")
     why = "3 would need about 81.2 GiB on each GPU"
-    folder.write_config(tiny.config(), {"train.micro_batch": Decision(2, why)}, folder.state())
+    folder.write_config(
+        tiny.config(train__steps=6, train__lr="auto"),
+        {"train.micro_batch": Decision(2, why)},
+        folder.state(),
+    )
+    folder.write_result({**RESULT, "automatic_lr": 0.002})
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "runs/mine", folder.root):
         runs.main(["show", name])
-        head, line = capsys.readouterr().out.splitlines()
-        assert head.split() == ["field", "decided", "why"]
-        assert line.split(maxsplit=2) == ["train.micro_batch", "2", why]
+        head, decision, *others = capsys.readouterr().out.splitlines()
+        assert head.split() == ["field", "value", "why"]
+        assert decision.split(maxsplit=2) == ["train.micro_batch", "2", why]
+        values = {line.split()[0]: line.split()[1] for line in others}
+        assert values["train.steps"] == "6"
+        assert values["train.lr"] == "0.002"
+        assert "train.epochs" not in values
     with refused("another: no run"):
         runs.main(["show", "another"])
