@@ -1,8 +1,8 @@
 """List the runs, searches and comparisons of a storage, or show what one decided. Writes and starts nothing.
 
     olora-ray runs [STORAGE]        a folder or URI as in run.storage; the default is ./runs
-    olora-ray runs show RUN         its name in ./runs, or its folder: each field that was decided (decided.json), set or
-                                    measured, with its value, and why
+    olora-ray runs show RUN         its name in ./runs, or its folder: each field that was decided (decided.json),
+                                    set or measured, with its value, and why
 
 Each line of the list has the name, the state, the steps done / all steps, the held-out loss before > after training,
 the registered version, the base model, the data, and the time of the last change. The newest line is the last. Until a
