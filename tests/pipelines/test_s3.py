@@ -12,7 +12,7 @@ from olora_ray.common import storage
 from olora_ray.tracking.aliases import Aliases
 from tests.pipelines import project
 from tests.recovery import processes, runs
-from tests.recovery.runs import Clean, Fault, Run
+from tests.recovery.runs import EndState, Fault, Run
 from tests.s3_server import Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -33,7 +33,7 @@ def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+def local(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> EndState:
     """The run that nobody touched, on a local disk."""
     return runs.run_clean(tiny_project, tmp_path_factory.mktemp("local"))
 
@@ -65,7 +65,7 @@ def killed_and_resumed(
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_a_run_on_s3_that_is_killed_ends_as_an_untouched_one_on_a_disk(
     stage: str,
-    local: Clean,
+    local: EndState,
     tiny_project: Path,
     remote: dict[str, Any],
     tmp_path: Path,
@@ -73,9 +73,9 @@ def test_a_run_on_s3_that_is_killed_ends_as_an_untouched_one_on_a_disk(
 ) -> None:
     killed_and_resumed(tiny_project, tmp_path, remote, STAGES[stage])
     place = f"{remote['run__storage']}/small"
-    assert storage.read_bytes(f"{place}/{ADAPTER}") == local.end.adapter
+    assert storage.read_bytes(f"{place}/{ADAPTER}") == local.adapter
     result = json.loads(storage.read_text(f"{place}/result.json"))
-    assert result["metrics"]["eval/loss"] == local.end.result["metrics"]["eval/loss"]
+    assert result["metrics"]["eval/loss"] == local.result["metrics"]["eval/loss"]
     assert result["registered"]["version"] == 1
     assert storage.names(f"{place}/checkpoints")[-2:] == ["step-0000006", "step-0000008"]
 

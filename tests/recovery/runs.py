@@ -111,13 +111,10 @@ class Run:
     """Where the command is given."""
     driver: "subprocess.Popen[bytes] | None" = None
     attempts: int = 0
-    seconds: float = 0.0
-    _began: float = 0.0
 
     def start(self) -> None:
         """Give the command."""
         self.attempts += 1
-        self._began = time.monotonic()
         command = [
             *self.prefix,
             sys.executable,
@@ -139,11 +136,9 @@ class Run:
         """The command's exit code; negative after a signal."""
         assert self.driver is not None
         try:
-            code = self.driver.wait(seconds)
+            return self.driver.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"attempt {self.attempts} does not end\n{self.tail()}") from None
-        self.seconds += time.monotonic() - self._began
-        return code
 
     def attempt(self, seconds: float = ATTEMPT_SECONDS) -> int:
         """Give the command and wait for its end."""
@@ -238,18 +233,10 @@ class Run:
         return self.folder / f"attempt-{number or self.attempts}.{kind}"
 
 
-@dataclass(frozen=True)
-class Clean:
-    """A run nobody touched."""
-
-    end: "EndState"
-    seconds: float
-
-
 def run_clean(
     tiny_project: Path, folder: Path, seconds: float = ATTEMPT_SECONDS, **changes: Any
-) -> Clean:
-    """Run in peace what is interrupted elsewhere, within so many seconds."""
+) -> "EndState":
+    """What a run leaves in peace, within so many seconds, that is interrupted elsewhere."""
     with processes.scratch() as scratch:
         run = Run(written(tiny_project, folder, **changes), scratch)
         assert run.attempt(seconds) == 0, run.tail()
@@ -257,7 +244,7 @@ def run_clean(
         assert (run.initialised(), run.told_initialised(), run.resumptions()) == (1, 1, []), (
             run.tail()
         )
-    return Clean(end_state(folder), run.seconds)
+    return end_state(folder)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.recovery import processes, runs, table
-from tests.recovery.runs import Clean, Fault, Run
+from tests.recovery import processes, runs
+from tests.recovery.runs import EndState, Fault, Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # in make test: tests/pipelines/test_finetune.py
 
@@ -48,49 +47,20 @@ STEP_SECONDS = 0.1
 
 
 @pytest.fixture(scope="module")
-def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> EndState:
     return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"))
 
 
 @pytest.mark.parametrize(("what", "where"), CASES)
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(
-    what: str, where: str, clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+    what: str, where: str, clean: EndState, tiny_project: Path, tmp_path: Path
 ) -> None:
-    row = table.Row(f"{what}, {where}")
-    rows.append(row)
     with processes.scratch() as scratch:
         run = Run(runs.written(tiny_project, tmp_path), scratch, fault(what, where))
         interrupt(run, what, where)
-        row.again, row.lost = run.again(), run.seconds - clean.seconds
         end = runs.end_state(tmp_path)
-        row.same_bytes = end.adapter == clean.end.adapter
-        problems = [*runs.differences(end, clean.end), *log_problems(run, what, where)]
+        problems = [*runs.differences(end, clean), *log_problems(run, what, where)]
         assert not problems, "\n".join([*problems, run.tail()])
-    row.recovered = True
-
-
-def test_answers_before_training_are_kept_too(
-    tiny_project: Path, tmp_path: Path, rows: list[table.Row]
-) -> None:
-    answered: dict[str, Any] = {"evaluation__scorer": "exact_match", "evaluation__samples": 2}
-    for name in ("clean", "broken"):
-        (tmp_path / name).mkdir()
-    clean = runs.run_clean(tiny_project, tmp_path / "clean", **answered)
-    row = table.Row("kill everything, middle step, with answers")
-    rows.append(row)
-    with processes.scratch() as scratch:
-        run = Run(
-            runs.written(tiny_project, tmp_path / "broken", **answered),
-            scratch,
-            fault("kill everything", "middle step"),
-        )
-        interrupt(run, "kill everything", "middle step")
-        row.again, row.lost = run.again(), run.seconds - clean.seconds
-        end = runs.end_state(tmp_path / "broken")
-        row.same_bytes = end.adapter == clean.end.adapter
-        assert runs.differences(end, clean.end) == [], run.tail()
-        assert end.result["scores"] == clean.end.result["scores"], run.tail()
-    row.recovered = True
 
 
 def fault(what: str, where: str) -> Fault:
