@@ -80,6 +80,10 @@ class Crew:
             process.join()
 
 
+Crews = Callable[[int], Crew]
+"""What the fixture `crew` is: so many workers, of which each number is started once."""
+
+
 class _Trace:
     def __init__(self, text: str) -> None:
         self.text = text

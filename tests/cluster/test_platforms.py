@@ -1,12 +1,10 @@
 """Of what kind workers are, and what is said when it changes: their number is not part of it."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from olora_ray.cluster.worker_context import Platform, platform_warning, record_platforms
-from tests.crew import Crew
+from tests.crew import Crews
 
 CPU = torch.device("cpu")
 ONE: Platform = {"device": "cpu", "processor": "A (AVX512)", "threads": "1", "torch": "2.9.0"}
@@ -30,7 +28,7 @@ def test_what_changes_is_said_in_one_line(
     assert words is None or (line is not None and words in line and "\n" not in line)
 
 
-def test_all_workers_note_the_kinds_of_all(crew: Callable[[int], Crew]) -> None:
+def test_all_workers_note_the_kinds_of_all(crew: Crews) -> None:
     alike, other = crew(2).run(_noted, (1, 1)), crew(2).run(_noted, (1, 2))
     assert [len(found) for found in alike] == [1, 1]
     assert other[0] == other[1]

@@ -22,7 +22,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.refused import refused
@@ -49,11 +49,11 @@ def _tested(wrong: int | None) -> tuple[str, list[int]]:
     return found.attention, collectives.gather(dist.get_rank())
 
 
-def test_all_workers_pass_together(crew: Callable[[int], Crew]) -> None:
+def test_all_workers_pass_together(crew: Crews) -> None:
     assert crew(2).run(_tested, None) == [("segments", [0, 1])] * 2
 
 
-def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Callable[[int], Crew]) -> None:
+def test_what_fails_on_one_worker_ends_all_with_its_line(crew: Crews) -> None:
     for wrong in (0, 1):
         errors = crew(2).run(_tested, wrong)
         assert [type(error) for error in errors] == [UserError, UserError]

@@ -1,6 +1,5 @@
 """Workers that hold a part of the base each, from start to result: the same bytes as with the whole base."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoints
 from tests import tiny
 from tests.cluster.test_worker import SETTINGS, Channel, adapter, same
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import every, zoo
 from tests.families.variants import ALL
 
@@ -79,7 +78,7 @@ def run(
     ],
 )
 def test_a_run_on_parts_of_the_base(
-    crew: Callable[[int], Crew], tmp_path: Path, family: str, changes: dict[str, Any]
+    crew: Crews, tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
     model, whole, parts = (tmp_path / name for name in ("model", "whole", "parts"))
     zoo.build(every.variant_of(family), model)
@@ -107,7 +106,7 @@ def _run_where(fast: bool, model: Path, storage: Path) -> None:
 
 
 def test_a_run_that_goes_on_on_other_processors_ends_with_the_same_bytes(
-    crew: Callable[[int], Crew], tmp_path: Path
+    crew: Crews, tmp_path: Path
 ) -> None:
     """`auto` meant another precision there, and the warning spoke of last bits."""
     model, whole, moved = (tmp_path / name for name in ("model", "whole", "moved"))

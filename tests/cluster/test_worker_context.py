@@ -22,7 +22,7 @@ from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.said import said
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def load_what_lies_there(folders: list[str]) -> None:
 
 @pytest.mark.parametrize("problem", ["is not on every node", "no such file or directory"])
 def test_a_model_that_one_node_does_not_have_ends_all_workers(
-    problem: str, crew: Callable[[int], Crew], tmp_path: Path
+    problem: str, crew: Crews, tmp_path: Path
 ) -> None:
     """The others waited for its worker until their exchange timed out, and nobody told why."""
     tiny.llama().save_pretrained(tmp_path / "whole")
@@ -136,7 +136,7 @@ def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tu
     ],
 )
 def test_workers_compute_in_one_precision_and_stay_in_that_of_the_run(
-    crew: Callable[[int], Crew],
+    crew: Crews,
     fast: tuple[bool, bool],
     asked: str,
     began: str | None,

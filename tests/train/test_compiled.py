@@ -1,7 +1,7 @@
 """Compiled blocks train as uncompiled ones, and a new length compiles nothing again."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ from olora_ray.train.loop import Trainer
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
 
@@ -150,7 +150,7 @@ def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[li
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_workers_train_evaluate_and_answer(crew: Callable[[int], Crew], strategy: str) -> None:
+def test_two_workers_train_evaluate_and_answer(crew: Crews, strategy: str) -> None:
     without, compiled = (crew(2).run(_steps, strategy, on) for on in (False, True))
     assert compiled[0][0] == compiled[1][0]
     assert torch.equal(compiled[0][1], compiled[1][1])

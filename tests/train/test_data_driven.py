@@ -1,7 +1,6 @@
 """EVA: the exact principal components of the run's first supervised tokens, for any number of workers."""
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from olora_ray.train.layer_inputs import first_tokens
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import place_model
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 
 CPU = torch.device("cpu")
 RANK = 4
@@ -115,7 +114,7 @@ def _bytes(**changes: Any) -> tuple[str, list[int], int, bytes]:
     )
 
 
-def test_the_same_bytes_come_of_1_2_and_3_workers(crew: Callable[[int], Crew]) -> None:
+def test_the_same_bytes_come_of_1_2_and_3_workers(crew: Crews) -> None:
     answers = [answer for workers in (1, 2, 3) for answer in crew(workers).run(_bytes)]
     assert len({parts for *_, parts in answers}) == 1
     assert len({tuple(ranks) for _, ranks, *_ in answers}) == 1
@@ -160,7 +159,7 @@ def test_too_few_tokens_are_refused_in_one_line() -> None:
 
 @pytest.mark.parametrize(("strategy", "layer"), [("ddp", 1), ("fsdp", 0)])
 def test_activations_that_are_not_finite_stop_every_worker(
-    crew: Callable[[int], Crew], strategy: str, layer: int
+    crew: Crews, strategy: str, layer: int
 ) -> None:
     answers = crew(2).run(_poisoned, strategy, layer)
     assert [type(answer) for answer in answers] == [UserError] * 2

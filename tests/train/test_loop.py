@@ -1,7 +1,6 @@
 """The loop gives the same numbers for any split, interruption or repetition of the work."""
 
 import math
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -16,7 +15,7 @@ from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 
 STEPS = 5
 
@@ -108,7 +107,7 @@ def test_packing_does_not_matter(whole: tuple[float, Tensor], attention: str) ->
 
 
 def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(
-    crew: Callable[[int], Crew],
+    crew: Crews,
 ) -> None:
     plain = crew(2).run(_signals, {})
     assert {tuple(signals) for signals, _ in plain} == {(False,) * STEPS}
@@ -177,7 +176,7 @@ def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
 
 
 def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(
-    crew: Callable[[int], Crew],
+    crew: Crews,
 ) -> None:
     one, two = crew(2).run(_poisoned_worker)
     assert isinstance(one, UserError)

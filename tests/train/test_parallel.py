@@ -1,6 +1,5 @@
 """A base that is sharded over the workers trains and answers like a base that every worker holds."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from olora_ray.train.held_out import evaluate
 from olora_ray.train.loop import Trainer
 from olora_ray.train.sharded_reader import blocks_to_shard, decoder_layers
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
 
@@ -31,7 +30,7 @@ def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
 
 
-def test_answers_are_the_same_for_both_strategies(crew: Callable[[int], Crew]) -> None:
+def test_answers_are_the_same_for_both_strategies(crew: Crews) -> None:
     unlimited = crew(2).run(_answers, "ddp", EOS)
     assert unlimited[0] == unlimited[1]
     assert [len(part) for part in unlimited[0]] == [len(QUESTIONS)] * 2
@@ -43,7 +42,7 @@ def test_answers_are_the_same_for_both_strategies(crew: Callable[[int], Crew]) -
     assert crew(2).run(_answers, "fsdp", stop) == ddp
 
 
-def test_fewer_questions_than_workers(crew: Callable[[int], Crew]) -> None:
+def test_fewer_questions_than_workers(crew: Crews) -> None:
     one, two = crew(2).run(_one_question, "fsdp")
     assert one == two
     assert len(one) == 1

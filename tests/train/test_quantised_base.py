@@ -1,7 +1,6 @@
 """A quantised base has the same bytes always, and factors, start and gradients fit the weights it computes with."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from olora_ray.train.parallel import load_frozen, to_pack
 from tests import tiny
 from tests.cluster.test_sharded_worker import run
 from tests.cluster.test_worker import same
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.packed import EACH_KIND, unpack
@@ -179,7 +178,7 @@ def last(folder: Path) -> dict[str, Tensor]:
     ],
 )
 def test_any_number_of_workers_and_a_resumed_run_end_with_the_same_bytes(
-    crew: Callable[[int], Crew], tmp_path: Path, family: str, changes: dict[str, Any]
+    crew: Crews, tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
     model, alone, both = (tmp_path / name for name in ("model", "alone", "both"))
     zoo.build(ALL[family], model)

@@ -1,6 +1,5 @@
 """Recomputation of blocks in the backward pass changes no bit of a training."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
 from olora_ray.train.sharded_reader import decoder_layers
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
 
@@ -115,7 +114,7 @@ def _steps(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_workers_train_to_the_same_bits(crew: Callable[[int], Crew], strategy: str) -> None:
+def test_two_workers_train_to_the_same_bits(crew: Crews, strategy: str) -> None:
     without, with_it = (crew(2).run(_steps, strategy, on) for on in (False, True))
     for one, other in zip(without, with_it, strict=True):
         assert one[0] == other[0]

@@ -1,6 +1,5 @@
 """A base whose workers read only their rows gives the same bits as one that every worker loads whole."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import LightRMSNorm, SupervisedLoss
 from olora_ray.train.parallel import load_base, own_rows, place_model
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.said import said
@@ -152,7 +151,7 @@ def assert_same(one: Outcome, two: Outcome) -> None:
     ],
 )
 def test_bytes_are_those_of_ddp(
-    crew: Callable[[int], Crew], tmp_path: Path, family: str, workers: int, dtype: str
+    crew: Crews, tmp_path: Path, family: str, workers: int, dtype: str
 ) -> None:
     zoo.build(
         ALL[family], tmp_path, torch.float32
@@ -176,7 +175,7 @@ def test_bytes_are_those_of_ddp(
     ids=lambda changes: changes["adapter__method"],
 )
 def test_other_methods_start_as_with_ddp(
-    crew: Callable[[int], Crew], tmp_path: Path, changes: dict[str, Any]
+    crew: Crews, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     zoo.build(ALL["llama"], tmp_path)
     (whole, _), (sharded, _) = (
@@ -228,9 +227,7 @@ def _read_so_far() -> int:
 @pytest.mark.skipif(
     not Path("/proc/self/io").exists(), reason="the system does not count what a process reads"
 )
-def test_a_worker_reads_and_keeps_its_part_alone(
-    crew: Callable[[int], Crew], tmp_path: Path
-) -> None:
+def test_a_worker_reads_and_keeps_its_part_alone(crew: Crews, tmp_path: Path) -> None:
     model = tiny.llama(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
     model.save_pretrained(tmp_path, max_shard_size="10MB")
     for workers in (2, 3):
@@ -246,7 +243,7 @@ def test_a_worker_reads_and_keeps_its_part_alone(
             assert all(stop == start for (_, stop), (start, _) in pairwise(ranges))
 
 
-def test_copies_of_a_sharded_base(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+def test_copies_of_a_sharded_base(crew: Crews, tmp_path: Path) -> None:
     zoo.build(ALL["mixtral"], tmp_path)
     wide = {"train__global_batch": 8, "cluster__fsdp_replicas": 2}
     whole = crew(4).run(trained, tmp_path, "ddp", "float32", {"train__global_batch": 8})
@@ -266,7 +263,7 @@ def test_copies_of_a_sharded_base(crew: Callable[[int], Crew], tmp_path: Path) -
 
 @pytest.mark.parametrize("other", [0, 1])
 def test_a_base_that_cannot_be_read_by_rows_is_loaded_whole(
-    crew: Callable[[int], Crew], tmp_path: Path, other: int
+    crew: Crews, tmp_path: Path, other: int
 ) -> None:
     """A tied model stores its head, too, with the same or with other numbers."""
     zoo.build(ALL["llama tied"], tmp_path)
@@ -290,9 +287,7 @@ def _loaded_from_places(places: list[Path]) -> Any:
     return load_base(str(places[dist.get_rank()]), config(places[0], "fsdp"), CPU)
 
 
-def test_what_one_worker_cannot_read_all_workers_say(
-    crew: Callable[[int], Crew], tmp_path: Path
-) -> None:
+def test_what_one_worker_cannot_read_all_workers_say(crew: Crews, tmp_path: Path) -> None:
     good, cut = tmp_path / "good", tmp_path / "cut"
     for folder in (good, cut):
         zoo.build(ALL["llama"], folder)

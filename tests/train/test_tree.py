@@ -1,7 +1,6 @@
 """The order of the sum over a step's micro-batches does not depend on the workers."""
 
 import socket
-from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 from olora_ray.common import collectives
 from olora_ray.train import tree
 from olora_ray.train.tree import TreeSum
-from tests.crew import Crew
+from tests.crew import Crew, Crews
 
 some_leaves = st.integers(1, 70)
 some_workers = st.integers(1, 12)
@@ -91,7 +90,7 @@ def _all_sums(each: int) -> list[Tensor]:
     + [pytest.param(*more, marks=pytest.mark.slow) for more in ((5, 5), (4, 2), (6, 3))],
 )
 def test_vectors_of_all_workers_are_summed_in_the_trees_order_on_any_machines(
-    crew: Callable[[int], Crew], workers: int, each: int
+    crew: Crews, workers: int, each: int
 ) -> None:
     own = Crew(workers) if workers > 3 else None  # others need no such group
     try:
