@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -110,6 +111,22 @@ def decided(config: Config | None = None, **changes: Any) -> DecidedConfig:
     }
     asked = {field: value for field, value in values.items() if at(given, field) == "auto"}
     return with_values(given, DecidedConfig, asked)
+
+
+def spec(start: str | None = None, **changes: Any) -> Any:
+    """What a worker is given to train: the config with changes, on packs of this module."""
+    from olora_ray.cluster.spec import TrainSpec
+    from olora_ray.model.source import BaseModel
+
+    base, packs = BaseModel("m", "/m", "base"), store()
+    return TrainSpec(decided(**changes), base, "tokenizer", (0,), packs, None, start)
+
+
+def save(folder: Path, **shape: Any) -> None:
+    """Write a Llama whose tokenizer is files that nothing reads."""
+    llama(**shape).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
 
 
 def of_data(config: Config) -> Any:

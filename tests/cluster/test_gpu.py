@@ -33,23 +33,6 @@ def test_the_start_equals_the_base_exactly(dtype: torch.dtype) -> None:
         assert torch.equal(adapted.loss.model(ids, use_cache=False).logits, expected)
 
 
-def test_the_attention_that_is_picked_keeps_segments_apart() -> None:
-    device = torch.device("cuda")
-    settings = tiny.decided()
-    dtype = pick_dtype(settings.model, device)
-    attention = candidates(tiny.llama(), settings.model, dtype, device)[0]
-    model = tiny.llama(attention=attention, dtype=dtype).cuda()
-    packs = [tiny.pack(9, 7, 12)]
-    trainer = tiny.trainer(settings, attention=attention, model=model)
-    trainer.loss.cuda()
-    with torch.no_grad():
-        packed = trainer.loss(collate(packs, attention).to(device))
-        alone = sum(
-            trainer.loss(collate([single], attention).to(device)) for single in tiny.unpacked(packs)
-        )
-    assert torch.allclose(packed, torch.as_tensor(alone), rtol=2e-2)
-
-
 WINDOW = 8
 
 
@@ -82,7 +65,9 @@ def test_losses_and_gradients_do_not_depend_on_the_attention(window: int | None)
         )
 
     exact, right = measured("eager", torch.float32)
-    for attention in ("varlen", "sdpa", "eager") + (("segments",) if window is None else ()):
+    device, settings = torch.device("cuda"), tiny.decided().model
+    picked = candidates(tiny.llama(), settings, pick_dtype(settings, device), device)[0]
+    for attention in ("varlen", "sdpa", "eager") + (("segments", picked) if window is None else ()):
         if attention == "varlen" and kernel() is None:
             continue
         found, gradient = measured(attention, torch.bfloat16)

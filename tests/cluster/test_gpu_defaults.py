@@ -21,9 +21,7 @@ GIB = 2**30
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    tiny.llama(max_position_embeddings=1024).save_pretrained(tmp_path / "llama")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "llama" / name).write_text("{}")
+    tiny.save(tmp_path / "llama", max_position_embeddings=1024)
     given = tiny.config(
         model__name=str(tmp_path / "llama"),
         train__global_batch=16,

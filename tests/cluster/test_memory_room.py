@@ -137,9 +137,7 @@ def test_only_nodes_with_room_for_workers_are_counted(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("llama")
-    tiny.llama(num_hidden_layers=6, max_position_embeddings=1024).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text("{}")
+    tiny.save(folder, num_hidden_layers=6, max_position_embeddings=1024)
     return str(folder)
 
 

@@ -265,32 +265,40 @@ def test_gpus_that_cannot_be_used_are_told_before_a_worker_gets_them(
     assert expected is None or str(found).endswith("or set cluster.gpus_per_worker=0")
 
 
-def test_builds_of_one_version_are_the_same() -> None:
-    here = NodeInfo({"python": "3.11.7", "torch": "2.9.0+cpu"}, 0)
-    assert (
-        preflight.version_problems(
-            here, [("a", NodeInfo({"python": "3.11.2", "torch": "2.9.0+cu126"}, 0))]
-        )
-        == []
-    )
-    others = [(name, NodeInfo({"python": "3.12.0", "torch": None}, 0)) for name in "abcde"]
-    python, torch = preflight.version_problems(here, others)
-    assert python.startswith("nodes a, b, c and 2 more: has python 3.12.0, here it is 3.11.7")
-    assert "has no torch" in torch
-
-
-def test_nodes_with_other_code_of_the_project_are_told() -> None:
-    """A node that was not updated ran its own version of what the driver asked for, in silence."""
-    here = node_facts.node_info()
-    assert here.versions["olora_ray"] == f"code {node_cache.project()}"
-    assert preflight.version_problems(here, [("a", node_facts.node_info())]) == []
-    older = {name: version for name, version in here.versions.items() if name != "olora_ray"}
-    others = [("a", NodeInfo({**older, "olora_ray": "code 0123"}, 0)), ("b", NodeInfo(older, 0))]
-    another, none = preflight.version_problems(here, others)
-    assert another.startswith(
-        f"node a: has olora_ray code 0123, here it is code {node_cache.project()}: install the same"
-    )
-    assert none.startswith("node b: has no olora_ray, here it is code ")
+@pytest.mark.parametrize(
+    ("here", "there", "library", "told"),
+    [
+        ({"python": "3.11.7"}, {"python": "3.11.2"}, None, None),
+        (
+            {"python": "3.11.7"},
+            {"python": "3.12.0"},
+            None,
+            "python 3.12.0, here it is 3.11.7: install",
+        ),
+        ({"torch": "2.9.0+cpu"}, {"torch": "2.9.0+cu126"}, None, None),
+        ({"torch": "2.9.0"}, {"torch": None}, None, "no torch, here it is 2.9.0: install the same"),
+        # A node that was not updated ran its own version of what the driver asked for, in silence.
+        (
+            {"olora_ray": "code 2"},
+            {"olora_ray": "code 1"},
+            None,
+            "olora_ray code 1, here it is code 2: ",
+        ),
+        ({"olora_ray": "code 2"}, {}, None, "no olora_ray, here it is code 2: "),
+        ({"bitsandbytes": "0.50.2"}, {}, None, None),
+        ({"bitsandbytes": "0.50.2"}, {}, "bitsandbytes", "no bitsandbytes, here it is 0.50.2: "),
+    ],
+)
+def test_nodes_with_another_version_are_told(
+    here: dict[str, str | None],
+    there: dict[str, str | None],
+    library: str | None,
+    told: str | None,
+) -> None:
+    others = [(name, NodeInfo(there, 0)) for name in "abcde"]
+    found = preflight.version_problems(NodeInfo(here, 0), others, library)
+    assert len(found) == bool(told)
+    assert "".join(found).startswith(f"nodes a, b, c and 2 more: has {told}" if told else "")
 
 
 def test_other_code_in_the_folder_of_now_is_told(
@@ -321,6 +329,7 @@ def test_each_node_needs_the_same_code_of_the_plugins_that_a_run_uses(
     used = preflight.plugins_in(config)
     assert used == [(FORMATS, "dialogs")]
     here = node_facts.node_info(used)
+    assert here.versions["olora_ray"] == f"code {node_cache.project()}"
     assert preflight.version_problems(here, [("a", node_facts.node_info(used))]) == []
     (tmp_path / "my_rows.py").write_text("CHANGED = 1\n")
     changed = node_facts.node_info(used)
@@ -329,14 +338,3 @@ def test_each_node_needs_the_same_code_of_the_plugins_that_a_run_uses(
     another, none = preflight.version_problems(here, [("a", changed), ("b", missing)])
     assert another.startswith("node a: has olora_ray.formats:dialogs code ")
     assert none.startswith("node b: has no olora_ray.formats:dialogs, here it is code ")
-
-
-def test_only_a_run_that_needs_a_package_wants_it_on_all_nodes() -> None:
-    here = NodeInfo({"torch": "2.9.0", "bitsandbytes": "0.50.2"}, 0)
-    others = [("a", NodeInfo({"torch": "2.9.0", "bitsandbytes": None}, 0))]
-    assert preflight.version_problems(here, others) == []
-    [line] = preflight.version_problems(here, others, "bitsandbytes")
-    assert (
-        line
-        == "node a: has no bitsandbytes, here it is 0.50.2: install the same version on all nodes"
-    )

@@ -63,7 +63,7 @@ def run(
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {"adapter__method": "olora", "train__lr": "auto"}),
+        ("llama", {"adapter__method": "pissa", "train__lr": "auto"}),
         pytest.param("mixtral", {"train__optimizer": "spectral"}, marks=pytest.mark.slow),
         (
             "gpt2",

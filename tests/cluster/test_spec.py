@@ -1,7 +1,5 @@
 """The result of a training comes back from training.json, or is refused."""
 
-from typing import Any
-
 import pytest
 
 from olora_ray.cluster.spec import IN_WINDOWS, AnswerPair, TrainResult, TrainSpec
@@ -24,18 +22,12 @@ def test_a_result_comes_back_exactly() -> None:
 
 
 def test_a_run_that_starts_with_an_adapter_is_another_than_one_that_does_not() -> None:
-    store: Any = tiny.store()
-
-    def identity(start: str | None, **changes: Any) -> dict[str, str]:
-        base = BaseModel("m", "/m", "base")
-        return TrainSpec(
-            tiny.decided(**changes), base, "tokenizer", (0,), store, None, start
-        ).identity()
-
-    assert "start" not in identity(None), "runs from before there was such a setting are resumed"
-    assert identity("digest", train__start="/a") != identity("another", train__start="/a")
-    assert identity("digest", train__start="/a") == identity("digest", train__start="/moved")
-    assert identity("digest", train__start="/a") != identity(None)
+    none, one, moved, another = (
+        tiny.spec(digest, train__start=place).identity()
+        for digest, place in ((None, None), ("x", "/a"), ("x", "/moved"), ("y", "/a"))
+    )
+    assert "start" not in none, "runs from before there was such a setting are resumed"
+    assert none != one == moved != another
 
 
 def test_a_run_that_was_drawn_in_windows_is_not_resumed_in_one_draw() -> None:
@@ -55,30 +47,16 @@ def test_a_run_that_was_drawn_in_windows_is_not_resumed_in_one_draw() -> None:
         require_same({**before, "order": "windows"}, now, "step-5")
 
 
-def spec(shared: str | None = None, **changes: Any) -> TrainSpec:
-    store: Any = tiny.store()
-    return TrainSpec(
-        tiny.decided(**changes),
-        BaseModel("m", "/m", "base"),
-        "tokenizer",
-        (0,),
-        store,
-        None,
-        None,
-        shared,
-    )
-
-
 @pytest.mark.parametrize("method", ["olora", "lora"])
 def test_the_identity_of_an_adapter_of_before_is_the_same_text(method: str) -> None:
     """Checkpoints, versions and names of exports hold it: settings of other methods are not in it."""
-    found = spec(
+    found = tiny.spec(
         adapter__method=method, adapter__rank=4, adapter__alpha=8, adapter__sigma=0.5
     ).identity()["adapter"]
     assert found == (
         f'{{"method":"{method}","rank":4,"alpha":8.0,"dropout":0.0,"targets":"all-linear","rank_stabilized":false}}'
     )
-    assert spec(adapter__method=method).factor_origin().keys() == {
+    assert tiny.spec(adapter__method=method).factor_origin().keys() == {
         "base model",
         "method",
         "targets",
@@ -88,21 +66,21 @@ def test_the_identity_of_an_adapter_of_before_is_the_same_text(method: str) -> N
 
 def test_factors_of_the_data_are_those_of_these_tokens_only() -> None:
     eva = {"adapter__method": "eva"}
-    found = spec(**eva).factor_origin()
+    found = tiny.spec(**eva).factor_origin()
     assert found["training data"] == "list"
     assert (found["rho"], found["init_tokens"]) == ("2.0", "1024")
-    assert spec(**eva, adapter__alpha=3).factor_origin() == found
+    assert tiny.spec(**eva, adapter__alpha=3).factor_origin() == found
     for other in (
         {"adapter__rho": 1.5},
         {"adapter__init_tokens": 64},
         {"model__dtype": "bfloat16"},
     ):
-        assert spec(**eva, **other).factor_origin() != found
+        assert tiny.spec(**eva, **other).factor_origin() != found
 
 
 def test_what_the_base_does_is_measured_again_with_another_precision_or_length_of_answers() -> None:
     one, other, longer = (
-        spec(**changes).baseline_identity()
+        tiny.spec(**changes).baseline_identity()
         for changes in ({}, {"model__dtype": "bfloat16"}, {"evaluation__max_new_tokens": 5})
     )
     assert one != other != longer != one

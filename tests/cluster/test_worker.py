@@ -19,6 +19,8 @@ from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loss import SupervisedLoss
 from tests import example_objective, tiny
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.said import said
 
 SETTINGS: dict[str, Any] = {
@@ -54,7 +56,8 @@ def train(
     store: Any = tiny.store(8)
     held_out: Any = measured_on or tiny.store(3, seed=9)
     settings = tiny.decided(**(SETTINGS | changes))
-    spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out)
+    base = BaseModel("m", "/m", type(model).__name__)  # the node keeps what passes of a base
+    spec = TrainSpec(settings, base, "tokenizer", (1,), store, held_out)
     channel = Channel()
     shared = SharedBase(
         SupervisedLoss(model or tiny.llama(attention="segments")), torch.device("cpu")
@@ -125,13 +128,16 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+Whole = tuple[Path, TrainResult, Channel]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult, Channel]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     return folder, *train(folder)
 
 
-def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) -> None:
+def test_a_run_is_told_step_by_step(whole: Whole) -> None:
     folder, result, channel = whole
     assert channel.messages.count(Started(1)) == 1
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
@@ -142,7 +148,7 @@ def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) ->
 
 
 def test_an_installed_objective_is_trained_and_measured_to_the_end(
-    whole: tuple[Path, TrainResult, Channel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with example_objective.installed(monkeypatch, tmp_path):
         result, channel = train(tmp_path / "run", train__objective="examples")
@@ -159,7 +165,7 @@ def test_an_installed_objective_is_trained_and_measured_to_the_end(
 
 @pytest.mark.parametrize("lost", [(6,), (6, 3)])
 def test_a_resumed_run_ends_with_the_same_bytes(
-    whole: tuple[Path, TrainResult, Channel],
+    whole: Whole,
     tmp_path: Path,
     lost: tuple[int, ...],
     without_new_factors: Callable[[], None],
@@ -245,6 +251,17 @@ def test_what_a_run_has_decided_is_kept_through_a_resume(
         assert first.state.best_step < 4
     if settings.get("train__lr") == "auto":
         assert max(whole.metrics("train/lr").values()) == pytest.approx(first.state.lr / 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_kept_through_a_resume(tmp_path: Path, family: str) -> None:
+    train(tmp_path / "whole", model=zoo.make(ALL[family]))
+    train(tmp_path / "cut", model=zoo.make(ALL[family]))
+    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
+    _, resumed = train(tmp_path / "cut", model=zoo.make(ALL[family]))
+    assert [each.resumed_from for each in resumptions(resumed)] == [3]
+    assert any("experts" in name for name in adapter(tmp_path / "cut", 6))
+    assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
 
 
 def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path) -> None:

@@ -51,10 +51,6 @@ def chosen(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return choose_attention(SupervisedLoss(made), PACKS, config, CPU)
 
 
-def test_it_passes_what_is_right(tmp_path: Path) -> None:
-    assert chosen("llama", tmp_path).attention == "segments"
-
-
 @pytest.mark.parametrize("name", [*STATES, *STATES_AND_EXPERTS])
 def test_packed_examples_of_models_with_a_state(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.packing: .*set data\.packing: false$"):

@@ -9,14 +9,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
-from olora_ray.train.generate import Question, answer
-from olora_ray.train.held_out import evaluate
 from olora_ray.train.loop import Trainer
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
@@ -24,6 +21,7 @@ from tests import tiny
 from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.train.test_recompute import measured
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "qwen3_moe"]
@@ -138,14 +136,7 @@ def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[li
     with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
         made = trainer(model_of("llama"), on, recompute=True, **changes)
         losses = [result.loss for result in tiny.steps(made, count=3)]
-    rank = dist.get_rank()
-    held_out = evaluate(made, tiny.store(3, seed=9), "segments").loss
-    return (
-        losses,
-        made.flat.vector.clone(),
-        held_out,
-        answer(made, [Question((5, 6, 7), ())], 4, [1], rank, 2, batch=2),
-    )
+    return losses, *measured(made)
 
 
 @pytest.mark.slow

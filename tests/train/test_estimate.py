@@ -32,32 +32,14 @@ def settings(folder: Path, rank: int) -> DecidedConfig:
 
 def test_of_a_sharded_base_blocks_are_gathered_and_the_rest_is_whole(tmp_path: Path) -> None:
     """FSDP2 gathers into one buffer and copies the weights to their places."""
-    made = tiny.llama(vocab_size=50_000)
-    made.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_text("{}")
+    tiny.save(tmp_path, vocab_size=50_000)
     config = override(settings(tmp_path, 2), {"cluster.strategy": "fsdp", "cluster.workers": 2})
     found = estimate(config, obtain(config), tiny.ON_CPU)
-    block = sum(weight.numel() for weight in made.model.layers[0].parameters())
-    blocks = block * len(made.model.layers)
+    layers = tiny.llama().model.layers
+    block = sum(weight.numel() for weight in layers[0].parameters())
+    blocks = block * len(layers)
     assert found.base_bytes == 4 * (found.parameters - blocks) + 4 * blocks // 2
     assert found.gathered_bytes == 4 * 3 * block
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama that is wide and has two blocks."""
-    folder = tmp_path_factory.mktemp("model")
-    shape = {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 12,
-    }
-    tiny.llama(vocab_size=8192, num_key_value_heads=12, **shape).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text("{}")  # counted as part of a model folder, and not read here
-    return folder
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -99,27 +81,23 @@ def test_adapters_of_experts_count(
     assert all_of_them.activation_bytes >= few.activation_bytes
 
 
-def test_ranks_that_move_between_layers_are_counted_at_their_most(model: Path) -> None:
-    even = settings(model, 8)
+def test_ranks_that_move_between_layers_are_counted_at_their_most(tmp_path: Path) -> None:
+    tiny.save(tmp_path, num_key_value_heads=4)
+    even = settings(tmp_path, 8)
     sizes = {
         rho: estimate(
             override(even, {"adapter.method": "eva", "adapter.rho": rho}), obtain(even), tiny.ON_CPU
         ).trainable
         for rho in (1.0, 2.0)
     }
-    assert (
-        sizes[1.0]
-        == estimate(even, obtain(even), tiny.ON_CPU).trainable
-        == 2 * 8 * (4 * 2 * 768 + 3 * (768 + 2048))
-    )
+    assert sizes[1.0] == estimate(even, obtain(even), tiny.ON_CPU).trainable
+    assert sizes[1.0] == 2 * 8 * (4 * 2 * 64 + 3 * (64 + 112))
     # Of 7 layers a block the three wide ones have twice the rank, and of the others the rest.
-    assert sizes[2.0] == 2 * (3 * 16 * (768 + 2048) + 8 * 2 * 768)
+    assert sizes[2.0] == 2 * (3 * 16 * (64 + 112) + 8 * 2 * 64)
 
 
 def test_experts_are_refused_for_a_method_that_sees_activations(tmp_path: Path) -> None:
-    zoo.make(ALL["mixtral"]).save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_text("{}")
+    zoo.build(ALL["mixtral"], tmp_path)
     config = override(settings(tmp_path, 4), {"adapter.method": "eva"})
     with pytest.raises(
         UserError,

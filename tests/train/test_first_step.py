@@ -1,7 +1,6 @@
 """The first step of Adam: what is predicted of it."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +8,8 @@ import torch
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.cluster.start import measure_first_step
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train import first_step
-from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss, watched
 from tests import tiny
@@ -98,20 +95,6 @@ def test_the_rate_is_the_first_that_moves_the_outputs_so_far() -> None:
     takes_back = [*rising[:8], *[rising[3]] * 5, *rising[13:]]  # 0.0128, then 0.0008
     rates = [first_step.peak_lr({"": tuple(at)}, 1.0, 20) for at in (rising, takes_back)]
     assert rates[0] == rates[1]
-
-
-def test_a_run_that_is_trained_longer_lowers_the_rate_and_tells_both() -> None:
-    one: Any = trainer("olora")
-    state = TrainState(step=6, lr=2.8e-4, lr_steps=6)
-    start: Any = SimpleNamespace(trainer=one, state=state, resumed=True)
-    told = "train.lr=auto: the peak rate is 0.00024 for 12 steps; it was 0.00028 for 6"
-    for steps, rate, expected in ((6, 2.8e-4, []), (12, 2.4e-4, [told])):
-        spec: Any = SimpleNamespace(
-            config=tiny.decided(train__lr="auto", train__steps=steps), train=tiny.store()
-        )
-        with said() as lines:
-            measure_first_step(SimpleNamespace(), spec, start)  # type: ignore[arg-type]
-        assert (state.lr, state.lr_steps, lines) == (rate, steps, expected)
 
 
 def test_the_longest_examples_are_measured_from_their_end() -> None:

@@ -1,19 +1,16 @@
 """A base that is sharded over the workers trains and answers like a base that every worker holds."""
 
-from typing import Any
-
 import pytest
-import torch
 import torch.distributed as dist
 
 from olora_ray.train.generate import Question, answer, decoding
 from olora_ray.train.held_out import evaluate
-from olora_ray.train.loop import Trainer
 from olora_ray.train.sharded_reader import blocks_to_shard, decoder_layers
 from tests import tiny
 from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.train.test_generate import likeliest
 
 EOS = 1
 QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6, 3)]
@@ -53,22 +50,14 @@ def _one_question(strategy: str) -> list[list[int]]:
     return answer(trainer, QUESTIONS[:1], 3, [EOS], dist.get_rank(), 2)
 
 
-def one_by_one(trainer: Trainer, question: Question, tokens: int) -> list[int]:
-    """Decode greedily without a cache, padding or transformers' generate."""
-    ids, model = list(question.prompt), trainer.loss.model
-    with decoding(model):
-        for _ in range(tokens):
-            logits: Any = model(input_ids=torch.tensor([ids]), use_cache=False).logits  # type: ignore[operator]
-            ids.append(int(logits[0, -1].argmax()))
-    return ids[len(question.prompt) :]
-
-
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
 def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> None:
     trainer = tiny.trainer(tiny.decided(), attention)
     found = answer(trainer, QUESTIONS, 5, [EOS], batch=3)
     assert tiny.attention_of(trainer.loss.model) == attention
-    assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
+    with decoding(trainer.loss.model):
+        alone = [likeliest(trainer.loss.model, question.prompt, 5) for question in QUESTIONS]
+    assert found == alone
 
 
 def test_the_layers_that_are_sharded_are_the_blocks_of_the_model() -> None:

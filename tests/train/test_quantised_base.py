@@ -12,13 +12,12 @@ from torch import Tensor
 
 from olora_ray.adapter.initialise import at_scale, initialise
 from olora_ray.adapter.inject import find_targets
-from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
 from olora_ray.model.load import load_model
 from olora_ray.model.quantised import QuantisedLinear
-from olora_ray.model.source import BaseModel, obtain
+from olora_ray.model.source import obtain
 from olora_ray.pipeline.run_folder import settings_digest
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoints
@@ -27,7 +26,7 @@ from olora_ray.train.loop import train_mode
 from olora_ray.train.parallel import load_frozen, to_pack
 from tests import tiny
 from tests.cluster.test_sharded_worker import run
-from tests.cluster.test_worker import same
+from tests.cluster.test_worker import adapter, same
 from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
@@ -162,14 +161,6 @@ def _logits(model: Any) -> Tensor:
     return found
 
 
-def last(folder: Path) -> dict[str, Tensor]:
-    """Return the adapter after the last step, which need not be the best one."""
-    found = checkpoints.read(str(folder / checkpoints.name_of(6))).adapter
-    assert any(weights.db.any() for weights in found.values())
-    parts = {name: (weights.factors.a0, weights.da, weights.db) for name, weights in found.items()}
-    return {name: torch.cat([part.flatten() for part in three]) for name, three in parts.items()}
-
-
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -186,14 +177,14 @@ def test_any_number_of_workers_and_a_resumed_run_end_with_the_same_bytes(
     (one,) = crew(1).run(run, model, alone, "ddp", changes)
     two, _ = crew(2).run(run, model, both, "ddp", changes)
     assert two[:2] == one[:2]
-    assert same(last(both), last(alone))
+    assert same(adapter(both, 6), adapter(alone, 6))
     (both / checkpoints.name_of(6) / "manifest.json").unlink()
     resumed, _ = crew(2).run(run, model, both, "ddp", changes)
     assert list(resumed[0][0]) == [4, 5, 6]
-    assert same(last(both), last(alone))
+    assert same(adapter(both, 6), adapter(alone, 6))
     plain = tmp_path / "plain"
     crew(1).run(run, model, plain, "ddp", {**changes, "model__quantization": "none"})
-    assert not same(last(plain), last(alone))
+    assert not same(adapter(plain, 6), adapter(alone, 6))
 
 
 def test_a_model_without_layers_to_pack_is_refused(tmp_path: Path) -> None:
@@ -232,14 +223,7 @@ def test_the_plan_has_the_bytes_that_the_base_takes(tmp_path: Path, kind: str) -
 
 def test_a_quantised_base_is_another() -> None:
     """For a checkpoint, the shared work of a search, and the settings of a version; without it nothing changes."""
-    store: Any = tiny.store()
-
-    def spec(**changes: Any) -> TrainSpec:
-        return TrainSpec(
-            tiny.decided(**changes), BaseModel("m", "/m", "base"), "tokenizer", (0,), store, None
-        )
-
-    plain, packed, other = spec(), spec(model__quantization="fp8"), spec(model__quantization="int8")
+    plain, packed, other = (tiny.spec(model__quantization=kind) for kind in ("none", "fp8", "int8"))
     for what in ("identity", "base_identity", "factor_origin"):
         found = [getattr(one, what)() for one in (plain, packed, other)]
         assert "quantised base" not in found[0]

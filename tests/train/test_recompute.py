@@ -102,15 +102,18 @@ def _steps(
     made: Trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"))
     made.loss.recompute = on
     place_model(made.loss, strategy, CPU)
-    rank = dist.get_rank()
     count = runs(made.loss.model)
     losses = [result.loss for result in tiny.steps(made, count=3)]
     runs_of_steps = len(count)
+    return losses, *measured(made), [runs_of_steps, len(count)]
+
+
+def measured(made: Trainer) -> tuple[Tensor, float, list[list[int]]]:
+    """Return the adapter, its held-out loss and its answers."""
     held_out = evaluate(made, tiny.store(3, seed=9), "segments").loss
-    answers = answer(
-        made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2
-    )
-    return losses, made.flat.vector.clone(), held_out, answers, [runs_of_steps, len(count)]
+    questions = [Question((5, 6, 7), ()), Question((8, 9), ())]
+    answers = answer(made, questions, 4, [1], dist.get_rank(), 2, batch=2)
+    return made.flat.vector.clone(), held_out, answers
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -206,18 +206,7 @@ def test_experts_to_which_no_token_of_the_examples_goes_are_no_mistake() -> None
 
 
 def test_a_row_beside_a_longer_one_of_other_positions_is_refused() -> None:
-    factors = {
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 64,
-    }
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
-    sizes = {
-        "max_position_embeddings": 512,
-        "original_max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
-    made = of_kind("phi3", SMALL | sizes | {"rope_parameters": rope})
+    made = of_kind("phi3", tiny.LONG_ROPE | {"initializer_range": 0.2})
     loss, packs = SupervisedLoss(made), [tiny.pack(40, prompt=1), tiny.pack(128, prompt=1, seed=1)]
     alone, beside = loss.each(collate(packs[:1], "sdpa")), loss.each(collate(packs, "sdpa"))[:39]
     assert (alone - beside).abs().mean() > 0.01  # it does depend on it

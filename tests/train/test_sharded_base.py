@@ -165,26 +165,6 @@ def test_bytes_are_those_of_ddp(
         assert_same(sharded, whole)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"adapter__method": "pissa"},
-        {"adapter__method": "lora"},
-        {"adapter__method": "eva", "adapter__init_tokens": 96},
-    ],
-    ids=lambda changes: changes["adapter__method"],
-)
-def test_other_methods_start_as_with_ddp(
-    crew: Crews, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    zoo.build(ALL["llama"], tmp_path)
-    (whole, _), (sharded, _) = (
-        crew(2).run(trained, tmp_path, strategy, "float32", changes) for strategy in ("ddp", "fsdp")
-    )
-    assert sharded.by_rows
-    assert_same(sharded, whole)
-
-
 def _parts(
     folder: Path, changes: dict[str, Any] | None = None
 ) -> tuple[int, int, int, dict[str, tuple[int, int, int]]]:

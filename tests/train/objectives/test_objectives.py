@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common.errors import UserError
 from olora_ray.config import tables
-from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import collate
 from olora_ray.train.checkpoint import require_same
 from olora_ray.train.held_out import evaluate, held_out
 from olora_ray.train.objectives.objective import objective_named
 from tests import example_objective, tiny
+from tests.train.test_loss import plain_loss
 
 
 @pytest.fixture
@@ -26,9 +25,8 @@ def examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def identity(**changes: Any) -> dict[str, str]:
-    store: Any = tiny.store()
-    base = BaseModel("m", "/m", "base")
-    return TrainSpec(tiny.config(**changes), base, "tokenizer", (0,), store, None).identity()
+    found: dict[str, str] = tiny.spec(**changes).identity()
+    return found
 
 
 def test_each_member_has_its_name_in_the_index() -> None:
@@ -78,13 +76,9 @@ def test_the_losses_of_tokens_are_the_parts_of_their_sum_with_its_gradient() -> 
 
 def means(trainer: Any, packs: Any) -> Tensor:
     """The mean loss of each example, from the logits of the model alone."""
-    found = []
-    for pack in tiny.unpacked(packs):
-        ids = torch.from_numpy(pack.input_ids).long()[None]
-        marked = torch.from_numpy(pack.supervised)
-        logits = trainer.loss.model(input_ids=ids, use_cache=False).logits[0, :-1][marked[1:]]
-        found.append(torch.nn.functional.cross_entropy(logits, ids[0][marked]))
-    return torch.stack(found)
+    model = trainer.loss.model
+    sums = [plain_loss(model, [each]) / each.supervised.sum() for each in tiny.unpacked(packs)]
+    return torch.stack(sums)
 
 
 @pytest.mark.usefixtures("examples")

@@ -78,24 +78,21 @@ def test_clipping_is_that_of_torch_and_reports_the_norm_before(size: float) -> N
     torch.testing.assert_close(seen[0], clipped)
 
 
-def moved(device: str, fused: bool | None = None) -> tuple[AdamW, list[float]]:
-    """Return an optimizer after a few steps on a device, some of them clipped, and the norms."""
-    layers = {name: layer.to(device) for name, layer in adapted().items()}
+def moved(fused: bool) -> AdamW:
+    """Return an optimizer after a few steps, some of them clipped."""
     config = Train(weight_decay=0.1, lr_ratio=4.0, clip=10.0)
-    optimizer = AdamW(FlatAdapters(layers, apart=True), config, fused=fused)
-    norms = []
+    optimizer = AdamW(FlatAdapters(adapted(), apart=True), config, fused=fused)
     for step in range(6):
         for name, gradient in random_gradients(optimizer.flat, step).items():
             optimizer.flat.view(optimizer.flat.grad, name).copy_(gradient * (step + 1) / 3)
-        norms.append(optimizer.step(0.01))
+        optimizer.step(0.01)
         if step == 2:  # as from a checkpoint
             optimizer.load({name: value.clone() for name, value in optimizer.state().items()}, 3)
-    return optimizer, norms
+    return optimizer
 
 
 def test_the_update_in_one_kernel_is_the_plain_one_but_for_rounding() -> None:
-    plain, _ = moved("cpu")
-    fused, _ = moved("cpu", fused=True)
+    plain, fused = moved(fused=False), moved(fused=True)
     assert fused.inner.defaults["fused"]
     torch.testing.assert_close(fused.flat.vector, plain.flat.vector)
     for name, moment in plain.state().items():
@@ -110,11 +107,4 @@ def test_the_middle_of_the_schedules() -> None:
     assert middle("cosine") == pytest.approx(0.05)
     assert lr_at(40, 100, Train(warmup=0.2), 0.1) == pytest.approx(
         0.05 * (1 + math.cos(math.pi / 4))
-    )
-
-
-def test_warm_up_is_linear() -> None:
-    config = Train(warmup=0.1)
-    assert [lr_at(step, 100, config, 0.11) for step in range(10)] == pytest.approx(
-        [0.01 * (i + 1) for i in range(10)]
     )

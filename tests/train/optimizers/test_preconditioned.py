@@ -1,7 +1,5 @@
 """The preconditioner equals its formula, and PEFT's except for the division by the norm, on all workers."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -71,24 +69,10 @@ def test_at_a_start_with_b_zero_the_gradient_of_a_stays_zero() -> None:
     assert float(grad_b.norm()) == pytest.approx(1.0)
 
 
-def _trained(strategy: str, workers: int, **changes: Any) -> tuple[list[float], Tensor, Tensor]:
-    """Return losses, the optimizer's gradient in the last step, and the adapter after it."""
-    settings = tiny.decided(
-        cluster__workers=workers,
-        cluster__strategy=strategy,
-        train__micro_batch=1,
-        train__optimizer="preconditioned",
-        **changes,
-    )
-    trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"), strategy=strategy)
-    gradients = tiny.gradients(trainer)
-    losses = [result.loss for result in tiny.steps(trainer, count=3)]
-    return losses, gradients[-1], trainer.flat.vector
-
-
-def test_it_is_done_before_clipping() -> None:
-    _, given_to_adamw, _ = _trained("ddp", 1, train__clip=0.5)
-    assert float(given_to_adamw.norm()) == pytest.approx(0.5, rel=1e-4)
-    _, given_to_adamw, _ = _trained("ddp", 1, train__clip=None)
-    matrices = 2 * len(tiny.trainer(tiny.decided()).adapted)
-    assert float(given_to_adamw.norm()) == pytest.approx(matrices**0.5, rel=1e-4)
+@pytest.mark.parametrize("clip", [0.5, None])
+def test_it_is_done_before_clipping(clip: float | None) -> None:
+    trainer = tiny.trainer(tiny.decided(train__optimizer="preconditioned", train__clip=clip))
+    given_to_adamw = tiny.gradients(trainer)
+    list(tiny.steps(trainer, count=3))
+    matrices = 2 * len(trainer.adapted)
+    assert float(given_to_adamw[-1].norm()) == pytest.approx(clip or matrices**0.5, rel=1e-4)
