@@ -10,15 +10,7 @@ import pytest
 from olora_ray.cluster import address, ray_internals
 from tests.cluster import fake_head
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home directory without a token, and none in the environment."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
-        monkeypatch.setenv(name, "")  # so that what the code sets is taken back
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def keep(text: str, file: Path) -> None:

@@ -28,7 +28,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None
     return model.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def losses(model: Any, packs: Sequence[Any]) -> Tensor:
     """The loss of each supervised token of all examples, in order, in float32."""
     return torch.cat([_losses(model, example) for example in tiny.unpacked(packs)])

@@ -16,7 +16,7 @@ from olora_ray.train.loader import Schedule, StepLoader, total_steps
 from olora_ray.train.loop import StepResult, Trainer
 from tests import tiny
 from tests.crew import Crews
-from tests.train.test_loss import plain_loss
+from tests.families import oracle
 
 STEPS = 5
 
@@ -77,8 +77,8 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(
 ) -> None:
     store = tiny.store(8)
     trainer = tiny.moved(tiny.trainer(settings_for(8), "sdpa"))
-    total = plain_loss(trainer.loss.model, [store[i] for i in range(8)])
-    assert whole[0] == pytest.approx(total.item() / store.manifest.supervised, rel=1e-6)
+    expected = oracle.losses(trainer.loss.model, [store[i] for i in range(8)]).mean()
+    assert whole[0] == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
@@ -224,10 +224,10 @@ def test_dropout_is_off_outside_steps() -> None:
 def test_evaluation_takes_every_row(count: int, micro: int) -> None:
     trainer = tiny.moved(tiny.trainer(tiny.decided(train__micro_batch=micro)))
     store = tiny.store(count)
-    singles = tiny.unpacked([store[i] for i in range(count)])
+    model = trainer.loss.model
     sums = [
-        evaluate(trainer, tiny.ListStore([single]), "segments").loss * single.supervised.sum()
-        for single in singles
+        float(oracle.losses(model, [single]).detach().sum())
+        for single in tiny.unpacked([store[i] for i in range(count)])
     ]
     expected = sum(sums) / store.manifest.supervised
     assert evaluate(trainer, store, "segments").loss == pytest.approx(expected, rel=1e-6)

@@ -6,31 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
-from tests.families import zoo
+from tests.families import oracle, zoo
 from tests.families.variants import ALL
 
 ATTENTION = pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
 PACKS = [tiny.pack(40, 30, 25, seed=1), tiny.pack(50, seed=2), tiny.pack(20, 21, seed=3)]
-
-
-def plain_loss(model: Any, packs: list[Pack]) -> Tensor:
-    """Return the loss from the model's own full logits, one example at a time."""
-    total = torch.zeros(())
-    for example in tiny.unpacked(packs):
-        ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
-        labels = torch.where(torch.from_numpy(example.supervised), ids[0], -100)
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-        total = total + F.cross_entropy(
-            logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum"
-        )
-    return total
 
 
 def with_gradient(model: Any, value: Tensor) -> tuple[float, Tensor]:
@@ -53,7 +39,7 @@ def test_loss_and_gradient_are_those_of_the_full_logits(family: str, chunk: int)
     loss: Any = SupervisedLoss(model)
     loss.chunk = lambda _: chunk
     found, gradient = with_gradient(model, loss(collate(tiny.unpacked(PACKS), "sdpa")))
-    expected, wanted = with_gradient(model, plain_loss(model, PACKS))
+    expected, wanted = with_gradient(model, oracle.losses(model, PACKS).sum())
     assert found == pytest.approx(expected, rel=1e-5)
     assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5
 

@@ -15,7 +15,7 @@ from olora_ray.train.checkpoint import require_same
 from olora_ray.train.held_out import evaluate, held_out
 from olora_ray.train.objectives.objective import objective_named
 from tests import example_objective, tiny
-from tests.train.test_loss import plain_loss
+from tests.families import oracle
 
 
 @pytest.fixture
@@ -77,8 +77,7 @@ def test_the_losses_of_tokens_are_the_parts_of_their_sum_with_its_gradient() -> 
 def means(trainer: Any, packs: Any) -> Tensor:
     """The mean loss of each example, from the logits of the model alone."""
     model = trainer.loss.model
-    sums = [plain_loss(model, [each]) / each.supervised.sum() for each in tiny.unpacked(packs)]
-    return torch.stack(sums)
+    return torch.stack([oracle.losses(model, [each]).mean() for each in tiny.unpacked(packs)])
 
 
 @pytest.mark.usefixtures("examples")
