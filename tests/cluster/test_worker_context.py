@@ -18,7 +18,6 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
 from olora_ray.train.held_out import evaluate
-from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
@@ -49,9 +48,7 @@ def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, fl
         adapted = wrap(model, factors, adapter.scale(), adapter.dropout)
     with context.activate(adapted):
         trainer = Trainer(shared.loss, adapted, settings, CPU)
-    steps = trainer.steps(
-        StepLoader(store, settings.train, 0, "segments"), 0, Schedule(settings.train, store)
-    )
+    steps = tiny.steps(trainer, store)
     while True:
         with context.activate(adapted):
             if next(steps, None) is None:

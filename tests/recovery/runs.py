@@ -56,17 +56,8 @@ class Fault:
     """Seconds that every step takes longer."""
 
     def text(self, folder: Path) -> str:
-        parts = {
-            "phase": self.phase,
-            "kind": self.kind,
-            "step": self.step,
-            "rank": self.rank,
-            "pace": self.pace,
-        }
-        return (
-            ";".join(f"{name}={value}" for name, value in parts.items() if value is not None)
-            + f";dir={folder}"
-        )
+        parts = {**vars(self), "dir": folder}
+        return ";".join(f"{name}={value}" for name, value in parts.items() if value is not None)
 
 
 def environment(folder: Path, fault: Fault) -> dict[str, str]:

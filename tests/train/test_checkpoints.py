@@ -49,6 +49,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(folder) if request.param == "folder" else folder.as_uri()
 
 
+def newest(place: str) -> int:
+    """The step of the newest good one, which is read whole."""
+    found = checkpoints.latest_good(place)
+    assert found is not None
+    uri, read = found
+    assert uri == storage.join(place, checkpoints.name_of(read.state.step))
+    assert torch.equal(read.optimizer["a"], torch.full((4,), float(read.state.step)))
+    return read.state.step
+
+
 def is_good(place: str, step: int) -> bool:
     try:
         return checkpoints.read(storage.join(place, checkpoints.name_of(step))).state.step == step
@@ -70,10 +80,7 @@ def cut_off(place: str, step: int) -> None:
 def test_the_newest_checkpoint_comes_back(place: str) -> None:
     assert checkpoints.latest_good(place) is None
     filled(place, 0, 2, 10)
-    found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[0].endswith("step-0000010")
-    assert found[1].state.step == 10
+    assert newest(place) == 10
 
 
 def test_old_ones_go_only_after_a_new_one_is_there(place: str) -> None:
@@ -85,9 +92,7 @@ def test_one_that_is_damaged_is_passed_over_with_a_warning(place: str, tmp_path:
     filled(place, 2, 4)
     (tmp_path / "checkpoints" / "step-0000004" / "optimizer.safetensors").write_bytes(b"")
     with said() as lines:
-        found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[1].state.step == 2
+        assert newest(place) == 2
     (line,) = lines
     assert line.startswith("warning: step-0000004 is skipped: ")
     assert "optimizer.safetensors" in line
@@ -130,9 +135,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(place: str, tmp_pat
     filled(place, 2, 4)
     (tmp_path / "checkpoints" / "step-0000004" / "manifest.json").write_text("{")
     filled(place, 4)
-    found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[1].state.step == 4
+    assert newest(place) == 4
 
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
@@ -186,8 +189,7 @@ def test_a_full_disk_is_told_and_the_good_one_stays(small_disk: Path) -> None:
             found.finish()
     assert re.search(r"step 4 cannot be written .*; training continues", lines[0])
     assert [path.name for path in small_disk.iterdir()] == ["step-0000002"]
-    newest = checkpoints.latest_good(str(small_disk))
-    assert newest is not None
+    assert newest(str(small_disk)) == 2
 
 
 def test_a_bug_while_writing_is_raised_in_the_thread_that_trains(tmp_path: Path) -> None:
@@ -207,9 +209,7 @@ def test_a_damaged_newer_one_displaces_no_good_one(place: str, keep: int) -> Non
     cut(place, 39)
     filled(place, 30, keep=keep)
     assert checkpoints.names(place)[:-1] == ["step-0000020", "step-0000030"][-keep:]
-    found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[1].state.step == 30
+    assert newest(place) == 30
 
 
 def slow(go_on: threading.Event, step: int) -> Callable[[Path], None]:
@@ -257,10 +257,7 @@ class TestObjectStore:
 
     def test_the_newest_comes_back_and_old_ones_go(self, s3_server: Server, place: str) -> None:
         filled(place, 0, 2, 4, keep=2)
-        found = checkpoints.latest_good(place)
-        assert found is not None
-        assert found[0] == f"{place}/step-0000004"
-        assert torch.equal(found[1].optimizer["a"], torch.full((4,), 4.0))
+        assert newest(place) == 4
         assert {key.split("/")[0] for key in s3_server.keys(place)} == {
             "step-0000002",
             "step-0000004",
@@ -272,10 +269,8 @@ class TestObjectStore:
         filled(place, 2, 4, 6)
         cut_off(place, 6)
         with said() as lines:
-            found = checkpoints.latest_good(place)
+            assert newest(place) == 4
         assert lines == []
-        assert found is not None
-        assert found[1].state.step == 4
         assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
         CheckpointManager(place, 2)
         assert {key.split("/")[0] for key in s3_server.keys(place)} == {

@@ -6,26 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.adapter.initialise import at_scale, initialise, options_of
-from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train import first_step
 from olora_ray.train.loop import Trainer
-from olora_ray.train.loss import SupervisedLoss, watched
+from olora_ray.train.loss import watched
 from tests import tiny
 from tests.said import said
 
 
 def trainer(method: str, **changes: Any) -> Trainer:
-    config = tiny.decided(adapter__method=method, **changes)
     model = tiny.llama(attention="segments")
     model.unused = torch.nn.Linear(64, 64)
-    targets = find_targets(model, config.adapter.targets, config.adapter.rank)
-    factors, _ = initialise(
-        targets, method, config.adapter.rank, 3, torch.device("cpu"), options_of(config.adapter)
-    )
-    adapted = inject(model, at_scale(factors, config.adapter), config.adapter.scale())
-    return Trainer(SupervisedLoss(model), adapted, config, torch.device("cpu"))
+    made: Trainer = tiny.trainer(tiny.decided(adapter__method=method, **changes), model=model)
+    return made
 
 
 def batch(seed: int = 0) -> Batch:

@@ -1,7 +1,6 @@
 """The loop gives the same numbers for any split, interruption or repetition of the work."""
 
 import math
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -12,43 +11,23 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.held_out import evaluate
-from olora_ray.train.loader import Schedule, StepLoader, total_steps
-from olora_ray.train.loop import StepResult, Trainer
+from olora_ray.train.loader import StepLoader, total_steps
+from olora_ray.train.loop import Trainer
 from tests import tiny
 from tests.crew import Crews
 from tests.families import oracle
+from tests.refused import refused
 
 STEPS = 5
 
 
-def loader(
-    store: Any, settings: Config, attention: str = "segments", worker: int = 0
-) -> StepLoader:
-    return StepLoader(
-        store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers
-    )
-
-
-def schedule(store: Any, settings: Config, steps: int = STEPS) -> Schedule:
-    return Schedule(settings.train.model_copy(update={"steps": steps}), store)
-
-
-def run(trainer: Trainer, store: Any, start: int, stop: int, worker: int = 0) -> list[StepResult]:
-    steps = trainer.steps(
-        loader(store, trainer.config, worker=worker), start, schedule(store, trainer.config)
-    )
-    return list(islice(steps, stop - start))
-
-
 def first_gradient(
-    settings: Config, store: Any, attention: str = "segments", worker: int = 0
+    settings: Config, store: Any, attention: str = "segments"
 ) -> tuple[float, Tensor]:
-    """Return the loss of the first step and its gradient, over all workers."""
+    """Return the loss of the first step and its gradient."""
     trainer = tiny.moved(tiny.trainer(settings, attention))
     seen = tiny.gradients(trainer)
-    result = next(
-        trainer.steps(loader(store, settings, attention, worker), 0, schedule(store, settings))
-    )
+    result = next(tiny.steps(trainer, store, attention=attention))
     return result.loss, seen[0]
 
 
@@ -115,7 +94,7 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], bytes]:
     settings, store, signals = settings_for(1, workers=2), tiny.store(8), list[bool]()
     trainer = tiny.trainer(settings)
     trainer.signal = lambda: by_step.get(len(signals)) == rank
-    steps = trainer.steps(loader(store, settings, worker=rank), 0, schedule(store, settings))
+    steps = tiny.steps(trainer, store, STEPS)
     for _ in range(STEPS):
         signals.append(next(steps).signal)
     return signals, trainer.flat.vector.numpy().tobytes()
@@ -124,7 +103,8 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], bytes]:
 def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
     """Return a trainer for which one pack gives NaN, and the index of that pack, which the second step reads first."""
     trainer = tiny.trainer(settings)
-    index = loader(store, settings).read(1).sequences[0][0]
+    loader = StepLoader(store, settings.train, settings.run.seed, "segments")
+    index = loader.read(1).sequences[0][0]
     store[index].input_ids[0] = 1  # a token that is nowhere else
     with torch.no_grad():
         trainer.loss.model.get_input_embeddings().weight[1] = torch.nan
@@ -134,10 +114,10 @@ def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
 def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
     settings, store = tiny.decided(train__micro_batch=1), tiny.store()
     trainer, index = poisoned(settings, store)
-    steps = trainer.steps(loader(store, settings), 0, schedule(store, settings))
+    steps = tiny.steps(trainer, store, STEPS)
     assert next(steps).step == 1
     before = trainer.flat.vector.clone()
-    with pytest.raises(UserError, match=r"step 2.*not finite") as caught:
+    with refused("step 2") as caught:
         next(steps)
     assert all(origin in str(caught.value) for origin in store.origins(index))
     others = {origin for i in range(len(store)) if i != index for origin in store.origins(i)}
@@ -158,7 +138,7 @@ def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(
 def _poisoned_worker() -> None:
     settings, store = tiny.decided(train__micro_batch=1, cluster__workers=2), tiny.store()
     trainer, _ = poisoned(settings, store)
-    run(trainer, store, 0, STEPS, worker=torch.distributed.get_rank())
+    list(tiny.steps(trainer, store, STEPS))
 
 
 @pytest.mark.parametrize("each", [False, True])
@@ -168,9 +148,7 @@ def test_a_held_out_loss_that_is_not_finite_names_the_step_and_the_rows(
 ) -> None:
     settings, store = tiny.decided(train__micro_batch=2), tiny.store(7)
     trainer, index = poisoned(settings, store)
-    with pytest.raises(
-        UserError, match=f"step {step}: the held-out loss is not finite; it comes from"
-    ) as caught:
+    with refused(f"step {step}: the held-out loss is not finite; it comes from") as caught:
         evaluate(trainer, store, "segments", step, each)
     first = index - index % 2
     bad = store.origins(index)[:1] if each else store.origins(index)
@@ -201,19 +179,19 @@ def test_a_loss_that_is_not_finite_is_no_best_one() -> None:
 def test_an_infinite_gradient_stops_with_the_step() -> None:
     trainer = tiny.trainer(tiny.decided())
     store = tiny.store()
-    steps = trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))
+    steps = tiny.steps(trainer, store, STEPS)
     next(steps)
     first: Any = next(iter(trainer.flat.slots.values()))
     first.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     before = trainer.flat.vector.clone()
-    with pytest.raises(UserError):
+    with refused("step 2"):
         next(steps)
     assert torch.equal(trainer.flat.vector, before)
 
 
 def test_dropout_is_off_outside_steps() -> None:
     trainer = tiny.trainer(tiny.decided(adapter__dropout=0.2))
-    run(trainer, tiny.store(), 0, 1)
+    list(tiny.steps(trainer, count=1))
     assert not any(layer.training for layer in trainer.adapted.values())
     store = tiny.store(3)
     assert evaluate(trainer, store, "segments").loss == evaluate(trainer, store, "segments").loss
