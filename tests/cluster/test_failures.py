@@ -15,7 +15,6 @@ from olora_ray.cluster.failures import (
     advice_for_memory,
     cause,
     counts,
-    describe,
     passes,
 )
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
@@ -36,25 +35,6 @@ def raised(error: Exception) -> Exception:
     )
 
 
-@pytest.mark.parametrize(
-    ("exceptions", "expected"),
-    [
-        ({1: dead(), 0: raised(GLOO)}, "worker 1 died"),
-        ({2: dead(), 0: raised(GLOO), 1: dead()}, "worker 1 and worker 2 died"),
-        (
-            {0: raised(GLOO), 1: raised(ValueError("bad row"))},
-            "worker 1 failed (ValueError: bad row)",
-        ),
-        ({0: raised(ValueError("bad row"))}, "worker 0 failed (ValueError: bad row)"),
-        ({}, "workers failed"),
-    ],
-)
-def test_the_cause_is_named_not_its_consequences(
-    exceptions: dict[int, Exception], expected: str
-) -> None:
-    assert describe(exceptions) == expected
-
-
 def preempted() -> Exception:
     return WorkerHealthCheckFailedError(
         "health check failed", failure=RayActorError(preempted=True)
@@ -69,7 +49,18 @@ def preempted() -> Exception:
             "worker 0 failed (ValueError: bad row)",
             True,
         ),
+        (
+            WorkerGroupError("", {0: raised(GLOO), 1: raised(ValueError("bad row"))}),
+            "worker 1 failed (ValueError: bad row)",
+            True,
+        ),
         (WorkerGroupError("", {0: raised(GLOO), 1: dead()}), "worker 1 died", True),
+        (
+            WorkerGroupError("", {2: dead(), 0: raised(GLOO), 1: dead()}),
+            "worker 1 and worker 2 died",
+            True,
+        ),
+        (WorkerGroupError("", {}), "workers failed", True),
         (
             WorkerGroupError("", {0: raised(GLOO), 1: preempted()}),
             "worker 1 died with its preempted node",
@@ -81,7 +72,7 @@ def preempted() -> Exception:
         (ControllerError(WorkerGroupStartupTimeoutError(2)), None, False),
     ],
 )
-def test_what_counts_against_the_limit(
+def test_the_cause_is_named_and_whether_it_counts(
     error: BaseException, expected: str | None, counted: bool
 ) -> None:
     assert expected is None or cause(error) == expected

@@ -64,11 +64,11 @@ def test_a_job_may_be_submitted_with_variables_that_the_project_sets_itself(
 
     monkeypatch.delenv(RAY_JOB_CONFIG_JSON_ENV_VAR, raising=False)
     assert ray_internals.beside_job(ENVIRONMENT) == ENVIRONMENT
-    job: Any = {"working_dir": "gcs://package.zip", "env_vars": given}
+    job = {"working_dir": "gcs://package.zip", "env_vars": given}
     monkeypatch.setenv(
         RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": job, "metadata": {}})
     )
-    ours: Any = {"env_vars": ray_internals.beside_job(ENVIRONMENT)}
+    ours = {"env_vars": ray_internals.beside_job(ENVIRONMENT)}
     merged = _merge_runtime_env({**job, "env_vars": given or {}}, ours)
     assert merged["env_vars"] == {**ENVIRONMENT, **(given or {})}
 
@@ -106,7 +106,7 @@ class Maker:
 def only_groups_of_dead_actors_are_freed() -> None:
     import ray
 
-    maker: Any = ray.remote(Maker)
+    maker = ray.remote(Maker)
     dies, lives = maker.options(num_cpus=0).remote(), maker.options(num_cpus=0).remote()
     ours = ray.util.placement_group([{"CPU": 1}])
     assert ours.wait(30)
@@ -151,7 +151,7 @@ def the_limits_of_an_autoscaler_are_read() -> None:
     for most in (3, -1):
         group = limits.node_group_configs.add()
         group.resources["CPU"], group.max_count = 4, most
-    client: Any = ray._private.worker.global_worker.gcs_client
+    client = ray._private.worker.global_worker.gcs_client
     client.report_cluster_config(limits.SerializeToString())
     assert ray_internals.autoscaler_groups() == [({"CPU": 4}, 3), ({"CPU": 4}, -1)]
 

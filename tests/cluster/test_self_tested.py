@@ -34,7 +34,7 @@ CONTEXT: Any = SimpleNamespace(
 
 
 def spec_of(config: Config, digest: str = "") -> TrainSpec:
-    store: Any = tiny.store(3)
+    store = tiny.store(3)
     return TrainSpec(config, BaseModel("tiny", "", digest), "digest", (0,), store, None)
 
 
@@ -84,7 +84,7 @@ def test_what_has_passed_is_not_tested_again_by_a_worker_that_resumes() -> None:
     assert not done
     before, after = first.trainer.loss, again.trainer.loss
     assert again.attention == first.attention == "segments"
-    model: Any = after.model
+    model = after.model
     assert model.config._attn_implementation == "segments", (
         "and not the one that it was loaded with"
     )

@@ -43,8 +43,8 @@ def run(
     settings = tiny.decided(
         **(SETTINGS | {"model__name": str(model), "model__dtype": "bfloat16"} | sizes | changes)
     )
-    train: Any = tiny.store(8)
-    held_out: Any = tiny.store(3, seed=9)
+    train = tiny.store(8)
+    held_out = tiny.store(3, seed=9)
     spec = TrainSpec(
         settings, BaseModel("m", str(model), str(model)), "tokenizer", (1,), train, held_out
     )

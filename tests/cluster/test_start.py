@@ -35,8 +35,8 @@ def known(model: Any, targets: Any) -> dict[str, AdapterWeights]:
 
 
 def test_an_adapter_of_before_keeps_its_layers_and_has_the_models_order() -> None:
-    model: Any = zoo.make(ALL["mixtral"])
-    spec: Any = SimpleNamespace(config=tiny.decided())
+    model = zoo.make(ALL["mixtral"])
+    spec = SimpleNamespace(config=tiny.decided())
     before = known(
         model, ("q_proj", "v_proj")
     )  # what all-linear meant as long as experts were left out
@@ -60,7 +60,7 @@ def test_a_checkpoint_that_a_worker_cannot_fetch_now_is_for_another_group_of_wor
 
     put(monkeypatch, start.collectives, rank=lambda: 1, from_first=lambda _: "s3://b/step-3")
     put(monkeypatch, start.checkpoints, read=read)
-    spec: Any = SimpleNamespace(config=tiny.decided(train__start="s3://b/step-3"))
+    spec = SimpleNamespace(config=tiny.decided(train__start="s3://b/step-3"))
     with pytest.raises(Exception, match=r"worker 1 cannot read .*: slow down") as caught:
         restored(spec, "s3://b")
     assert type(caught.value) is raised

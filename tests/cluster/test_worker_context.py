@@ -88,7 +88,7 @@ def test_adapters_that_share_a_base_train_as_if_each_were_alone() -> None:
 def load_what_lies_there(folders: list[str]) -> None:
     """In a worker: load the model of its node."""
     base = BaseModel("/models/m", folders[collectives.rank()], "digest")
-    spec: Any = SimpleNamespace(base=base, config=tiny.decided(cluster__workers=2))
+    spec = SimpleNamespace(base=base, config=tiny.decided(cluster__workers=2))
     load_loss(spec, CPU, "float32")
 
 

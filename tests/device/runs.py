@@ -79,7 +79,6 @@ def run(model: Path, storage: Path, device: torch.device, changes: Mapping[str, 
     )
     assert losses == [row["train/loss"] for row in first if "train/loss" in row]
     assert result.answers == whole.answers
-    assert result.self_test is not None
     alone = collectives.world_size() == 1
     merged = [_merged(spec, folder, where) for where in (device, torch.device("cpu")) if alone]
     answers = [part for pair in result.answers for part in (pair.before, pair.after)]

@@ -103,7 +103,6 @@ class Disturbances:
 
     def _command_again(self) -> None:
         """Give the command again if it has ended and has not done its work."""
-        assert self.run.driver is not None
         if self.over or self.run.driver.poll() is None:
             return
         code = self.run.wait()
@@ -221,7 +220,6 @@ class Disturbances:
     def _kill_driver(self, event: Event, noted: bool = False) -> None:
         if not noted:
             self._note(event)
-        assert self.run.driver is not None
         self.run.driver.kill()
         self._given_again(self.run.wait(), KILLED)
 

@@ -124,7 +124,6 @@ class Run:
 
     def wait(self, seconds: float = ATTEMPT_SECONDS) -> int:
         """The command's exit code; negative after a signal."""
-        assert self.driver is not None
         try:
             return self.driver.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -143,7 +142,6 @@ class Run:
 
     def wait_until(self, condition: Any, what: str, seconds: float = ATTEMPT_SECONDS) -> None:
         """Poll while the driver lives."""
-        assert self.driver is not None
         end = time.monotonic() + seconds
         while not condition():
             ended = self.driver.poll()
@@ -158,7 +156,6 @@ class Run:
         (self.folder / "release").touch()
 
     def terminate_driver(self) -> None:
-        assert self.driver is not None
         self.driver.send_signal(signal.SIGTERM)
 
     def kill_controller(self) -> None:

@@ -109,7 +109,6 @@ def happens(event: str, run: Run, pid: int, cluster: Cluster | None) -> None:
     """Let it happen to the worker that stands still, and give the command again where a user has to."""
     standing = next(one for one in processes.workers(run.folder) if one.pid == pid)
     if event == "a node":
-        assert cluster is not None
         host = cluster.host_of(pid)
         host.kill()
         host.start_ray()
@@ -121,7 +120,6 @@ def happens(event: str, run: Run, pid: int, cluster: Cluster | None) -> None:
         for worker in processes.workers(run.folder):
             send(worker, signal.SIGKILL)
     elif event == "the driver":
-        assert run.driver is not None
         run.driver.kill()
         assert run.wait() == -signal.SIGKILL, run.tail()
         run.start()

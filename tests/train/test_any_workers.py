@@ -23,7 +23,6 @@ from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer
 from tests import tiny
 from tests.crew import Crew
 
@@ -99,7 +98,7 @@ def trained(
     if not case.packing:
         store = tiny.ListStore(tiny.unpacked([store[i] for i in range(8)]))
     settings = case.config(strategy)
-    trainer: Trainer = tiny.trainer(settings, attention, strategy=strategy)
+    trainer = tiny.trainer(settings, attention, strategy=strategy)
     state = TrainState()
     if start:
         found = checkpoint.load(start)
@@ -114,7 +113,7 @@ def trained(
         state.step = result.step
         if result.step == stop:
             break
-    rows: Any = tiny.store(case.held_out, seed=9)
+    rows = tiny.store(case.held_out, seed=9)
     held_out = [evaluate(trainer, rows, attention).loss]
     held_out += evaluate(trainer, rows, attention, each=True).losses()
     answers = answer(trainer, QUESTIONS, 3, [1], rank, workers, batch=2)

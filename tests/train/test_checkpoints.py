@@ -52,7 +52,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def newest(place: str) -> int:
     """The step of the newest good one, which is read whole."""
     found = checkpoints.latest_good(place)
-    assert found is not None
     uri, read = found
     assert uri == storage.join(place, checkpoints.name_of(read.state.step))
     assert torch.equal(read.optimizer["a"], torch.full((4,), float(read.state.step)))

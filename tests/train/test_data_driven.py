@@ -132,13 +132,8 @@ def test_more_tokens_are_looked_at_until_they_change_nothing(
 ) -> None:
     _, _, about = make(init_tokens=128)
     assert about.tokens == 128
-    assert about.agreement is not None
     mean, least = about.agreement
     assert 0 < least <= mean < 0.99
-    assert (
-        f"half of the tokens give {mean:.0%} of the same directions (at least {least:.0%} in each layer)"
-        in about.line("eva")
-    )
     monkeypatch.setattr(data_driven, "AGREEMENT", least / 2)
     early, _, sooner = make(init_tokens=128)
     assert sooner.tokens == 64

@@ -14,11 +14,10 @@ from tests import tiny
 from tests.said import said
 
 
-def trainer(method: str, **changes: Any) -> Trainer:
+def trainer(method: str, **changes: Any) -> Any:
     model = tiny.llama(attention="segments")
     model.unused = torch.nn.Linear(64, 64)
-    made: Trainer = tiny.trainer(tiny.decided(adapter__method=method, **changes), model=model)
-    return made
+    return tiny.trainer(tiny.decided(adapter__method=method, **changes), model=model)
 
 
 def batch(seed: int = 0) -> Batch:

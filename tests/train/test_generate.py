@@ -39,7 +39,7 @@ def test_questions_are_what_a_server_makes_of_the_prompt(
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer: Any = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=small_tokenizers.tokenizer(kind),
         bos_token="<s>",
         eos_token="</s>",
@@ -82,7 +82,7 @@ def test_answers_are_greedy_whatever_generation_config_says(
     zoo.build(ALL["llama"], tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
     config = tiny.decided(model__name=str(tmp_path), model__dtype="float32").model
-    model: Any = load_model(tmp_path, config, CPU)
+    model = load_model(tmp_path, config, CPU)
     prompts = [tuple(range(5, 14)), (7, 8, 9)]
     with decoding(model):
         found = greedy(model, prompts, 8, [], CPU)

@@ -181,7 +181,7 @@ def test_an_infinite_gradient_stops_with_the_step() -> None:
     store = tiny.store()
     steps = tiny.steps(trainer, store, STEPS)
     next(steps)
-    first: Any = next(iter(trainer.flat.slots.values()))
+    first = next(iter(trainer.flat.slots.values()))
     first.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     before = trainer.flat.vector.clone()
     with refused("step 2"):

@@ -36,7 +36,7 @@ def test_loss_and_gradient_are_those_of_the_full_logits(family: str, chunk: int)
     # A tied head would add its own gradient to the embedding's: the head is frozen in this project.
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=True)
-    loss: Any = SupervisedLoss(model)
+    loss = SupervisedLoss(model)
     loss.chunk = lambda _: chunk
     found, gradient = with_gradient(model, loss(collate(tiny.unpacked(PACKS), "sdpa")))
     expected, wanted = with_gradient(model, oracle.losses(model, PACKS).sum())

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
     """Return a trainer whose blocks are recomputed if `on`."""
-    made: Trainer = tiny.trainer(tiny.decided(**changes), model=model)
+    made = tiny.trainer(tiny.decided(**changes), model=model)
     made.loss.recompute = on
     place_model(made.loss, "ddp", CPU)
     tiny.moved(made)
@@ -68,9 +68,14 @@ def test_packed_sequences_have_the_same_bits(
     attention: str, dtype: torch.dtype, dropout: float
 ) -> None:
     batch = collate([tiny.pack(9, 7, 4), tiny.pack(12)], attention)
+    models = [tiny.llama(attention=attention, dtype=dtype) for _ in range(2)]
+    assert_same_bits(models, batch, dropout)
+
+
+def assert_same_bits(models: list[Any], batch: Batch, dropout: float) -> None:
     found = []
-    for on in (False, True):
-        made = trainer(tiny.llama(attention=attention, dtype=dtype), on, adapter__dropout=dropout)
+    for model, on in zip(models, (False, True), strict=True):
+        made = trainer(model, on, adapter__dropout=dropout)
         count = runs(made.loss.model)
         found.append(gradient(made, batch))
         assert len(count) == (2 if on else 1)
@@ -80,13 +85,7 @@ def test_packed_sequences_have_the_same_bits(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_block_has_the_same_bits(family: str) -> None:
     batch = collate([tiny.pack(9), tiny.pack(12, seed=1)], "sdpa")
-    found = []
-    for on in (False, True):
-        made = trainer(zoo.make(ALL[family]), on, adapter__dropout=0.1)
-        count = runs(made.loss.model)
-        found.append(gradient(made, batch))
-        assert len(count) == (2 if on else 1)
-    assert same(*found)
+    assert_same_bits([zoo.make(ALL[family]) for _ in range(2)], batch, dropout=0.1)
 
 
 def _steps(
@@ -99,7 +98,7 @@ def _steps(
         train__global_batch=3,
         adapter__dropout=0.2,
     )
-    made: Trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"))
+    made = tiny.trainer(settings, model=tiny.llama(attention="segments"))
     made.loss.recompute = on
     place_model(made.loss, strategy, CPU)
     count = runs(made.loss.model)
@@ -133,7 +132,7 @@ def test_a_block_that_does_something_twice_is_refused_before_the_first_step() ->
     made.flat.vector.zero_()
     packs = [tiny.pack(9, 7), tiny.pack(12)]
     check_adapters(made.loss, made.adapted, packs, "segments", CPU, new=True)
-    block: Any = decoder_layers(made.loss.model)[0]
+    block = decoder_layers(made.loss.model)[0]
     inner, seen = block.mlp.forward, []
 
     def counting(x: Tensor) -> Tensor:

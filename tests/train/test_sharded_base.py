@@ -89,7 +89,7 @@ def trained(
     settings = config(folder, strategy, dtype, **(changes or {}))
     with said() as lines:
         loss = load_base(str(folder), settings, CPU)
-    model: Any = loss.model
+    model = loss.model
     by_rows, adapter, store = loss.read_rows is not None, settings.adapter, tiny.store()
     targets = find_targets(model, adapter.targets, adapter.rank)
     factors, report, _ = new_factors(loss, targets, settings, store, CPU)
@@ -100,7 +100,7 @@ def trained(
     gradients = tiny.gradients(trainer)
     attention = tiny.attention_of(model)
     losses = [result.loss for result in tiny.steps(trainer, store, attention=attention)]
-    held_out: Any = tiny.store(5, seed=9)
+    held_out = tiny.store(5, seed=9)
     return Outcome(
         by_rows,
         report.digest,
@@ -184,7 +184,7 @@ def _parts(
         if isinstance(part, DTensor)
     }
     assert len(rows) == len(parameters)
-    model: Any = loss.model
+    model = loss.model
     embeddings = model.get_input_embeddings().weight.data
     assert not isinstance(embeddings, DTensor)
     assert str(folder / "model") in _file_of(embeddings)
