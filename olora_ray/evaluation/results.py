@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from olora_ray.cluster import address, preflight
+from olora_ray.cluster import address, connection, preflight
 from olora_ray.cluster.decide import decide_evaluation, length_of
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.preflight import ClusterFacts
@@ -28,7 +28,6 @@ from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.statistics import Interval, difference
 from olora_ray.evaluation.targets import Target, run_of
-from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare
 from olora_ray.tracking import client, models

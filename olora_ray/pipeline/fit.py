@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Message, Saved, Started, make_channel
+from olora_ray.cluster.connection import Stop
 from olora_ray.cluster.failures import cause, counts, passes, user_errors
 from olora_ray.cluster.group import Fit, Group, answer, end_hung, ray_trainer
 from olora_ray.cluster.resources import (
@@ -24,7 +25,6 @@ from olora_ray.cluster.resources import (
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.text import plural
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.progress import Progress, batch_split
 from olora_ray.pipeline.prometheus import Telemetry
 from olora_ray.pipeline.run_folder import RunFolder, RunState, by_step

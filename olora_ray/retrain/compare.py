@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from olora_ray.cluster import preflight
+from olora_ray.cluster import connection, preflight
 from olora_ray.cluster.decide import decide_evaluation
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.preflight import ClusterFacts
@@ -29,7 +29,6 @@ from olora_ray.evaluation.lm_eval_tasks import Tasks, load_tasks
 from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype
-from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base, find_model, with_tokenizer
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import gate, recipe

@@ -12,11 +12,11 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Member, Started
+from olora_ray.cluster.connection import Stop
 from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
 from olora_ray.pipeline import fit
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.fit import Supervisor
 from tests import tiny
 from tests.refused import refused
