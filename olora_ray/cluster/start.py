@@ -19,7 +19,7 @@ from torch import Tensor
 from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
-from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import method_named
 from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
@@ -34,7 +34,6 @@ from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural
 from olora_ray.config.section import is_auto
-from olora_ray.model import attention
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, checkpoints
@@ -45,14 +44,7 @@ from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.optimizers.optimizer import optimizer_named
 from olora_ray.train.parallel import place_model
-from olora_ray.train.self_test import (
-    SHORT,
-    bare,
-    check_adapters,
-    choose_attention,
-    examples_of,
-    require_layout,
-)
+from olora_ray.train.self_test import check_adapters, choose_attention, require_layout
 
 logger = logging.getLogger(__name__)
 
@@ -262,34 +254,12 @@ def self_test(
     All workers of a sharded base must call it together.
     """
     if loss.tested is None:
-        with bare(loss.model), _as_user_error(loss):
-            try:
-                loss.tested = choose_attention(loss, packs, spec.config, device)
-            except UserError:
-                # Its advice fits only causal models, so look for another reason first.
-                if loss.sharded or not _sees_ahead(loss.model, packs, device):
-                    raise
-                raise UserError(
-                    f"model.name: {type(loss.model).__name__} is no causal language model: its output for a token"
-                    " depends on later tokens; name another model"
-                ) from None
+        with _as_user_error(loss):
+            loss.tested = choose_attention(loss, packs, spec.config, device)
         logger.info(loss.tested.line())
     else:
         require_layout(loss, spec.config)
     return loss.tested
-
-
-@torch.no_grad()
-def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool:
-    # Another last token must not change the output for earlier tokens, except by rounding errors.
-    model.set_attn_implementation(attention.own(model))
-    ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
-    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
-    own, changed = (
-        model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1)
-        for each in (ids, other)
-    )
-    return float((own - changed).abs().sum(-1).mean()) > 0.02
 
 
 @contextlib.contextmanager
@@ -303,10 +273,6 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
         # A failed exchange of a sharded base has the same types, and may pass.
         if is_out_of_memory(error) or loss.sharded:
             raise
-        if isinstance(error, TakenWeight):
-            raise UserError(
-                f"adapter.targets: {first_line(error)}; leave it out of adapter.targets"
-            ) from None
         family = type(loss.model).__name__
         frames = traceback.extract_tb(error.__traceback__)
         of_model = [frame for frame in frames if "/torch/" not in frame.filename]

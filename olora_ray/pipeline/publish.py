@@ -12,7 +12,6 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.retry import is_temporary
-from olora_ray.common.secrets import mask
 from olora_ray.config.load import flatten, with_model
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -22,7 +21,6 @@ from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, by_step, setti
 from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import checksums, client, models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import BASE, CPU_SECONDS, GPU_SECONDS, RUN
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
 
@@ -157,13 +155,10 @@ def register(
         spec.eval.digest if spec.eval else "",
         settings_digest(config),
     )
-    used = exported.folder.used()
+    folder = exported.folder
     own: dict[str, object] = {
         **made_of.tags(),
-        GPU_SECONDS: f"{used.get('GPU', 0.0):.0f}",
-        CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}",
-        BASE: mask(spec.base.shown()),
-        RUN: exported.folder.root,
+        **checksums.origin_tags(folder.root, spec.base.shown(), folder.used()),
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",

@@ -37,7 +37,7 @@ from olora_ray.retrain.recipe import Inputs
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import RUN, Version
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import scoring
 from olora_ray.train.objectives.objective import objective_named
@@ -322,7 +322,7 @@ def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | No
 
 def _in_storage(named: Config, version: Version) -> str:
     """Return the address of a merged version in its run folder, or of a copy if that folder was deleted."""
-    folder = recipe.where_now(version.tags.get(RUN, ""), named.run.storage)
+    folder = recipe.where_now(version.folder, named.run.storage)
     merged = storage.join(folder, "export", "merged")
     if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)):
         return merged
