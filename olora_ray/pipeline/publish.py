@@ -168,7 +168,7 @@ def register(
     content = "merged model" if config.export.merged else "adapter, without its base model,"
     with (
         contents_of(exported, scores or {}) as contents,
-        client.reachable(tracker.uri, upload=True),
+        tracker.reachable(upload=True),
     ):
         if registry.model is None:
             logger.info(f"logging the {content}")
@@ -245,8 +245,7 @@ def push_version(config: Config, number: str) -> None:
     uri = resolve_uri(config)
     name = str(config.registry.model)
     what = f"version {number}"
-    with client.reachable(uri):
-        last = client.connect(uri).get_registered_model(name).tags.get(PUSHED)
+    last = Aliases(uri, name).tags().get(PUSHED)
     repo = config.export.push
     if repo and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
@@ -281,12 +280,13 @@ def _upload(config: Config, repo: str, files: Path, what: str) -> None:
 
 
 def _note_push(config: Config, state: str) -> None:
-    uri = resolve_uri(config)
     name = config.registry.model
+    if name is None:
+        return
+    aliases = Aliases(resolve_uri(config), name)
     # A run may have been registered elsewhere, or not at all; then no retraining reads the tag.
-    if name and Aliases(uri, name).versions():
-        with client.reachable(uri):
-            client.connect(uri).set_registered_model_tag(name, PUSHED, state)
+    if aliases.versions():
+        aliases.tag(PUSHED, state)
 
 
 def _hub_problem(error: BaseException) -> str:
