@@ -32,7 +32,7 @@ from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare
 from olora_ray.tracking import client, models
 from olora_ray.tracking.start import resolve_uri, start_run
-from olora_ray.train import scoring
+from olora_ray.train.scoring import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def check_request(request: EvalRequest, config: AnyConfig) -> None:
     """Raise UserError if there is nothing to evaluate, the scorer cannot be used, or Ray does not answer."""
     length_of(config)
     if config.evaluation.scorer:
-        scoring.resolve(config.evaluation.scorer)
+        Judge(config.evaluation.scorer)
     if not request.tasks and not config.data.holds_out():
         raise UserError(
             f"{request.models[0]}: no rows to evaluate it on; set --tasks, or --config with data.eval or"

@@ -216,7 +216,6 @@ def _log_file(root: str) -> Iterator[None]:
     handler: logging.Handler = logging.StreamHandler(lines)
     if not storage.is_uri(root):
         handler = logging.FileHandler(path, encoding="utf-8", delay=True)
-    handler.setFormatter(logs.LineFormatter())
     try:
         with logs.handled_by(handler):
             yield

@@ -245,10 +245,6 @@ def peak_of(name: str) -> float | None:
 COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
 so far. Three more exist while AdamW computes, or while a checkpoint is written on a CPU."""
-PROCESS_BYTES = 2**30
-"""Approximate bytes of Python, torch and Ray in a worker, or of CUDA on its GPU."""
-PEER_BYTES = 2**24
-"""Approximate bytes of NCCL's connection to one other worker."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +272,7 @@ class MemoryEstimate:
     """True if no worker ever holds the whole base: each reads only its shard, or packs layer by layer."""
 
     def total_bytes(self) -> int:
-        """Return the bytes on the device of the model, without `PROCESS_BYTES`."""
+        """Return the bytes on the device of the model, without those of the process (cluster/preflight.py)."""
         return (
             self.base_bytes
             + self.gathered_bytes
