@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olora_ray.adapter import initialise
-from olora_ray.adapter.initialise import InitReport, at_scale
+from olora_ray.adapter.initialise import InitReport, StoredFactors, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import method_named
@@ -40,7 +39,7 @@ from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors, sizes_of
 from olora_ray.train.loader import planned_steps
-from olora_ray.train.loop import Trainer, train_mode
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.optimizers.optimizer import optimizer_named
 from olora_ray.train.parallel import place_model
@@ -183,9 +182,8 @@ def factors(
         }
     if spec.shared:
         began = time.perf_counter()
-        shared = initialise.read_factors(
-            spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets)
-        )
+        stored = StoredFactors(spec.factor_place(), spec.factor_origin(), adapter.rank)
+        shared = stored.read(targets)
         # All workers compute the factors if one of them cannot read them. It would wait for the others otherwise.
         if all(collectives.gather(bool(shared))) and shared:
             logger.info(
@@ -324,7 +322,7 @@ def _test(context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> Self
     loss = start.trainer.loss
     adapted = start.trainer.adapted
     packs = first_sequences(spec.train)
-    train_mode(adapted, False)
+    start.trainer.set_training(False)
     with context.activate(adapted):
         attention = self_test(loss, spec, packs, context.device).attention
         with _as_user_error(loss):
@@ -365,7 +363,7 @@ def measure_first_step(context: WorkerContext, spec: TrainSpec, start: StartingP
                     f"train.lr=auto: the peak rate is {state.lr:.2g} for {steps} steps; it was {old:.2g} for {before}"
                 )
         return
-    train_mode(trainer.adapted, False)
+    trainer.set_training(False)
     with context.activate(trainer.adapted):
         packs = first_sequences(spec.train)
         auto = trainer.automatic_rate(packs, steps, start.attention)
@@ -435,7 +433,7 @@ def _take_over(
 ) -> str:
     """Give the base the attention that has passed, unless another adapter already has. Return the attention's name."""
     loss: Any = start.trainer.loss
-    train_mode(start.trainer.adapted, False)
+    start.trainer.set_training(False)
     if loss.tested is None:
         with context.activate(start.trainer.adapted):
             loss.model.set_attn_implementation(known.attention)

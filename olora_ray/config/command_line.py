@@ -39,9 +39,10 @@ from olora_ray.config.load import (
     meant,
     parse_assignments,
     spelling_advice,
+    validated,
 )
 from olora_ray.config.nights import Condition
-from olora_ray.config.schema import AnyConfig, Config, Data
+from olora_ray.config.schema import AnyConfig, Config, Data, EvaluationConfig
 from olora_ray.config.section import AnySection, NameIn, Section, Source, described
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
@@ -441,6 +442,12 @@ def loaded(source: str | Path | Mapping[str, Any], changes: dict[str, Any]) -> C
     if isinstance(source, Mapping):
         return resolved(build(changed(source, changes)), Path.cwd())
     return resolved(load_config(source, changes), Path.cwd())
+
+
+def loaded_for(model: str, changes: Mapping[str, Any]) -> EvaluationConfig:
+    """Return the config of an evaluation of a model alone, after `changes`, with absolute paths."""
+    tree = changed({"model": {"name": model}}, changes)
+    return resolved(validated(EvaluationConfig, tree, "config"), Path.cwd())
 
 
 # Libraries log addresses as they got them, with the passwords in them.

@@ -121,7 +121,7 @@ class Trainer:
         weight_of_step = objective.weight(whole)
         numbers = StepNumbers.zeros(data.count, 1 + len(objective.more), self.device)
         self.gradient.begin(data.count)
-        train_mode(self.adapted, True)
+        self.set_training(True)
         self.loss.compiled = self.loss.compile_blocks
 
         # With a sharded base all workers must run the model equally often, so a worker with fewer micro-batches runs
@@ -143,7 +143,7 @@ class Trainer:
                 if parts_of_mean.requires_grad:
                     parts_of_mean[0].backward()
                 numbers.sums[micro_batch] = parts_of_mean.detach()
-        train_mode(self.adapted, False)
+        self.set_training(False)
         self.loss.compiled = False
 
         # The signal travels with the losses, because a second exchange per step would cost more.
@@ -220,6 +220,9 @@ class Trainer:
         return lambda folder: checkpoint.save(
             folder, adapter, best_parts, optimizer, state, identity, config_yaml
         )
+
+    def set_training(self, on: bool) -> None:
+        train_mode(self.adapted, on)
 
     @cached_property
     def _frozen(self) -> dict[str, Factors]:
