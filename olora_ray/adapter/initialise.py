@@ -34,13 +34,19 @@ Shape = tuple[int, ...]
 
 
 def exchange(
-    own: Mapping[str, Factors], shares: Sequence[Sequence[str]], device: torch.device
-) -> tuple[dict[str, Factors], str]:
-    """Return the factors of all layers, the same bytes on every worker, and the SHA-256 over them.
+    own: Mapping[str, Factors],
+    names: Iterable[str],
+    shares: Sequence[Sequence[str]],
+    seconds: float,
+    device: torch.device,
+) -> tuple[dict[str, Factors], "InitReport"]:
+    """Return the factors of all layers `names`, the same bytes on every worker, and a report.
 
-    `own` has the factors of this worker's share, `shares` the layer names of each worker's share. All workers must call
-    it together; the numbers travel on `device`. Raises RuntimeError if the workers end with different bytes.
+    `own` has the factors of this worker's share, which took it `seconds`; `shares` has the layer names of each worker's
+    share. All workers must call it together; the numbers travel on `device`. Raises RuntimeError if the workers end
+    with different bytes.
     """
+    start = time.perf_counter()
     facts: dict[str, tuple[Shape, Shape | None, bool]] = {}
     for name, item in own.items():
         shape_b0 = None if item.b0 is None else tuple(item.b0.shape)
@@ -69,7 +75,15 @@ def exchange(
         raise RuntimeError(
             "adapter factors differ between workers after their exchange: the network corrupted them"
         )
-    return merged, hasher.hexdigest()
+    factors = {name: merged[name] for name in names}
+    report = InitReport(
+        layers=tuple(map(len, shares)),
+        seconds=tuple(collectives.gather(seconds)),
+        exchange_seconds=time.perf_counter() - start,
+        deficient=tuple(name for name, item in factors.items() if not item.full_rank),
+        digest=hasher.hexdigest(),
+    )
+    return factors, report
 
 
 def _sent(part: Tensor, worker: int, device: torch.device) -> Tensor:
@@ -149,18 +163,7 @@ def initialise(
         }
     )
     seconds = time.perf_counter() - start
-
-    start = time.perf_counter()
-    merged, digest = exchange(own, shares, device)
-    factors = {name: merged[name] for name in targets}
-    report = InitReport(
-        layers=tuple(len(share) for share in shares),
-        seconds=tuple(collectives.gather(seconds)),
-        exchange_seconds=time.perf_counter() - start,
-        deficient=tuple(name for name, item in factors.items() if not item.full_rank),
-        digest=digest,
-    )
-    return factors, report
+    return exchange(own, targets, shares, seconds, device)
 
 
 def at_scale(factors: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:

@@ -138,7 +138,7 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         cpus = min(cpus * spec.config.cluster.most, largest)
     logger.info("exporting and checking the adapter and the merged model")
-    channel = make_channel(ray.get_runtime_context().get_node_id())
+    channel = make_channel()
     done: list[Any] = []
     with user_errors():
         job: Any = ray.remote(_export_aloud).options(

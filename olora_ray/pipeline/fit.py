@@ -354,7 +354,7 @@ def train(
     Raises UserError with the last failure, and Stopped after a signal.
     """
     config = spec.config
-    channel = make_channel(ray.get_runtime_context().get_node_id())
+    channel = make_channel()
     worker = worker_resources(config)
     stop.gentle = True
     try:
