@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster import address, connection, preflight
@@ -330,7 +329,7 @@ def _folder(request: EvalRequest) -> str | None:
     if not request.out:
         return run_of(request.models[0])
     # In a Ray job the working directory is deleted after the job, so `lasting` replaces it.
-    return command_line.absolute(request.out, command_line.lasting(Path.cwd()))
+    return command_line.absolute(request.out, command_line.lasting())
 
 
 def _track(result: EvalResult, text: str) -> None:

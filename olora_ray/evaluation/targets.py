@@ -228,13 +228,13 @@ def _of_adapter(name: str, path: str, shared: AnyConfig) -> Target:
 def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:
     if not revision and shared.model.name == name:
         revision = shared.model.revision
-    return command_line.resolved(with_model(shared, name, revision or None), Path.cwd())
+    return command_line.resolved(with_model(shared, name, revision or None))
 
 
 def _absolute(name: str) -> str:
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
-    return command_line.job_path(name, Path.cwd()).rstrip("/")
+    return command_line.job_path(name).rstrip("/")
 
 
 def _readable(name: str, path: str) -> bool:

@@ -25,7 +25,7 @@ from olora_ray.config.schema import Config
 from olora_ray.config.tables import EXPORTERS
 from olora_ray.data.formats import format_named
 from olora_ray.data.tokenizer_spec import plain_template
-from olora_ray.model.folder import parameters, read_json, text_class
+from olora_ray.model.folder import read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_losses, exporter, merge, model_card, model_files
@@ -288,7 +288,7 @@ def _check_merged(work: Work, folder: Path) -> MergedFolder:
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
     spec = work.spec
     device = assigned_device()
-    why = too_large(parameters(work.base.folder), torch.float32, device)
+    why = too_large(work.base.folder, torch.float32, device)
     if why:
         return why
     logger.info("export: comparing logits with the trained model's")

@@ -14,7 +14,6 @@ from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import first_line
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, too_large
 from olora_ray.pipeline.exporter import Work
 from olora_ray.pipeline.parity import with_adapter
@@ -60,7 +59,7 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
     """Return the losses of both sides on the first rows of a token store, or the reason why they are not measured."""
     config = work.spec.config
     device = assigned_device()
-    why = too_large(parameters(work.base.folder), pick_dtype(config.model, device), device)
+    why = too_large(work.base.folder, pick_dtype(config.model, device), device)
     if why:
         return why
     # The first sequences, with at most LOSS_TOKENS in total, but at least one.

@@ -75,22 +75,25 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
     wanted = config.gate.guard
     if not wanted:
         return None
-    plain = {
+    plain: dict[str, Any] = {
         "evaluation.scorer": None,
         "gate.group": None,
         "data.eval_fraction": None,
         "data.max_rejected": 1.0,
         **NO_GATE,
     }
-    sources: list[dict[str, Any]] = [{"path": str(TEXT), "format": "text"}]
-    if wanted != "text":
+    names: list[str] = []
+    if wanted == "text":
+        plain["data.eval"] = [{"path": str(TEXT), "format": "text"}]
+    else:
         names = [each for each in wanted if isinstance(each, str)]
-        if names:
-            without = override(inputs.data, plain)
-            key = digest_json([names, ANSWERED])
-            return RowSet("the guard's tasks", without, key, load_tasks(names, None))
-        sources = [each.model_dump(mode="json") for each in wanted if isinstance(each, Source)]
-    changed = override(inputs.data, {**plain, "data.eval": sources})
+        if not names:
+            sources = [each for each in wanted if isinstance(each, Source)]
+            plain["data.eval"] = [each.model_dump(mode="json") for each in sources]
+    changed = override(inputs.data, plain)
+    if names:
+        key = digest_json([names, ANSWERED])
+        return RowSet("the guard's tasks", changed, key, load_tasks(names, None))
     try:
         plan = plan_here(changed, inputs.base.spec, "eval")
     except UserError as error:
