@@ -20,7 +20,7 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import of_problems
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, some
 from olora_ray.config.decided import AnyDecided, DecidedConfig, Expected
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Cluster, Config
@@ -560,8 +560,5 @@ def _grouped(problems: Sequence[tuple[str, str]]) -> list[str]:
     lines = []
     for problem, addresses in nodes.items():
         word = "node" if len(addresses) == 1 else "nodes"
-        shown = ", ".join(addresses[:3])
-        if len(addresses) > 3:
-            shown += f" and {len(addresses) - 3} more"
-        lines.append(f"{word} {shown}: {problem}")
+        lines.append(f"{word} {some(addresses)}: {problem}")
     return lines

@@ -31,7 +31,7 @@ from olora_ray.cluster.worker_context import (
 from olora_ray.common import collectives, node_cache, records
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, some
 from olora_ray.config.section import is_auto
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
@@ -228,9 +228,7 @@ def describe(method: str, report: InitReport) -> str:
     )
     line = f"{method} initialisation: {shares}; exchange {report.exchange_seconds:.2f} s; digest {report.digest[:12]}"
     if report.deficient:
-        names = ", ".join(report.deficient[:4])
-        if len(report.deficient) > 4:
-            names += " ..."
+        names = some(report.deficient, 4)
         line += f"; rank-deficient layers, where a part of the factors is arbitrary: {names}"
     return line
 

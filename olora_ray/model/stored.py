@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from olora_ray.common.errors import UserError
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, some
 from olora_ray.model.folder import (
     INDEX,
     SINGLE,
@@ -549,13 +549,9 @@ class Fit:
     """Tensors that the model does not use, such as layers that predict further tokens, or a vision part."""
 
     def warning(self, model: Any, files: str) -> str:
-        names = self.left_out
-        shown = ", ".join(names[:3])
-        if len(names) > 3:
-            shown += f" and {len(names) - 3} more"
         return (
-            f"model.name: {type(model).__name__} does not use {plural(len(names), 'tensor')} in the files of {files},"
-            f" so they are ignored: {shown}"
+            f"model.name: {type(model).__name__} does not use {plural(len(self.left_out), 'tensor')} in the files of"
+            f" {files}, so they are ignored: {some(self.left_out)}"
         )
 
 

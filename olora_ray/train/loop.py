@@ -14,6 +14,7 @@ from torch import Tensor
 from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights, Factors
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import some
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.tokens import plan
 from olora_ray.tokens.collate import collate
@@ -252,9 +253,7 @@ def rows_of_odd_losses(losses: Tensor, data: StepData, store: TokenStore) -> lis
 
 def not_finite(origins: Sequence[str]) -> str:
     """Say that a loss is not finite, and name up to eight of the rows that it comes from."""
-    shown = ", ".join(origins[:8])
-    if len(origins) > 8:
-        shown += f" and {len(origins) - 8} more"
+    shown = some(origins, 8)
     return (
         f"loss is not finite; it comes from {shown or 'the sum over all workers'}; check these rows"
     )

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight, TakenWeight
 from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.text import some
 from olora_ray.config.decided import AnyDecided
 from olora_ray.model import attention
 from olora_ray.model.packing import check_lengths, why_not_in_one_row
@@ -519,9 +520,8 @@ def check_adapters(
     with _taken_as_user_error():
         without, off = _try(loss, adapted, list(examples_of(packs, SHORT))[:3], name, new)
     if without and named:
-        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
         raise UserError(
-            f"adapter.targets: no gradient reaches {', '.join(without[:3])}{more}, because text does not use these"
+            f"adapter.targets: no gradient reaches {some(without)}, because text does not use these"
             " layers; leave them out"
         )
     return without, off
