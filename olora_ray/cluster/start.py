@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.initialise import InitReport, StoredFactors, at_scale
+from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import method_named
@@ -182,8 +182,7 @@ def factors(
         }
     if spec.shared:
         began = time.perf_counter()
-        stored = StoredFactors(spec.factor_place(), spec.factor_origin(), adapter.rank)
-        shared = stored.read(targets)
+        shared = spec.stored_factors().read(targets)
         # All workers compute the factors if one of them cannot read them. It would wait for the others otherwise.
         if all(collectives.gather(bool(shared))) and shared:
             logger.info(

@@ -190,7 +190,7 @@ class Kept:
 NOTHING = Kept()
 
 
-def lasting_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def lasting_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that must not change when a run is resumed, in the form that all releases give them.
 
     Removed fields count with their defaults, and fields of ADDED do not count at theirs.
@@ -198,7 +198,7 @@ def lasting_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     removed = {name: default for name, (default, _) in RETIRED.items()}
     return {
         name: value
-        for name, value in (removed | dict(settings)).items()
+        for name, value in (removed | settings).items()
         if not name.startswith(FREE_TO_CHANGE) and (name not in ADDED or value != ADDED[name])
     }
 

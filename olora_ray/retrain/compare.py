@@ -88,8 +88,9 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
     else:
         names = [each for each in wanted if isinstance(each, str)]
         if not names:
-            sources = [each for each in wanted if isinstance(each, Source)]
-            plain["data.eval"] = [each.model_dump(mode="json") for each in sources]
+            plain["data.eval"] = [
+                each.model_dump(mode="json") for each in wanted if isinstance(each, Source)
+            ]
     changed = override(inputs.data, plain)
     if names:
         key = digest_json([names, ANSWERED])

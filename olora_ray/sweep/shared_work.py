@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from olora_ray.adapter.initialise import StoredFactors, check_rank, initialise
+from olora_ray.adapter.initialise import check_rank, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import method_named
 from olora_ray.cluster.failures import user_errors
@@ -85,7 +85,7 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     for method, rank in wanted:
         changes = {"adapter.method": method, "adapter.rank": rank}
         factors = replace(spec, config=override(spec.config, changes))
-        if not _stored(factors).exist():
+        if not factors.stored_factors().exist():
             missing.append(factors)
     asked = wanted_questions(spec.config.evaluation, spec.eval)
     baseline = storage.join(folder, "baseline.json")
@@ -111,11 +111,7 @@ def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
     if method_named(adapter.method).needs != "weight":
         self_test(shared, spec)
     factors, _, _ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
-    _stored(spec).write(factors, method_named(adapter.method).prefix)
-
-
-def _stored(spec: TrainSpec) -> StoredFactors:
-    return StoredFactors(spec.factor_place(), spec.factor_origin(), spec.config.adapter.rank)
+    spec.stored_factors().write(factors, method_named(adapter.method).prefix)
 
 
 def _measure(spec: TrainSpec, shared: SharedBase) -> Baseline:

@@ -1,10 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from olora_ray.adapter import initialise
-from olora_ray.adapter.initialise import StoredFactors
+from olora_ray.adapter.initialise import DESCRIPTION, TENSORS, StoredFactors
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import method_named
 
@@ -43,9 +43,10 @@ def test_what_is_kept_reads_back_at_any_rank_up_to_its_own(tmp_path: Path, place
 
 @pytest.mark.parametrize("what", sorted(ORIGIN))
 def test_factors_of_another_origin_are_not_taken(tmp_path: Path, what: str) -> None:
-    StoredFactors(str(tmp_path), ORIGIN, 8).write(factors())
-    assert StoredFactors(str(tmp_path), ORIGIN, 8).exist()
-    assert not StoredFactors(str(tmp_path), ORIGIN | {what: "other"}, 8).exist()
+    stored = StoredFactors(str(tmp_path), ORIGIN, 8)
+    stored.write(factors())
+    assert stored.exist()
+    assert not replace(stored, origin=ORIGIN | {what: "other"}).exist()
 
 
 def test_completed_factors_are_computed_anew_for_each_rank(tmp_path: Path) -> None:
@@ -55,7 +56,8 @@ def test_completed_factors_are_computed_anew_for_each_rank(tmp_path: Path) -> No
 
 def test_damaged_files_count_as_missing(tmp_path: Path) -> None:
     StoredFactors(str(tmp_path), ORIGIN, 8).write(factors())
-    (tmp_path / initialise.TENSORS).write_bytes(b"\0" * 100)
-    assert StoredFactors(str(tmp_path), ORIGIN, 4).read(["layer0"]) is None
-    (tmp_path / initialise.DESCRIPTION).write_text("{")
-    assert not StoredFactors(str(tmp_path), ORIGIN, 4).exist()
+    stored = StoredFactors(str(tmp_path), ORIGIN, 4)
+    (tmp_path / TENSORS).write_bytes(b"\0" * 100)
+    assert stored.read(["layer0"]) is None
+    (tmp_path / DESCRIPTION).write_text("{")
+    assert not stored.exist()

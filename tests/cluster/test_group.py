@@ -48,7 +48,6 @@ def test_it_ends_with_what_the_workers_return_or_raise(error: Exception | None) 
 
 @pytest.mark.ray
 def test_a_channel_tells_of_silent_workers_and_ends(ray_with: Callable[[int], None]) -> None:
-
     ray_with(1)
     channel = make_channel()
     a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel)
