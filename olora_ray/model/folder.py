@@ -180,8 +180,7 @@ def weights(identity: str) -> str:
 def has_weights(folder: Path, identity: str) -> bool:
     """True if a folder has the weights of a model with this identity, whatever its other files are."""
     # A copy from the hub may have the weights a second time, in a form of their maker.
-    files = (weight_files(folder), loaded_files(folder))
-    return weights(identity) in map(of_weights, files)
+    return weights(identity) in map(of_weights, (weight_files(folder), loaded_files(folder)))
 
 
 def _others(folder: Path, code: bool) -> str:

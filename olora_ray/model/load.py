@@ -179,7 +179,6 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def too_large(folder: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return why a model is too large to be measured on a device; None if it is not."""
     need = parameters(folder) * dtype.itemsize
     if need > 0.4 * free(device):  # the rest is for the measurement
         where = f"the memory of one {device.type}"

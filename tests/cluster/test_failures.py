@@ -97,7 +97,8 @@ def test_only_a_lack_of_memory_is_advised_as_one(error: RuntimeError, advised: b
 def test_a_store_that_does_not_answer_is_told_apart() -> None:
     away = StoreUnavailable("s3://b/runs: no answer for 60 s")
     assert Failure(WorkerGroupError("", {0: raised(GLOO), 1: raised(away)})).passes
-    unread = TryAgain("checkpoint s3://b/step-3: cannot be read")
-    assert Failure(WorkerGroupError("", {0: raised(unread)})).passes
+    assert Failure(
+        WorkerGroupError("", {0: raised(TryAgain("s3://b/step-3: cannot be read"))})
+    ).passes
     assert not Failure(WorkerGroupError("", {0: raised(away), 1: dead()})).passes
     assert not Failure(WorkerGroupError("", {0: raised(ValueError("bad row"))})).passes
