@@ -251,7 +251,7 @@ class StoredFactors:
     folder: str
     """Path or URI."""
     origin: Mapping[str, str]
-    """What identifies the inputs of the factors."""
+    """Digests and settings that identify the inputs of the factors."""
     rank: int
 
     def write(self, factors: Mapping[str, Factors], prefix: bool = True) -> None:
