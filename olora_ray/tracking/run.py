@@ -254,7 +254,7 @@ class Tracker:
         return unavailable(self.uri, why)
 
 
-def newest_runs(uri: str, words: str, most: int, experiment: str | None = None) -> list["Run"]:
+def newest_runs(uri: str, words: str, most: int, experiment: str | None = None) -> Sequence["Run"]:
     """Return up to `most` runs that MLflow's filter `words` finds, the newest first; of all experiments by default."""
     with reachable(uri):
         client = connect(uri)
@@ -266,4 +266,4 @@ def newest_runs(uri: str, words: str, most: int, experiment: str | None = None) 
                 return []
             places = [known.experiment_id]
         newest = ["attributes.start_time DESC"]
-        return list(client.search_runs(places, words, max_results=most, order_by=newest))
+        return client.search_runs(places, words, max_results=most, order_by=newest)
