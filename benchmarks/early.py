@@ -29,7 +29,7 @@ from olora_ray.common import logs
 from olora_ray.config.decided import DataConfig, with_values
 from olora_ray.config.load import load_config
 from olora_ray.pipeline.base import open_base
-from olora_ray.pipeline.connection import connect
+from olora_ray.cluster.connection import connect
 from olora_ray.tokens.prepare import prepare
 config = with_values(load_config(sys.argv[1]), DataConfig, {"data.packing": True})
 with logs.printed():

@@ -24,12 +24,12 @@ from ray.cluster_utils import Cluster
 from olora_ray.cluster import preflight, resources
 from olora_ray.cluster.decide import DataDecisions, decide
 from olora_ray.cluster.node_facts import node_info
+from olora_ray.cluster.preflight import PROCESS_BYTES
 from olora_ray.common.errors import UserError
 from olora_ray.config.decided import DataConfig, DecidedConfig, with_values
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.train.estimate import PROCESS_BYTES
 
 MODELS = {
     "135M": (49152, 576, 1536, 30, 9, 3),

@@ -30,9 +30,9 @@ def main(argv: list[str]) -> None:
     from olora_ray.sweep.space_file import load_space
 
     space = load_space(file, config)
+    from olora_ray.cluster.connection import connect
     from olora_ray.pipeline import prepare, run
     from olora_ray.pipeline.base import open_base
-    from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.run import only_driver
     from olora_ray.sweep import outcome, search_folder, space_file
     from olora_ray.sweep import run as sweep

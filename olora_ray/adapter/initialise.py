@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,13 +34,19 @@ Shape = tuple[int, ...]
 
 
 def exchange(
-    own: Mapping[str, Factors], shares: Sequence[Sequence[str]], device: torch.device
-) -> tuple[dict[str, Factors], str]:
-    """Return the factors of all layers, the same bytes on every worker, and the SHA-256 over them.
+    own: Mapping[str, Factors],
+    names: Iterable[str],
+    shares: Sequence[Sequence[str]],
+    seconds: float,
+    device: torch.device,
+) -> tuple[dict[str, Factors], "InitReport"]:
+    """Return the factors of all layers `names`, the same bytes on every worker, and a report.
 
-    `own` has the factors of this worker's share, `shares` the layer names of each worker's share. All workers must call
-    it together; the numbers travel on `device`. Raises RuntimeError if the workers end with different bytes.
+    `own` has the factors of this worker's share, which took it `seconds`; `shares` has the layer names of each worker's
+    share. All workers must call it together; the numbers travel on `device`. Raises RuntimeError if the workers end
+    with different bytes.
     """
+    start = time.perf_counter()
     facts: dict[str, tuple[Shape, Shape | None, bool]] = {}
     for name, item in own.items():
         shape_b0 = None if item.b0 is None else tuple(item.b0.shape)
@@ -69,7 +75,15 @@ def exchange(
         raise RuntimeError(
             "adapter factors differ between workers after their exchange: the network corrupted them"
         )
-    return merged, hasher.hexdigest()
+    factors = {name: merged[name] for name in names}
+    report = InitReport(
+        layers=tuple(map(len, shares)),
+        seconds=tuple(collectives.gather(seconds)),
+        exchange_seconds=time.perf_counter() - start,
+        deficient=tuple(name for name, item in factors.items() if not item.full_rank),
+        digest=hasher.hexdigest(),
+    )
+    return factors, report
 
 
 def _sent(part: Tensor, worker: int, device: torch.device) -> Tensor:
@@ -149,18 +163,7 @@ def initialise(
         }
     )
     seconds = time.perf_counter() - start
-
-    start = time.perf_counter()
-    merged, digest = exchange(own, shares, device)
-    factors = {name: merged[name] for name in targets}
-    report = InitReport(
-        layers=tuple(len(share) for share in shares),
-        seconds=tuple(collectives.gather(seconds)),
-        exchange_seconds=time.perf_counter() - start,
-        deficient=tuple(name for name, item in factors.items() if not item.full_rank),
-        digest=digest,
-    )
-    return factors, report
+    return exchange(own, targets, shares, seconds, device)
 
 
 def at_scale(factors: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
@@ -241,68 +244,70 @@ TENSORS = "factors.safetensors"
 DESCRIPTION = "factors.json"
 
 
-def write_factors(
-    folder_uri: str,
-    factors: Mapping[str, Factors],
-    origin: Mapping[str, str],
-    rank: int,
-    prefix: bool = True,
-) -> None:
-    """Write factors into the folder `folder_uri`. `origin` identifies their inputs; `prefix` is the method's."""
-    parts: dict[str, Tensor] = {}
-    for name, item in factors.items():
-        parts[f"{name}.a0"] = item.a0
-        if item.b0 is not None:
-            parts[f"{name}.b0"] = item.b0
-    content = save({name: part.contiguous().cpu() for name, part in parts.items()})
-    storage.write_bytes(storage.join(folder_uri, TENSORS), content)
-    # Factors that the weight does not determine are not reused at a smaller rank: computed there, the arbitrary part
-    # may differ from the first columns kept here.
-    whole = all(item.full_rank for item in factors.values())
-    described = {**origin, "rank": rank, "full_rank": whole, "prefix": prefix}
-    records.write(storage.join(folder_uri, DESCRIPTION), described)
+@dataclass(frozen=True)
+class StoredFactors:
+    """Factors of one origin and rank in a folder, which may hold those of a higher rank."""
 
+    folder: str
+    """Path or URI."""
+    origin: Mapping[str, str]
+    """Digests and settings that identify the inputs of the factors."""
+    rank: int
 
-def has(folder_uri: str, origin: Mapping[str, str], rank: int) -> bool:
-    """True if the folder has factors of this origin from which the factors of this rank follow."""
-    return _description(folder_uri, origin, rank) is not None
+    def write(self, factors: Mapping[str, Factors], prefix: bool = True) -> None:
+        """Write factors; `prefix` is that of their method."""
+        parts: dict[str, Tensor] = {}
+        for name, item in factors.items():
+            parts[f"{name}.a0"] = item.a0
+            if item.b0 is not None:
+                parts[f"{name}.b0"] = item.b0
+        content = save({name: part.contiguous().cpu() for name, part in parts.items()})
+        storage.write_bytes(storage.join(self.folder, TENSORS), content)
+        # Factors that the weight does not determine are not reused at a smaller rank: computed there, the arbitrary
+        # part may differ from the first columns kept here.
+        whole = all(item.full_rank for item in factors.values())
+        described = {**self.origin, "rank": self.rank, "full_rank": whole, "prefix": prefix}
+        records.write(storage.join(self.folder, DESCRIPTION), described)
 
+    def exist(self) -> bool:
+        """True if the folder has factors of this origin from which the factors of this rank follow."""
+        return self._description() is not None
 
-def _description(folder_uri: str, origin: Mapping[str, str], rank: int) -> dict[str, Any] | None:
-    described = None
-    with contextlib.suppress(OSError):  # computing them again is better than to end a training
-        described = records.read(storage.join(folder_uri, DESCRIPTION), dict[str, Any])
-    if not described or not described.get("full_rank") or {**described, **origin} != described:
+    def _description(self) -> dict[str, Any] | None:
+        described = None
+        with contextlib.suppress(OSError):  # computing them again is better than to end a training
+            described = records.read(storage.join(self.folder, DESCRIPTION), dict[str, Any])
+        if not described or not described.get("full_rank"):
+            return None
+        if {**described, **self.origin} != described:
+            return None
+        # Without a prefix only the same rank will do: another has other factors, and layers may differ in rank.
+        larger = described.get("prefix") and described["rank"] > self.rank
+        if described["rank"] == self.rank or larger:
+            return described
         return None
-    # Without a prefix only the same rank will do: another has other factors, and layers may differ in rank.
-    if described["rank"] == rank or (described.get("prefix") and described["rank"] > rank):
-        return described
-    return None
 
-
-def read_factors(
-    folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]
-) -> dict[str, Factors] | None:
-    """Return the factors of these layers at `rank`; None if missing, of another origin, or of too small a rank."""
-    description = _description(folder_uri, origin, rank)
-    if description is None:
-        return None
-    limit = rank if description["prefix"] else None
-    try:
-        with (
-            node_cache.fetched(storage.join(folder_uri, TENSORS)) as local,
-            safe_open(local, "pt") as file,
-        ):
-            keys = set(file.keys())
-            factors = {}
-            for name in names:
-                b0 = None
-                if f"{name}.b0" in keys:
-                    b0 = _first(file.get_slice(f"{name}.b0"), -1, limit)
-                factors[name] = Factors(_first(file.get_slice(f"{name}.a0"), -2, limit), b0)
-            return factors
-    except (OSError, SafetensorError):
-        return None
+    def read(self, names: Iterable[str]) -> dict[str, Factors] | None:
+        """Return the factors of these layers; None if missing, of another origin, or of too small a rank."""
+        description = self._description()
+        if description is None:
+            return None
+        limit = self.rank if description["prefix"] else None
+        try:
+            with (
+                node_cache.fetched(storage.join(self.folder, TENSORS)) as local,
+                safe_open(local, "pt") as file,
+            ):
+                keys = set(file.keys())
+                factors = {}
+                for name in names:
+                    b0 = None
+                    if f"{name}.b0" in keys:
+                        b0 = _first(file.get_slice(f"{name}.b0"), -1, limit)
+                    factors[name] = Factors(_first(file.get_slice(f"{name}.a0"), -2, limit), b0)
+                return factors
+        except (OSError, SafetensorError):
+            return None
 
 
 def _first(stored: Any, dim: int, rank: int | None) -> Tensor:

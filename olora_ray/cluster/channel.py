@@ -125,10 +125,12 @@ def give_signs_of_life(channel: Any, rank: int) -> None:
     threading.Thread(target=give, name="signs of life", daemon=True).start()
 
 
-def make_channel(node: str) -> Any:
+def make_channel() -> Any:
+    """Return a channel on the node of this process."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Not soft: Ray put every second channel on another node than the head when the head had no CPUs.
+    node = ray.get_runtime_context().get_node_id()
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     actor_class: Any = DriverChannel
     # A call of each group waits in it (`wait_for_stop`), and each worker calls it once a second.

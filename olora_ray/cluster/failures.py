@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
@@ -96,31 +97,40 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
     return f"worker {rank} failed ({texts[rank]})"
 
 
-def cause(error: BaseException) -> str:
-    if isinstance(error, SharedBaseDied):
-        return "the process that several trials share died"
-    if isinstance(error, RayActorError):
-        return "Train's controller died"
-    if isinstance(error, WorkerGroupError):
-        return describe(error.worker_failures)
-    return reason(error)
+@dataclass(frozen=True)
+class Failure:
+    """The failure of a group of workers."""
 
+    error: BaseException
 
-def passes(error: BaseException) -> bool:
-    """True if the failure passes by itself: a store did not answer the worker that caused it."""
-    # Ray Train passes on only the text of a worker's exception, so the name of its type is searched there.
-    return any(f"{each.__name__}: " in cause(error) for each in (StoreUnavailable, TryAgain))
+    @property
+    def cause(self) -> str:
+        error = self.error
+        if isinstance(error, SharedBaseDied):
+            return "the process that several trials share died"
+        if isinstance(error, RayActorError):
+            return "Train's controller died"
+        if isinstance(error, WorkerGroupError):
+            return describe(error.worker_failures)
+        return reason(error)
 
+    @property
+    def passes(self) -> bool:
+        """True if the failure passes by itself: a store did not answer the worker that caused it."""
+        # Ray Train passes on only the text of a worker's exception, so the name of its type is searched there.
+        return any(f"{each.__name__}: " in self.cause for each in (StoreUnavailable, TryAgain))
 
-def counts(error: BaseException) -> bool:
-    """True if an error counts against cluster.max_failures. The loss of a preempted node does not."""
-    if isinstance(error, WorkerGroupError):
-        failures = error.worker_failures.values()
-        return not any(getattr(_death(each), "preempted", False) for each in failures)
-    if isinstance(error, ControllerError):
-        # Does not count if workers could not start because their node was lost.
-        return not ray_internals.startup_failed(error.controller_failure)
-    return True
+    @property
+    def counts(self) -> bool:
+        """True if the failure counts against cluster.max_failures. The loss of a preempted node does not."""
+        error = self.error
+        if isinstance(error, WorkerGroupError):
+            failures = error.worker_failures.values()
+            return not any(getattr(_death(each), "preempted", False) for each in failures)
+        if isinstance(error, ControllerError):
+            # Does not count if workers could not start because their node was lost.
+            return not ray_internals.startup_failed(error.controller_failure)
+        return True
 
 
 def reason(error: BaseException) -> str:

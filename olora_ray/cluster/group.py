@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,30 @@ class Group:
             self._future.set_result(fit(workers))
         except BaseException as error:
             self._future.set_exception(error)
+
+    def begin(self) -> None:
+        """Let the channel forget this group, because another one follows."""
+        answer(self.channel.begin.remote())
+
+    def answered(self) -> TrainResult | None:
+        """Return the result that rank 0 has sent; None before."""
+        result: TrainResult | None = answer(self.channel.result.remote())
+        return result
+
+    def members(self, silence: float) -> tuple[list[Member], list[Member]]:
+        """Return the workers, and those among them that gave no sign of life for `silence` seconds."""
+        members: tuple[list[Member], list[Member]] = answer(self.channel.members.remote(silence))
+        return members
+
+    def leaving(self, members: Iterable[Member]) -> set[str]:
+        """Return the nodes of these workers that will be taken away."""
+        return ray_internals.draining_nodes() & {member.node for member in members}
+
+    def end_hung(self, silent: Iterable[Member]) -> None:
+        """End the workers that hang, and with them the group."""
+        for member in silent:
+            end_hung(member)
+        ray_internals.end_train_controllers()
 
     def ended(self) -> bool:
         """True if no worker trains any more. Waits up to 0.2 s."""

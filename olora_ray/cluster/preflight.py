@@ -20,7 +20,7 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import of_problems
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, some
 from olora_ray.config.decided import AnyDecided, DecidedConfig, Expected
 from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Cluster, Config
@@ -29,13 +29,7 @@ from olora_ray.config.tables import EXPORTERS, FORMATS, METHODS, OBJECTIVES, OPT
 from olora_ray.model.folder import loaded_files
 from olora_ray.model.quantised import KINDS
 from olora_ray.model.source import BaseModel
-from olora_ray.train.estimate import (
-    PEER_BYTES,
-    PROCESS_BYTES,
-    MemoryEstimate,
-    answers_at_once,
-    estimate,
-)
+from olora_ray.train.estimate import MemoryEstimate, answers_at_once, estimate
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +40,10 @@ GIB = 2**30
 COPIES = 5
 """Copies of the adapter in the node's memory per worker with a GPU, at most: a checkpoint's factors, update, two
 moments and best update."""
+PROCESS_BYTES = 2**30
+"""Approximate bytes of Python, torch and Ray in a worker, or of CUDA on its GPU."""
+PEER_BYTES = 2**24
+"""Approximate bytes of NCCL's connection to one other worker."""
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """Names of precisions in the headers of safetensors."""
 ELSEWHERE = "if it runs on other machines, set RAY_ADDRESS to theirs"
@@ -562,8 +560,5 @@ def _grouped(problems: Sequence[tuple[str, str]]) -> list[str]:
     lines = []
     for problem, addresses in nodes.items():
         word = "node" if len(addresses) == 1 else "nodes"
-        shown = ", ".join(addresses[:3])
-        if len(addresses) > 3:
-            shown += f" and {len(addresses) - 3} more"
-        lines.append(f"{word} {shown}: {problem}")
+        lines.append(f"{word} {some(addresses)}: {problem}")
     return lines

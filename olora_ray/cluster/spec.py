@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from olora_ray.adapter.initialise import StoredFactors
 from olora_ray.adapter.methods import method_named
 from olora_ray.common import storage
 from olora_ray.config.decided import DecidedConfig
@@ -102,14 +103,15 @@ class TrainSpec:
             origin |= {"training data": self.train.digest, "dtype": self.config.model.dtype}
         return origin
 
-    def factor_place(self) -> str:
+    def stored_factors(self) -> StoredFactors:
+        """Return the factors in the folder that the trials of a search share."""
         # With some methods the factors of a lower rank are a prefix of a higher rank's factors: all ranks share them.
         assert self.shared is not None
         adapter = self.config.adapter
         name = adapter.method
         if not method_named(name).prefix:
             name += f"-{adapter.rank}"
-        return storage.join(self.shared, name)
+        return StoredFactors(storage.join(self.shared, name), self.factor_origin(), adapter.rank)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olora_ray.adapter import initialise
 from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
-from olora_ray.adapter.layer import AdapterWeights, Factors, TakenWeight
+from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import method_named
 from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
@@ -32,27 +31,19 @@ from olora_ray.cluster.worker_context import (
 from olora_ray.common import collectives, node_cache, records
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, some
 from olora_ray.config.section import is_auto
-from olora_ray.model import attention
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.data_driven import new_factors, sizes_of
 from olora_ray.train.loader import planned_steps
-from olora_ray.train.loop import Trainer, train_mode
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from olora_ray.train.optimizers.optimizer import optimizer_named
 from olora_ray.train.parallel import place_model
-from olora_ray.train.self_test import (
-    SHORT,
-    bare,
-    check_adapters,
-    choose_attention,
-    examples_of,
-    require_layout,
-)
+from olora_ray.train.self_test import check_adapters, choose_attention, require_layout
 
 logger = logging.getLogger(__name__)
 
@@ -191,9 +182,7 @@ def factors(
         }
     if spec.shared:
         began = time.perf_counter()
-        shared = initialise.read_factors(
-            spec.factor_place(), spec.factor_origin(), adapter.rank, list(targets)
-        )
+        shared = spec.stored_factors().read(targets)
         # All workers compute the factors if one of them cannot read them. It would wait for the others otherwise.
         if all(collectives.gather(bool(shared))) and shared:
             logger.info(
@@ -238,9 +227,7 @@ def describe(method: str, report: InitReport) -> str:
     )
     line = f"{method} initialisation: {shares}; exchange {report.exchange_seconds:.2f} s; digest {report.digest[:12]}"
     if report.deficient:
-        names = ", ".join(report.deficient[:4])
-        if len(report.deficient) > 4:
-            names += " ..."
+        names = some(report.deficient, 4)
         line += f"; rank-deficient layers, where a part of the factors is arbitrary: {names}"
     return line
 
@@ -262,34 +249,12 @@ def self_test(
     All workers of a sharded base must call it together.
     """
     if loss.tested is None:
-        with bare(loss.model), _as_user_error(loss):
-            try:
-                loss.tested = choose_attention(loss, packs, spec.config, device)
-            except UserError:
-                # Its advice fits only causal models, so look for another reason first.
-                if loss.sharded or not _sees_ahead(loss.model, packs, device):
-                    raise
-                raise UserError(
-                    f"model.name: {type(loss.model).__name__} is no causal language model: its output for a token"
-                    " depends on later tokens; name another model"
-                ) from None
+        with _as_user_error(loss):
+            loss.tested = choose_attention(loss, packs, spec.config, device)
         logger.info(loss.tested.line())
     else:
         require_layout(loss, spec.config)
     return loss.tested
-
-
-@torch.no_grad()
-def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool:
-    # Another last token must not change the output for earlier tokens, except by rounding errors.
-    model.set_attn_implementation(attention.own(model))
-    ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
-    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
-    own, changed = (
-        model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1)
-        for each in (ids, other)
-    )
-    return float((own - changed).abs().sum(-1).mean()) > 0.02
 
 
 @contextlib.contextmanager
@@ -303,10 +268,6 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
         # A failed exchange of a sharded base has the same types, and may pass.
         if is_out_of_memory(error) or loss.sharded:
             raise
-        if isinstance(error, TakenWeight):
-            raise UserError(
-                f"adapter.targets: {first_line(error)}; leave it out of adapter.targets"
-            ) from None
         family = type(loss.model).__name__
         frames = traceback.extract_tb(error.__traceback__)
         of_model = [frame for frame in frames if "/torch/" not in frame.filename]
@@ -358,7 +319,7 @@ def _test(context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> Self
     loss = start.trainer.loss
     adapted = start.trainer.adapted
     packs = first_sequences(spec.train)
-    train_mode(adapted, False)
+    start.trainer.set_training(False)
     with context.activate(adapted):
         attention = self_test(loss, spec, packs, context.device).attention
         with _as_user_error(loss):
@@ -399,7 +360,7 @@ def measure_first_step(context: WorkerContext, spec: TrainSpec, start: StartingP
                     f"train.lr=auto: the peak rate is {state.lr:.2g} for {steps} steps; it was {old:.2g} for {before}"
                 )
         return
-    train_mode(trainer.adapted, False)
+    trainer.set_training(False)
     with context.activate(trainer.adapted):
         packs = first_sequences(spec.train)
         auto = trainer.automatic_rate(packs, steps, start.attention)
@@ -469,7 +430,7 @@ def _take_over(
 ) -> str:
     """Give the base the attention that has passed, unless another adapter already has. Return the attention's name."""
     loss: Any = start.trainer.loss
-    train_mode(start.trainer.adapted, False)
+    start.trainer.set_training(False)
     if loss.tested is None:
         with context.activate(start.trainer.adapted):
             loss.model.set_attn_implementation(known.attention)

@@ -137,7 +137,7 @@ def on_cpu(spec: TrainSpec) -> TrainSpec:
 
     model.attention becomes `auto` if its value needs a GPU.
     """
-    if spec.config.model.attention not in (attention.FLASH, attention.VARLEN):
+    if not attention.needs_gpu(spec.config.model.attention):
         return spec
     return replace(spec, config=override(spec.config, {"model.attention": "auto"}))
 

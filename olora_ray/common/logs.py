@@ -49,6 +49,7 @@ class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
 @contextlib.contextmanager
 def handled_by(handler: logging.Handler) -> Iterator[None]:
     """Send the package's lines, from INFO on, to this handler during the block, and not to the root logger's."""
+    handler.setFormatter(LineFormatter())
     logger = logging.getLogger(PACKAGE)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -74,9 +75,7 @@ def printed_within(context: Callable[[], contextlib.AbstractContextManager[Any]]
 
 @contextlib.contextmanager
 def printed() -> Iterator[None]:
-    handler = _Printer(sys.stdout)
-    handler.setFormatter(LineFormatter())
-    with handled_by(handler):
+    with handled_by(_Printer(sys.stdout)):
         yield
 
 

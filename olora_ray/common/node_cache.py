@@ -39,6 +39,13 @@ def local_copy(location: str, cache: str | Path) -> Path:
     return cached(Path(cache) / PurePosixPath(location.partition("://")[2]).name, download)
 
 
+def kept_copy(location: str, folder: str) -> Path:
+    """Return a local path as `local_copy`. The copy stays in this folder of the cache, one for each version."""
+    # What lies at an address may be replaced.
+    key = storage.digest(location, storage.version(location), length=16)
+    return local_copy(location, Path(CACHE, folder, key))
+
+
 @contextlib.contextmanager
 def fetched(location: str) -> Iterator[Path]:
     """Yield a local path of a file or folder. One that is not local is copied, and the copy is removed afterwards."""

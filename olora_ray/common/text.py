@@ -29,6 +29,14 @@ def shortened(text: str, most: int) -> str:
     return f"{text[: most - 3]}..."
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    shown = ", ".join(names[:most])
+    if len(names) > most:
+        shown += f" and {len(names) - most} more"
+    return shown
+
+
 def minute(seconds: float) -> str:
     """Return seconds since 1970 as the date and minute on this machine's clock."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -39,9 +39,10 @@ from olora_ray.config.load import (
     meant,
     parse_assignments,
     spelling_advice,
+    validated,
 )
 from olora_ray.config.nights import Condition
-from olora_ray.config.schema import AnyConfig, Config, Data
+from olora_ray.config.schema import AnyConfig, Config, Data, EvaluationConfig
 from olora_ray.config.section import AnySection, NameIn, Section, Source, described
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
@@ -185,7 +186,7 @@ ROOT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.par
 """The folder that contains the folders in SHIPPED."""
 
 
-def resolved(config: Resolved, folder: Path) -> Resolved:
+def resolved(config: Resolved, folder: Path = Path()) -> Resolved:
     """Return the config with all paths made absolute; relative paths start at `folder`.
 
     Workers have other working directories, so they must not get relative paths. In a submitted job a relative
@@ -231,9 +232,9 @@ def is_there(path: Path) -> bool:
         return path.exists()
 
 
-def lasting(folder: Path) -> Path:
+def lasting(folder: Path = Path()) -> Path:
     # Ray deletes the working directory of a job after the job, with all that was written there.
-    if JOB_FOLDER in folder.parts:
+    if JOB_FOLDER in folder.absolute().parts:
         return Path.home() / "olora_ray"
     return folder
 
@@ -242,14 +243,14 @@ def _changed(section: AnySection, **values: object) -> AnySection:
     return section.model_copy(update=values)
 
 
-def absolute(path: str, folder: Path, field: str = "") -> str:
+def absolute(path: str, folder: Path = Path(), field: str = "") -> str:
     """Return a URI unchanged and a path made absolute from `folder`; raises UserError as `at_home`."""
     if is_uri(path):
         return path
-    return os.path.normpath(folder / at_home(path, field))
+    return os.path.abspath(folder / at_home(path, field))
 
 
-def job_path(place: str, folder: Path, field: str = "") -> str:
+def job_path(place: str, folder: Path = Path(), field: str = "") -> str:
     """Return the absolute path; in a job that lacks the file, the path to which an earlier job wrote it."""
     path = absolute(place, folder, field)
     # A later job has a new working directory, without the files that an earlier one wrote.
@@ -439,8 +440,14 @@ def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str,
 def loaded(source: str | Path | Mapping[str, Any], changes: dict[str, Any]) -> Config:
     """Return the config of a file, or of a mapping with its content, after `changes`, with absolute paths."""
     if isinstance(source, Mapping):
-        return resolved(build(changed(source, changes)), Path.cwd())
-    return resolved(load_config(source, changes), Path.cwd())
+        return resolved(build(changed(source, changes)))
+    return resolved(load_config(source, changes))
+
+
+def loaded_for(model: str, changes: Mapping[str, Any]) -> EvaluationConfig:
+    """Return the config of an evaluation of a model alone, after `changes`, with absolute paths."""
+    tree = changed({"model": {"name": model}}, changes)
+    return resolved(validated(EvaluationConfig, tree, "config"))
 
 
 # Libraries log addresses as they got them, with the passwords in them.

@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from olora_ray.config.load import changed, flatten, override, validated
+from olora_ray.config.load import (
+    ADDED,
+    FREE_TO_CHANGE,
+    RETIRED,
+    changed,
+    flatten,
+    override,
+    validated,
+)
 from olora_ray.config.schema import (
     Cluster,
     Config,
@@ -180,6 +188,19 @@ class Kept:
 
 
 NOTHING = Kept()
+
+
+def lasting_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that must not change when a run is resumed, in the form that all releases give them.
+
+    Removed fields count with their defaults, and fields of ADDED do not count at theirs.
+    """
+    removed = {name: default for name, (default, _) in RETIRED.items()}
+    return {
+        name: value
+        for name, value in (removed | settings).items()
+        if not name.startswith(FREE_TO_CHANGE) and (name not in ADDED or value != ADDED[name])
+    }
 
 
 Made = TypeVar("Made", bound=Config | EvaluationConfig)

@@ -17,7 +17,6 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from olora_ray.common import storage
@@ -48,8 +47,8 @@ def main(argv: list[str]) -> None:
 
 
 def _finished(name: str) -> str:
-    root = command_line.absolute("runs", Path.cwd())
-    for folder in (command_line.absolute(name, Path.cwd()), storage.join(root, name)):
+    root = command_line.absolute("runs")
+    for folder in (command_line.absolute(name), storage.join(root, name)):
         if storage.exists(storage.join(folder, "config.yaml")):
             break
     else:

@@ -273,6 +273,5 @@ def _judged(
         reference = as_text(tokenizer, item.reference)
         scores = judge(text, reference)
         judged.append(Answer(item.row, origin_of[item.row], text, reference, scores))
-    for line in scoring.partial_scores([item.scores for item in judged]):
-        logger.info(line)
+    judge.tell_partial([item.scores for item in judged])
     return tuple(judged)

@@ -8,10 +8,9 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from olora_ray.cluster import address, preflight
+from olora_ray.cluster import address, connection, preflight
 from olora_ray.cluster.decide import decide_evaluation, length_of
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.preflight import ClusterFacts
@@ -28,12 +27,11 @@ from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.statistics import Interval, difference
 from olora_ray.evaluation.targets import Target, run_of
-from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare
 from olora_ray.tracking import client, models
 from olora_ray.tracking.start import resolve_uri, start_run
-from olora_ray.train import scoring
+from olora_ray.train.scoring import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +156,7 @@ def check_request(request: EvalRequest, config: AnyConfig) -> None:
     """Raise UserError if there is nothing to evaluate, the scorer cannot be used, or Ray does not answer."""
     length_of(config)
     if config.evaluation.scorer:
-        scoring.resolve(config.evaluation.scorer)
+        Judge(config.evaluation.scorer)
     if not request.tasks and not config.data.holds_out():
         raise UserError(
             f"{request.models[0]}: no rows to evaluate it on; set --tasks, or --config with data.eval or"
@@ -331,7 +329,7 @@ def _folder(request: EvalRequest) -> str | None:
     if not request.out:
         return run_of(request.models[0])
     # In a Ray job the working directory is deleted after the job, so `lasting` replaces it.
-    return command_line.absolute(request.out, command_line.lasting(Path.cwd()))
+    return command_line.absolute(request.out, command_line.lasting())
 
 
 def _track(result: EvalResult, text: str) -> None:

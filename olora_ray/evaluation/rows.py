@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
 from olora_ray.evaluation.statistics import Interval, difference
 
 LOSS = "eval/loss"
@@ -110,6 +111,15 @@ class RowResults:
             self.perplexity,
         )
 
+    def gain(self, theirs: "RowResults", metric: str, level: float = 0.95) -> "Comparison":
+        """Return how much better these are (above 0: better), with the paired interval. Raises as `compare`."""
+        comparison = compare(metric, self, theirs, level)
+        if not lower_is_better(metric):
+            return comparison
+        was = comparison.interval
+        turned = Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low)  # -x would give -0.0
+        return replace(comparison, interval=turned)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -118,6 +128,18 @@ class Comparison:
     rows: int
     groups: int
     """Number of independent groups of these rows."""
+
+    def shown(self, level: float) -> str:
+        """Return a gain in words; `level` is that of its interval."""
+        interval = self.interval
+        rows = plural(self.rows, "row")
+        if self.groups < self.rows:
+            rows += f" in {plural(self.groups, 'group')}"
+        change = "worse" if interval.mean < 0 else "improved"
+        return (
+            f"{change} by {abs(interval.mean):.4f} ({100 * level:.4g}% interval of the improvement"
+            f" {interval.low:.4f} to {interval.high:.4f}, {rows})"
+        )
 
 
 def compare(name: str, ours: RowResults, theirs: RowResults, level: float = 0.95) -> Comparison:
@@ -158,18 +180,6 @@ def _perplexities(losses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def lower_is_better(metric: str) -> bool:
     return metric in (LOSS, PERPLEXITY)
-
-
-def improvement(
-    metric: str, ours: RowResults, theirs: RowResults, level: float = 0.95
-) -> Comparison:
-    """Return how much better ours are (above 0: better), with the paired interval; raise UserError as `compare`."""
-    comparison = compare(metric, ours, theirs, level)
-    if not lower_is_better(metric):
-        return comparison
-    was = comparison.interval
-    turned = Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low)  # -x would give -0.0
-    return replace(comparison, interval=turned)
 
 
 def numbered(keys: Sequence[object]) -> list[int]:

@@ -19,8 +19,8 @@ from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
-from olora_ray.config.load import changed, load_config, override, read_config, validated, with_model
-from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
+from olora_ray.config.load import override, read_config, with_model
+from olora_ray.config.schema import NO_GATE, AnyConfig, Config
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
@@ -72,7 +72,7 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
-        return command_line.resolved(load_config(file, {**NO_GATE, **changes}), Path.cwd())
+        return command_line.loaded(file, {**NO_GATE, **changes})
     run = next(filter(None, map(run_of, names)), None)
     if run is not None:
         own = read_for_others(run)
@@ -88,8 +88,7 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
                 f" you trust that code, add --scorer {scorer}, or name your own config with --config"
             )
         return override(own, {**moved, **NO_GATE, **changes})
-    named = validated(EvaluationConfig, changed({"model": {"name": names[0]}}, changes), "config")
-    return command_line.resolved(named, Path.cwd())
+    return command_line.loaded_for(names[0], changes)
 
 
 def _refuse_nowhere(name: str) -> None:
@@ -229,13 +228,13 @@ def _of_adapter(name: str, path: str, shared: AnyConfig) -> Target:
 def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:
     if not revision and shared.model.name == name:
         revision = shared.model.revision
-    return command_line.resolved(with_model(shared, name, revision or None), Path.cwd())
+    return command_line.resolved(with_model(shared, name, revision or None))
 
 
 def _absolute(name: str) -> str:
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
-    return command_line.job_path(name, Path.cwd()).rstrip("/")
+    return command_line.job_path(name).rstrip("/")
 
 
 def _readable(name: str, path: str) -> bool:

@@ -3,7 +3,7 @@
 The self-test (train/self_test.py) checks whether an implementation computes the same as the model's own.
 """
 
-import importlib
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -237,7 +237,7 @@ def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.dev
     kernels = getattr(model, "_compatible_flash_implementations", None)
     if name == FLASH and kernels and FLASH not in kernels:
         return f"{type(model).__name__} supports only other kernels"
-    if name not in (FLASH, VARLEN):
+    if not needs_gpu(name):
         return None
     if device.type != "cuda":
         return "it needs a GPU"
@@ -342,6 +342,27 @@ def _borders(positions: Tensor | None) -> list[int]:
         raise UserError(NO_BORDERS)
     starts = (positions[0].diff() != 1).nonzero().flatten() + 1
     return [0, *starts.tolist(), positions.shape[1]]
+
+
+def needs_gpu(name: str) -> bool:
+    return name in (FLASH, VARLEN)
+
+
+def stand_in(wanted: str, dtype: torch.dtype, flat: bool) -> str:
+    """Return the implementation that fake tensors run instead of the one that the workers' GPU would have.
+
+    `flat`: the model can have all examples of a micro-batch in one row.
+    """
+    # The workers' GPU may be on another machine, so it is not asked. The choice follows what is installed here.
+    if is_auto(wanted):
+        installed = importlib.util.find_spec("flash_attn") or kernel()
+        half = dtype in (torch.bfloat16, torch.float16)
+        wanted = FLASH if installed and flat and half else "sdpa"
+    if not needs_gpu(wanted):
+        return wanted
+    # Flash attention keeps the same tensors as torch's kernel for variable lengths, which fake tensors can run. Both
+    # return one tensor, token by token. "segments" stands in for them in an older torch; it also keeps a copy.
+    return VARLEN if kernel() else "segments"
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
-from olora_ray.common.text import plural
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -178,6 +177,12 @@ def weights(identity: str) -> str:
     return identity.partition(_SEPARATOR)[0]
 
 
+def has_weights(folder: Path, identity: str) -> bool:
+    """True if a folder has the weights of a model with this identity, whatever its other files are."""
+    # A copy from the hub may have the weights a second time, in a form of their maker.
+    return weights(identity) in map(of_weights, (weight_files(folder), loaded_files(folder)))
+
+
 def _others(folder: Path, code: bool) -> str:
     patterns = [*_PATTERNS]
     if code:
@@ -313,14 +318,4 @@ def unsupported_packing(name: str, kind: str) -> str:
     return (
         f"has {name} as {kind}, but its config.json has no quantization_config that explains these numbers; name a"
         " model in bfloat16, float16 or float32"
-    )
-
-
-def unused_tensors(model: Any, names: Sequence[str], files: str) -> str:
-    shown = ", ".join(names[:3])
-    if len(names) > 3:
-        shown += f" and {len(names) - 3} more"
-    return (
-        f"model.name: {type(model).__name__} does not use {plural(len(names), 'tensor')} in the files of {files},"
-        f" so they are ignored: {shown}"
     )

@@ -178,8 +178,8 @@ _PROC = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
 
 
-def too_large(parameters: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    need = parameters * dtype.itemsize
+def too_large(folder: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    need = parameters(folder) * dtype.itemsize
     if need > 0.4 * free(device):  # the rest is for the measurement
         where = f"the memory of one {device.type}"
     elif device.type != "cpu" and need > 0.8 * free(torch.device("cpu")):

@@ -162,9 +162,7 @@ def _source_folder(config: AnyConfig) -> Path:
     name = config.model.name
     if storage.is_uri(name) and not name.startswith("package://"):
         with as_user_error(f"model.name: {name}", OSError, reason=short_reason):
-            # One folder per address and version, because the model at an address may be replaced.
-            key = storage.digest(name, storage.version(name), length=16)
-            return node_cache.local_copy(name, f"{node_cache.CACHE}/models/{key}")
+            return node_cache.kept_copy(name, "models")
     source = _here(name)
     if source is not None:
         return source

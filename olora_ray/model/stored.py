@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural, some
 from olora_ray.model.folder import (
     INDEX,
     SINGLE,
@@ -546,6 +547,12 @@ class Fit:
     """The difference between model and files, to follow "FOLDER "; None if none is known."""
     left_out: tuple[str, ...]
     """Tensors that the model does not use, such as layers that predict further tokens, or a vision part."""
+
+    def warning(self, model: Any, files: str) -> str:
+        return (
+            f"model.name: {type(model).__name__} does not use {plural(len(self.left_out), 'tensor')} in the files of"
+            f" {files}, so they are ignored: {some(self.left_out)}"
+        )
 
 
 def fit(folder: Path, model: "PreTrainedModel") -> Fit:

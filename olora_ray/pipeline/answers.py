@@ -48,8 +48,7 @@ def score(config: Config, answers: Sequence[Sample]) -> Scores:
     judge = scoring.Judge(config.evaluation.scorer)
     before = [judge(item.before, item.reference) for item in answers]
     after = [judge(item.after, item.reference) for item in answers]
-    for line in scoring.partial_scores(after):
-        logger.info(line)
+    judge.tell_partial(after)
     return {"before": scoring.means(before), "after": scoring.means(after)}
 
 

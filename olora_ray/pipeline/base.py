@@ -11,7 +11,6 @@ from olora_ray.config.load import with_model
 from olora_ray.config.schema import AnyConfig
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from olora_ray.model import stored
-from olora_ray.model.folder import unused_tensors
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
@@ -149,7 +148,7 @@ def with_tokenizer(model: BaseModel, config: AnyConfig) -> Base:
     if fit.problem is not None:
         raise UserError(f"model.name: {model.folder} {fit.problem}")
     if fit.left_out:
-        logger.warning(unused_tensors(shape, fit.left_out, model.name))
+        logger.warning(fit.warning(shape, model.name))
     if getattr(shape.config.get_text_config(), "prefix_lm", False):
         logger.warning(
             f"model.name: {model.name} is a prefix language model (prefix_lm in its config), but it is trained as a"

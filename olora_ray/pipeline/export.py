@@ -25,7 +25,7 @@ from olora_ray.config.schema import Config
 from olora_ray.config.tables import EXPORTERS
 from olora_ray.data.formats import format_named
 from olora_ray.data.tokenizer_spec import plain_template
-from olora_ray.model.folder import parameters, read_json, text_class
+from olora_ray.model.folder import read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import export_losses, exporter, merge, model_card, model_files
@@ -138,7 +138,7 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         cpus = min(cpus * spec.config.cluster.most, largest)
     logger.info("exporting and checking the adapter and the merged model")
-    channel = make_channel(ray.get_runtime_context().get_node_id())
+    channel = make_channel()
     done: list[Any] = []
     with user_errors():
         job: Any = ray.remote(_export_aloud).options(
@@ -288,7 +288,7 @@ def _check_merged(work: Work, folder: Path) -> MergedFolder:
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
     spec = work.spec
     device = assigned_device()
-    why = too_large(parameters(work.base.folder), torch.float32, device)
+    why = too_large(work.base.folder, torch.float32, device)
     if why:
         return why
     logger.info("export: comparing logits with the trained model's")

@@ -12,9 +12,6 @@ import torch
 from olora_ray.adapter.inject import remove
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import first_line
-from olora_ray.config.decided import DecidedConfig
-from olora_ray.config.load import override
-from olora_ray.model.folder import parameters
 from olora_ray.model.load import pick_dtype, too_large
 from olora_ray.pipeline.exporter import Work
 from olora_ray.pipeline.parity import with_adapter
@@ -60,7 +57,7 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
     """Return the losses of both sides on the first rows of a token store, or the reason why they are not measured."""
     config = work.spec.config
     device = assigned_device()
-    why = too_large(parameters(work.base.folder), pick_dtype(config.model, device), device)
+    why = too_large(work.base.folder, pick_dtype(config.model, device), device)
     if why:
         return why
     # The first sequences, with at most LOSS_TOKENS in total, but at least one.
@@ -75,9 +72,8 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
     losses: list[float] = []
     try:
         for quantization, some in itertools.groupby(sides, lambda side: side[0]):
-            own = override(config, {"model.quantization": quantization})
             adapters = [adapter for _, adapter in some]
-            tokens, side_losses = _on_one_base(own, work, adapters, packs, device)
+            tokens, side_losses = _on_one_base(quantization, work, adapters, packs, device)
             losses += side_losses
     except Exception as error:
         # The model's own code may fail on this device, and the export may still be right.
@@ -89,13 +85,15 @@ def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossP
 
 
 def _on_one_base(
-    config: DecidedConfig,
+    quantization: str,
     work: Work,
     adapters: Sequence[Adapters],
     packs: Sequence[Pack],
     device: torch.device,
 ) -> tuple[int, list[float]]:
-    model: Any = load_frozen(Path(work.base.folder), config.model, device)
+    config = work.spec.config
+    settings = config.model.model_copy(update={"quantization": quantization})
+    model: Any = load_frozen(Path(work.base.folder), settings, device)
     loss = SupervisedLoss(model).to(device)
     attention = choose_attention(loss, packs[:8], config, device).attention
     objective = objective_named(config.train.objective)

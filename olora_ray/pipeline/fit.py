@@ -11,10 +11,10 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError, RayError
 
-from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Message, Saved, Started, make_channel
-from olora_ray.cluster.failures import cause, counts, passes, user_errors
-from olora_ray.cluster.group import Fit, Group, answer, end_hung, ray_trainer
+from olora_ray.cluster.connection import Stop
+from olora_ray.cluster.failures import Failure, user_errors
+from olora_ray.cluster.group import Fit, Group, ray_trainer
 from olora_ray.cluster.resources import (
     PlacementRequest,
     free_abandoned,
@@ -24,7 +24,6 @@ from olora_ray.cluster.resources import (
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.text import plural
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.progress import Progress, batch_split
 from olora_ray.pipeline.prometheus import Telemetry
 from olora_ray.pipeline.run_folder import RunFolder, RunState, by_step
@@ -152,21 +151,22 @@ class Supervisor:
             except (RayActorError, ray.train.TrainingFailedError) as error:
                 if self.build and error is self.build.problem:
                     raise
-                self.failures += counts(error)
-                reason = self._hung or cause(error)
+                failure = Failure(error)
+                self.failures += failure.counts
+                reason = self._hung or failure.cause
                 if 0 <= self.cluster.max_failures < self.failures:
-                    error_type = TryAgain if passes(error) else UserError
+                    error_type = TryAgain if failure.passes else UserError
                     raise error_type(
                         f"training failed after {self.failures - 1} restarts: {reason}"
                     ) from error
                 # If another group fails before it trains, the first reason is the cause, and later ones are
                 # consequences.
                 self.cause = self.cause or reason
-                self._announce("starting the workers again" if counts(error) else "retrying")
+                self._announce("starting the workers again" if failure.counts else "retrying")
             else:
                 if self._is_final(result):
                     return result
-            answer(self.channel.begin.remote())
+            group.begin()
             at_once = self.placed
 
     def _is_final(self, result: TrainResult) -> bool:
@@ -220,14 +220,14 @@ class Supervisor:
         try:
             while not group.ended() and result is None:
                 self._look()
-                result = answer(self.channel.result.remote())
+                result = group.answered()
                 if time.monotonic() - collected >= 1.0:
                     self.monitor.collect(self._started)
                     self._await_workers(group.workers)
-                    self._watch()
+                    self._watch(group)
                     collected = time.monotonic()
             self.monitor.collect(self._started)
-            return result or answer(self.channel.result.remote()) or group.result()
+            return result or group.answered() or group.result()
         finally:
             self.keep_used(self.used)
             self.monitor.telemetry.ended()
@@ -275,10 +275,10 @@ class Supervisor:
                 f"waiting for {plural(workers, 'worker')} to start or to load the model; {free} more would fit"
             )
 
-    def _watch(self) -> None:
+    def _watch(self, group: Group) -> None:
         """Handle what Ray does not: workers that hang, and nodes that will be taken away."""
         silence = self.cluster.silence
-        members, silent = answer(self.channel.members.remote(silence))
+        members, silent = group.members(silence)
         now = time.monotonic()
         for name, amount in self.worker.items():
             self.used[name] += amount * len(members) * (now - self._counted)
@@ -290,11 +290,9 @@ class Supervisor:
             silent = sorted(silent, key=lambda member: member.rank)
             names = " and ".join(f"worker {member.rank}" for member in silent)
             self._hung = f"{names} gave no sign of life for {silence:g} s"
-            for member in silent:
-                end_hung(member)
-            ray_internals.end_train_controllers()
+            group.end_hung(silent)
         elif self._running and not self._asked:
-            leaving = ray_internals.draining_nodes() & {member.node for member in members}
+            leaving = group.leaving(members)
             if leaving:
                 self._ask(f"node {', '.join(sorted(node[:8] for node in leaving))} is preempted")
 
@@ -356,7 +354,7 @@ def train(
     Raises UserError with the last failure, and Stopped after a signal.
     """
     config = spec.config
-    channel = make_channel(ray.get_runtime_context().get_node_id())
+    channel = make_channel()
     worker = worker_resources(config)
     stop.gentle = True
     try:

@@ -30,6 +30,7 @@ from olora_ray.adapter.candidates import parameter_of, stored_transposed
 from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common.errors import first_line
+from olora_ray.common.text import some
 from olora_ray.model import attention
 from olora_ray.model.folder import foreign, text_class
 from olora_ray.model.stored import Group
@@ -131,30 +132,23 @@ def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Adapters) ->
     problems = []
     missing = [name for name in adapter if name not in layers]
     if missing:
-        problems.append(f"PEFT does not adapt {_some(missing)}")
+        problems.append(f"PEFT does not adapt {some(missing)}")
     more = [name for name in layers if name not in adapter]
     if more:
-        problems.append(f"PEFT adapts {_some(more)}, which the run did not")
+        problems.append(f"PEFT adapts {some(more)}, which the run did not")
     empty = []
     for name, layer in layers.items():
         a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
         if name in adapter and (a.is_meta or b.is_meta):
             empty.append(name)
     if empty:
-        problems.append(f"PEFT finds no matrices for {_some(empty)}")
+        problems.append(f"PEFT finds no matrices for {some(empty)}")
     with safe_open(folder / WEIGHTS, "pt") as file:
         spare = len(list(file.keys())) - 2 * len(adapter)
     if spare and not problems:
         kind = "more" if spare > 0 else "fewer"
         problems.append(f"{WEIGHTS} has {abs(spare)} matrices {kind} than the layers need")
     return problems
-
-
-def _some(names: list[str]) -> str:
-    text = ", ".join(names[:3])
-    if len(names) > 3:
-        text += f" and {len(names) - 3} more"
-    return text
 
 
 def _error(layer: Any, change: Change, sample: bool) -> float:

@@ -37,10 +37,11 @@ from olora_ray.tokens.plan import Split
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.preview import describe
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import checkpoint, scoring
+from olora_ray.train import checkpoint
 from olora_ray.train.estimate import MemoryEstimate
 from olora_ray.train.loader import total_steps
 from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.scoring import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def check_settings(config: Config) -> None:
         )
     scorer = config.evaluation.scorer
     if scorer:
-        scoring.resolve(scorer)
+        Judge(scorer)
     if config.data.holds_out():
         return
     useless = {"evaluation.scorer": scorer, "train.early_stop": config.train.early_stop}

@@ -12,7 +12,6 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.retry import is_temporary
-from olora_ray.common.secrets import mask
 from olora_ray.config.load import flatten, with_model
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
@@ -22,7 +21,6 @@ from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, by_step, setti
 from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import checksums, client, models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import BASE, CPU_SECONDS, GPU_SECONDS, RUN
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
 
@@ -157,13 +155,10 @@ def register(
         spec.eval.digest if spec.eval else "",
         settings_digest(config),
     )
-    used = exported.folder.used()
+    folder = exported.folder
     own: dict[str, object] = {
         **made_of.tags(),
-        GPU_SECONDS: f"{used.get('GPU', 0.0):.0f}",
-        CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}",
-        BASE: mask(spec.base.shown()),
-        RUN: exported.folder.root,
+        **checksums.origin_tags(folder.root, spec.base.shown(), folder.used()),
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",
@@ -173,7 +168,7 @@ def register(
     content = "merged model" if config.export.merged else "adapter, without its base model,"
     with (
         contents_of(exported, scores or {}) as contents,
-        client.reachable(tracker.uri, upload=True),
+        tracker.reachable(upload=True),
     ):
         if registry.model is None:
             logger.info(f"logging the {content}")
@@ -250,8 +245,7 @@ def push_version(config: Config, number: str) -> None:
     uri = resolve_uri(config)
     name = str(config.registry.model)
     what = f"version {number}"
-    with client.reachable(uri):
-        last = client.connect(uri).get_registered_model(name).tags.get(PUSHED)
+    last = Aliases(uri, name).tags().get(PUSHED)
     repo = config.export.push
     if repo and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
@@ -286,12 +280,13 @@ def _upload(config: Config, repo: str, files: Path, what: str) -> None:
 
 
 def _note_push(config: Config, state: str) -> None:
-    uri = resolve_uri(config)
     name = config.registry.model
+    if name is None:
+        return
+    aliases = Aliases(resolve_uri(config), name)
     # A run may have been registered elsewhere, or not at all; then no retraining reads the tag.
-    if name and Aliases(uri, name).versions():
-        with client.reachable(uri):
-            client.connect(uri).set_registered_model_tag(name, PUSHED, state)
+    if aliases.versions():
+        aliases.tag(PUSHED, state)
 
 
 def _hub_problem(error: BaseException) -> str:

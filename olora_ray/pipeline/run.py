@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from olora_ray.cluster import address
+from olora_ray.cluster.connection import Stop, connect
 from olora_ray.cluster.decide import DataDecisions, decide
 from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.spec import TrainResult, TrainSpec
@@ -22,7 +23,6 @@ from olora_ray.config.section import Source
 from olora_ray.pipeline import export, fit, prepare, publish, report
 from olora_ray.pipeline.answers import answered
 from olora_ray.pipeline.base import Base, open_base
-from olora_ray.pipeline.connection import Stop, connect
 from olora_ray.pipeline.run_folder import RunFolder, RunState
 
 

@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.decided import KEPT, NOTHING, Decision, Decisions, Kept
+from olora_ray.config.decided import KEPT, NOTHING, Decision, Decisions, Kept, lasting_settings
 from olora_ray.config.load import (
-    ADDED,
-    FREE_TO_CHANGE,
     LENGTH,
-    RETIRED,
     at,
     dump,
     flatten,
@@ -53,16 +50,12 @@ Settings = dict[str, Any]
 def identity_settings(settings: Settings) -> Settings:
     """Return the settings that must not change in a run folder: neither free to change nor paths of contents.
 
-    search.json has them, and the name of a retrained run is made of them, so all releases must give the same: removed
-    fields count with their defaults, and fields of ADDED do not count at theirs.
+    search.json has them, and the name of a retrained run is made of them, so all releases must give the same.
     """
-    removed = {field: default for field, (default, _) in RETIRED.items()}
     bound = {
         field: value
-        for field, value in (removed | settings).items()
-        if not field.startswith(FREE_TO_CHANGE)
-        and not PATH_FIELDS.fullmatch(field)
-        and (field not in ADDED or value != ADDED[field])
+        for field, value in lasting_settings(settings).items()
+        if not PATH_FIELDS.fullmatch(field)
     }
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
 
@@ -233,14 +226,6 @@ def read_decisions(root: str) -> Decisions:
     return records.read(storage.join(root, DECIDED), dict[str, Decision]) or {}
 
 
-def write_decisions(root: str, decisions: Decisions) -> None:
-    tree = {
-        name: {"asked": decision.asked, "value": decision.value, "why": decision.why}
-        for name, decision in decisions.items()
-    }
-    records.write(storage.join(root, DECIDED), tree, indent=2, end="\n")
-
-
 class RunFolder:
     """The paths of a run, and its files. It knows no config: a stage gets the one config that the run has by then."""
 
@@ -328,8 +313,18 @@ class RunFolder:
             if state.result:  # `olora-ray runs` shows it until the longer run ends
                 records.write(storage.join(self.root, "earlier.json"), state.result)
             storage.remove(self.result)
-        write_decisions(self.root, decisions)
+        self.write_decisions(decisions)
         storage.write_text(self.settings, dump(config))
+
+    def decisions(self) -> Decisions:
+        return read_decisions(self.root)
+
+    def write_decisions(self, decisions: Decisions) -> None:
+        tree = {
+            name: {"asked": decision.asked, "value": decision.value, "why": decision.why}
+            for name, decision in decisions.items()
+        }
+        records.write(storage.join(self.root, DECIDED), tree, indent=2, end="\n")
 
     def exported(self, config: Config, step: int) -> dict[str, Any] | None:
         """Return the parity report of complete exports of the best adapter after `step` steps.

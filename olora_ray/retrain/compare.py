@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from olora_ray.cluster import preflight
+from olora_ray.cluster import connection, preflight
 from olora_ray.cluster.decide import decide_evaluation
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.preflight import ClusterFacts
@@ -29,7 +29,6 @@ from olora_ray.evaluation.lm_eval_tasks import Tasks, load_tasks
 from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype
-from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import Base, find_model, with_tokenizer
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import gate, recipe
@@ -38,7 +37,7 @@ from olora_ray.retrain.recipe import Inputs
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import RUN, Version
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import scoring
 from olora_ray.train.objectives.objective import objective_named
@@ -76,22 +75,26 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
     wanted = config.gate.guard
     if not wanted:
         return None
-    plain = {
+    plain: dict[str, Any] = {
         "evaluation.scorer": None,
         "gate.group": None,
         "data.eval_fraction": None,
         "data.max_rejected": 1.0,
         **NO_GATE,
     }
-    sources: list[dict[str, Any]] = [{"path": str(TEXT), "format": "text"}]
-    if wanted != "text":
+    names: list[str] = []
+    if wanted == "text":
+        plain["data.eval"] = [{"path": str(TEXT), "format": "text"}]
+    else:
         names = [each for each in wanted if isinstance(each, str)]
-        if names:
-            without = override(inputs.data, plain)
-            key = digest_json([names, ANSWERED])
-            return RowSet("the guard's tasks", without, key, load_tasks(names, None))
-        sources = [each.model_dump(mode="json") for each in wanted if isinstance(each, Source)]
-    changed = override(inputs.data, {**plain, "data.eval": sources})
+        if not names:
+            plain["data.eval"] = [
+                each.model_dump(mode="json") for each in wanted if isinstance(each, Source)
+            ]
+    changed = override(inputs.data, plain)
+    if names:
+        key = digest_json([names, ANSWERED])
+        return RowSet("the guard's tasks", changed, key, load_tasks(names, None))
     try:
         plan = plan_here(changed, inputs.base.spec, "eval")
     except UserError as error:
@@ -323,7 +326,7 @@ def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | No
 
 def _in_storage(named: Config, version: Version) -> str:
     """Return the address of a merged version in its run folder, or of a copy if that folder was deleted."""
-    folder = recipe.where_now(version.tags.get(RUN, ""), named.run.storage)
+    folder = recipe.where_now(version.folder, named.run.storage)
     merged = storage.join(folder, "export", "merged")
     if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)):
         return merged

@@ -13,9 +13,9 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import notify
 from olora_ray.retrain.recipe import AGAINST, CHANGED, Baseline
-from olora_ray.tracking.aliases import CHAMPION, SINCE, Aliases
+from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.checksums import Version
-from olora_ray.tracking.client import connect, reachable
+from olora_ray.tracking.run import newest_runs
 from olora_ray.tracking.start import resolve_uri, start_run
 
 logger = logging.getLogger(__name__)
@@ -91,11 +91,9 @@ def of_version(config: Config, version: Version) -> None:
     details = json.loads(tags.get(DETAILS, "{}"))
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
     run_id = write_decision(config, entry)
-    uri = resolve_uri(config)
     # Before the tag: a call that is killed here tells again, instead of never.
     notify.tell(config, entry.decision, entry.reason, entry.challenger, entry.champion)
-    with reachable(uri):
-        connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
+    Aliases(resolve_uri(config), version.name).tag_version(version.number, RECORDED, run_id)
 
 
 def moved(config: Config, now: Baseline) -> None:
@@ -140,15 +138,8 @@ def _latest(config: Config, but: str | None = None) -> Any:
     words = _of_model(str(config.registry.model))
     if but is not None:
         words += f" and tags.`olora.decision` != '{but}'"
-    uri = resolve_uri(config)
-    with reachable(uri):
-        client = connect(uri)
-        experiment = client.get_experiment_by_name(config.tracking.experiment)
-        if experiment is None:
-            return None
-        newest = ["attributes.start_time DESC"]
-        runs = client.search_runs([experiment.experiment_id], words, max_results=1, order_by=newest)
-        return next(iter(runs), None)
+    runs = newest_runs(resolve_uri(config), words, 1, config.tracking.experiment)
+    return next(iter(runs), None)
 
 
 def _roles(entry: Entry) -> list[tuple[str, str | None]]:
@@ -195,20 +186,13 @@ class Nights:
 def nights(aliases: Aliases) -> Nights:
     """Ask MLflow alone about the nights of a model that is registered; this writes nothing."""
     versions = aliases.versions()
-    client = aliases.client
-    with reachable(aliases.uri):
-        model = client.get_registered_model(aliases.name)
-        experiments = [each.experiment_id for each in client.search_experiments()]
-        newest = ["attributes.start_time DESC"]
-        runs = client.search_runs(
-            experiments, _of_model(aliases.name), max_results=30, order_by=newest
-        )
-    alias = str(model.aliases.get(CHAMPION))
+    runs = newest_runs(aliases.uri, _of_model(aliases.name), 30)
+    alias = aliases.current().get(CHAMPION)
     champion = next((each for each in versions if each.number == alias), None)
     since = 0.0
     if champion is not None:
-        number, _, moved = model.tags.get(SINCE, "").partition(" ")
-        since = float(moved) if number == champion.number else champion.created
+        since = aliases.champion_since(champion)
+    good = aliases.tags().get(GOOD)
     told = [{**run.data.tags, "when": str(run.info.start_time / 1000)} for run in runs]
     decided = [
         float(run["when"]) for run in told if run["olora.decision"] in ("promoted", "refused")
@@ -217,7 +201,7 @@ def nights(aliases: Aliases) -> Nights:
     rows = [Fingerprint.from_tags(version.tags).held_out for version in judged]
     same = [each.created for each, digest in zip(judged, rows, strict=True) if digest == rows[-1]]
     return Nights(
-        float(model.tags[GOOD]) if GOOD in model.tags else None,
+        None if good is None else float(good),
         champion,
         since,
         max(decided, default=0.0),
@@ -229,8 +213,7 @@ def nights(aliases: Aliases) -> Nights:
 
 def good_night(config: Config, aliases: Aliases) -> None:
     """Record the end of a good night in MLflow, and write the metrics of nights to the config's retrain.metrics."""
-    with reachable(aliases.uri):
-        aliases.client.set_registered_model_tag(aliases.name, GOOD, f"{time.time():.0f}")
+    aliases.tag(GOOD, f"{time.time():.0f}")
     if config.retrain.metrics:
         try:
             _export(aliases, looked_up(config.retrain.metrics, "its address"))

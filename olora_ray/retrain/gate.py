@@ -25,9 +25,7 @@ from olora_ray.config.nights import Condition, Gate
 from olora_ray.evaluation.rows import (
     LOSS,
     SCORE,
-    Comparison,
     RowResults,
-    improvement,
     lower_is_better,
 )
 
@@ -161,9 +159,9 @@ def _compared(
     theirs = champion.only(both)
     text = f"{gate.metric} {ours.metric(gate.metric):.4f}, the champion's {theirs.metric(gate.metric):.4f}"
     level = 1 - 0.05 / max(SETS, held_out.sets)
-    gain = improvement(gate.metric, ours, theirs, level)
+    gain = ours.gain(theirs, gate.metric, level)
     numbers = {"improvement": asdict(gain.interval), "level": level, "groups": gain.groups}
-    text += f": {_shown(gain, level)}{left_out}"
+    text += f": {gain.shown(level)}{left_out}"
     if gain.groups < gate.min_rows:
         problem = f"gate.min_rows={gate.min_rows} needs more independent rows"
         return False, f"{text}, but {problem}", numbers
@@ -178,18 +176,6 @@ def _compared(
     return True, text, numbers
 
 
-def _shown(gain: Comparison, level: float) -> str:
-    interval = gain.interval
-    rows = plural(gain.rows, "row")
-    if gain.groups < gain.rows:
-        rows += f" in {plural(gain.groups, 'group')}"
-    change = "worse" if interval.mean < 0 else "improved"
-    return (
-        f"{change} by {abs(interval.mean):.4f} ({100 * level:.4g}% interval of the improvement"
-        f" {interval.low:.4f} to {interval.high:.4f}, {rows})"
-    )
-
-
 def _not_worse(
     metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, gate: Gate, field: str
 ) -> Checked:
@@ -201,8 +187,10 @@ def _not_worse(
     best = _considered(best, held_out)
     if not lower_is_better(metric):
         ours, best, _ = _scored_alike(metric, ours, best)
-    gain = improvement(metric, ours, best, LEVEL)
-    text = f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {_shown(gain, LEVEL)}"
+    gain = ours.gain(best, metric, LEVEL)
+    text = (
+        f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {gain.shown(LEVEL)}"
+    )
     margin = getattr(gate, field)
     holds = gain.interval.low > -margin
     if not holds:

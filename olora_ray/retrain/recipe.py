@@ -35,7 +35,7 @@ from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan, Split, sources_of
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, PREVIOUS, Aliases
-from olora_ray.tracking.checksums import BASE, RUN, Version
+from olora_ray.tracking.checksums import Version
 
 if TYPE_CHECKING:
     from olora_ray.pipeline.base import Base
@@ -264,7 +264,7 @@ CHANGED = "olora.changed"
 def changed(inputs: Inputs, champion: Version) -> str:
     """Return the changes since a version, with both names of a base model that has changed."""
     words = inputs.fingerprint.changes(Fingerprint.from_tags(champion.tags))
-    was = champion.tags.get(BASE)
+    was = champion.base
     now = mask(inputs.base.model.shown())
     if "base model" in words and was and was != now:
         words[words.index("base model")] = f"base model ({was} is now {now})"
@@ -376,7 +376,7 @@ def _continued(
         return f"its training files are not recorded in {config.run.storage}"
     if unseen_rows(config, inputs.held_out, known) is not None:
         return "it may have been trained on rows that are held out now"
-    folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
+    folder = where_now(champion.folder, config.run.storage)
     from olora_ray.train import checkpoints
 
     latest = None

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     quiet_environment()  # before MLflow is imported
     (name,) = parsed.words
     uri = start.chosen_uri(options.get("--tracking-uri"))
-    cache = Path(command_line.absolute(options.get("--cache", str(CACHE)), Path.cwd()))
+    cache = Path(command_line.absolute(options.get("--cache", str(CACHE))))
     watches = [Watch(each, uri, cache) for each in (name, options.get("--challenger")) if each]
     given = list[tuple[Watch, Callable[[str, Adapter], None], Attempts]]()
     if "--engine" in options:
@@ -194,7 +194,7 @@ class Mirror:
     """A folder or bucket of adapters for Ray Serve LLM, which loads a folder once, so each version has its own."""
 
     def __init__(self, place: str) -> None:
-        self._place = command_line.absolute(place, Path.cwd())
+        self._place = command_line.absolute(place)
         self._written = ""
 
     def write(self, name: str, adapter: Adapter) -> None:

@@ -56,9 +56,7 @@ class Adapter:
             failure = f"the engine's base model {name} is not on this machine"
             with as_user_error(failure, OSError, ValueError):
                 place = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        # An engine's copy from the hub may have the weights a second time, in a form of their maker.
-        files = (folder.weight_files(place), folder.loaded_files(place))
-        if folder.weights(self.base.digest) not in map(folder.of_weights, files):
+        if not folder.has_weights(place, self.base.digest):
             raise UserError(
                 f"{self}: the engine's base model {place} has other weights than its own, {self.base.name}"
             )

@@ -22,8 +22,6 @@ from olora_ray.pipeline import publish
 from olora_ray.pipeline.run_folder import (
     RunFolder,
     identity_settings,
-    read_decisions,
-    write_decisions,
 )
 from olora_ray.sweep.space import Space
 from olora_ray.train import checkpoint
@@ -59,7 +57,7 @@ def check_search(config: Config, space: Space) -> Kept:
     begun = records.read(path, Begun)
     kept = NOTHING
     if begun is not None:
-        kept = Kept(begun.config, read_decisions(folder.root))
+        kept = Kept(begun.config, folder.decisions())
     if storage.exists(path):
         changes = _changes(begun, description(kept.filled(config), space))
         if len(changes) > 3:
@@ -116,7 +114,7 @@ def begin(
     kept = records.read(path, Begun)
     if kept is not None:
         checkpoint.require_same({**contents, **kept.contents}, contents, folder)
-    write_decisions(folder, decisions)
+    RunFolder(folder).write_decisions(decisions)
     storage.write_text(path, description(config, space, contents).text())
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from olora_ray.adapter import initialise as factor_cache
 from olora_ray.adapter.initialise import check_rank, initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.methods import method_named
@@ -86,7 +85,7 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     for method, rank in wanted:
         changes = {"adapter.method": method, "adapter.rank": rank}
         factors = replace(spec, config=override(spec.config, changes))
-        if not factor_cache.has(factors.factor_place(), factors.factor_origin(), rank):
+        if not factors.stored_factors().exist():
             missing.append(factors)
     asked = wanted_questions(spec.config.evaluation, spec.eval)
     baseline = storage.join(folder, "baseline.json")
@@ -112,10 +111,7 @@ def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
     if method_named(adapter.method).needs != "weight":
         self_test(shared, spec)
     factors, _, _ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
-    prefix = method_named(adapter.method).prefix
-    factor_cache.write_factors(
-        spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix
-    )
+    spec.stored_factors().write(factors, method_named(adapter.method).prefix)
 
 
 def _measure(spec: TrainSpec, shared: SharedBase) -> Baseline:

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from olora_ray.cluster import shared_base
+from olora_ray.cluster.connection import Stop
 from olora_ray.cluster.failures import reason
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import logs, storage
@@ -20,7 +21,6 @@ from olora_ray.config.decided import DecidedConfig, with_values
 from olora_ray.model import load
 from olora_ray.pipeline import fit, publish
 from olora_ray.pipeline.base import open_base
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.prepare import prepare_tokens, read_data
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
 from olora_ray.sweep.space import Draws
@@ -216,7 +216,6 @@ def _log_file(root: str) -> Iterator[None]:
     handler: logging.Handler = logging.StreamHandler(lines)
     if not storage.is_uri(root):
         handler = logging.FileHandler(path, encoding="utf-8", delay=True)
-    handler.setFormatter(logs.LineFormatter())
     try:
         with logs.handled_by(handler):
             yield

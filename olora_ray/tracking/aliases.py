@@ -105,6 +105,32 @@ class Aliases:
                 if not token:
                     return sorted(versions, key=lambda item: int(item.number))
 
+    def tags(self) -> dict[str, str]:
+        """Return the tags of the registered model; none if it is missing."""
+        with reachable(self.uri):
+            model = self._model()
+        if model is None:
+            return {}
+        return dict(model.tags)
+
+    def tag(self, name: str, text: str) -> None:
+        with reachable(self.uri):
+            self.client.set_registered_model_tag(self.name, name, text)
+
+    def tag_version(self, number: str, name: str, text: str) -> None:
+        with reachable(self.uri):
+            self.client.set_model_version_tag(self.name, number, name, text)
+
+    def champion_since(self, champion: Version) -> float:
+        """Return when it became the champion, or when it was made if something else than this project moved the alias.
+
+        In seconds since 1970.
+        """
+        number, _, moved = self.tags().get(SINCE, "").partition(" ")
+        if number == champion.number:
+            return float(moved)
+        return champion.created
+
     def of_run(self, run_id: str) -> Version | None:
         """Return the version that an MLflow run registered under this name; None if it is missing or deleted."""
         return next((each for each in reversed(self.versions()) if each.run_id == run_id), None)

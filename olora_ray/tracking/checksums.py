@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
-from olora_ray.common.secrets import looked_up
+from olora_ray.common.secrets import looked_up, mask
 from olora_ray.common.storage import size_and_digest
 from olora_ray.tracking.client import refused
 from olora_ray.tracking.moved_storage import advice
@@ -67,6 +67,16 @@ class Version:
     """Seconds since 1970."""
 
     @property
+    def folder(self) -> str:
+        """The run folder of its run; empty if another program registered it."""
+        return self.tags.get(RUN, "")
+
+    @property
+    def base(self) -> str:
+        """Name of its base model, with the commit; empty in versions of older releases."""
+        return self.tags.get(BASE, "")
+
+    @property
     def verdict(self) -> str:
         """The decision of the gate or of a person, with its reason; empty if there is none."""
         return self.tags.get(GATE, "")
@@ -88,6 +98,16 @@ class Version:
     def of(cls, version: "ModelVersion") -> "Version":
         seconds = (version.creation_timestamp or 0) / 1000
         return cls(version.name, str(version.version), dict(version.tags), version.run_id, seconds)
+
+
+def origin_tags(folder: str, base: str, used: Mapping[str, float]) -> dict[str, str]:
+    """Return the tags that say what made a version: its run folder, its base model, and the resource seconds."""
+    return {
+        RUN: folder,
+        BASE: mask(base),
+        CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}",
+        GPU_SECONDS: f"{used.get('GPU', 0.0):.0f}",
+    }
 
 
 FILE = "checksums.json"

@@ -31,6 +31,7 @@ from olora_ray.tracking.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,11 @@ class Tracker:
         return self._queue.pending
 
     def client(self) -> "MlflowClient":
-        """Return MLflow's client for this run's server; call it inside `reachable(tracker.uri)`."""
+        """Return MLflow's client for this run's server; call it inside `tracker.reachable()`."""
         return connect(self.uri)
+
+    def reachable(self, upload: bool = False) -> contextlib.AbstractContextManager[None]:
+        return reachable(self.uri, upload=upload)
 
     def metrics(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         """Log step -> {name: value}, in the order of the calls; never wait, never raise.
@@ -79,7 +83,7 @@ class Tracker:
     def last_step(self, name: str) -> int | None:
         """Return the highest step of a metric in MLflow; None if there is none, or MLflow does not answer."""
         try:
-            with reachable(self.uri):
+            with self.reachable():
                 history = self.client().get_metric_history(self.run_id, name)
                 return max((item.step for item in history), default=None)
         except TrackingUnavailable:
@@ -148,7 +152,7 @@ class Tracker:
             raise self._unwritten(30.0)
         measured_on = (dataset[0], dataset[1][:_DIGEST_LENGTH]) if dataset else (None, None)
         linked = []
-        with reachable(self.uri):
+        with self.reachable():
             for name in names:
                 for each in self.client().get_metric_history(self.run_id, name):
                     # MLflow stores the NaN of a logged model as 0.
@@ -164,7 +168,7 @@ class Tracker:
         """Record a logged model as an input of this run; return False if this MLflow does not have it."""
         from mlflow.entities import LoggedModelInput
 
-        with reachable(self.uri):
+        with self.reachable():
             if existing(self.client().get_logged_model, model_id) is None:
                 return False
             self.client().log_inputs(self.run_id, models=[LoggedModelInput(model_id)])
@@ -173,7 +177,7 @@ class Tracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Log a table as the artifact `name`.json; replace a table of that name."""
         file = f"{name}.json"
-        with reachable(self.uri):
+        with self.reachable():
             if file in {item.path for item in self.client().list_artifacts(self.run_id)}:
                 # log_table would append to the existing table.
                 content = {"columns": list(columns), "data": [list(row) for row in rows]}
@@ -185,12 +189,12 @@ class Tracker:
             self.client().log_table(self.run_id, data, file)
 
     def artifact(self, path: Path) -> None:
-        with reachable(self.uri, upload=True):
+        with self.reachable(upload=True):
             log = self.client().log_artifacts if path.is_dir() else self.client().log_artifact
             log(self.run_id, str(path))
 
     def text(self, content: str, name: str) -> None:
-        with reachable(self.uri):
+        with self.reachable():
             self.client().log_text(self.run_id, content, name)
 
     def watch_system(self, seconds: float = 10.0) -> None:
@@ -207,7 +211,7 @@ class Tracker:
         make: Any = SystemMetricsMonitor
         while not self._stop_watching.is_set():
             try:
-                with contextlib.suppress(TrackingUnavailable), reachable(self.uri):
+                with contextlib.suppress(TrackingUnavailable), self.reachable():
                     monitor = make(self.run_id, seconds, resume_logging=True, tracking_uri=self.uri)
                     monitor._shutdown_event = self._stop_watching
                     monitor.monitor()  # ends for good when one request fails, so it begins again
@@ -220,7 +224,7 @@ class Tracker:
         """Return the address of the run's page; None if no server shows it."""
         if not self.uri.startswith("http"):
             return None
-        with reachable(self.uri):
+        with self.reachable():
             experiment = self.client().get_run(self.run_id).info.experiment_id
         return f"{shown_uri(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
 
@@ -248,3 +252,18 @@ class Tracker:
     def _unwritten(self, seconds: float) -> TrackingUnavailable:
         why = self._queue.away or f"{self.pending} metric values wait after {seconds:g} s"
         return unavailable(self.uri, why)
+
+
+def newest_runs(uri: str, words: str, most: int, experiment: str | None = None) -> Sequence["Run"]:
+    """Return up to `most` runs that MLflow's filter `words` finds, the newest first; of all experiments by default."""
+    with reachable(uri):
+        client = connect(uri)
+        if experiment is None:
+            places = [each.experiment_id for each in client.search_experiments()]
+        else:
+            known = client.get_experiment_by_name(experiment)
+            if known is None:
+                return []
+            places = [known.experiment_id]
+        newest = ["attributes.start_time DESC"]
+        return client.search_runs(places, words, max_results=most, order_by=newest)

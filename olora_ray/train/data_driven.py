@@ -126,25 +126,6 @@ def _owners(
     return [owner[each.name] for each in inputs]
 
 
-def _shared(
-    own: Mapping[str, Factors],
-    targets: Mapping[str, Target],
-    shares: Sequence[list[str]],
-    seconds: float,
-    device: torch.device,
-) -> tuple[dict[str, Factors], InitReport]:
-    began = time.perf_counter()
-    merged, digest = exchange(own, shares, device)
-    every = {name: merged[name] for name in targets}
-    return every, InitReport(
-        layers=tuple(map(len, shares)),
-        seconds=tuple(collectives.gather(seconds)),
-        exchange_seconds=time.perf_counter() - began,
-        deficient=tuple(name for name, item in every.items() if not item.full_rank),
-        digest=digest,
-    )
-
-
 # EVA's factors: from the activations of each input, on the worker that owns the input.
 
 
@@ -187,7 +168,7 @@ def eva_factors(
     shares: list[list[str]] = [[] for _ in range(collectives.world_size())]
     for each, owner in zip(inputs, owners, strict=True):
         shares[owner].extend(each.layers)
-    every, report = _shared(made, targets, shares, seconds, device)
+    every, report = exchange(made, targets, shares, seconds, device)
     used = [piece for piece in pieces if piece.first < tokens]
     held, sent = zip(*collectives.gather((activations.held(), activations.sent)), strict=True)
     data_report = DataReport(tokens, len(used), agreement, max(held), sum(sent), ranks)

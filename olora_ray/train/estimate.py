@@ -3,7 +3,6 @@
 All but the pace need no weights. Nothing here needs Ray.
 """
 
-import importlib.util
 import inspect
 import math
 import time
@@ -27,7 +26,6 @@ from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.config.load import override
 from olora_ray.config.schema import Adapter
-from olora_ray.config.section import is_auto
 from olora_ray.model import attention
 from olora_ray.model.folder import parameters
 from olora_ray.model.load import skeleton
@@ -117,27 +115,17 @@ def _small_enough(config: DecidedConfig) -> tuple[DecidedConfig, float]:
 
 
 def _implementations(model: Any, config: DecidedConfig, expected: Expected) -> tuple[str, ...]:
-    wanted = expected.attention
     dtype = getattr(torch, expected.dtype)
-    apart = why_scaled(model, config.train.micro_batch * config.data.max_length)
+    flat = not why_scaled(model, config.train.micro_batch * config.data.max_length)
     if not expected.gpu:
         try:
             names = attention.candidates(model, config.model, dtype, torch.device("cpu"))
         except UserError:  # raised again when the workers load the model
             names = ()
-        return tuple(name for name in names if not apart or name not in FLAT_ATTENTION) or (
+        return tuple(name for name in names if flat or name not in FLAT_ATTENTION) or (
             attention.own(model),
         )
-    # The workers' GPU may be on another machine, so it is not asked. The choice follows what is installed here.
-    if is_auto(wanted):
-        installed = importlib.util.find_spec("flash_attn") or attention.kernel()
-        flat = installed and not apart and dtype in (torch.bfloat16, torch.float16)
-        wanted = attention.FLASH if flat else "sdpa"
-    # Flash attention keeps the same tensors as torch's kernel for variable lengths, which fake tensors can run. Both
-    # return one tensor, token by token. "segments" stands in for them in an older torch; it also keeps a copy.
-    stand_in = attention.VARLEN if attention.kernel() else "segments"
-    first = stand_in if wanted in (attention.FLASH, attention.VARLEN) else wanted
-    return (first, attention.own(model))
+    return (attention.stand_in(expected.attention, dtype, flat), attention.own(model))
 
 
 def _batch(config: DecidedConfig, name: str) -> Batch:
@@ -245,10 +233,6 @@ def peak_of(name: str) -> float | None:
 COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
 so far. Three more exist while AdamW computes, or while a checkpoint is written on a CPU."""
-PROCESS_BYTES = 2**30
-"""Approximate bytes of Python, torch and Ray in a worker, or of CUDA on its GPU."""
-PEER_BYTES = 2**24
-"""Approximate bytes of NCCL's connection to one other worker."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +260,7 @@ class MemoryEstimate:
     """True if no worker ever holds the whole base: each reads only its shard, or packs layer by layer."""
 
     def total_bytes(self) -> int:
-        """Return the bytes on the device of the model, without `PROCESS_BYTES`."""
+        """Return the bytes on the device of the model, without those of the process (cluster/preflight.py)."""
         return (
             self.base_bytes
             + self.gathered_bytes

@@ -14,6 +14,7 @@ from torch import Tensor
 from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights, Factors
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import some
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.tokens import plan
 from olora_ray.tokens.collate import collate
@@ -121,7 +122,7 @@ class Trainer:
         weight_of_step = objective.weight(whole)
         numbers = StepNumbers.zeros(data.count, 1 + len(objective.more), self.device)
         self.gradient.begin(data.count)
-        train_mode(self.adapted, True)
+        self.set_training(True)
         self.loss.compiled = self.loss.compile_blocks
 
         # With a sharded base all workers must run the model equally often, so a worker with fewer micro-batches runs
@@ -143,7 +144,7 @@ class Trainer:
                 if parts_of_mean.requires_grad:
                     parts_of_mean[0].backward()
                 numbers.sums[micro_batch] = parts_of_mean.detach()
-        train_mode(self.adapted, False)
+        self.set_training(False)
         self.loss.compiled = False
 
         # The signal travels with the losses, because a second exchange per step would cost more.
@@ -221,6 +222,9 @@ class Trainer:
             folder, adapter, best_parts, optimizer, state, identity, config_yaml
         )
 
+    def set_training(self, on: bool) -> None:
+        train_mode(self.adapted, on)
+
     @cached_property
     def _frozen(self) -> dict[str, Factors]:
         # The factors do not change, so they are copied to the CPU once for all checkpoints.
@@ -249,9 +253,7 @@ def rows_of_odd_losses(losses: Tensor, data: StepData, store: TokenStore) -> lis
 
 def not_finite(origins: Sequence[str]) -> str:
     """Say that a loss is not finite, and name up to eight of the rows that it comes from."""
-    shown = ", ".join(origins[:8])
-    if len(origins) > 8:
-        shown += f" and {len(origins) - 8} more"
+    shown = some(origins, 8)
     return (
         f"loss is not finite; it comes from {shown or 'the sum over all workers'}; check these rows"
     )

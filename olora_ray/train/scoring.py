@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import logging
 import math
 import sys
 from collections import Counter, defaultdict
@@ -19,6 +20,8 @@ from olora_ray.common import records
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.storage import digest, digest_file
 from olora_ray.config import command_line
+
+logger = logging.getLogger(__name__)
 
 Scorer = Callable[[str, str], dict[str, float]]
 
@@ -152,6 +155,14 @@ class Judge:
                 )
         return scores
 
+    def tell_partial(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Log each score that only some of the answers have."""
+        for name, count in Counter(chain.from_iterable(rows)).items():
+            if count < len(rows):
+                logger.info(
+                    f"score {name}: only {count} of {len(rows)} answers have it, and its mean is over these"
+                )
+
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     values_of: dict[str, list[float]] = defaultdict(list)
@@ -159,15 +170,6 @@ def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         for name, value in row.items():
             values_of[name].append(value)
     return {name: sum(values) / len(values) for name, values in values_of.items()}
-
-
-def partial_scores(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    counts = Counter(chain.from_iterable(rows))
-    return [
-        f"score {name}: only {count} of {len(rows)} answers have it, and its mean is over these"
-        for name, count in counts.items()
-        if count < len(rows)
-    ]
 
 
 def _short(value: object) -> str:

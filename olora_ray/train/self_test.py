@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight, TakenWeight
 from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.text import some
 from olora_ray.config.decided import AnyDecided
 from olora_ray.model import attention
 from olora_ray.model.packing import check_lengths, why_not_in_one_row
@@ -277,10 +278,49 @@ def _off(measured: Tensor, wanted: Tensor) -> Tensor:
 def choose_attention(
     loss: SupervisedLoss, packs: Sequence[Pack], config: AnyDecided, device: torch.device
 ) -> SelfTest:
-    """Test the base model on examples of `packs`, and set the first attention that passes.
+    """Test the base model without its adapters on examples of `packs`, and set the first attention that passes.
 
     All workers of a sharded base must call it together. Raises UserError, with the setting to change, if none passes.
     """
+    with bare(loss.model), _taken_as_user_error():
+        try:
+            return _first_that_passes(loss, packs, config, device)
+        except UserError:
+            # Its advice fits only causal models, so look for another reason first.
+            if loss.sharded or not _sees_ahead(loss.model, packs, device):
+                raise
+            raise UserError(
+                f"model.name: {type(loss.model).__name__} is no causal language model: its output for a token"
+                " depends on later tokens; name another model"
+            ) from None
+
+
+@contextmanager
+def _taken_as_user_error() -> Iterator[None]:
+    try:
+        yield
+    except TakenWeight as error:
+        raise UserError(
+            f"adapter.targets: {first_line(error)}; leave it out of adapter.targets"
+        ) from None
+
+
+@torch.no_grad()
+def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool:
+    # Another last token must not change the output for earlier tokens, except by rounding errors.
+    model.set_attn_implementation(attention.own(model))
+    ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    own, changed = (
+        model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1)
+        for each in (ids, other)
+    )
+    return float((own - changed).abs().sum(-1).mean()) > 0.02
+
+
+def _first_that_passes(
+    loss: SupervisedLoss, packs: Sequence[Pack], config: AnyDecided, device: torch.device
+) -> SelfTest:
     model: Any = loss.model
     began = time.perf_counter()
     dtype = next(model.parameters()).dtype
@@ -477,16 +517,11 @@ def check_adapters(
     Raises UserError if no gradient reaches an adapter that the user has `named`, if a gradient is wrong, or if
     untrained (`new`) adapters change a bit of a loss. `name` is the attention. All gradients are zero afterwards.
     """
-    try:
+    with _taken_as_user_error():
         without, off = _try(loss, adapted, list(examples_of(packs, SHORT))[:3], name, new)
-    except TakenWeight as error:
-        raise UserError(
-            f"adapter.targets: {first_line(error)}; leave it out of adapter.targets"
-        ) from None
     if without and named:
-        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
         raise UserError(
-            f"adapter.targets: no gradient reaches {', '.join(without[:3])}{more}, because text does not use these"
+            f"adapter.targets: no gradient reaches {some(without)}, because text does not use these"
             " layers; leave them out"
         )
     return without, off

@@ -11,11 +11,9 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from olora_ray.cluster.failures import (
+    Failure,
     SharedBaseDied,
     advice_for_memory,
-    cause,
-    counts,
-    passes,
 )
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from tests import tiny
@@ -75,8 +73,8 @@ def preempted() -> Exception:
 def test_the_cause_is_named_and_whether_it_counts(
     error: BaseException, expected: str | None, counted: bool
 ) -> None:
-    assert expected is None or cause(error) == expected
-    assert counts(error) is counted
+    assert expected is None or Failure(error).cause == expected
+    assert Failure(error).counts is counted
 
 
 @pytest.mark.parametrize(
@@ -89,9 +87,9 @@ def test_only_a_lack_of_memory_is_advised_as_one(error: RuntimeError, advised: b
 
 def test_a_store_that_does_not_answer_is_told_apart() -> None:
     away = StoreUnavailable("s3://b/runs: no answer for 60 s")
-    assert passes(WorkerGroupError("", {0: raised(GLOO), 1: raised(away)}))
-    assert passes(
-        WorkerGroupError("", {0: raised(TryAgain("checkpoint s3://b/step-3: cannot be read"))})
-    )
-    assert not passes(WorkerGroupError("", {0: raised(away), 1: dead()}))
-    assert not passes(WorkerGroupError("", {0: raised(ValueError("bad row"))}))
+    assert Failure(WorkerGroupError("", {0: raised(GLOO), 1: raised(away)})).passes
+    assert Failure(
+        WorkerGroupError("", {0: raised(TryAgain("s3://b/step-3: cannot be read"))})
+    ).passes
+    assert not Failure(WorkerGroupError("", {0: raised(away), 1: dead()})).passes
+    assert not Failure(WorkerGroupError("", {0: raised(ValueError("bad row"))})).passes

@@ -48,10 +48,8 @@ def test_it_ends_with_what_the_workers_return_or_raise(error: Exception | None) 
 
 @pytest.mark.ray
 def test_a_channel_tells_of_silent_workers_and_ends(ray_with: Callable[[int], None]) -> None:
-    import ray
-
     ray_with(1)
-    channel = make_channel(ray.get_runtime_context().get_node_id())
+    channel = make_channel()
     a_worker_is_silent_after_a_time_and_not_in_the_next_group(channel)
     a_stopped_worker_is_ended_by_a_task_on_its_node()
     a_channel_that_died_is_one_line(channel)

@@ -14,6 +14,7 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.preflight import (
     COPIES,
     GIB,
+    PROCESS_BYTES,
     Answers,
     Node,
     changes,
@@ -26,7 +27,7 @@ from olora_ray.config.decided import DecidedConfig, Expected, Kept
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel, obtain
-from olora_ray.train.estimate import PROCESS_BYTES, MemoryEstimate, estimate
+from olora_ray.train.estimate import MemoryEstimate, estimate
 from tests import tiny
 
 SIZE = MemoryEstimate(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
-from olora_ray.train.self_test import bare, check_adapters, choose_attention
+from olora_ray.train.self_test import check_adapters, choose_attention
 from tests import tiny
 from tests.families import zoo
 from tests.families.row import PRECISIONS
@@ -122,8 +122,7 @@ def is_refused(planted: Planted, dtype: torch.dtype) -> bool:
     trainer = tiny.trainer(config, model=made)
     with _in_place(planted.attend):
         try:
-            with bare(made):
-                name = choose_attention(trainer.loss, PACKS, config, CPU).attention
+            name = choose_attention(trainer.loss, PACKS, config, CPU).attention
             check_adapters(trainer.loss, trainer.adapted, PACKS, name, CPU, new=True)
         except UserError:
             return True

@@ -10,13 +10,13 @@ from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from olora_ray.cluster import ray_internals
+from olora_ray.cluster import group, ray_internals
 from olora_ray.cluster.channel import Member, Started
+from olora_ray.cluster.connection import Stop
 from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
 from olora_ray.pipeline import fit
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.fit import Supervisor
 from tests import tiny
 from tests.refused import refused
@@ -104,8 +104,8 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Training:
     clock = SimpleNamespace(monotonic=lambda: found.now, sleep=found.looks)
     answers: dict[tuple[Any, str], Any] = {
         (fit, "time"): clock,
-        (fit, "answer"): lambda call: call,
-        (fit, "end_hung"): lambda member: found.hung.append(member.actor),
+        (group, "answer"): lambda call: call,
+        (group, "end_hung"): lambda member: found.hung.append(member.actor),
         (fit, "free_workers"): lambda worker: found.room,
         (fit, "free_abandoned"): lambda: 0,
         (ray_internals, "end_train_controllers"): found.end,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from olora_ray.cluster.connection import Stop
 from olora_ray.common import storage
 from olora_ray.common.errors import TakenOver, TryAgain
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.run import only_driver
 from tests import tiny
 

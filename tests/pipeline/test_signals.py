@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from olora_ray.cluster.connection import Stop
 from olora_ray.common.errors import Stopped
-from olora_ray.pipeline.connection import Stop
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.nights import Gate
-from olora_ray.evaluation.rows import RowResults, improvement
+from olora_ray.evaluation.rows import RowResults
 from olora_ray.retrain.gate import HeldOut, decide
 from tests.refused import refused
 
@@ -56,8 +56,8 @@ def test_losses_count_downwards_and_scores_upwards() -> None:
         assert not refused.passed, metric
         worse = -refused.details["improvement"]["mean"]
         assert f": worse by {worse:.4f} (99.75% interval of the" in refused.reason
-    assert improvement("eval/loss", good, bad).interval.mean == pytest.approx(1.1)
-    assert improvement("eval/match", good, bad).interval.mean == pytest.approx(0.5)
+    assert good.gain(bad, "eval/loss").interval.mean == pytest.approx(1.1)
+    assert good.gain(bad, "eval/match").interval.mean == pytest.approx(0.5)
 
 
 def test_noise_passes_as_a_point_but_not_with_confidence() -> None:
@@ -148,7 +148,7 @@ def test_scores_are_paired_by_row_whatever_rows_have_them() -> None:
         return RowResults(plain.data, plain.tokens, plain.losses, {"first": found}, plain.origins)
 
     ours, theirs = scored({0: 1.0, 1: 0.0, 2: 1.0}), scored({1: 0.0, 2: 1.0, 5: 0.0})
-    found = improvement("eval/first", ours, theirs)
+    found = ours.gain(theirs, "eval/first")
     assert (found.rows, found.interval.mean, found.interval.high) == (2, 0.0, 0.0), (
         "the same on the rows of both"
     )

@@ -21,7 +21,7 @@ from olora_ray.pipeline.run_folder import Fingerprint, settings_digest
 from olora_ray.retrain import recipe
 from olora_ray.retrain.recipe import AGAINST, Inputs, find_decision
 from olora_ray.tokens import prepare
-from olora_ray.tracking.checksums import GATE, Version
+from olora_ray.tracking.checksums import GATE, RUN, Version
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from tests import mlflow_database, registered, tiny
@@ -119,7 +119,7 @@ def champion_of(config: Config, folder: Path, **identity: str) -> Version:
     place = folder / "checkpoints" / "step-0000005"
     checkpoint.save(place, {"layer": weights}, None, {}, TrainState(step=5), what, dump(config))
     (folder / "config.yaml").write_text(dump(config))
-    return version(1, found.fingerprint, **{recipe.RUN: str(folder)})
+    return version(1, found.fingerprint, **{RUN: str(folder)})
 
 
 class Made(NamedTuple):
@@ -254,14 +254,14 @@ def test_a_champion_that_cannot_be_continued_is_not_and_the_log_says_why(
 ) -> None:
     good = champion_of(config, tmp_path / "run")
     other = version(1, Fingerprint("other", "data", "held", "s"))
-    lost = version(1, inputs(config).fingerprint, **{recipe.RUN: str(tmp_path / "nowhere")})
+    lost = version(1, inputs(config).fingerprint, **{RUN: str(tmp_path / "nowhere")})
     foreign = version(1, Fingerprint("base", "unheard of", "held", "s"))
     wider = override(config, {"adapter.rank": 4})
     # finetune has trained version 1's run folder on, and registered version 2, which no gate has seen.
     shorter = version(
         1,
         replace(inputs(config).fingerprint, settings="6 steps"),
-        **{recipe.RUN: str(tmp_path / "run")},
+        **{RUN: str(tmp_path / "run")},
     )
     cases = [
         (config, good, "there is no new file"),

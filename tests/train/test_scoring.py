@@ -9,10 +9,10 @@ from olora_ray.train.scoring import (
     exact_match,
     json_fields,
     means,
-    partial_scores,
     resolve,
 )
 from tests.refused import refused
+from tests.said import said
 
 REFERENCE = '{"category": "refund", "order": null, "product": "Tavo kettle"}'
 FIELDS = {"field/category", "field/order", "field/product"}
@@ -132,7 +132,7 @@ def test_a_score_that_is_not_finite_is_refused_with_its_answer(
 def test_a_mean_is_over_the_answers_that_have_the_score() -> None:
     rows = [{"a": 1.0}, {"a": 0.0, "b": 0.5}, {"a": 0.5}]
     assert means(rows) == {"a": 0.5, "b": 0.5}
-    assert partial_scores(rows) == [
-        "score b: only 1 of 3 answers have it, and its mean is over these"
-    ]
-    assert (means([]), partial_scores([])) == ({}, [])
+    with said() as lines:
+        Judge("exact_match").tell_partial(rows)
+    assert lines == ["score b: only 1 of 3 answers have it, and its mean is over these"]
+    assert means([]) == {}

@@ -47,9 +47,9 @@ def main(argv: list[str]) -> None:
     comparison = replace(comparison, config=config)
     from comparison import folder, report, rows, run
     from comparison.record import best_config, recorded
+    from olora_ray.cluster.connection import connect
     from olora_ray.pipeline import prepare
     from olora_ray.pipeline.base import open_base
-    from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.run import only_driver
 
     folder.check(comparison)

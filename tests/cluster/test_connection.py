@@ -20,7 +20,7 @@ quiet_environment()
 import ray, sys
 from olora_ray.cluster import ray_internals
 from olora_ray.config import command_line
-from olora_ray.pipeline.connection import connect
+from olora_ray.cluster.connection import connect
 from tests import tiny
 
 def main(argv):
