@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,6 +125,19 @@ def test_mlflow_has_one_run_with_an_unbroken_series(finished: tuple[Path, str]) 
         "training",
         "evaluation",
     }
+
+
+def test_the_registered_model_generates(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    folder, _ = finished
+    uri = json.loads((folder / "result.json").read_text())["mlflow"]["uri"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    pipeline: Any = mlflow.transformers.load_model("models:/small@candidate")
+    text = pipeline("<|user|>after 3?<|end|><|assistant|>", max_new_tokens=4)[0]["generated_text"]
+    assert text.startswith("<|user|>after 3?")
 
 
 def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers_too(
