@@ -44,6 +44,18 @@ def test_metrics_are_means_over_tokens_and_over_answers() -> None:
     assert ROWS.names() == ["eval/loss", "eval/perplexity", "eval/exact_match"]
 
 
+@pytest.mark.parametrize("name", ROWS.names())
+def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) -> None:
+    found = compare(name, BETTER, ROWS).interval
+    assert found.mean == pytest.approx(BETTER.metric(name) - ROWS.metric(name))
+    assert found.low <= found.mean <= found.high
+
+
+def test_other_tokens_are_not_compared() -> None:
+    with refused("held-out rows"):
+        compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}, ((0, 0),)))
+
+
 def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group() -> None:
     """A chat that its template splits gives one example per answer, and a long text gives several pieces."""
     whole = compare("eval/loss", BETTER, ROWS)
@@ -201,6 +213,12 @@ def test_two_groups_have_the_interval_of_students_t() -> None:
         (1.5, 1.5 - 6.353, 1.5 + 6.353), abs=0.1
     )
     assert difference([1.0] * 2, [0.0] * 2).low == 1.0, "without a spread there is no width"
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 2.0])])
+def test_rows_without_a_partner_are_refused(ours: list[float], theirs: list[float]) -> None:
+    with pytest.raises(ValueError):
+        difference(ours, theirs)
 
 
 def test_groups_are_drawn_as_a_whole() -> None:
