@@ -13,7 +13,6 @@ from olora_ray.evaluation.rows import numbered
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan
 from tests import tiny
-from tests.refused import refused
 from tests.said import said
 
 SPEC = TokenizerSpec("{}", "", {}, 0)
@@ -84,12 +83,6 @@ def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(
 def test_rows_of_a_file_are_a_group(folder: Path) -> None:
     found = plan(folder)
     assert numbered(group_names(FILE, found, places(found))) == [0] * 6 + [1]
-
-
-def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
-    found = plan(folder)
-    with refused("gate.group"):
-        numbered(group_names("client", found, places(found)))
 
 
 def test_origins_of_a_store_are_in_the_order_of_its_examples() -> None:

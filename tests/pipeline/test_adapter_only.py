@@ -106,12 +106,6 @@ def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(
     torch.testing.assert_close(export_parts.logits(pipeline.model), run.case.logits, **CLOSE)
 
 
-def test_it_is_evaluated_as_adapter_on_its_base(run: FinishedRun) -> None:
-    found = targets.resolve("models:/small@candidate", run.config)
-    assert (found.base.name, found.config.model.name) == (str(run.case.base), str(run.case.base))
-    torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
-
-
 def test_where_the_storage_has_an_address_the_adapter_is_put_there_for_all_nodes(
     run: FinishedRun, tmp_path: Path
 ) -> None:

@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 
 from olora_ray.cluster.spec import TrainResult
-from olora_ray.model.source import obtain
 from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.report import already_finished, finished, next_steps
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
-from tests.families import zoo
-from tests.families.variants import ALL, Variant
 from tests.ran import ran
 from tests.said import said
 
@@ -116,23 +113,3 @@ def test_the_end_says_that_nothing_became_better_and_that_held_out_rows_were_dra
     assert [line for line in lines if f"1.0000 after (step {best})" in line]
     assert any("no step has improved the held-out loss" in line for line in lines) == (best == 0)
     assert any("ask in new words, too" in line for line in lines) == drawn
-
-
-def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
-    zoo.build(family, folder)
-    config = tiny.config(model__name=str(folder), model__dtype="float32", **changes)
-    with said() as lines:
-        tiny.plan(config, obtain(config))
-    return lines
-
-
-def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
-    lines = plan_lines(
-        tmp_path, ALL["mamba"], data__max_length=64
-    )  # its code goes position by position
-    assert [line for line in lines if "leaves out" in line] == [
-        "adapter.targets: all-linear leaves out 2 layers: layers whose weight the model's code reads directly"
-        " (for example backbone.layers.0.mixer.dt_proj)",
-        "adapter.targets: all-linear leaves out 2 layers: layers that PEFT does not adapt in such a model"
-        " (for example backbone.layers.0.mixer.out_proj)",
-    ]

@@ -54,12 +54,6 @@ def test_mistakes_in_the_config(case: str, tiny_model: Path, corpus: Path) -> No
     assert all(part in error for part in expected), error
 
 
-def test_rows_that_cannot_be_used(tiny_model: Path, corpus: Path) -> None:
-    (corpus / "train.jsonl").write_text('{"question": "a"}\n')
-    error = refused(project.write_config(corpus, project.settings(corpus, tiny_model)))
-    assert "train.jsonl:1" in error
-
-
 def chat(user: str, answer: str) -> str:
     return json.dumps(
         {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}

@@ -42,28 +42,6 @@ def test_two_models_stand_side_by_side_and_are_logged(
     assert logged(corpus / "runs" / "mlflow.db") == [first, second]
 
 
-@pytest.mark.ray
-@pytest.mark.slow  # in make test a run is evaluated: tests/test_first_day.py
-def test_a_base_model_is_evaluated_on_rows_that_the_command_line_names(
-    tiny_model: Path, corpus: Path, tmp_path: Path
-) -> None:
-    words = [
-        f"data.eval=[{{path: {corpus / 'eval.jsonl'}}}]",
-        "cluster.workers=1",
-        f"run.storage={tmp_path / 'other'}",
-    ]
-    project.run_script(
-        "evaluate.py", tiny_model, *words, "--scorer", "exact_match", "--out", tmp_path, code=0
-    )
-    [found] = json.loads((tmp_path / "evaluation.json").read_text())["models"]
-    assert found["held_out"]["rows"] == 7
-    assert list(found["metrics"]) == ["eval/loss", "eval/perplexity", "eval/exact_match"]
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert sorted(int(item["origin"].rpartition(":")[2]) for item in answers) == list(range(1, 8))
-    assert {item["reference"] for item in answers} == {str(number) for number in range(101, 108)}
-    assert not (tmp_path / "other" / "mlflow.db").exists()
-
-
 def logged(database: Path) -> list[dict[str, float]]:
     """The metrics of the evaluations in MLflow, the oldest first, without standard errors."""
     from mlflow import MlflowClient

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olora_ray.config import command_line
 from olora_ray.config.load import flatten, load_config, parse_yaml
-from olora_ray.pipeline.dry_run import dry_run
 from pipelines import init
 from tests.pipelines import project
 from tests.refused import refused
@@ -49,16 +47,6 @@ def test_each_field_is_named_and_each_value_that_is_said_is_in_the_config(
         field: parse_yaml(value, "") for field, value in values if f"replaces {value}" not in said
     }
     assert {field: found[field] for field in last} == last
-
-
-def test_a_converted_config_with_rows_and_a_model_here_is_planned(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    project.make_tiny(folder)
-    words = "--from axolotl_chats.yaml data.train=train.jsonl --name mine --out mine.yaml"
-    init.main(words.split())
-    dry_run(command_line.resolved(load_config("mine.yaml"), folder))
-    assert "examples, with the supervised tokens in [[ ]]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,11 @@ def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(
     aliases.client.set_model_version_tag("nightly", "2", GATE, "passed: better")
     assert night(nightly)[0][3].endswith("left version 1: its alias was set or deleted in MLflow")
     assert night(nightly) == []
-    decisions = [run.data.tags["olora.decision"] for run in nightly.decisions()]
-    assert [each for each in decisions if each != "unchanged"] == [
-        "failed",
-        "moved",
-        "moved",
-        "moved",
-    ]
+    runs = [run.data.tags | {"status": run.info.status} for run in nightly.decisions()]
+    failed, *moves = [tags for tags in runs if tags["olora.decision"] != "unchanged"]
+    assert (failed["olora.decision"], failed["status"]) == ("failed", "FAILED")
+    assert "data.eval: retraining compares" in failed["olora.reason"]
+    assert [tags["olora.decision"] for tags in moves] == ["moved"] * 3
 
 
 def test_a_base_model_that_has_changed_is_named_in_the_message(

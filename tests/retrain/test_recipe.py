@@ -43,32 +43,34 @@ def judged(number: int, made_of: Fingerprint, verdict: str, against: str) -> Ver
     return version(number, made_of, **{GATE: verdict, AGAINST: against})
 
 
-def test_a_champion_of_the_same_settles_it() -> None:
-    champion = version(1, NOW)
-    assert find_decision([champion], champion, NOW) is champion
-    assert find_decision([champion], champion, OLD) is None
-    assert find_decision([], None, NOW) is None
+FIRST, CHAMPION = version(1, OLD), version(3, OLD)
+WORSE = judged(2, NOW, "refused: worse", "1")
+BACK = judged(2, NOW, "rolled back: bad answers", "1")
+UNUSED = judged(1, NOW, "refused: x", "")
+SAME = version(1, NOW)
 
 
-def test_a_version_waits_for_its_verdict() -> None:
-    champion, waiting = version(1, OLD), version(2, NOW)
-    assert find_decision([champion, waiting], champion, NOW) is None
-    refused = judged(2, NOW, "refused: worse", "1")
-    assert find_decision([champion, refused], champion, NOW) is refused
-    assert find_decision([judged(1, NOW, "refused: x", "")], None, NOW) is not None, (
-        "a first version that was refused"
-    )
-
-
-def test_a_verdict_holds_against_the_champion_it_was_made_against() -> None:
-    refused, champion = judged(2, NOW, "refused: worse", "1"), version(3, OLD)
-    assert find_decision([version(1, OLD), refused, champion], champion, NOW) is None
-
-
-def test_a_version_that_was_rolled_back_stays_back() -> None:
-    back = judged(2, NOW, "rolled back: bad answers", "1")
-    for champion in (version(1, OLD), version(3, OLD)):
-        assert find_decision([back, champion], champion, NOW) is back
+@pytest.mark.parametrize(
+    ("versions", "champion", "made_of", "settles"),
+    [
+        ([SAME], SAME, NOW, SAME),
+        ([SAME], SAME, OLD, None),
+        ([], None, NOW, None),
+        ([FIRST, version(2, NOW)], FIRST, NOW, None),  # it waits for its verdict
+        ([FIRST, WORSE], FIRST, NOW, WORSE),
+        ([UNUSED], None, NOW, UNUSED),
+        ([FIRST, WORSE, CHAMPION], CHAMPION, NOW, None),  # the verdict was against another
+        ([BACK, FIRST], FIRST, NOW, BACK),
+        ([BACK, CHAMPION], CHAMPION, NOW, BACK),
+    ],
+)
+def test_what_settles_a_night_before_it_trains(
+    versions: list[Version],
+    champion: Version | None,
+    made_of: Fingerprint,
+    settles: Version | None,
+) -> None:
+    assert find_decision(versions, champion, made_of) is settles
 
 
 @pytest.fixture

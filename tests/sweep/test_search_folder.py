@@ -48,14 +48,6 @@ def begun(config: DecidedConfig) -> Path:
     ("changes", "said"),
     [
         ({"seed": 3}, "(space.seed was 17, is 3)"),
-        (
-            {"search": {"train.lr": {"choice": [1e-3, 1e-5]}}},
-            "(space.search.train.lr.choice was [0.001, 0.0001], is [",
-        ),
-        (
-            {"search": {**TREE["search"], "train.warmup": {"choice": [0.1]}}},
-            "train.warmup.choice was not set, is [0",
-        ),
         ({"set": {"train.warmup": 0.1}}, "space.set.train.warmup was not set, is 0.1"),
     ],
 )

@@ -124,18 +124,6 @@ def test_a_copy_that_was_interrupted_is_filled_again(
     ).is_file()
 
 
-def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
-    triage: run.Tracker, tracker: run.Tracker, merged: Path
-) -> None:
-    for place, one in enumerate((triage, tracker), 1):
-        assert models.register(one, Contents(merged), "direct", "champion", TAGS) == place
-    assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
-    assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
-    assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}, (
-        "repeating changes nothing"
-    )
-
-
 def another_run(database: Path) -> run.Tracker:
     return start_run(tiny.config(run__storage=str(database)), "test", {})
 

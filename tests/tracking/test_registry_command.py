@@ -1,7 +1,5 @@
 """`pipelines/registry.py`, as a user runs it."""
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +7,6 @@ import pytest
 
 from olora_ray.tracking.aliases import Aliases
 from pipelines import registry
-from tests.ran import ran
 from tests.refused import refused
 
 ROOT = Path(__file__).parents[2]
@@ -78,12 +75,3 @@ def test_an_address_may_lie_in_a_variable_or_a_file(
         run("list", "kept", "--tracking-uri", "env:NOWHERE")
     with refused("--tracking-uri"):
         run("list", "kept", "--tracking-uri", "postgresql://ann:c4n4ry@db/mlflow")
-
-
-def test_a_mistake_is_one_line_and_exit_code_2(add: Add) -> None:
-    uri, _ = add("process")
-    command = [sys.executable, str(ROOT / "pipelines" / "registry.py"), "rollback", "process"]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
-    done = ran(command, code=2, env=environment)
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: process: nothing to roll back to: ")

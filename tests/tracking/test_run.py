@@ -201,14 +201,6 @@ def test_datasets_are_inputs(tracker: tracking.Tracker) -> None:
     assert inputs["eval"].tags[0].value == "evaluation"
 
 
-def test_a_deleted_experiment(settings: Config, storage: Path) -> None:
-    other = tiny.config(run__storage=str(storage), tracking__experiment="gone")
-    client = client_module.connect(resolve_uri(settings))
-    client.delete_experiment(client.create_experiment("gone"))
-    with refused("tracking.experiment"):
-        start_run(other, "test", {})
-
-
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tracker = start_run(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
     tracker.metrics({0: {"a": 1.0}})
