@@ -138,6 +138,24 @@ def test_held_out_rows_that_are_trained_on_too_are_told_and_refused(
     assert line.startswith("warning: data.eval: 1 of 20 held-out rows are training rows too")
 
 
+def test_it_ends_with_exit_code_2_where_the_run_would_be_stopped(
+    tmp_path: Path, model: Path
+) -> None:
+    project.make_corpus(tmp_path / "train.jsonl", 60)
+    project.make_corpus(tmp_path / "eval.jsonl", 30, first=100)
+    long = {
+        "messages": [{"role": "user", "content": "q" * 70}, {"role": "assistant", "content": "a"}]
+    }
+    with (tmp_path / "eval.jsonl").open("a") as file:
+        file.write(2 * f"{project.json.dumps(long)}\n")
+    done = project.finetune(
+        project.write_config(tmp_path, project.settings(tmp_path, model)), "--dry-run", code=2
+    )
+    assert done.stderr.startswith("error: data.eval.0: 2 of 32 rows cannot be used")
+    assert done.stderr.endswith("data.max_rejected=0.063\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(
     shown: Shown, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,37 @@ def test_what_lets_champions_become_worse_needs_an_anchor() -> None:
         Gate.model_validate({"guard": ["arc_easy", "rows/other.jsonl"]})
 
 
+def test_thirty_small_steps_down_end_at_the_anchor() -> None:
+    gate, first = Gate(must_improve_by=-0.05, anchor=0.2), 1.0
+    champion, promotions = results([first] * 40), 0
+    best = champion
+    for night in range(30):
+        challenger = results([champion.losses[0] + 0.03] * 40)
+        decision = decide(gate, challenger, champion, anchor=best)
+        if decision.passed:
+            champion, promotions = challenger, night + 1
+    assert promotions == 6
+    assert champion.losses[0] == pytest.approx(1.18)
+    assert "but gate.anchor=0.2 allows less" in decision.reason
+
+
+def test_a_version_that_has_forgotten_other_tasks_is_refused() -> None:
+    ours, theirs = noisy(80, 0.2)
+    before = results(np.linspace(2, 3, 800), data="guard")
+    lost = decide(
+        Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.05, data="guard"), before)
+    )
+    assert not lost.passed
+    assert lost.reason.startswith(
+        "guard: eval/loss 2.5500, the best champion's 2.5000: worse by 0.0500"
+    )
+    kept = decide(
+        Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.01, data="guard"), before)
+    )
+    assert kept.passed
+    assert kept.details["guard"]["mean"] == pytest.approx(-0.01)
+
+
 def version(number: int, day: float, rows: str = "same", **tags: str) -> Version:
     about = Fingerprint("base", "data", rows, "s").tags()
     return Version("m", str(number), {**about, AGAINST: "", **tags}, created=day * 86400.0)
