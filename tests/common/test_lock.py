@@ -235,13 +235,6 @@ class TestObjectStore:
     def place(self, bucket: str) -> str:
         return f"{bucket}/locks/model.json"
 
-    def test_a_second_one_is_refused_and_the_next_one_taken(self, place: str) -> None:
-        with lock.held(place, "the work") as first:
-            assert f"already running (process {os.getpid()} on " in str(refused(place))
-            first.check()
-        with lock.held(place, "the work") as second:
-            second.check()
-
     @pytest.mark.parametrize("ignored", [False, True])
     def test_of_two_that_find_it_free_one_has_it(
         self, s3_server: Server, place: str, ignored: bool

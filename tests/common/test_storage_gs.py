@@ -1,12 +1,11 @@
 """The storage module on gs://, with pyarrow's own client: its listings have no folders that nobody has made."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from olora_ray.common import node_cache, retry, storage
+from olora_ray.common import retry, storage
 from olora_ray.common.errors import StoreError, TryAgain
 from olora_ray.train import checkpoint, checkpoints
 from tests.gs_server import BUCKET, GsServer, gs_server
@@ -18,15 +17,6 @@ PLACE = f"gs://{BUCKET}/runs"
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GsServer]:
     with gs_server(monkeypatch) as found:
         yield found
-
-
-def test_a_folder_is_uploaded_and_fetched(server: GsServer, tmp_path: Path) -> None:
-    (tmp_path / "up" / "deep").mkdir(parents=True)
-    for name in ("a", "deep/b"):
-        (tmp_path / "up" / name).write_text(name)
-    node_cache.upload(tmp_path / "up", PLACE, last="a")
-    found = node_cache.local_copy(PLACE, tmp_path / "down")
-    assert [(found / name).read_text() for name in ("a", "deep/b")] == ["a", "deep/b"]
 
 
 def test_checkpoints_are_found_again(server: GsServer) -> None:

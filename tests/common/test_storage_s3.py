@@ -87,12 +87,6 @@ class TestRequests:
         ):
             storage.join("s3://b/p?region=x", "a")
 
-    def test_a_small_write_is_one_request(self, server: Server, place: str) -> None:
-        for content in (b"", b"x", b"x" * 4 * 2**20):
-            with server.counted() as requests:
-                storage.write_bytes(storage.join(place, "deep", "a"), content)
-            assert [method for method, _ in requests] == ["PUT"]
-
 
 class TestCheck:
     def test_a_store_that_reads_parts_of_files_wrongly(self, server: Server, place: str) -> None:
@@ -100,12 +94,6 @@ class TestCheck:
         server.faults = Faults(wrong_ranges=True)
         with pytest.raises(UserError):
             storage.check_storage(place, "run.storage")
-
-    def test_a_good_store_passes_and_nothing_is_left(self, server: Server, place: str) -> None:
-        with said() as lines:
-            storage.check_storage(place, "run.storage")
-        assert server.keys(place) == []
-        assert lines == []
 
     def test_wrong_credentials(self, server: Server, place: str) -> None:
         """A server that checks them, as all but moto do by themselves."""
@@ -178,15 +166,10 @@ class TestPatience:
             storage.exists(storage.join(place, "a"))
         assert lines == []
 
-    @pytest.mark.parametrize(
-        ("fault", "reason"), [(Faults(refuse=-1), "503"), (Faults(hang=True), "NETWORK_CONNECTION")]
-    )
-    def test_patience_has_an_end(
-        self, server: Server, place: str, fault: Faults, reason: str
-    ) -> None:
+    def test_patience_has_an_end(self, server: Server, place: str) -> None:
         storage.names(place)
-        server.faults = fault
-        with said() as lines, pytest.raises(OSError, match=reason), within(60):
+        server.faults = Faults(refuse=-1)
+        with said() as lines, pytest.raises(OSError, match="503"), within(60):
             storage.exists(storage.join(place, "a"))
         assert lines
 

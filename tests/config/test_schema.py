@@ -21,7 +21,6 @@ from olora_ray.config.load import (
     parse_yaml,
 )
 from olora_ray.config.schema import IN_STORAGE, Config
-from olora_ray.config.section import Source
 from tests import tiny
 from tests.said import said
 
@@ -54,21 +53,48 @@ def test_every_shipped_config_parses(path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"adapter": {"rnk": 4}}, "adapter.rnk: unknown field; did you mean adapter.rank?"),
-        ({"trian": {}}, "trian: unknown field; did you mean train?"),
+        ({"adapter": {"rnk": 4}}, ["adapter.rnk: unknown field; did you mean adapter.rank?"]),
+        ({"trian": {}}, ["trian: unknown field; did you mean train?"]),
         (
             {"data": {"train": [{"path": "a", "formt": "text"}]}},
-            "data.train.0.formt: unknown field; did you mean data.train.0.format?",
+            ["data.train.0.formt: unknown field; did you mean data.train.0.format?"],
         ),
-    ],
-)
-def test_an_unknown_field_suggests_the_nearest(changes: dict[str, Any], expected: str) -> None:
-    assert expected in problem(**changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
+        (
+            {"data": {"train": [{"path": "a", "format": "mesages"}]}},
+            ["data.train.0.format: ", "did you mean 'messages'?"],
+        ),
+        ({"train": {"": 1}}, ["config: train.: unknown field"]),
+        ({"registry": {"alias": "latest"}}, ["registry.alias: the alias 'latest' "]),
+        ({"registry": {"alias": "Latest"}}, ["registry.alias: the alias 'Latest' "]),
+        ({"registry": {"alias": "v3"}}, ["registry.alias: the alias 'v3' "]),
+        (
+            {"data": {"train": "a", "eval": "a", "eval_fraction": 0.1}},
+            ["data.eval or data.eval_fraction, not both"],
+        ),
+        (
+            {"cluster": {"gpus_per_worker": 2, "workers": 1}},
+            ["cluster.gpus_per_worker: a worker uses one GPU, and 2 per worker"],
+        ),
+        (
+            {"cluster": {"gpus_per_worker": 0.5, "workers": 2}},
+            ["cluster.gpus_per_worker=0.5 with cluster.workers=2: NCCL"],
+        ),
+        (
+            {"cluster": {"gpus_per_worker": 0.5, "workers": [1, 2]}},
+            ["cluster.gpus_per_worker=0.5 with cluster.workers=(1, 2): NCCL"],
+        ),
+        *(
+            ({"cluster": {"workers": wrong}}, ["cluster.workers: ", f"not {wrong!r}"])
+            for wrong in (0, [0, 2], [1, 2, 3], "many", [1], True, [4, 1])
+        ),
+        ({"cluster": {"workers": [1, 2**40]}}, ["workers: 1099511627776 is out of range"]),
+        ({"train": {"steps": 2**31}}, ["train: steps: 2147483648 is out of range"]),
+        ({"train": {"lr": float("inf")}}, ["train.lr: input should be a finite number or 'auto'"]),
+        (
+            {"gate": {"must_improve_by": float("nan")}},
+            ["gate.must_improve_by: input should be a finite number (got nan)"],
+        ),
+        ({"adapter": {"rank": "9" * 5000}}, ["adapter.rank: "]),
         ({"adapter": {"rank": "many"}}, ["config: adapter.rank: ", "integer", "(got 'many')"]),
         ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
         ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'lora'", "(got 'svd')"]),
@@ -97,6 +123,7 @@ def test_a_wrong_value_is_named_with_its_field(
 ) -> None:
     message = problem(**changes)
     assert all(part in message for part in expected), message
+    assert len(message) < 600
 
 
 NUMBERS = """run.seed train.early_stop train.steps adapter.rank adapter.alpha adapter.sigma evaluation.rows
@@ -113,15 +140,6 @@ def test_a_switch_is_no_number(field: str, switch: bool) -> None:
         match=rf"^config: {re.escape(field)}: expected a number, not {str(switch).lower()}$",
     ):
         override(config, {field: switch})
-
-
-@pytest.mark.parametrize(
-    "given", ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}]], ids=str
-)
-def test_a_path_alone_is_a_source(given: Any) -> None:
-    found = build(tree(data={"train": given, "eval": given})).data
-    assert found.train == found.eval == (Source(path="a.jsonl"),)
-    assert override(build(tree()), {"data.train": given}).data.train == (Source(path="a.jsonl"),)
 
 
 PATHS_AS_NAMES = [
@@ -174,11 +192,6 @@ def test_a_name_that_a_file_or_mlflow_cannot_have_is_refused(
     message = problem(**{section: {field: longest + "a"}})
     assert f"{section}.{field}: " in message
     assert re.search(r"20[0-2] bytes|at most", message)
-
-
-@pytest.mark.parametrize("alias", ["latest", "Latest", "v3"])
-def test_an_alias_that_mlflow_keeps_for_itself_is_refused_before_the_training(alias: str) -> None:
-    assert f"registry.alias: the alias '{alias}' " in problem(registry={"alias": alias})
 
 
 def test_an_address_does_not_go_up() -> None:
@@ -272,34 +285,6 @@ def test_fields_that_are_words_of_python_are_spelled_as_in_the_file() -> None:
     assert (changed.gate.conditions[0].at_most, changed.retrain.origin) == (1.5, "base")
 
 
-def test_eval_and_eval_fraction_exclude_each_other() -> None:
-    source = [{"path": "a.jsonl"}]
-    assert "data.eval or data.eval_fraction, not both" in problem(
-        data={"train": source, "eval": source, "eval_fraction": 0.1}
-    )
-
-
-@pytest.mark.parametrize(
-    ("cluster", "expected"),
-    [
-        (
-            {"gpus_per_worker": 2, "workers": 1},
-            ".gpus_per_worker: a worker uses one GPU, and 2 per worker",
-        ),
-        (
-            {"gpus_per_worker": 0.5, "workers": 2},
-            ".gpus_per_worker=0.5 with cluster.workers=2: NCCL",
-        ),
-        (
-            {"gpus_per_worker": 0.5, "workers": [1, 2]},
-            ".gpus_per_worker=0.5 with cluster.workers=(1, 2): NCCL",
-        ),
-    ],
-)
-def test_workers_that_cannot_be_are_refused(cluster: dict[str, Any], expected: str) -> None:
-    assert problem(cluster=cluster).startswith(f"config: cluster{expected}")
-
-
 @pytest.mark.parametrize(
     ("workers", "why"),
     [
@@ -317,16 +302,6 @@ def test_copies_of_a_sharded_base_divide_the_workers(workers: int | list[int], w
     assert build(tree(cluster=cluster)).cluster.fsdp_replicas == 4
     for number in (1, 8):
         assert build(tree(cluster={"workers": number, "fsdp_replicas": 4, "strategy": "fsdp"}))
-
-
-@pytest.mark.parametrize("workers", [0, [0, 2], [1, 2, 3], "many", [1], True, [4, 1]])
-def test_workers_that_are_no_number_or_range_are_refused(workers: Any) -> None:
-    message = problem(cluster={"workers": workers})
-    assert (
-        message
-        == "config: cluster.workers: expected a number of workers, auto, or [min, max] with 1 <= min <= max, not"
-        f" {workers!r}"
-    )
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "1e+2", "-3e5", ".5"])
@@ -468,33 +443,6 @@ configs = st.builds(
 def test_a_dump_is_read_back_to_an_equal_config(config: Config) -> None:
     assert build(parse_yaml(dump(config), "dump")) == config
     assert build(yaml.safe_load(dump(config))) == config  # and by any other YAML reader
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        (
-            {"train": {"lr": float("inf")}},
-            "train.lr: input should be a finite number or 'auto' (got inf)",
-        ),
-        (
-            {"gate": {"must_improve_by": float("nan")}},
-            "gate.must_improve_by: input should be a finite number (got nan)",
-        ),
-        (
-            {"train": {"steps": 2**31}},
-            "train: steps: 2147483648 is out of range; use a number up to 2147483647",
-        ),
-        ({"cluster": {"workers": [1, 2**40]}}, "cluster: workers: 1099511627776 is out of range"),
-        ({"adapter": {"rank": "9" * 5000}}, "adapter.rank: "),
-        ({"train": {"": 1}}, "config: train.: unknown field"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_numbers_and_names_have_bounds(changes: dict[str, Any], expected: str) -> None:
-    message = problem(**changes)
-    assert expected in message
-    assert len(message) < 600
 
 
 def test_a_message_has_an_end_whatever_it_is_about() -> None:

@@ -109,11 +109,6 @@ def test_the_digest_of_a_package_has_all_of_its_python_files(
     assert TABLE.plugin("other") != first
 
 
-def test_an_unknown_name_gets_the_nearest_or_the_group() -> None:
-    assert "did you mean 'messages'?" in tables.FORMATS.unknown("mesages", ("auto",))
-    assert "olora_ray.formats" in tables.FORMATS.unknown("zzz")
-
-
 def test_a_config_accepts_the_names_of_the_tables_and_of_installed_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

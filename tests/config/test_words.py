@@ -40,8 +40,3 @@ def test_every_advice_names_a_field_that_there_is() -> None:
     )
     assert len(named) > 8
     assert [field for field in (*PLAIN, *named) if not there(field)] == []
-
-
-@pytest.mark.parametrize(("word", "place"), [("zzz", ""), ("name", ""), ("epochs", "train.epochs")])
-def test_nothing_is_advised_where_nothing_is_known(word: str, place: str) -> None:
-    assert advice(word, place) is None

@@ -160,11 +160,6 @@ class World:
         return self.folder / "shared"
 
     @property
-    def full_disk(self) -> Path:
-        """A folder on all machines with hardly any room."""
-        return self.folder / "full"
-
-    @property
     def tls(self) -> dict[str, str]:
         """The variables of a node for MLflow and S3 behind TLS."""
         return {
@@ -432,7 +427,6 @@ class World:
             )
         shutil.rmtree(Path("/etc/netns") / self._namespace("beside"), ignore_errors=True)
         time.sleep(0.5)
-        subprocess.run(["umount", str(self.full_disk)], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
@@ -451,12 +445,8 @@ def world(*machines: str, servers: bool = True) -> Iterator[World]:
     )  # PostgreSQL's user must reach it
     folder.chmod(0o755)
     (folder / "shared").mkdir()
-    (folder / "full").mkdir()
     made = World(folder, f"olr{os.getpid()}")
     try:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(made.full_disk)], check=True
-        )
         made.network()
         if servers:
             made.certificates()

@@ -15,7 +15,6 @@ from olora_ray.model import load, source
 from olora_ray.train.estimate import estimate
 from tests import tiny
 from tests.fuzz import mutate
-from tests.fuzz.case import Case
 from tests.pipelines import project
 from tests.tokens import helpers
 
@@ -49,20 +48,18 @@ def warm(place: Path, made: dict[str, bytes]) -> None:
     read(("config.json", made["config.json"]), place, made)
 
 
-def cases(seed: int, made: dict[str, bytes]) -> Iterator[Case]:
+def cases(seed: int, made: dict[str, bytes]) -> Iterator[tuple[str, bytes | None]]:
     """A file with other values, other bytes or gone; headers of weights with other numbers."""
     for number in range(10**9):
         random = Random(f"model folder {seed} {number}")
         name = random.choice([*made, "config.json", "config.json", INDEX])
         content = made[name]
         if name.endswith(".safetensors"):
-            yield Case((name, _weights(random, content)))
+            yield name, _weights(random, content)
         elif name.endswith(".json") and random.random() < 0.75:
-            yield Case(
-                (name, mutate.as_json(mutate.tree(random, json.loads(content)), random).encode())
-            )
+            yield name, mutate.as_json(mutate.tree(random, json.loads(content)), random).encode()
         else:
-            yield Case((name, None if random.random() < 0.2 else mutate.raw(random, content)))
+            yield name, None if random.random() < 0.2 else mutate.raw(random, content)
 
 
 def _weights(random: Random, content: bytes) -> bytes:
