@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
-from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.cluster.start import resume
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
@@ -17,9 +15,6 @@ from olora_ray.train.generate import Question, answer
 from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
-from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optimizers.optimizer import optimizer_named
-from olora_ray.train.parallel import place_model
 from tests import tiny
 
 Keep = Callable[[Callable[[Path], None]], Checkpoint]
@@ -56,21 +51,11 @@ def start(
         f"train__{name}": value
         for name, value in {"steps": STEPS, "global_batch": 2, **changes}.items()
     }
-    settings = tiny.config(adapter__method=method, adapter__dropout=dropout, **own)
-    adapter, loss = settings.adapter, SupervisedLoss(model)
     if on_device:
-        loss.to(device)
-    targets = find_targets(model, adapter.targets, adapter.rank)
-    options = options_of(adapter)
-    factors, _ = initialise(
-        targets, adapter.method, adapter.rank, settings.run.seed, device, options
-    )
-    chosen = optimizer_named(settings.train.optimizer)
-    sizes = weight_sizes(targets, device) if chosen.sizes else {}
-    adapted = wrap(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
-    install(model, adapted)
-    place_model(loss, "ddp", device)
-    return Trainer(loss, adapted, settings, device, sizes=sizes)
+        model.to(device)
+    config = tiny.config(adapter__method=method, adapter__dropout=dropout, **own)
+    trainer: Trainer = tiny.trainer(config, model=model, device=device)
+    return trainer
 
 
 def walk(trainer: Trainer, keep: Keep) -> Seen:

@@ -17,6 +17,7 @@ from olora_ray.tokens.manifest import Outline, ShardInfo
 from olora_ray.tokens.store import Front
 
 VOCABULARY = 96
+CPU = torch.device("cpu")
 
 
 def llama(
@@ -263,9 +264,13 @@ def store(count: int = 8, seed: int = 0) -> ListStore:
 
 
 def trainer(
-    config: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp"
+    config: Config,
+    attention: str = "segments",
+    model: Any = None,
+    strategy: str = "ddp",
+    device: torch.device = CPU,
 ) -> Any:
-    """A Trainer over a tiny Llama with adapters on all linear layers."""
+    """A Trainer over a tiny Llama, or this model, with adapters on all linear layers."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.train.loop import Trainer
@@ -274,7 +279,7 @@ def trainer(
     from olora_ray.train.parallel import place_model
 
     model, settings = model or llama(attention=attention), decided(config)
-    adapter, device = settings.adapter, torch.device("cpu")
+    adapter = settings.adapter
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)
     factors, _ = initialise(

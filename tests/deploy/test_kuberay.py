@@ -35,26 +35,23 @@ def cluster(name: str) -> Tree:
     return found
 
 
-def pods(tree: Any) -> Iterator[Tree]:
+def mappings(tree: Any) -> Iterator[Tree]:
+    """Yield a mapping and all below it."""
     if isinstance(tree, dict):
-        if "containers" in tree:
-            yield tree
-        for value in tree.values():
-            yield from pods(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from pods(value)
+        yield tree
+        tree = tree.values()
+    elif not isinstance(tree, list):
+        return
+    for value in tree:
+        yield from mappings(value)
+
+
+def pods(tree: Any) -> Iterator[Tree]:
+    return (each for each in mappings(tree) if "containers" in each)
 
 
 def found_under(tree: Any, key: str) -> Iterator[Any]:
-    if isinstance(tree, dict):
-        if key in tree:
-            yield tree[key]
-        for value in tree.values():
-            yield from found_under(value, key)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from found_under(value, key)
+    return (each[key] for each in mappings(tree) if key in each)
 
 
 def test_the_kustomization_offers_every_manifest_and_names_image_and_mlflow_for_all() -> None:

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.deploy.test_kuberay import found_under
 from tools import write_lock
 
 ROOT = Path(__file__).parents[2]
@@ -108,23 +109,10 @@ def test_so_is_what_they_need_themselves_with_their_extras() -> None:
 def test_the_manifests_name_the_locks_ray(file: Path) -> None:
     text = file.read_text()
     assert write_lock.stamped(text, LOCKED["ray"]) == text
-    found = list(named(list(yaml.safe_load_all(text))))
-    assert {value for key, value in found if key == "rayVersion"} <= {LOCKED["ray"]}
+    tree = list(yaml.safe_load_all(text))
+    assert set(found_under(tree, "rayVersion")) <= {LOCKED["ray"]}
     # The image's name and tag stand there alone: `kubectl apply -k` writes them into the others.
-    assert {value for key, value in found if key == "image"} <= {"olora-ray"}
-
-
-def named(tree: Any) -> Iterator[tuple[str, Any]]:
-    items = (
-        tree.items()
-        if isinstance(tree, dict)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else ()
-    )
-    for key, value in items:
-        yield key, value
-        yield from named(value)
+    assert set(found_under(tree, "image")) <= {"olora-ray"}
 
 
 def test_each_locked_package_names_a_license_that_lets_others_keep_their_code() -> None:

@@ -9,7 +9,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.ray_head import free_port
 from tests.serving import served
 from tests.serving.served import Answer, Served
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -62,7 +62,7 @@ class Server:
     def __init__(self, address: str, model: str) -> None:
         self.address, self.model = address, model
 
-    def _ask(self, path: str, **body: Any) -> dict[str, Any]:
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
         data = json.dumps({"model": self.model, "temperature": 0, **body}).encode()
         request = urllib.request.Request(
             f"{self.address}{path}", data, {"Content-Type": "application/json"}
@@ -72,14 +72,14 @@ class Server:
         return found
 
     def told(self, chat: served.Chat) -> str:
-        message = self._ask("/v1/chat/completions", messages=chat, max_tokens=served.LENGTH)[
+        message = self.ask("/v1/chat/completions", messages=chat, max_tokens=served.LENGTH)[
             "message"
         ]
         return str(message["content"])
 
     def scores(self, answer: Answer) -> list[tuple[float, bool]]:
         whole = answer.prompt + answer.tokens
-        entries = self._ask("/v1/completions", prompt=whole, max_tokens=1, prompt_logprobs=1)[
+        entries = self.ask("/v1/completions", prompt=whole, max_tokens=1, prompt_logprobs=1)[
             "prompt_logprobs"
         ]
         pairs = zip(entries, whole, strict=True)
@@ -107,16 +107,18 @@ def vllm(command: list[str], model: str, log: Path) -> Iterator[Server]:
             env=environment,
         )
     try:
-        until, address = time.monotonic() + 1800, f"http://127.0.0.1:{port}"
-        while True:
+        address = f"http://127.0.0.1:{port}"
+
+        def healthy() -> bool:
             assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < until, log.read_text()[-3000:]
             with (
                 contextlib.suppress(OSError),
                 urllib.request.urlopen(f"{address}/health", timeout=5),
             ):
-                break
-            time.sleep(1)
+                return True
+            return False
+
+        until(healthy, 1800, pause=1)
         yield Server(address, model)
     finally:
         process.terminate()

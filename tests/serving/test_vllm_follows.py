@@ -5,11 +5,9 @@
 
 import contextlib
 import itertools
-import json
 import random
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,21 +40,15 @@ LATE = 5.0
 
 
 def answer(server: Server, model: str, prompt: list[int]) -> tuple[int, ...]:
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": LENGTH,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
-    request = urllib.request.Request(
-        f"{server.address}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+    found = server.ask(
+        "/v1/completions",
+        model=model,
+        prompt=prompt,
+        max_tokens=LENGTH,
+        ignore_eos=True,
+        return_token_ids=True,
     )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return tuple(json.load(response)["choices"][0]["token_ids"])
+    return tuple(found["token_ids"])
 
 
 @torch.inference_mode()
