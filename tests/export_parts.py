@@ -1,6 +1,6 @@
 """Model folders with adapters, for the tests of export, parity and registry."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,16 @@ def make_case(folder: Path, model: Any, settings: Adapter, shard: str = "5GB") -
 
 
 def make_stacked_case(
-    folder: Path, model: Any, settings: Adapter, names: list[str] | None = None
+    folder: Path,
+    model: Any,
+    settings: Adapter,
+    names: list[str] | None = None,
+    ranks: bool = False,
 ) -> Case:
-    """Like make_case, with every stack of experts adapted too; all factors are random, and `names` chooses layers."""
+    """Like make_case, with every stack of experts adapted too; all factors are random, and `names` chooses layers.
+
+    With `ranks` each layer has its own rank, and each third no B0.
+    """
     model.save_pretrained(folder)
     # A router that is a linear layer (Llama 4's) returns two things: no adapter can wrap it.
     linear = [name for name in find_targets(model, "all-linear", 1) if not name.endswith("router")]
@@ -82,11 +89,21 @@ def make_stacked_case(
     ]
     chosen = [*linear, *stacks] if names is None else names
     adapter = {name: random_adapter(model, name, settings.rank, i) for i, name in enumerate(chosen)}
+    if ranks:
+        adapter = {name: ranked(model, name, i) for i, name in enumerate(chosen)}
     for name, weights in adapter.items():
         delta = weights.delta(settings.scale())
         parameter = model.get_parameter(name if name in stacks else f"{name}.weight")
         parameter.data.add_(delta.mT if stored_transposed(model, name) else delta)
     return Case(folder, settings, adapter, logits(model))
+
+
+def ranked(model: Any, name: str, number: int) -> AdapterWeights:
+    """An adapter of the rank of its number, the third without B0."""
+    found = random_adapter(model, name, 1 + number % 4, number)
+    if number % 3:
+        return found
+    return replace(found, factors=Factors(found.factors.a0, None))
 
 
 def random_adapter(model: Any, name: str, rank: int, seed: int = 0) -> AdapterWeights:

@@ -69,15 +69,11 @@ def test_a_run_is_planned_and_the_examples_are_there(olora_ray: Command, tmp_pat
     ("words", "said"),
     [
         ("init", "error: arguments: expected DATA"),
-        ("finetune", "error: argument CONFIG.yaml: missing; `olora-ray init DATA` writes one"),
-        ("finetune nowhere.yaml", "error: config file nowhere.yaml: No such file or directory"),
         ("chat nothing", "error: run nothing: no such run folder"),
-        ("evaluate model", "error: model: no rows to evaluate it on"),
         ("evaluate model --tasks arc_easy", "error: --tasks: needs lm-eval"),
         ("sweep a.yaml b.yaml", "error: config file a.yaml: No such file or directory"),
         ("compare a.yaml", "error: config file a.yaml: No such file or directory"),
         ("registry list", "error: "),
-        ("retrain a.yaml", "error: config file a.yaml: No such file or directory"),
     ],
 )
 def test_without_development_extras_a_mistake_is_a_line(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from olora_ray.adapter.inject import inject, wrap
+from olora_ray.adapter.inject import find_targets, inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.cluster.start import resume
 from olora_ray.config.schema import Adapter
@@ -22,7 +22,7 @@ from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
-from tests.export_parts import Case, logits, random_adapter
+from tests.export_parts import logits, make_stacked_case, ranked
 from tests.families import zoo
 from tests.families.variants import ALL
 
@@ -37,37 +37,8 @@ def test_a_layer_of_rank_0_is_not_wrapped() -> None:
 
 
 def ranked_start(model: Any) -> dict[str, Factors]:
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][
-        :-1
-    ]
-    found = {}
-    for number, name in enumerate(names):
-        start = random_adapter(model, name, 1 + number % 5, number).factors
-        found[name] = Factors(start.a0, None if number % 3 == 0 else start.b0)
-    return found
-
-
-def ranked_case(folder: Path, model: Any, settings: Adapter) -> Case:
-    """Return a base folder and an adapter as after a training, in which the ranks of layers differ."""
-    model.save_pretrained(folder)
-    stacks = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and "experts" in name
-    ]
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    names = [name for name in linear if name.endswith("proj")] + stacks
-    adapter = {
-        name: random_adapter(model, name, 1 + number % 4, number)
-        for number, name in enumerate(names)
-    }
-    for number, (name, item) in enumerate(adapter.items()):
-        if number % 3 == 0:
-            adapter[name] = AdapterWeights(Factors(item.factors.a0, None), item.da, item.db)
-        model.get_parameter(name if name in stacks else f"{name}.weight").data.add_(
-            adapter[name].delta(settings.scale())
-        )
-    return Case(folder, settings, adapter, logits(model))
+    names = find_targets(model, "all-linear", 4)
+    return {name: ranked(model, name, number).factors for number, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -79,9 +50,8 @@ def test_peft_reads_the_padded_folder_as_a_plain_lora(
     from transformers import AutoModelForCausalLM
 
     model = tiny.llama() if family == "llama" else zoo.make(ALL["mixtral"])
-    case = ranked_case(
-        tmp_path / "base", model, Adapter(rank=4, alpha=6, rank_stabilized=stabilized)
-    )
+    settings = Adapter(rank=4, alpha=6, rank_stabilized=stabilized)
+    case = make_stacked_case(tmp_path / "base", model, settings, ranks=True)
     folder = case.write_adapter(tmp_path / "adapter")
     fields = json.loads((folder / "adapter_config.json").read_text())
     largest = max(item.plain_rank() for item in case.adapter.values())
@@ -130,7 +100,7 @@ def test_a_run_with_a_rank_for_every_layer_goes_on_from_its_checkpoint(tmp_path:
         name: tuple(part.shape)
         for name, part in load_file(tmp_path / "step-2" / checkpoint.ADAPTER).items()
     }
-    assert {shapes[f"{name}.a0"][0] for name in start} == {1, 2, 3, 4, 5}
+    assert {shapes[f"{name}.a0"][0] for name in start} == {1, 2, 3, 4}
     found = checkpoint.load(tmp_path / "step-2")
     again = trainer({name: found.adapter[name].factors for name in start})
     best = resume(again, found)

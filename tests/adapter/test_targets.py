@@ -81,23 +81,6 @@ def test_a_linear_layer_with_one_output_for_each_expert_is_a_router() -> None:
     assert "block.choose" in select(nn.ModuleDict({"block": Block(5)}), "all-linear", 2).targets
 
 
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ("experts", STACKS),
-        ("mlp.experts", STACKS),
-        ("gate_up_proj", STACKS[::2]),
-        ("model.layers.1.mlp.experts", STACKS[2:]),
-        ("model.layers.1.mlp.experts.down_proj", STACKS[3:]),
-        (r".*\.0\.mlp\.experts\.(gate_up|down)_proj", STACKS[:2]),
-    ],
-)
-def test_experts_are_named_by_their_module_or_their_parameter(
-    entry: str, expected: list[str]
-) -> None:
-    assert list(find_targets(zoo.on_meta(ALL["mixtral"]), (entry,), 4)) == expected
-
-
 def test_layers_whose_weight_the_code_takes_are_left_out_and_refused_by_name() -> None:
     model = zoo.on_meta(ALL["mamba"])
     found = select(model, "all-linear", 4)
@@ -236,22 +219,27 @@ def test_all_linear_takes_everything_but_head_and_embeddings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "expected"),
+    ("family", "entry", "expected"),
     [
-        ("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"]),
-        ("q_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
-        ("mlp.up_proj", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
+        ("llama", "model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"]),
+        ("llama", "mlp.up_proj", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
         (
+            "llama",
             r".*layers\.0\..*(q|v)_proj",
             ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"],
         ),
+        ("mixtral", "experts", STACKS),
+        ("mixtral", "mlp.experts", STACKS),
+        ("mixtral", "gate_up_proj", STACKS[::2]),
+        ("mixtral", "model.layers.1.mlp.experts", STACKS[2:]),
+        ("mixtral", "model.layers.1.mlp.experts.down_proj", STACKS[3:]),
+        ("mixtral", r".*\.0\.mlp\.experts\.(gate_up|down)_proj", STACKS[:2]),
     ],
-    ids=["name", "short name", "dotted suffix", "regular expression"],
 )
 def test_a_target_is_a_name_a_suffix_or_a_regular_expression(
-    entry: str, expected: list[str]
+    family: str, entry: str, expected: list[str]
 ) -> None:
-    assert list(find_targets(tiny.llama(), (entry,), 4)) == expected
+    assert list(find_targets(zoo.on_meta(ALL[family]), (entry,), 4)) == expected
 
 
 @pytest.mark.parametrize(

@@ -231,16 +231,6 @@ def test_an_entry_script_prints_no_secret(kind: str, code: int, tmp_path: Path) 
     assert HIDDEN not in output
 
 
-@pytest.mark.parametrize(
-    "uri", ["postgresql://ann:c4n4ry@127.0.0.1:9/x", "http://ann:c4n4ry@127.0.0.1:9"]
-)
-def test_an_address_that_does_not_answer_is_named_without_its_password(uri: str) -> None:
-    with pytest.raises(UserError) as caught:
-        client.check_uri(uri)
-    assert "ann:***@127.0.0.1:9" in str(caught.value)
-    assert HIDDEN not in str(caught.value)
-
-
 def test_the_write_queue_logs_no_password(caplog: pytest.LogCaptureFixture) -> None:
     uri = "http://ann:c4n4ry@127.0.0.1:9"
     tracker = run.Tracker(uri, "run")

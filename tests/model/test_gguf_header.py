@@ -145,32 +145,23 @@ def test_the_scaled_positions_of_llama_3_are_those_of_the_converted_model(tmp_pa
         ({}, {"rope_freqs.weight": [1.0, 2.0, 4.0, 8.0]}, "rope_freqs.weight"),
         ({}, {"rope_freqs.weight": [float("nan")] * 4}, "rope_freqs.weight"),
         ({}, {"rope_factors_short.weight": [1.0] * 4}, "rope_factors_short.weight"),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, {}, None),
+        ({"scaling.type": "linear", "scaling.factor": 1.0}, {}, None),
+        ({}, {"rope_freqs.weight": [1.0] * 4}, None),
     ],
 )
-def test_positions_that_would_be_others_are_refused(
-    tmp_path: Path, scaling: dict[str, Any], more: dict[str, list[float]], what: str
+def test_positions_that_would_be_others_are_refused_and_unscaled_ones_are_taken(
+    tmp_path: Path, scaling: dict[str, Any], more: dict[str, list[float]], what: str | None
 ) -> None:
     pytest.importorskip("gguf")
     file = small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)
+    if what is None:
+        assert convert.check_gguf(file) == {}
+        return
     with pytest.raises(
         UserError, match=rf"model\.gguf .* scaled rotary positions \({what}\) .*safetensors"
     ):
         convert.check_gguf(file)
-
-
-@pytest.mark.parametrize(
-    ("scaling", "more"),
-    [
-        ({"scaling.type": "none", "scaling.factor": 4.0}, {}),
-        ({"scaling.type": "linear", "scaling.factor": 1.0}, {}),
-        ({}, {"rope_freqs.weight": [1.0] * 4}),
-    ],
-)
-def test_positions_that_are_not_scaled_are_taken(
-    tmp_path: Path, scaling: dict[str, Any], more: dict[str, list[float]]
-) -> None:
-    pytest.importorskip("gguf")
-    assert convert.check_gguf(small_gguf.write(tmp_path / "model.gguf", THETA, scaling, more)) == {}
 
 
 def test_the_base_of_the_frequencies_is_told_where_transformers_passes_it_by(
