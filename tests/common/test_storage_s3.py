@@ -9,6 +9,7 @@ import pytest
 from olora_ray.common import node_cache, retry, s3, storage
 from olora_ray.common.errors import StoreError, TryAgain, UserError
 from tests.gs_server import BUCKET, gs_server
+from tests.refused import refused
 from tests.s3_server import Faults, Server, within
 from tests.said import said
 
@@ -101,9 +102,7 @@ class TestCheck:
 
         requests.post(f"{server.url}/moto-api/reset-auth", data=b"0", timeout=10)
         try:
-            with pytest.raises(
-                UserError, match=r"refuses access \(InvalidAccessKeyId\); check the credentials"
-            ) as caught:
+            with refused("refuses access (InvalidAccessKeyId); check the credentials") as caught:
                 storage.check_storage(place, "run.storage")
         finally:
             requests.post(f"{server.url}/moto-api/reset-auth", data=b"Infinity", timeout=10)
@@ -113,9 +112,7 @@ class TestCheck:
     def test_no_credentials(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-        with pytest.raises(
-            UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and"
-        ):
+        with refused("Unable to locate credentials; set AWS_ACCESS_KEY_ID and"):
             storage.check_storage(place, "run.storage")
 
     @pytest.mark.parametrize("fault", ["hang", "refuse"])

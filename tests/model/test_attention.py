@@ -16,6 +16,7 @@ from olora_ray.model.attention import SHORT, candidates, own, segment_attention,
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.refused import refused
 from tests.tiny import SMALL, of_kind
 from tests.varlen_on_cpu import varlen_on_cpu
 
@@ -73,9 +74,7 @@ def test_flash_needs_a_gpu_its_package_and_half_a_precision(
     ):
         on_gpu(monkeypatch, capability)
         assert tried(tiny.llama(), dtype=torch.bfloat16, device=GPU) == found
-    with pytest.raises(
-        UserError, match=r"does not compute in float32; set model\.dtype to bfloat16"
-    ):
+    with refused("does not compute in float32; set model.dtype to bfloat16"):
         tried(tiny.llama(), "flash_attention_2", torch.float32, GPU)
 
 
@@ -86,9 +85,8 @@ def test_flash_is_not_tried_with_a_family_that_is_made_for_other_kernels(
     made = zoo.on_meta(ALL["gpt_oss"])
     assert tried(made, dtype=torch.bfloat16, device=GPU)[-1] == "eager"
     assert "flash_attention_2" not in tried(made, dtype=torch.bfloat16, device=GPU)
-    with pytest.raises(
-        UserError,
-        match=r"flash_attention_2: GptOssForCausalLM supports only other kernels; set model.attention",
+    with refused(
+        "flash_attention_2: GptOssForCausalLM supports only other kernels; set model.attention"
     ):
         tried(made, "flash_attention_2", torch.bfloat16, GPU)
 
@@ -221,14 +219,10 @@ def test_it_is_the_second_on_a_gpu_where_its_kernel_works(monkeypatch: pytest.Mo
         assert varlen_tried() == found
     assert varlen_tried("varlen") == ("varlen",)
     assert varlen_tried(dtype=torch.float32) == ("sdpa", "eager")
-    with pytest.raises(
-        UserError, match=r"varlen: it does not compute in float32; set model\.dtype to bfloat16"
-    ):
+    with refused("varlen: it does not compute in float32; set model.dtype to bfloat16"):
         varlen_tried("varlen", torch.float32)
     assert varlen_tried(told="its kernel fails here: no image") == ("sdpa", "eager")
-    with pytest.raises(
-        UserError, match=r"varlen: its kernel fails here: no image; set model.attention: auto"
-    ):
+    with refused("varlen: its kernel fails here: no image; set model.attention: auto"):
         varlen_tried("varlen", told="its kernel fails here: no image")
 
 

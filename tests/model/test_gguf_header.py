@@ -14,6 +14,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.model import convert, source
 from tests import tiny
 from tests.model import small_gguf
+from tests.refused import refused
 from tests.said import said
 
 
@@ -88,9 +89,7 @@ def test_a_number_that_cannot_be_is_named_at_once(
 
 def refused_at_once(folder: Path, content: bytes, problem: str) -> None:
     begun = time.process_time()
-    with pytest.raises(
-        UserError, match=r"model\.gguf cannot be loaded as a GGUF model: "
-    ) as caught:
+    with refused("model.gguf cannot be loaded as a GGUF model: ") as caught:
         obtain(folder, content)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
