@@ -85,8 +85,9 @@ types: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
-docs: $(VENV)/.dev ## docs/generated/configuration.md and docs/generated, from the schemas of config and space files
+docs: $(VENV)/.dev ## docs/generated: configuration and schemas from the config, popular data sets from their rows
 	$(BIN)/python tools/write_configuration.py
+	$(BIN)/python tools/write_datasets.py
 
 recipes: $(VENV)/.dev ## run pipelines/recipes, some minutes each, and write the numbers into their pages
 	$(BIN)/python tools/run_recipes.py

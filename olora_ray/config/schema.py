@@ -335,7 +335,8 @@ class Data(Section):
     eval: tuple[Source, ...] = ()
     """Held-out sources: their rows are evaluated and never trained on."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Share of the training rows to hold out, if `eval` is not set."""
+    """Share of the training rows to hold out, if `eval` is not set; of several sources, one row at least of each that
+    has ten rows."""
     max_length: Literal["auto"] | Annotated[int, Field(ge=8)] = 512
     """Largest number of tokens per sequence. Longer plain text is cut into pieces; for other rows see `too_long`. auto:
     enough for the longest row that a dry run reads; it is chosen once, at the start of a run or a search."""
@@ -350,8 +351,8 @@ class Data(Section):
     last_turn_only: bool = False
     """Supervise only the last answer of each chat; earlier answers are context."""
     max_rejected: Share = 0.01
-    """Stop if more than this share of the rows is rejected, for training and held-out rows separately. Above 0, one
-    rejected row of ten or more never stops a run."""
+    """Stop if more than this share of the rows is rejected: of those of `train`, with the rows that `eval_fraction`
+    holds out, and of those of `eval`. Above 0, one rejected row of ten or more never stops a run."""
 
     @field_validator(
         "train",

@@ -240,6 +240,9 @@ class RowFormat(Protocol):
     names: tuple[str, ...]
     makes: str
 
+    @property
+    def has_turns(self) -> bool: ...
+
     def takes(self, chat: Literal["auto"] | bool) -> bool: ...
 
 
@@ -261,6 +264,10 @@ def fields_of_formats() -> str:
     return f"{', '.join(shown)}."
 
 
+Role = Literal["developer", "system", "user", "assistant", "tool"]
+"""A role of a message."""
+Markup = Literal["guanaco", "llama2", "llama3", "chatml", "instruction", "glaive"]
+"""Another tool's way to write a chat as one text (data/formats/markup.py)."""
 ALWAYS = {"chat": "always chats", "text": "always plain text", "ids": "used as they are"}
 """The type of a format's examples, in the words of a message about `chat`."""
 
@@ -274,7 +281,18 @@ class Source(Section):
     """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
     fields are:"""
     fields: dict[str, str] = {}
-    """Columns for fields of the format, e.g. {prompt: question}; {NAME: none} ignores one. auto detects the others."""
+    """Columns for fields of the format, e.g. {prompt: question}; {NAME: none} ignores one. auto detects the others. A
+    path leads into a column (answers.text.0), and a text with braces is a template (Translate: {translation.en})."""
+    roles: dict[str, Role] = {}
+    """Names of roles in the turns of messages and sharegpt rows, e.g. {Customer: user, Agent: assistant}."""
+    labels: dict[str, tuple[str, ...]] = {}
+    """Names for the numbers of a column from 0 on, e.g. {label: [negative, positive]}. Files of Hugging Face datasets
+    have their own."""
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """System message for chats that have none."""
+    markup: Literal["auto", "none"] | Markup = "auto"
+    """The markup in which each text is a whole chat (guanaco: ### Human: ... ### Assistant: ...). The text becomes
+    messages, for the model's own chat template. auto: that of all first rows; none: train the texts as they are."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """Number of uses of each row per epoch. 0.5 uses half of the rows, selected by a hash of their position."""
     only: tuple[str, ...] = ()
@@ -283,14 +301,44 @@ class Source(Section):
     """true: prompt_completion rows go through the chat template. false: prompt and completion are joined as they are.
     auto: true if the model has a chat template."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_of_a_chat(cls, given: Any) -> Any:
+        # A text with markup is the messages of a chat.
+        if not isinstance(given, dict) or given.get("format") != "text":
+            return given
+        fields = given.get("fields") or {}
+        if given.get("markup", "auto") in ("auto", "none") or not isinstance(fields, dict):
+            return given
+        others = {name: column for name, column in fields.items() if name != "text"}
+        messages = {"messages": fields.get("text", "text"), **others}
+        return {**given, "format": "messages", "fields": messages}
+
     @model_validator(mode="after")
-    def _chat_fits_the_format(self) -> "Source":
-        if is_auto(self.format) or is_auto(self.chat):
+    def _fits_the_format(self) -> "Source":
+        said = self.roles or self.system or self.markup not in ("auto", "none")
+        if is_auto(self.format) or (is_auto(self.chat) and not said):
             return self
-        problem = self.wrong_chat(self.format)
+        problem = self.unfit(self.format)
         if problem:
             raise ValueError(problem)
         return self
+
+    def unfit(self, format: str) -> str | None:
+        """Return the problem if this source sets something that rows of this format do not have."""
+        rows = row_format(format)
+        if self.markup not in ("auto", "none") and format != "messages":
+            return (
+                f"markup: rows of format {format} have none; markup is for texts that hold a chat"
+            )
+        if self.roles and not rows.has_turns:
+            return (
+                f"roles: rows of format {format} have no turns; roles is for messages and sharegpt"
+            )
+        joined = rows.makes == "completion" and self.chat is False
+        if self.system and (joined or rows.makes in ("text", "ids")):
+            return f"system: rows of format {format} are no chats here; remove system"
+        return self.wrong_chat(format)
 
     def wrong_chat(self, format: str) -> str | None:
         """Return the problem if rows of this format cannot have this `chat`."""

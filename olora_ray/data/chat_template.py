@@ -22,7 +22,7 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from olora_ray.common.errors import as_user_error
-from olora_ray.data.formats.chat import REASONING
+from olora_ray.data.formats.chat import REASONING, SYSTEMS
 from olora_ray.data.formats.format import Chat, Rejected
 
 Message = Mapping[str, Any]
@@ -187,10 +187,16 @@ class ChatForm:
                 )
             if self.developer == "system":
                 # Some templates write no second system message, so all that precede the user's become one.
-                heads = ("developer", "system")
-                texts = [each["content"] for each in messages if each["role"] in heads]
-                others = [each for each in messages if each["role"] not in heads]
-                messages = [{"role": "system", "content": "\n\n".join(texts)}, *others]
+                heads = list(itertools.takewhile(lambda each: each["role"] in SYSTEMS, messages))
+                rest = messages[len(heads) :]
+                messages = []
+                if heads:
+                    texts = [each["content"] for each in heads]
+                    messages.append({"role": "system", "content": "\n\n".join(texts)})
+                for message in rest:
+                    if message["role"] == "developer":
+                        message = {**message, "role": "system"}
+                    messages.append(message)
         written = []
         for message in messages:
             calls = message.get("tool_calls")

@@ -35,7 +35,7 @@ from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.common.storage import digest
 from olora_ray.data.formats.format import Rejected
 from olora_ray.data.sources import Changed, File, as_scanned
-from olora_ray.data.text_files import BOM, DELIMITERS
+from olora_ray.data.text_files import BOM, DELIMITERS, NULLS
 
 # Units, the smallest pieces of files that are read at once, in arrays with 40 bytes per unit; and the scan of a file.
 
@@ -221,6 +221,7 @@ def rows(batch: Any) -> list[Any]:
     Arrow checks texts only when they are converted, which happens here.
     """
     names = batch.schema.names
+    labels = _names_of_labels((batch.schema.metadata or {}).get(b"huggingface", b""))
     try:
         columns = [_values(column) for column in batch.columns]
     except UnicodeDecodeError:
@@ -228,7 +229,34 @@ def rows(batch: Any) -> list[Any]:
             return [Rejected("not_utf8", "not UTF-8 text")]
         singles = (rows(batch.slice(number, 1)) for number in range(batch.num_rows))
         return list(itertools.chain.from_iterable(singles))
+    for number, name in enumerate(names):
+        if name in labels:
+            columns[number] = [_named(value, labels[name]) for value in columns[number]]
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+@lru_cache(8)
+def _names_of_labels(metadata: bytes) -> dict[str, list[str]]:
+    # `datasets` notes in the schema which columns are numbers of labels, and what the labels are called.
+    try:
+        features = json.loads(metadata)["info"]["features"]
+    except (ValueError, LookupError, TypeError):
+        return {}
+    labels = {}
+    for column, feature in dict(features).items():
+        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]  # of a list of labels
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list):
+            labels[column] = feature["names"]
+    return labels
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    if isinstance(value, int) and value < len(names):
+        return names[value] if value >= 0 else None  # -1 is no label
+    return value
 
 
 def _values(column: Any) -> list[Any]:
@@ -239,28 +267,33 @@ def _values(column: Any) -> list[Any]:
     except (OverflowError, ValueError, LookupError) as error:
         # A time that Python does not have, such as year 10000.
         return [f"<{first_line(error)}>"] * len(column)
-    if _has_maps(column.type):
-        return [_with_objects(value, column.type) for value in values]
+    if pa.types.is_floating(column.type):
+        return [None if value != value else value for value in values]
+    if _is_rebuilt(column.type):
+        return [_rebuilt(value, column.type) for value in values]
     return values
 
 
-def _has_maps(type_: Any) -> bool:
-    return pa.types.is_map(type_) or any(
-        _has_maps(type_.field(number).type) for number in range(type_.num_fields)
-    )
+def _is_rebuilt(type_: Any) -> bool:
+    if pa.types.is_map(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
+        return True
+    return any(_is_rebuilt(type_.field(number).type) for number in range(type_.num_fields))
 
 
-def _with_objects(value: Any, type_: Any) -> Any:
-    # Spark writes each dict as a map, and pyarrow returns a map as a list of pairs.
+def _rebuilt(value: Any, type_: Any) -> Any:
+    # Spark writes each dict as a map, and pyarrow returns a map as a list of pairs. Some tools write texts as binary.
     if value is None:
         return None
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
     if pa.types.is_map(type_):
-        return {key: _with_objects(each, type_.item_type) for key, each in value}
+        return {key: _rebuilt(each, type_.item_type) for key, each in value}
     if pa.types.is_struct(type_):
         inner = {field.name: field.type for field in type_}
-        return {name: _with_objects(each, inner[name]) for name, each in value.items()}
+        return {name: _rebuilt(each, inner[name]) for name, each in value.items()}
     if isinstance(value, list):
-        return [_with_objects(each, type_.value_type) for each in value]
+        return [_rebuilt(each, type_.value_type) for each in value]
     return value
 
 
@@ -285,7 +318,7 @@ def read_whole(stream: Any, file: File) -> bytes:
 def rows_of(file: File, content: bytes) -> list[Any]:
     """Return the rows of a json file, a list of rows or an object of columns; raise UserError for anything else."""
     try:
-        tree = json.loads(content.removeprefix(BOM).decode())
+        tree = _JSON.decode(content.removeprefix(BOM).decode())
     except json.JSONDecodeError as error:
         raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}") from None
     except UnicodeDecodeError:
@@ -359,6 +392,8 @@ def _copy(file: File) -> Path | None:
 # Rows that are asked for at a time.
 BATCH = 256
 ESCAPED = '\\"'
+# Python and pandas write NaN where there is no value; no text of a row is a number without one.
+_JSON = json.JSONDecoder(parse_constant=lambda _: None)
 # "surrogateescape" puts a half surrogate in place of each byte that is not UTF-8.
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 # Exceptions that a damaged container or compression raises.
@@ -500,7 +535,7 @@ def _jsonl(file: File, unit: Unit) -> Iterator[Located]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode())
+        return _JSON.decode(line.decode())
     except json.JSONDecodeError as error:
         return Rejected("broken_json", f"{error.msg} (column {error.colno})")
     except UnicodeDecodeError:
@@ -535,6 +570,7 @@ def _csv(file: File, unit: Unit, header: Sequence[str]) -> Iterator[Located]:
         elif any(map(_NOT_UTF8.search, cells)):
             row = Rejected("not_utf8", "not UTF-8 text")
         else:
+            cells = ["" if cell in NULLS else cell for cell in cells]
             row = dict(zip(header, cells, strict=True))
         yield unit.first + first, row
 

@@ -228,8 +228,8 @@ def _unit(marks: Marks, first: int, last: int) -> Unit:
 def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tuple[str, ...]]:
     """Mark the records of a stream, or of about its first `limit` bytes, and read the header.
 
-    The header is the first record that is not blank. Raise UserError for a record that is too long, for a quoted cell
-    that is never closed, and for a file that ends in the middle of a row.
+    The header is the first record that is not blank, after a line `sep=;` of Excel. Raise UserError for a record that
+    is too long, for a quoted cell that is never closed, and for a file that ends in the middle of a row.
     """
     source = _Lines(stream, file, limit)
     header: list[str] | None = None
@@ -259,7 +259,8 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
             if source.unfinished and header and 0 < len(cells) < len(header):
                 raise _cut_off(file, source.record_line)
             if header is None:
-                header = cells or None
+                named = records == 0 and "".join(cells) == "sep="
+                header = None if named else cells or None
                 skipped = records + 1
             else:
                 source.has_row = True
@@ -560,4 +561,4 @@ def forget_changed(error: UserError, storage_root: str) -> None:
 
 def _kept_path(file: File, storage_root: str) -> str:
     # Raise the number whenever a new scan would differ from a kept one.
-    return storage.join(storage_root, "tokens", "scans", f"{digest(7, file.uri, length=32)}.json")
+    return storage.join(storage_root, "tokens", "scans", f"{digest(8, file.uri, length=32)}.json")

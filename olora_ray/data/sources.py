@@ -4,6 +4,7 @@ A source is a file, a folder, a glob, a folder of `Dataset.save_to_disk`, hf://O
 s3:// or gs://. All of them become files that every node can read.
 """
 
+import atexit
 import contextlib
 import glob
 import itertools
@@ -14,20 +15,22 @@ import posixpath
 import re
 import shutil
 import tempfile
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
-from pyarrow import fs
+import pyarrow as pa
+from pyarrow import fs, parquet
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.retry import is_temporary
 from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
@@ -120,6 +123,9 @@ def _visible(relative: str) -> bool:
 
 ROWS_PER_FILE = 100_000
 OPTIONS = {"split", "name", "revision"}
+FIRST_ROWS = 30
+SECONDS = 10.0
+"""Time that the hub has for the first rows."""
 
 
 def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
@@ -127,21 +133,7 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
 
     Raise a UserError that starts with `field` if the hub does not deliver it.
     """
-    parts = urlsplit(uri)
-    # The + of `split=train+test` would be a space in a form's query.
-    query = parts.query.replace("+", "%2B")
-    options = {key: values[0] for key, values in parse_qs(query).items()}
-    unknown = sorted(set(options) - OPTIONS)
-    if unknown:
-        raise UserError(
-            f"{field}: {uri}: unknown option {unknown[0]!r}; known: {', '.join(sorted(OPTIONS))}"
-        )
-    name = parts.netloc + parts.path
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        # `datasets` would take a path for a folder of this machine.
-        raise UserError(
-            f"{field}: {uri}: {name!r} is not the name of a data set of the hub; write hf://ORG/NAME"
-        )
+    name, options = _hub_name(uri, field)
     import datasets
 
     datasets.disable_progress_bars()
@@ -159,6 +151,83 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
     if not storage.exists(listing):
         storage.write_text(listing, json.dumps(_write(dataset, folder)))
     return [storage.join(folder, name) for name in json.loads(storage.read_text(listing))]
+
+
+def _hub_name(uri: str, field: str) -> tuple[str, dict[str, str]]:
+    parts = urlsplit(uri)
+    # The + of `split=train+test` would be a space in a form's query.
+    query = parts.query.replace("+", "%2B")
+    options = {key: values[0] for key, values in parse_qs(query).items()}
+    unknown = sorted(set(options) - OPTIONS)
+    if unknown:
+        raise UserError(
+            f"{field}: {uri}: unknown option {unknown[0]!r}; known: {', '.join(sorted(OPTIONS))}"
+        )
+    name = parts.netloc + parts.path
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        # `datasets` would take a path for a folder of this machine.
+        raise UserError(
+            f"{field}: {uri}: {name!r} is not the name of a data set of the hub; write hf://ORG/NAME"
+        )
+    return name, options
+
+
+@cache
+def first_rows(uri: str, field: str) -> str | None:
+    """Return a Parquet file with the first rows of a data set of the hub, from a byte range of one of its files.
+
+    None for other sources, and after a log line if the hub does not answer in time.
+    """
+    if not uri.startswith("hf://"):
+        return None
+    name, options = _hub_name(uri, field)
+    folder = tempfile.mkdtemp(prefix="olora-hub-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = f"{folder}/{posixpath.basename(name)}.parquet"
+    problems = [f"no answer in {SECONDS:g} seconds"]
+
+    def look() -> None:
+        try:
+            parquet.write_table(_begin(name, options), file)
+            problems.clear()
+        except Exception as error:  # the hub, the network and pyarrow each raise their own
+            problems[0] = first_line(error)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    if not problems:
+        return file
+    say_once(
+        f"{field}: {uri}: cannot look at its first rows ({problems[0]}); the run downloads it first",
+        logging.WARNING,
+    )
+    return None
+
+
+def _begin(name: str, options: Mapping[str, str]) -> pa.Table:
+    from huggingface_hub import HfFileSystem
+
+    system = HfFileSystem()
+    # The hub itself writes most data sets as Parquet, into a branch of their own.
+    branches = ["refs%2Fconvert%2Fparquet", "main"]
+    if "revision" in options:
+        branches = [options["revision"]]
+    split = re.split(r"[^\w.-]", options.get("split", "train"))[0]
+    for branch in branches:
+        paths: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            paths = sorted(system.glob(f"datasets/{name}@{branch}/**/*.parquet"))
+        for word in (options.get("name", ""), split):
+            paths = [
+                path for path in paths if word in path.removeprefix(f"datasets/{name}")
+            ] or paths
+        if paths:
+            with system.open(paths[0], block_size=2**18) as stream:
+                file = parquet.ParquetFile(stream, buffer_size=2**16, pre_buffer=False)
+                batches = file.iter_batches(FIRST_ROWS, row_groups=[0])
+                return pa.Table.from_batches(itertools.islice(batches, 1))
+    raise FileNotFoundError("it has no Parquet file")
 
 
 def _write(dataset: Any, folder: str) -> list[str]:

@@ -11,6 +11,10 @@ import re
 
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = {"csv": ",", "tsv": "\t", "semicolon csv": ";", "pipe csv": "|"}
+SEPARATOR = re.compile(r'"?sep=([,;|\t])"?[,;|\t]?\r?\n')
+"""First line by which Excel names the delimiter of a csv file."""
+NULLS = {"nan", "NaN", "NULL", "null", "None", "<NA>"}
+"""Cells of csv that pandas, databases and Python write for no value."""
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # Letters of Western Europe, dashes and quotes, as UTF-8 writes them.
 _IN_UTF_8 = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80")
@@ -70,7 +74,11 @@ def _is_cp1252(begin: bytes) -> bool:
 
 
 def _by_cells(text: str) -> str:
-    # Commas, or the only other delimiter that separates the names of the header.
+    # The delimiter that the first line names, commas, or the only other one that separates the names of the header.
+    named = SEPARATOR.match(text)
+    if named:
+        return next(kind for kind, delimiter in DELIMITERS.items() if delimiter == named[1])
+
     def names(kind: str) -> int:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[kind])
         return sum(bool(cell.strip()) for cell in next(filter(None, rows), ()))

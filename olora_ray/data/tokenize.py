@@ -37,8 +37,9 @@ from olora_ray.data import columns
 from olora_ray.data.chat_template import left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import format_named, to_example
-from olora_ray.data.formats.chat import REASONING
+from olora_ray.data.formats.chat import REASONING, SYSTEMS
 from olora_ray.data.formats.format import Chat, Completion, Example, Ids, Rejected, Text
+from olora_ray.data.text_files import DELIMITERS
 from olora_ray.data.tokenizer_spec import CALL, TokenizerSpec, end_of_turn
 
 Span = tuple[int, int]
@@ -107,7 +108,7 @@ class ExampleTokenizer:
 
     def begin_row(self, row: Any, source: Source, number: int, notes: "Counter[str]") -> Begun:
         """Begin a raw row of source `number`, and note its columns that nothing reads; raise Rejected as `begin`."""
-        example = to_example(source.format, row, source.fields, as_chat(source, self._spec))
+        example = to_example(source.format, row, source.fields, as_chat(source, self._spec), source)
         begun = self.begin(example)
         template = self._spec.template(isinstance(example, Chat) and example.tools is not None)
         columns.note_unread(notes, number, source, row, example, template)
@@ -214,6 +215,7 @@ class ExampleTokenizer:
             trained = trained[-1:]
         last = len(chat.messages) - 1
         full = self._render(chat, last + 1)
+        self._require_unusual(chat, full)
         answers = {
             number: self._answer(chat, number, full if number == last else None)
             for number in trained
@@ -349,6 +351,19 @@ class ExampleTokenizer:
             why = f"message {number + 1} should start after {shown[0]}, but is {shown[1]}; remove such rows"
             raise _refused(f"{self._spec.what} does not continue its own generation prompt: {why}")
         return start + body
+
+    def _require_unusual(self, chat: Chat, full: str) -> None:
+        """Raise Rejected if the template drops an answer before the first question, or a later system message."""
+        before = "system"
+        for number, message in enumerate(chat.messages, 1):
+            role = message["role"]
+            unusual = role != "user" and (role in SYSTEMS) != (before in SYSTEMS)
+            if unusual and text_of(message).rpartition("</think>")[2].strip() not in full:
+                raise _refused(
+                    f"message {number}: {self._spec.what} does not write a message from {role} here:"
+                    " remove such rows"
+                )
+            before = role
 
     def _require_all(self, chat: Chat, answers: Mapping[int, tuple[str, Span]]) -> None:
         """Raise Rejected if the template drops a tool call, or the text beside one."""
@@ -633,10 +648,17 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
     # Beside Parquet, rules 1 and 2 are the same.
     if structs or format.rules > 1:
         inputs["rules"] = max(2, format.rules)
+    if not DELIMITERS.keys().isdisjoint(kinds):
+        inputs["cells"] = "nan is empty"
     if format.tools and structs:
         inputs["maps"] = "objects"
     if format.makes == "completion":
         inputs["chat"] = as_chat(source, spec)
+    for name in ("roles", "labels", "system"):
+        if getattr(source, name):
+            inputs[name] = getattr(source, name)
+    if source.markup not in ("auto", "none"):
+        inputs["markup"] = source.markup
     chats = format.is_chat(as_chat(source, spec))
     if chats and format.tools:
         forms = [spec.chat_form(tools) for tools in (False, True)]

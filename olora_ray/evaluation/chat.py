@@ -87,7 +87,7 @@ def _system(sources: Sequence[Source]) -> str | None:
             read = reader.read_unit(file.file, file.units[0], file.columns, columns)
             for _, row in itertools.islice(read, 100):
                 with contextlib.suppress(Rejected):
-                    example = to_example(source.format, row, source.fields, True)
+                    example = to_example(source.format, row, source.fields, True, source)
                     content = None
                     if isinstance(example, Chat) and example.messages[0].get("role") == "system":
                         content = example.messages[0].get("content")

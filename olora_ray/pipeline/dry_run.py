@@ -93,7 +93,7 @@ def _data(
 ) -> Iterator[tuple[str, str]]:
     sources = list(train.sources)
     # With data.eval_fraction the held-out rows come from the training sources, which are listed already.
-    if held_out and not held_out.limits.setting.startswith("held out"):
+    if held_out and not held_out.limits.part:
         sources += held_out.sources
     for each in sources[:6]:
         share = f", weight {each.source.weight:g}" if each.source.weight != 1 else ""
@@ -138,8 +138,14 @@ def _rows(preview: Preview) -> str:
     if not rejected:
         return f"{text}, none rejected"
     limits = preview.limits
-    allowed = f"data.max_rejected = {limits.share:g} allows {int(limits.allowed(preview.read)):,}"
-    return f"{text}, {rejected:,} rejected ({preview.rejections()}; {allowed})"
+    text = f"{text}, {rejected:,} rejected ({preview.rejections()}"
+    if limits.part:
+        return f"{text})"
+    rows = preview.judged.rows
+    allowed = f"data.max_rejected = {limits.share:g} allows {int(limits.allowed(rows)):,}"
+    if rows > preview.read:
+        allowed += " with the held-out rows"
+    return f"{text}; {allowed})"
 
 
 def _measured(

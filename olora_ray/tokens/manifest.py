@@ -6,6 +6,7 @@ accepted, even if it still parses.
 
 import base64
 import hashlib
+import heapq
 import itertools
 import json
 import logging
@@ -25,7 +26,7 @@ from pydantic import Field
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.columns import unresolved_error
+from olora_ray.data.columns import left_out, unresolved_error
 from olora_ray.data.tokenize import form_line
 from olora_ray.tokens.plan import NO_ROWS, Plan, RowDigests, Split, sources_of
 
@@ -220,20 +221,48 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Rows that `data.max_rejected` applies to."""
+
+    rows: int
+    """Rejected ones included."""
+    reasons: Mapping[str, int]
+    """Rejected rows by reason."""
+    listed: Callable[[], Iterable[dict[str, Any]]]
+    """Returns the rejected rows."""
+
+    def with_more(self, other: "Judged") -> "Judged":
+        return Judged(
+            self.rows + other.rows,
+            Counter(self.reasons) + Counter(other.reasons),
+            lambda: itertools.chain(self.listed(), other.listed()),
+        )
+
+    def check(self, limits: "Limits") -> None:
+        limits.check(self.reasons, self.rows, self.listed)
+
+
+NOT_JUDGED = Judged(0, {}, tuple)
+
+
+@dataclass(frozen=True)
 class Limits:
     setting: str
     """The sources of the rows, as messages name them."""
     share: float
     """`data.max_rejected`."""
     too_long: str = "reject"
+    part: bool = False
+    """True for rows of `data.eval_fraction`: they are judged together with the training rows of the same sources."""
 
     @classmethod
     def of(cls, config: AnyConfig, split: Split) -> "Limits":
         # Held-out rows of `data.eval_fraction` come from data.train, so messages call them held out of it.
         where, _ = sources_of(config, split)
-        if split == "eval" and config.data.eval_fraction is not None:
+        part = split == "eval" and config.data.eval_fraction is not None
+        if part:
             where = f"held out of {where}"
-        return cls(where, config.data.max_rejected, config.data.too_long)
+        return cls(where, config.data.max_rejected, config.data.too_long, part)
 
     def allowed(self, rows: float) -> float:
         """Return how many of `rows` may be rejected: the share of them, and a single one of ten rows or more."""
@@ -242,13 +271,14 @@ class Limits:
         )  # one bad row among few is tolerated
 
     def exceeded(self, reasons: Mapping[str, int], rows: float) -> bool:
-        """True if more than the allowed number of `rows` was rejected."""
-        return sum(reasons.values()) > self.allowed(rows)
+        """True if more than the allowed number of `rows` was rejected; never for a part of the rows."""
+        return not self.part and sum(counted(reasons).values()) > self.allowed(rows)
 
     def check(
         self, reasons: Mapping[str, int], rows: int, listed: Callable[[], Iterable[dict[str, Any]]]
     ) -> None:
         """Raise UserError, with counts, some of the rows `listed` and a remedy, if too many rows were rejected."""
+        reasons = counted(reasons)
         bad = sum(reasons.values())
         if rows and bad == rows:
             problem = f"none of the {rows:,} rows can be used"
@@ -256,7 +286,8 @@ class Limits:
             problem = f"{bad:,} of {rows:,} rows cannot be used, more than data.max_rejected = {self.share:g} allows"
         else:
             return
-        shown = itertools.islice(listed(), 3)
+        listed_rows = (each for each in listed() if each["reason"] in reasons)
+        shown = heapq.nsmallest(3, listed_rows, key=lambda e: (e["source"], e["file"], e["line"]))
         first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
         sources = {entry["source"] for entry in listed()}
         counts = (
@@ -277,6 +308,15 @@ class Limits:
         raise UserError(f"{where}: {problem} ({reason_counts(reasons)}); {first}; {remedy}")
 
 
+NOTHING = {"empty_text", "no_messages"}
+"""Reasons of rejected rows that hold nothing: they are counted, but do not count against `data.max_rejected`."""
+
+
+def counted(reasons: Mapping[str, int]) -> dict[str, int]:
+    """Return the reasons without those of rows that hold nothing."""
+    return {reason: count for reason, count in reasons.items() if reason not in NOTHING}
+
+
 def reason_counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
 
@@ -285,6 +325,8 @@ def reason_counts(reasons: Mapping[str, int]) -> str:
 class Totals:
     plan: Plan
     rejected: RejectedRows
+    held_out: Judged = NOT_JUDGED
+    """The rows that `data.eval_fraction` holds out of the same sources."""
     infos: list[ShardInfo] = field(default_factory=list)
     total: "Counter[str]" = field(default_factory=Counter)
     reasons: "Counter[str]" = field(default_factory=Counter)
@@ -321,7 +363,7 @@ class Totals:
 
     def check(self, limits: Limits) -> None:
         """Raise UserError if too many of all the rows were rejected, or none is left, or a column needs an answer."""
-        limits.check(self.reasons, self.rows, lambda: self.rejected)
+        self.judged().check(limits)
         if error := self._unanswered(limits):
             raise error
         if self._mostly_copies(self.rows):
@@ -338,8 +380,15 @@ class Totals:
     def hopeless(self, limits: Limits) -> bool:
         """True if the rows so far suffice for `check` to refuse the data."""
         rows = max(int(self.plan.rows), self.rows)
-        few = limits.exceeded(self.reasons, rows) or self._mostly_copies(rows)
+        judged = self.judged()
+        few = limits.exceeded(judged.reasons, rows + self.held_out.rows)
+        few = few or self._mostly_copies(rows)
         return few or self._unanswered(limits) is not None
+
+    def judged(self) -> Judged:
+        """Return the rows so far, with those that are held out of the same sources."""
+        own = Judged(self.rows, self.reasons, lambda: self.rejected)
+        return own.with_more(self.held_out)
 
     def _unanswered(self, limits: Limits) -> UserError | None:
         return unresolved_error(
@@ -422,6 +471,8 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             f"shards made again, because fastokens gave other tokens than the tokenizer: {unlike:,}; other shards may"
             " have such rows, too: uninstall fastokens, delete this folder and run the command again"
         )
+    if left := left_out(notes):
+        texts.append(f"left out of the rows, because nothing reads it: {left}")
     return texts
 
 

@@ -20,7 +20,7 @@ from olora_ray.config.decided import AnyData
 from olora_ray.config.schema import AnyConfig
 from olora_ray.config.section import Source
 from olora_ray.data.formats import format_named
-from olora_ray.data.reader import FileScan, Table, Unit, Units
+from olora_ray.data.reader import FileScan, Table, Unit, Units, read_unit
 from olora_ray.data.sources import File, grouped, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
@@ -311,6 +311,8 @@ class Rules:
     packing: bool
     seed: int
     eval_fraction: float | None
+    shares: Mapping[int, float] = field(default_factory=dict)
+    """Larger shares than `eval_fraction`, for the sources that would have no held-out row."""
     last_turn_only: bool = False
     too_long: str = "reject"
     draw: str = ""
@@ -329,9 +331,8 @@ class Rules:
         positions = np.arange(piece.unit.first, piece.unit.first + piece.unit.rows, dtype=np.int64)
         keep = np.ones(len(positions), dtype=bool)
         if self.eval_fraction is not None:
-            held_out = bernoulli_mask(
-                self.eval_fraction, key("eval", self.seed, planned.sha256), positions
-            )
+            share = self.shares.get(planned.source, self.eval_fraction)
+            held_out = held_out_mask(share, self.seed, planned.sha256, positions)
             keep = held_out if self.split == "eval" else ~held_out
         if piece.turn < 0:
             # A sample has one random row of each run of so many rows: independent draws might take too many long rows.
@@ -350,6 +351,11 @@ class Rules:
                 drawn = key("share", planned.sha256, piece.turn)
             keep = keep & bernoulli_mask(piece.share, drawn, positions)
         return keep
+
+
+def held_out_mask(share: float, seed: int, sha256: str, positions: Indices) -> NDArray[np.bool_]:
+    """Return the mask of the rows that `data.eval_fraction` holds out of a file, by the digest of its content."""
+    return bernoulli_mask(share, key("eval", seed, sha256), positions)
 
 
 @dataclass(frozen=True)
@@ -416,6 +422,8 @@ class Plan(Rules):
             inputs["last_turn_only"] = True
         if self.too_long != "reject":
             inputs["too_long"] = self.too_long
+        if self.shares:
+            inputs["shares"] = {str(number): share for number, share in self.shares.items()}
         return inputs
 
     def _source_inputs(self, number: int, source: Source) -> dict[str, object]:
@@ -505,7 +513,7 @@ def make_plan(config: AnyData, spec: TokenizerSpec, split: Split, look: Look) ->
         draw = digest_json([each.sha256 for each in files], length=16)
     else:
         pieces = in_turn(table, borders, weights)
-    return Plan(
+    plan = Plan(
         split=split,
         spec=spec,
         sources=sources,
@@ -520,6 +528,68 @@ def make_plan(config: AnyData, spec: TokenizerSpec, split: Split, look: Look) ->
         too_long=config.data.too_long,
         draw=draw,
     )
+    return dataclasses.replace(plan, shares=_shares(plan))
+
+
+FEWEST = 10
+"""Rows of a source from which `data.eval_fraction` holds out one or more of them."""
+
+
+def _shares(plan: Plan) -> dict[int, float]:
+    """Return the shares that hold out one row of each source that has FEWEST rows, but none held out by chance.
+
+    A single source keeps its share, so that a store without rows is an error. So does one of which only a part is
+    used: a retraining must not hold out rows on which an earlier one was trained.
+    """
+    shares: dict[int, float] = {}
+    if plan.eval_fraction is None or len(plan.sources) == 1:
+        return shares
+    table = plan.pieces.units
+    source_of = np.array([each.source for each in plan.files])[table["file"]]
+    for number, source in enumerate(plan.sources):
+        units = table[source_of == number]
+        if source.weight >= 1 and not _has_held_out(plan, units):
+            share = _share_of_one(plan, units)
+            if share is not None:
+                shares[number] = share
+    return shares
+
+
+def _has_held_out(plan: Plan, units: Table) -> bool:
+    """True if a row of the units is held out; reads those that may have one, until there is one."""
+    assert plan.eval_fraction is not None
+    for file, unit in zip(units["file"].tolist(), Units(units), strict=True):
+        planned = plan.files[file]
+        # An unknown digest: a dry run reads only a part of large data, which has enough rows.
+        if not planned.sha256:
+            return True
+        positions = np.arange(unit.first, unit.first + unit.rows, dtype=np.int64)
+        mask = held_out_mask(plan.eval_fraction, plan.seed, planned.sha256, positions)
+        if mask.any() and np.isin(positions[mask], _positions(planned, unit)).any():
+            return True
+    return False
+
+
+def _share_of_one(plan: Plan, units: Table) -> float | None:
+    """Return the share that holds out a single row; None if there are fewer rows than FEWEST."""
+    words = [NO_ROWS]
+    for file, unit in zip(units["file"].tolist(), Units(units), strict=True):
+        planned = plan.files[file]
+        positions = _positions(planned, unit).astype(np.uint64)
+        words.append(mix(key("eval", plan.seed, planned.sha256), positions))
+    drawn = np.concatenate(words)
+    if len(drawn) < FEWEST:
+        return None
+    # A little more than the lowest word, because a share has fewer digits.
+    return (int(drawn.min()) + 2**12) / 2.0**64
+
+
+def _positions(planned: PlannedFile, unit: Unit) -> Indices:
+    # The positions at which a unit has a row: a line may be empty, or belong to the row before it.
+    if planned.file.kind in ("text", "json", "parquet", "arrow"):
+        return np.arange(unit.first, unit.first + unit.rows, dtype=np.int64)
+    read = read_unit(planned.file, unit, planned.columns, ())
+    return np.array([position for position, _ in read], dtype=np.int64)
 
 
 def _shards(pieces: Pieces) -> tuple[Pieces, ...]:

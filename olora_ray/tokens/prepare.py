@@ -28,8 +28,10 @@ from olora_ray.tokens import shard as shards
 from olora_ray.tokens.arrival import Arrival
 from olora_ray.tokens.manifest import (
     MANIFEST,
+    NOT_JUDGED,
     REJECTED,
     HeldOut,
+    Judged,
     Limits,
     Manifest,
     Outline,
@@ -151,13 +153,15 @@ def make(
     stopped: Callable[[], bool],
     cpus_held: float = 0.0,
     apart: HeldOut | None = None,
+    held_out: Judged = NOT_JUDGED,
 ) -> bool:
     """Build what `status` lacks, in the order of the shards; return False if `stopped` ended it between two.
 
-    `cpus_held` are CPUs of the cluster that others hold meanwhile. Raise UserError for data that cannot be used, for
-    rows that must be `apart`, and for a shard that cannot be rebuilt as it was.
+    `cpus_held` are CPUs of the cluster that others hold meanwhile. The limits apply to the rows of this plan and those
+    `held_out` of the same sources together. Raise UserError for data that cannot be used, for rows that must be
+    `apart`, and for a shard that cannot be rebuilt as it was.
     """
-    totals = Totals(job.plan, status.rejected)
+    totals = Totals(job.plan, status.rejected, held_out)
     with contextlib.closing(_made(job, status, cpus_held)) as made:
         for number in range(len(job.plan.shards)):
             if stopped():
@@ -281,6 +285,11 @@ class StoreBuild:
             for number in range(len(self._job.plan.shards))
         )
 
+    def _judged(self) -> Judged:
+        """Return the rows of the store, which is complete."""
+        manifest = self.store.manifest
+        return Judged(manifest.rows, manifest.rejected, lambda: rejected_rows(self._job))
+
     @property
     def plan(self) -> Plan:
         return self._job.plan
@@ -305,8 +314,10 @@ class StoreBuild:
         apart = None
         line = None
         held_out = self._held_out
+        judged = NOT_JUDGED
         if self.plan.split == "train" and self.plan.eval_fraction is not None:
             assert held_out, "call check_against first"
+            judged = held_out._judged()
             rows = np.unique(np.concatenate(list(held_out._rows())))
             self._job = replace(self._job, plan=replace(self.plan, held_out=rows))
         elif held_out:
@@ -316,13 +327,16 @@ class StoreBuild:
                 line = node_cache.read(kept)
             if line is None:
                 apart = HeldOut(np.concatenate(list(held_out._rows())))
-        if not self.complete:
-            if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart):
+        if self.complete:
+            self._judged().with_more(judged).check(self._limits)
+            if apart:
+                for rows in self._rows():
+                    apart.meet(rows)
+        else:
+            work = (self._job, self._status, self._limits, self._stop.is_set)
+            if not make(*work, cpus_held, apart, judged):
                 return
             _say(self._job.plan.split, self.store.manifest)
-        elif apart:
-            for rows in self._rows():
-                apart.meet(rows)
         if apart:
             line = apart.line()
             node_cache.keep(kept, line)
@@ -387,10 +401,8 @@ def begin(
         if 0 < len(status.missing) < count:
             known = count - len(status.missing)
             logger.info(f"tokens: {known:,} of {count:,} shards exist already")
-    if status.manifest and status.complete:
-        limits.check(status.manifest.rejected, status.manifest.rows, lambda: rejected_rows(job))
-        if tell:
-            _say(split, status.manifest, " (built earlier)")
+    if status.manifest and status.complete and tell:
+        _say(split, status.manifest, " (built earlier)")
     return StoreBuild(job, status, limits)
 
 

@@ -26,9 +26,8 @@ from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
+from olora_ray.tokens.manifest import NOT_JUDGED, Judged, Limits, RejectedRows, Totals
 from olora_ray.tokens.plan import (
-    NO_ROWS,
     Floats,
     Pack,
     Plan,
@@ -87,6 +86,8 @@ class Preview:
     """Rows that were read: all, if `exact`."""
     rejected: dict[str, int]
     """Rejected ones of the rows that were read, by reason."""
+    judged: Judged
+    """The rows to which the limit on rejected rows applies."""
     exact: bool
     """False: rows, packs, tokens and supervised are estimates."""
     note: str
@@ -119,7 +120,7 @@ def describe_splits(config: DataConfig, spec: TokenizerSpec) -> tuple[Preview, P
     # 500 held-out rows are enough for their lengths, and are read within seconds.
     held_out = describe(config, spec, "eval", 500)
     if config.data.eval_fraction is not None:
-        return describe(config, spec, held_out=held_out.digests), held_out
+        return describe(config, spec, held_out=held_out), held_out
     train = describe(config, spec)
     apart = manifest.HeldOut(held_out.digests)
     apart.meet(train.digests)
@@ -135,18 +136,22 @@ def describe(
     split: Split = "train",
     limit: int = 2000,
     tell: bool = True,
-    held_out: RowDigests = NO_ROWS,
+    held_out: Preview | None = None,
 ) -> Preview:
     """Preview a split, of large data from about `limit` rows; `tell` logs notes about unusual rows.
 
-    Copies of the rows `held_out` are left out.
+    `held_out` are the rows that data.eval_fraction holds out: their copies are left out, and the limit on rejected rows
+    applies to both together.
 
     Raise UserError as the preparation would. For large data, the limit on rejected rows applies to the rows that were
     read.
     """
     look = _Look(config.run.storage)
     plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
-    plan = replace(plan, held_out=np.unique(held_out))
+    judged = NOT_JUDGED
+    if held_out:
+        plan = replace(plan, held_out=np.unique(held_out.digests))
+        judged = held_out.judged
     exact = look.complete and plan.pieces.bytes <= READ_ALL
     part = plan
     drawn = look.sizes
@@ -161,7 +166,7 @@ def describe(
     if tell and (split == "train" or config.data.eval):
         for line in manifest.form_lines(plan):
             logger.info(line)
-    made, totals = _made(part, limits, which)
+    made, totals = _made(part, limits, judged, which)
     if tell:
         for line in manifest.lines(totals.notes):
             logger.info(f"of the rows read, {line}")
@@ -170,9 +175,11 @@ def describe(
     return replace(preview, exact=exact, note="; ".join(sorted(look.notes)))
 
 
-def _made(plan: Plan, limits: Limits, which: str) -> tuple[list[shards.Shard], Totals]:
+def _made(
+    plan: Plan, limits: Limits, held_out: Judged, which: str
+) -> tuple[list[shards.Shard], Totals]:
     # As `prepare.make` does it, but in memory; `which` ends the error, because only some rows may have been read.
-    totals = Totals(plan, RejectedRows(plan))
+    totals = Totals(plan, RejectedRows(plan), held_out)
     made = []
     for number in range(len(plan.shards)):
         made.append(shards.build(plan, plan.part(number)))
@@ -226,6 +233,7 @@ def _preview(
         fill=total["tokens"] / (total["packs"] * plan.max_length),
         read=total["rows"],
         rejected=dict(sorted(totals.reasons.items())),
+        judged=totals.judged(),
         exact=True,
         note="",
         lengths=tuple(

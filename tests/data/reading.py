@@ -21,6 +21,7 @@ def names(path: Path | str) -> list[str]:
 def rows(file: File, columns: Sequence[str] = ()) -> list[Any]:
     """Return the rows with these columns, all by default."""
     found = scan.scan(file, "")
+    file = found.file or file
     wanted = columns or found.columns
     parts = (read_unit(file, unit, found.columns, wanted) for unit in found.units)
     return [row for part in parts for _, row in part]

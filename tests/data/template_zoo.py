@@ -120,6 +120,10 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "thinks once": [USER, {**HI, "reasoning_content": WHY}, *MORE],
     "thinks at last": [USER, HI, MORE[0], {**MORE[1], "reasoning_content": WHY}],
     "developer": [{**SYSTEM, "role": "developer"}, USER, HI],
+    "greeting": [{**HI, "content": "Good day"}, USER, HI],
+    "greeting, system": [SYSTEM, {**HI, "content": "Good day"}, USER, HI],
+    "later system": [USER, HI, SYSTEM, *MORE],
+    "later developer": [USER, HI, {**SYSTEM, "role": "developer"}, *MORE],
     "lines": [USER, {**HI, "content": "Hi!\n\n```\n  x = '<b>'\n```\n\nSo long."}, *MORE],
 }
 
@@ -255,7 +259,7 @@ def outcome(name: str, case: str) -> str:
     wanted = [
         number
         for number, message in enumerate(conversation.messages)
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and message.get("weight") != 0
     ]
     if len(answers) != len(wanted):
         return f"wrong: {len(answers)} answers instead of {len(wanted)}: {answers}"

@@ -1,117 +1,141 @@
-"""Columns as users have them: the names and values that need an answer, and those that are about the row.
+"""Columns as users have them, beside a complete row: those that decide stop the first look, the others are left out.
 
 tests/tokens/test_columns.py shows what a run does about them.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from olora_ray.data.columns import severity
+from olora_ray.common.errors import UserError
+from olora_ray.config.section import Source
+from olora_ray.data import detect
+from tests.refused import refused
 
-ASKED = "the answer must be short"
-NEEDED: dict[str, Any] = {
-    # images, videos, sounds
-    "images": ["a.png"],
-    "audios": ["s3://calls/1.wav"],
-    "Bild-URL": "https://cdn.example.de/tap.jpg",
-    "screenshot_base64": "iVBORw0KGgo89504e",
-    "pixel_values": [[[0.5, 0.1]]],
-    # system prompts
-    "system_message": ASKED,
-    "persona": ASKED,
-    "Systemprompt": ASKED,
-    "system": [{"text": ASKED}],
-    "metadata": {"system_prompt": "pirate"},
-    # what the answer is taken from
-    "context": ASKED,
-    "evidence": [ASKED, ASKED],
-    "retrieved_chunks": [{"text": "packed", "rank": 1}],
-    "背景资料": "三个工作日内会收到新发票。",
-    "db_schema": "CREATE TABLE staff (id INT)",
-    "table": {"header": ["item"], "rows": [["order"]]},
-    "equation": "12*34+56",
-    "numbers": "3, 5, 8, 12",
-    "fen": "8/8/8/4k3/8/8/4K3/8 b - - 12 60",
-    "smiles": "CC(=O)OC1=CC=CC=C1C(=O)O",
-    "source": ASKED,
-    # classes, and second answers
-    "category": "weather",
-    "class": 2,
-    "sentiment": "negative",
-    "topics": ["weather", "news"],
-    "entities": [{"start": 0, "label": "place"}],
-    "icd": "J1.1",
-    "rejected_response": "no",
-    "winner": "a",
-    "Antwort 2": "Nein, niemals.",
-    # tools and choices
-    "functions": [{"name": "f"}],
-    "A": "vitamin C",
-    "options": {"A": "vitamin A"},
-    "target_language": "French",
-    "kto_tag": True,
-    "train_detail": [{"begin_offset": 0, "train": False}],
-}
-ABOUT: dict[str, Any] = {
-    "id": "a1",
-    "uuid": "2f1a-0b",
-    "Unnamed: 0": 3,
-    "": 3,
-    "__index_level_0__": 17,
-    "source": "faq",
-    "dataset": "oasst",
-    "url": "https://help.example.com/articles/7",
-    "source_urls": ["https://a.example/1"],
-    "created_at": "2024-02-27T08:15:00Z",
-    "Erfasst am": "27.02.2024 08:15",
-    "Ticketnummer": "TN-10007",
-    "Aktenzeichen": "7 C 10007/23",
-    "sku": "AB-10007-X",
-    "Dateiname": "scan_10007.pdf",
-    "lang": "de",
-    "split": "train",
-    "license": "cc-by-4.0",
-    "author": "a.kowalski",
-    "lastModifiedBy": "anna",
-    "Bearbeiter": "li.wei",
-    "来源": "微信",
-    "model": "gpt-4o",
-    "temperature": 0.7,
-    "n_tokens": 48,
-    "verified": True,
-    "Geprüft": "WAHR",
-    "notes": None,
-    "embedding": [0.25, 0.5],
-    "sha256": "8c7dd922ad47494fc02c388e12c00eac",
-    "Betrag": "1.234,50 €",
-    "token_counts": {"prompt": 3},
-    "meta": {"pile_set_name": "Pile-CC"},
-    "Message-ID": "<8c7dd922@mail.example.com>",
-    "author_email": "anna@example.org",
-    "ip": "10.0.12.7",
-    "file_path": "s3://commoncrawl/crawl-data/10007.warc.gz",
-    "olora_ray": {"champion": "chats@7", "answer": ASKED},
+LONG = "The parcel left the warehouse on Monday and was handed to the carrier, " * 3
+QUESTION = {"question": "Where is my parcel now?", "answer": "It is with the carrier."}
+TEXT = {"text": LONG}
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "Where is it?"},
+        {"role": "assistant", "content": "Here."},
+    ]
 }
 
 
-@pytest.mark.parametrize("name", NEEDED)
-def test_a_column_that_matters_needs_an_answer(name: str) -> None:
-    assert severity("alpaca", name, NEEDED[name])
+def looked_at(folder: Path, row: dict[str, Any], **columns: Any) -> detect.Found:
+    """Twelve rows with these columns, whose texts differ between rows, as the first look finds them."""
+    file = folder / "rows.jsonl"
+    lines = []
+    for number in range(12):
+        values = {
+            name: f"{value} {number}" if isinstance(value, str) and len(value) > 20 else value
+            for name, value in columns.items()
+        }
+        lines.append(json.dumps({**row, **values}))
+    file.write_text("\n".join(lines))
+    return detect.find_format(Source(path=str(file)), "data.train.0", str(folder))
 
 
-@pytest.mark.parametrize("name", ABOUT)
-def test_other_columns_pass(name: str) -> None:
-    assert not severity("alpaca", name, ABOUT[name])
+STOPS: list[tuple[dict[str, Any], str, Any]] = [
+    (QUESTION, "images", ["a.png"]),
+    (QUESTION, "audios", ["s3://calls/1.wav"]),
+    (QUESTION, "Bild-URL", "https://cdn.example.de/tap.jpg"),
+    (QUESTION, "screenshot_base64", "iVBORw0KGgo89504e"),
+    (QUESTION, "retrieved_chunks", [LONG, LONG]),
+    (QUESTION, "evidence", LONG),
+    (QUESTION, "label", True),
+    (QUESTION, "kto_tag", False),
+    (QUESTION, "rejected_response", "no"),
+    (QUESTION, "response", "It is at the customs office."),
+    (QUESTION, "options", ["here", "there"]),
+    (QUESTION, "loss_mask", [0, 1]),
+    (CHAT, "rejected", "no"),
+    (CHAT, "weight", 0.5),
+    (TEXT, "sentiment", "negative"),
+    (TEXT, "label", 3),
+    (TEXT, "category", "weather"),
+    (TEXT, "sql", "SELECT place FROM parcels"),
+    (TEXT, "prompt", "Write"),
+]
+LEFT_OUT: list[tuple[dict[str, Any], str, Any]] = [
+    (QUESTION, "category", "weather"),
+    (QUESTION, "Kategorie", "Versand"),
+    (QUESTION, "tags", ["late", "shipping"]),
+    (QUESTION, "status", "open"),
+    (QUESTION, "customer", "ACME GmbH"),
+    (QUESTION, "phone", "+49 89 1234567"),
+    (QUESTION, "embedding", [0.25, 0.5]),
+    (QUESTION, "metadata", json.dumps({"pages": [LONG, LONG]})),
+    (QUESTION, "token_counts", {"prompt": 3}),
+    (QUESTION, "image_id", 7),
+    (QUESTION, "olora_ray", {"champion": "chats@7", "answer": LONG}),
+    (CHAT, "solution", LONG),
+    (CHAT, "category", "weather"),
+    (TEXT, "title", "A parcel on its way"),
+    (TEXT, "url", "https://help.example.com/articles/7"),
+    (TEXT, "meta", {"pile_set_name": "Pile-CC"}),
+]
 
 
-def test_what_may_be_the_same_in_all_rows_depends_on_words_and_name() -> None:
-    assert severity("alpaca", "persona", "a pirate") == 1
-    assert severity("alpaca", "persona", "You are a pirate") == 2
-    assert severity("alpaca", "context", "a pirate") == 2
-    assert severity("alpaca", "label", 1) == 2
+@pytest.mark.parametrize(("row", "name", "value"), STOPS)
+def test_a_column_that_decides_stops_with_a_question_that_names_the_columns(
+    row: dict[str, Any], name: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        looked_at(tmp_path, row, **{name: value})
+    line = str(caught.value)
+    assert line.startswith("data.train.0: ")
+    assert all(column in line for column in (*row, name))
+    assert "answer" in line
+    assert "\n" not in line
 
 
-def test_a_title_is_a_part_of_a_question_only() -> None:
-    assert severity("alpaca", "title", ASKED)
-    assert not severity("text", "title", ASKED)
+@pytest.mark.parametrize(("row", "name", "value"), LEFT_OUT)
+def test_other_columns_are_left_out_and_named(
+    row: dict[str, Any], name: str, value: Any, tmp_path: Path
+) -> None:
+    found = looked_at(tmp_path, row, **{name: value})
+    assert found.source.fields[name] == "none"
+    assert [*found.left_out] == [name]
+    assert f"left out: {name}" in found.words
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"instruction": "Where is it?"},
+        {"text": f"### {QUESTION['question']} ### {QUESTION['answer']}"},
+    ],
+)
+def test_a_column_that_repeats_what_is_read_decides_nothing(
+    columns: dict[str, str], tmp_path: Path
+) -> None:
+    row = CHAT if "instruction" in columns else QUESTION
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps({**row, **columns})}\n" * 12)
+    found = detect.find_format(Source(path=str(file)), "data.train.0", str(tmp_path))
+    assert [*found.left_out] == [*columns]
+
+
+def test_a_long_text_may_be_what_the_answer_rests_on_and_both_lines_are_right(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError) as caught:
+        looked_at(tmp_path, QUESTION, ticket=LONG)
+    line = str(caught.value)
+    asked = "instruction: question, output: answer"
+    assert f"'data.train.0.fields={{{asked}, input: ticket}}'" in line
+    assert f"'data.train.0.fields={{{asked}, ticket: none}}'" in line
+
+
+def test_no_column_is_proposed_by_its_place(tmp_path: Path) -> None:
+    row = {"ticket_id": 7, "subject": "late parcel", "description": LONG, "agent_reply": LONG}
+    with refused("which column is the answer?") as caught:
+        looked_at(tmp_path, row)
+    line = str(caught.value)
+    assert "ticket_id (number" in line
+    assert "subject (2 words" in line
+    assert "{instruction: COLUMN, output: COLUMN}" in line

@@ -373,13 +373,14 @@ def test_a_data_set_of_the_hub(
     # The first look downloads nothing, so the preparation looks at the columns.
     helpers.write_jsonl(
         tmp_path / "org/marked/train.jsonl",
-        [{**row, "verdict": f"{n} a"} for n, row in enumerate(ROWS)],
+        [{**row, "rejected": f"{n} a"} for n, row in enumerate(ROWS)],
     )
     marked = helpers.config(
         tmp_path / "runs", {"path": "hf://org/marked", "format": "prompt_completion"}
     )
     with pytest.raises(
-        UserError, match=r"data.train.0: prompt_completion rows do not use column 'verdict'"
+        UserError,
+        match=r"data.train.0: column 'rejected' .* and prompt_completion rows do not use it",
     ):
         prepare(marked, tiny_spec, "train")
     both = config.data.train[0].model_copy(update={"path": "hf://org/name?split=train+test"})

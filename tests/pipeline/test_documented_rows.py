@@ -20,6 +20,7 @@ VALUES: dict[str, list[Any]] = {
     "conversations": [
         [{"from": "human", "value": "two and two?"}, {"from": "gpt", "value": "four"}]
     ],
+    "turns": [["two and two?", "four"], [["two and two?", "four"]]],
     "prompt": ["two and two?", CHAT[:1], json.dumps(CHAT[:1])],
     "completion": ["four", CHAT[1:], json.dumps(CHAT[1:])],
     "tools": [[TOOL], json.dumps([TOOL])],

@@ -1,5 +1,7 @@
 """A config for rows that nobody has described."""
 
+import csv
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -63,7 +65,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(
     )
     printed = capsys.readouterr().out
     assert printed.startswith(
-        "chats.jsonl: about 200 messages rows in jsonl\nheld out: eval_fraction: 0.15  # about 30 rows\n"
+        "chats.jsonl: 200 messages rows in jsonl\nheld out: eval_fraction: 0.15  # about 30 rows\n"
     )
     assert re.findall(r"^  olora-ray (.*?)(?:  #.*)?$", printed, re.MULTILINE) == [
         "finetune my_run.yaml --dry-run",
@@ -138,6 +140,16 @@ def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
     assert written("q.csv", "data.max_rejected=0.334").data.max_rejected == 0.334
 
 
+def test_rows_of_large_files_with_line_breaks_are_estimated_as_rows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mails = ((f"{n} " + "line\n" * 400, "Thanks.") for n in range(2**25 // 1000))
+    with Path("mails.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "answer"), *mails])
+    assert written("mails.csv").data.eval_fraction == 0.03
+    assert capsys.readouterr().out.startswith("mails.csv: about 33,")
+
+
 @pytest.mark.parametrize("count", [100, 1000])
 def test_enough_rows_are_held_out_for_the_second_night(count: int, folder: Path) -> None:
     found = written(rows("a.jsonl", range(count)))
@@ -201,7 +213,7 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
     Path("mine.jsonl").write_text("mine")
     Path("runs/few").mkdir(parents=True)
     for words, told in (
-        (["bad.jsonl"], "data.train.0: none of the 14 rows"),
+        (["bad.jsonl"], "bad.jsonl:1: no format has these columns"),
         (["nowhere.jsonl"], "data.train.0.path"),
         ([], "arguments: expected DATA"),
         ([good, "modell"], "model.name: modell"),
@@ -214,3 +226,62 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
             init.main(words)
     assert not list(Path().glob("*.yaml"))
     assert Path("mine.jsonl").read_text() == "mine"
+
+
+def test_what_nothing_reads_is_written_as_left_out_with_an_example(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = [
+        {"question": f"Where is {n}?", "answer": "here", "topic": "a: b # c"} for n in range(40)
+    ]
+    Path("asked.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    init.main(["asked.jsonl"])
+    assert "left out: topic" in capsys.readouterr().out
+    text = Path("my_run.yaml").read_text()
+    assert 'topic: none  # such as "a: b # c"' in text
+    assert load_config("my_run.yaml").data.train[0].fields == {"topic": "none"}
+
+
+def test_at_a_terminal_the_columns_are_asked_for_and_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = [{"ticket": f"Where is {n}?", "reply_of_agent": "here"} for n in range(40)]
+    Path("asked.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    monkeypatch.setattr("sys.stdin", Terminal("ticket\nreply_of_agent\n"))
+    init.main(["asked.jsonl"])
+    fields = load_config("my_run.yaml").data.train[0].fields
+    assert fields == {"instruction": "ticket", "output": "reply_of_agent"}
+
+
+def test_rows_are_counted_where_cells_have_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
+    mails = [["question", "answer"]]
+    mails += [[f"Dear all,\nwhere is {n}?\n" + "x\n" * 10, f"Here;\n{n}"] for n in range(90)]
+    with Path("mails.csv").open("w", newline="", encoding="cp1252") as file:
+        csv.writer(file, delimiter=";").writerows(mails)
+    init.main(["mails.csv"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("mails.csv: 90 alpaca rows in semicolon csv")
+    assert "about 22 rows" in printed
+
+
+def test_labels_are_scored_by_equality_and_named_in_the_system_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for file, count in (("train.jsonl", 60), ("test.jsonl", 12)):
+        lines = [
+            {"text": f"Where is {n}?", "kind": ["open", "in work"][n % 3 == 0]}
+            for n in range(count)
+        ]
+        Path(file).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    init.main(["train.jsonl", "data.train.0.fields={instruction: text, output: kind}"])
+    assert "2 labels; the rarest, 'in work', has 20 rows" in capsys.readouterr().out
+    found = load_config("my_run.yaml")
+    assert (found.evaluation.scorer, found.evaluation.max_new_tokens) == ("exact_match", 8)
+    for source in (*found.data.train, *found.data.eval):
+        assert source.system == "Answer with one of: open, in work"
+        assert source.fields == {"instruction": "text", "output": "kind"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True

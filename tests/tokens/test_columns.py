@@ -1,4 +1,4 @@
-"""A column that nothing reads, and that may decide what a row means, stops first look, dry run and preparation."""
+"""A column that decides what a row means, and that nothing reads, stops first look, dry run and preparation."""
 
 import shlex
 from pathlib import Path
@@ -18,6 +18,7 @@ from olora_ray.evaluation.groups import count_planned
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tokens.preview import describe
 from tests import tiny
+from tests.said import said
 from tests.tokens import helpers
 
 CHATS = [helpers.chat(f"q{n}", f"a{n}") for n in range(30)]
@@ -57,77 +58,43 @@ def refusals(config: Config) -> list[str]:
 
 
 SPEC = helpers.spec()
-# The table of what was dropped in silence, and what must stay refused; the other columns of a row are read.
-DROPPED = {
+DECIDING = {
     "images": with_column(CHATS, images=(["a.png"], ["b.png"])),
     "rejected": with_column(CHATS, rejected=("b", "c")),
     "label": with_column(CHATS, label=(True, False)),
     "choices": with_column(QUESTIONS, choices=(["a", "b"], ["c", "d"])),
-    "text": with_column(QUESTIONS, text=("a", "b")),
     "pixel_values": with_column(TOKENS, pixel_values=[[0.5, 0.5]]),
     "loss_mask": with_column(TOKENS, loss_mask=[0, 1, 1]),
-    **{
-        name: with_column(TEXTS, **{name: ("one", "two")})
-        for name in ("category", "class", "prompt", "sql")
-    },
-    "source": with_column(QUESTIONS, source=("The dog is old.", "It rains today.")),
+    "category": with_column(TEXTS, category=("one", "two")),
 }
 
 
-@pytest.mark.parametrize("name", DROPPED)
-def test_a_column_that_may_decide_what_a_row_means_needs_an_answer(
-    name: str, tmp_path: Path
-) -> None:
-    given = config(tmp_path, DROPPED[name])
-    lines = refusals(given)
-    assert len({*lines}) == 1
-    assert f"column {name!r} (such as " in lines[0]
-    assert "\n" not in lines[0]
-    # A format that is set obeys the same rule, and the answer that the line prints works for both.
-    known = detect.find_format(
-        given.data.train[0].model_copy(update={"fields": {name: "none"}}),
-        "data.train.0",
-        str(tmp_path),
-    )[0]
-    assert f"{name}: none}}'" in lines[0]
-    assert (
-        refusals(config(tmp_path, DROPPED[name], format=known.format, fields=known.fields))
-        == [""] * 3
-    )
-    mapped = {field: column for field, column in known.fields.items() if column != "none"}
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_column_that_decides_needs_an_answer(name: str, tmp_path: Path) -> None:
+    lines = refusals(config(tmp_path, DECIDING[name]))
+    assert all(line.startswith("data.train.0: ") and repr(name) in line for line in lines)
+    assert all(f"{name}: none" in line and "\n" not in line for line in lines)
+    answered = config(tmp_path, DECIDING[name], fields={name: "none"})
+    assert refusals(answered) == [""] * 3
+    # A format that is set obeys the same rule.
+    known = detect.find_format(answered.data.train[0], "data.train.0", str(tmp_path)).source
+    fields = {field: column for field, column in known.fields.items() if column != "none"}
     (tmp_path / "again").mkdir()
-    lines = refusals(config(tmp_path / "again", DROPPED[name], format=known.format, fields=mapped))
-    assert [f"column {name!r} (such as " in line for line in lines] == [True] * 3
+    given = config(tmp_path / "again", DECIDING[name], format=known.format, fields=fields)
+    assert all(repr(name) in line for line in refusals(given))
 
 
-PASSING = {
-    "about the row": with_column(
-        CHATS, id=("x", "y"), source=("a", "b"), created_at=("May", "June"), lang=("de", "en")
-    ),
-    "one value": with_column(
-        QUESTIONS, category="general knowledge", empty="", nothing=[], null=None
-    ),
-    "repeated": [
-        {**row, "prompt": row["messages"][0]["content"], "id": n} for n, row in enumerate(CHATS)
-    ],
+LEFT_OUT = {
+    "category": with_column(QUESTIONS, category=("weather", "news")),
+    "solution": with_column(CHATS, solution=("a", "b")),
     "joined": [{**row, "text": f"### {row['question']} ### {row['answer']}"} for row in QUESTIONS],
     "tokenised": with_column(TEXTS, input_ids=([1, 2], [3]), attention_mask=([1, 1], [1])),
 }
 
 
-@pytest.mark.parametrize("name", PASSING)
+@pytest.mark.parametrize("name", LEFT_OUT)
 def test_other_columns_pass(name: str, tmp_path: Path) -> None:
-    assert refusals(config(tmp_path, PASSING[name])) == [""] * 3
-
-
-def test_a_text_beside_a_class_is_read_as_the_line_says(tmp_path: Path) -> None:
-    line = refusals(config(tmp_path, DROPPED["sql"]))[0]
-    answer = "train it as the answer with 'data.train.0.fields={instruction: text, output: sql}', or leave it out with"
-    assert f"{answer} 'data.train.0.fields={{sql: none}}'" in line
-    known = tiny.read_as(
-        config(tmp_path, DROPPED["sql"], fields={"instruction": "text", "output": "sql"})
-    )
-    assert known.data.train[0].format == "alpaca"
+    assert refusals(config(tmp_path, LEFT_OUT[name])) == [""] * 3
 
 
 @pytest.mark.parametrize(
@@ -170,28 +137,35 @@ def test_packed_rows_are_refused(tmp_path: Path) -> None:
     assert all("field 'position_ids' starts again" in line for line in packed)
 
 
-MARKED = {
-    "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}],
-    "images": ["a.png"],
-    "function_call": {"name": "f", "arguments": "{}"},
-}
-
-
-@pytest.mark.parametrize("key", MARKED)
-def test_a_key_of_a_message_that_nothing_reads_needs_an_answer(key: str, tmp_path: Path) -> None:
-    rows = [
-        {"messages": [turns[0], {**turns[1], key: MARKED[key]}]}
-        for turns in (row["messages"] for row in CHATS)
-    ]
-    lines = refusals(config(tmp_path, rows))
-    # Without the template the first look does not know which keys it reads.
-    assert all(f"key {key!r} (such as " in line for line in lines[key == "function_call" :])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_detail", [{"begin_offset": 0, "end_offset": 1, "train": False}]),
+        ("images", ["a.png"]),
+    ],
+)
+def test_a_key_of_a_message_that_decides_needs_an_answer(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    rows = with_key(key, value)
+    assert all(f"key {key!r}" in line for line in refusals(config(tmp_path, rows)))
     assert refusals(config(tmp_path, rows, fields={key: "none"})) == [""] * 3
-    if key == "function_call":
-        reads = helpers.spec(
-            helpers.CHATML.replace("content']", "content'] ~ (message.function_call or '')")
-        )
-        assert describe(tiny.read_as(config(tmp_path, rows)), reads).rows == 30
+
+
+def with_key(key: str, value: Any) -> list[Any]:
+    chats = [row["messages"] for row in CHATS]
+    return [{"messages": [turns[0], {**turns[1], key: value}]} for turns in chats]
+
+
+def test_a_key_that_the_template_does_not_read_is_named(tmp_path: Path) -> None:
+    rows = with_key("function_name", "f")
+    with said() as lines:
+        prepare(tiny.read_as(config(tmp_path, rows)), SPEC, "train")
+    assert any("key function_name" in line for line in lines)
+    reads = helpers.spec(helpers.CHATML.replace("content']", "content'] ~ message.function_name"))
+    with said() as lines:
+        describe(tiny.read_as(config(tmp_path, rows)), reads)
+    assert not any("function_name" in line for line in lines)
 
 
 @pytest.mark.parametrize("mark", ["train", "weight"])
@@ -208,26 +182,26 @@ def test_a_part_of_a_message_that_is_not_trained_rejects_the_row(mark: str, tmp_
 
 def test_what_the_first_look_did_not_see_stops_the_preparation(tmp_path: Path) -> None:
     rows = [
-        {"question": "why", "answer": f"a{n}", **({"topic": f"t{n}"} if n in (60, 70) else {})}
+        {"question": "why", "answer": f"a{n}", **({"rejected": f"t{n}"} if n in (60, 70) else {})}
         for n in range(900)
     ]
     given = config(tmp_path, rows)
     first, dry, run = refusals(given)
     assert first == ""
     assert dry == run
-    assert "data.train.0: alpaca rows do not use column 'topic' (such as \"t" in run
-    fields = {"instruction": "question", "output": "answer", "topic": "none"}
+    assert "data.train.0: column 'rejected' (such as \"t" in run
+    fields = {"instruction": "question", "output": "answer", "rejected": "none"}
     assert refusals(config(tmp_path, rows, fields=fields)) == [""] * 3
 
 
 def test_columns_of_parquet_are_looked_at_although_they_are_not_read(tmp_path: Path) -> None:
-    rows = with_column(QUESTIONS, topic=("a", "b"), picked=(1, 2))
+    rows = with_column(QUESTIONS, rejected=("a", "b"), picked=(1, 2))
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     source = {"path": str(tmp_path / "a.parquet"), "format": "alpaca"}
     fields = {"instruction": "question", "output": "answer"}
     given = helpers.config(tmp_path / "runs", source | {"fields": fields})
-    assert "column 'topic'" in refusals(given)[0]
-    answered = helpers.config(tmp_path / "runs", source | {"fields": fields | {"topic": "none"}})
+    assert "column 'rejected'" in refusals(given)[0]
+    answered = helpers.config(tmp_path / "runs", source | {"fields": fields | {"rejected": "none"}})
     assert refusals(answered) == [""] * 3
 
 
@@ -246,12 +220,12 @@ def test_an_answer_changes_no_store_and_no_group(tmp_path: Path, tiny_spec: Toke
 
 
 @pytest.mark.parametrize(
-    "name", ["Kategorie ", "a\tb\n  c", "it's: {a}", "yes", "Über", "=", "Ja, nein"]
+    "name", ["Label ", "a\tlabel\n  c", "label's: {a}", "Label: Ü", "= label", "Ja, label"]
 )
 def test_the_printed_setting_works_for_any_name(name: str, tmp_path: Path) -> None:
     rows = with_column(TEXTS, **{name: ("one", "two")})
     line = refusals(config(tmp_path, rows))[0]
     assert "\n" not in line
-    setting = shlex.split(line.rpartition("leave it out with ")[2])[0]
+    setting = shlex.split(line.rpartition("the texts alone with ")[2])[0]
     changes = command_line.parse(["x.yaml", setting], usage="", options=[]).changes()
     assert refusals(override(config(tmp_path, rows), changes)) == [""] * 3

@@ -110,7 +110,8 @@ def test_held_out_sources_are_looked_at_too(tmp_path: Path) -> None:
     good = project.make_corpus(tmp_path / "good.jsonl", 3)
     lines({"x": "text"})(tmp_path / "bad.jsonl")
     message = refusal(config(tmp_path, str(good), eval=[str(good), str(tmp_path / "bad.jsonl")]))
-    assert message.startswith("data.eval.1: none of the 1 rows read can be used; ")
+    assert message.startswith("data.eval.1: ")
+    assert "bad.jsonl:1: no format has these columns" in message
 
 
 @pytest.mark.parametrize("place", [0, 20, 39])

@@ -1,5 +1,6 @@
 """Weights, mixing and the draw of held-out rows."""
 
+import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +108,25 @@ def test_held_out_rows_are_drawn_from_seed_and_content_alone(
     assert {row for row in rows(again, tiny_spec, "eval") if row.startswith("a")} == set(held_out)
     reseeded = helpers.config(tmp_path / "runs", text(a), eval_fraction=0.1, seed=1)
     assert set(rows(reseeded, tiny_spec, "eval")) != set(held_out)
+
+
+def test_each_of_several_sources_has_a_held_out_row(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
+    mails = tmp_path / "mails.csv"
+    with mails.open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([f"m{n}\n\nand\nmore"] for n in range(30))])
+    few = corpus(tmp_path / "few.jsonl", "f", 9)
+    sources = [text(corpus(tmp_path / "a.jsonl", "a", 3000)), text(mails), text(few)]
+
+    def config(*sources: Any) -> Config:
+        return helpers.config(tmp_path / "runs", *sources, eval_fraction=0.004)
+
+    train, held_out = (rows(config(*sources), tiny_spec, split) for split in ("train", "eval"))
+    assert Counter(row[0] for row in held_out) == {"a": 15, "m": 1}
+    assert Counter(row[0] for row in train) == {"a": 2985, "m": 29, "f": 9}
+    both = config(sources[0], text(corpus(tmp_path / "b.jsonl", "b", 3000)))
+    assert "shares" not in plan_here(both, tiny_spec, "eval").inputs(), "existing stores stay"
 
 
 @pytest.mark.parametrize(

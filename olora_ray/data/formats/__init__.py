@@ -5,9 +5,20 @@ from functools import cache
 from typing import Any
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.section import is_auto
+from olora_ray.config.section import Source, is_auto
 from olora_ray.config.tables import FORMATS
-from olora_ray.data.formats.format import EXAMPLES, NONE, Example, Format, Rejected, Row, type_name
+from olora_ray.data.formats.format import (
+    EXAMPLES,
+    NONE,
+    Chat,
+    Completion,
+    Example,
+    Format,
+    Rejected,
+    Row,
+    columns_in,
+    type_name,
+)
 
 
 @cache
@@ -30,12 +41,16 @@ def field_names(format: str) -> tuple[str, ...]:
 
 
 def to_example(
-    format: str, columns: Any, fields: Mapping[str, str], as_chat: bool = False
+    format: str,
+    columns: Any,
+    fields: Mapping[str, str],
+    as_chat: bool = False,
+    source: Source | None = None,
 ) -> Example:
     """Read a raw row in `format`; raise Rejected if it cannot be used.
 
     `columns` may be a Rejected instead of a row: the reader could not read it. `as_chat` turns a prompt and its
-    completion into a chat.
+    completion into a chat. `source` has what a source may say beside format and fields: roles, labels, system, markup.
     """
     if isinstance(columns, Rejected):
         raise columns
@@ -45,14 +60,29 @@ def to_example(
         )
     known = format_named(format)
     try:
-        example = known.read(Row(columns, {**dict.fromkeys(known.asked, NONE), **fields}, as_chat))
+        row = Row(columns, {**dict.fromkeys(known.asked, NONE), **fields}, as_chat)
+        if source:
+            markup = "none" if is_auto(source.markup) else source.markup
+            row = row._replace(roles=source.roles, labels=source.labels, markup=markup)
+        example = known.read(row)
     except RecursionError:
         raise Rejected("wrong_type", "nested too deeply") from None
     if not isinstance(example, EXAMPLES[known.makes]):
         raise TypeError(
             f"format {format} says makes={known.makes!r}, but read() returns {type(example).__name__}"
         )
+    if source and source.system:
+        return _with_system(example, source.system)
     return example
+
+
+def _with_system(example: Example, system: str) -> Example:
+    if isinstance(example, Completion):
+        raise Rejected("no_chat", "system needs a chat: set chat: true, or remove system")
+    if not isinstance(example, Chat) or example.messages[0]["role"] in ("system", "developer"):
+        return example
+    first = {"role": "system", "content": system}
+    return example._replace(messages=(first, *example.messages))
 
 
 def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
@@ -69,14 +99,17 @@ def check_fields(format: str, fields: Mapping[str, str], where: str) -> None:
 
 
 def columns_of(format: str, fields: Mapping[str, str]) -> list[str]:
+    """Return the top-level columns that a format reads with these fields."""
     known = format_named(format)
-    return [
-        fields.get(name, name) for name in known.names if name in fields or name not in known.asked
-    ]
+    columns: dict[str, None] = {}
+    for name in known.names:
+        if name in fields or name not in known.asked:
+            columns |= dict.fromkeys(columns_in(fields.get(name, name)))
+    return list(columns)
 
 
 def column_of(name: str, fields: Mapping[str, str]) -> str:
-    """Return the column of a name that need not be a field, also if the format is to leave it out."""
+    """Return what `fields` says for a name that need not be a field; its own column if that is left out."""
     column = fields.get(name)
     if column is None or column == NONE:
         return name

@@ -3,6 +3,10 @@
 from olora_ray.data.formats.chat import ANSWERS, SYSTEM, question_answer, sequence, to_chat
 from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
 
+# In German, Spanish, French, Italian and Chinese.
+FOREIGN_QUESTIONS = ("frage", "pregunta", "domanda", "问题")
+FOREIGN_ANSWERS = ("antwort", "respuesta", "réponse", "risposta", "答案", "回答")
+
 
 def read(row: Row) -> Example:
     instruction = row.text("instruction")
@@ -32,9 +36,19 @@ FORMAT = Format(
     read,
     makes="chat",
     fields=(
-        Field("instruction", ("prompt", "question", "query", "problem", "user"), needed=True),
+        Field(
+            "instruction",
+            ("prompt", "question", "query", "problem", "user", "inputs", *FOREIGN_QUESTIONS),
+            ("document", "dialogue", "article", "text", "content", "context"),
+            needed=True,
+        ),
         Field("input", ("context", "article", "passage")),
-        Field("output", ("answer", "response", "completion", *ANSWERS), needed=True),
+        Field(
+            "output",
+            ("answer", "response", "completion", *ANSWERS, *FOREIGN_ANSWERS),
+            ("summary", "highlights", "abstract"),
+            needed=True,
+        ),
         SYSTEM,
         Field("history"),
     ),

@@ -5,13 +5,13 @@ from typing import Any
 
 from olora_ray.data.formats.chat import (
     CALL,
-    SHAREGPT_ROLES,
     SYSTEM,
     TURNS,
     after_system,
     parsed,
     sequence,
     to_chat,
+    with_roles,
     without_nulls,
 )
 from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
@@ -20,7 +20,7 @@ from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
 def read(row: Row) -> Example:
     role = row.column("from")
     content = row.column("value")
-    given = sequence(row.value("conversations"), "conversations")
+    given = with_roles(row, sequence(row.value("conversations"), "conversations"), role)
     # Entries that are no turns stay as they are, for `to_chat` to reject.
     turns = [_renamed(turn, number, role, content) for number, turn in enumerate(given, 1)]
     return to_chat(after_system(row, turns, role, content), row.optional("tools"), role, content)
@@ -29,10 +29,13 @@ def read(row: Row) -> Example:
 def _renamed(turn: Any, number: int, role: str, content: str) -> Any:
     if not isinstance(turn, Mapping) or not isinstance(turn.get(role), str):
         return turn
-    if turn[role] != CALL:
-        return {**turn, role: SHAREGPT_ROLES.get(turn[role], turn[role])}
-    problem = f"message {number}: the value of a {CALL} is not JSON text of {{name, arguments}}"
     value = turn.get(content)
+    if turn[role] != CALL:
+        if isinstance(value, Mapping) and "content" in value:  # LangChain's {type, data: {content}}
+            kept = {key: value[key] for key in ("tool_calls", "tool_call_id") if value.get(key)}
+            return {**kept, role: turn[role], content: value["content"]}
+        return turn
+    problem = f"message {number}: the value of a {CALL} is not JSON text of {{name, arguments}}"
     if isinstance(value, str):
         calls = parsed(value, problem)
     else:
@@ -53,8 +56,8 @@ FORMAT = Format(
     makes="chat",
     fields=(
         Field("conversations", ("conversation", "messages", *TURNS), needed=True),
-        Field("from", ("role", "speaker"), in_turn=True),
-        Field("value", ("content", "text"), in_turn=True),
+        Field("from", ("role", "speaker", "type"), in_turn=True),
+        Field("value", ("content", "text", "parts", "message", "data"), in_turn=True),
         SYSTEM,
         Field("tools"),
     ),

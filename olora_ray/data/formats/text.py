@@ -4,16 +4,17 @@ from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row,
 
 
 def read(row: Row) -> Example:
-    text = row.text("text")
+    text = ""
+    if row.columns.get(row.column("text"), "") is not None:
+        text = row.text("text")
     if not text.strip():
         raise Rejected("empty_text", f"field {row.column('text')!r} is empty")
     return Text(text)
 
 
-FORMAT = Format(
+TEXT = Field(
     "text",
-    read,
-    makes="text",
-    fields=(Field("text", ("content", "document", "body", "article", "passage"), needed=True),),
-    rules=2,
+    ("content", "document", "body", "article", "passage", "code", "sentence"),
+    needed=True,
 )
+FORMAT = Format("text", read, makes="text", fields=(TEXT,), rules=2)
