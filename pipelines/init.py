@@ -417,7 +417,7 @@ def _estimated(file: File) -> float:
 def _labels(answers: "Counter[str]", rows: int) -> list[str]:
     """Return the answers, the most frequent first, if they are labels: few and short ones, each in many rows."""
     labels = [label for label, _ in answers.most_common()]
-    few = 2 <= len(labels) <= min(MOST_LABELS, rows / 10)
+    few = 2 <= len(labels) <= min(MOST_LABELS, rows / 20)
     if few and all(len(label.split()) <= 5 for label in labels):
         return labels
     return []

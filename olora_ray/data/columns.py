@@ -188,8 +188,12 @@ def unclear(where: str, source: Source, read: Sequence[tuple[Any, Example]]) -> 
             if decides(source.format, name, value):
                 of_class = known.makes == "text" and not CLASSES.isdisjoint(_words(name))
                 if of_class and isinstance(value, str | int):
-                    return _of_class(where, source, name, rows)
-                return _undecided(where, source, name, kind, rows)
+                    return _of_class(where, source, name, value, rows)
+                why = f"{kind} {name!r} may decide what its row means"
+                end = f"set {name}: none in {where}.fields to train without it"
+                if known.has_turns:
+                    return Unclear(f"{where}: {why}: what does it mean? {described(rows)}; {end}")
+                return which(where, why, rows, f", or {end}")
             if kind == "column" and not _repeats(value, row, source):
                 left.setdefault(name, []).append(value)
     if known.makes == "text":
@@ -224,22 +228,18 @@ def _repeats(value: Any, row: Any, source: Source) -> bool:
     return joined or texts.issubset(seen)
 
 
-def _undecided(
-    where: str, source: Source, name: str, kind: str, rows: Sequence[Mapping[Any, Any]]
-) -> UserError:
-    why = f"{kind} {name!r} may decide what its row means, and {source.format} rows do not use it"
-    return which(where, why, rows, f", or set {name}: none in the fields to train without it")
-
-
 def _of_class(
-    where: str, source: Source, name: str, rows: Sequence[Mapping[Any, Any]]
+    where: str, source: Source, name: str, value: Any, rows: Sequence[Mapping[Any, Any]]
 ) -> UserError:
     text = source.fields.get("text", "text")
     answer = fields(where, {"instruction": text, "output": name})
     alone = fields(where, {**source.fields, name: NONE})
+    named = ""
+    if isinstance(value, int):
+        named = f" and names for its numbers, {where}.labels={{{name}: [NAME, NAME]}}"
     return Unclear(
-        f"{where}: is column {name!r} the answer to the text? {described(rows)}; train it as the answer with {answer},"
-        f" or the texts alone with {alone}"
+        f"{where}: is column {name!r} the answer to the text? {described(rows)}; train it as the answer with {answer}"
+        f"{named}, or the texts alone with {alone}"
     )
 
 
