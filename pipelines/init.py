@@ -32,7 +32,7 @@ import yaml
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
 from olora_ray.config import command_line
-from olora_ray.config.load import Dumper, build, changed, override
+from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data import detect
@@ -177,12 +177,15 @@ def _is_model(word: str) -> bool:
 
 
 def _config(given: Config) -> str:
-    config = _with_first_rows(command_line.resolved(given, Path.cwd()))
+    config = command_line.resolved(given, Path.cwd())
     train = [*given.data.train]
     looks = []
     rejected: list[dict[str, Any]] = []
     for number, source in enumerate(config.data.train):
         look = Look(source)
+        first = first_rows(source.path, f"data.train.{number}.path")
+        if first:
+            source = source.model_copy(update={"path": first})
         # A hub that does not answer: the run looks at the rows.
         if not source.path.startswith("hf://"):
             look = _look(source, number, config.run.storage, train[number].path)
@@ -254,17 +257,6 @@ def _config(given: Config) -> str:
     if "max_rejected" in given.data.model_fields_set:
         fields["allowed"] = f"\n  max_rejected: {given.data.max_rejected:g}"
     return CONFIG.format(**fields, **_pace(rows))
-
-
-def _with_first_rows(config: Config) -> Config:
-    """Return the config with files of first rows in place of the data sets of a hub that answers."""
-    changes = {}
-    for number, source in enumerate(config.data.train):
-        setting = f"data.train.{number}.path"
-        first = first_rows(source.path, setting)
-        if first:
-            changes[setting] = first
-    return override(config, changes)
 
 
 def _pace(rows: int) -> dict[str, object]:

@@ -71,14 +71,14 @@ def _problems(space: Space, config: Config, where: str) -> Iterator[str]:
             yield f"search.{field}: auto is decided once for all trials; name values, or set auto in the config"
         if space.trials_per_worker > 1 and not field.startswith(SAME_BASE):
             yield f"search.{field}: trials_per_worker > 1 allows only adapter.* and train.* here"
-    base = _override(config, {**NO_GATE, **space.set}, f"{where}: set")
+    base = _applied(config, {**NO_GATE, **space.set}, f"{where}: set")
     # The trials themselves, as far as it takes a second. Those of Optuna are not known, so draws of the same space.
     count = 200
     if space.searcher != "tpe":
         count = min(space.count(), count)
     for number in range(count):
         changes = space.values(space.drawn(number))
-        trial = _override(base, changes, f"{where}: search")
+        trial = _applied(base, changes, f"{where}: search")
         # The config turns the text '8' into the number 8, but a search compares values as the file has them.
         for field, value in changes.items():
             taken = at(trial, field)
@@ -111,7 +111,7 @@ def _metric_problems(space: Space, config: Config) -> Iterator[str]:
         yield f"metric: train.objective={objective} has no perplexity; use eval/loss"
 
 
-def _override(config: Config, changes: Draws, where: str) -> Config:
+def _applied(config: Config, changes: Draws, where: str) -> Config:
     try:
         return override(config, changes)
     except UserError as error:
