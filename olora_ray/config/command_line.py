@@ -42,7 +42,7 @@ from olora_ray.config.load import (
     validated,
 )
 from olora_ray.config.nights import Condition
-from olora_ray.config.schema import AnyConfig, Config, Data, EvaluationConfig
+from olora_ray.config.schema import TEMPLATES, AnyConfig, Config, Data, EvaluationConfig
 from olora_ray.config.section import AnySection, NameIn, Section, Source, described
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
@@ -203,7 +203,7 @@ def resolved(config: Resolved, folder: Path = Path()) -> Resolved:
     if start:
         start = job_path(start, folder, "train.start")
     template = config.data.chat_template
-    if template not in (None, "plain"):
+    if template and template not in TEMPLATES:
         template = absolute(template, folder, "data.chat_template")
     if isinstance(config, Config) and isinstance(config.gate.guard, tuple):
         guard = tuple(

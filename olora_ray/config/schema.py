@@ -327,6 +327,10 @@ class Model(Section):
     """Run the Python code that comes with a hub model. Keep false unless you have read that code."""
 
 
+TEMPLATES = ("plain", "chatml", "chatml-tools", "gemma", "llama3")
+"""Values of data.chat_template that are no files (data/templates)."""
+
+
 class Data(Section):
     """The sources of the rows, and how rows become sequences."""
 
@@ -347,7 +351,8 @@ class Data(Section):
     """Put several examples in one sequence; attention stays within each example. auto: true, unless another part of the
     model, such as a convolution or a state, would mix neighbouring examples."""
     chat_template: str | None = None
-    """Chat template instead of the model's own, exported too: a Jinja file, or plain (User: ..., Assistant: ...)."""
+    """Chat template instead of the model's own, exported too: a Jinja file, plain (User: ..., Assistant: ...), or
+    chatml, chatml-tools, gemma or llama3, without a folder or suffix."""
     last_turn_only: bool = False
     """Supervise only the last answer of each chat; earlier answers are context."""
     max_rejected: Share = 0.01

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from olora_ray.common import storage
@@ -275,15 +276,20 @@ def spec_from_pretrained(
     return spec
 
 
+SHIPPED = Path(__file__).with_name("templates")
+
+
 def _choose_template(tokenizer: Any, chosen: str) -> None:
     source = plain_template(tokenizer)
     if chosen != chat_template.PLAIN:
         what = f"data.chat_template: {chosen}"
+        shipped = {file.stem: str(file) for file in sorted(SHIPPED.glob("*.jinja"))}
+        place = shipped.get(chosen, chosen)
         with as_user_error(what, OSError, UnicodeDecodeError, reason=short_reason):
-            source = storage.read_text(chosen) if storage.exists(chosen) else ""
+            source = storage.read_text(place) if storage.exists(place) else ""
         if not source.strip():
             raise UserError(
-                f"{what} is missing or empty; name a Jinja file, or {chat_template.PLAIN}"
+                f"{what} is missing or empty; name a Jinja file, {', '.join(shipped)} or {chat_template.PLAIN}"
             )
     tokenizer.chat_template = source
 
