@@ -380,7 +380,7 @@ def test_a_data_set_of_the_hub(
     )
     with pytest.raises(
         UserError,
-        match=r"data.train.0: column 'rejected' .* and prompt_completion rows do not use it",
+        match=r"data.train.0: column 'rejected' may decide what its row means",
     ):
         prepare(marked, tiny_spec, "train")
     both = config.data.train[0].model_copy(update={"path": "hf://org/name?split=train+test"})
