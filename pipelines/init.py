@@ -66,7 +66,8 @@ cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; wor
 {evaluation}registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """
 LABELS = """\
-# The answers are labels: held-out rows are scored by equality, and each answer is as long as the longest label may be.
+# The answers are labels: held-out rows are scored by equality, and the longest label fits. If data.train has a system
+# message, send it with each request, too.
 evaluation: {{scorer: exact_match, max_new_tokens: {longest}}}
 """
 MOST_LABELS = 50
@@ -191,7 +192,9 @@ def _config(given: Config) -> str:
             look = _look(source, number, config.run.storage, train[number].path)
             if look.said:
                 train[number] = train[number].model_copy(update={"fields": look.said})
-            if look.labels and not source.system:
+            # A prompt with its completion is a chat only if the model has a template.
+            is_chat = format_named(look.source.format).makes == "chat"
+            if look.labels and is_chat and not source.system:
                 system = f"Answer with one of: {', '.join(look.labels)}"
                 train[number] = train[number].model_copy(update={"system": system})
         looks.append(look)
@@ -307,7 +310,10 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
             if not sys.stdin.isatty():
                 raise
             print(question)
-            said = {**source.fields, **_answered()}
+            try:
+                said = {**source.fields, **_answered()}
+            except EOFError:
+                raise question from None
             source = source.model_copy(update={"fields": said})
             found = detect.find_format(source, where, storage_root)
         source = found.source

@@ -282,6 +282,23 @@ def test_labels_are_scored_by_equality_and_named_in_the_system_message(
         assert source.fields == {"instruction": "text", "output": "kind"}
 
 
+def test_labels_of_a_prompt_get_no_system_message_because_it_may_be_no_chat() -> None:
+    lines = [{"prompt": f"{n}?", "completion": ["even", "odd"][n % 2]} for n in range(60)]
+    Path("a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = written("a.jsonl")
+    assert found.evaluation.scorer == "exact_match"
+    assert found.data.train[0].system is None
+
+
+def test_a_terminal_that_closes_gets_the_question_as_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("asked.jsonl").write_text('{"ticket": "a", "reply_of_agent": "b"}\n' * 40)
+    monkeypatch.setattr("sys.stdin", Terminal("ticket\n"))
+    with refused("which column is the answer?"):
+        init.main(["asked.jsonl"])
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
