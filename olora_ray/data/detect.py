@@ -147,8 +147,10 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
         problem = why.message if why else "no format has these columns"
         raise columns.which(where, f"{file.uri}:{position + 1}: {problem}", read)
     unfit = source.unfit(reading.format)
+    if unfit and said:
+        unfit += f"; {said}"
     if unfit:
-        raise UserError(f"{where}.{unfit}; {said}".removesuffix("; "))
+        raise UserError(f"{where}.{unfit}")
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
     _require_clear(where, known, zip(read, reading.examples, strict=True))
     left: dict[str, Any] = {}
@@ -295,13 +297,6 @@ class Interpretation:
     @property
     def used(self) -> int:
         return len(self.examples) - self.examples.count(None)
-
-    def settings(self) -> str:
-        settings = f"format: {self.format}"
-        if self.fields:
-            shown = ", ".join(f"{field}: {column}" for field, column in self.fields.items())
-            settings += f", fields: {{{shown}}}"
-        return settings
 
 
 def find(

@@ -333,8 +333,9 @@ class StoreBuild:
                 for rows in self._rows():
                     apart.meet(rows)
         else:
-            work = (self._job, self._status, self._limits, self._stop.is_set)
-            if not make(*work, cpus_held, apart, judged):
+            stopped = self._stop.is_set
+            made = make(self._job, self._status, self._limits, stopped, cpus_held, apart, judged)
+            if not made:
                 return
             _say(self._job.plan.split, self.store.manifest)
         if apart:

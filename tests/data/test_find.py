@@ -12,29 +12,34 @@ QUESTION = {"question": "q", "answer": "a"}
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("row", "format", "fields"),
     [
         (
             {"Question": "q", "completion": "a"},
-            "format: prompt_completion, fields: {prompt: Question}",
+            "prompt_completion",
+            {"prompt": "Question"},
         ),
         (
             {"prompt": "q", "completion": "a", "context": "c"},
-            "format: alpaca, fields: {instruction: prompt, output:",
+            "alpaca",
+            {"instruction": "prompt", "output": "completion", "input": "context"},
         ),
         (
             {"instruction": "q", "output": "a", "tools": "[{}]"},
-            "format: prompt_completion, fields: {prompt: instruct",
+            "prompt_completion",
+            {"prompt": "instruction", "completion": "output"},
         ),
-        ({"conversations": TURNS, "messages": MESSAGES}, "format: messages"),
-        ({"problem": "p", "solution": "s", "messages": MESSAGES}, "format: messages"),
-        ({"content": "some text"}, "format: text, fields: {text: content}"),
+        ({"conversations": TURNS, "messages": MESSAGES}, "messages", {}),
+        ({"problem": "p", "solution": "s", "messages": MESSAGES}, "messages", {}),
+        ({"content": "some text"}, "text", {"text": "content"}),
     ],
 )
-def test_what_is_found_reads_the_row(row: dict[str, Any], expected: str) -> None:
+def test_what_is_found_reads_the_row(
+    row: dict[str, Any], format: str, fields: dict[str, str]
+) -> None:
     found = find([row], {})
     assert found is not None
-    assert found.settings().startswith(expected)
+    assert (found.format, found.fields) == (format, fields)
     assert found.used == 1
 
 
@@ -74,25 +79,23 @@ def test_nothing_is_found_that_does_not_help(row: Any, reason: str | None) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "chat", "expected"),
+    ("given", "chat", "fields"),
     [
-        (
-            {"prompt": "question"},
-            "auto",
-            "format: prompt_completion, fields: {prompt: question, completion: answer}",
-        ),
+        ({"prompt": "question"}, "auto", {"prompt": "question", "completion": "answer"}),
         (
             {"output": "question", "instruction": "answer"},
             "auto",
-            "fields: {instruction: answer, output: question}",
+            {"instruction": "answer", "output": "question"},
         ),
-        ({"question": "none"}, "auto", "None"),
-        ({}, False, "format: prompt_completion, fields: {prompt: question, completion: answer}"),
+        ({"question": "none"}, "auto", None),
+        ({}, False, {"prompt": "question", "completion": "answer"}),
     ],
 )
-def test_what_a_source_sets_stays(given: dict[str, str], chat: Any, expected: str) -> None:
+def test_what_a_source_sets_stays(
+    given: dict[str, str], chat: Any, fields: dict[str, str] | None
+) -> None:
     found = find([QUESTION], given, chat)
-    assert (found.settings() if found else "None").endswith(expected)
+    assert (found.fields if found else None) == fields
 
 
 def test_rows_that_are_far_fewer_do_not_decide() -> None:
