@@ -46,8 +46,8 @@ KNOWN = {
     for name in (field.name, *field.other_names, *field.last_names)
 } - {field.name for format in own_formats() for field in format.fields if field.in_turn}
 """Names of fields in this and other tools."""
-TOKENIZED = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}
-"""Columns that a tokenizer writes beside a text."""
+WRITTEN = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "olora_ray"}
+"""Columns that a tokenizer writes beside a text, and what `olora-ray follow --rows` notes about a row."""
 LEFT = "left\t"
 """Beginning of the note of a column or key that is left out."""
 LONG = 20
@@ -65,6 +65,8 @@ def decides(format: str, name: str, value: Any) -> bool:
         deciding = DECIDES | CLASSES
     elif not known.has_turns:
         deciding = DECIDES | CHOICES
+        if re.fullmatch("[A-Ea-e]", name):  # the columns of C-Eval's choices
+            return True
     return not deciding.isdisjoint(words) or any(map(MEDIA.match, _texts(value)))
 
 
@@ -102,7 +104,7 @@ def _unread(
     if isinstance(row, Mapping):
         for column, value in row.items():
             name = str(column)
-            known = name in used or name in source.fields or name in TOKENIZED
+            known = name in used or name in source.fields or name in WRITTEN
             if not known and value not in EMPTY:
                 yield "column", name, value
     if isinstance(example, Chat):
@@ -209,7 +211,9 @@ def unclear(where: str, source: Source, read: Sequence[tuple[Any, Example]]) -> 
                 isinstance(value, str) for value in values
             ):
                 return which(where, f"column {name!r} is a second answer", rows)
-        return _of_context(where, source, left, rows)
+        # A format of a package has fields of its own, so no line can be proposed.
+        if known in own_formats():
+            return _of_context(where, source, left, rows)
     return None
 
 
@@ -246,7 +250,8 @@ def _of_class(
 def _of_context(
     where: str, source: Source, left: Mapping[str, Sequence[Any]], rows: Sequence[Mapping[Any, Any]]
 ) -> UserError | None:
-    question = source.fields.get("instruction") or source.fields.get("prompt") or "instruction"
+    needed = format_named(source.format).needed
+    question, answer = [source.fields.get(name, name) for name in needed]
     most = max(LONG, words_of([row.get(question) for row in rows]))
     texts = _names("text", "text")
     long = [
@@ -256,21 +261,18 @@ def _of_context(
     ]
     if not long:
         return None
-    if len(long) > 1 or "input" in source.fields:
+    if len(long) > 1 or "input" in source.fields or not isinstance(left[long[0]][0], str):
         names = " and ".join(map(repr, long))
-        return which(where, f"the answer may rest on {names}, and no field reads them", rows)
-    with_it = fields(where, {**_asked(source), "input": long[0]})
-    without = fields(where, {**_asked(source), long[0]: NONE})
+        return which(where, f"the answer may rest on {names}, and no field reads it", rows)
+    # An alpaca row has a field for it, a prompt with its completion has none.
+    said = {"instruction": question, "output": answer, "input": long[0]}
+    others = {name: source.fields[name] for name in source.fields if name not in needed}
+    with_it = fields(where, {**said, **others})
+    without = fields(where, {**source.fields, long[0]: NONE})
     return Unclear(
         f"{where}: does the answer rest on column {long[0]!r}? {described(rows)}; if it does, {with_it};"
         f" if not, {without}"
     )
-
-
-def _asked(source: Source) -> dict[str, str]:
-    return {
-        name: column for name, column in source.fields.items() if name != column or column == NONE
-    }
 
 
 def of_pairs(where: str, rows: Sequence[Mapping[Any, Any]]) -> UserError | None:
@@ -313,12 +315,11 @@ def described(rows: Sequence[Mapping[Any, Any]]) -> str:
 
 
 def words_of(values: Iterable[Any]) -> float:
-    """Return the median number of words of texts and lists of texts; JSON and addresses have none."""
+    """Return the median number of words of texts, also inside of lists and objects; JSON and addresses have none."""
     counts = []
     for value in values:
-        parts = value if isinstance(value, list) else [value]
-        texts = [part for part in parts if isinstance(part, str)]
-        if texts and not texts[0].lstrip().startswith(("{", "[", "http")):
+        texts = [*_texts(value)]
+        if texts and not texts[0].startswith(("{", "[", "http")):
             counts.append(sum(len(text.split()) for text in texts))
     return median(counts) if counts else 0
 

@@ -4,10 +4,12 @@ tests/tokens/test_columns.py shows what a run does about them.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.section import Source
@@ -51,6 +53,8 @@ STOPS: list[tuple[dict[str, Any], str, Any]] = [
     (QUESTION, "rejected_response", "no"),
     (QUESTION, "response", "It is at the customs office."),
     (QUESTION, "options", ["here", "there"]),
+    (QUESTION, "B", "at the customs office"),
+    (QUESTION, "table", {"header": ["place"], "rows": [LONG]}),
     (QUESTION, "loss_mask", [0, 1]),
     (CHAT, "rejected", "no"),
     (CHAT, "weight", 0.5),
@@ -129,6 +133,21 @@ def test_a_long_text_may_be_what_the_answer_rests_on_and_both_lines_are_right(
     asked = "instruction: question, output: answer"
     assert f"'data.train.0.fields={{{asked}, input: ticket}}'" in line
     assert f"'data.train.0.fields={{{asked}, ticket: none}}'" in line
+
+
+def test_the_lines_about_a_long_text_are_right_for_a_prompt_and_its_completion(
+    tmp_path: Path,
+) -> None:
+    row = {"prompt": "Where is it?", "response": "Here."}
+    with pytest.raises(UserError) as caught:
+        looked_at(tmp_path, row, ticket=LONG)
+    proposed = re.findall(r"fields=({.*?})'", str(caught.value))
+    read = []
+    for line in proposed:
+        given = Source(path=str(tmp_path / "rows.jsonl"), fields=yaml.safe_load(line))
+        found = detect.find_format(given, "data.train.0", str(tmp_path)).source
+        read.append("ticket" in found.fields.values())
+    assert read == [True, False]
 
 
 def test_no_column_is_proposed_by_its_place(tmp_path: Path) -> None:

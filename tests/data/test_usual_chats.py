@@ -82,7 +82,7 @@ def gemini(role: str, text: str) -> dict[str, Any]:
             [SYSTEM, *QA],
         ),
         ({"conversations": [Q, A], "source": "x"}, QA),
-        ({"data": [Q, A, Q, A]}, QA * 2),
+        ({"id": "7", "data": [Q, A, Q, A]}, QA * 2),
         ({"conversation": [{"input": Q, "output": A}, {"input": Q, "output": A}]}, QA * 2),
         ({"dialogue": [[Q, A]], "system": "Be kind."}, [SYSTEM, *QA]),
         ({"messages": [turn("assistant", "Hello"), *TURNS]}, [("assistant", "Hello"), *QA]),

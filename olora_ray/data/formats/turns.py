@@ -43,9 +43,7 @@ FORMAT = Format(
     read,
     makes="chat",
     fields=(
-        Field(
-            "turns", ("conversation", "conversations", "data", "dialogue", "dialog"), needed=True
-        ),
+        Field("turns", ("conversation", "conversations", "dialogue", "dialog"), needed=True),
         SYSTEM,
     ),
 )
