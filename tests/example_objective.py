@@ -17,16 +17,16 @@ import torch
 from olora_ray.train.objectives.objective import Objective
 
 
-def _each(model, batch):
+def _each(model, batch, whole):
     losses = model(batch, each=True)
-    means = torch.stack([part.mean() for part in losses.split(batch.examples)])
+    means = torch.stack([part.mean() for part in losses.split(batch.segments)])
     return torch.stack([means, (means.detach() > 3.0).float()], dim=1)
 
 
 OBJECTIVE = Objective(
     name="examples",
-    loss=lambda model, batch, whole: _each(model, batch).sum(0),
-    each=lambda model, batch: _each(model, batch).double(),
+    loss=lambda model, batch, whole: _each(model, batch, whole).sum(0),
+    each=lambda *given: _each(*given).double(),
     weight=lambda counts: counts.examples,
     unit="example",
     takes=frozenset({"chat", "completion"}),

@@ -105,6 +105,7 @@ def decided(config: Config | None = None, **changes: Any) -> DecidedConfig:
     values: dict[str, Any] = {
         "data.max_length": 512,
         "data.packing": True,
+        "train.objective": "tokens",
         "train.micro_batch": 4,
         "train.activation_checkpointing": False,
         "cluster.workers": 2,

@@ -35,6 +35,7 @@ from olora_ray.config.decided import (
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data.formats import format_named
+from olora_ray.data.formats.format import MAY_BE_CHATS
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
@@ -48,6 +49,7 @@ WORKERS = "cluster.workers"
 GPUS = "cluster.gpus_per_worker"
 LENGTH = "data.max_length"
 PACKING = "data.packing"
+OBJECTIVE = "train.objective"
 ENOUGH = 2**15
 """Tokens of a micro-batch above which no GPU is faster, so that `auto` has no more."""
 ON_CPUS = 4
@@ -97,6 +99,9 @@ def decide_data(
         decisions[LENGTH] = kept.decision(LENGTH) or _length(config, facts.lengths)
     if is_auto(config.data.packing):
         decisions[PACKING] = kept.decision(PACKING) or _packing(spec.apart)
+    if is_auto(config.train.objective):
+        decided = with_values(config, Config, values_of(decisions))
+        decisions[OBJECTIVE] = kept.decision(OBJECTIVE) or _objective(decided)
     return DataDecisions(with_values(config, DataConfig, values_of(decisions)), decisions)
 
 
@@ -136,7 +141,7 @@ def _of_sources(
             decisions[f"{setting}.format"] = decision
             decisions[f"{setting}.fields"] = fields
         # The rows of other formats have one form alone, and most of them refuse a choice.
-        if is_auto(source.chat) and format_named(format_name).makes == "completion":
+        if is_auto(source.chat) and format_named(format_name).makes in MAY_BE_CHATS:
             why = "the model has a chat template"
             if not spec.has_template:
                 why = "the model has no chat template"
@@ -172,6 +177,13 @@ def length_of(config: AnyConfig) -> int:
             "data.max_length: auto works only in finetune, sweep and retrain; set the number from their log"
         )
     return length
+
+
+def _objective(config: AnyConfig) -> Decision:
+    for setting, source in _sources(config).items():
+        if not is_auto(source.format) and format_named(source.format).makes == "pair":
+            return Decision("pairs", f"rows of {setting} are preference pairs")
+    return Decision("tokens", "no rows are preference pairs")
 
 
 def _packing(apart: str | None) -> Decision:
@@ -235,6 +247,8 @@ def decide_evaluation(
     decisions[LENGTH] = Decision(length_of(config), "")
     if is_auto(config.data.packing):
         decisions[PACKING] = _packing(None if spec is None else spec.apart)
+    if is_auto(config.train.objective):
+        decisions[OBJECTIVE] = _objective(config)
     values: dict[str, Any] = values_of(decisions) | {RECOMPUTE: False}
     if is_auto(config.train.micro_batch):
         values[MICRO] = ON_CPUS

@@ -12,7 +12,7 @@ from olora_ray.config.tables import METHODS, OPTIMIZERS
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.objectives.objective import objective_of
 
 IN_WINDOWS = 512
 """Shards above which earlier versions drew a pass in windows. The identity of such a store names its order, so that no
@@ -55,7 +55,7 @@ class TrainSpec:
             "adapter": self.config.adapter.identity(),
         }
         identity |= self._packed()
-        identity |= objective_named(self.config.train.objective).identity()
+        identity |= objective_of(self.config.train).identity()
         identity["optimizer"] = OPTIMIZERS.identity(self.config.train.optimizer)
         if self.start:
             identity["start"] = self.start

@@ -6,8 +6,9 @@ another group, which resumes from the newest checkpoint.
 import contextlib
 import logging
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -20,7 +21,14 @@ from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Saved, Started, give_signs_of_life, sent_to
 from olora_ray.cluster.failures import advice_for_memory
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
-from olora_ray.cluster.start import StartingPoint, measure_first_step, self_tested, starting_point
+from olora_ray.cluster.start import (
+    StartingPoint,
+    measure_first_step,
+    named,
+    self_tested,
+    start_adapter,
+    starting_point,
+)
 from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, record_platforms
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
@@ -29,6 +37,7 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump
+from olora_ray.train import reference
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.estimate import peak_of
@@ -108,6 +117,8 @@ class Worker:
         self.attention = start.attention
         self.resumed = start.resumed
         self.state.kinds = record_platforms(self.state.kinds, context.device)
+        if self.trainer.objective.reference:
+            self._give_reference()
         self.evaluator = Evaluator(context, spec, start)
         self.schedule = Schedule(self.config.train, spec.train, self.state.lr)
         # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
@@ -141,6 +152,32 @@ class Worker:
         self._saving = seconds
         self._tell_driver(Saved(step, seconds))
 
+    def _give_reference(self) -> None:
+        """Give the stores the losses before the first step; a resumed run gets those with which it began."""
+        spec = self.spec
+        identity = {
+            "base model": spec.base.digest,
+            "start": spec.start or "",
+            "precision": self.state.precision or "",
+            "attention": self.attention,
+            "sequences at once": str(self.config.train.micro_batch),
+            "quantization": self.config.model.quantization,
+        }
+        vector = self.trainer.flat.vector
+        now = vector.clone()
+        with self.context.activate(self.trainer.adapted):
+            if self.resumed:
+                started = start_adapter(spec)
+                vector.zero_()
+                if started:
+                    self.trainer.flat.load(vector, named(started))
+            for store in filter(None, (spec.train, spec.eval)):
+                store.wait(sys.maxsize)
+                known = self.state.reference.get(store.digest)
+                found = reference.give(self.trainer, store, self.attention, identity, known)
+                self.state.reference[store.digest] = found
+            vector.copy_(now)
+
     def _begin(self) -> None:
         if not self.resumed:
             self._tell_driver(Started(self.context.world))
@@ -162,7 +199,8 @@ class Worker:
             )
             self.state.before = baseline.answers
             if baseline.loss is not None:
-                self._tell(self.evaluator.note(self.state, [baseline.loss]))
+                means = baseline.means or {"loss": baseline.loss}
+                self._tell(self.evaluator.note(self.state, means))
         # A run that has stopped early and is resumed has nothing left to train.
         if self._stale():
             return False
@@ -191,7 +229,7 @@ class Worker:
     def _after_step(self, result: StepResult) -> bool:
         """Evaluate, report and save as due; return whether this was the last step."""
         metrics = {
-            "train/loss": result.loss,
+            **{f"train/{name}": value for name, value in result.means.items()},
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
             "train/tokens_per_second": result.supervised / result.seconds,
@@ -199,7 +237,6 @@ class Worker:
             "train/step_seconds": result.seconds,
             "data/wait_fraction": result.waited / result.seconds,
         }
-        metrics |= {f"train/{name}": value for name, value in result.more.items()}
         if self._peak:
             operations = metrics["train/all_tokens_per_second"] * self._operations
             metrics["train/mfu"] = operations / self._peak
@@ -280,13 +317,13 @@ class Evaluator:
             state.examples = losses
         return self.note(state, means)
 
-    def note(self, state: TrainState, means: Sequence[float]) -> dict[str, float]:
-        """Note an evaluation, and return its metrics; `means` are a loss and the means of `Objective.more`."""
-        if state.note_evaluation(means[0]):
+    def note(self, state: TrainState, means: Mapping[str, float]) -> dict[str, float]:
+        """Note an evaluation, and return its metrics; the first of the means decides which step is the best."""
+        if state.note_evaluation(next(iter(means.values()))):
             self.best = self.trainer.flat.vector.clone()
         return self.trainer.objective.evaluated(means)
 
-    def evaluate(self, step: int, each: bool = False) -> tuple[list[float], list[float]]:
+    def evaluate(self, step: int, each: bool = False) -> tuple[dict[str, float], list[float]]:
         """Return the objective's means after `step` steps, and the losses of parts, with `each` of each example.
 
         Raises UserError if a loss is not finite.
@@ -354,15 +391,15 @@ class Evaluator:
         if baseline is not None:
             return baseline
         logger.info("evaluating before the first step")
-        loss = None
+        loss = means = None
         if self.spec.eval:
             means, _ = self.evaluate(0)
-            loss = means[0]
+            loss = next(iter(means.values()))
         answers = None
         if self.questions:
             started = self.spec.config.train.start
             answers = self.answers("adapter that training starts with" if started else "base model")
-        baseline = Baseline(loss, answers)
+        baseline = Baseline(loss, answers, means)
         if first:
             baseline.write(file, origin)
         return baseline

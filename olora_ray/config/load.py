@@ -370,6 +370,8 @@ RETIRED: dict[str, tuple[Any, str]] = {
 Files of earlier releases name these fields. At its default a removed field is dropped in silence."""
 ADDED: dict[str, Any] = {
     "train.objective": "tokens",
+    "train.beta": 0.1,
+    "train.chosen": 0.0,
     "data.*.roles": {},
     "data.*.labels": {},
     "data.*.system": None,

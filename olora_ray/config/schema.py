@@ -238,8 +238,14 @@ class Train(Section):
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that the same run gives the same bits. Slower; not measured how much."""
-    objective: Annotated[str, NameIn(OBJECTIVES)] = "tokens"
-    """The loss of the training. tokens: the cross-entropy of the supervised tokens, which all count alike."""
+    objective: Annotated[str, NameIn(OBJECTIVES, also=("auto",))] = "auto"
+    """The loss of the training. tokens: the cross-entropy of the supervised tokens, which all count alike. pairs: DPO on
+    preference pairs, also beside rows with answers (docs/preferences.md). auto: pairs if some rows are pairs."""
+    beta: PositiveFloat = 0.1
+    """Only for preference pairs: how fast the margin between both answers, in nats, lowers the loss."""
+    chosen: Annotated[float, Field(ge=0.0)] = 0.0
+    """Only for preference pairs: weight of plain training on the chosen answers beside the pairs; 0.1 keeps the
+    probability of the chosen answers from falling."""
     optimizer: Annotated[str, NameIn(OPTIMIZERS)] = "adamw"
     """preconditioned: AdamW on the gradient of A times (B^T B)^-1 and that of B times (A A^T)^-1, each scaled to length
     1 (as NoRA+, arXiv 2410.18965). spectral: steps that change the weight by a given share of its size, whatever the

@@ -335,7 +335,7 @@ class Source(Section):
             return (
                 f"roles: rows of format {format} have no turns; roles is for messages and sharegpt"
             )
-        joined = rows.makes == "completion" and self.chat is False
+        joined = rows.makes in ("completion", "pair") and self.chat is False
         if self.system and (joined or rows.makes in ("text", "ids")):
             return f"system: rows of format {format} are no chats here; remove system"
         return self.wrong_chat(format)

@@ -151,6 +151,7 @@ def _digest(spec: ModuleSpec) -> str:
 FORMATS = Table(
     "olora_ray.formats",
     {
+        "preference": "olora_ray.data.formats.preference:FORMAT",
         "messages": "olora_ray.data.formats.messages:FORMAT",
         "sharegpt": "olora_ray.data.formats.sharegpt:FORMAT",
         "turns": "olora_ray.data.formats.turns:FORMAT",
@@ -185,6 +186,7 @@ OBJECTIVES = Table(
     "olora_ray.objectives",
     {
         "tokens": "olora_ray.train.objectives.tokens:OBJECTIVE",
+        "pairs": "olora_ray.train.objectives.pairs:OBJECTIVE",
     },
 )
 

@@ -31,6 +31,8 @@ DECIDES = {
     *WORD.findall("image img picture photo screenshot pixel audio video speech"),
 }
 """Words of names of columns that decide what is trained, whatever their values are."""
+PREFERENCES = {*WORD.findall("chosen rejected preferred")}
+"""Words of names of columns beside two answers, such as their scores, that decide nothing."""
 CHOICES = {*WORD.findall("option choice candidate distractor ending")}
 """Words of names of columns to which an answer may refer by a letter or number."""
 CLASSES = {*WORD.findall("label class category sentiment emotion intent")}
@@ -63,6 +65,8 @@ def decides(format: str, name: str, value: Any) -> bool:
     deciding = DECIDES
     if known.makes == "text":
         deciding = DECIDES | CLASSES
+    elif known.makes == "pair":
+        deciding = DECIDES - PREFERENCES
     elif not known.has_turns:
         deciding = DECIDES | CHOICES
         if re.fullmatch("[A-Ea-e]", name):  # the columns of C-Eval's choices
@@ -205,7 +209,7 @@ def unclear(where: str, source: Source, read: Sequence[tuple[Any, Example]]) -> 
                 why = f"column {name!r} stands beside a text"
                 alone = f", or set {name}: none in the fields to train the texts alone"
                 return which(where, why, rows, alone)
-    elif known.makes != "ids" and not known.has_turns:
+    elif known.makes not in ("ids", "pair") and not known.has_turns:
         for name, values in left.items():
             if name.lower().strip() in _names("prompt_completion", "completion") and all(
                 isinstance(value, str) for value in values
@@ -275,12 +279,15 @@ def _of_context(
     )
 
 
-def of_pairs(where: str, rows: Sequence[Mapping[Any, Any]]) -> UserError | None:
-    """Return the question about rows of preferences in no known format; None for other rows."""
+def of_pairs(where: str, source: Source, rows: Sequence[Mapping[Any, Any]]) -> UserError | None:
+    """Return the error about rows with a column of rejected answers that are no pairs; None for other rows."""
     for name in rows[0] if rows else ():
-        if "rejected" in _words(str(name)):
-            return which(
-                where, f"column {str(name)!r} is for preferences, which cannot be trained yet", rows
+        if "rejected" not in _words(str(name)) or name in source.fields:
+            continue
+        if all(row.get(name) in EMPTY for row in rows):
+            line = fields(where, {**source.fields, str(name): NONE})
+            return UserError(
+                f"{where}: column {str(name)!r} has no values; set {line} to train on the chosen answers alone"
             )
     return None
 

@@ -137,15 +137,16 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
         other = find(rows, given, source=source)
         if other is not None:
             raise UserError(f"{where}.{source.wrong_chat(other.format)}")
-        pairs = columns.of_pairs(where, read)
-        if pairs:
-            raise pairs
         why = why_not(looked[0][2], given, source)
         if why and not re.search(r"not (text|a list)\b", why.message):
             raise _unusable(where, looked, why, source)
         file, position, _ = looked[0]
         problem = why.message if why else "no format has these columns"
         raise columns.which(where, f"{file.uri}:{position + 1}: {problem}", read)
+    if format_named(reading.format).makes != "pair":
+        pairs = columns.of_pairs(where, source, read)
+        if pairs:
+            raise pairs
     unfit = source.unfit(reading.format)
     if unfit and said:
         unfit += f"; {said}"
@@ -450,6 +451,8 @@ def _doubt(format: Format, own: set[str]) -> int:
     """Return how little the names of the needed columns say; lower is better."""
     if format.makes == "ids":
         return 4
+    if format.makes == "pair":
+        return -1
     if format.makes == "text":
         return 3
     if own == {"messages"}:

@@ -38,7 +38,16 @@ from olora_ray.data.chat_template import left_out, reasoning, text_of
 from olora_ray.data.encoder import Encoder
 from olora_ray.data.formats import format_named, to_example
 from olora_ray.data.formats.chat import REASONING, SYSTEMS
-from olora_ray.data.formats.format import Chat, Completion, Example, Ids, Rejected, Text
+from olora_ray.data.formats.format import (
+    MAY_BE_CHATS,
+    Chat,
+    Completion,
+    Example,
+    Ids,
+    Pair,
+    Rejected,
+    Text,
+)
 from olora_ray.data.text_files import DELIMITERS
 from olora_ray.data.tokenizer_spec import CALL, TokenizerSpec, end_of_turn
 
@@ -59,6 +68,8 @@ class Tokens(NamedTuple):
     """Same length as `ids`."""
     shortened: bool = False
     """True if the example was too long: these are the tokens that `data.too_long` keeps."""
+    segments: tuple[int, ...] = ()
+    """Tokens of the chosen and of the rejected answer of a pair, each with the prompt; () for any other example."""
 
 
 class Begun(NamedTuple):
@@ -157,6 +168,14 @@ class ExampleTokenizer:
                 return Begun(example, (), first, lambda: self._text(stretches), size)
             case Ids():
                 return Begun(example, (), (), lambda: self._given(example), len(example.ids))
+            case Pair():
+                both = [self.begin(each) for each in example]
+                answers = [answer for begun in both for answer in begun.answers]
+                of_both = [text for begun in both for text in begun.texts]
+                size = sum(begun.size for begun in both)
+                return Begun(
+                    example, answers, of_both, lambda: self._pair(both), size, both[0].marked
+                )
 
     def ahead(self, begun: Sequence[Begun]) -> None:
         """Tokenise the texts of several examples in one batch, which takes less time; then finish each of them."""
@@ -444,6 +463,26 @@ class ExampleTokenizer:
             supervised[span] = True
         return self._checked(ids, supervised, shortened)
 
+    def _pair(self, both: Sequence[Begun]) -> list[Tokens]:
+        chosen, rejected = [begun.finish()[-1] for begun in both]
+        asked = [each.ids[: int(each.supervised.argmax())] for each in (chosen, rejected)]
+        if not np.array_equal(*asked):
+            raise Rejected(
+                "prompts_differ",
+                "the chat template writes the prompt differently before the two answers",
+            )
+        segments = (len(chosen.ids), len(rejected.ids))
+        if chosen.shortened or rejected.shortened or sum(segments) > self._max_length:
+            prompt = len(asked[0])
+            answers = f"chosen {segments[0] - prompt}, rejected {segments[1] - prompt}"
+            raise Rejected(
+                "too_long",
+                f"{sum(segments)} tokens (prompt {prompt} twice, {answers}), more than data.max_length = {self._max_length}",
+            )
+        ids = np.concatenate([chosen.ids, rejected.ids])
+        supervised = np.concatenate([chosen.supervised, rejected.supervised])
+        return [Tokens(ids, supervised, segments=segments)]
+
     def _completion(self, example: Completion) -> Tokens:
         prompt = self._encoder.ids(example.prompt).tolist()
         answer = self._encoder.ids(example.completion, continues=bool(prompt)).tolist()
@@ -621,7 +660,7 @@ COLUMNS_OF_STRUCTS = {"parquet", "arrow"}
 
 def as_chat(source: Source, spec: TokenizerSpec) -> bool:
     """True if the prompts and completions of a source become turns of a chat."""
-    if format_named(source.format).makes != "completion":
+    if format_named(source.format).makes not in MAY_BE_CHATS:
         return False
     return spec.has_template if is_auto(source.chat) else source.chat
 
@@ -652,7 +691,7 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
         inputs["cells"] = "nan is empty"
     if format.tools and structs:
         inputs["maps"] = "objects"
-    if format.makes == "completion":
+    if format.makes in MAY_BE_CHATS:
         inputs["chat"] = as_chat(source, spec)
     for name in ("roles", "labels", "system"):
         if getattr(source, name):
@@ -683,7 +722,7 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
 
 def form_line(source: Source, spec: TokenizerSpec, setting: str) -> str | None:
     """Return a log line about the form of a source's rows; None if their format leaves no choice."""
-    if format_named(source.format).makes != "completion":
+    if format_named(source.format).makes not in MAY_BE_CHATS:
         return None
     if as_chat(source, spec):
         template = "its own chat template"

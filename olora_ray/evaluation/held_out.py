@@ -31,7 +31,7 @@ from olora_ray.train import scoring
 from olora_ray.train.generate import Question, greedy, questions
 from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.objectives.objective import objective_of
 from olora_ray.train.self_test import choose_attention
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def measure(
     scores = {}
     for name in scoring.means([item.scores for item in judged]):
         scores[name] = {item.row: item.scores[name] for item in judged if name in item.scores}
-    objective = objective_named(config.train.objective)
+    objective = objective_of(config.train)
     examples = chain.from_iterable(pack.examples() for pack in packs)
     results = RowResults(
         data=store.digest,
@@ -214,7 +214,7 @@ class Measurer:
         self.loss = SupervisedLoss(self.model)
         # All actors test the same examples, so that all choose the same attention and compute the same bits.
         self.attention = choose_attention(self.loss, tried, config, self.device).attention
-        self.objective = objective_named(config.train.objective)
+        self.objective = objective_of(config.train)
 
     def __call__(self, work: Works) -> list[Any]:
         """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""

@@ -20,7 +20,7 @@ from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.objectives.objective import objective_of
 from olora_ray.train.parallel import load_frozen
 from olora_ray.train.self_test import choose_attention
 
@@ -96,7 +96,7 @@ def _on_one_base(
     model: Any = load_frozen(Path(work.base.folder), settings, device)
     loss = SupervisedLoss(model).to(device)
     attention = choose_attention(loss, packs[:8], config, device).attention
-    objective = objective_named(config.train.objective)
+    objective = objective_of(config.train)
     losses = []
     for adapter in adapters:
         with_adapter(loss.model, adapter, config.adapter.scale())

@@ -53,7 +53,7 @@ def check_settings(config: Config) -> None:
     _check_formats(config)
     name = config.train.objective
     metrics = [config.gate.metric, *(condition.metric for condition in config.gate.conditions)]
-    if "eval/perplexity" in metrics and not objective_named(name).perplexity:
+    if "eval/perplexity" in metrics and not is_auto(name) and not objective_named(name).perplexity:
         raise UserError(
             f"gate: metric eval/perplexity is not measured with train.objective={name}; use eval/loss"
         )
@@ -98,6 +98,8 @@ def plan(decided: Decided, base: BaseModel, prefix: str = "") -> None:
 def _check_formats(config: Config) -> None:
     """Raise UserError if the objective cannot learn from a format; `auto` is checked when it is decided."""
     name = config.train.objective
+    if is_auto(name):
+        return
     objective = objective_named(name)
     sources = {"data.train": config.data.train, "data.eval": config.data.eval}
     for field, listed in sources.items():

@@ -14,7 +14,7 @@ from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.model_card import facts_of
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Contents, has_chat_template
-from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.objectives.objective import objective_of
 
 # The description of a version, in the Markdown that MLflow's page shows.
 
@@ -84,7 +84,7 @@ def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
     measured = [(exported.step, ["train/loss"], ("training", spec.train.digest))]
     if spec.eval:
         held_out = ("evaluation", spec.eval.digest)
-        losses = [*objective_named(config.train.objective).measures()]
+        losses = [*objective_of(config.train).measures()]
         names = [f"score/{name}" for name in scores.get("after", {})]
         measured.append((exported.step, losses, held_out))
         measured.append((exported.state.step, names, held_out))

@@ -40,7 +40,7 @@ from olora_ray.tracking.aliases import Aliases
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import scoring
-from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.objectives.objective import objective_of
 
 logger = logging.getLogger(__name__)
 
@@ -370,7 +370,7 @@ def note_file(rows: RowSet, version: Version) -> str:
             str(gpus),
             *(text for name, text in platform_of(device).items() if name != "threads"),
         ],
-        *objective_named(config.train.objective).identity().values(),
+        *objective_of(config.train).identity().values(),
     ]
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")

@@ -123,15 +123,16 @@ def _measure(spec: TrainSpec, shared: SharedBase) -> Baseline:
     adapted = inject(model, factors, 1.0)
     shared.loss.to(shared.device)
     trainer = Trainer(shared.loss, adapted, config, shared.device)
-    loss = None
+    loss = means = None
     if spec.eval:
         attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
-        loss = evaluate(trainer, spec.eval, attention).loss
+        found = evaluate(trainer, spec.eval, attention)
+        loss, means = found.loss, found.means
     answers = None
     asked = wanted_questions(config.evaluation, spec.eval)
     if asked:
         answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos)
-    return Baseline(loss, answers)
+    return Baseline(loss, answers, means)
 
 
 def made(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey], what: str) -> Shared:

@@ -107,7 +107,11 @@ def _metric_problems(space: Space, config: Config) -> Iterator[str]:
         yield f"metric: no trial reports {space.metric!r}; use {known} or score/NAME"
     elif space.metric.startswith("eval/") and not held_out:
         yield f"metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction"
-    elif space.metric == "eval/perplexity" and not objective_named(objective).perplexity:
+    elif (
+        space.metric == "eval/perplexity"
+        and not is_auto(objective)
+        and not objective_named(objective).perplexity
+    ):
         yield f"metric: train.objective={objective} has no perplexity; use eval/loss"
 
 

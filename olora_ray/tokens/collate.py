@@ -9,6 +9,7 @@ and chunks.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,14 @@ class Batch:
     """Flat positions (int64) whose hidden state predicts a supervised token, in order."""
     labels: Tensor
     """The supervised tokens (int64), one per entry of `predicts`."""
-    examples: tuple[int, ...]
-    """Number of supervised tokens of each example; they sum up to the length of `labels`."""
+    segments: tuple[int, ...]
+    """Number of supervised tokens of each segment; they sum up to the length of `labels`."""
     tokens: int
     """Without padding."""
+    roles: tuple[int, ...] = ()
+    """`Pack.roles` of all segments."""
+    reference: tuple[float, ...] = ()
+    """`Pack.reference` of all segments."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on another device: all of it is one copy, for which the program does not wait."""
@@ -84,8 +89,8 @@ def _flat(packs: Sequence[Pack]) -> Batch:
         },
         predicts=torch.from_numpy(chosen - 1),
         labels=torch.from_numpy(ids[chosen]),
-        examples=_supervised(packs),
         tokens=len(ids),
+        **_of_segments(packs),
     )
 
 
@@ -110,14 +115,18 @@ def _padded(packs: Sequence[Pack]) -> Batch:
         inputs=inputs,
         predicts=torch.from_numpy(chosen - 1),
         labels=torch.from_numpy(ids.reshape(-1)[chosen]),
-        examples=_supervised(packs),
         tokens=sum(len(pack.input_ids) for pack in packs),
+        **_of_segments(packs),
     )
 
 
-def _supervised(packs: Sequence[Pack]) -> tuple[int, ...]:
-    examples = chain.from_iterable(pack.examples() for pack in packs)
-    return tuple(each.supervised for each in examples)
+def _of_segments(packs: Sequence[Pack]) -> dict[str, Any]:
+    counts = (pack.supervised_counts() for pack in packs)
+    return {
+        "segments": tuple(chain.from_iterable(counts)),
+        "roles": tuple(chain.from_iterable(pack.roles for pack in packs)),
+        "reference": tuple(chain.from_iterable(pack.reference for pack in packs)),
+    }
 
 
 def _positions(lengths: Sequence[int]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

@@ -34,12 +34,26 @@ class Counts:
     examples: int = 0
     supervised: int = 0
     """Number of supervised ones among the tokens."""
+    pairs: int = 0
+    """Number of pairs among the examples."""
+    chosen: int = 0
+    """Number of supervised tokens of chosen answers."""
+    rejected: int = 0
+    """Number of supervised tokens of rejected answers."""
+
+    @property
+    def plain(self) -> int:
+        """Number of supervised tokens of examples that are no pairs."""
+        return self.supervised - self.chosen - self.rejected
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             self.tokens + other.tokens,
             self.examples + other.examples,
             self.supervised + other.supervised,
+            self.pairs + other.pairs,
+            self.chosen + other.chosen,
+            self.rejected + other.rejected,
         )
 
 
@@ -52,12 +66,38 @@ class Pack:
     supervised: NDArray[np.bool_]
     """(tokens,) True for tokens that count in the loss; never the first of a segment."""
     segments: tuple[int, ...]
-    """Tokens of each example; they sum up to the length of the sequence."""
+    """Tokens of each segment; they sum up to the length of the sequence. A segment is an example, or an answer of a
+    pair."""
+    roles: tuple[int, ...] = ()
+    """Of each segment: 0, or CHOSEN and, for the next segment, REJECTED. Empty in a store without pairs: all are 0."""
+    reference: tuple[float, ...] = ()
+    """Loss of each segment before the first step, summed over its supervised tokens; empty if it is not known."""
+
+    def supervised_counts(self) -> list[int]:
+        """Return the number of supervised tokens of each segment."""
+        parts = np.split(self.supervised, np.cumsum(self.segments)[:-1])
+        return [int(part.sum()) for part in parts]
 
     def examples(self) -> list[Counts]:
         """Return the counts of each example."""
-        parts = np.split(self.supervised, np.cumsum(self.segments)[:-1])
-        return [Counts(len(part), 1, int(part.sum())) for part in parts]
+        counts: list[Counts] = []
+        roles = self.roles or (0,) * len(self.segments)
+        for tokens, supervised, role in zip(
+            self.segments, self.supervised_counts(), roles, strict=True
+        ):
+            if role == REJECTED:
+                counts[-1] += Counts(tokens, supervised=supervised, rejected=supervised)
+            elif role == CHOSEN:
+                counts.append(Counts(tokens, 1, supervised, pairs=1, chosen=supervised))
+            else:
+                counts.append(Counts(tokens, 1, supervised))
+        return counts
+
+
+CHOSEN, REJECTED = 1, 2
+"""Roles of the two segments of a pair (`Pack.roles`)."""
+ROLES = "roles"
+"""Column of the roles of segments, which only shards of stores with pairs have."""
 
 
 # Pseudo-random numbers as functions of a key and a counter: the same on every machine, with every numpy and Ray.

@@ -17,12 +17,23 @@ from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
 from olora_ray.data.encoder import Unlike
-from olora_ray.data.formats import columns_of
+from olora_ray.data.formats import columns_of, format_named
 from olora_ray.data.formats.format import Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS
-from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation
+from olora_ray.tokens.plan import (
+    CHOSEN,
+    REJECTED,
+    ROLES,
+    Part,
+    Piece,
+    PlannedFile,
+    RowDigests,
+    Rules,
+    key,
+    permutation,
+)
 
 # Packing of examples into fixed-length packs: first-fit decreasing in O(n log n).
 
@@ -92,6 +103,8 @@ class Shard:
     """One per row with examples, of its tokens."""
     notes: "Counter[str]" = field(default_factory=Counter)
     """Counts of unusual rows."""
+    pairs: bool = False
+    """True if a source of the store has pairs: then each shard says which segments belong together."""
 
     def table(self) -> pa.Table:
         """Return the columns of the shard's file, one row per pack."""
@@ -99,21 +112,30 @@ class Shard:
         flat = [self.examples[number] for number in numbers]
         ids = np.concatenate([np.zeros(0, np.int32), *[example.ids for example in flat]])
         supervised = np.concatenate([np.zeros(0, bool), *[example.supervised for example in flat]])
-        lengths = np.array([len(example.ids) for example in flat], dtype=np.int32)
+        lengths = np.array(
+            [size for example in flat for size in example.segments or [len(example.ids)]], np.int32
+        )
         origins = np.array([self.origins[number] for number in numbers], dtype=np.int64)
-        by_segment = _borders([len(members) for members in self.packs])
+        by_example = _borders([len(members) for members in self.packs])
+        by_segment = _borders([len(example.segments) or 1 for example in flat])[by_example]
         by_token = _borders(lengths)[by_segment]
         counts = np.diff(_borders(supervised)[by_token])
         lists = (
             (by_token, ids),
             (by_token, supervised),
             (by_segment, lengths),
-            (by_segment, origins),
+            (by_example, origins),
         )
         columns = [
             pa.ListArray.from_arrays(_array(borders), _array(values)) for borders, values in lists
         ]
-        return pa.Table.from_arrays([*columns, _array(counts)], schema=SCHEMA)
+        table = pa.Table.from_arrays([*columns, _array(counts)], schema=SCHEMA)
+        if self.pairs:
+            roles = [(CHOSEN, REJECTED) if example.segments else (0,) for example in flat]
+            of_segments = np.array([*itertools.chain.from_iterable(roles)], np.int8)
+            lists_of_roles = pa.ListArray.from_arrays(_array(by_segment), _array(of_segments))
+            table = table.append_column(ROLES, lists_of_roles)
+        return table
 
     def sidecar(self, content: bytes) -> dict[str, Any]:
         """Describe the shard for readers that do not open it; `content` is the content of the file."""
@@ -154,7 +176,8 @@ def build(rules: Rules, part: Part) -> Shard:
 
 
 def _built(rules: Rules, part: Part) -> Shard:
-    shard = Shard()
+    makes = [format_named(source.format).makes for source in rules.sources]
+    shard = Shard(pairs="pair" in makes)
     tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only, rules.too_long)
     for piece in part.pieces:
         _add(shard, rules, part.files[piece.file], piece, tokenize)

@@ -9,8 +9,8 @@
 Reading needs neither Ray nor the tokenizer. A store that is still being written is an `Arrival` (tokens/arrival.py).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from olora_ray.tokens.manifest import (
     read_manifest,
     shard_name,
 )
-from olora_ray.tokens.plan import Counts, Pack, key, permute_at
+from olora_ray.tokens.plan import ROLES, Counts, Pack, key, permute_at
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ class TokenStore:
         self.max_length = outline.max_length
         self.files = outline.files
         self.front = Front(shards)
+        self.reference: Sequence[tuple[float, ...]] = ()
+        """`Pack.reference` of each sequence, once it has been measured (train/reference.py)."""
         self._outline = outline
         self._manifest = manifest
         self._files = ShardFiles(uri, outline.digest)
@@ -216,17 +218,31 @@ class TokenStore:
     def __getitem__(self, index: int) -> Pack:
         """Return sequence `index`, 0 <= index < len; a copy, so that it may be changed."""
         batch, row = self._find(index)
-        return Pack(
+        pack = Pack(
             input_ids=_slice(batch, "input_ids", row).to_numpy().copy(),
             supervised=_slice(batch, "supervised", row).to_numpy(zero_copy_only=False),
             segments=tuple(_slice(batch, "segments", row).to_pylist()),
         )
+        if ROLES in batch.schema.names:
+            pack = replace(pack, roles=tuple(_slice(batch, ROLES, row).to_pylist()))
+        if self.reference:
+            pack = replace(pack, reference=self.reference[index])
+        return pack
+
+    @property
+    def has_pairs(self) -> bool:
+        """True if some of its examples are pairs; waits for the first sequence."""
+        self.wait(1)
+        return ROLES in self._map(0).schema.names
 
     def counts(self, indices: Iterable[int]) -> Counts:
         """Return the size of these sequences together; reads none of their tokens."""
         total = Counts()
         for index in indices:
             batch, row = self._find(int(index))
+            if ROLES in batch.schema.names:
+                total = sum(self[int(index)].examples(), total)
+                continue
             total += Counts(
                 tokens=len(_slice(batch, "input_ids", row)),
                 examples=len(_slice(batch, "segments", row)),

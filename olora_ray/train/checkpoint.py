@@ -67,6 +67,9 @@ class TrainState:
     before: list[list[int]] | None = None
     """Answers to held-out prompts before training, as token ids; None until they are generated."""
 
+    reference: dict[str, str] = field(default_factory=dict)
+    """Digest of a token store -> digest of its losses before the first step, with which the run began (pairs only)."""
+
     def record(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         row = {"step": float(step), **metrics}
         self.history.append(row)

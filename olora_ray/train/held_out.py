@@ -32,12 +32,12 @@ class HeldOut:
     """Sums over each group of sequences, or each example: float64 on the CPU, (groups or examples, 1 + more)."""
     whole: Counts
     """Size of all sequences."""
-    means: list[float]
-    """The mean loss, and the means of `Objective.more`."""
+    means: dict[str, float]
+    """The objective's means by name; the first is what a training makes small."""
 
     @property
     def loss(self) -> float:
-        return self.means[0]
+        return next(iter(self.means.values()))
 
     def losses(self) -> list[float]:
         """Return the summed loss of each group, or of each example."""
@@ -74,12 +74,12 @@ def held_out(
         rounds = math.ceil(len(groups) / workers)
 
     device = next(loss.parameters()).device
-    numbers = torch.zeros(ends[-1], 1 + len(objective.more), dtype=torch.float64, device=device)
+    numbers = torch.zeros(ends[-1], objective.numbers, dtype=torch.float64, device=device)
     for turn in range(rounds):
         number = worker + turn * workers
         group = groups[number] if number < len(groups) else groups[0]
         batch = collate([packs[index] for index in group], attention).to(device)
-        found = objective.each(loss, batch) if each else objective.loss(loss, batch, whole)
+        found = objective.each(loss, batch, whole) if each else objective.loss(loss, batch, whole)
         if number < len(groups):
             numbers[ends[number] - lengths[number] : ends[number]] = found
     collectives.sum_in_place(numbers)
@@ -88,7 +88,7 @@ def held_out(
     means = (tree.total(numbers) / weight).tolist()
     if each:  # one after the other, so that the last bits stay those of searches of older versions
         means = [sum(column) / weight for column in numbers.T.tolist()]
-    return HeldOut(numbers, whole, means)
+    return HeldOut(numbers, whole, objective.named(means, whole))
 
 
 def evaluate(

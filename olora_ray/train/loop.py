@@ -24,7 +24,7 @@ from olora_ray.train import checkpoint, first_step, tree
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.objectives.objective import objective_of
 from olora_ray.train.optimizers.optimizer import FlatAdapters, optimizer_named
 
 
@@ -43,8 +43,8 @@ class StepResult:
     supervised: int
     signal: bool
     """True if `Trainer.signal` of some worker was true when the worker had computed its part of the step."""
-    more: Mapping[str, float] = field(default_factory=dict)
-    """The objective's further means by name."""
+    means: Mapping[str, float] = field(default_factory=dict)
+    """The objective's means by name (`Objective.named`)."""
     seconds: float = 0.0
     waited: float = 0.0
     """Seconds spent waiting for data, included in `seconds`."""
@@ -97,7 +97,7 @@ class Trainer:
     """`weight_sizes` of the adapted weights, if `Optimizer.sizes` asks for them; a checkpoint has them, too."""
 
     def __post_init__(self) -> None:
-        self.objective = objective_named(self.config.train.objective)
+        self.objective = objective_of(self.config.train)
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
         chosen = optimizer_named(self.config.train.optimizer)
         self.optimizer = chosen.begin(self.flat, self.config.train, self.sizes)
@@ -120,7 +120,7 @@ class Trainer:
         objective = self.objective
         whole = data.whole
         weight_of_step = objective.weight(whole)
-        numbers = StepNumbers.zeros(data.count, 1 + len(objective.more), self.device)
+        numbers = StepNumbers.zeros(data.count, objective.numbers, self.device)
         self.gradient.begin(data.count)
         self.set_training(True)
         self.loss.compiled = self.loss.compile_blocks
@@ -156,7 +156,8 @@ class Trainer:
         # The only wait for the device in a step: losses, signal and norm come to the CPU in one copy.
         numbers.norm.copy_(self.flat.grad.norm())
         known = numbers.on_cpu()
-        mean_loss, *more = tree.total(known.sums).tolist()
+        means = objective.named(tree.total(known.sums).tolist(), whole)
+        mean_loss = next(iter(means.values()))
         norm = float(known.norm)
         if not math.isfinite(mean_loss):
             rows = rows_of_odd_losses(known.sums[:, 0], data, schedule.store)
@@ -176,7 +177,7 @@ class Trainer:
             tokens=whole.tokens,
             supervised=whole.supervised,
             signal=float(known.signal) > 0,
-            more=dict(zip(objective.more, more, strict=True)),
+            means=means,
         )
 
     def automatic_rate(self, packs: Sequence[Pack], steps: int, attention: str) -> float | None:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -192,9 +192,11 @@ def _same(left: object, right: object) -> bool:
 @dataclass(frozen=True)
 class Baseline:
     loss: float | None
-    """Mean held-out loss per supervised token; None without held-out rows."""
+    """Mean held-out loss; None without held-out rows."""
     answers: list[list[int]] | None
     """Answers to the held-out prompts, as token ids; None if there are no prompts."""
+    means: dict[str, float] | None = None
+    """All means of the objective; None in a file of an earlier release."""
 
     def write(self, path: str, identity: Mapping[str, str]) -> None:
         """Write the baseline; if the storage fails, nothing is raised, and a resumed run measures again."""
@@ -211,10 +213,12 @@ class Baseline:
             return None
         # A loss that is not finite is measured again, because the measurement raises the error that says why.
         return (
-            cls(kept.loss, kept.answers) if kept.loss is None or math.isfinite(kept.loss) else None
+            cls(kept.loss, kept.answers, kept.means)
+            if kept.loss is None or math.isfinite(kept.loss)
+            else None
         )
 
 
 @dataclass(frozen=True)
 class _Kept(Baseline):  # baseline.json
-    identity: dict[str, str]
+    identity: dict[str, str] = field(kw_only=True)

@@ -14,6 +14,7 @@ from olora_ray.data.formats.format import (
     Completion,
     Example,
     Format,
+    Pair,
     Rejected,
     Row,
     columns_in,
@@ -77,6 +78,11 @@ def to_example(
 
 
 def _with_system(example: Example, system: str) -> Example:
+    if isinstance(example, Pair):
+        return example._replace(
+            chosen=_with_system(example.chosen, system),
+            rejected=_with_system(example.rejected, system),
+        )
     if isinstance(example, Completion):
         raise Rejected("no_chat", "system needs a chat: set chat: true, or remove system")
     if not isinstance(example, Chat) or example.messages[0]["role"] in ("system", "developer"):

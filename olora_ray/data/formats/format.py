@@ -68,16 +68,26 @@ class Ids(NamedTuple):
     mask: list[int] | None = None
 
 
-Example = Chat | Completion | Text | Ids
+class Pair(NamedTuple):
+    """Two answers to the same prompt: people preferred the first."""
+
+    chosen: Chat | Completion
+    rejected: Chat | Completion
 
 
-Makes = Literal["chat", "completion", "text", "ids"]
+Example = Chat | Completion | Text | Ids | Pair
+
+
+Makes = Literal["chat", "completion", "text", "ids", "pair"]
 """The type of a format's examples. completion: a prompt with its completion, which `chat` of a source makes a chat."""
+MAY_BE_CHATS = ("completion", "pair")
+"""Types whose prompts and answers become turns of a chat if `chat` of their source says so."""
 EXAMPLES: Mapping[Makes, tuple[type, ...]] = {
     "chat": (Chat,),
     "completion": (Completion, Chat),
     "text": (Text,),
     "ids": (Ids,),
+    "pair": (Pair,),
 }
 
 
@@ -315,12 +325,12 @@ class Format:
 
     def is_chat(self, wanted: bool) -> bool:
         """True if its rows are chats; `wanted` is the choice of a source for a prompt with its completion."""
-        if self.makes == "completion":
+        if self.makes in MAY_BE_CHATS:
             return wanted
         return self.makes == "chat"
 
     def takes(self, chat: bool | Literal["auto"]) -> bool:
         """True if a source of this format may have this value of `chat`."""
-        if chat == "auto" or self.makes == "completion":
+        if chat == "auto" or self.makes in MAY_BE_CHATS:
             return True
         return self.makes == ("chat" if chat else "text")

@@ -4,17 +4,18 @@
 
 Loop, evaluation, gate and search use these functions alone, and never ask which objective it is. A loss is a function
 of the losses of single tokens, which the model computes in one pass (`SupervisedLoss.forward` with `each`), or of
-anything else that the model gives. `eval/loss` is the mean on held-out rows, and lower is better, whatever the
-objective is.
+anything else that the model gives. `eval/loss` is the mean loss per token of the right answers of held-out rows, and
+lower is better, whatever the objective is.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from torch import Tensor
 
+from olora_ray.config.schema import Train
 from olora_ray.config.tables import OBJECTIVES
 from olora_ray.tokens.collate import Batch
 from olora_ray.tokens.plan import Counts
@@ -32,10 +33,11 @@ class Objective:
     """(model, micro-batch, size of the global batch) -> sums over the micro-batch, float32, (1 + more,).
 
     The first number is the loss to train on. The numbers of `more` follow, without gradient. The caller divides all of
-    them by `weight`. Call the model itself (`model(batch)`), because a sharded base works only in that call.
+    them by `weight`, then hands them to `means`. Call the model itself (`model(batch)`), because a sharded base works only in that call.
     """
-    each: Callable[[SupervisedLoss, Batch], Tensor]
-    """(model, micro-batch) -> the same numbers for each example, float64, (examples, 1 + more), without gradient."""
+    each: Callable[[SupervisedLoss, Batch, Counts], Tensor]
+    """(model, micro-batch, size of all) -> the same numbers for each example, float64, (examples, 1 + more), without
+    gradient."""
     weight: Callable[[Counts], int]
     """Size of some examples -> the divisor of their summed loss; the weight of a sum is the sum of the weights."""
     unit: str
@@ -44,6 +46,16 @@ class Objective:
     """The types of examples that it can learn from (`Format.makes`)."""
     more: tuple[str, ...] = ()
     """Names of further numbers: they become `train/NAME` of each step and `eval/NAME` of each evaluation."""
+    means: Callable[[Sequence[float], Counts], dict[str, float]] | None = None
+    """(numbers divided by `weight`, size of what they were summed over) -> named means, where these have other divisors.
+
+    The first is what the training makes small; `loss` is among them."""
+    with_settings: Callable[[Train], "Objective"] | None = None
+    """Return this objective with its own settings in `train`; None if it has none."""
+    settings: str = ""
+    """The own settings in words, for the identity of a run."""
+    reference: bool = False
+    """True if it needs the losses before the first step (`Pack.reference`)."""
     perplexity: bool = False
     """True if the exponential of the mean loss is a perplexity."""
     forwards: float = 1.0
@@ -56,26 +68,45 @@ class Objective:
         text = OBJECTIVES.identity(self.name)
         if self.version != 1:
             text = f"{text}, version {self.version}"
+        if self.settings:
+            text = f"{text}, {self.settings}"
         return {} if text == "tokens" else {"objective": text}
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers `loss` and `each` give."""
+        return 1 + len(self.more)
+
+    def named(self, numbers: Sequence[float], whole: Counts) -> dict[str, float]:
+        """Return the means, what the training makes small first."""
+        if self.means is not None:
+            return self.means(numbers, whole)
+        return dict(zip(("loss", *self.more), numbers, strict=True))
 
     def measures(self) -> tuple[str, ...]:
         """Return the names of the metrics of an evaluation."""
-        return tuple(self.evaluated([0.0] * (1 + len(self.more))))
+        some = Counts(2, 2, 2, pairs=1, chosen=1, rejected=1)
+        return tuple(self.evaluated(self.named([0.0] * self.numbers, some)))
 
-    def evaluated(self, means: Sequence[float]) -> dict[str, float]:
-        """Return the metrics of an evaluation from the mean loss and the means of `more`, as far as they are known."""
-        loss, *others = means
-        metrics = {"eval/loss": loss}
+    def evaluated(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of an evaluation from its means, as far as they are known."""
+        metrics = {f"eval/{name}": value for name, value in means.items()}
         if self.perplexity:
-            metrics["eval/perplexity"] = perplexity(loss)
-        for name, value in zip(self.more, others, strict=False):
-            metrics[f"eval/{name}"] = value
+            metrics["eval/perplexity"] = perplexity(means["loss"])
         return metrics
 
 
 @cache
 def objective_named(name: str) -> Objective:
     return OBJECTIVES.load(name, Objective)
+
+
+def objective_of(train: Train) -> Objective:
+    """Return the objective of a training, with its settings."""
+    chosen = objective_named(train.objective)
+    if chosen.with_settings is None:
+        return chosen
+    return chosen.with_settings(train)
 
 
 def perplexity(loss: float) -> float:

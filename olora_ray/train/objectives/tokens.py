@@ -17,9 +17,9 @@ def _loss(model: SupervisedLoss, batch: Batch, whole: Counts) -> Tensor:
     return total[None]
 
 
-def _each(model: SupervisedLoss, batch: Batch) -> Tensor:
+def _each(model: SupervisedLoss, batch: Batch, whole: Counts) -> Tensor:
     losses = model(batch, each=True).double()
-    return torch.stack([part.sum() for part in losses.split(batch.examples)])[:, None]
+    return torch.stack([part.sum() for part in losses.split(batch.segments)])[:, None]
 
 
 def _weight(counts: Counts) -> int:

@@ -69,7 +69,7 @@ def test_the_losses_of_tokens_are_the_parts_of_their_sum_with_its_gradient() -> 
     assert torch.equal(*gradients)
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
     assert torch.equal(trainer.loss(batch, each=True).detach(), trainer.loss.each(batch))
-    assert sum(batch.examples) == len(batch.labels)
+    assert sum(batch.segments) == len(batch.labels)
 
 
 def means(trainer: Any, packs: Any) -> Tensor:
@@ -95,7 +95,7 @@ def test_a_step_of_another_objective_is_its_mean_over_the_global_batch(micro: in
     seen = tiny.gradients(trainer)
     result = next(tiny.steps(trainer, store, count=4))
     assert result.loss == pytest.approx(float(expected.detach().mean()), rel=1e-5)
-    assert result.more == {"hard": pytest.approx(float((expected > 3.0).float().mean()))}
+    assert result.means["hard"] == pytest.approx(float((expected > 3.0).float().mean()))
     assert float((seen[0] - gradient).norm() / gradient.norm()) < 1e-5
 
 

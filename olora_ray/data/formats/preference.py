@@ -1,0 +1,190 @@
+"""Format preference: two answers to one prompt, of which people preferred one.
+
+The prompt is a text, or messages; the answers are texts, messages, or whole conversations that begin alike. Their own
+common messages win over a prompt beside them, which then repeats the question.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from olora_ray.data.formats.chat import ROLES, SHAREGPT_ROLES, SYSTEM, in_a_cell, sequence, to_chat
+from olora_ray.data.formats.format import (
+    Chat,
+    Completion,
+    Example,
+    Field,
+    Format,
+    Pair,
+    Rejected,
+    Row,
+    type_name,
+)
+
+TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
+"""Beginning of a turn in the texts of hh-rlhf."""
+Turns = list[Any]
+
+
+def read(row: Row) -> Example:
+    chosen = _answer(row, "chosen")
+    rejected = _answer(row, "rejected")
+    prompt = _prompt(row)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            chosen, rejected = _transcript(chosen), _transcript(rejected)
+        elif isinstance(prompt, str) and not row.as_chat:
+            return _different(Completion(prompt, chosen), Completion(prompt, rejected))
+        else:
+            chosen, rejected = _turns(chosen), _turns(rejected)
+    elif isinstance(rejected, str):  # ms-swift: a conversation, and another last answer
+        rejected = [*chosen[:-1], *_turns(rejected)]
+    elif isinstance(chosen, str):
+        raise Rejected("wrong_type", "chosen and rejected must both be texts, or both be messages")
+    if not row.as_chat:
+        raise Rejected("wrong_type", "chosen and rejected are messages; set chat: true")
+    return _of_turns(chosen, rejected, prompt, row.optional("tools"))
+
+
+def _of_turns(chosen: Turns, rejected: Turns, prompt: str | Turns | None, tools: Any) -> Pair:
+    same = 0
+    for ours, theirs in zip(chosen, rejected, strict=False):
+        if ours != theirs:
+            break
+        same += 1
+    context = chosen[:same]
+    if not context and prompt is not None:
+        context = prompt
+        if isinstance(prompt, str):
+            context = [{"role": "user", "content": prompt}]
+    if not context:
+        raise Rejected(
+            "missing_field",
+            "chosen and rejected begin with different messages, and there is no prompt; add a column prompt",
+        )
+    # The assistant's messages of the prompt are context, so they get weight 0.
+    context = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in context]
+    if chosen == rejected:
+        raise Rejected("same_answers", "chosen and rejected are the same")
+    pairs = []
+    for name, turns in (("chosen", chosen[same:]), ("rejected", rejected[same:])):
+        if not any(_is_answer(turn) for turn in turns):
+            raise Rejected("no_answer", f"field {name!r} has no assistant message of its own")
+        pairs.append(to_chat([*context, *turns], tools))
+    return _different(*pairs)
+
+
+def _different(chosen: Chat | Completion, rejected: Chat | Completion) -> Pair:
+    if chosen == rejected:
+        raise Rejected("same_answers", "chosen and rejected are the same")
+    return Pair(chosen, rejected)
+
+
+def _answer(row: Row, name: str) -> str | Turns:
+    value = row.optional(name)
+    if value is None and row.column(name) in row.columns:
+        raise Rejected(
+            "missing_field",
+            f"field {row.column(name)!r} is null; a row with one answer belongs into a file of its own,"
+            " as prompt and completion",
+        )
+    value = in_a_cell(row.value(name))
+    if isinstance(value, Mapping):  # LLaMA-Factory
+        value = [value]
+    if isinstance(value, list):
+        return [_with_role(turn) for turn in value]
+    text = row.text(name)
+    if not text.strip():
+        raise Rejected("empty_answer", f"field {row.column(name)!r} is empty")
+    return text
+
+
+def _prompt(row: Row) -> str | Turns | None:
+    prompt = in_a_cell(row.optional("prompt"))
+    more = row.optional("input")
+    if isinstance(prompt, Mapping) and "messages" in prompt:  # OpenAI
+        prompt = prompt["messages"]
+    if isinstance(prompt, list):
+        prompt = [_with_role(turn) for turn in sequence(prompt, row.column("prompt"))]
+    elif prompt is not None and not isinstance(prompt, str):
+        raise Rejected(
+            "wrong_type",
+            f"field {row.column('prompt')!r} is {type_name(prompt)}, not a text or a list of messages",
+        )
+    if isinstance(prompt, str) and isinstance(more, str) and more.strip():
+        prompt = f"{prompt}\n\n{more}"
+    system = row.optional_text("system")
+    if not system or prompt is None:
+        return prompt
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def _with_role(turn: Any) -> Any:
+    if isinstance(turn, Mapping) and "from" in turn and "value" in turn:
+        name = str(turn["from"]).lower()
+        return {"role": SHAREGPT_ROLES.get(name, name), "content": turn["value"]}
+    if isinstance(turn, Mapping):
+        return {key: turn[key] for key in turn if key in ("role", "content") or key in KEPT}
+    return turn
+
+
+KEPT = {"tool_calls", "tool_call_id", "name", "weight"}
+"""Keys of a message beside role and content; datasets add numbers and scores that differ between equal messages."""
+
+
+def _transcript(text: str) -> Turns:
+    parts = TRANSCRIPT.split(text)
+    if len(parts) < 3 or parts[0].strip():
+        raise Rejected(
+            "missing_field",
+            "chosen and rejected are texts, and there is no prompt; add a column prompt",
+        )
+    names = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": names[name], "content": content.strip()}
+        for name, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def _turns(answer: str) -> Turns:
+    return [{"role": "assistant", "content": answer}]
+
+
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and turn.get("role") == "assistant"
+
+
+FORMAT = Format(
+    "preference",
+    read,
+    makes="pair",
+    fields=(
+        Field(
+            "chosen",
+            ("preferred", "preferred_output", "chosen_response", "response_chosen"),
+            last_names=("messages",),
+            needed=True,
+        ),
+        Field(
+            "rejected",
+            (
+                "non_preferred_output",
+                "non_preferred",
+                "dispreferred",
+                "rejected_response",
+                "response_rejected",
+                "rejected_messages",
+            ),
+            needed=True,
+        ),
+        Field(
+            "prompt", ("question", "instruction", "query", "conversations"), last_names=("input",)
+        ),
+        Field("input"),
+        SYSTEM,
+        Field("tools"),
+    ),
+    tools=True,
+)

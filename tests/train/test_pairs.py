@@ -1,0 +1,113 @@
+"""Preference pairs: the first loss is ln 2 to the bit, the gradient is that of plain autograd, whatever the split."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from olora_ray.adapter.methods import method_named
+from olora_ray.config import tables
+from olora_ray.tokens.plan import CHOSEN, REJECTED
+from olora_ray.train import reference
+from olora_ray.train.held_out import held_out
+from tests import tiny
+from tests.families import oracle
+
+METHODS = [name for name in tables.METHODS.own if method_named(name).needs == "weight"]
+
+
+def pair(*lengths: int, seed: int = 0) -> Any:
+    """A pack of pairs, (chosen, rejected, chosen, ...) with three common tokens, and of rows where a length is 0."""
+    known = tiny.pack(*[length for length in lengths if length], seed=seed)
+    roles: list[int] = []
+    for number, length in enumerate(lengths):
+        if not length:
+            roles[-1] = 0
+        else:
+            roles.append((CHOSEN, REJECTED)[number % 2])
+    return replace(known, roles=tuple(roles))
+
+
+def packs() -> list[Any]:
+    return [pair(9, 7, seed=1), pair(12, 0, 8, 11, seed=2), pair(6, 0, seed=3), pair(10, 14, 5, 9)]
+
+
+def trainer(**changes: Any) -> Any:
+    given = {"train__objective": "pairs", "train__global_batch": 4, "train__clip": None, **changes}
+    return tiny.trainer(tiny.config(**given))
+
+
+def store(trainer: Any) -> Any:
+    """The packs with their reference, as the adapter is now."""
+    known = tiny.ListStore(packs())
+    rows = reference.measured(trainer, known, "segments")
+    given = [replace(pack, reference=losses) for pack, losses in zip(packs(), rows, strict=True)]
+    return tiny.ListStore(given)
+
+
+def expected(model: Any, train: Any, references: list[float]) -> torch.Tensor:
+    """The mean loss, from the logits of the model alone."""
+    alone = tiny.unpacked(packs())
+    losses = torch.stack([oracle.losses(model, [each]).double().sum() for each in alone])
+    gains = torch.tensor(references, dtype=torch.float64) - losses
+    roles = [role for pack in packs() for role in pack.roles]
+    tokens = torch.tensor([int(each.supervised.sum()) for each in alone])
+    total: Any = 0.0
+    for number, role in enumerate(roles):
+        if role == CHOSEN:
+            total += -F.logsigmoid(train.beta * (gains[number] - gains[number + 1]))
+    for role, factor in ((0, 1.0), (CHOSEN, train.chosen)):
+        of_role = [number for number, each in enumerate(roles) if each == role]
+        total += factor * len(of_role) * losses[of_role].sum() / tokens[of_role].sum()
+    return total / len([role for role in roles if role != REJECTED])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_loss_is_the_float_nearest_to_ln_2(method: str, dtype: torch.dtype) -> None:
+    given = tiny.config(
+        adapter__method=method,
+        train__objective="pairs",
+        train__global_batch=2,
+        train__micro_batch=1,
+    )
+    for moved in (False, True):
+        known = tiny.trainer(given, model=tiny.llama(dtype=dtype, attention="segments"))
+        if moved:  # as with train.start
+            tiny.moved(known)
+        of_pairs = [packs()[0], packs()[3]]
+        rows = reference.measured(known, tiny.ListStore(of_pairs), "segments")
+        data = [replace(pack, reference=row) for pack, row in zip(of_pairs, rows, strict=True)]
+        result = next(tiny.steps(known, tiny.ListStore(data), count=3))
+        assert result.loss == torch.tensor(math.log(2)).item()
+        assert result.means["pairs/margin"] == 0.0
+
+
+@pytest.mark.parametrize("chosen", [0.0, 0.3])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_a_step_has_the_loss_and_the_gradient_of_the_formula(micro: int, chosen: float) -> None:
+    known = trainer(train__micro_batch=micro, train__chosen=chosen)
+    data = store(known)
+    references = [loss for index in range(len(data)) for loss in data[index].reference]
+    tiny.moved(known)
+    wanted = expected(known.loss.model, known.config.train, references)
+    wanted.backward()
+    gradient = known.flat.grad.clone()
+    seen = tiny.gradients(known)
+    result = next(tiny.steps(known, data, count=3))
+    assert result.loss == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert float((seen[0] - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_held_out_pairs_give_one_line_each_and_their_means() -> None:
+    known = trainer()
+    data = store(known)
+    tiny.moved(known)
+    found = held_out(known.loss, data, known.objective, "segments", width=2, each=True)
+    whole = held_out(known.loss, data, known.objective, "segments", width=2)
+    assert len(found.losses()) == 6
+    assert found.means == pytest.approx(whole.means, rel=1e-5)
+    assert set(found.means) >= {"objective", "loss", "pairs/preferred", "pairs/margin"}
