@@ -32,7 +32,7 @@ from olora_ray.config.decided import (
     values_of,
     with_values,
 )
-from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.schema import AnyConfig, Config, Train
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data.formats import format_named
 from olora_ray.data.formats.format import MAY_BE_CHATS
@@ -102,7 +102,29 @@ def decide_data(
     if is_auto(config.train.objective):
         decided = with_values(config, Config, values_of(decisions))
         decisions[OBJECTIVE] = kept.decision(OBJECTIVE) or _objective(decided)
-    return DataDecisions(with_values(config, DataConfig, values_of(decisions)), decisions)
+    made = with_values(config, DataConfig, values_of(decisions))
+    _require_fit_for_pairs(made, spec.apart)
+    return DataDecisions(made, decisions)
+
+
+def _require_fit_for_pairs(config: DataConfig, apart: str | None) -> None:
+    """Raise UserError for pairs that cannot be trained so, and for their settings without pairs."""
+    pairs = _setting_of_pairs(config)
+    train = config.train
+    if pairs is None:
+        for name, value in {"beta": train.beta, "chosen": train.chosen}.items():
+            if value != Train.model_fields[name].default:
+                raise UserError(
+                    f"train.{name}: only for preference pairs, and data.train has none; delete it"
+                )
+    elif config.adapter.dropout:
+        raise UserError(
+            "adapter.dropout: with preference pairs it must be 0, because noise in one of two answers is a margin"
+        )
+    elif apart:
+        raise UserError(
+            f"{pairs}: two answers need one sequence, and the model {apart}; train on rows with one answer"
+        )
 
 
 def _sources(config: AnyConfig) -> dict[str, Source]:
@@ -180,10 +202,18 @@ def length_of(config: AnyConfig) -> int:
 
 
 def _objective(config: AnyConfig) -> Decision:
+    pairs = _setting_of_pairs(config)
+    if pairs is None:
+        return Decision("tokens", "no rows are preference pairs")
+    return Decision("pairs", f"rows of {pairs} are preference pairs")
+
+
+def _setting_of_pairs(config: AnyConfig) -> str | None:
+    """Return the first source whose rows are pairs."""
     for setting, source in _sources(config).items():
         if not is_auto(source.format) and format_named(source.format).makes == "pair":
-            return Decision("pairs", f"rows of {setting} are preference pairs")
-    return Decision("tokens", "no rows are preference pairs")
+            return setting
+    return None
 
 
 def _packing(apart: str | None) -> Decision:

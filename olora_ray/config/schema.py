@@ -239,8 +239,8 @@ class Train(Section):
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that the same run gives the same bits. Slower; not measured how much."""
     objective: Annotated[str, NameIn(OBJECTIVES, also=("auto",))] = "auto"
-    """The loss of the training. tokens: the cross-entropy of the supervised tokens, which all count alike. pairs: DPO on
-    preference pairs, also beside rows with answers (docs/preferences.md). auto: pairs if some rows are pairs."""
+    """The loss of the training. tokens: the cross-entropy of the supervised tokens, which all count alike. pairs: DPO
+    on preference pairs, also beside rows with answers (docs/preferences.md). auto: pairs if some rows are pairs."""
     beta: PositiveFloat = 0.1
     """Only for preference pairs: how fast the margin between both answers, in nats, lowers the loss."""
     chosen: Annotated[float, Field(ge=0.0)] = 0.0

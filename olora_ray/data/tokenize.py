@@ -465,19 +465,19 @@ class ExampleTokenizer:
 
     def _pair(self, both: Sequence[Begun]) -> list[Tokens]:
         chosen, rejected = [begun.finish()[-1] for begun in both]
-        asked = [each.ids[: int(each.supervised.argmax())] for each in (chosen, rejected)]
-        if not np.array_equal(*asked):
+        prompt = int(chosen.supervised.argmax())
+        other = int(rejected.supervised.argmax())
+        if not np.array_equal(chosen.ids[:prompt], rejected.ids[:other]):
             raise Rejected(
                 "prompts_differ",
                 "the chat template writes the prompt differently before the two answers",
             )
         segments = (len(chosen.ids), len(rejected.ids))
         if chosen.shortened or rejected.shortened or sum(segments) > self._max_length:
-            prompt = len(asked[0])
-            answers = f"chosen {segments[0] - prompt}, rejected {segments[1] - prompt}"
+            parts = f"prompt {prompt} twice, chosen {segments[0] - prompt}, rejected {segments[1] - prompt}"
             raise Rejected(
                 "too_long",
-                f"{sum(segments)} tokens (prompt {prompt} twice, {answers}), more than data.max_length = {self._max_length}",
+                f"{sum(segments)} tokens ({parts}), more than data.max_length = {self._max_length}",
             )
         ids = np.concatenate([chosen.ids, rejected.ids])
         supervised = np.concatenate([chosen.supervised, rejected.supervised])

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
@@ -88,7 +88,7 @@ class Progress:
             text = f"{self._of(step)} | eval loss {row['eval/loss']:.4f}"
             if "eval/perplexity" in row:
                 text += f" | perplexity {row['eval/perplexity']:.2f}"
-            self.line(text)
+            self.line(text + of_pairs(row, "eval"))
 
     def _step(self, step: int, row: dict[str, float]) -> None:
         seconds = row["train/step_seconds"]
@@ -111,7 +111,7 @@ class Progress:
         )
         if step % self.every == 0 or step == self.total or self.seconds >= 30.0:
             text = (
-                f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
+                f"{self._of(step)} | loss {row['train/loss']:.4f}{of_pairs(row, 'train')} | lr {row['train/lr']:.2e}"
                 f" | {self.tokens / self.seconds:.0f} tok/s, {self.supervised / self.seconds:.0f} supervised"
             )
             if "train/mfu" in row:
@@ -121,6 +121,21 @@ class Progress:
 
     def _of(self, step: int) -> str:
         return f"step {step}/{'?' if self.total is None else self.total}"
+
+
+def of_pairs(row: Mapping[str, float], kind: str) -> str:
+    """Return the part of a line about preference pairs; "" for a step without them."""
+    found = {
+        name.removeprefix(f"{kind}/pairs/"): value
+        for name, value in row.items()
+        if name.startswith(f"{kind}/pairs/")
+    }
+    if not found:
+        return ""
+    return (
+        f" | pairs: loss {found['loss']:.4f}, {found['preferred']:.2f} preferred, margin {found['margin']:+.1f} nats,"
+        f" log p chosen {found['chosen']:+.1f}"
+    )
 
 
 def clock(seconds: float) -> str:

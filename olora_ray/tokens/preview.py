@@ -223,7 +223,13 @@ def _preview(
         chosen = [first.examples[number] for number in members]
         ids = np.concatenate([example.ids for example in chosen])
         marked = np.concatenate([example.supervised for example in chosen])
-        some_packs.append(Pack(ids, marked, tuple(len(example.ids) for example in chosen)))
+        segments: list[int] = []
+        for example in chosen:
+            segments += example.segments or [len(example.ids)]
+        roles: tuple[int, ...] = ()
+        if first.pairs:
+            roles = shards.roles_of(chosen)
+        some_packs.append(Pack(ids, marked, tuple(segments), roles))
     return Preview(
         limits=limits,
         rows=round(sum(count * times[number, 0] for number, count in read.items())),

@@ -131,8 +131,7 @@ class Shard:
         ]
         table = pa.Table.from_arrays([*columns, _array(counts)], schema=SCHEMA)
         if self.pairs:
-            roles = [(CHOSEN, REJECTED) if example.segments else (0,) for example in flat]
-            of_segments = np.array([*itertools.chain.from_iterable(roles)], np.int8)
+            of_segments = np.array(roles_of(flat), np.int8)
             lists_of_roles = pa.ListArray.from_arrays(_array(by_segment), _array(of_segments))
             table = table.append_column(ROLES, lists_of_roles)
         return table
@@ -158,6 +157,14 @@ class Shard:
             "digests": base64.b64encode(b"".join(self.digests)).decode(),
             "notes": dict(sorted(self.notes.items())),
         }
+
+
+def roles_of(examples: Sequence[Tokens]) -> tuple[int, ...]:
+    """Return the roles of the segments of examples (`Pack.roles`)."""
+    roles: list[int] = []
+    for example in examples:
+        roles += (CHOSEN, REJECTED) if example.segments else (0,)
+    return tuple(roles)
 
 
 def build(rules: Rules, part: Part) -> Shard:

@@ -13,6 +13,7 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Evaluation
 from olora_ray.model.packing import positions, takes_padding
+from olora_ray.tokens.plan import REJECTED
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loop import Trainer
 from olora_ray.train.parallel import begin_at_root
@@ -52,11 +53,14 @@ def questions(store: TokenStore, limit: int) -> list[Question]:
     for index in range(len(store)):
         pack = store[index]
         start = 0
-        for size in pack.segments:
+        roles = pack.roles or (0,) * len(pack.segments)
+        for size, role in zip(pack.segments, roles, strict=True):
             if len(chosen) >= limit:
                 return chosen
             part = slice(start, start + size)
             start += size
+            if role == REJECTED:  # an answer to the question before
+                continue
             cut = cuts and size == store.max_length and bool(pack.supervised[part][-1])
             if not cut:
                 ids = pack.input_ids[part].tolist()

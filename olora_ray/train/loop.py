@@ -186,15 +186,16 @@ class Trainer:
         All workers must call it together, with the same sequences.
         """
         known = optimizer_named(self.config.train.optimizer).rate
+        times = self.objective.rate
         if known is not None:
-            return first_step.for_steps(known(self.config.adapter.rank), steps)
+            return times * first_step.for_steps(known(self.config.adapter.rank), steps)
         batch = collate(first_step.examples(packs), attention).to(self.device)
         moves = first_step.output_shift(self.loss, self.adapted, batch, self.config.train.lr_ratio)
         # Another type of processor would find other last bits.
         moves = collectives.from_first(moves)
         if not moves:
             return None
-        return first_step.peak_lr(moves, self.config.adapter.scale(), steps)
+        return times * first_step.peak_lr(moves, self.config.adapter.scale(), steps)
 
     @staticmethod
     def rate_for(steps: int, rate: float, made_for: int) -> float:

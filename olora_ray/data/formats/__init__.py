@@ -79,10 +79,7 @@ def to_example(
 
 def _with_system(example: Example, system: str) -> Example:
     if isinstance(example, Pair):
-        return example._replace(
-            chosen=_with_system(example.chosen, system),
-            rejected=_with_system(example.rejected, system),
-        )
+        return Pair(*[_with_system(each, system) for each in example])  # type: ignore[arg-type]
     if isinstance(example, Completion):
         raise Rejected("no_chat", "system needs a chat: set chat: true, or remove system")
     if not isinstance(example, Chat) or example.messages[0]["role"] in ("system", "developer"):

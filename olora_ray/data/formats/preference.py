@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from olora_ray.data.formats.chat import ROLES, SHAREGPT_ROLES, SYSTEM, in_a_cell, sequence, to_chat
+from olora_ray.data.formats.chat import SHAREGPT_ROLES, SYSTEM, in_a_cell, to_chat
 from olora_ray.data.formats.format import (
     Chat,
     Completion,
@@ -24,6 +24,8 @@ from olora_ray.data.formats.format import (
 TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 """Beginning of a turn in the texts of hh-rlhf."""
 Turns = list[Any]
+KEPT = {"tool_calls", "tool_call_id", "name", "weight"}
+"""Keys of a message beside role and content; datasets add numbers and scores that differ between equal messages."""
 
 
 def read(row: Row) -> Example:
@@ -31,32 +33,30 @@ def read(row: Row) -> Example:
     rejected = _answer(row, "rejected")
     prompt = _prompt(row)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            chosen, rejected = _transcript(chosen), _transcript(rejected)
-        elif isinstance(prompt, str) and not row.as_chat:
+        if isinstance(prompt, str) and not row.as_chat:
             return _different(Completion(prompt, chosen), Completion(prompt, rejected))
-        else:
-            chosen, rejected = _turns(chosen), _turns(rejected)
-    elif isinstance(rejected, str):  # ms-swift: a conversation, and another last answer
-        rejected = [*chosen[:-1], *_turns(rejected)]
-    elif isinstance(chosen, str):
+        as_turns = _turns if prompt is not None else _transcript
+        return _of_turns(row, as_turns(chosen), as_turns(rejected), prompt)
+    if isinstance(chosen, str):
         raise Rejected("wrong_type", "chosen and rejected must both be texts, or both be messages")
+    if isinstance(rejected, str):  # ms-swift: a conversation, and another last answer
+        rejected = [*chosen[:-1], *_turns(rejected)]
+    return _of_turns(row, chosen, rejected, prompt)
+
+
+def _of_turns(row: Row, chosen: Turns, rejected: Turns, prompt: str | Turns | None) -> Pair:
     if not row.as_chat:
         raise Rejected("wrong_type", "chosen and rejected are messages; set chat: true")
-    return _of_turns(chosen, rejected, prompt, row.optional("tools"))
-
-
-def _of_turns(chosen: Turns, rejected: Turns, prompt: str | Turns | None, tools: Any) -> Pair:
     same = 0
     for ours, theirs in zip(chosen, rejected, strict=False):
         if ours != theirs:
             break
         same += 1
     context = chosen[:same]
-    if not context and prompt is not None:
+    if not context and isinstance(prompt, str):
+        context = [{"role": "user", "content": prompt}]
+    elif not context and isinstance(prompt, list):
         context = prompt
-        if isinstance(prompt, str):
-            context = [{"role": "user", "content": prompt}]
     if not context:
         raise Rejected(
             "missing_field",
@@ -70,7 +70,7 @@ def _of_turns(chosen: Turns, rejected: Turns, prompt: str | Turns | None, tools:
     for name, turns in (("chosen", chosen[same:]), ("rejected", rejected[same:])):
         if not any(_is_answer(turn) for turn in turns):
             raise Rejected("no_answer", f"field {name!r} has no assistant message of its own")
-        pairs.append(to_chat([*context, *turns], tools))
+        pairs.append(to_chat([*context, *turns], row.optional("tools")))
     return _different(*pairs)
 
 
@@ -100,25 +100,27 @@ def _answer(row: Row, name: str) -> str | Turns:
 
 
 def _prompt(row: Row) -> str | Turns | None:
-    prompt = in_a_cell(row.optional("prompt"))
-    more = row.optional("input")
-    if isinstance(prompt, Mapping) and "messages" in prompt:  # OpenAI
-        prompt = prompt["messages"]
-    if isinstance(prompt, list):
-        prompt = [_with_role(turn) for turn in sequence(prompt, row.column("prompt"))]
-    elif prompt is not None and not isinstance(prompt, str):
-        raise Rejected(
-            "wrong_type",
-            f"field {row.column('prompt')!r} is {type_name(prompt)}, not a text or a list of messages",
-        )
-    if isinstance(prompt, str) and isinstance(more, str) and more.strip():
-        prompt = f"{prompt}\n\n{more}"
+    column = row.column("prompt")
+    value = in_a_cell(row.optional("prompt"))
+    if isinstance(value, Mapping) and "messages" in value:  # OpenAI
+        value = value["messages"]
+    turns: Turns = []
+    if isinstance(value, list):
+        turns = [_with_role(turn) for turn in value]
+    elif isinstance(value, str):
+        more = row.optional("input")
+        if column != row.column("input") and isinstance(more, str) and more.strip():
+            value = f"{value}\n\n{more}"
+        turns = [{"role": "user", "content": value}]
+    elif value is None:
+        return None
+    else:
+        problem = f"field {column!r} is {type_name(value)}, not a text or a list of messages"
+        raise Rejected("wrong_type", problem)
     system = row.optional_text("system")
-    if not system or prompt is None:
-        return prompt
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    return [{"role": "system", "content": system}, *prompt]
+    if system:
+        return [{"role": "system", "content": system}, *turns]
+    return value if isinstance(value, str) else turns
 
 
 def _with_role(turn: Any) -> Any:
@@ -128,10 +130,6 @@ def _with_role(turn: Any) -> Any:
     if isinstance(turn, Mapping):
         return {key: turn[key] for key in turn if key in ("role", "content") or key in KEPT}
     return turn
-
-
-KEPT = {"tool_calls", "tool_call_id", "name", "weight"}
-"""Keys of a message beside role and content; datasets add numbers and scores that differ between equal messages."""
 
 
 def _transcript(text: str) -> Turns:

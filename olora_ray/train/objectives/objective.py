@@ -33,7 +33,8 @@ class Objective:
     """(model, micro-batch, size of the global batch) -> sums over the micro-batch, float32, (1 + more,).
 
     The first number is the loss to train on. The numbers of `more` follow, without gradient. The caller divides all of
-    them by `weight`, then hands them to `means`. Call the model itself (`model(batch)`), because a sharded base works only in that call.
+    them by `weight` and hands them to `named`. Call the model itself (`model(batch)`), because a sharded base works
+    only in that call.
     """
     each: Callable[[SupervisedLoss, Batch, Counts], Tensor]
     """(model, micro-batch, size of all) -> the same numbers for each example, float64, (examples, 1 + more), without
@@ -47,13 +48,15 @@ class Objective:
     more: tuple[str, ...] = ()
     """Names of further numbers: they become `train/NAME` of each step and `eval/NAME` of each evaluation."""
     means: Callable[[Sequence[float], Counts], dict[str, float]] | None = None
-    """(numbers divided by `weight`, size of what they were summed over) -> named means, where these have other divisors.
+    """(numbers divided by `weight`, size of all examples) -> means by name, where these have other divisors.
 
     The first is what the training makes small; `loss` is among them."""
     with_settings: Callable[[Train], "Objective"] | None = None
     """Return this objective with its own settings in `train`; None if it has none."""
     settings: str = ""
     """The own settings in words, for the identity of a run."""
+    rate: float = 1.0
+    """Multiple of the automatic learning rate, which is made for rows with answers."""
     reference: bool = False
     """True if it needs the losses before the first step (`Pack.reference`)."""
     perplexity: bool = False
