@@ -84,6 +84,10 @@ class TrainSpec:
         }
         return self.base_identity() | {"settings": json.dumps(settings)}
 
+    def reference_origin(self) -> dict[str, str]:
+        """Return what decides the losses before the first step, beside the tokens and what computes them."""
+        return {"base model": self.base.digest, "start": self.start or "", **self._packed()}
+
     def factor_origin(self) -> dict[str, str]:
         """Return what decides the factors A0 and B0, except their rank."""
         adapter = self.config.adapter

@@ -6,7 +6,6 @@ another group, which resumes from the newest checkpoint.
 import contextlib
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -86,6 +85,8 @@ class StopRequests:
 MOST_LOST = 30.0
 """Seconds of training that a lost worker may cost, where a checkpoint every so often takes less than `SHARE` of it."""
 SHARE = 0.01
+BEGINS_WITHIN = 0.02
+"""Difference of a first mean from what it must be that rounding on a GPU may make; on CPUs there is none."""
 
 
 class Worker:
@@ -155,28 +156,18 @@ class Worker:
     def _give_reference(self) -> None:
         """Give the stores the losses before the first step; a resumed run gets those with which it began."""
         spec = self.spec
-        identity = {
-            "base model": spec.base.digest,
-            "start": spec.start or "",
-            "precision": self.state.precision or "",
-            "attention": self.attention,
-            "sequences at once": str(self.config.train.micro_batch),
-            "quantization": self.config.model.quantization,
-        }
-        vector = self.trainer.flat.vector
-        now = vector.clone()
+        flat = self.trainer.flat
+        now = flat.vector.clone()
         with self.context.activate(self.trainer.adapted):
             if self.resumed:
+                flat.vector.zero_()
                 started = start_adapter(spec)
-                vector.zero_()
                 if started:
-                    self.trainer.flat.load(vector, named(started))
-            for store in filter(None, (spec.train, spec.eval)):
-                store.wait(sys.maxsize)
-                known = self.state.reference.get(store.digest)
-                found = reference.give(self.trainer, store, self.attention, identity, known)
-                self.state.reference[store.digest] = found
-            vector.copy_(now)
+                    flat.load(flat.vector, named(started))
+            stores = (spec.train, spec.eval)
+            origin = spec.reference_origin()
+            reference.give(self.trainer, stores, self.attention, origin, self.state.reference)
+            flat.vector.copy_(now)
 
     def _begin(self) -> None:
         if not self.resumed:
@@ -219,12 +210,26 @@ class Worker:
                 if result is None:
                     return False
                 self.state.step = result.step
+                if result.step == 1:
+                    self._require_beginning(result)
                 self._say_memory()
                 if self._after_step(result):
                     return False
                 if result.signal:
                     self._checkpoint()
                     return True
+
+    def _require_beginning(self, result: StepResult) -> None:
+        """Raise UserError if the first step computes other losses than the pass for the reference."""
+        if self.trainer.objective.begins is None:
+            return
+        name, wanted = self.trainer.objective.begins
+        found = result.means.get(name, wanted)
+        if abs(found - wanted) > BEGINS_WITHIN:
+            raise UserError(
+                f"train.objective: train/{name} of the first step is {found:.4f}, and must be {wanted:.4f}: the model"
+                " computes other losses in a step than before it; set train.micro_batch: 1 or model.attention: sdpa"
+            )
 
     def _after_step(self, result: StepResult) -> bool:
         """Evaluate, report and save as due; return whether this was the last step."""

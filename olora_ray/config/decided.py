@@ -191,7 +191,6 @@ NOTHING = Kept()
 
 
 SOURCE = re.compile(r"data\.(train|eval)\.\d+\.")
-_NEVER = object()
 
 
 def lasting_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +203,7 @@ def lasting_settings(settings: dict[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in (removed | settings).items()
         if not name.startswith(FREE_TO_CHANGE)
-        and value != ADDED.get(SOURCE.sub("data.*.", name), _NEVER)
+        and value not in ADDED.get(SOURCE.sub("data.*.", name), ())
     }
 
 

@@ -368,16 +368,16 @@ RETIRED: dict[str, tuple[Any, str]] = {
 """Removed field -> its last default, and what to do instead of another value.
 
 Files of earlier releases name these fields. At its default a removed field is dropped in silence."""
-ADDED: dict[str, Any] = {
-    "train.objective": "tokens",
-    "train.beta": 0.1,
-    "train.chosen": 0.0,
-    "data.*.roles": {},
-    "data.*.labels": {},
-    "data.*.system": None,
-    "data.*.markup": "auto",
+ADDED: dict[str, tuple[Any, ...]] = {
+    "train.objective": ("auto", "tokens"),
+    "train.beta": (0.1,),
+    "train.chosen": (0.0,),
+    "data.*.roles": ({},),
+    "data.*.labels": ({},),
+    "data.*.system": (None,),
+    "data.*.markup": ("auto",),
 }
-"""Field that runs and searches of earlier releases do not have -> the default that means what they did.
+"""Field that runs and searches of earlier releases do not have -> the values that mean what they did.
 
 `data.*` is any source."""
 RETIRED_VALUES: dict[str, dict[str, str]] = {

@@ -26,6 +26,7 @@ from olora_ray.common.text import duration
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
 from olora_ray.sweep.space import Space
+from olora_ray.train import reference
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.held_out import evaluate
@@ -123,9 +124,12 @@ def _measure(spec: TrainSpec, shared: SharedBase) -> Baseline:
     adapted = inject(model, factors, 1.0)
     shared.loss.to(shared.device)
     trainer = Trainer(shared.loss, adapted, config, shared.device)
+    attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
+    if trainer.objective.reference:
+        stores = (spec.train, spec.eval)
+        reference.give(trainer, stores, attention, spec.reference_origin(), {})
     loss = means = None
     if spec.eval:
-        attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
         found = evaluate(trainer, spec.eval, attention)
         loss, means = found.loss, found.means
     answers = None

@@ -5,8 +5,9 @@ a search share one pass, and a resumed run reads what it began with.
 """
 
 import logging
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from olora_ray.common import collectives, records, storage
@@ -32,37 +33,51 @@ class Reference:
 
 def give(
     trainer: Trainer,
-    store: TokenStore,
+    stores: Iterable[TokenStore | None],
     attention: str,
-    identity: Mapping[str, str],
-    known: str | None = None,
-) -> str:
-    """Give a complete store its reference, from its file or by a pass with the present adapter; return the digest.
+    origin: Mapping[str, str],
+    noted: dict[str, str],
+) -> None:
+    """Give stores their reference, from a file or by a pass with the present adapter, and note its digest.
 
-    All workers must call it together. `identity` names what decides the losses, and `known` is the digest that the run
-    has noted. Raises UserError if the losses are others.
+    All workers must call it together. `origin` names base model and starting adapter; `noted` has the digests with
+    which the run began, by those of the stores. Raises UserError if the losses are others.
     """
-    named = {**identity, "tokens": store.digest}
-    path = storage.join(store.uri, f"reference-{digest_json(named, length=16)}.json")
+    named = dict(origin) | {
+        "precision": str(next(trainer.loss.parameters()).dtype),
+        "attention": attention,
+        "sequences at once": str(trainer.config.train.micro_batch),
+    }
+    for store in stores:
+        if store is not None:
+            store.wait(sys.maxsize)
+            found = _of_store(trainer, store, attention, named)
+            if noted.setdefault(store.digest, found.sha256) != found.sha256:
+                raise UserError(
+                    f"reference: token store {store.uri} has other losses than those with which this run began; bring"
+                    " its file back, or start another run"
+                )
+            store.reference = [tuple(losses) for losses in found.losses]
+
+
+def _of_store(
+    trainer: Trainer, store: TokenStore, attention: str, named: Mapping[str, str]
+) -> Reference:
+    identity = {**named, "tokens": store.digest}
+    path = storage.join(store.uri, f"reference-{digest_json(identity, length=16)}.json")
     first = collectives.rank() == 0
     found = collectives.from_first(records.read(path, Reference) if first else None)
-    if found is None or found.sha256 != digest_json(found.losses):
-        began = time.perf_counter()
-        logger.info(
-            "measuring the losses of the answers before the first step: the reference of pairs"
-        )
-        losses = [*measured(trainer, store, attention)]
-        found = Reference(named, losses, digest_json(losses))
-        if first:
-            records.write(path, vars(found))
-        logger.info(f"reference: {len(store):,} sequences in {time.perf_counter() - began:.1f} s")
-    if known not in (None, found.sha256):
-        raise UserError(
-            f"reference: {path} has other losses than those with which this run began; bring the old file back, or"
-            " start another run"
-        )
-    store.reference = [tuple(losses) for losses in found.losses]
-    return found.sha256
+    if found is not None and found.sha256 == digest_json(found.losses):
+        return found
+    began = time.perf_counter()
+    logger.info("measuring the losses before the first step: the reference of preference pairs")
+    losses = [*measured(trainer, store, attention)]
+    found = Reference(identity, losses, digest_json(losses))
+    if first:
+        records.write(path, vars(found))
+    seconds = time.perf_counter() - began
+    logger.info(f"reference: {len(store):,} sequences in {seconds:.1f} s")
+    return found
 
 
 def measured(trainer: Trainer, store: TokenStore, attention: str) -> Iterator[tuple[float, ...]]:

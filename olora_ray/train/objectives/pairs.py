@@ -13,6 +13,7 @@ with P pairs, S other rows s, and N_c and N_s supervised tokens of chosen answer
 batch. So each kind has its own mean, which weighs as much as the kind has rows: a lone pair among 30 rows is 1/31.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -109,4 +110,5 @@ OBJECTIVE = Objective(
     # At the rate for rows one step moved the margin of SmolLM2's next pairs by 31 nats, at a tenth of it by 5.5.
     rate=0.1,
     reference=True,
+    begins=("pairs/loss", math.log(2)),
 )
