@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,16 @@ from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data import detect
+from olora_ray.data.chat_template import DEFAULT, EXCHANGE
 from olora_ray.data.columns import Unclear, excerpt
-from olora_ray.data.formats import columns_of, format_named, to_example
-from olora_ray.data.formats.format import Chat, Rejected
+from olora_ray.data.formats import columns_of, format_named, to_example, with_system
+from olora_ray.data.formats.format import Chat, Example, Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import KINDS, File, first_rows, list_files
 from olora_ray.data.text_files import DELIMITERS
+from olora_ray.data.tokenize import ExampleTokenizer, asks_in_chats
+from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_of_templates
 from olora_ray.tokens.manifest import Limits
 
 CONFIG = """\
@@ -55,7 +59,7 @@ data:
   train:{data}
   {held_out}
   max_length: {max_length}
-  too_long: {too_long}  # rows with more tokens than max_length {shortened}{allowed}
+  too_long: {too_long}  # rows with more tokens than max_length {shortened}{allowed}{template}
 adapter: {{method: olora, rank: 16, alpha: 16}}  # what to set, with the optimizer: docs/evidence.md
 train:
   epochs: {epochs}  # passes over the rows
@@ -90,6 +94,8 @@ HELD_OUT = (
 """Words that replace `train` in the name of a file of held-out rows."""
 FEWEST = 10
 """Rows below which none are left to hold out."""
+ALIKE = {"<|im_start|>": "chatml-tools", "<start_of_turn>": "gemma", DEFAULT: "chatml-tools"}
+"""A part of a model's template, or that for models without one -> a template with the same marks that writes more."""
 MANY = 5000
 """Rows from which one epoch has enough steps; data of the hub counts as so many."""
 
@@ -150,7 +156,7 @@ def _tree(parsed: command_line.Arguments) -> dict[str, Any]:
     if not data:
         raise UserError("arguments: expected DATA and an optional MODEL; --help shows how")
     for name in changes:
-        if not re.match(r"data\.(train\.\d+\.|max_rejected$)", name):
+        if not re.match(r"data\.(train\.\d+\.|(max_rejected|chat_template)$)", name):
             raise UserError(
                 f"argument {name}: write the config without it, then set it in the config"
             )
@@ -192,16 +198,18 @@ def _config(given: Config) -> str:
             look = _look(source, number, config.run.storage, train[number].path)
             if look.said:
                 train[number] = train[number].model_copy(update={"fields": look.said})
-            # A prompt with its completion is a chat only if the model has a template.
-            is_chat = format_named(look.source.format).makes == "chat"
-            if look.labels and is_chat and not source.system:
-                system = f"Answer with one of: {', '.join(look.labels)}"
-                train[number] = train[number].model_copy(update={"system": system})
         looks.append(look)
         rejected += look.rejected
     rows = sum(look.rows for look in looks)
     reasons = Counter(str(entry["reason"]) for entry in rejected)
     Limits.of(config, "train").check(reasons, rows + len(rejected), lambda: rejected)
+    spec = _template(config, given.model.name, looks, rows)
+    for number, look in enumerate(looks):
+        # A prompt with its completion is a chat only if the model has a template.
+        if look.labels and format_named(look.source.format).makes == "chat":
+            system = look.source.system or f"Answer with one of: {', '.join(look.labels)}"
+            if not spec or not _why_not(spec, with_system(Chat(EXCHANGE), system)):
+                train[number] = train[number].model_copy(update={"system": system})
     hub = any(source.path.startswith("hf://") for source in train)
     if hub:
         rows = MANY
@@ -229,10 +237,6 @@ def _config(given: Config) -> str:
             f"{train[0].path}: {rows} rows are too few to hold some out; at least {FEWEST} are needed"
         )
     print(f"held out: {words}")
-    from olora_ray.model.source import is_found  # after the rows, because the hub may take seconds
-
-    if not is_found(config):
-        print(f"model: {given.model.name} could not be looked up from here; the run loads it")
     data = ""
     for shown, look in zip(train, looks, strict=True):
         data += _written(shown, look)
@@ -246,6 +250,7 @@ def _config(given: Config) -> str:
         "too_long": "cut",
         "shortened": "are cut off",
         "allowed": "",
+        "template": "",
         "evaluation": "",
     }
     if texts:
@@ -257,9 +262,72 @@ def _config(given: Config) -> str:
         # A token has at least one byte, and one more ends the answer.
         longest = max(len(label.encode()) for label in labels) + 1
         fields["evaluation"] = LABELS.format(longest=longest)
+    chosen = given.data.chat_template
+    if spec and not chosen:
+        chosen = spec.chosen
+    if chosen:
+        fields["template"] = f"\n  chat_template: {_yaml(chosen)}  # instead of the model's own"
     if "max_rejected" in given.data.model_fields_set:
         fields["allowed"] = f"\n  max_rejected: {given.data.max_rejected:g}"
     return CONFIG.format(**fields, **_pace(rows))
+
+
+def _template(
+    config: Config, model: str, looks: "Sequence[Look]", rows: int
+) -> TokenizerSpec | None:
+    """Return a spec with the chat template that the rows need; None if only the run can tell the model's.
+
+    Raise UserError if the model's own refuses too many rows, and no other template is plainly right.
+    """
+    # After the rows, because the hub may take seconds.
+    from olora_ray.model.source import found, templates
+
+    files = found(config)
+    if files is None:
+        print(f"model: {model} could not be looked up from here; the run loads it")
+        return None
+    own = templates(files)
+    if own is None:
+        return None
+    spec = spec_of_templates(own, model, config.data.chat_template or "")
+    refused = _refused(spec, looks)
+    count = sum(each["rows"] for each in refused)
+    try:
+        Limits.of(config, "train").check({"template": count}, rows, lambda: refused)
+    except UserError:
+        for mark, name in ALIKE.items():
+            other = spec_of_templates(own, model, name)
+            if mark in spec.chat_template and not spec.chosen and not _refused(other, looks):
+                print(f"chat_template: {name}, because {refused[0]['message']}")
+                return other
+        raise
+    for each in refused:
+        print(
+            "{rows:,} of the rows cannot be used, such as {file}:{line}: {message}".format_map(each)
+        )
+    return spec
+
+
+def _refused(spec: TokenizerSpec, looks: "Sequence[Look]") -> list[dict[str, Any]]:
+    """Return a row of each shape of chats that a template refuses, or of which it drops a part."""
+    refused = []
+    for look in looks:
+        # A prompt with its completion is a chat only if the model has a template.
+        if look.chats and asks_in_chats(look.source, spec):
+            for chat, entries in look.chats.values():
+                why = _why_not(spec, chat)
+                if why:
+                    said = {"reason": why.reason, "message": why.message, "rows": len(entries)}
+                    refused.append(entries[0] | said)
+    return refused
+
+
+def _why_not(spec: TokenizerSpec, chat: Example) -> Rejected | None:
+    try:
+        ExampleTokenizer(spec, 512).begin(chat)
+    except Rejected as why:
+        return why
+    return None
 
 
 def _pace(rows: int) -> dict[str, object]:
@@ -280,6 +348,10 @@ def _pace(rows: int) -> dict[str, object]:
     return fields | {"micro": micro, "workers": workers, "cpus": cpus // workers}
 
 
+Chats = dict[object, tuple[Chat, list[dict[str, Any]]]]
+"""Order of roles, keys of messages, tools or none -> the first such chat, and the rows of all of them."""
+
+
 @dataclass(frozen=True)
 class Look:
     source: Source
@@ -295,6 +367,7 @@ class Look:
     """The answers, if they are labels, the most frequent first."""
     said: Mapping[str, str] = field(default_factory=dict)
     """The fields that a person named at the terminal."""
+    chats: Chats = field(default_factory=dict)
 
 
 def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
@@ -326,8 +399,9 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
     rejected: list[dict[str, Any]] = []
     # Files of up to 64 MB are read completely, which takes some seconds.
     answers = Counter[str]()
+    chats: Chats = {}
     if size <= 2**26:
-        rows = _read(source, number, files, rejected, answers)
+        rows = _read(source, number, files, rejected, answers, chats)
         count = f"{rows:,}"
     else:
         some = files[:8]
@@ -343,7 +417,7 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
     if labels:
         print(f"{len(labels)} labels; the rarest, {labels[-1]!r}, has {answers[labels[-1]]:,} rows")
     held_out = _held_out(shown, source, files)
-    return Look(source, rows - len(rejected), rejected, seen, held_out, left, labels, said)
+    return Look(source, rows - len(rejected), rejected, seen, held_out, left, labels, said, chats)
 
 
 def _answered() -> dict[str, str]:
@@ -378,8 +452,12 @@ def _read(
     files: Sequence[File],
     rejected: list[dict[str, Any]],
     answers: "Counter[str]",
+    chats: Chats,
 ) -> int:
-    """Return the number of rows of these files; add those that cannot be used to `rejected`, and count the answers."""
+    """Return the number of rows of these files; add those that cannot be used to `rejected`.
+
+    Count the answers, and collect the chats.
+    """
     rows = 0
     with_answers = not format_named(source.format).has_turns
     columns = columns_of(source.format, source.fields)
@@ -388,15 +466,20 @@ def _read(
         for unit in scanned.units:
             for position, row in read_unit(scanned.file or file, unit, scanned.columns, columns):
                 rows += 1
+                entry = {"source": number, "file": file.uri, "line": position + 1}
                 try:
                     as_chat = source.chat is not False
                     example = to_example(source.format, row, source.fields, as_chat, source)
                 except Rejected as why:
-                    entry = {"source": number, "file": file.uri, "line": position + 1}
                     rejected.append({**entry, "reason": why.reason, "message": why.message})
                     continue
-                if isinstance(example, Chat) and with_answers and len(answers) <= MOST_LABELS:
-                    answers[example.messages[-1]["content"]] += 1
+                if isinstance(example, Chat):
+                    turns = example.messages
+                    order = frozenset(pairwise(["", *(turn["role"] for turn in turns)]))
+                    shape = (order, frozenset(chain(*turns)), example.tools is not None)
+                    chats.setdefault(shape, (example, []))[1].append(entry)
+                    if with_answers and len(answers) <= MOST_LABELS:
+                        answers[example.messages[-1]["content"]] += 1
     return rows
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from olora_ray.common import storage
@@ -274,6 +275,29 @@ def spec_from_pretrained(
     if chosen:
         spec.compiled(tools=False)
     return spec
+
+
+STAND_INS = {"eos_token": "</s>", "bos_token": "<s>"}
+
+
+def spec_of_templates(templates: Any, name: str, chosen: str) -> TokenizerSpec:
+    """Return the spec of a model for the texts of chats alone: its tokenizer knows only STAND_INS.
+
+    `templates` is the model's chat template, or several by name, or empty; the rest as `spec_from_pretrained`.
+    """
+    from tokenizers import Tokenizer, models
+
+    inner = Tokenizer(models.BPE())
+    inner.add_special_tokens([*STAND_INS.values()])
+    tokenizer = SimpleNamespace(
+        chat_template=templates,
+        is_fast=True,
+        backend_tokenizer=inner,
+        eos_token_id=0,
+        bos_token_id=None,
+        special_tokens_map=STAND_INS,
+    )
+    return spec_from_pretrained(tokenizer, name, chosen)
 
 
 SHIPPED = Path(__file__).with_name("templates")

@@ -72,11 +72,12 @@ def to_example(
             f"format {format} says makes={known.makes!r}, but read() returns {type(example).__name__}"
         )
     if source and source.system:
-        return _with_system(example, source.system)
+        return with_system(example, source.system)
     return example
 
 
-def _with_system(example: Example, system: str) -> Example:
+def with_system(example: Example, system: str) -> Example:
+    """Return a chat with a system message, if it has none; raise Rejected for a prompt with its completion."""
     if isinstance(example, Completion):
         raise Rejected("no_chat", "system needs a chat: set chat: true, or remove system")
     if not isinstance(example, Chat) or example.messages[0]["role"] in ("system", "developer"):
