@@ -47,7 +47,7 @@ from olora_ray.data.sources import KINDS, File, first_rows, list_files
 from olora_ray.data.text_files import DELIMITERS
 from olora_ray.data.tokenize import ExampleTokenizer, asks_in_chats
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_of_templates
-from olora_ray.tokens.manifest import Limits
+from olora_ray.tokens.manifest import NOTHING, Limits
 
 CONFIG = """\
 # yaml-language-server: $schema={schema}
@@ -410,9 +410,13 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
     if shown.startswith("hf://"):
         count = f"its first {rows:,}"
     print(f"{shown}: {count} {seen or f'{source.format} rows'}")
-    if rejected:
-        first = "{file}:{line}: {reason}: {message}".format_map(rejected[0])
-        print(f"{len(rejected):,} of them cannot be used, the first is {first}")
+    unusable = [entry for entry in rejected if entry["reason"] not in NOTHING]
+    if unusable:
+        first = "{file}:{line}: {reason}: {message}".format_map(unusable[0])
+        print(f"{len(unusable):,} of them cannot be used, the first is {first}")
+    empty = len(rejected) - len(unusable)
+    if empty:
+        print(f"{empty:,} of them are empty, and are left out")
     labels = _labels(answers, rows)
     if labels:
         print(f"{len(labels)} labels; the rarest, {labels[-1]!r}, has {answers[labels[-1]]:,} rows")

@@ -141,6 +141,15 @@ def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
     assert written("q.csv", "data.max_rejected=0.334").data.max_rejected == 0.334
 
 
+def test_empty_texts_are_counted_without_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [json.dumps({"text": "" if n % 3 else f"line {n}"}) for n in range(90)]
+    Path("wiki.jsonl").write_text("\n".join(texts))
+    written("wiki.jsonl")
+    printed = capsys.readouterr().out
+    assert "\n60 of them are empty, and are left out\n" in printed
+    assert "cannot be used" not in printed
+
+
 def test_rows_of_large_files_with_line_breaks_are_estimated_as_rows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
