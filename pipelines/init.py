@@ -24,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,7 @@ def _config(given: Config) -> str:
     elif hub:
         words = "eval_fraction: 0.05  # of the rows"
     elif rows >= FEWEST:
-        words = _fraction(rows, config.gate.min_rows)
+        words = _fraction(rows, config.gate.min_rows, looks)
     elif texts:
         words = "eval: []  # none: each text is one row; name some others here"
     else:
@@ -349,7 +349,7 @@ def _pace(rows: int) -> dict[str, object]:
 
 
 Chats = dict[object, tuple[Chat, list[dict[str, Any]]]]
-"""Order of roles, keys of messages, tools or none -> the first such chat, and the rows of all of them."""
+"""Which message follows which, by roles and keys, with tools or without -> the first such chat, and all their rows."""
 
 
 @dataclass(frozen=True)
@@ -363,8 +363,8 @@ class Look:
     held_out: str | None = None
     left_out: Mapping[str, Any] = field(default_factory=dict)
     """Column that nothing reads -> one of its values."""
-    labels: Sequence[str] = ()
-    """The answers, if they are labels, the most frequent first."""
+    labels: Mapping[str, int] = field(default_factory=dict)
+    """The answers with their rows, if they are labels, the most frequent first."""
     said: Mapping[str, str] = field(default_factory=dict)
     """The fields that a person named at the terminal."""
     chats: Chats = field(default_factory=dict)
@@ -419,7 +419,8 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
         print(f"{empty:,} of them are empty, and are left out")
     labels = _labels(answers, rows)
     if labels:
-        print(f"{len(labels)} labels; the rarest, {labels[-1]!r}, has {answers[labels[-1]]:,} rows")
+        rarest, fewest = [*labels.items()][-1]
+        print(f"{len(labels)} labels; the rarest, {rarest!r}, has {fewest:,} rows")
     held_out = _held_out(shown, source, files)
     return Look(source, rows - len(rejected), rejected, seen, held_out, left, labels, said, chats)
 
@@ -478,9 +479,8 @@ def _read(
                     rejected.append({**entry, "reason": why.reason, "message": why.message})
                     continue
                 if isinstance(example, Chat):
-                    turns = example.messages
-                    order = frozenset(pairwise(["", *(turn["role"] for turn in turns)]))
-                    shape = (order, frozenset(chain(*turns)), example.tools is not None)
+                    turns = [(turn["role"], *turn) for turn in example.messages]
+                    shape = frozenset(pairwise([(example.tools is not None,), *turns]))
                     chats.setdefault(shape, (example, []))[1].append(entry)
                     if with_answers and len(answers) <= MOST_LABELS:
                         answers[example.messages[-1]["content"]] += 1
@@ -499,19 +499,24 @@ def _estimated(file: File) -> float:
     return begun.rows * rows / max(begun.units.rows, 1)
 
 
-def _labels(answers: "Counter[str]", rows: int) -> list[str]:
+def _labels(answers: "Counter[str]", rows: int) -> dict[str, int]:
     """Return the answers, the most frequent first, if they are labels: few and short ones, each in many rows."""
-    labels = [label for label, _ in answers.most_common()]
+    labels = dict(answers.most_common())
     few = 2 <= len(labels) <= min(MOST_LABELS, rows / 20)
     if few and all(len(label.split()) <= 5 for label in labels):
         return labels
-    return []
+    return {}
 
 
-def _fraction(rows: int, gate: int) -> str:
+def _fraction(rows: int, gate: int, looks: "Sequence[Look]") -> str:
     # The rows are drawn: of 30 that are expected, a gate that needs 20 gets them almost always.
-    wanted = min(max(1.5 * gate, 0.1 * rows), max(50.0, 0.05 * rows), 1000.0, 0.25 * rows)
+    wanted = min(max(1.5 * gate, 0.1 * rows), max(50.0, 0.05 * rows))
+    # Of 5 rows of a label that are expected, at least one is drawn in 99 of 100 cases.
+    fewest = min((count for look in looks for count in look.labels.values()), default=rows)
+    wanted = min(max(wanted, 5 * rows / fewest), 1000.0, 0.25 * rows)
     few = f"; a retraining needs {gate} (gate.min_rows)" if wanted < 1.5 * gate else ""
+    if fewest < rows:
+        few += f"; about {wanted * fewest / rows:.0f} with the rarest label"
     return f"eval_fraction: {wanted / rows:.2g}  # about {round(wanted):,} rows{few}"
 
 

@@ -292,6 +292,20 @@ def test_labels_are_scored_by_equality_and_named_in_the_system_message(
         assert source.fields == {"instruction": "text", "output": "kind"}
 
 
+@pytest.mark.parametrize(("each", "held_out", "rare"), [(25, 200, 5), (8, 250, 2), (300, 50, 15)])
+def test_enough_rows_are_held_out_to_judge_a_rare_label(
+    each: int, held_out: int, rare: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    for n in range(1000):
+        label = "rare" if n < each else "usual"
+        lines.append(json.dumps({"instruction": f"{n}?", "output": label}))
+    Path("a.jsonl").write_text("\n".join(lines))
+    assert written("a.jsonl").data.eval_fraction == held_out / 1000
+    told = f"  # about {held_out} rows; about {rare} with the rarest label\n"
+    assert told in capsys.readouterr().out
+
+
 def test_labels_of_a_prompt_get_no_system_message_because_it_may_be_no_chat() -> None:
     lines = [{"prompt": f"{n}?", "completion": ["even", "odd"][n % 2]} for n in range(60)]
     Path("a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
