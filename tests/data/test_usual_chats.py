@@ -56,6 +56,9 @@ def gemini(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "parts": [{"text": text}]}
 
 
+COHERES = [turn("USER", Q, value="message"), turn("CHATBOT", A, value="message")]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -85,6 +88,13 @@ def gemini(role: str, text: str) -> dict[str, Any]:
         ({"id": "7", "data": [Q, A, Q, A]}, QA * 2),
         ({"conversation": [{"input": Q, "output": A}, {"input": Q, "output": A}]}, QA * 2),
         ({"dialogue": [[Q, A]], "system": "Be kind."}, [SYSTEM, *QA]),
+        ({"message": Q, "chat_history": COHERES, "response": A}, QA * 2),
+        ({"message": Q, "chat_history": [], "output": A, "id": "7"}, QA),
+        (
+            {"preamble": "Be kind.", "message": Q, "chat_history": COHERES, "response": A},
+            [SYSTEM, *QA, *QA],
+        ),
+        ({"instruction": Q, "history": TURNS, "output": A}, QA * 2),
         ({"messages": [turn("assistant", "Hello"), *TURNS]}, [("assistant", "Hello"), *QA]),
         ({"messages": [*TURNS, turn(*SYSTEM), *TURNS]}, [*QA, SYSTEM, *QA]),
     ],

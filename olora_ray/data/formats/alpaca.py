@@ -1,5 +1,7 @@
 """Format alpaca: an instruction with its input and output; a chat of one question, after an optional history."""
 
+from typing import Any
+
 from olora_ray.data.formats.chat import ANSWERS, SYSTEM, question_answer, sequence, to_chat
 from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
 
@@ -12,20 +14,24 @@ def read(row: Row) -> Example:
     instruction = row.text("instruction")
     answer = row.text("output")
     extra = row.optional_text("input")
-    messages = []
+    messages: list[Any] = []
     system = row.optional_text("system")
     if system:
         messages.append({"role": "system", "content": system})
     history = row.optional("history")
     if history:
         column = row.column("history")
-        pairs = sequence(history, column)
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            raise Rejected(
-                "wrong_type", f"field {column!r} is not a list of [question, answer] pairs"
-            )
-        for question, earlier in pairs:
-            messages += question_answer(question, earlier)
+        for turn in sequence(history, column):
+            if isinstance(turn, dict):  # of Cohere: {role: USER, message: ...}
+                content = turn.get("message", turn.get("content"))
+                messages.append({"role": turn.get("role"), "content": content})
+            elif isinstance(turn, list) and len(turn) == 2:
+                messages += question_answer(*turn)
+            else:
+                raise Rejected(
+                    "wrong_type",
+                    f"field {column!r} is not a list of [question, answer] pairs or messages",
+                )
     if extra.strip():
         instruction = f"{instruction}\n\n{extra}"
     return to_chat([*messages, *question_answer(instruction, answer)])
