@@ -314,11 +314,10 @@ def _refused(spec: TokenizerSpec, looks: "Sequence[Look]") -> list[dict[str, Any
     for look in looks:
         # A prompt with its completion is a chat only if the model has a template.
         if look.chats and asks_in_chats(look.source, spec):
-            for chat, entries in look.chats.values():
+            for chat, entry in look.chats.values():
                 why = _why_not(spec, chat)
                 if why:
-                    said = {"reason": why.reason, "message": why.message, "rows": len(entries)}
-                    refused.append(entries[0] | said)
+                    refused.append({**entry, "reason": why.reason, "message": why.message})
     return refused
 
 
@@ -348,8 +347,8 @@ def _pace(rows: int) -> dict[str, object]:
     return fields | {"micro": micro, "workers": workers, "cpus": cpus // workers}
 
 
-Chats = dict[object, tuple[Chat, list[dict[str, Any]]]]
-"""Which message follows which, by roles and keys, with tools or without -> the first such chat, and all their rows."""
+Chats = dict[object, tuple[Chat, dict[str, Any]]]
+"""Which message follows which, by roles and keys, with tools or without -> the first such chat, its place and rows."""
 
 
 @dataclass(frozen=True)
@@ -481,7 +480,8 @@ def _read(
                 if isinstance(example, Chat):
                     turns = [(turn["role"], *turn) for turn in example.messages]
                     shape = frozenset(pairwise([(example.tools is not None,), *turns]))
-                    chats.setdefault(shape, (example, []))[1].append(entry)
+                    _, first = chats.setdefault(shape, (example, {**entry, "rows": 0}))
+                    first["rows"] += 1
                     if with_answers and len(answers) <= MOST_LABELS:
                         answers[example.messages[-1]["content"]] += 1
     return rows
