@@ -292,7 +292,8 @@ class Source(Section):
     """System message for chats that have none."""
     markup: Literal["auto", "none"] | Markup = "auto"
     """The markup in which each text is a whole chat (guanaco: ### Human: ... ### Assistant: ...). The text becomes
-    messages, for the model's own chat template. auto: that of all first rows; none: train the texts as they are."""
+    messages, for the model's own chat template. auto: the first of which a text has a mark, if most of the first rows
+    are such chats; none: train the texts as they are."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """Number of uses of each row per epoch. 0.5 uses half of the rows, selected by a hash of their position."""
     only: tuple[str, ...] = ()
@@ -300,19 +301,6 @@ class Source(Section):
     chat: Literal["auto"] | bool = "auto"
     """true: prompt_completion rows go through the chat template. false: prompt and completion are joined as they are.
     auto: true if the model has a chat template."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_of_a_chat(cls, given: Any) -> Any:
-        # A text with markup is the messages of a chat.
-        if not isinstance(given, dict) or given.get("format") != "text":
-            return given
-        fields = given.get("fields") or {}
-        if given.get("markup", "auto") in ("auto", "none") or not isinstance(fields, dict):
-            return given
-        others = {name: column for name, column in fields.items() if name != "text"}
-        messages = {"messages": fields.get("text", "text"), **others}
-        return {**given, "format": "messages", "fields": messages}
 
     @model_validator(mode="after")
     def _fits_the_format(self) -> "Source":

@@ -19,7 +19,7 @@ from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data import columns, reader, schemas
-from olora_ray.data.formats import format_named, own_formats, to_example
+from olora_ray.data.formats import own_formats, to_example
 from olora_ray.data.formats.chat import sequence
 from olora_ray.data.formats.format import (
     EMPTY,
@@ -32,7 +32,8 @@ from olora_ray.data.formats.format import (
     listed,
     one_line,
 )
-from olora_ray.data.formats.markup import chats_in
+from olora_ray.data.formats.markup import is_marked
+from olora_ray.data.formats.text import TEXT
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, grouped, list_files, say_once
 
@@ -41,14 +42,9 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 # A file with the type of its content, a position in it, and the row there.
 Sampled = tuple[File, int, Any]
+TEXTS = {TEXT.name, *TEXT.other_names}
 NUMBERS = 10
 """Added to the doubt of a reading in which a number is a text: any reading of texts alone is better."""
-TEXTS_OR_TURNS = tuple(
-    name
-    for format in ("text", "messages")
-    for name in (format, *format_named(format).fields[0].other_names)
-)
-"""Names of columns that may hold a chat in a markup."""
 
 
 def check_data(config: Config) -> dict[str, Source]:
@@ -78,7 +74,6 @@ def with_formats(config: Config, found: Mapping[str, Source]) -> Config:
     values: dict[str, Any] = {}
     for setting, source in found.items():
         values |= {f"{setting}.format": source.format, f"{setting}.fields": source.fields}
-        values[f"{setting}.markup"] = source.markup
     return override(config, values)
 
 
@@ -132,7 +127,6 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
         reading = find(rows, given, source.chat, source)
     except Rivals as unclear:
         raise columns.which(where, str(unclear), read) from None
-    source, reading, said = _in_markup(rows, source, reading)
     if reading is None:
         other = find(rows, given, source=source)
         if other is not None:
@@ -142,13 +136,11 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
             raise pairs
         why = why_not(looked[0][2], given, source)
         if why and not re.search(r"not (text|a list)\b", why.message):
-            raise _unusable(where, looked, why, source)
+            raise _unusable(where, looked, why)
         file, position, _ = looked[0]
         problem = why.message if why else "no format has these columns"
         raise columns.which(where, f"{file.uri}:{position + 1}: {problem}", read)
     unfit = source.unfit(reading.format)
-    if unfit and said:
-        unfit += f"; {said}"
     if unfit:
         raise UserError(f"{where}.{unfit}")
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
@@ -167,29 +159,28 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
     unused = {field: column for field, column in fields.items() if column == NONE}
     if unused:
         words += f"; left out: {listed(unused)}"
-    if said:
-        words += f"; {said}"
+    words += _of_markup(read, reading)
     known = known.model_copy(update={"fields": fields})
     return Found(known, words, left)
 
 
-def _in_markup(
-    rows: Sequence[Any], source: Source, reading: "Interpretation | None"
-) -> "tuple[Source, Interpretation | None, str]":
-    """Return source and reading as chats if texts are whole chats in a markup, and what to say about markups."""
-    if reading is None:
-        names = {*itertools.chain(*(row for row in rows if isinstance(row, Mapping)))}
-        columns = [name for name in TEXTS_OR_TURNS if name in names]
-    elif reading.format == "text":
-        columns = [reading.fields.get("text", "text")]
-    else:
-        return source, reading, ""
-    chats, said = chats_in(rows, source, columns)
-    if chats is not source:
-        read = find(rows, chats.fields, chats.chat, chats)
-        if read is not None:
-            return chats, read, said
-    return source, reading, said
+def _of_markup(rows: Sequence[Mapping[Any, Any]], reading: "Interpretation") -> str:
+    """Return what to say about texts with turns in another tool's markup; "" without any."""
+    if not _is_marked(rows, reading.columns[0]):
+        return ""
+    if reading.format == "text":
+        return "; some texts have turns in another tool's markup, but all of their text is trained"
+    if reading.format == "messages":
+        return (
+            "; markup: only the answers are trained, in the model's own chat template; markup: none trains the texts as"
+            " they are"
+        )
+    return ""
+
+
+def _is_marked(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:
+    texts = [row.get(column) for row in rows]
+    return any(isinstance(text, str) and is_marked(text) for text in texts)
 
 
 def _require_clear(where: str, source: Source, read: Iterable[tuple[Any, Example | None]]) -> None:
@@ -215,18 +206,13 @@ def check_source(source: Source, where: str, storage_root: str) -> None:
             problems.append(why)
     if problems and not read:
         raise _unusable(
-            where, looked, problems[0], source, "; remove format and fields to have them detected"
+            where, looked, problems[0], "; remove format and fields to have them detected"
         )
     _require_clear(where, source, read)
 
 
-def _unusable(
-    where: str, looked: Sequence[Sampled], why: Rejected, source: Source, hint: str = ""
-) -> UserError:
+def _unusable(where: str, looked: Sequence[Sampled], why: Rejected, hint: str = "") -> UserError:
     file, position, _ = looked[0]
-    if why.roles:
-        roles = {**source.roles, **dict.fromkeys(why.roles, "ROLE")}
-        hint = f"; set {columns.setting(f'{where}.roles', roles)}, with user or assistant as ROLE"
     return UserError(
         f"{where}: none of the {len(looked)} rows read can be used; {file.uri}:{position + 1}:"
         f" {why.reason}: {why.message}{hint}"
@@ -348,7 +334,7 @@ def why_not(row: Any, given: Mapping[str, str], source: Source | None = None) ->
     if not problems:
         return None
     # Turns with roles that nobody knows are turns. A format that misses a key of the turns is not what is meant.
-    return max(problems, key=lambda why: (len(why.roles), why.reason != "missing_field"))
+    return max(problems, key=lambda why: (why.reason == "bad_role", why.reason != "missing_field"))
 
 
 def _assignments(
@@ -372,6 +358,10 @@ def _assignments(
     ways = [called(field, every) for field in format.fields if field.needed]
     for needed in itertools.product(*ways):
         if len(set(needed)) < len(needed):
+            continue
+        # By the name of a text, a chat is in a markup.
+        by_text = format.has_turns and needed[0].lower().strip() in TEXTS
+        if by_text and format.needed[0] not in given and not _is_marked(rows, needed[0]):
             continue
         fields = dict(zip(format.needed, needed, strict=True))
         for field in format.fields:
@@ -449,8 +439,10 @@ def _is_most_of(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:
 def _doubt(format: Format, own: set[str]) -> int:
     """Return how little the names of the needed columns say; lower is better."""
     if format.makes == "ids":
-        return 4
+        return 5
     if format.makes == "text":
+        return 4
+    if own <= TEXTS:  # a chat in a markup
         return 3
     if own == {"messages"}:
         return 0

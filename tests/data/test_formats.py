@@ -203,8 +203,8 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
         ),
         ("messages", turns(ANSWER, USER), "no_answer", "follows one from user"),
         ("messages", turns({**USER, "role": "system"}), "no_messages", "no messages"),
-        ("turns", {"turns": ["q", {"input": "q"}]}, "missing_field", "turn 2 is no pair"),
-        ("turns", {"turns": [3, 4]}, "wrong_type", "turn 1 is a number"),
+        ("messages", turns("q", {"input": "q"}), "wrong_type", "message 1 is text"),
+        ("messages", turns(3, 4), "wrong_type", "message 1 is a number"),
         (
             "messages",
             turns(PICTURE, ANSWER),
@@ -228,7 +228,7 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
             "alpaca",
             {"instruction": "x", "output": "y", "history": [["q"]]},
             "wrong_type",
-            "not a list of [question,",
+            "message 1 is a list",
         ),
         (
             "sharegpt",

