@@ -33,7 +33,7 @@ from olora_ray.data.formats.format import (
     one_line,
 )
 from olora_ray.data.formats.markup import is_marked
-from olora_ray.data.formats.text import TEXT
+from olora_ray.data.formats.text import TEXTS
 from olora_ray.data.scan import head
 from olora_ray.data.sources import File, grouped, list_files, say_once
 
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 # A file with the type of its content, a position in it, and the row there.
 Sampled = tuple[File, int, Any]
-TEXTS = {TEXT.name, *TEXT.other_names}
 NUMBERS = 10
 """Added to the doubt of a reading in which a number is a text: any reading of texts alone is better."""
 
@@ -117,23 +116,22 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
     rows = [row for _, _, row in looked]
     read = [row for row in rows if isinstance(row, Mapping)]
     given = source.fields
+    schema = None
     if all(column == NONE for column in given.values()):
         schema = schemas.matching(read)
-        if schema and schema.ask:
-            raise columns.which(where, schema.ask, read)
-        if schema and schema.fields:
-            given = {**schema.fields, **given}
+    if schema and schema.ask and given.keys().isdisjoint(schema.columns):
+        raise columns.which(where, schema.ask, read)
     try:
-        reading = find(rows, given, source.chat, source)
+        reading = None
+        if schema and schema.fields:
+            reading = find(rows, {**schema.fields, **given}, source.chat, source)
+        reading = reading or find(rows, given, source.chat, source)
     except Rivals as unclear:
         raise columns.which(where, str(unclear), read) from None
     if reading is None:
         other = find(rows, given, source=source)
         if other is not None:
             raise UserError(f"{where}.{source.wrong_chat(other.format)}")
-        pairs = columns.of_pairs(where, read)
-        if pairs:
-            raise pairs
         why = why_not(looked[0][2], given, source)
         if why and not re.search(r"not (text|a list)\b", why.message):
             raise _unusable(where, looked, why)
@@ -144,15 +142,10 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
     if unfit:
         raise UserError(f"{where}.{unfit}")
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
-    _require_clear(where, known, zip(read, reading.examples, strict=True))
-    left: dict[str, Any] = {}
-    for row in read:
-        for name, value in row.items():
-            if str(name) in reading.unread and value not in EMPTY:
-                left.setdefault(str(name), value)
+    columns.require_clear(where, known, zip(read, reading.examples, strict=True))
     kinds = " and ".join(dict.fromkeys(file.form for file, _, _ in looked))
     words = f"{reading.format} rows in {kinds}"
-    fields = {**reading.fields, **dict.fromkeys(left, NONE)}
+    fields = {**reading.fields, **dict.fromkeys(reading.unread, NONE)}
     for field, column in fields.items():
         if column != NONE:
             words += f"; {field}: {one_line(column, 100)}"
@@ -161,7 +154,7 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
         words += f"; left out: {listed(unused)}"
     words += _of_markup(read, reading)
     known = known.model_copy(update={"fields": fields})
-    return Found(known, words, left)
+    return Found(known, words, reading.unread)
 
 
 def _of_markup(rows: Sequence[Mapping[Any, Any]], reading: "Interpretation") -> str:
@@ -183,13 +176,6 @@ def _is_marked(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:
     return any(isinstance(text, str) and is_marked(text) for text in texts)
 
 
-def _require_clear(where: str, source: Source, read: Iterable[tuple[Any, Example | None]]) -> None:
-    used = [(row, example) for row, example in read if example]
-    error = columns.unclear(where, source, used)
-    if error:
-        raise error
-
-
 def check_source(source: Source, where: str, storage_root: str) -> None:
     """Look at a source whose format is set; raise UserError if no row can be used, or a column decides."""
     looked = []
@@ -208,7 +194,7 @@ def check_source(source: Source, where: str, storage_root: str) -> None:
         raise _unusable(
             where, looked, problems[0], "; remove format and fields to have them detected"
         )
-    _require_clear(where, source, read)
+    columns.require_clear(where, source, read)
 
 
 def _unusable(where: str, looked: Sequence[Sampled], why: Rejected, hint: str = "") -> UserError:
@@ -277,8 +263,8 @@ class Interpretation:
     """One per row; None if the row cannot be used."""
     rank: tuple[int, ...]
     """Lower is better: certainty of the names, known columns that are ignored, fields to set, order of the formats."""
-    unread: dict[str, str]
-    """Columns with values that this reading does not use, and their names in lower case."""
+    unread: dict[str, Any]
+    """Column that this reading does not use -> one of its values."""
 
     @property
     def used(self) -> int:
@@ -396,12 +382,12 @@ def _reading(
     for field in format.fields:
         if field.name in fields and not field.in_turn:
             used.update(columns_in(fields[field.name]))
-    left = {}
+    left: dict[str, Any] = {}
     for row in rows:
         for name, value in row.items():
             column = str(name)
             if value not in EMPTY and column not in used and given.get(column) != NONE:
-                left[column] = column.lower().strip()
+                left.setdefault(column, value)
     own = {field if field in given else fields[field].lower().strip() for field in format.needed}
     if format.makes == "text" and own != {*format.needed} and not _is_most_of(rows, fields["text"]):
         return []
@@ -417,7 +403,7 @@ def _reading(
             examples.append(to_example(format.name, row, called, as_chat=True, source=source))
         except Rejected:
             examples.append(None)
-    ignored = len(columns.KNOWN.intersection(left.values()))
+    ignored = len(columns.KNOWN.intersection(name.lower().strip() for name in left))
     needed = tuple(fields[field] for field in format.needed)
     doubt = _doubt(format, own)
     if any(isinstance(row.get(column), int | float) for row in rows for column in needed):

@@ -33,7 +33,7 @@ from pyarrow import ipc, parquet
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.common.storage import digest
-from olora_ray.data.formats.format import Rejected
+from olora_ray.data.formats.format import Rejected, named
 from olora_ray.data.sources import Changed, File, as_scanned
 from olora_ray.data.text_files import BOM, DELIMITERS, NULLS
 
@@ -231,7 +231,7 @@ def rows(batch: Any) -> list[Any]:
         return list(itertools.chain.from_iterable(singles))
     for number, name in enumerate(names):
         if name in labels:
-            columns[number] = [_named(value, labels[name]) for value in columns[number]]
+            columns[number] = [named(value, labels[name]) for value in columns[number]]
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
@@ -249,14 +249,6 @@ def _names_of_labels(metadata: bytes) -> dict[str, list[str]]:
         if isinstance(feature, dict) and isinstance(feature.get("names"), list):
             labels[column] = feature["names"]
     return labels
-
-
-def _named(value: Any, names: Sequence[str]) -> Any:
-    if isinstance(value, list):
-        return [_named(each, names) for each in value]
-    if isinstance(value, int) and value < len(names):
-        return names[value] if value >= 0 else None  # -1 is no label
-    return value
 
 
 def _values(column: Any) -> list[Any]:

@@ -213,21 +213,18 @@ def _begin(name: str, options: Mapping[str, str]) -> pa.Table:
     branches = ["refs%2Fconvert%2Fparquet", "main"]
     if "revision" in options:
         branches = [options["revision"]]
-    split = re.split(r"[^\w.-]", options.get("split", "train"))[0]
+    paths: list[str] = []
     for branch in branches:
-        paths: list[str] = []
         with contextlib.suppress(FileNotFoundError):
-            paths = sorted(system.glob(f"datasets/{name}@{branch}/**/*.parquet"))
-        for word in (options.get("name", ""), split):
-            paths = [
-                path for path in paths if word in path.removeprefix(f"datasets/{name}")
-            ] or paths
-        if paths:
-            with system.open(paths[0], block_size=2**18) as stream:
-                file = parquet.ParquetFile(stream, buffer_size=2**16, pre_buffer=False)
-                batches = file.iter_batches(FIRST_ROWS, row_groups=[0])
-                return pa.Table.from_batches(itertools.islice(batches, 1))
-    raise FileNotFoundError("it has no Parquet file")
+            paths = paths or sorted(system.glob(f"datasets/{name}@{branch}/**/*.parquet"))
+    if not paths:
+        raise FileNotFoundError("it has no Parquet file")
+    split = re.split(r"[^\w.-]", options.get("split", "train"))[0]
+    words = (options.get("name", ""), split)
+    path = min(paths, key=lambda path: [word not in path for word in words])
+    with system.open(path, block_size=2**18) as stream:
+        file = parquet.ParquetFile(stream, buffer_size=2**16, pre_buffer=False)
+        return pa.Table.from_batches([next(file.iter_batches(FIRST_ROWS, row_groups=[0]))])
 
 
 def _write(dataset: Any, folder: str) -> list[str]:

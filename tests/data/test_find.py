@@ -68,7 +68,7 @@ def test_rows_that_say_more_than_one_way_can_tell(
         ([1], "expected an object with fields, found a list"),
         (
             {"question": "q", "answer": [4]},
-            "field 'answer' is a list, not text; name a value in it, such as answer.0",
+            "field 'answer' is a list, not text",
         ),
     ],
 )

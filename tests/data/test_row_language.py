@@ -108,7 +108,7 @@ def test_a_field_is_a_column_a_path_or_a_template(
         ),
         (
             {"output": "answers"},
-            "is an object, not text; name a value in it, such as answers.text.0",
+            "field 'answers' is an object, not text",
         ),
         ({"output": "{title"}, "has a single {; write {{"),
     ],
@@ -170,7 +170,7 @@ def test_numbers_of_labels_have_names(kind: str, tmp_path: Path) -> None:
     without = [{**row, "label": -1} for row in IMDB]
     with pytest.raises(UserError) as caught:
         spoken(config(tmp_path, without, kind, fields=CLASSIFY, labels=labels))
-    assert "field 'label' is -1; labels has names for 0 to 1" in str(caught.value)
+    assert "field 'label' is -1, which has no name in labels" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

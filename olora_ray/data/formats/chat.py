@@ -1,10 +1,10 @@
 """Roles, content, tool calls and tools of messages: the common part of all formats of chats."""
 
 import ast
-import io
+import contextlib
 import itertools
 import json
-import tokenize
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -278,23 +278,18 @@ def parsed(text: str, otherwise: str) -> Any:
 def _loaded(text: str) -> Any:
     """Return the value of JSON text, or of a list or object as Python prints it; raise ValueError for other text.
 
-    pandas writes lists into csv as Python prints them, and arrays of objects without the commas between these.
+    pandas writes lists into csv as Python prints them, and arrays of objects with a line break between these.
     """
     try:
         return json.loads(text)
     except ValueError:
         if not text.lstrip().startswith(("[", "{")):
             raise
-    printed: list[tuple[int, str]] = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
-            if token.string == "{" and printed[-1:] == [(tokenize.OP, "}")]:
-                printed.append((tokenize.OP, ","))
-            if token.type != tokenize.NL:
-                printed.append((token.type, token.string))
-        return ast.literal_eval(tokenize.untokenize(printed))
-    except (SyntaxError, tokenize.TokenError, MemoryError, TypeError) as error:
-        raise ValueError(str(error)) from None
+    # A line break is between two objects, because Python prints those of texts as \\n.
+    for printed in (text, re.sub(r"\}\n\s*\{", "}, {", text)):
+        with contextlib.suppress(SyntaxError, MemoryError, TypeError):
+            return ast.literal_eval(printed.strip())
+    raise ValueError("no list or object")
 
 
 def after_system(row: Row, turns: list[Any], role: str, content: str) -> list[Any]:

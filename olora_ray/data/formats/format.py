@@ -7,7 +7,7 @@ read, the digest of the tokens, the dry run, `olora-ray init` and the exported c
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -124,9 +124,12 @@ def value_at(columns: Mapping[str, Any], written: str, labels: Labels) -> Any:
     """
     if written in columns:
         value = columns[written]
-        if written in labels and value is not None:
-            return _label(value, labels[written], written)
-        return value
+        if value is None or written not in labels:
+            return value
+        name = named(value, labels[written])
+        if name is None:
+            raise Rejected("no_label", f"field {written!r} is {value}, which has no name in labels")
+        return name
     if BRACES.search(written):
         return BRACES.sub(lambda brace: _filled(brace, columns, written, labels), written)
     column, _, path = written.partition(".")
@@ -175,16 +178,14 @@ def _inside(value: Any, key: str, path: str) -> Any:
     raise Rejected("missing_field", f"field {path!r} has no {key!r}: {has}")
 
 
-def _label(value: Any, names: tuple[str, ...], column: str) -> Any:
+def named(value: Any, names: Sequence[str]) -> Any:
+    """Return the names of labels: of numbers, texts of csv, or lists of them; None for a number without a name."""
     if isinstance(value, list):
-        return [_label(each, names, column) for each in value]
-    if value in names:
-        return value
-    number = str(value)  # a cell of csv is text
+        return [named(each, names) for each in value]
+    number = str(value)
     if number.isdecimal() and int(number) < len(names):
         return names[int(number)]
-    problem = f"field {column!r} is {number}; labels has names for 0 to {len(names) - 1}"
-    raise Rejected("no_label", problem)
+    return value if value in names else None
 
 
 def as_text(value: Any, column: str) -> str:
@@ -193,17 +194,7 @@ def as_text(value: Any, column: str) -> str:
         return value
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
-    problem = f"field {column!r} is {type_name(value)}, not text"
-    path = column
-    while value and isinstance(value, list | Mapping):
-        entries: Iterable[tuple[Any, Any]] = enumerate(value)
-        if isinstance(value, Mapping):
-            entries = value.items()
-        key, value = next(iter(entries))
-        path = f"{path}.{key}"
-    if path != column:
-        problem += f"; name a value in it, such as {path}"
-    raise Rejected("wrong_type", problem)
+    raise Rejected("wrong_type", f"field {column!r} is {type_name(value)}, not text")
 
 
 class Row(NamedTuple):
