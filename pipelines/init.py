@@ -40,11 +40,10 @@ from olora_ray.data import detect
 from olora_ray.data.chat_template import DEFAULT, EXCHANGE
 from olora_ray.data.columns import Unclear, excerpt
 from olora_ray.data.formats import columns_of, format_named, to_example, with_system
-from olora_ray.data.formats.format import Chat, Example, Rejected
+from olora_ray.data.formats.format import NONE, Chat, Example, Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import KINDS, File, first_rows, list_files
-from olora_ray.data.text_files import DELIMITERS
 from olora_ray.data.tokenize import ExampleTokenizer, asks_in_chats
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_of_templates
 from olora_ray.tokens.manifest import NOTHING, Limits
@@ -434,20 +433,20 @@ def _answered() -> dict[str, str]:
 
 
 def _written(shown: Source, look: Look) -> str:
-    """Return the entry of a source in the config: in one line, or a line for each field if columns are left out."""
+    """Return the entry of a source in the config, with an example of each column that is left out."""
     tree = shown.model_dump(mode="json", exclude_defaults=True)
-    end = ""
+    if look.left_out:
+        tree["fields"] = {**shown.fields, **dict.fromkeys(look.left_out, NONE)}
+    examples = {f"{_yaml(name)}: {NONE}": excerpt(value) for name, value in look.left_out.items()}
+    text = ""
     if look.seen:
-        end = f"  # {look.seen}"
-    if not look.left_out:
-        return f"\n    - {_yaml(tree)}{end}"
-    fields = tree.pop("fields", {})
-    first, *others = [f"{name}: {_yaml(value)}" for name, value in tree.items()]
-    lines = [f"\n    - {first}{end}", *(f"\n      {line}" for line in others), "\n      fields:"]
-    lines += [f"\n        {_yaml(name)}: {_yaml(column)}" for name, column in fields.items()]
-    for name, value in look.left_out.items():
-        lines.append(f"\n        {_yaml(name)}: none  # such as {excerpt(value)}")
-    return "".join(lines)
+        text = f"\n    # {look.seen}"
+    entry = yaml.dump([tree], Dumper=Dumper, allow_unicode=True, width=10_000, sort_keys=False)
+    for line in entry.splitlines():
+        text += f"\n    {line}"
+        if line.strip() in examples:
+            text += f"  # such as {examples[line.strip()]}"
+    return text
 
 
 def _read(
@@ -488,14 +487,11 @@ def _read(
 
 
 def _estimated(file: File) -> float:
-    """Estimate the rows of a file. A csv file may have fewer rows than lines: those of its beginning are read."""
+    """Estimate the rows of a file from its beginning: it may have fewer than lines or records."""
     begun = head(file)
-    named = begun.file or file
-    if named.kind not in DELIMITERS:
-        return begun.rows
     rows = 0
     for unit in begun.units:
-        rows += sum(1 for _ in read_unit(named, unit, begun.columns, ()))
+        rows += sum(1 for _ in read_unit(begun.file or file, unit, begun.columns, ()))
     return begun.rows * rows / max(begun.units.rows, 1)
 
 

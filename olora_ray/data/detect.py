@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -42,8 +41,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 # A file with the type of its content, a position in it, and the row there.
 Sampled = tuple[File, int, Any]
-NUMBERS = 10
-"""Added to the doubt of a reading in which a number is a text: any reading of texts alone is better."""
 
 
 def check_data(config: Config) -> dict[str, Source]:
@@ -126,12 +123,11 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
         if schema and schema.fields:
             reading = find(rows, {**schema.fields, **given}, source.chat, source)
         reading = reading or find(rows, given, source.chat, source)
+        # A reading for another `chat` has a message of its own.
+        reading = reading or find(rows, given, source=source)
     except Rivals as unclear:
         raise columns.which(where, str(unclear), read) from None
     if reading is None:
-        other = find(rows, given, source=source)
-        if other is not None:
-            raise UserError(f"{where}.{source.wrong_chat(other.format)}")
         why = why_not(looked[0][2], given, source)
         if why and not re.search(r"not (text|a list)\b", why.message):
             raise _unusable(where, looked, why)
@@ -288,7 +284,7 @@ def find(
     for format in own_formats():
         if meant <= set(format.names) and format.takes(chat):
             for fields in _assignments(format, rows, given):
-                candidates += _reading(format, fields, rows, given, source)
+                candidates.append(_reading(format, fields, rows, given, source))
     # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
     most = max((reading.used for reading in candidates), default=0)
     readings = [reading for reading in candidates if 2 * reading.used > most]
@@ -376,8 +372,8 @@ def _reading(
     rows: Sequence[Mapping[Any, Any]],
     given: Mapping[str, str],
     source: Source | None,
-) -> list[Interpretation]:
-    """Return the reading with these columns; none if plain text would be one of several columns by another name."""
+) -> Interpretation:
+    """Return the reading with these columns."""
     used: set[str] = set()
     for field in format.fields:
         if field.name in fields and not field.in_turn:
@@ -389,8 +385,6 @@ def _reading(
             if value not in EMPTY and column not in used and given.get(column) != NONE:
                 left.setdefault(column, value)
     own = {field if field in given else fields[field].lower().strip() for field in format.needed}
-    if format.makes == "text" and own != {*format.needed} and not _is_most_of(rows, fields["text"]):
-        return []
     called = {
         field: column
         for field, column in fields.items()
@@ -405,21 +399,8 @@ def _reading(
             examples.append(None)
     ignored = len(columns.KNOWN.intersection(name.lower().strip() for name in left))
     needed = tuple(fields[field] for field in format.needed)
-    doubt = _doubt(format, own)
-    if any(isinstance(row.get(column), int | float) for row in rows for column in needed):
-        doubt += NUMBERS
-    rank = (doubt, ignored, len(called), own_formats().index(format))
-    return [Interpretation(format.name, called, needed, tuple(examples), rank, left)]
-
-
-def _is_most_of(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:
-    # Plain text by another name is most of its row: beside it, there may be paths, names and numbers.
-    sizes = Counter[str]()
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, str):
-                sizes[str(name)] += len(value)
-    return 2 * sizes.pop(column) > 3 * max(sizes.values(), default=0)
+    rank = (_doubt(format, own), ignored, len(called), own_formats().index(format))
+    return Interpretation(format.name, called, needed, tuple(examples), rank, left)
 
 
 def _doubt(format: Format, own: set[str]) -> int:

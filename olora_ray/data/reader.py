@@ -238,17 +238,15 @@ def rows(batch: Any) -> list[Any]:
 @lru_cache(8)
 def _names_of_labels(metadata: bytes) -> dict[str, list[str]]:
     # `datasets` notes in the schema which columns are numbers of labels, and what the labels are called.
-    try:
-        features = json.loads(metadata)["info"]["features"]
-    except (ValueError, LookupError, TypeError):
-        return {}
     labels = {}
-    for column, feature in dict(features).items():
-        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
-            feature = feature["feature"]  # of a list of labels
-        if isinstance(feature, dict) and isinstance(feature.get("names"), list):
-            labels[column] = feature["names"]
-    return labels
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        for column, feature in json.loads(metadata)["info"]["features"].items():
+            if isinstance(feature, dict):
+                label = feature.get("feature")  # of a list of labels
+                if not isinstance(label, dict):
+                    label = feature
+                labels[column] = label.get("names")
+    return {column: names for column, names in labels.items() if names}
 
 
 def _values(column: Any) -> list[Any]:

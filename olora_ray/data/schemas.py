@@ -30,10 +30,7 @@ def known() -> tuple[Schema, ...]:
 
 def matching(rows: Sequence[Mapping[Any, Any]]) -> Schema | None:
     """Return the first schema whose columns all rows have."""
-    if not rows:
-        return None
-    names = set.intersection(*({str(name) for name in row} for row in rows))
     for schema in known():
-        if names.issuperset(schema.columns):
+        if rows and all({*schema.columns}.issubset(row) for row in rows):
             return schema
     return None

@@ -13,6 +13,7 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import digest_json
+from olora_ray.config.schema import TEMPLATES
 from olora_ray.data import chat_template
 from olora_ray.data.chat_template import (
     EXCHANGE,
@@ -307,13 +308,14 @@ def _choose_template(tokenizer: Any, chosen: str) -> None:
     source = plain_template(tokenizer)
     if chosen != chat_template.PLAIN:
         what = f"data.chat_template: {chosen}"
-        shipped = {file.stem: str(file) for file in sorted(SHIPPED.glob("*.jinja"))}
-        place = shipped.get(chosen, chosen)
+        place = chosen
+        if chosen in TEMPLATES:
+            place = str(SHIPPED / f"{chosen}.jinja")
         with as_user_error(what, OSError, UnicodeDecodeError, reason=short_reason):
             source = storage.read_text(place) if storage.exists(place) else ""
         if not source.strip():
             raise UserError(
-                f"{what} is missing or empty; name a Jinja file, {', '.join(shipped)} or {chat_template.PLAIN}"
+                f"{what} is missing or empty; name a Jinja file or one of {', '.join(TEMPLATES)}"
             )
     tokenizer.chat_template = source
 

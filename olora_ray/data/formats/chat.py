@@ -134,14 +134,9 @@ def in_a_cell(value: Any) -> Any:
         turns = _loaded(value)
     except (ValueError, RecursionError):
         return value
-    if not isinstance(turns, list) or not turns:
-        return value
-    for turn in turns:
-        if not isinstance(turn, dict) or "role" not in turn:
-            return value
-        if "content" not in turn and "tool_calls" not in turn:
-            return value
-    return turns
+    if isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return turns
+    return value
 
 
 def _turned_back(value: Any) -> Any:

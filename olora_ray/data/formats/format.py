@@ -169,11 +169,9 @@ def _inside(value: Any, key: str, path: str) -> Any:
         if key in value:
             return value[key]
         has = f"it has {listed(value)}"
-    elif isinstance(value, list):
-        if key.isdecimal() and int(key) < len(value):
-            return value[int(key)]
-        has = f"it is a list of {len(value)}, counted from 0"
     else:
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            return value[int(key)]
         has = f"it is {type_name(value)}"
     raise Rejected("missing_field", f"field {path!r} has no {key!r}: {has}")
 
@@ -234,18 +232,11 @@ class Row(NamedTuple):
         return value_at(self.columns, self.column(name), self.labels)
 
     def optional_text(self, name: str) -> str:
-        """Return a text field, or "" if it is missing or null; raise Rejected for another type.
-
-        A number or a boolean is text only if `fields` names its column: a column such as `system: true` may mean
-        something else.
-        """
+        """Return a text field, or "" if it is missing or null; a number or a boolean is text here."""
         value = self.optional(name)
         if value is None:
             return ""
-        column = self.column(name)
-        if isinstance(value, int | float) and name not in self.fields:
-            raise Rejected("wrong_type", f"field {column!r} is {type_name(value)}, not text")
-        return as_text(value, column)
+        return as_text(value, self.column(name))
 
 
 @dataclass(frozen=True)
