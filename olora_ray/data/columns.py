@@ -182,16 +182,15 @@ class Unclear(UserError):
     """Rows whose meaning a person must say, with columns that could be question and answer."""
 
 
-def require_clear(where: str, source: Source, read: Iterable[tuple[Any, Example | None]]) -> None:
+def require_clear(where: str, source: Source, read: Sequence[tuple[Any, Example]]) -> None:
     """Raise the question that rows in a known format leave open, if there is one.
 
     `read` are rows with their examples, `where` is the setting of the source.
     """
     known = format_named(source.format)
-    used = [(row, example) for row, example in read if example]
-    rows = [row for row, _ in used]
+    rows = [row for row, _ in read]
     left: dict[str, list[Any]] = {}
-    for row, example in used:
+    for row, example in read:
         for kind, name, value in _unread(source, row, example, ""):
             if decides(source.format, name, value):
                 of_class = known.makes == "text" and not CLASSES.isdisjoint(_words(name))

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
@@ -112,23 +112,24 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
     looked = list(_looked(source, where, storage_root))
     rows = [row for _, _, row in looked]
     read = [row for row in rows if isinstance(row, Mapping)]
-    given = source.fields
     schema = None
-    if all(column == NONE for column in given.values()):
+    if all(column == NONE for column in source.fields.values()):
         schema = schemas.matching(read)
-    if schema and schema.ask and given.keys().isdisjoint(schema.columns):
+    if schema and schema.ask and source.fields.keys().isdisjoint(schema.columns):
         raise columns.which(where, schema.ask, read)
+    ways = [source]
+    if schema and schema.fields:
+        ways.insert(0, source.model_copy(update={"fields": {**schema.fields, **source.fields}}))
+    # A reading for another `chat` has a message of its own.
+    ways.append(source.model_copy(update={"chat": "auto"}))
+    reading = None
     try:
-        reading = None
-        if schema and schema.fields:
-            reading = find(rows, {**schema.fields, **given}, source.chat, source)
-        reading = reading or find(rows, given, source.chat, source)
-        # A reading for another `chat` has a message of its own.
-        reading = reading or find(rows, given, source=source)
+        for way in ways:
+            reading = reading or find(rows, way)
     except Rivals as unclear:
         raise columns.which(where, str(unclear), read) from None
     if reading is None:
-        why = why_not(looked[0][2], given, source)
+        why = why_not(rows[0], source)
         if why and not re.search(r"not (text|a list)\b", why.message):
             raise _unusable(where, looked, why)
         file, position, _ = looked[0]
@@ -138,7 +139,7 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
     if unfit:
         raise UserError(f"{where}.{unfit}")
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
-    columns.require_clear(where, known, zip(read, reading.examples, strict=True))
+    columns.require_clear(where, known, reading.read)
     kinds = " and ".join(dict.fromkeys(file.form for file, _, _ in looked))
     words = f"{reading.format} rows in {kinds}"
     fields = {**reading.fields, **dict.fromkeys(reading.unread, NONE)}
@@ -148,23 +149,18 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
     unused = {field: column for field, column in fields.items() if column == NONE}
     if unused:
         words += f"; left out: {listed(unused)}"
-    words += _of_markup(read, reading)
+    if _is_marked(read, reading.columns[0]):
+        words += MARKED.get(reading.format, "")
     known = known.model_copy(update={"fields": fields})
     return Found(known, words, reading.unread)
 
 
-def _of_markup(rows: Sequence[Mapping[Any, Any]], reading: "Interpretation") -> str:
-    """Return what to say about texts with turns in another tool's markup; "" without any."""
-    if not _is_marked(rows, reading.columns[0]):
-        return ""
-    if reading.format == "text":
-        return "; some texts have turns in another tool's markup, but all of their text is trained"
-    if reading.format == "messages":
-        return (
-            "; markup: only the answers are trained, in the model's own chat template; markup: none trains the texts as"
-            " they are"
-        )
-    return ""
+MARKED = {
+    "text": "; some texts have turns in another tool's markup, but all of their text is trained",
+    "messages": "; markup: only the answers are trained, in the model's own chat template; markup: none trains the"
+    " texts as they are",
+}
+"""What to say about texts with turns in another tool's markup, by the format of their rows."""
 
 
 def _is_marked(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:
@@ -174,21 +170,14 @@ def _is_marked(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:
 
 def check_source(source: Source, where: str, storage_root: str) -> None:
     """Look at a source whose format is set; raise UserError if no row can be used, or a column decides."""
-    looked = []
-    read = []
-    problems = []
+    looked = list(_looked(source, where, storage_root))
+    rows = [row for _, _, row in looked]
     # The model is not known yet, so rows that are a chat only with its template pass.
     as_chat = source.chat is not False
-    for entry in _looked(source, where, storage_root):
-        looked.append(entry)
-        row = entry[2]
-        try:
-            read.append((row, to_example(source.format, row, source.fields, as_chat, source)))
-        except Rejected as why:
-            problems.append(why)
-    if problems and not read:
+    read, rejected = _tried(source.format, rows, source.fields, as_chat, source)
+    if rejected and not read:
         raise _unusable(
-            where, looked, problems[0], "; remove format and fields to have them detected"
+            where, looked, rejected[0], "; remove format and fields to have them detected"
         )
     columns.require_clear(where, source, read)
 
@@ -255,8 +244,10 @@ class Interpretation:
     """In the form of a source's `fields`."""
     columns: tuple[str, ...]
     """Columns of the fields that the format needs."""
-    examples: tuple[Example | None, ...]
-    """One per row; None if the row cannot be used."""
+    read: tuple[tuple[Any, Example], ...]
+    """The rows that can be used, with their examples."""
+    rejected: tuple[Rejected, ...]
+    """Why the others cannot be used."""
     rank: tuple[int, ...]
     """Lower is better: certainty of the names, known columns that are ignored, fields to set, order of the formats."""
     unread: dict[str, Any]
@@ -264,27 +255,15 @@ class Interpretation:
 
     @property
     def used(self) -> int:
-        return len(self.examples) - self.examples.count(None)
+        return len(self.read)
 
 
-def find(
-    rows: Sequence[Any],
-    given: Mapping[str, str],
-    chat: Literal["auto"] | bool = "auto",
-    source: Source | None = None,
-) -> Interpretation | None:
-    """Detect how rows are meant; return None if no format can use any of them.
+def find(rows: Sequence[Any], source: Source) -> Interpretation | None:
+    """Detect how the rows of a source are meant; return None if no format can use any of them.
 
-    `given` are the fields, and `chat` the choice, that their source sets; `source` has its roles and labels. Raise
-    Rivals if two readings are equally good.
+    The fields and the choice of `chat` that the source sets stay. Raise Rivals if two readings are equally good.
     """
-    rows = [row for row in rows if isinstance(row, Mapping)]
-    meant = {field for field, column in given.items() if column != NONE}
-    candidates = []
-    for format in own_formats():
-        if meant <= set(format.names) and format.takes(chat):
-            for fields in _assignments(format, rows, given):
-                candidates.append(_reading(format, fields, rows, given, source))
+    candidates = _readings([row for row in rows if isinstance(row, Mapping)], source)
     # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
     most = max((reading.used for reading in candidates), default=0)
     readings = [reading for reading in candidates if 2 * reading.used > most]
@@ -299,24 +278,30 @@ def find(
     return best
 
 
-def why_not(row: Any, given: Mapping[str, str], source: Source | None = None) -> Rejected | None:
+def why_not(row: Any, source: Source) -> Rejected | None:
     """Return why no format reads the row; None if none has its columns."""
-    problems = []
     try:
         if not isinstance(row, Mapping):
             to_example("text", row, {})
     except Rejected as why:
         return why
-    for format in own_formats():
-        for fields in _assignments(format, [row], given):
-            try:
-                to_example(format.name, row, fields, as_chat=True, source=source)
-            except Rejected as why:
-                problems.append(why)
-    if not problems:
-        return None
+    problems = [why for reading in _readings([row], source) for why in reading.rejected]
     # Turns with roles that nobody knows are turns. A format that misses a key of the turns is not what is meant.
-    return max(problems, key=lambda why: (why.reason == "bad_role", why.reason != "missing_field"))
+    return max(
+        problems,
+        key=lambda why: (why.reason == "bad_role", why.reason != "missing_field"),
+        default=None,
+    )
+
+
+def _readings(rows: Sequence[Mapping[Any, Any]], source: Source) -> list[Interpretation]:
+    meant = {field for field, column in source.fields.items() if column != NONE}
+    readings = []
+    for format in own_formats():
+        if meant <= set(format.names) and format.takes(source.chat):
+            for fields in _assignments(format, rows, source.fields):
+                readings.append(_reading(format, fields, rows, source))
+    return readings
 
 
 def _assignments(
@@ -370,10 +355,10 @@ def _reading(
     format: Format,
     fields: dict[str, str],
     rows: Sequence[Mapping[Any, Any]],
-    given: Mapping[str, str],
-    source: Source | None,
+    source: Source,
 ) -> Interpretation:
     """Return the reading with these columns."""
+    given = source.fields
     used: set[str] = set()
     for field in format.fields:
         if field.name in fields and not field.in_turn:
@@ -391,16 +376,25 @@ def _reading(
         if field != column or field in format.asked
     }
     called |= given
-    examples: list[Example | None] = []
-    for row in rows:
-        try:
-            examples.append(to_example(format.name, row, called, as_chat=True, source=source))
-        except Rejected:
-            examples.append(None)
+    read, rejected = _tried(format.name, rows, called, True, source)
     ignored = len(columns.KNOWN.intersection(name.lower().strip() for name in left))
     needed = tuple(fields[field] for field in format.needed)
     rank = (_doubt(format, own), ignored, len(called), own_formats().index(format))
-    return Interpretation(format.name, called, needed, tuple(examples), rank, left)
+    return Interpretation(format.name, called, needed, read, rejected, rank, left)
+
+
+def _tried(
+    format: str, rows: Iterable[Any], fields: Mapping[str, str], as_chat: bool, source: Source
+) -> tuple[tuple[tuple[Any, Example], ...], tuple[Rejected, ...]]:
+    """Return the rows that can be read, with their examples, and why the others cannot."""
+    read = []
+    rejected = []
+    for row in rows:
+        try:
+            read.append((row, to_example(format, row, fields, as_chat, source)))
+        except Rejected as why:
+            rejected.append(why)
+    return tuple(read), tuple(rejected)
 
 
 def _doubt(format: Format, own: set[str]) -> int:

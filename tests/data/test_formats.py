@@ -217,7 +217,7 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
             "wrong_type",
             "is text, but not JSON",
         ),
-        ("messages", turns(*TURNS), "missing_field", "from and value need format: sharegpt"),
+        ("messages", turns(*TURNS), "missing_field", "message 1 has no 'role'"),
         (
             "prompt_completion",
             {"prompt": "x", "completion": ""},

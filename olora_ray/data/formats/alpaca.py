@@ -22,7 +22,9 @@ def read(row: Row) -> Example:
     history = row.optional("history")
     if history:
         for turn in in_turn(sequence(history, row.column("history"))):
-            if isinstance(turn, Mapping) and "message" in turn:  # of Cohere: {role: USER, message: ...}
+            if (
+                isinstance(turn, Mapping) and "message" in turn
+            ):  # of Cohere: {role: USER, message: ...}
                 turn = {"role": turn.get("role"), "content": turn["message"]}
             messages.append(turn)
     if extra.strip():

@@ -164,10 +164,7 @@ def _message(
             f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}",
         )
     if not isinstance(turn.get(role), str):
-        problem = f"message {number} has no {role!r}; it has {listed(turn)}"
-        if (role, content) == ("role", "content") and "from" in turn:
-            problem += "; from and value need format: sharegpt, and no fields"
-        raise Rejected("missing_field", problem)
+        raise Rejected("missing_field", f"message {number} has no {role!r}; it has {listed(turn)}")
     name = turn[role].strip().lower()
     name = roles.get(turn[role], SHAREGPT_ROLES.get(name, name))
     if name not in ROLES:
