@@ -34,7 +34,7 @@ from olora_ray.data.formats.format import (
 from olora_ray.data.formats.markup import is_marked
 from olora_ray.data.formats.text import TEXTS
 from olora_ray.data.scan import head
-from olora_ray.data.sources import File, grouped, list_files, say_once
+from olora_ray.data.sources import File, list_files, say_once
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def with_formats(config: Config, found: Mapping[str, Source]) -> Config:
 def _sources(config: Config) -> dict[str, Source]:
     named = {}
     for setting, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for number, source in enumerate(grouped(config, sources)):
+        for number, source in enumerate(sources):
             named[f"{setting}.{number}"] = source
     return named
 
@@ -253,10 +253,6 @@ class Interpretation:
     unread: dict[str, Any]
     """Column that this reading does not use -> one of its values."""
 
-    @property
-    def used(self) -> int:
-        return len(self.read)
-
 
 def find(rows: Sequence[Any], source: Source) -> Interpretation | None:
     """Detect how the rows of a source are meant; return None if no format can use any of them.
@@ -265,8 +261,8 @@ def find(rows: Sequence[Any], source: Source) -> Interpretation | None:
     """
     candidates = _readings([row for row in rows if isinstance(row, Mapping)], source)
     # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
-    most = max((reading.used for reading in candidates), default=0)
-    readings = [reading for reading in candidates if 2 * reading.used > most]
+    most = max((len(reading.read) for reading in candidates), default=0)
+    readings = [reading for reading in candidates if 2 * len(reading.read) > most]
     if not readings:
         return None
     readings.sort(key=lambda each: each.rank)
@@ -314,7 +310,6 @@ def _assignments(
             return [given[field.name]]
         found = [name for name in found if given.get(name) != NONE]
         by_name = {str(column).lower().strip(): str(column) for column in found}
-        by_name |= {name: name for name in found}
         for names in ((field.name, *field.other_names), field.last_names):
             present = [by_name[name] for name in names if name in by_name]
             if present:

@@ -45,7 +45,7 @@ def test_what_is_found_reads_the_row(
     found = find([row], source())
     assert found is not None
     assert (found.format, found.fields) == (format, fields)
-    assert found.used == 1
+    assert len(found.read) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,4 +107,4 @@ def test_rows_that_are_far_fewer_do_not_decide() -> None:
     odd, rows = [{"instruction": "q", "output": "a"}] * 9, [{"conversations": TURNS}] * 20
     found = find([*odd, *rows], source())
     assert found is not None
-    assert (found.format, found.used) == ("sharegpt", 20)
+    assert (found.format, len(found.read)) == ("sharegpt", 20)

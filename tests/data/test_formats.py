@@ -248,6 +248,7 @@ def test_rows_that_cannot_be_used(format: str, row: Any, reason: str, message: s
 
 def test_a_mapped_field_is_named_as_in_the_file() -> None:
     with pytest.raises(
-        Rejected, match=r"field 'question' \(set as prompt in fields\) is missing; the row has q, a"
+        Rejected,
+        match=r"field 'question' \(set as prompt in fields\) is missing or null; the row has q, a",
     ):
         to_example("prompt_completion", {"q": "x", "a": "y"}, {"prompt": "question"})

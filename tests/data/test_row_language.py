@@ -104,7 +104,7 @@ def test_a_field_is_a_column_a_path_or_a_template(
         ({"output": "{answers.text.0.x}"}, "'answers.text.0' has no 'x': it is text"),
         (
             {"output": "{reply}"},
-            "field 'reply' (of '{reply}' in fields) is missing; the row has id",
+            "field 'reply' (of '{reply}' in fields) is missing or null; the row has id",
         ),
         (
             {"output": "answers"},

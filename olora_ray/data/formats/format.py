@@ -153,15 +153,9 @@ def _filled(brace: re.Match[str], columns: Mapping[str, Any], template: str, lab
         raise Rejected("bad_template", problem)
     value = value_at(columns, path, labels)
     if value is None:
-        raise _missing(columns, path, f"field {path!r} (of {template!r} in fields)")
+        what = f"field {path!r} (of {template!r} in fields) is missing or null"
+        raise Rejected("missing_field", f"{what}; the row has {listed(columns)}")
     return as_text(value, path)
-
-
-def _missing(columns: Mapping[str, Any], written: str, what: str) -> Rejected:
-    # A column that is null, or holds a null on the way, is there.
-    if any(name in columns for name in columns_in(written)):
-        return Rejected("missing_field", f"{what} is null")
-    return Rejected("missing_field", f"{what} is missing; the row has {listed(columns)}")
 
 
 def _inside(value: Any, key: str, path: str) -> Any:
@@ -220,9 +214,10 @@ class Row(NamedTuple):
         if value is not None:
             return value
         what = f"field {column!r}"
-        if column != name and column not in self.columns:
+        if column != name:
             what += f" (set as {name} in fields)"
-        raise _missing(self.columns, column, what)
+        has = listed(self.columns)
+        raise Rejected("missing_field", f"{what} is missing or null; the row has {has}")
 
     def text(self, name: str) -> str:
         """Return a text field that is needed; a number or a boolean is text here."""
