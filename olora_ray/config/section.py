@@ -268,8 +268,13 @@ Role = Literal["developer", "system", "user", "assistant", "tool"]
 """A role of a message."""
 Markup = Literal["guanaco", "llama2", "llama3", "chatml", "instruction", "glaive"]
 """Another tool's way to write a chat as one text (data/formats/markup.py)."""
-ALWAYS = {"chat": "always chats", "text": "always plain text", "ids": "used as they are"}
-"""The type of a format's examples, in the words of a message about `chat`."""
+ALWAYS = {
+    "chat": "always chats",
+    "completion": "prompts with a completion",
+    "text": "always plain text",
+    "ids": "used as they are",
+}
+"""The type of a format's examples, in the words of a message."""
 
 
 class Source(Section):
@@ -315,27 +320,20 @@ class Source(Section):
     def unfit(self, format: str) -> str | None:
         """Return the problem if this source sets something that rows of this format do not have."""
         rows = row_format(format)
-        if self.markup not in ("auto", "none") and format != "messages":
-            return (
-                f"markup: rows of format {format} have none; markup is for texts that hold a chat"
-            )
-        if self.roles and not rows.has_turns:
-            return (
-                f"roles: rows of format {format} have no turns; roles is for messages and sharegpt"
-            )
-        joined = rows.makes == "completion" and self.chat is False
-        if self.system and (joined or rows.makes in ("text", "ids")):
-            return f"system: rows of format {format} are no chats here; remove system"
-        return self.wrong_chat(format)
-
-    def wrong_chat(self, format: str) -> str | None:
-        """Return the problem if rows of this format cannot have this `chat`."""
-        rows = row_format(format)
-        if rows.takes(self.chat):
-            return None
-        return (
-            f"chat: rows of format {format} are {ALWAYS[rows.makes]}; chat is for prompt_completion"
-        )
+        is_chat = rows.makes == "chat" or (rows.makes == "completion" and self.chat is not False)
+        fits = {
+            "markup": format == "messages" or self.markup in ("auto", "none"),
+            "roles": rows.has_turns or not self.roles,
+            "system": is_chat or not self.system,
+            "chat": rows.takes(self.chat),
+        }
+        for name, is_right in fits.items():
+            if not is_right:
+                return (
+                    f"{name}: rows of format {format} are {ALWAYS[rows.makes]}, and have no use for it; remove it, or"
+                    " set another format"
+                )
+        return None
 
     def has_no_questions(self) -> bool:
         """True if the rows are plain text; a format that is still to be detected is not known to be."""

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
@@ -170,7 +170,6 @@ def _hub_name(uri: str, field: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-@cache
 def first_rows(uri: str, field: str) -> str | None:
     """Return a Parquet file with the first rows of a data set of the hub, from a byte range of one of its files.
 

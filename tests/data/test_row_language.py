@@ -223,13 +223,13 @@ def test_chats_without_a_system_message_get_that_of_the_source(
         ({"roles": {"Agent": "bot"}}, "roles.Agent: "),
         (
             {"roles": {"Agent": "user"}, "format": "alpaca"},
-            "roles: rows of format alpaca have no turns",
+            "roles: rows of format alpaca are always chats",
         ),
-        ({"system": "x", "format": "text"}, "system: rows of format text are no chats"),
+        ({"system": "x", "format": "text"}, "system: rows of format text are always plain text"),
         ({"system": "x", "format": "prompt_completion", "chat": False}, "system: rows of format"),
         ({"labels": {"label": [0, 1]}}, "labels.label.0: "),
-        ({"system": "x"}, "data.train.0.system: rows of format text are no chats"),
-        ({"markup": "guanaco"}, "data.train.0.markup: rows of format text have none"),
+        ({"system": "x"}, "data.train.0.system: rows of format text are always plain text"),
+        ({"markup": "guanaco"}, "data.train.0.markup: rows of format text are always plain text"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(source: Any, field: str, tmp_path: Path) -> None:
