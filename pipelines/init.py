@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,16 @@ from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data import detect
+from olora_ray.data.chat_template import DEFAULT, EXCHANGE
 from olora_ray.data.columns import Unclear, excerpt
-from olora_ray.data.formats import columns_of, format_named, to_example
-from olora_ray.data.formats.format import Chat, Rejected
+from olora_ray.data.formats import columns_of, format_named, to_example, with_system
+from olora_ray.data.formats.format import NONE, Chat, Example, Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import KINDS, File, first_rows, list_files
-from olora_ray.data.text_files import DELIMITERS
-from olora_ray.tokens.manifest import Limits
+from olora_ray.data.tokenize import ExampleTokenizer, asks_in_chats
+from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_of_templates
+from olora_ray.tokens.manifest import NOTHING, Limits
 
 CONFIG = """\
 # yaml-language-server: $schema={schema}
@@ -55,7 +58,7 @@ data:
   train:{data}
   {held_out}
   max_length: {max_length}
-  too_long: {too_long}  # rows with more tokens than max_length {shortened}{allowed}
+  too_long: {too_long}  # rows with more tokens than max_length {shortened}{allowed}{template}
 adapter: {{method: olora, rank: 16, alpha: 16}}  # what to set, with the optimizer: docs/evidence.md
 train:
   epochs: {epochs}  # passes over the rows
@@ -90,6 +93,8 @@ HELD_OUT = (
 """Words that replace `train` in the name of a file of held-out rows."""
 FEWEST = 10
 """Rows below which none are left to hold out."""
+ALIKE = {"<|im_start|>": "chatml-tools", "<start_of_turn>": "gemma", DEFAULT: "chatml-tools"}
+"""A part of a model's template, or that for models without one -> a template with the same marks that writes more."""
 MANY = 5000
 """Rows from which one epoch has enough steps; data of the hub counts as so many."""
 
@@ -150,7 +155,7 @@ def _tree(parsed: command_line.Arguments) -> dict[str, Any]:
     if not data:
         raise UserError("arguments: expected DATA and an optional MODEL; --help shows how")
     for name in changes:
-        if not re.match(r"data\.(train\.\d+\.|max_rejected$)", name):
+        if not re.match(r"data\.(train\.\d+\.|(max_rejected|chat_template)$)", name):
             raise UserError(
                 f"argument {name}: write the config without it, then set it in the config"
             )
@@ -192,16 +197,18 @@ def _config(given: Config) -> str:
             look = _look(source, number, config.run.storage, train[number].path)
             if look.said:
                 train[number] = train[number].model_copy(update={"fields": look.said})
-            # A prompt with its completion is a chat only if the model has a template.
-            is_chat = format_named(look.source.format).makes == "chat"
-            if look.labels and is_chat and not source.system:
-                system = f"Answer with one of: {', '.join(look.labels)}"
-                train[number] = train[number].model_copy(update={"system": system})
         looks.append(look)
         rejected += look.rejected
     rows = sum(look.rows for look in looks)
     reasons = Counter(str(entry["reason"]) for entry in rejected)
     Limits.of(config, "train").check(reasons, rows + len(rejected), lambda: rejected)
+    spec = _template(config, given.model.name, looks, rows)
+    for number, look in enumerate(looks):
+        # A prompt with its completion is a chat only if the model has a template.
+        if look.labels and format_named(look.source.format).makes == "chat":
+            system = look.source.system or f"Answer with one of: {', '.join(look.labels)}"
+            if not spec or not _why_not(spec, with_system(Chat(EXCHANGE), system)):
+                train[number] = train[number].model_copy(update={"system": system})
     hub = any(source.path.startswith("hf://") for source in train)
     if hub:
         rows = MANY
@@ -221,7 +228,7 @@ def _config(given: Config) -> str:
     elif hub:
         words = "eval_fraction: 0.05  # of the rows"
     elif rows >= FEWEST:
-        words = _fraction(rows, config.gate.min_rows)
+        words = _fraction(rows, config.gate.min_rows, looks)
     elif texts:
         words = "eval: []  # none: each text is one row; name some others here"
     else:
@@ -229,10 +236,6 @@ def _config(given: Config) -> str:
             f"{train[0].path}: {rows} rows are too few to hold some out; at least {FEWEST} are needed"
         )
     print(f"held out: {words}")
-    from olora_ray.model.source import is_found  # after the rows, because the hub may take seconds
-
-    if not is_found(config):
-        print(f"model: {given.model.name} could not be looked up from here; the run loads it")
     data = ""
     for shown, look in zip(train, looks, strict=True):
         data += _written(shown, look)
@@ -246,6 +249,7 @@ def _config(given: Config) -> str:
         "too_long": "cut",
         "shortened": "are cut off",
         "allowed": "",
+        "template": "",
         "evaluation": "",
     }
     if texts:
@@ -257,9 +261,71 @@ def _config(given: Config) -> str:
         # A token has at least one byte, and one more ends the answer.
         longest = max(len(label.encode()) for label in labels) + 1
         fields["evaluation"] = LABELS.format(longest=longest)
+    chosen = given.data.chat_template
+    if spec and not chosen:
+        chosen = spec.chosen
+    if chosen:
+        fields["template"] = f"\n  chat_template: {_yaml(chosen)}  # instead of the model's own"
     if "max_rejected" in given.data.model_fields_set:
         fields["allowed"] = f"\n  max_rejected: {given.data.max_rejected:g}"
     return CONFIG.format(**fields, **_pace(rows))
+
+
+def _template(
+    config: Config, model: str, looks: "Sequence[Look]", rows: int
+) -> TokenizerSpec | None:
+    """Return a spec with the chat template that the rows need; None if only the run can tell the model's.
+
+    Raise UserError if the model's own refuses too many rows, and no other template is plainly right.
+    """
+    # After the rows, because the hub may take seconds.
+    from olora_ray.model.source import found, templates
+
+    files = found(config)
+    if files is None:
+        print(f"model: {model} could not be looked up from here; the run loads it")
+        return None
+    own = templates(files)
+    if own is None:
+        return None
+    spec = spec_of_templates(own, model, config.data.chat_template or "")
+    refused = _refused(spec, looks)
+    count = sum(each["rows"] for each in refused)
+    try:
+        Limits.of(config, "train").check({"template": count}, rows, lambda: refused)
+    except UserError:
+        for mark, name in ALIKE.items():
+            other = spec_of_templates(own, model, name)
+            if mark in spec.chat_template and not spec.chosen and not _refused(other, looks):
+                print(f"chat_template: {name}, because {refused[0]['message']}")
+                return other
+        raise
+    for each in refused:
+        print(
+            "{rows:,} of the rows cannot be used, such as {file}:{line}: {message}".format_map(each)
+        )
+    return spec
+
+
+def _refused(spec: TokenizerSpec, looks: "Sequence[Look]") -> list[dict[str, Any]]:
+    """Return a row of each shape of chats that a template refuses, or of which it drops a part."""
+    refused = []
+    for look in looks:
+        # A prompt with its completion is a chat only if the model has a template.
+        if look.chats and asks_in_chats(look.source, spec):
+            for chat, entry in look.chats.values():
+                why = _why_not(spec, chat)
+                if why:
+                    refused.append({**entry, "reason": why.reason, "message": why.message})
+    return refused
+
+
+def _why_not(spec: TokenizerSpec, chat: Example) -> Rejected | None:
+    try:
+        ExampleTokenizer(spec, 512).begin(chat)
+    except Rejected as why:
+        return why
+    return None
 
 
 def _pace(rows: int) -> dict[str, object]:
@@ -280,6 +346,10 @@ def _pace(rows: int) -> dict[str, object]:
     return fields | {"micro": micro, "workers": workers, "cpus": cpus // workers}
 
 
+Chats = dict[object, tuple[Chat, dict[str, Any]]]
+"""Which message follows which, by roles and keys, with tools or without -> the first such chat, its place and rows."""
+
+
 @dataclass(frozen=True)
 class Look:
     source: Source
@@ -291,10 +361,11 @@ class Look:
     held_out: str | None = None
     left_out: Mapping[str, Any] = field(default_factory=dict)
     """Column that nothing reads -> one of its values."""
-    labels: Sequence[str] = ()
-    """The answers, if they are labels, the most frequent first."""
+    labels: Mapping[str, int] = field(default_factory=dict)
+    """The answers with their rows, if they are labels, the most frequent first."""
     said: Mapping[str, str] = field(default_factory=dict)
     """The fields that a person named at the terminal."""
+    chats: Chats = field(default_factory=dict)
 
 
 def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
@@ -326,8 +397,9 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
     rejected: list[dict[str, Any]] = []
     # Files of up to 64 MB are read completely, which takes some seconds.
     answers = Counter[str]()
+    chats: Chats = {}
     if size <= 2**26:
-        rows = _read(source, number, files, rejected, answers)
+        rows = _read(source, number, files, rejected, answers, chats)
         count = f"{rows:,}"
     else:
         some = files[:8]
@@ -336,14 +408,19 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
     if shown.startswith("hf://"):
         count = f"its first {rows:,}"
     print(f"{shown}: {count} {seen or f'{source.format} rows'}")
-    if rejected:
-        first = "{file}:{line}: {reason}: {message}".format_map(rejected[0])
-        print(f"{len(rejected):,} of them cannot be used, the first is {first}")
+    unusable = [entry for entry in rejected if entry["reason"] not in NOTHING]
+    if unusable:
+        first = "{file}:{line}: {reason}: {message}".format_map(unusable[0])
+        print(f"{len(unusable):,} of them cannot be used, the first is {first}")
+    empty = len(rejected) - len(unusable)
+    if empty:
+        print(f"{empty:,} of them are empty, and are left out")
     labels = _labels(answers, rows)
     if labels:
-        print(f"{len(labels)} labels; the rarest, {labels[-1]!r}, has {answers[labels[-1]]:,} rows")
+        rarest, fewest = [*labels.items()][-1]
+        print(f"{len(labels)} labels; the rarest, {rarest!r}, has {fewest:,} rows")
     held_out = _held_out(shown, source, files)
-    return Look(source, rows - len(rejected), rejected, seen, held_out, left, labels, said)
+    return Look(source, rows - len(rejected), rejected, seen, held_out, left, labels, said, chats)
 
 
 def _answered() -> dict[str, str]:
@@ -356,20 +433,20 @@ def _answered() -> dict[str, str]:
 
 
 def _written(shown: Source, look: Look) -> str:
-    """Return the entry of a source in the config: in one line, or a line for each field if columns are left out."""
+    """Return the entry of a source in the config, with an example of each column that is left out."""
     tree = shown.model_dump(mode="json", exclude_defaults=True)
-    end = ""
+    if look.left_out:
+        tree["fields"] = {**shown.fields, **dict.fromkeys(look.left_out, NONE)}
+    examples = {f"{_yaml(name)}: {NONE}": excerpt(value) for name, value in look.left_out.items()}
+    text = ""
     if look.seen:
-        end = f"  # {look.seen}"
-    if not look.left_out:
-        return f"\n    - {_yaml(tree)}{end}"
-    fields = tree.pop("fields", {})
-    first, *others = [f"{name}: {_yaml(value)}" for name, value in tree.items()]
-    lines = [f"\n    - {first}{end}", *(f"\n      {line}" for line in others), "\n      fields:"]
-    lines += [f"\n        {_yaml(name)}: {_yaml(column)}" for name, column in fields.items()]
-    for name, value in look.left_out.items():
-        lines.append(f"\n        {_yaml(name)}: none  # such as {excerpt(value)}")
-    return "".join(lines)
+        text = f"\n    # {look.seen}"
+    entry = yaml.dump([tree], Dumper=Dumper, allow_unicode=True, width=10_000, sort_keys=False)
+    for line in entry.splitlines():
+        text += f"\n    {line}"
+        if line.strip() in examples:
+            text += f"  # such as {examples[line.strip()]}"
+    return text
 
 
 def _read(
@@ -378,8 +455,12 @@ def _read(
     files: Sequence[File],
     rejected: list[dict[str, Any]],
     answers: "Counter[str]",
+    chats: Chats,
 ) -> int:
-    """Return the number of rows of these files; add those that cannot be used to `rejected`, and count the answers."""
+    """Return the number of rows of these files; add those that cannot be used to `rejected`.
+
+    Count the answers, and collect the chats.
+    """
     rows = 0
     with_answers = not format_named(source.format).has_turns
     columns = columns_of(source.format, source.fields)
@@ -388,43 +469,50 @@ def _read(
         for unit in scanned.units:
             for position, row in read_unit(scanned.file or file, unit, scanned.columns, columns):
                 rows += 1
+                entry = {"source": number, "file": file.uri, "line": position + 1}
                 try:
                     as_chat = source.chat is not False
                     example = to_example(source.format, row, source.fields, as_chat, source)
                 except Rejected as why:
-                    entry = {"source": number, "file": file.uri, "line": position + 1}
                     rejected.append({**entry, "reason": why.reason, "message": why.message})
                     continue
-                if isinstance(example, Chat) and with_answers and len(answers) <= MOST_LABELS:
-                    answers[example.messages[-1]["content"]] += 1
+                if isinstance(example, Chat):
+                    turns = [(turn["role"], *turn) for turn in example.messages]
+                    shape = frozenset(pairwise([(example.tools is not None,), *turns]))
+                    _, first = chats.setdefault(shape, (example, {**entry, "rows": 0}))
+                    first["rows"] += 1
+                    if with_answers and len(answers) <= MOST_LABELS:
+                        answers[example.messages[-1]["content"]] += 1
     return rows
 
 
 def _estimated(file: File) -> float:
-    """Estimate the rows of a file. A csv file may have fewer rows than lines: those of its beginning are read."""
+    """Estimate the rows of a file from its beginning: it may have fewer than lines or records."""
     begun = head(file)
-    named = begun.file or file
-    if named.kind not in DELIMITERS:
-        return begun.rows
     rows = 0
     for unit in begun.units:
-        rows += sum(1 for _ in read_unit(named, unit, begun.columns, ()))
+        rows += sum(1 for _ in read_unit(begun.file or file, unit, begun.columns, ()))
     return begun.rows * rows / max(begun.units.rows, 1)
 
 
-def _labels(answers: "Counter[str]", rows: int) -> list[str]:
+def _labels(answers: "Counter[str]", rows: int) -> dict[str, int]:
     """Return the answers, the most frequent first, if they are labels: few and short ones, each in many rows."""
-    labels = [label for label, _ in answers.most_common()]
+    labels = dict(answers.most_common())
     few = 2 <= len(labels) <= min(MOST_LABELS, rows / 20)
     if few and all(len(label.split()) <= 5 for label in labels):
         return labels
-    return []
+    return {}
 
 
-def _fraction(rows: int, gate: int) -> str:
+def _fraction(rows: int, gate: int, looks: "Sequence[Look]") -> str:
     # The rows are drawn: of 30 that are expected, a gate that needs 20 gets them almost always.
-    wanted = min(max(1.5 * gate, 0.1 * rows), max(50.0, 0.05 * rows), 1000.0, 0.25 * rows)
+    wanted = min(max(1.5 * gate, 0.1 * rows), max(50.0, 0.05 * rows))
+    # Of 5 rows of a label that are expected, at least one is drawn in 99 of 100 cases.
+    fewest = min((count for look in looks for count in look.labels.values()), default=rows)
+    wanted = min(max(wanted, 5 * rows / fewest), 1000.0, 0.25 * rows)
     few = f"; a retraining needs {gate} (gate.min_rows)" if wanted < 1.5 * gate else ""
+    if fewest < rows:
+        few += f"; about {wanted * fewest / rows:.0f} with the rarest label"
     return f"eval_fraction: {wanted / rows:.2g}  # about {round(wanted):,} rows{few}"
 
 

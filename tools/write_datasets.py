@@ -52,6 +52,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, str]:
         asked = str(question).removeprefix("data.train.0: ").partition("?")[0]
         return f"asked: {asked.rpartition('rows.jsonl:1: ')[2]}?", ""
     mapped = [f"{name}: {column}" for name, column in source.fields.items() if column != "none"]
+    mapped = [part.replace("\n", "\\n") for part in mapped]
     left = [name for name, column in source.fields.items() if column == "none"]
     return f"{source.format} {', '.join(mapped)}".strip(), ", ".join(left)
 

@@ -145,7 +145,6 @@ def _of_sources(
         format_name = source.format
         if is_auto(format_name):
             decision = kept.decision(f"{setting}.format")
-            markup = kept.decision(f"{setting}.markup")
             fields = kept.fields(setting, source.fields)
             if decision is None:
                 # A trial may have formats that are recognised only when its files are listed.
@@ -154,11 +153,6 @@ def _of_sources(
                 why = "the first rows have this format"
                 decision = Decision(found[setting].format, why)
                 fields = Decision(found[setting].fields, why, asked=source.fields)
-                if found[setting].markup != source.markup:
-                    why = "the first rows are all chats in this markup"
-                    markup = Decision(found[setting].markup, why)
-            if markup is not None:
-                decisions[f"{setting}.markup"] = markup
             format_name = decision.value
             decisions[f"{setting}.format"] = decision
             decisions[f"{setting}.fields"] = fields

@@ -268,8 +268,14 @@ Role = Literal["developer", "system", "user", "assistant", "tool"]
 """A role of a message."""
 Markup = Literal["guanaco", "llama2", "llama3", "chatml", "instruction", "glaive"]
 """Another tool's way to write a chat as one text (data/formats/markup.py)."""
-ALWAYS = {"chat": "always chats", "text": "always plain text", "ids": "used as they are"}
-"""The type of a format's examples, in the words of a message about `chat`."""
+ALWAYS = {
+    "chat": "always chats",
+    "completion": "prompts with a completion",
+    "text": "always plain text",
+    "ids": "used as they are",
+    "pair": "preference pairs",
+}
+"""The type of a format's examples, in the words of a message."""
 
 
 class Source(Section):
@@ -292,7 +298,8 @@ class Source(Section):
     """System message for chats that have none."""
     markup: Literal["auto", "none"] | Markup = "auto"
     """The markup in which each text is a whole chat (guanaco: ### Human: ... ### Assistant: ...). The text becomes
-    messages, for the model's own chat template. auto: that of all first rows; none: train the texts as they are."""
+    messages, for the model's own chat template. auto: the first of which a text has a mark, if most of the first rows
+    are such chats; none: train the texts as they are."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """Number of uses of each row per epoch. 0.5 uses half of the rows, selected by a hash of their position."""
     only: tuple[str, ...] = ()
@@ -300,19 +307,6 @@ class Source(Section):
     chat: Literal["auto"] | bool = "auto"
     """true: prompt_completion rows go through the chat template. false: prompt and completion are joined as they are.
     auto: true if the model has a chat template."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_of_a_chat(cls, given: Any) -> Any:
-        # A text with markup is the messages of a chat.
-        if not isinstance(given, dict) or given.get("format") != "text":
-            return given
-        fields = given.get("fields") or {}
-        if given.get("markup", "auto") in ("auto", "none") or not isinstance(fields, dict):
-            return given
-        others = {name: column for name, column in fields.items() if name != "text"}
-        messages = {"messages": fields.get("text", "text"), **others}
-        return {**given, "format": "messages", "fields": messages}
 
     @model_validator(mode="after")
     def _fits_the_format(self) -> "Source":
@@ -327,27 +321,22 @@ class Source(Section):
     def unfit(self, format: str) -> str | None:
         """Return the problem if this source sets something that rows of this format do not have."""
         rows = row_format(format)
-        if self.markup not in ("auto", "none") and format != "messages":
-            return (
-                f"markup: rows of format {format} have none; markup is for texts that hold a chat"
-            )
-        if self.roles and not rows.has_turns:
-            return (
-                f"roles: rows of format {format} have no turns; roles is for messages and sharegpt"
-            )
-        joined = rows.makes in ("completion", "pair") and self.chat is False
-        if self.system and (joined or rows.makes in ("text", "ids")):
-            return f"system: rows of format {format} are no chats here; remove system"
-        return self.wrong_chat(format)
-
-    def wrong_chat(self, format: str) -> str | None:
-        """Return the problem if rows of this format cannot have this `chat`."""
-        rows = row_format(format)
-        if rows.takes(self.chat):
-            return None
-        return (
-            f"chat: rows of format {format} are {ALWAYS[rows.makes]}; chat is for prompt_completion"
+        is_chat = rows.makes == "chat" or (
+            rows.makes in ("completion", "pair") and self.chat is not False
         )
+        fits = {
+            "markup": format == "messages" or self.markup in ("auto", "none"),
+            "roles": rows.has_turns or not self.roles,
+            "system": is_chat or not self.system,
+            "chat": rows.takes(self.chat),
+        }
+        for name, is_right in fits.items():
+            if not is_right:
+                return (
+                    f"{name}: rows of format {format} are {ALWAYS[rows.makes]}, and have no use for it; remove it, or"
+                    " set another format"
+                )
+        return None
 
     def has_no_questions(self) -> bool:
         """True if the rows are plain text; a format that is still to be detected is not known to be."""

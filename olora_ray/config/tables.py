@@ -154,7 +154,6 @@ FORMATS = Table(
         "preference": "olora_ray.data.formats.preference:FORMAT",
         "messages": "olora_ray.data.formats.messages:FORMAT",
         "sharegpt": "olora_ray.data.formats.sharegpt:FORMAT",
-        "turns": "olora_ray.data.formats.turns:FORMAT",
         "alpaca": "olora_ray.data.formats.alpaca:FORMAT",
         "prompt_completion": "olora_ray.data.formats.prompt_completion:FORMAT",
         "text": "olora_ray.data.formats.text:FORMAT",

@@ -176,7 +176,7 @@ class ChatForm:
             raise Rejected(
                 "template",
                 f"{self.what} does not write the tools: set data.chat_template to one that does,"
-                " or remove the rows with tools",
+                " such as chatml-tools, or remove the rows with tools",
             )
         if "developer" in [message["role"] for message in messages]:
             if self.developer is None:

@@ -22,8 +22,10 @@ import yaml
 from olora_ray.common.errors import UserError
 from olora_ray.config.section import Source
 from olora_ray.data.formats import columns_of, format_named, own_formats
-from olora_ray.data.formats.chat import REASONING, ROLES, SHAREGPT_ROLES
+from olora_ray.data.formats.chat import REASONING
 from olora_ray.data.formats.format import EMPTY, NONE, Chat, Example, one_line, type_name
+from olora_ray.data.formats.prompt_completion import COMPLETION
+from olora_ray.data.formats.text import TEXTS
 
 WORD = re.compile(r"[^\W\d_]+")
 DECIDES = {
@@ -37,6 +39,8 @@ CHOICES = {*WORD.findall("option choice candidate distractor ending")}
 """Words of names of columns to which an answer may refer by a letter or number."""
 CLASSES = {*WORD.findall("label class category sentiment emotion intent")}
 """Words of names of columns that may be the answer to a text."""
+ANSWERS = {COMPLETION.name, *COMPLETION.other_names}
+"""Names of columns with an answer."""
 MEDIA = re.compile(
     r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|mov|avi|webm)\b", re.IGNORECASE
 )
@@ -69,7 +73,8 @@ def decides(format: str, name: str, value: Any) -> bool:
         deciding = DECIDES - PREFERENCES
     elif not known.has_turns:
         deciding = DECIDES | CHOICES
-        if re.fullmatch("[A-Ea-e]", name):  # the columns of C-Eval's choices
+        of_answer = isinstance(value, str) and name.lower().strip() in ANSWERS
+        if of_answer or re.fullmatch("[A-Ea-e]", name):  # the columns of C-Eval's choices
             return True
     return not deciding.isdisjoint(words) or any(map(MEDIA.match, _texts(value)))
 
@@ -181,101 +186,83 @@ class Unclear(UserError):
     """Rows whose meaning a person must say, with columns that could be question and answer."""
 
 
-def unclear(where: str, source: Source, read: Sequence[tuple[Any, Example]]) -> UserError | None:
-    """Return the question that rows in a known format leave open; None if they are complete.
+def require_clear(where: str, source: Source, read: Sequence[tuple[Any, Example]]) -> None:
+    """Raise the question that rows in a known format leave open, if there is one.
 
     `read` are rows with their examples, `where` is the setting of the source.
     """
     known = format_named(source.format)
-    rows = [row for row, _ in read if isinstance(row, Mapping)]
+    rows = [row for row, _ in read]
     left: dict[str, list[Any]] = {}
     for row, example in read:
         for kind, name, value in _unread(source, row, example, ""):
             if decides(source.format, name, value):
                 of_class = known.makes == "text" and not CLASSES.isdisjoint(_words(name))
                 if of_class and isinstance(value, str | int):
-                    return _of_class(where, source, name, value, rows)
-                why = f"{kind} {name!r} may decide what its row means"
-                end = f"set {name}: none in {where}.fields to train without it"
+                    raise _of_class(where, source, name, rows)
+                why = (
+                    f"{kind} {name!r} may decide what its row means (set {name}: none in {where}.fields to train"
+                    " without it)"
+                )
                 if known.has_turns:
-                    return Unclear(f"{where}: {why}: what does it mean? {described(rows)}; {end}")
-                return which(where, why, rows, f", or {end}")
+                    raise Unclear(f"{where}: {why}: what does it mean? {described(rows)}")
+                raise which(where, why, rows)
             if kind == "column" and not _repeats(value, row, source):
                 left.setdefault(name, []).append(value)
     if known.makes == "text":
         for name, values in left.items():
-            named = name.lower().strip() in KNOWN
-            if name.lower().strip() != "title" and (named or words_of(values) > 2):
-                why = f"column {name!r} stands beside a text"
-                alone = f", or set {name}: none in the fields to train the texts alone"
-                return which(where, why, rows, alone)
-    elif known.makes not in ("ids", "pair") and not known.has_turns:
-        for name, values in left.items():
-            if name.lower().strip() in _names("prompt_completion", "completion") and all(
-                isinstance(value, str) for value in values
-            ):
-                return which(where, f"column {name!r} is a second answer", rows)
-        # A format of a package has fields of its own, so no line can be proposed.
-        if known in own_formats():
-            return _of_context(where, source, left, rows)
-    return None
-
-
-def _names(format: str, field: str) -> set[str]:
-    """Return the names of a field of a format in this and other tools."""
-    known = next(each for each in format_named(format).fields if each.name == field)
-    return {known.name, *known.other_names}
+            called = name.lower().strip()
+            if called != "title" and (called in KNOWN or words_of(values) > 2):
+                raise which(where, f"column {name!r} stands beside a text", rows)
+    # A format of a package has fields of its own, so no line can be proposed.
+    elif known in own_formats() and known.makes not in ("ids", "pair") and not known.has_turns:
+        _require_context(where, source, left, rows)
 
 
 def _repeats(value: Any, row: Any, source: Source) -> bool:
-    # The first question beside messages, or all texts joined beside a question.
+    # A copy of what is read, or all texts joined beside a question.
     used = _used(source.format, *source.fields.items())
     seen = [*_texts([row.get(column) for column in used])]
-    texts = {*_texts(value)} - ROLES - {*SHAREGPT_ROLES}
-    joined = len(seen) > 1 and isinstance(value, str) and all(text in value for text in seen)
-    return joined or texts.issubset(seen)
+    texts = [*_texts(value)]
+    joined = "\n".join(texts)
+    return {*texts} <= {*seen} or (len(seen) > 1 and all(text in joined for text in seen))
 
 
-def _of_class(
-    where: str, source: Source, name: str, value: Any, rows: Sequence[Mapping[Any, Any]]
-) -> UserError:
+def _of_class(where: str, source: Source, name: str, rows: Sequence[Mapping[Any, Any]]) -> Unclear:
     text = source.fields.get("text", "text")
-    answer = fields(where, {"instruction": text, "output": name})
-    alone = fields(where, {**source.fields, name: NONE})
-    named = ""
-    if isinstance(value, int):
-        named = f" and names for its numbers, {where}.labels={{{name}: [NAME, NAME]}}"
-    return Unclear(
-        f"{where}: is column {name!r} the answer to the text? {described(rows)}; train it as the answer with {answer}"
-        f"{named}, or the texts alone with {alone}"
+    return _either(
+        where,
+        f"is column {name!r} the answer to the text? With labels: {{COLUMN: [NAME, NAME]}} its numbers have names.",
+        rows,
+        {"instruction": text, "output": name},
+        {**source.fields, name: NONE},
     )
 
 
-def _of_context(
+def _require_context(
     where: str, source: Source, left: Mapping[str, Sequence[Any]], rows: Sequence[Mapping[Any, Any]]
-) -> UserError | None:
+) -> None:
     needed = format_named(source.format).needed
     question, answer = [source.fields.get(name, name) for name in needed]
     most = max(LONG, words_of([row.get(question) for row in rows]))
-    texts = _names("text", "text")
-    long = [
-        name
-        for name, values in left.items()
-        if words_of(values) > most or (words_of(values) and name.lower().strip() in texts)
-    ]
+    long = []
+    for name, values in left.items():
+        words = words_of(values)
+        if words > most or (words and name.lower().strip() in TEXTS):
+            long.append(name)
     if not long:
-        return None
+        return
     if len(long) > 1 or "input" in source.fields or not isinstance(left[long[0]][0], str):
         names = " and ".join(map(repr, long))
-        return which(where, f"the answer may rest on {names}, and no field reads it", rows)
+        raise which(where, f"the answer may rest on {names}, and no field reads it", rows)
     # An alpaca row has a field for it, a prompt with its completion has none.
-    said = {"instruction": question, "output": answer, "input": long[0]}
     others = {name: source.fields[name] for name in source.fields if name not in needed}
-    with_it = fields(where, {**said, **others})
-    without = fields(where, {**source.fields, long[0]: NONE})
-    return Unclear(
-        f"{where}: does the answer rest on column {long[0]!r}? {described(rows)}; if it does, {with_it};"
-        f" if not, {without}"
+    raise _either(
+        where,
+        f"does the answer rest on column {long[0]!r}?",
+        rows,
+        {"instruction": question, "output": answer, "input": long[0], **others},
+        {**source.fields, long[0]: NONE},
     )
 
 
@@ -292,12 +279,24 @@ def of_pairs(where: str, source: Source, rows: Sequence[Mapping[Any, Any]]) -> U
     return None
 
 
-def which(where: str, why: str, rows: Sequence[Mapping[Any, Any]], end: str = "") -> Unclear:
+def _either(
+    where: str,
+    question: str,
+    rows: Sequence[Mapping[Any, Any]],
+    yes: Mapping[str, str],
+    no: Mapping[str, str],
+) -> Unclear:
+    return Unclear(
+        f"{where}: {question} {described(rows)}; if so, set {fields(where, yes)}; if not, {fields(where, no)}"
+    )
+
+
+def which(where: str, why: str, rows: Sequence[Mapping[Any, Any]]) -> Unclear:
     """Return the question which column is the answer; it proposes none, because nothing supports a guess."""
     form = fields(where, {"instruction": "COLUMN", "output": "COLUMN"})
     return Unclear(
-        f"{where}: {why}; which column is the answer? {described(rows)}; say it as {form}; a"
-        f" template such as '{{a}}: {{b}}' joins columns{end}"
+        f"{where}: {why}; which column is the answer? {described(rows)}; say it as {form}; a template such as"
+        " '{a}: {b}' joins columns, and COLUMN: none leaves one out"
     )
 
 
@@ -338,12 +337,7 @@ def excerpt(value: Any, most: int = 60) -> str:
 
 def fields(where: str, mapped: Mapping[str, str]) -> str:
     """Return the fields of the source `where` as an argument for a shell."""
-    return setting(f"{where}.fields", mapped)
-
-
-def setting(name: str, mapped: Mapping[str, str]) -> str:
-    """Return a setting as an argument for a shell."""
     line = yaml.safe_dump(
         dict(mapped), default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False
     )
-    return shlex.quote(f"{name}={line.strip()}")
+    return shlex.quote(f"{where}.fields={line.strip()}")

@@ -8,10 +8,9 @@ import contextlib
 import itertools
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
@@ -32,23 +31,16 @@ from olora_ray.data.formats.format import (
     listed,
     one_line,
 )
-from olora_ray.data.formats.markup import chats_in
+from olora_ray.data.formats.markup import is_marked
+from olora_ray.data.formats.text import TEXTS
 from olora_ray.data.scan import head
-from olora_ray.data.sources import File, grouped, list_files, say_once
+from olora_ray.data.sources import File, list_files, say_once
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 # A file with the type of its content, a position in it, and the row there.
 Sampled = tuple[File, int, Any]
-NUMBERS = 10
-"""Added to the doubt of a reading in which a number is a text: any reading of texts alone is better."""
-TEXTS_OR_TURNS = tuple(
-    name
-    for format in ("text", "messages")
-    for name in (format, *format_named(format).fields[0].other_names)
-)
-"""Names of columns that may hold a chat in a markup."""
 
 
 def check_data(config: Config) -> dict[str, Source]:
@@ -78,14 +70,13 @@ def with_formats(config: Config, found: Mapping[str, Source]) -> Config:
     values: dict[str, Any] = {}
     for setting, source in found.items():
         values |= {f"{setting}.format": source.format, f"{setting}.fields": source.fields}
-        values[f"{setting}.markup"] = source.markup
     return override(config, values)
 
 
 def _sources(config: Config) -> dict[str, Source]:
     named = {}
     for setting, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for number, source in enumerate(grouped(config, sources)):
+        for number, source in enumerate(sources):
             named[f"{setting}.{number}"] = source
     return named
 
@@ -121,25 +112,26 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
     looked = list(_looked(source, where, storage_root))
     rows = [row for _, _, row in looked]
     read = [row for row in rows if isinstance(row, Mapping)]
-    given = source.fields
-    if all(column == NONE for column in given.values()):
+    schema = None
+    if all(column == NONE for column in source.fields.values()):
         schema = schemas.matching(read)
-        if schema and schema.ask:
-            raise columns.which(where, schema.ask, read)
-        if schema and schema.fields:
-            given = {**schema.fields, **given}
+    if schema and schema.ask and source.fields.keys().isdisjoint(schema.columns):
+        raise columns.which(where, schema.ask, read)
+    ways = [source]
+    if schema and schema.fields:
+        ways.insert(0, source.model_copy(update={"fields": {**schema.fields, **source.fields}}))
+    # A reading for another `chat` has a message of its own.
+    ways.append(source.model_copy(update={"chat": "auto"}))
+    reading = None
     try:
-        reading = find(rows, given, source.chat, source)
+        for way in ways:
+            reading = reading or find(rows, way)
     except Rivals as unclear:
         raise columns.which(where, str(unclear), read) from None
-    source, reading, said = _in_markup(rows, source, reading)
     if reading is None:
-        other = find(rows, given, source=source)
-        if other is not None:
-            raise UserError(f"{where}.{source.wrong_chat(other.format)}")
-        why = why_not(looked[0][2], given, source)
+        why = why_not(rows[0], source)
         if why and not re.search(r"not (text|a list)\b", why.message):
-            raise _unusable(where, looked, why, source)
+            raise _unusable(where, looked, why)
         file, position, _ = looked[0]
         problem = why.message if why else "no format has these columns"
         raise columns.which(where, f"{file.uri}:{position + 1}: {problem}", read)
@@ -148,86 +140,54 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
         if pairs:
             raise pairs
     unfit = source.unfit(reading.format)
-    if unfit and said:
-        unfit += f"; {said}"
     if unfit:
         raise UserError(f"{where}.{unfit}")
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
-    _require_clear(where, known, zip(read, reading.examples, strict=True))
-    left: dict[str, Any] = {}
-    for row in read:
-        for name, value in row.items():
-            if str(name) in reading.unread and value not in EMPTY:
-                left.setdefault(str(name), value)
+    columns.require_clear(where, known, reading.read)
     kinds = " and ".join(dict.fromkeys(file.form for file, _, _ in looked))
     words = f"{reading.format} rows in {kinds}"
-    fields = {**reading.fields, **dict.fromkeys(left, NONE)}
+    fields = {**reading.fields, **dict.fromkeys(reading.unread, NONE)}
     for field, column in fields.items():
         if column != NONE:
             words += f"; {field}: {one_line(column, 100)}"
     unused = {field: column for field, column in fields.items() if column == NONE}
     if unused:
         words += f"; left out: {listed(unused)}"
-    if said:
-        words += f"; {said}"
+    if _is_marked(read, reading.columns[0]):
+        words += MARKED.get(reading.format, "")
     known = known.model_copy(update={"fields": fields})
-    return Found(known, words, left)
+    return Found(known, words, reading.unread)
 
 
-def _in_markup(
-    rows: Sequence[Any], source: Source, reading: "Interpretation | None"
-) -> "tuple[Source, Interpretation | None, str]":
-    """Return source and reading as chats if texts are whole chats in a markup, and what to say about markups."""
-    if reading is None:
-        names = {*itertools.chain(*(row for row in rows if isinstance(row, Mapping)))}
-        columns = [name for name in TEXTS_OR_TURNS if name in names]
-    elif reading.format == "text":
-        columns = [reading.fields.get("text", "text")]
-    else:
-        return source, reading, ""
-    chats, said = chats_in(rows, source, columns)
-    if chats is not source:
-        read = find(rows, chats.fields, chats.chat, chats)
-        if read is not None:
-            return chats, read, said
-    return source, reading, said
+MARKED = {
+    "text": "; some texts have turns in another tool's markup, but all of their text is trained",
+    "messages": "; markup: only the answers are trained, in the model's own chat template; markup: none trains the"
+    " texts as they are",
+}
+"""What to say about texts with turns in another tool's markup, by the format of their rows."""
 
 
-def _require_clear(where: str, source: Source, read: Iterable[tuple[Any, Example | None]]) -> None:
-    used = [(row, example) for row, example in read if example]
-    error = columns.unclear(where, source, used)
-    if error:
-        raise error
+def _is_marked(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:
+    texts = [row.get(column) for row in rows]
+    return any(isinstance(text, str) and is_marked(text) for text in texts)
 
 
 def check_source(source: Source, where: str, storage_root: str) -> None:
     """Look at a source whose format is set; raise UserError if no row can be used, or a column decides."""
-    looked = []
-    read = []
-    problems = []
+    looked = list(_looked(source, where, storage_root))
+    rows = [row for _, _, row in looked]
     # The model is not known yet, so rows that are a chat only with its template pass.
     as_chat = source.chat is not False
-    for entry in _looked(source, where, storage_root):
-        looked.append(entry)
-        row = entry[2]
-        try:
-            read.append((row, to_example(source.format, row, source.fields, as_chat, source)))
-        except Rejected as why:
-            problems.append(why)
-    if problems and not read:
+    read, rejected = _tried(source.format, rows, source.fields, as_chat, source)
+    if rejected and not read:
         raise _unusable(
-            where, looked, problems[0], source, "; remove format and fields to have them detected"
+            where, looked, rejected[0], "; remove format and fields to have them detected"
         )
-    _require_clear(where, source, read)
+    columns.require_clear(where, source, read)
 
 
-def _unusable(
-    where: str, looked: Sequence[Sampled], why: Rejected, source: Source, hint: str = ""
-) -> UserError:
+def _unusable(where: str, looked: Sequence[Sampled], why: Rejected, hint: str = "") -> UserError:
     file, position, _ = looked[0]
-    if why.roles:
-        roles = {**source.roles, **dict.fromkeys(why.roles, "ROLE")}
-        hint = f"; set {columns.setting(f'{where}.roles', roles)}, with user or assistant as ROLE"
     return UserError(
         f"{where}: none of the {len(looked)} rows read can be used; {file.uri}:{position + 1}:"
         f" {why.reason}: {why.message}{hint}"
@@ -288,39 +248,25 @@ class Interpretation:
     """In the form of a source's `fields`."""
     columns: tuple[str, ...]
     """Columns of the fields that the format needs."""
-    examples: tuple[Example | None, ...]
-    """One per row; None if the row cannot be used."""
+    read: tuple[tuple[Any, Example], ...]
+    """The rows that can be used, with their examples."""
+    rejected: tuple[Rejected, ...]
+    """Why the others cannot be used."""
     rank: tuple[int, ...]
     """Lower is better: certainty of the names, known columns that are ignored, fields to set, order of the formats."""
-    unread: dict[str, str]
-    """Columns with values that this reading does not use, and their names in lower case."""
-
-    @property
-    def used(self) -> int:
-        return len(self.examples) - self.examples.count(None)
+    unread: dict[str, Any]
+    """Column that this reading does not use -> one of its values."""
 
 
-def find(
-    rows: Sequence[Any],
-    given: Mapping[str, str],
-    chat: Literal["auto"] | bool = "auto",
-    source: Source | None = None,
-) -> Interpretation | None:
-    """Detect how rows are meant; return None if no format can use any of them.
+def find(rows: Sequence[Any], source: Source) -> Interpretation | None:
+    """Detect how the rows of a source are meant; return None if no format can use any of them.
 
-    `given` are the fields, and `chat` the choice, that their source sets; `source` has its roles and labels. Raise
-    Rivals if two readings are equally good.
+    The fields and the choice of `chat` that the source sets stay. Raise Rivals if two readings are equally good.
     """
-    rows = [row for row in rows if isinstance(row, Mapping)]
-    meant = {field for field, column in given.items() if column != NONE}
-    candidates = []
-    for format in own_formats():
-        if meant <= set(format.names) and format.takes(chat):
-            for fields in _assignments(format, rows, given):
-                candidates += _reading(format, fields, rows, given, source)
+    candidates = _readings([row for row in rows if isinstance(row, Mapping)], source)
     # Files may have a few rows of another form: a reading for less than half as many rows as the best does not count.
-    most = max((reading.used for reading in candidates), default=0)
-    readings = [reading for reading in candidates if 2 * reading.used > most]
+    most = max((len(reading.read) for reading in candidates), default=0)
+    readings = [reading for reading in candidates if 2 * len(reading.read) > most]
     if not readings:
         return None
     readings.sort(key=lambda each: each.rank)
@@ -332,24 +278,30 @@ def find(
     return best
 
 
-def why_not(row: Any, given: Mapping[str, str], source: Source | None = None) -> Rejected | None:
+def why_not(row: Any, source: Source) -> Rejected | None:
     """Return why no format reads the row; None if none has its columns."""
-    problems = []
     try:
         if not isinstance(row, Mapping):
             to_example("text", row, {})
     except Rejected as why:
         return why
-    for format in own_formats():
-        for fields in _assignments(format, [row], given):
-            try:
-                to_example(format.name, row, fields, as_chat=True, source=source)
-            except Rejected as why:
-                problems.append(why)
-    if not problems:
-        return None
+    problems = [why for reading in _readings([row], source) for why in reading.rejected]
     # Turns with roles that nobody knows are turns. A format that misses a key of the turns is not what is meant.
-    return max(problems, key=lambda why: (len(why.roles), why.reason != "missing_field"))
+    return max(
+        problems,
+        key=lambda why: (why.reason == "bad_role", why.reason != "missing_field"),
+        default=None,
+    )
+
+
+def _readings(rows: Sequence[Mapping[Any, Any]], source: Source) -> list[Interpretation]:
+    meant = {field for field, column in source.fields.items() if column != NONE}
+    readings = []
+    for format in own_formats():
+        if meant <= set(format.names) and format.takes(source.chat):
+            for fields in _assignments(format, rows, source.fields):
+                readings.append(_reading(format, fields, rows, source))
+    return readings
 
 
 def _assignments(
@@ -362,7 +314,6 @@ def _assignments(
             return [given[field.name]]
         found = [name for name in found if given.get(name) != NONE]
         by_name = {str(column).lower().strip(): str(column) for column in found}
-        by_name |= {name: name for name in found}
         for names in ((field.name, *field.other_names), field.last_names):
             present = [by_name[name] for name in names if name in by_name]
             if present:
@@ -373,6 +324,10 @@ def _assignments(
     ways = [called(field, every) for field in format.fields if field.needed]
     for needed in itertools.product(*ways):
         if len(set(needed)) < len(needed):
+            continue
+        # By the name of a text, a chat is in a markup.
+        by_text = format.has_turns and needed[0].lower().strip() in TEXTS
+        if by_text and format.needed[0] not in given and not _is_marked(rows, needed[0]):
             continue
         fields = dict(zip(format.needed, needed, strict=True))
         for field in format.fields:
@@ -399,61 +354,57 @@ def _reading(
     format: Format,
     fields: dict[str, str],
     rows: Sequence[Mapping[Any, Any]],
-    given: Mapping[str, str],
-    source: Source | None,
-) -> list[Interpretation]:
-    """Return the reading with these columns; none if plain text would be one of several columns by another name."""
+    source: Source,
+) -> Interpretation:
+    """Return the reading with these columns."""
+    given = source.fields
     used: set[str] = set()
     for field in format.fields:
         if field.name in fields and not field.in_turn:
             used.update(columns_in(fields[field.name]))
-    left = {}
+    left: dict[str, Any] = {}
     for row in rows:
         for name, value in row.items():
             column = str(name)
             if value not in EMPTY and column not in used and given.get(column) != NONE:
-                left[column] = column.lower().strip()
+                left.setdefault(column, value)
     own = {field if field in given else fields[field].lower().strip() for field in format.needed}
-    if format.makes == "text" and own != {*format.needed} and not _is_most_of(rows, fields["text"]):
-        return []
     called = {
         field: column
         for field, column in fields.items()
         if field != column or field in format.asked
     }
     called |= given
-    examples: list[Example | None] = []
+    read, rejected = _tried(format.name, rows, called, True, source)
+    ignored = len(columns.KNOWN.intersection(name.lower().strip() for name in left))
+    needed = tuple(fields[field] for field in format.needed)
+    rank = (_doubt(format, own), ignored, len(called), own_formats().index(format))
+    return Interpretation(format.name, called, needed, read, rejected, rank, left)
+
+
+def _tried(
+    format: str, rows: Iterable[Any], fields: Mapping[str, str], as_chat: bool, source: Source
+) -> tuple[tuple[tuple[Any, Example], ...], tuple[Rejected, ...]]:
+    """Return the rows that can be read, with their examples, and why the others cannot."""
+    read = []
+    rejected = []
     for row in rows:
         try:
-            examples.append(to_example(format.name, row, called, as_chat=True, source=source))
-        except Rejected:
-            examples.append(None)
-    ignored = len(columns.KNOWN.intersection(left.values()))
-    needed = tuple(fields[field] for field in format.needed)
-    doubt = _doubt(format, own)
-    if any(isinstance(row.get(column), int | float) for row in rows for column in needed):
-        doubt += NUMBERS
-    rank = (doubt, ignored, len(called), own_formats().index(format))
-    return [Interpretation(format.name, called, needed, tuple(examples), rank, left)]
-
-
-def _is_most_of(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:
-    # Plain text by another name is most of its row: beside it, there may be paths, names and numbers.
-    sizes = Counter[str]()
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, str):
-                sizes[str(name)] += len(value)
-    return 2 * sizes.pop(column) > 3 * max(sizes.values(), default=0)
+            read.append((row, to_example(format, row, fields, as_chat, source)))
+        except Rejected as why:
+            rejected.append(why)
+    return tuple(read), tuple(rejected)
 
 
 def _doubt(format: Format, own: set[str]) -> int:
     """Return how little the names of the needed columns say; lower is better."""
     if format.makes == "ids":
-        return 4
+        return 5
     if format.makes == "pair":
         return -1
     if format.makes == "text":
+        return 4
+    if own <= TEXTS:  # a chat in a markup
         return 3
     if own == {"messages"}:
         return 0

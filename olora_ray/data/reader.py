@@ -33,7 +33,7 @@ from pyarrow import ipc, parquet
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.common.storage import digest
-from olora_ray.data.formats.format import Rejected
+from olora_ray.data.formats.format import Rejected, named
 from olora_ray.data.sources import Changed, File, as_scanned
 from olora_ray.data.text_files import BOM, DELIMITERS, NULLS
 
@@ -231,32 +231,22 @@ def rows(batch: Any) -> list[Any]:
         return list(itertools.chain.from_iterable(singles))
     for number, name in enumerate(names):
         if name in labels:
-            columns[number] = [_named(value, labels[name]) for value in columns[number]]
+            columns[number] = [named(value, labels[name]) for value in columns[number]]
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 @lru_cache(8)
 def _names_of_labels(metadata: bytes) -> dict[str, list[str]]:
     # `datasets` notes in the schema which columns are numbers of labels, and what the labels are called.
-    try:
-        features = json.loads(metadata)["info"]["features"]
-    except (ValueError, LookupError, TypeError):
-        return {}
     labels = {}
-    for column, feature in dict(features).items():
-        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
-            feature = feature["feature"]  # of a list of labels
-        if isinstance(feature, dict) and isinstance(feature.get("names"), list):
-            labels[column] = feature["names"]
-    return labels
-
-
-def _named(value: Any, names: Sequence[str]) -> Any:
-    if isinstance(value, list):
-        return [_named(each, names) for each in value]
-    if isinstance(value, int) and value < len(names):
-        return names[value] if value >= 0 else None  # -1 is no label
-    return value
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        for column, feature in json.loads(metadata)["info"]["features"].items():
+            if isinstance(feature, dict):
+                label = feature.get("feature")  # of a list of labels
+                if not isinstance(label, dict):
+                    label = feature
+                labels[column] = label.get("names")
+    return {column: names for column, names in labels.items() if names}
 
 
 def _values(column: Any) -> list[Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 
@@ -25,15 +24,12 @@ class Schema:
 @cache
 def known() -> tuple[Schema, ...]:
     text = Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
-    return TypeAdapter(tuple[Schema, ...]).validate_python(yaml.safe_load(text))
+    return tuple(Schema(**entry) for entry in yaml.safe_load(text))
 
 
 def matching(rows: Sequence[Mapping[Any, Any]]) -> Schema | None:
     """Return the first schema whose columns all rows have."""
-    if not rows:
-        return None
-    names = set.intersection(*({str(name) for name in row} for row in rows))
     for schema in known():
-        if names.issuperset(schema.columns):
+        if rows and all({*schema.columns}.issubset(row) for row in rows):
             return schema
     return None

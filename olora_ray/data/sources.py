@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
@@ -30,14 +30,12 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.common.retry import is_temporary
 from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
-from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.config.section import Source
-from olora_ray.data.formats import check_fields, field_names
-from olora_ray.data.formats.format import NONE
+from olora_ray.data.formats import check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +170,6 @@ def _hub_name(uri: str, field: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-@cache
 def first_rows(uri: str, field: str) -> str | None:
     """Return a Parquet file with the first rows of a data set of the hub, from a byte range of one of its files.
 
@@ -184,50 +181,38 @@ def first_rows(uri: str, field: str) -> str | None:
     folder = tempfile.mkdtemp(prefix="olora-hub-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = f"{folder}/{posixpath.basename(name)}.parquet"
-    problems = [f"no answer in {SECONDS:g} seconds"]
-
-    def look() -> None:
-        try:
-            parquet.write_table(_begin(name, options), file)
-            problems.clear()
-        except Exception as error:  # the hub, the network and pyarrow each raise their own
-            problems[0] = first_line(error)
-
-    thread = threading.Thread(target=look, daemon=True)
+    # A call of the hub's client may try for minutes.
+    thread = threading.Thread(target=_begin, args=(name, options, file), daemon=True)
     thread.start()
     thread.join(SECONDS)
-    if not problems:
+    if os.path.exists(file):
         return file
-    say_once(
-        f"{field}: {uri}: cannot look at its first rows ({problems[0]}); the run downloads it first",
-        logging.WARNING,
-    )
+    said = "cannot look at its first rows; the run downloads it first"
+    say_once(f"{field}: {uri}: {said}", logging.WARNING)
     return None
 
 
-def _begin(name: str, options: Mapping[str, str]) -> pa.Table:
+def _begin(name: str, options: Mapping[str, str], to: str) -> None:
+    """Write a Parquet file with the first rows, unless the hub has none: the run says why."""
     from huggingface_hub import HfFileSystem
 
-    system = HfFileSystem()
     # The hub itself writes most data sets as Parquet, into a branch of their own.
     branches = ["refs%2Fconvert%2Fparquet", "main"]
     if "revision" in options:
         branches = [options["revision"]]
     split = re.split(r"[^\w.-]", options.get("split", "train"))[0]
+    words = (options.get("name", ""), split)
     for branch in branches:
-        paths: list[str] = []
-        with contextlib.suppress(FileNotFoundError):
+        # The hub, the network and pyarrow each raise their own exceptions.
+        with contextlib.suppress(Exception):
+            system = HfFileSystem()
             paths = sorted(system.glob(f"datasets/{name}@{branch}/**/*.parquet"))
-        for word in (options.get("name", ""), split):
-            paths = [
-                path for path in paths if word in path.removeprefix(f"datasets/{name}")
-            ] or paths
-        if paths:
-            with system.open(paths[0], block_size=2**18) as stream:
+            path = min(paths, key=lambda path: [word not in path for word in words])
+            with system.open(path, block_size=2**18) as stream:
                 file = parquet.ParquetFile(stream, buffer_size=2**16, pre_buffer=False)
-                batches = file.iter_batches(FIRST_ROWS, row_groups=[0])
-                return pa.Table.from_batches(itertools.islice(batches, 1))
-    raise FileNotFoundError("it has no Parquet file")
+                first = next(file.iter_batches(FIRST_ROWS, row_groups=[0]))
+            parquet.write_table(pa.Table.from_batches([first]), to)
+            return
 
 
 def _write(dataset: Any, folder: str) -> list[str]:
@@ -356,19 +341,6 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
     if missing:
         raise UserError(f"{where}.only: {missing[0]} is not among the files of {source.path}")
     return [file for file in files if file.uri in source.only]
-
-
-def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
-    """Return the sources with the answer for the column of `gate.group`, which the gate reads."""
-    group = config.gate.group if isinstance(config, Config) else None
-    if group is None or group == "@file":
-        return tuple(sources)
-    answered = []
-    for source in sources:
-        if group not in (*field_names("auto"), *field_names(source.format)):
-            source = source.model_copy(update={"fields": {group: NONE, **source.fields}})
-        answered.append(source)
-    return tuple(answered)
 
 
 def _of_split(files: list[File], path: str, where: str) -> list[File]:

@@ -586,7 +586,7 @@ class ExampleTokenizer:
         return Tokens(ids, supervised, shortened)
 
 
-def _refused(why: str, other: str = "another template") -> Rejected:
+def _refused(why: str, other: str = "another template, such as chatml-tools") -> Rejected:
     return Rejected("template", f"{why}, or set data.chat_template to {other}")
 
 

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import digest_json
+from olora_ray.config.schema import TEMPLATES
 from olora_ray.data import chat_template
 from olora_ray.data.chat_template import (
     EXCHANGE,
@@ -276,6 +278,29 @@ def spec_from_pretrained(
     return spec
 
 
+STAND_INS = {"eos_token": "</s>", "bos_token": "<s>"}
+
+
+def spec_of_templates(templates: Any, name: str, chosen: str) -> TokenizerSpec:
+    """Return the spec of a model for the texts of chats alone: its tokenizer knows only STAND_INS.
+
+    `templates` is the model's chat template, or several by name, or empty; the rest as `spec_from_pretrained`.
+    """
+    from tokenizers import Tokenizer, models
+
+    inner = Tokenizer(models.BPE())
+    inner.add_special_tokens([*STAND_INS.values()])
+    tokenizer = SimpleNamespace(
+        chat_template=templates,
+        is_fast=True,
+        backend_tokenizer=inner,
+        eos_token_id=0,
+        bos_token_id=None,
+        special_tokens_map=STAND_INS,
+    )
+    return spec_from_pretrained(tokenizer, name, chosen)
+
+
 SHIPPED = Path(__file__).with_name("templates")
 
 
@@ -283,13 +308,14 @@ def _choose_template(tokenizer: Any, chosen: str) -> None:
     source = plain_template(tokenizer)
     if chosen != chat_template.PLAIN:
         what = f"data.chat_template: {chosen}"
-        shipped = {file.stem: str(file) for file in sorted(SHIPPED.glob("*.jinja"))}
-        place = shipped.get(chosen, chosen)
+        place = chosen
+        if chosen in TEMPLATES:
+            place = str(SHIPPED / f"{chosen}.jinja")
         with as_user_error(what, OSError, UnicodeDecodeError, reason=short_reason):
             source = storage.read_text(place) if storage.exists(place) else ""
         if not source.strip():
             raise UserError(
-                f"{what} is missing or empty; name a Jinja file, {', '.join(shipped)} or {chat_template.PLAIN}"
+                f"{what} is missing or empty; name a Jinja file or one of {', '.join(TEMPLATES)}"
             )
     tokenizer.chat_template = source
 

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
@@ -92,24 +93,46 @@ def glance(config: AnyConfig) -> str | None:
     return folder.of_folder(source, code=False)
 
 
-def is_found(config: AnyConfig) -> bool:
-    """Look for the base model of a run without loading it; False if only the run can look.
+def found(config: AnyConfig) -> Path | None:
+    """Look for the base model of a run without loading it; None if only the run can look.
 
-    Raise UserError if there is no model of this name.
+    Of a model of the hub, the folder has the small files that decide how chats are written. Raise UserError if there
+    is no model of this name.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     name = config.model.name
     if name.startswith("models:/") or (storage.is_uri(name) and not name.startswith("package://")):
-        return False
+        return None
     source = _here(name)
     if source is None:
         # Suppressed where the hub is unreachable.
         with _asking_the_hub(config.model) as ask, contextlib.suppress(LocalEntryNotFoundError):
-            source = ask(allow_patterns=[folder.CONFIG])
+            source = ask(allow_patterns=[folder.CONFIG, "tokenizer_config.json", "*.jinja"])
     if source and source.is_dir() and not (source / folder.CONFIG).is_file():
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
-    return source is not None
+    return source
+
+
+def templates(source: Path) -> Any:
+    """Return the chat template in a model's folder or GGUF file, or several by name; None if only the run can tell."""
+    if source.is_file():
+        with source.open("rb") as file:
+            begun = file.read(2**25)
+        # Key, type of the value (text), its length, the value.
+        rest = begun.partition(b"tokenizer.chat_template\x08\0\0\0")[2]
+        stop = 8 + int.from_bytes(rest[:8], "little")
+        return rest[8:stop].decode("utf-8", "replace")
+    files = [*source.glob("chat_template.jinja"), *source.glob("*_templates/*.jinja")]
+    if files:
+        return {each.stem: each.read_text("utf-8") for each in files}
+    settings = source / "tokenizer_config.json"
+    if not settings.is_file():
+        return None
+    known = folder.read_json(settings).get("chat_template")
+    if isinstance(known, list):
+        return {each["name"]: each["template"] for each in known}
+    return known or ""
 
 
 def _what_it_is(source: Path) -> str:

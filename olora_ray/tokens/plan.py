@@ -21,7 +21,7 @@ from olora_ray.config.schema import AnyConfig
 from olora_ray.config.section import Source
 from olora_ray.data.formats import format_named
 from olora_ray.data.reader import FileScan, Table, Unit, Units, read_unit
-from olora_ray.data.sources import File, grouped, list_files
+from olora_ray.data.sources import File, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
@@ -486,8 +486,8 @@ class Plan(Rules):
 
 def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]]:
     if split == "train" or config.data.eval_fraction is not None:
-        return "data.train", grouped(config, config.data.train)
-    return "data.eval", grouped(config, config.data.eval)
+        return "data.train", config.data.train
+    return "data.eval", config.data.eval
 
 
 def looking(

@@ -4,11 +4,16 @@ from typing import Any
 
 import pytest
 
+from olora_ray.config.section import Source
 from olora_ray.data.detect import Rivals, find, why_not
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 QUESTION = {"question": "q", "answer": "a"}
+
+
+def source(**more: Any) -> Source:
+    return Source(path="rows.jsonl", **more)
 
 
 @pytest.mark.parametrize(
@@ -37,10 +42,10 @@ QUESTION = {"question": "q", "answer": "a"}
 def test_what_is_found_reads_the_row(
     row: dict[str, Any], format: str, fields: dict[str, str]
 ) -> None:
-    found = find([row], {})
+    found = find([row], source())
     assert found is not None
     assert (found.format, found.fields) == (format, fields)
-    assert found.used == 1
+    assert len(found.read) == 1
 
 
 @pytest.mark.parametrize(
@@ -57,7 +62,7 @@ def test_rows_that_say_more_than_one_way_can_tell(
     row: dict[str, Any], columns: tuple[str, ...]
 ) -> None:
     with pytest.raises(Rivals) as caught:
-        find([row], {})
+        find([row], source())
     assert all(each in str(caught.value) for each in columns)
 
 
@@ -68,13 +73,13 @@ def test_rows_that_say_more_than_one_way_can_tell(
         ([1], "expected an object with fields, found a list"),
         (
             {"question": "q", "answer": [4]},
-            "field 'answer' is a list, not text; name a value in it, such as answer.0",
+            "field 'answer' is a list, not text",
         ),
     ],
 )
 def test_nothing_is_found_that_does_not_help(row: Any, reason: str | None) -> None:
-    assert find([row], {}) is None
-    why = why_not(row, {})
+    assert find([row], source()) is None
+    why = why_not(row, source())
     assert (why.message if why else None) == reason
 
 
@@ -94,12 +99,12 @@ def test_nothing_is_found_that_does_not_help(row: Any, reason: str | None) -> No
 def test_what_a_source_sets_stays(
     given: dict[str, str], chat: Any, fields: dict[str, str] | None
 ) -> None:
-    found = find([QUESTION], given, chat)
+    found = find([QUESTION], source(fields=given, chat=chat))
     assert (found.fields if found else None) == fields
 
 
 def test_rows_that_are_far_fewer_do_not_decide() -> None:
     odd, rows = [{"instruction": "q", "output": "a"}] * 9, [{"conversations": TURNS}] * 20
-    found = find([*odd, *rows], {})
+    found = find([*odd, *rows], source())
     assert found is not None
-    assert (found.format, found.used) == ("sharegpt", 20)
+    assert (found.format, len(found.read)) == ("sharegpt", 20)

@@ -203,8 +203,8 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
         ),
         ("messages", turns(ANSWER, USER), "no_answer", "follows one from user"),
         ("messages", turns({**USER, "role": "system"}), "no_messages", "no messages"),
-        ("turns", {"turns": ["q", {"input": "q"}]}, "missing_field", "turn 2 is no pair"),
-        ("turns", {"turns": [3, 4]}, "wrong_type", "turn 1 is a number"),
+        ("messages", turns("q", {"input": "q"}), "wrong_type", "message 1 is text"),
+        ("messages", turns(3, 4), "wrong_type", "message 1 is a number"),
         (
             "messages",
             turns(PICTURE, ANSWER),
@@ -217,7 +217,7 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
             "wrong_type",
             "is text, but not JSON",
         ),
-        ("messages", turns(*TURNS), "missing_field", "from and value need format: sharegpt"),
+        ("messages", turns(*TURNS), "missing_field", "message 1 has no 'role'"),
         (
             "prompt_completion",
             {"prompt": "x", "completion": ""},
@@ -228,7 +228,7 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
             "alpaca",
             {"instruction": "x", "output": "y", "history": [["q"]]},
             "wrong_type",
-            "not a list of [question,",
+            "message 1 is a list",
         ),
         (
             "sharegpt",
@@ -248,6 +248,7 @@ def test_rows_that_cannot_be_used(format: str, row: Any, reason: str, message: s
 
 def test_a_mapped_field_is_named_as_in_the_file() -> None:
     with pytest.raises(
-        Rejected, match=r"field 'question' \(set as prompt in fields\) is missing; the row has q, a"
+        Rejected,
+        match=r"field 'question' \(set as prompt in fields\) is missing or null; the row has q, a",
     ):
         to_example("prompt_completion", {"q": "x", "a": "y"}, {"prompt": "question"})

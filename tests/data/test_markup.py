@@ -6,6 +6,7 @@ from typing import Any, get_args
 import pytest
 
 from olora_ray.cluster.decide import DataFacts, Lengths, decide_data
+from olora_ray.common.errors import UserError
 from olora_ray.config.decided import Kept
 from olora_ray.config.section import Markup
 from olora_ray.data import detect
@@ -58,6 +59,7 @@ PUBLISHED: dict[Markup, tuple[dict[str, str], str]] = {
 
 
 def config(folder: Path, rows: list[Any], **source: Any) -> Any:
+    folder.mkdir(exist_ok=True)
     path = helpers.write_jsonl(folder / "a.jsonl", rows)
     return helpers.config(folder / "runs", {"path": str(path), **source}, max_length=512)
 
@@ -68,9 +70,9 @@ def test_a_published_row_is_read_as_its_chat(name: Markup, tmp_path: Path) -> No
     assert {*MARKUPS} == {*PUBLISHED}
     with said() as told:
         known = tiny.read_as(config(tmp_path, [row] * 12))
-    assert f"markup {name}: only the answers are trained" in told[0]
+    assert name == "glaive" or "markup: only the answers are trained" in told[0]
     (source,) = known.data.train
-    assert (source.format, source.markup) == ("messages", name)
+    assert source.format == "messages"
     example = describe(known, helpers.spec()).examples[0]
     text = helpers.decode(example.input_ids)
     turns = [part.replace("\n", " ", 1) for part in text.split("<|im_start|>")[1:]]
@@ -83,24 +85,21 @@ def test_a_published_row_is_read_as_its_chat(name: Markup, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "place"),
+    ("name", "text", "stray"),
     [
-        ("guanaco", "Notes. ### Human: Hi ### Assistant: Hello", "character 1, 'Notes. "),
+        ("guanaco", "Notes. ### Human: Hi ### Assistant: Hello", "'Notes.'"),
         (
             "chatml",
             "<|im_start|>user\nHi<|im_end|>\nmore<|im_start|>assistant\nHello<|im_end|>",
-            "character 31, 'more<|im_start|>",
+            "'more'",
         ),
-        ("llama2", "[INST] Hi", "no question with its answer; roles: user"),
-        ("llama3", "Hi", "no turn begins"),
     ],
 )
-def test_a_text_that_is_not_all_markup_is_rejected_with_the_place(
-    name: Markup, text: str, place: str
-) -> None:
+def test_a_text_that_is_not_all_markup_is_rejected(name: Markup, text: str, stray: str) -> None:
     with pytest.raises(Rejected) as caught:
         turns_in(text, name)
-    assert place in caught.value.message
+    assert f"markup {name}: {stray} is outside of the turns" in caught.value.message
+    assert turns_in("Hi", name) == []
 
 
 def test_texts_stay_texts_if_said_so_or_not_all_of_them_are_chats(tmp_path: Path) -> None:
@@ -108,26 +107,26 @@ def test_texts_stay_texts_if_said_so_or_not_all_of_them_are_chats(tmp_path: Path
     for source in ({"markup": "none"}, {"chat": False}, {"format": "text"}):
         (found,) = tiny.read_as(config(tmp_path, chats, **source)).data.train
         assert found.format == "text"
-    mixed = [*chats, {"text": "Notes. ### Human: Hi ### Assistant: Hello"}]
+    notes = {"text": "Notes. ### Human: Hi ### Assistant: Hello"}
     with said() as told:
-        (found,) = tiny.read_as(config(tmp_path, mixed)).data.train
+        (found,) = tiny.read_as(config(tmp_path / "few", [*chats[:3], *[notes] * 7])).data.train
     assert found.format == "text"
-    assert "9 of 10 texts are chats in markup guanaco, but markup guanaco: character 1" in told[0]
-    # A source that sets the markup reads those that are.
-    (found,) = tiny.read_as(config(tmp_path, mixed, markup="guanaco")).data.train
+    assert "some texts have turns in another tool's markup" in told[0]
+    # Most of the texts are chats; the others cannot be used.
+    (found,) = tiny.read_as(config(tmp_path, [*chats, notes])).data.train
     assert (found.format, found.fields) == ("messages", {"messages": "text"})
-    (given,) = config(tmp_path, mixed, markup="guanaco", format="text").data.train
-    assert (given.format, given.fields) == ("messages", {"messages": "text"})
+    lists = [{"text": ["Some words.", "More of them."]}] * 9
+    with pytest.raises(UserError):
+        tiny.read_as(config(tmp_path, lists))
 
 
-def test_the_markup_is_decided_once_and_an_earlier_run_keeps_its_texts(tmp_path: Path) -> None:
+def test_an_earlier_run_keeps_its_texts(tmp_path: Path) -> None:
     given = config(tmp_path, [PUBLISHED["guanaco"][0]] * 12)
     facts = DataFacts(detect.check_data(given), Lengths(300, 12, True, 0, 512))
     made = decide_data(given, helpers.spec(), facts)
-    assert made.decisions["data.train.0.markup"].value == "guanaco"
-    assert "markup" in made.decisions["data.train.0.markup"].why
+    assert made.decisions["data.train.0.format"].value == "messages"
     again = Kept(decisions=made.decisions)
     assert decide_data(given, helpers.spec(), DataFacts(), again).config == made.config
     earlier = Kept(settings={"data.train.0.format": "text"})
     (source,) = decide_data(given, helpers.spec(), facts, earlier).config.data.train
-    assert (source.format, source.markup) == ("text", "auto")
+    assert source.format == "text"

@@ -56,6 +56,9 @@ def gemini(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "parts": [{"text": text}]}
 
 
+COHERES = [turn("USER", Q, value="message"), turn("CHATBOT", A, value="message")]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -85,6 +88,13 @@ def gemini(role: str, text: str) -> dict[str, Any]:
         ({"id": "7", "data": [Q, A, Q, A]}, QA * 2),
         ({"conversation": [{"input": Q, "output": A}, {"input": Q, "output": A}]}, QA * 2),
         ({"dialogue": [[Q, A]], "system": "Be kind."}, [SYSTEM, *QA]),
+        ({"message": Q, "chat_history": COHERES, "response": A}, QA * 2),
+        ({"message": Q, "chat_history": [], "output": A, "id": "7"}, QA),
+        (
+            {"preamble": "Be kind.", "message": Q, "chat_history": COHERES, "response": A},
+            [SYSTEM, *QA, *QA],
+        ),
+        ({"instruction": Q, "history": TURNS, "output": A}, QA * 2),
         ({"messages": [turn("assistant", "Hello"), *TURNS]}, [("assistant", "Hello"), *QA]),
         ({"messages": [*TURNS, turn(*SYSTEM), *TURNS]}, [*QA, SYSTEM, *QA]),
     ],
@@ -138,10 +148,10 @@ def test_what_the_assistant_says_before_any_question_is_context() -> None:
         assert marks == [*[1] * (len(head) - 1), 0, 1, 1]
 
 
-@pytest.mark.parametrize("cells", ["lists", "arrays", "short arrays"])
+@pytest.mark.parametrize("cells", ["lists", "arrays"])
 def test_messages_that_pandas_has_written_into_csv(cells: str, tmp_path: Path) -> None:
-    turns = TURNS if "short" not in cells else helpers.chat("q", "{a} {b}")["messages"]
-    value = np.array(turns, dtype=object) if "arrays" in cells else turns
+    turns = TURNS
+    value = np.array(turns, dtype=object) if cells == "arrays" else turns
     pd.DataFrame({"messages": [value] * 3}).to_csv(tmp_path / "a.csv", index=False)
     expected = [(each["role"], each["content"]) for each in turns]
     assert [said(example) for example in examples(tmp_path / "a.csv")] == [expected] * 3

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,6 +139,15 @@ def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
         init.main(["q.csv"])
     assert not Path("my_run.yaml").exists()
     assert written("q.csv", "data.max_rejected=0.334").data.max_rejected == 0.334
+
+
+def test_empty_texts_are_counted_without_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [json.dumps({"text": "" if n % 3 else f"line {n}"}) for n in range(90)]
+    Path("wiki.jsonl").write_text("\n".join(texts))
+    written("wiki.jsonl")
+    printed = capsys.readouterr().out
+    assert "\n60 of them are empty, and are left out\n" in printed
+    assert "cannot be used" not in printed
 
 
 def test_rows_of_large_files_with_line_breaks_are_estimated_as_rows(
@@ -282,6 +292,20 @@ def test_labels_are_scored_by_equality_and_named_in_the_system_message(
         assert source.fields == {"instruction": "text", "output": "kind"}
 
 
+@pytest.mark.parametrize(("each", "held_out", "rare"), [(25, 200, 5), (8, 250, 2), (300, 50, 15)])
+def test_enough_rows_are_held_out_to_judge_a_rare_label(
+    each: int, held_out: int, rare: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    for n in range(1000):
+        label = "rare" if n < each else "usual"
+        lines.append(json.dumps({"instruction": f"{n}?", "output": label}))
+    Path("a.jsonl").write_text("\n".join(lines))
+    assert written("a.jsonl").data.eval_fraction == held_out / 1000
+    told = f"  # about {held_out} rows; about {rare} with the rarest label\n"
+    assert told in capsys.readouterr().out
+
+
 def test_labels_of_a_prompt_get_no_system_message_because_it_may_be_no_chat() -> None:
     lines = [{"prompt": f"{n}?", "completion": ["even", "odd"][n % 2]} for n in range(60)]
     Path("a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -297,6 +321,94 @@ def test_a_terminal_that_closes_gets_the_question_as_the_error(
     monkeypatch.setattr("sys.stdin", Terminal("ticket\n"))
     with refused("which column is the answer?"):
         init.main(["asked.jsonl"])
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{% if messages[0].role != 'user' %}{{ raise_exception('Begin with user') }}{% endif %}"
+    "{% for message in messages %}<start_of_turn>{{ message.role }}\n{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def chats(first: Sequence[object] = (), **columns: object) -> str:
+    lines = []
+    for n in range(40):
+        asked = [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}"}]
+        lines.append(json.dumps({"messages": [*first, *asked], **columns}) + "\n")
+    Path("chats.jsonl").write_text("".join(lines))
+    return "chats.jsonl"
+
+
+def with_template(template: object) -> str:
+    settings = json.dumps({"chat_template": template})
+    Path(model("model"), "tokenizer_config.json").write_text(settings)
+    return "model"
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "chosen"),
+    [
+        (CHATML, {"tools": [TOOL]}, "chatml-tools"),
+        (None, {"tools": [TOOL]}, "chatml-tools"),
+        ([{"name": "default", "template": GEMMA}], {"first": [SYSTEM]}, "gemma"),
+        (CHATML, {"first": [SYSTEM]}, None),
+    ],
+)
+def test_a_template_that_cannot_write_the_chats_is_replaced_by_one_with_its_marks(
+    template: object, chat: dict[str, Any], chosen: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = written(chats(**chat), with_template(template))
+    assert found.data.chat_template == chosen
+    assert (f"chat_template: {chosen}, because" in capsys.readouterr().out) == bool(chosen)
+
+
+def test_the_small_models_own_file_shows_its_template() -> None:
+    assert written(chats(tools=[TOOL])).data.chat_template == "chatml-tools"
+
+
+def test_a_template_that_no_other_is_like_is_refused_with_one_to_choose() -> None:
+    data = chats(tools=[TOOL])
+    own = with_template(GEMMA)
+    with refused(
+        "chats.jsonl:1: template: the chat template of model does not write the tools: set"
+    ):
+        init.main([data, own])
+    assert not Path("my_run.yaml").exists()
+    found = written(data, own, "data.chat_template=chatml-tools")
+    assert found.data.chat_template == "chatml-tools"
+
+
+def test_a_few_chats_that_do_not_fit_keep_the_models_template(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = rows("chats.jsonl", range(200))
+    first, *others = Path(file).read_text().splitlines()
+    with_tools = json.dumps({**json.loads(first), "tools": [TOOL]})
+    Path(file).write_text("\n".join([first, *others, with_tools]))
+    assert written(file, with_template(CHATML)).data.chat_template is None
+    assert re.search(r"\n1 of the rows cannot .*chats\.jsonl:201: ", capsys.readouterr().out)
+
+
+def test_the_run_takes_the_template_that_init_has_written(folder: Path) -> None:
+    base = project.make_model(folder / "model")
+    (base / "chat_template.jinja").write_text(CHATML)
+    found = written(chats(tools=[TOOL]), str(base))
+    with said() as lines:
+        dry_run(command_line.resolved(found, folder))
+    assert not [line for line in lines if "rejected" in line]
+
+
+def test_a_template_without_system_messages_gets_none_for_labels() -> None:
+    lines = [{"instruction": f"{n}?", "output": ["even", "odd"][n % 2]} for n in range(60)]
+    Path("a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = written("a.jsonl", with_template(GEMMA))
+    assert (found.data.train[0].system, found.data.chat_template) == (None, None)
 
 
 class Terminal(io.StringIO):

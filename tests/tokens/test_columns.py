@@ -226,6 +226,6 @@ def test_the_printed_setting_works_for_any_name(name: str, tmp_path: Path) -> No
     rows = with_column(TEXTS, **{name: ("one", "two")})
     line = refusals(config(tmp_path, rows))[0]
     assert "\n" not in line
-    setting = shlex.split(line.rpartition("the texts alone with ")[2])[0]
+    setting = shlex.split(line.rpartition("if not, ")[2])[0]
     changes = command_line.parse(["x.yaml", setting], usage="", options=[]).changes()
     assert refusals(override(config(tmp_path, rows), changes)) == [""] * 3

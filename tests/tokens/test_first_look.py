@@ -93,7 +93,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
             pa.Table.from_pylist([{"q": "x", "answer": "y", "id": 1}]), file
         ),
         {"format": "alpaca"},
-        ["field 'instruction' is missing; the row has q, answer, id"],
+        ["field 'instruction' is missing or null; the row has q, answer, id"],
     ),
 }
 

@@ -63,8 +63,7 @@ def to_example(
     try:
         row = Row(columns, {**dict.fromkeys(known.asked, NONE), **fields}, as_chat)
         if source:
-            markup = "none" if is_auto(source.markup) else source.markup
-            row = row._replace(roles=source.roles, labels=source.labels, markup=markup)
+            row = row._replace(roles=source.roles, labels=source.labels, markup=source.markup)
         example = known.read(row)
     except RecursionError:
         raise Rejected("wrong_type", "nested too deeply") from None
@@ -73,13 +72,14 @@ def to_example(
             f"format {format} says makes={known.makes!r}, but read() returns {type(example).__name__}"
         )
     if source and source.system:
-        return _with_system(example, source.system)
+        return with_system(example, source.system)
     return example
 
 
-def _with_system(example: Example, system: str) -> Example:
+def with_system(example: Example, system: str) -> Example:
+    """Return a chat with a system message, if it has none; raise Rejected for a prompt with its completion."""
     if isinstance(example, Pair):
-        return Pair(*[_with_system(each, system) for each in example])  # type: ignore[arg-type]
+        return Pair(*[with_system(each, system) for each in example])  # type: ignore[arg-type]
     if isinstance(example, Completion):
         raise Rejected("no_chat", "system needs a chat: set chat: true, or remove system")
     if not isinstance(example, Chat) or example.messages[0]["role"] in ("system", "developer"):

@@ -1,7 +1,10 @@
 """Format alpaca: an instruction with its input and output; a chat of one question, after an optional history."""
 
-from olora_ray.data.formats.chat import ANSWERS, SYSTEM, question_answer, sequence, to_chat
-from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
+from collections.abc import Mapping
+from typing import Any
+
+from olora_ray.data.formats.chat import ANSWERS, SYSTEM, in_turn, question_answer, sequence, to_chat
+from olora_ray.data.formats.format import Example, Field, Format, Row
 
 # In German, Spanish, French, Italian and Chinese.
 FOREIGN_QUESTIONS = ("frage", "pregunta", "domanda", "问题")
@@ -12,20 +15,18 @@ def read(row: Row) -> Example:
     instruction = row.text("instruction")
     answer = row.text("output")
     extra = row.optional_text("input")
-    messages = []
+    messages: list[Any] = []
     system = row.optional_text("system")
     if system:
         messages.append({"role": "system", "content": system})
     history = row.optional("history")
     if history:
-        column = row.column("history")
-        pairs = sequence(history, column)
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            raise Rejected(
-                "wrong_type", f"field {column!r} is not a list of [question, answer] pairs"
-            )
-        for question, earlier in pairs:
-            messages += question_answer(question, earlier)
+        for turn in in_turn(sequence(history, row.column("history"))):
+            if (
+                isinstance(turn, Mapping) and "message" in turn
+            ):  # of Cohere: {role: USER, message: ...}
+                turn = {"role": turn.get("role"), "content": turn["message"]}
+            messages.append(turn)
     if extra.strip():
         instruction = f"{instruction}\n\n{extra}"
     return to_chat([*messages, *question_answer(instruction, answer)])

@@ -1,10 +1,11 @@
 """Roles, content, tool calls and tools of messages: the common part of all formats of chats."""
 
 import ast
-import io
+import contextlib
+import itertools
 import json
-import tokenize
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from olora_ray.data.formats.format import Chat, Field, Rejected, Row, listed, type_name
@@ -44,27 +45,33 @@ MARKS = ("train", "training", "loss")
 
 
 def to_chat(
-    turns: list[Any], tools: Any = None, role: str = "role", content: str = "content"
+    turns: list[Any],
+    tools: Any = None,
+    role: str = "role",
+    content: str = "content",
+    roles: Mapping[str, str] = {},
 ) -> Chat:
     """Return the chat of turns whose keys are `role` and `content`; raise Rejected if they are not a valid chat.
+
+    `roles` are other names of roles, and what they are called here.
 
     A model is never asked to begin, so what the assistant says before the first question is context.
     """
     messages = [
-        _message(turn, number, role, content, turns) for number, turn in enumerate(turns, 1)
+        _message(turn, number, role, content, roles) for number, turn in enumerate(turns, 1)
     ]
-    roles = [message["role"] for message in messages]
-    if all(name in SYSTEMS for name in roles):
+    names = [message["role"] for message in messages]
+    if all(name in SYSTEMS for name in names):
         raise Rejected("no_messages", "the chat has no messages")
-    first = roles.index("user") if "user" in roles else len(roles)
-    if "tool" in roles[:first]:
+    first = names.index("user") if "user" in names else len(names)
+    if "tool" in names[:first]:
         raise Rejected("bad_role", "a message from tool needs one from user before it")
-    if "assistant" not in roles[first:]:
+    if "assistant" not in names[first:]:
         raise Rejected(
-            "no_answer", f"no assistant message follows one from user; roles: {', '.join(roles)}"
+            "no_answer", f"no assistant message follows one from user; roles: {', '.join(names)}"
         )
     for number in range(first):
-        if roles[number] == "assistant":
+        if names[number] == "assistant":
             messages[number] = {**messages[number], "weight": 0}
     if isinstance(tools, str) and tools.strip():
         tools = parsed(tools, "field 'tools' is text, but not JSON")
@@ -75,17 +82,35 @@ def to_chat(
     return Chat(tuple(messages), tuple(_objects(sequence(tools, "tools"), "field 'tools'")))
 
 
-def with_roles(row: Row, turns: list[Any], role: str) -> list[Any]:
-    """Return the turns with the roles that `roles` of the source names."""
-    roles = row.roles
-    if not roles:
-        return turns
-    renamed = []
-    for turn in turns:
-        if isinstance(turn, Mapping) and isinstance(turn.get(role), str):
-            turn = {**turn, role: roles.get(turn[role], turn[role])}
-        renamed.append(turn)
-    return renamed
+PAIRS = (
+    ("input", "output"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+)
+"""Keys of a question and its answer in one entry of a chat."""
+
+
+def in_turn(entries: list[Any]) -> list[Any]:
+    """Return texts of the user and the assistant in turn, or pairs of both, as messages; other lists stay unchanged."""
+    texts: list[Any] = []
+    for entry in entries:
+        pair: list[Any] = []
+        if isinstance(entry, str):
+            pair = [entry]
+        elif isinstance(entry, list) and len(entry) == 2:
+            pair = entry
+        elif isinstance(entry, Mapping):
+            names = next((names for names in PAIRS if entry.keys() >= {*names}), ())
+            pair = [entry[name] for name in names]
+        if not pair:
+            return entries
+        texts += pair
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def sequence(value: Any, name: str) -> list[Any]:
@@ -109,14 +134,9 @@ def in_a_cell(value: Any) -> Any:
         turns = _loaded(value)
     except (ValueError, RecursionError):
         return value
-    if not isinstance(turns, list) or not turns:
-        return value
-    for turn in turns:
-        if not isinstance(turn, dict) or "role" not in turn:
-            return value
-        if "content" not in turn and "tool_calls" not in turn:
-            return value
-    return turns
+    if isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return turns
+    return value
 
 
 def _turned_back(value: Any) -> Any:
@@ -130,13 +150,13 @@ def _turned_back(value: Any) -> Any:
 
 
 def _message(
-    turn: Any, number: int, role: str, content: str, turns: Sequence[Any]
+    turn: Any, number: int, role: str, content: str, roles: Mapping[str, str]
 ) -> dict[str, Any]:
     if type(turn) is dict and turn.keys() == {role, content}:
         # Most turns end here, in a quarter of the time.
         name = turn[role]
         text = turn[content]
-        if type(name) is type(text) is str and name in ROLES and text.strip():
+        if type(name) is type(text) is str and name in ROLES and text.strip() and not roles:
             return {"role": name, "content": text}
     if not isinstance(turn, Mapping):
         raise Rejected(
@@ -144,16 +164,16 @@ def _message(
             f"message {number} is {type_name(turn)}, not an object with {role!r} and {content!r}",
         )
     if not isinstance(turn.get(role), str):
-        problem = f"message {number} has no {role!r}; it has {listed(turn)}"
-        if (role, content) == ("role", "content") and "from" in turn:
-            problem += "; from and value need format: sharegpt, and no fields"
-        raise Rejected("missing_field", problem)
+        raise Rejected("missing_field", f"message {number} has no {role!r}; it has {listed(turn)}")
     name = turn[role].strip().lower()
-    name = SHAREGPT_ROLES.get(name, name)
+    name = roles.get(turn[role], SHAREGPT_ROLES.get(name, name))
     if name not in ROLES:
         known = ", ".join(sorted({*ROLES, *SHAREGPT_ROLES}))
-        problem = f"message {number}: unknown role {turn[role]!r}; known: {known}; name it in the roles of the source"
-        raise Rejected("bad_role", problem, _unknown_roles(turns, role))
+        raise Rejected(
+            "bad_role",
+            f"message {number}: unknown role {turn[role]!r}; known: {known}; say in the source what it is, as in"
+            f" roles: {{{turn[role]}: assistant}}",
+        )
     # Templates want a missing key, not a null.
     rest = {
         key: without_nulls(value)
@@ -196,13 +216,6 @@ def _of_langchain(call: dict[str, Any]) -> dict[str, Any]:
         return call
     function = {"name": call.get("name"), "arguments": call["args"]}
     return {"type": "function", "id": call.get("id"), "function": function}
-
-
-def _unknown_roles(turns: Sequence[Any], role: str) -> list[str]:
-    names = [turn.get(role) for turn in turns if isinstance(turn, Mapping)]
-    texts = [name for name in dict.fromkeys(names) if isinstance(name, str)]
-    known = {*ROLES, *SHAREGPT_ROLES, CALL}
-    return [name for name in texts if name.strip().lower() not in known]
 
 
 def content_of(value: Any, number: int, name: str) -> str:
@@ -257,23 +270,18 @@ def parsed(text: str, otherwise: str) -> Any:
 def _loaded(text: str) -> Any:
     """Return the value of JSON text, or of a list or object as Python prints it; raise ValueError for other text.
 
-    pandas writes lists into csv as Python prints them, and arrays of objects without the commas between these.
+    pandas writes lists into csv as Python prints them, and arrays of objects with a line break between these.
     """
     try:
         return json.loads(text)
     except ValueError:
         if not text.lstrip().startswith(("[", "{")):
             raise
-    printed: list[tuple[int, str]] = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
-            if token.string == "{" and printed[-1:] == [(tokenize.OP, "}")]:
-                printed.append((tokenize.OP, ","))
-            if token.type != tokenize.NL:
-                printed.append((token.type, token.string))
-        return ast.literal_eval(tokenize.untokenize(printed))
-    except (SyntaxError, tokenize.TokenError, MemoryError, TypeError) as error:
-        raise ValueError(str(error)) from None
+    # A line break is between two objects, because Python prints those of texts as \\n.
+    for printed in (text, re.sub(r"\}\n\s*\{", "}, {", text)):
+        with contextlib.suppress(SyntaxError, MemoryError, TypeError):
+            return ast.literal_eval(printed.strip())
+    raise ValueError("no list or object")
 
 
 def after_system(row: Row, turns: list[Any], role: str, content: str) -> list[Any]:

@@ -7,7 +7,7 @@ read, the digest of the tokens, the dry run, `olora-ray init` and the exported c
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -23,14 +23,10 @@ BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 class Rejected(Exception):
-    def __init__(self, reason: str, message: str, roles: Sequence[str] = ()) -> None:
-        """Store a short slug to count by, and one line for the person who looks at the row.
-
-        `roles` are the names of roles in the row that nobody knows.
-        """
+    def __init__(self, reason: str, message: str) -> None:
+        """Store a short slug to count by, and one line for the person who looks at the row."""
         self.reason = reason
         self.message = one_line(message)
-        self.roles = roles
         super().__init__(f"{reason}: {self.message}")
 
 
@@ -138,9 +134,12 @@ def value_at(columns: Mapping[str, Any], written: str, labels: Labels) -> Any:
     """
     if written in columns:
         value = columns[written]
-        if written in labels and value is not None:
-            return _label(value, labels[written], written)
-        return value
+        if value is None or written not in labels:
+            return value
+        name = named(value, labels[written])
+        if name is None:
+            raise Rejected("no_label", f"field {written!r} is {value}, which has no name in labels")
+        return name
     if BRACES.search(written):
         return BRACES.sub(lambda brace: _filled(brace, columns, written, labels), written)
     column, _, path = written.partition(".")
@@ -164,15 +163,9 @@ def _filled(brace: re.Match[str], columns: Mapping[str, Any], template: str, lab
         raise Rejected("bad_template", problem)
     value = value_at(columns, path, labels)
     if value is None:
-        raise _missing(columns, path, f"field {path!r} (of {template!r} in fields)")
+        what = f"field {path!r} (of {template!r} in fields) is missing or null"
+        raise Rejected("missing_field", f"{what}; the row has {listed(columns)}")
     return as_text(value, path)
-
-
-def _missing(columns: Mapping[str, Any], written: str, what: str) -> Rejected:
-    # A column that is null, or holds a null on the way, is there.
-    if any(name in columns for name in columns_in(written)):
-        return Rejected("missing_field", f"{what} is null")
-    return Rejected("missing_field", f"{what} is missing; the row has {listed(columns)}")
 
 
 def _inside(value: Any, key: str, path: str) -> Any:
@@ -180,25 +173,21 @@ def _inside(value: Any, key: str, path: str) -> Any:
         if key in value:
             return value[key]
         has = f"it has {listed(value)}"
-    elif isinstance(value, list):
-        if key.isdecimal() and int(key) < len(value):
-            return value[int(key)]
-        has = f"it is a list of {len(value)}, counted from 0"
     else:
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            return value[int(key)]
         has = f"it is {type_name(value)}"
     raise Rejected("missing_field", f"field {path!r} has no {key!r}: {has}")
 
 
-def _label(value: Any, names: tuple[str, ...], column: str) -> Any:
+def named(value: Any, names: Sequence[str]) -> Any:
+    """Return the names of labels: of numbers, texts of csv, or lists of them; None for a number without a name."""
     if isinstance(value, list):
-        return [_label(each, names, column) for each in value]
-    if value in names:
-        return value
-    number = str(value)  # a cell of csv is text
+        return [named(each, names) for each in value]
+    number = str(value)
     if number.isdecimal() and int(number) < len(names):
         return names[int(number)]
-    problem = f"field {column!r} is {number}; labels has names for 0 to {len(names) - 1}"
-    raise Rejected("no_label", problem)
+    return value if value in names else None
 
 
 def as_text(value: Any, column: str) -> str:
@@ -207,17 +196,7 @@ def as_text(value: Any, column: str) -> str:
         return value
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
-    problem = f"field {column!r} is {type_name(value)}, not text"
-    path = column
-    while value and isinstance(value, list | Mapping):
-        entries: Iterable[tuple[Any, Any]] = enumerate(value)
-        if isinstance(value, Mapping):
-            entries = value.items()
-        key, value = next(iter(entries))
-        path = f"{path}.{key}"
-    if path != column:
-        problem += f"; name a value in it, such as {path}"
-    raise Rejected("wrong_type", problem)
+    raise Rejected("wrong_type", f"field {column!r} is {type_name(value)}, not text")
 
 
 class Row(NamedTuple):
@@ -231,8 +210,8 @@ class Row(NamedTuple):
     """`roles` of the source."""
     labels: Labels = {}  # noqa: RUF012
     """`labels` of the source."""
-    markup: str = "none"
-    """The markup of texts that are chats."""
+    markup: str = "auto"
+    """`markup` of the source."""
 
     def column(self, name: str) -> str:
         """Return what `fields` says for a field: a column, a path or a template."""
@@ -245,9 +224,10 @@ class Row(NamedTuple):
         if value is not None:
             return value
         what = f"field {column!r}"
-        if column != name and column not in self.columns:
+        if column != name:
             what += f" (set as {name} in fields)"
-        raise _missing(self.columns, column, what)
+        has = listed(self.columns)
+        raise Rejected("missing_field", f"{what} is missing or null; the row has {has}")
 
     def text(self, name: str) -> str:
         """Return a text field that is needed; a number or a boolean is text here."""
@@ -257,18 +237,11 @@ class Row(NamedTuple):
         return value_at(self.columns, self.column(name), self.labels)
 
     def optional_text(self, name: str) -> str:
-        """Return a text field, or "" if it is missing or null; raise Rejected for another type.
-
-        A number or a boolean is text only if `fields` names its column: a column such as `system: true` may mean
-        something else.
-        """
+        """Return a text field, or "" if it is missing or null; a number or a boolean is text here."""
         value = self.optional(name)
         if value is None:
             return ""
-        column = self.column(name)
-        if isinstance(value, int | float) and name not in self.fields:
-            raise Rejected("wrong_type", f"field {column!r} is {type_name(value)}, not text")
-        return as_text(value, column)
+        return as_text(value, self.column(name))
 
 
 @dataclass(frozen=True)

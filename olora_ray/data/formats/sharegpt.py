@@ -11,7 +11,6 @@ from olora_ray.data.formats.chat import (
     parsed,
     sequence,
     to_chat,
-    with_roles,
     without_nulls,
 )
 from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
@@ -20,10 +19,11 @@ from olora_ray.data.formats.format import Example, Field, Format, Rejected, Row
 def read(row: Row) -> Example:
     role = row.column("from")
     content = row.column("value")
-    given = with_roles(row, sequence(row.value("conversations"), "conversations"), role)
+    given = sequence(row.value("conversations"), "conversations")
     # Entries that are no turns stay as they are, for `to_chat` to reject.
     turns = [_renamed(turn, number, role, content) for number, turn in enumerate(given, 1)]
-    return to_chat(after_system(row, turns, role, content), row.optional("tools"), role, content)
+    turns = after_system(row, turns, role, content)
+    return to_chat(turns, row.optional("tools"), role, content, row.roles)
 
 
 def _renamed(turn: Any, number: int, role: str, content: str) -> Any:

@@ -17,4 +17,6 @@ TEXT = Field(
     ("content", "document", "body", "article", "passage", "code", "sentence"),
     needed=True,
 )
+TEXTS = {TEXT.name, *TEXT.other_names}
+"""Names of columns with a text."""
 FORMAT = Format("text", read, makes="text", fields=(TEXT,), rules=2)
