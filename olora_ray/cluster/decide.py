@@ -35,7 +35,7 @@ from olora_ray.config.decided import (
 from olora_ray.config.schema import AnyConfig, Config, Train
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data.formats import format_named
-from olora_ray.data.formats.format import MAY_BE_CHATS
+from olora_ray.data.formats.format import FEEDBACK, MAY_BE_CHATS
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
@@ -205,7 +205,7 @@ def _objective(config: AnyConfig) -> Decision:
 def _setting_of_pairs(config: AnyConfig) -> str | None:
     """Return the first source whose rows are pairs."""
     for setting, source in _sources(config).items():
-        if not is_auto(source.format) and format_named(source.format).makes == "pair":
+        if not is_auto(source.format) and format_named(source.format).makes in FEEDBACK:
             return setting
     return None
 

@@ -274,6 +274,7 @@ ALWAYS = {
     "text": "always plain text",
     "ids": "used as they are",
     "pair": "preference pairs",
+    "rating": "answers with a rating",
 }
 """The type of a format's examples, in the words of a message."""
 
@@ -322,7 +323,7 @@ class Source(Section):
         """Return the problem if this source sets something that rows of this format do not have."""
         rows = row_format(format)
         is_chat = rows.makes == "chat" or (
-            rows.makes in ("completion", "pair") and self.chat is not False
+            rows.makes in ("completion", "pair", "rating") and self.chat is not False
         )
         fits = {
             "markup": format == "messages" or self.markup in ("auto", "none"),

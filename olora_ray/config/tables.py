@@ -152,6 +152,7 @@ FORMATS = Table(
     "olora_ray.formats",
     {
         "preference": "olora_ray.data.formats.preference:FORMAT",
+        "rating": "olora_ray.data.formats.rating:FORMAT",
         "messages": "olora_ray.data.formats.messages:FORMAT",
         "sharegpt": "olora_ray.data.formats.sharegpt:FORMAT",
         "alpaca": "olora_ray.data.formats.alpaca:FORMAT",

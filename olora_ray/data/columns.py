@@ -23,7 +23,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.section import Source
 from olora_ray.data.formats import columns_of, format_named, own_formats
 from olora_ray.data.formats.chat import REASONING
-from olora_ray.data.formats.format import EMPTY, NONE, Chat, Example, one_line, type_name
+from olora_ray.data.formats.format import EMPTY, FEEDBACK, NONE, Chat, Example, one_line, type_name
 from olora_ray.data.formats.prompt_completion import COMPLETION
 from olora_ray.data.formats.text import TEXTS
 
@@ -69,7 +69,7 @@ def decides(format: str, name: str, value: Any) -> bool:
     deciding = DECIDES
     if known.makes == "text":
         deciding = DECIDES | CLASSES
-    elif known.makes == "pair":
+    elif known.makes in FEEDBACK:
         deciding = DECIDES - PREFERENCES
     elif not known.has_turns:
         deciding = DECIDES | CHOICES
@@ -215,7 +215,7 @@ def require_clear(where: str, source: Source, read: Sequence[tuple[Any, Example]
             if called != "title" and (called in KNOWN or words_of(values) > 2):
                 raise which(where, f"column {name!r} stands beside a text", rows)
     # A format of a package has fields of its own, so no line can be proposed.
-    elif known in own_formats() and known.makes not in ("ids", "pair") and not known.has_turns:
+    elif known in own_formats() and known.makes not in ("ids", *FEEDBACK) and not known.has_turns:
         _require_context(where, source, left, rows)
 
 

@@ -22,6 +22,7 @@ from olora_ray.data.formats import format_named, own_formats, to_example
 from olora_ray.data.formats.chat import sequence
 from olora_ray.data.formats.format import (
     EMPTY,
+    FEEDBACK,
     NONE,
     Example,
     Field,
@@ -400,7 +401,7 @@ def _doubt(format: Format, own: set[str]) -> int:
     """Return how little the names of the needed columns say; lower is better."""
     if format.makes == "ids":
         return 5
-    if format.makes == "pair":
+    if format.makes in FEEDBACK:
         return -1
     if format.makes == "text":
         return 4

@@ -45,6 +45,7 @@ from olora_ray.data.formats.format import (
     Example,
     Ids,
     Pair,
+    Rated,
     Rejected,
     Text,
 )
@@ -70,6 +71,8 @@ class Tokens(NamedTuple):
     """True if the example was too long: these are the tokens that `data.too_long` keeps."""
     segments: tuple[int, ...] = ()
     """Tokens of the chosen and of the rejected answer of a pair, each with the prompt; () for any other example."""
+    rated: bool | None = None
+    """True for an answer with a thumb up, False with a thumb down, None without a rating."""
 
 
 class Begun(NamedTuple):
@@ -168,6 +171,12 @@ class ExampleTokenizer:
                 return Begun(example, (), first, lambda: self._text(stretches), size)
             case Ids():
                 return Begun(example, (), (), lambda: self._given(example), len(example.ids))
+            case Rated():
+                begun = self.begin(example.answer)
+                return begun._replace(
+                    example=example,
+                    finish=lambda: [begun.finish()[-1]._replace(rated=example.up)],
+                )
             case Pair():
                 both = [self.begin(each) for each in example]
                 answers = [answer for begun in both for answer in begun.answers]

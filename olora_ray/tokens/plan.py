@@ -39,22 +39,27 @@ class Counts:
     chosen: int = 0
     """Number of supervised tokens of chosen answers."""
     rejected: int = 0
-    """Number of supervised tokens of rejected answers."""
+    """Number of supervised tokens of rejected answers, and of those with a thumb down."""
+    ups: int = 0
+    """Number of examples with a thumb up."""
+    downs: int = 0
+    """Number of examples with a thumb down."""
+    praised: int = 0
+    """Number of supervised tokens of answers with a thumb up."""
 
     @property
     def plain(self) -> int:
-        """Number of supervised tokens of examples that are no pairs."""
-        return self.supervised - self.chosen - self.rejected
+        """Number of supervised tokens of examples without feedback."""
+        return self.right - self.chosen - self.praised
+
+    @property
+    def right(self) -> int:
+        """Number of supervised tokens of answers that a model should give."""
+        return self.supervised - self.rejected
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.tokens + other.tokens,
-            self.examples + other.examples,
-            self.supervised + other.supervised,
-            self.pairs + other.pairs,
-            self.chosen + other.chosen,
-            self.rejected + other.rejected,
-        )
+        both = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Counts(*[ours + theirs for ours, theirs in both])
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Pack:
     """Tokens of each segment; they sum up to the length of the sequence. A segment is an example, or an answer of a
     pair."""
     roles: tuple[int, ...] = ()
-    """Of each segment: 0, or CHOSEN and, for the next segment, REJECTED. Empty in a store without pairs: all are 0."""
+    """Of each segment: 0, UP, DOWN, or CHOSEN and, for the next segment, REJECTED. Empty in a store without feedback."""
     reference: tuple[float, ...] = ()
     """Loss of each segment before the first step, summed over its supervised tokens; empty if it is not known."""
 
@@ -89,13 +94,17 @@ class Pack:
                 counts[-1] += Counts(tokens, supervised=supervised, rejected=supervised)
             elif role == CHOSEN:
                 counts.append(Counts(tokens, 1, supervised, pairs=1, chosen=supervised))
+            elif role == UP:
+                counts.append(Counts(tokens, 1, supervised, ups=1, praised=supervised))
+            elif role == DOWN:
+                counts.append(Counts(tokens, 1, supervised, downs=1, rejected=supervised))
             else:
                 counts.append(Counts(tokens, 1, supervised))
         return counts
 
 
-CHOSEN, REJECTED = 1, 2
-"""Roles of the two segments of a pair (`Pack.roles`)."""
+CHOSEN, REJECTED, UP, DOWN = 1, 2, 3, 4
+"""Roles of segments (`Pack.roles`): the two answers of a pair, and an answer with a thumb up or down."""
 ROLES = "roles"
 """Column of the roles of segments, which only shards of stores with pairs have."""
 

@@ -227,7 +227,7 @@ def _preview(
         for example in chosen:
             segments += example.segments or [len(example.ids)]
         roles: tuple[int, ...] = ()
-        if first.pairs:
+        if first.feedback:
             roles = shards.roles_of(chosen)
         some_packs.append(Pack(ids, marked, tuple(segments), roles))
     return Preview(

@@ -18,14 +18,16 @@ from pyarrow import ipc
 from olora_ray.common.storage import digest_bytes
 from olora_ray.data.encoder import Unlike
 from olora_ray.data.formats import columns_of, format_named
-from olora_ray.data.formats.format import Rejected
+from olora_ray.data.formats.format import FEEDBACK, Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS
 from olora_ray.tokens.plan import (
     CHOSEN,
+    DOWN,
     REJECTED,
     ROLES,
+    UP,
     Part,
     Piece,
     PlannedFile,
@@ -103,8 +105,8 @@ class Shard:
     """One per row with examples, of its tokens."""
     notes: "Counter[str]" = field(default_factory=Counter)
     """Counts of unusual rows."""
-    pairs: bool = False
-    """True if a source of the store has pairs: then each shard says which segments belong together."""
+    feedback: bool = False
+    """True if a source of the store has pairs or ratings: then each shard has the roles of segments."""
 
     def table(self) -> pa.Table:
         """Return the columns of the shard's file, one row per pack."""
@@ -130,7 +132,7 @@ class Shard:
             pa.ListArray.from_arrays(_array(borders), _array(values)) for borders, values in lists
         ]
         table = pa.Table.from_arrays([*columns, _array(counts)], schema=SCHEMA)
-        if self.pairs:
+        if self.feedback:
             of_segments = np.array(roles_of(flat), np.int8)
             lists_of_roles = pa.ListArray.from_arrays(_array(by_segment), _array(of_segments))
             table = table.append_column(ROLES, lists_of_roles)
@@ -163,7 +165,12 @@ def roles_of(examples: Sequence[Tokens]) -> tuple[int, ...]:
     """Return the roles of the segments of examples (`Pack.roles`)."""
     roles: list[int] = []
     for example in examples:
-        roles += (CHOSEN, REJECTED) if example.segments else (0,)
+        if example.segments:
+            roles += (CHOSEN, REJECTED)
+        elif example.rated is not None:
+            roles.append(UP if example.rated else DOWN)
+        else:
+            roles.append(0)
     return tuple(roles)
 
 
@@ -184,7 +191,7 @@ def build(rules: Rules, part: Part) -> Shard:
 
 def _built(rules: Rules, part: Part) -> Shard:
     makes = [format_named(source.format).makes for source in rules.sources]
-    shard = Shard(pairs="pair" in makes)
+    shard = Shard(feedback=not set(makes).isdisjoint(FEEDBACK))
     tokenize = ExampleTokenizer(rules.spec, rules.max_length, rules.last_turn_only, rules.too_long)
     for piece in part.pieces:
         _add(shard, rules, part.files[piece.file], piece, tokenize)

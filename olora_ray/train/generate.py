@@ -13,7 +13,7 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Evaluation
 from olora_ray.model.packing import positions, takes_padding
-from olora_ray.tokens.plan import REJECTED
+from olora_ray.tokens.plan import DOWN, REJECTED
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loop import Trainer
 from olora_ray.train.parallel import begin_at_root
@@ -60,6 +60,9 @@ def questions(store: TokenStore, limit: int) -> list[Question]:
             part = slice(start, start + size)
             start += size
             if role == REJECTED:  # an answer to the question before
+                continue
+            if role == DOWN:  # no reference to compare with
+                row += 1
                 continue
             cut = cuts and size == store.max_length and bool(pack.supervised[part][-1])
             if not cut:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from olora_ray.common import collectives, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
-from olora_ray.tokens.plan import CHOSEN
+from olora_ray.tokens.plan import CHOSEN, DOWN
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.held_out import held_out
 from olora_ray.train.loop import Trainer
@@ -92,7 +92,7 @@ def measured(trainer: Trainer, store: TokenStore, attention: str) -> Iterator[tu
         roles = iter(pack.roles or (0,) * len(pack.segments))
         for role in roles:
             right, wrong = next(rows)
-            losses.append(right)
+            losses.append(wrong if role == DOWN else right)
             if role == CHOSEN:
                 next(roles)
                 losses.append(wrong)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from olora_ray.adapter.methods import method_named
 from olora_ray.config import tables
-from olora_ray.tokens.plan import CHOSEN, REJECTED
+from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import CHOSEN, DOWN, REJECTED, UP
 from olora_ray.train import reference
 from olora_ray.train.held_out import held_out
 from tests import tiny
@@ -111,3 +112,34 @@ def test_held_out_pairs_give_one_line_each_and_their_means() -> None:
     assert len(found.losses()) == 6
     assert found.means == pytest.approx(whole.means, rel=1e-5)
     assert set(found.means) >= {"objective", "loss", "pairs/preferred", "pairs/margin"}
+
+
+def test_ratings_move_both_sides_alike_and_leave_the_loss_of_right_answers() -> None:
+    known = trainer(train__micro_batch=2)
+    roles = [(UP, DOWN, UP), (UP, DOWN), (0, UP)]
+    plain = [tiny.pack(9, 7, 8, seed=1), tiny.pack(12, 6, seed=2), tiny.pack(5, 11, seed=3)]
+    rated = [replace(pack, roles=role) for pack, role in zip(plain, roles, strict=True)]
+    rows = reference.measured(known, tiny.ListStore(rated), "segments")
+    data = [replace(pack, reference=row) for pack, row in zip(rated, rows, strict=True)]
+    tiny.moved(known)
+    losses = torch.stack(
+        [oracle.losses(known.loss.model, [each]).double().sum() for each in tiny.unpacked(data)]
+    )
+    gains = torch.tensor([each for pack in data for each in pack.reference]).double() - losses
+    beta = known.config.train.beta
+    flat = torch.tensor([role for row in roles for role in row])
+    ups, downs = torch.sigmoid(-beta * gains[flat == UP]), torch.sigmoid(beta * gains[flat == DOWN])
+    answer = tiny.unpacked(data)[5]
+    mean = losses[5] / answer.supervised.sum()
+    wanted = (mean + 6 * (ups.mean() + downs.mean()) / 2) / 7
+    wanted.backward()
+    gradient = known.flat.grad.clone()
+    found = held_out(known.loss, data, known.objective, "segments", width=3)
+    assert found.loss == pytest.approx(float(wanted.detach()), rel=1e-6)
+    right = losses[flat != DOWN].sum() / found.whole.right
+    assert found.means["loss"] == pytest.approx(float(right.detach()), rel=1e-6)
+    assert found.means["ratings/down"] == pytest.approx(float(gains[flat == DOWN].mean()), rel=1e-5)
+    known.flat.grad.zero_()
+    batch = collate(data, "segments")
+    (known.objective.loss(known.loss, batch, found.whole)[0] / 7).backward()
+    assert float((known.flat.grad - gradient).norm() / gradient.norm()) < 1e-5

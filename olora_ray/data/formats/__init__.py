@@ -15,6 +15,7 @@ from olora_ray.data.formats.format import (
     Example,
     Format,
     Pair,
+    Rated,
     Rejected,
     Row,
     columns_in,
@@ -78,6 +79,8 @@ def to_example(
 
 def with_system(example: Example, system: str) -> Example:
     """Return a chat with a system message, if it has none; raise Rejected for a prompt with its completion."""
+    if isinstance(example, Rated):
+        return example._replace(answer=with_system(example.answer, system))  # type: ignore[arg-type]
     if isinstance(example, Pair):
         return Pair(*[with_system(each, system) for each in example])  # type: ignore[arg-type]
     if isinstance(example, Completion):

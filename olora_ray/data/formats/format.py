@@ -71,19 +71,29 @@ class Pair(NamedTuple):
     rejected: Chat | Completion
 
 
-Example = Chat | Completion | Text | Ids | Pair
+class Rated(NamedTuple):
+    """An answer with a thumb up or down."""
+
+    answer: Chat | Completion
+    up: bool
 
 
-Makes = Literal["chat", "completion", "text", "ids", "pair"]
+Example = Chat | Completion | Text | Ids | Pair | Rated
+
+
+Makes = Literal["chat", "completion", "text", "ids", "pair", "rating"]
 """The type of a format's examples. completion: a prompt with its completion, which `chat` of a source makes a chat."""
-MAY_BE_CHATS = ("completion", "pair")
+MAY_BE_CHATS = ("completion", "pair", "rating")
 """Types whose prompts and answers become turns of a chat if `chat` of their source says so."""
+FEEDBACK = ("pair", "rating")
+"""Types of what people said about answers."""
 EXAMPLES: Mapping[Makes, tuple[type, ...]] = {
     "chat": (Chat,),
     "completion": (Completion, Chat),
     "text": (Text,),
     "ids": (Ids,),
     "pair": (Pair,),
+    "rating": (Rated,),
 }
 
 

@@ -1,16 +1,19 @@
-"""Preference pairs and rows with answers, in the same packs: DPO (arXiv 2305.18290), with the start as the reference.
+"""Preference pairs, ratings and rows with answers in the same packs: DPO (arXiv 2305.18290) against the start.
 
 L_e is the loss of example e, summed over its supervised tokens, and R_e the same before the first step. In delta form
 the adapter of a new run is the base model there, to the bit, so the reference needs no second model. For a pair with
-the answers c (chosen) and r (rejected):
+the answers c (chosen) and r (rejected), and for a rating:
 
-    m = (R_c - L_c) - (R_r - L_r)            its margin in nats, 0 before the first step
-    f = log(1 + exp(-beta m))                ln 2 before the first step
+    m = (R_c - L_c) - (R_r - L_r)                       the pair's margin in nats, 0 before the first step
+    f = log(1 + exp(-beta m))                           ln 2 before the first step
+    g = 1 / (1 + exp(s beta (R - L)))                   of a rating, s = 1 or -1; as TRL's apo_zero_unpaired
 
-    mean loss = [ sum of f  +  chosen P / N_c x sum of L_c  +  S / N_s x sum of L_s ] / (P + S)
+    mean loss = [ sum of f  +  chosen P / N_c x sum of L_c  +  S / N_s x sum of L_s  +  sum of w g ] / (P + S + T)
 
-with P pairs, S other rows s, and N_c and N_s supervised tokens of chosen answers and of these rows in the *global*
-batch. So each kind has its own mean, which weighs as much as the kind has rows: a lone pair among 30 rows is 1/31.
+with P pairs, S other rows s, T ratings, and N_c and N_s supervised tokens of chosen answers and of these rows in the
+*global* batch. So each kind has its own mean, which weighs as much as the kind has rows: a lone pair among 30 rows is
+1/31. w = T / (2 U) for the U thumbs up and T / (2 D) for the D thumbs down: both sides weigh the same, so that a few of
+one kind are heard. With one side alone w = 1.
 """
 
 import math
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch
-from olora_ray.tokens.plan import CHOSEN, REJECTED, Counts
+from olora_ray.tokens.plan import CHOSEN, DOWN, REJECTED, UP, Counts
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.objectives.objective import Objective
 
@@ -31,6 +34,8 @@ RIGHT = "right"
 WRONG = "wrong"
 OF_PAIRS = ("loss", "preferred", "margin", "chosen", "rejected")
 """Means over pairs: f; 1 if the margin is above 0; margin; change of log p of each answer since the first step."""
+OF_RATINGS = ("up", "down")
+"""Change of log p since the first step, of the answers with a thumb up and down."""
 
 
 def objective_with(train: Train) -> Objective:
@@ -56,24 +61,33 @@ def numbers(losses: Tensor, batch: Batch, whole: Counts, beta: float, chosen: fl
     """
     roles = batch.roles or (0,) * len(batch.segments)
     first = [number for number, role in enumerate(roles) if role != REJECTED]
-    is_pair = [roles[number] == CHOSEN for number in first]
-    second = [number + pair for number, pair in zip(first, is_pair, strict=True)]
-    plain_weight = (whole.examples - whole.pairs) / max(whole.plain, 1)
-    chosen_weight = chosen * whole.pairs / max(whole.chosen, 1)
-    weights = losses.new_tensor([chosen_weight if pair else plain_weight for pair in is_pair])
-    pairs = losses.new_tensor(is_pair)
+    of_first = [roles[number] for number in first]
+    second = [number + (roles[number] == CHOSEN) for number in first]
+    plain = whole.examples - whole.pairs - whole.ups - whole.downs
+    weights = {0: plain / max(whole.plain, 1), CHOSEN: chosen * whole.pairs / max(whole.chosen, 1)}
+    both = 2 if whole.ups and whole.downs else 1
+    rated = whole.ups + whole.downs
+    sides = {UP: rated / (both * max(whole.ups, 1)), DOWN: rated / (both * max(whole.downs, 1))}
+    is_pair, is_up, is_down = [
+        losses.new_tensor([role == wanted for role in of_first]) for wanted in (CHOSEN, UP, DOWN)
+    ]
+    own_weights = losses.new_tensor([weights.get(role, 0.0) for role in of_first])
+    rating_weights = losses.new_tensor([sides.get(role, 0.0) for role in of_first])
 
     reference = losses.detach()
     if batch.reference:
         reference = losses.new_tensor(batch.reference)
     # Gains, not losses: their opposite would be -0.0 at the first step, and 0.0 on another number of workers.
     gains = reference - losses
-    margins = gains[first] - gains[second]
-    pushed = pairs * F.softplus(-beta * margins)
-    total = weights * losses[first] + pushed
-    won = pairs * ((margins > 0).double() + (margins >= 0).double()) / 2
-    others = [pushed, won, pairs * margins, pairs * gains[first], pairs * gains[second]]
-    others += [losses[first], pairs * losses[second]]
+    own = gains[first]
+    margins = own - gains[second]
+    pushed = is_pair * F.softplus(-beta * margins)
+    rated_losses = rating_weights * torch.sigmoid(-beta * (is_up - is_down) * own)
+    total = own_weights * losses[first] + pushed + rated_losses
+    won = is_pair * ((margins > 0).double() + (margins >= 0).double()) / 2
+    others = [pushed, won, is_pair * margins, is_pair * own, is_pair * gains[second]]
+    others += [is_up * own, is_down * own]
+    others += [(1 - is_down) * losses[first], is_pair * losses[second] + is_down * losses[first]]
     return torch.stack([total, *(each.detach() for each in others)], dim=1)
 
 
@@ -82,14 +96,14 @@ def _weight(counts: Counts) -> int:
 
 
 def _means(numbers: Sequence[float], whole: Counts) -> dict[str, float]:
-    objective, *of_pairs, right, _ = numbers
-    means = {
-        "objective": objective,
-        "loss": right * whole.examples / max(whole.plain + whole.chosen, 1),
-    }
+    sums = [value * whole.examples for value in numbers]
+    means = {"objective": numbers[0], "loss": sums[-2] / max(whole.right, 1)}
     if whole.pairs:
-        for name, value in zip(OF_PAIRS, of_pairs, strict=True):
-            means[f"pairs/{name}"] = value * whole.examples / whole.pairs
+        for name, value in zip(OF_PAIRS, sums[1:], strict=False):
+            means[f"pairs/{name}"] = value / whole.pairs
+    for name, value, count in zip(OF_RATINGS, sums[-4:], (whole.ups, whole.downs), strict=False):
+        if count:
+            means[f"ratings/{name}"] = value / count
     return means
 
 
@@ -103,8 +117,8 @@ OBJECTIVE = Objective(
     each=_unset,
     weight=_weight,
     unit="row",
-    takes=frozenset({"pair", "chat", "completion", "text", "ids"}),
-    more=(*(f"pairs/{name}" for name in OF_PAIRS), RIGHT, WRONG),
+    takes=frozenset({"pair", "rating", "chat", "completion", "text", "ids"}),
+    more=(*OF_PAIRS, *OF_RATINGS, RIGHT, WRONG),
     means=_means,
     with_settings=objective_with,
     # At the rate for rows one step moved the margin of SmolLM2's next pairs by 31 nats, at a tenth of it by 5.5.
