@@ -138,7 +138,9 @@ def test_ratings_move_both_sides_alike_and_leave_the_loss_of_right_answers() -> 
     assert found.loss == pytest.approx(float(wanted.detach()), rel=1e-6)
     right = losses[flat != DOWN].sum() / found.whole.right
     assert found.means["loss"] == pytest.approx(float(right.detach()), rel=1e-6)
-    assert found.means["ratings/down"] == pytest.approx(float(gains[flat == DOWN].mean()), rel=1e-5)
+    assert found.means["ratings/down"] == pytest.approx(
+        float(gains[flat == DOWN].mean().detach()), rel=1e-5
+    )
     known.flat.grad.zero_()
     batch = collate(data, "segments")
     (known.objective.loss(known.loss, batch, found.whole)[0] / 7).backward()
