@@ -5,7 +5,7 @@
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from olora_ray.config.decided import (
     values_of,
     with_values,
 )
-from olora_ray.config.schema import AnyConfig, Config, Train
+from olora_ray.config.schema import OF_PAIRS, AnyConfig, Config, Train
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data.formats import format_named
 from olora_ray.data.formats.format import FEEDBACK, MAY_BE_CHATS
@@ -50,6 +50,7 @@ GPUS = "cluster.gpus_per_worker"
 LENGTH = "data.max_length"
 PACKING = "data.packing"
 OBJECTIVE = "train.objective"
+METRIC = "gate.metric"
 ENOUGH = 2**15
 """Tokens of a micro-batch above which no GPU is faster, so that `auto` has no more."""
 ON_CPUS = 4
@@ -102,6 +103,11 @@ def decide_data(
     if is_auto(config.train.objective):
         decided = with_values(config, Config, values_of(decisions))
         decisions[OBJECTIVE] = kept.decision(OBJECTIVE) or _objective(decided)
+    decided = with_values(config, Config, values_of(decisions))
+    pairs = _setting_of_pairs(_held_out(decided), ("pair",))
+    if is_auto(config.gate.metric):
+        decisions[METRIC] = _metric(pairs)
+    _require_measured(config, pairs)
     made = with_values(config, DataConfig, values_of(decisions))
     _require_fit_for_pairs(made, spec.apart)
     return DataDecisions(made, decisions)
@@ -109,7 +115,7 @@ def decide_data(
 
 def _require_fit_for_pairs(config: DataConfig, apart: str | None) -> None:
     """Raise UserError for pairs that cannot be trained so, and for their settings without pairs."""
-    pairs = _setting_of_pairs(config)
+    pairs = _setting_of_pairs(_sources(config))
     train = config.train
     if pairs is None:
         for name, value in {"beta": train.beta, "chosen": train.chosen}.items():
@@ -196,18 +202,45 @@ def length_of(config: AnyConfig) -> int:
 
 
 def _objective(config: AnyConfig) -> Decision:
-    pairs = _setting_of_pairs(config)
+    pairs = _setting_of_pairs(_sources(config))
     if pairs is None:
         return Decision("tokens", "no rows are preference pairs")
     return Decision("pairs", f"rows of {pairs} are preference pairs")
 
 
-def _setting_of_pairs(config: AnyConfig) -> str | None:
-    """Return the first source whose rows are pairs."""
-    for setting, source in _sources(config).items():
-        if not is_auto(source.format) and format_named(source.format).makes in FEEDBACK:
+def _setting_of_pairs(
+    sources: Mapping[str, Source], makes: Collection[str] = FEEDBACK
+) -> str | None:
+    """Return the first source whose rows are pairs or ratings."""
+    for setting, source in sources.items():
+        if not is_auto(source.format) and format_named(source.format).makes in makes:
             return setting
     return None
+
+
+def _held_out(config: AnyConfig) -> dict[str, Source]:
+    """Return the sources from which rows are held out."""
+    held_out = "data.eval."
+    if config.data.eval_fraction is not None:
+        held_out = "data.train."
+    found = {}
+    for setting, source in _sources(config).items():
+        if setting.startswith(held_out):
+            found[setting] = source
+    return found
+
+
+def _metric(pairs: str | None) -> Decision:
+    if pairs is None:
+        return Decision("eval/loss", "no held-out rows are preference pairs")
+    return Decision(OF_PAIRS[0], f"held-out rows of {pairs} are preference pairs")
+
+
+def _require_measured(config: Config, pairs: str | None) -> None:
+    """Raise UserError if the gate needs a metric of held-out pairs, and there are none."""
+    for metric in (config.gate.metric, *(condition.metric for condition in config.gate.conditions)):
+        if metric in OF_PAIRS and pairs is None:
+            raise UserError(f"gate: metric {metric} is not measured: no held-out pairs")
 
 
 def _packing(apart: str | None) -> Decision:

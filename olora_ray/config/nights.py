@@ -19,7 +19,8 @@ class Condition(Section):
     """A limit that a new version must meet, independent of the champion."""
 
     metric: str
-    """eval/loss, eval/perplexity, or eval/NAME for a score NAME that evaluation.scorer returns."""
+    """eval/loss, eval/perplexity, eval/NAME for a score NAME that evaluation.scorer returns, or, of held-out preference
+    pairs, eval/pairs/loss, preferred, margin, chosen or rejected."""
     at_least: float | None = None
     """Smallest value that passes; null: no lower limit."""
     at_most: float | None = None
@@ -35,9 +36,10 @@ class Condition(Section):
 class Gate(Section):
     """Conditions under which a retrained version becomes the champion."""
 
-    metric: str = "eval/loss"
-    """Metric on which challenger and champion are compared: eval/loss or eval/perplexity (lower is better), or
-    eval/NAME for a score NAME (higher is better)."""
+    metric: str = "auto"
+    """Metric on which challenger and champion are compared: eval/loss, eval/perplexity or eval/pairs/loss (lower is
+    better), or eval/NAME for a score NAME (higher is better). auto: eval/pairs/loss if held-out rows are preference
+    pairs, otherwise eval/loss."""
     must_improve_by: float = 0.0
     """Improvement over the champion that a challenger must exceed (see confident). A negative value accepts a
     challenger that is worse by up to this much; needs `anchor`, because over many nights the losses add up."""
@@ -59,6 +61,11 @@ class Gate(Section):
     guard_margin: PositiveFloat = 0.03
     """Loss per token on the guard rows (for tasks: share of wrong answers) by which a challenger may be worse than the
     champion that is best there, with confidence."""
+
+    chosen_margin: PositiveFloat = 0.05
+    """Only with held-out preference pairs: loss per token on the chosen answers by which a challenger may be worse than
+    the champion, with confidence; also the limit for the loss of the other rows if `metric` is of pairs, and for
+    eval/pairs/loss if it is not."""
 
     @field_validator(
         "guard",

@@ -286,7 +286,11 @@ IN_STORAGE = (
     *("mlflow.db", "mlflow.db-wal", "mlflow.db-shm", "mlflow.db-journal"),
 )
 """Names in `run.storage` that are reserved, so no run may have them."""
-NO_GATE: Mapping[str, Any] = {"gate.metric": "eval/loss", "gate.and": []}
+OF_PAIRS = tuple(
+    f"eval/pairs/{name}" for name in ("loss", "preferred", "margin", "chosen", "rejected")
+)
+"""Metrics of held-out preference pairs."""
+NO_GATE: Mapping[str, Any] = {"gate.metric": "auto", "gate.and": []}
 """Changes to a config for an evaluation or a search: no gate decides there, so nothing must measure its metrics."""
 
 
@@ -432,7 +436,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _gate_can_be_measured(self) -> "Config":
         for metric in (self.gate.metric, *(condition.metric for condition in self.gate.conditions)):
-            if metric in ("eval/loss", "eval/perplexity"):
+            if metric in ("auto", "eval/loss", "eval/perplexity", *OF_PAIRS):
                 continue
             if not metric.startswith("eval/") or self.evaluation.scorer is None:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 
 from olora_ray.cluster.resources import worker_resources
-from olora_ray.cluster.worker_context import assigned_device
+from olora_ray.cluster.worker_context import assigned_device, platform_of
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.config.decided import AnyDecided
+from olora_ray.config.load import override
 from olora_ray.config.schema import AnyConfig, Model
 from olora_ray.evaluation.groups import origins
 from olora_ray.evaluation.rows import RowResults
@@ -27,7 +28,7 @@ from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
 from olora_ray.pipeline.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import scoring
+from olora_ray.train import reference, scoring
 from olora_ray.train.generate import Question, greedy, questions
 from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
@@ -142,17 +143,28 @@ class Answer:
 
 
 def measure(
-    base: Base, adapter: str | None, store: TokenStore, config: AnyDecided
+    base: Base,
+    adapter: str | None,
+    store: TokenStore,
+    config: AnyDecided,
+    base_of_pairs: Callable[[], BaseModel] | None = None,
 ) -> tuple[RowResults, tuple[Answer, ...]]:
     """Return the loss of each held-out example in `store`, and scored answers to the first evaluation.rows of them.
 
     `base` may be a merged model; `adapter` is an exported plain-LoRA folder for it, or None. Every node must be able to
-    read both. Uses the config's model, cluster and evaluation sections and train.micro_batch. The result does not
-    depend on the number of actors. Needs ray.init. Raises UserError if a file does not load, or if the scorer cannot
-    score a reference.
+    read both. Preference pairs are measured against the model that `base_of_pairs` returns (None: `base`), which must
+    be the same for all models that are compared. Uses the config's model, cluster and evaluation sections and
+    train.micro_batch. The result does not depend on the number of actors. Needs ray.init. Raises UserError if a file
+    does not load, or if the scorer cannot score a reference.
     """
     check_answers(config, store, base.tokenizer)
     width = config.train.micro_batch
+    if store.has_pairs:
+        if not objective_of(config.train).reference:
+            # Only the rows tell it where the formats of a config are `auto`.
+            config = override(config, {"train.objective": "pairs"})
+        model = base_of_pairs() if base_of_pairs else base.model
+        _give_reference(store, model, base.eos, config)
     packs = [store[number] for number in range(len(store))]
     asked: Sequence[Question] = []
     if config.evaluation.scorer:
@@ -164,7 +176,7 @@ def measure(
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
     logger.info(
-        f"held-out rows: {sum(len(pack.segments) for pack in packs)}; {len(asked)} of them are answered"
+        f"held-out rows: {sum(len(pack.examples()) for pack in packs)}; {len(asked)} of them are answered"
     )
     make = partial(Measurer, base.model, adapter, config, base.eos, packs[:8])
     done = map_over_actors(make, works, config)
@@ -172,20 +184,66 @@ def measure(
     for group, part in zip(groups, done, strict=False):
         answers |= zip(group, part, strict=True)
     judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
-    scores = {}
+    scores: dict[str, dict[int, float]] = {}
     for name in scoring.means([item.scores for item in judged]):
         scores[name] = {item.row: item.scores[name] for item in judged if name in item.scores}
     objective = objective_of(config.train)
     examples = chain.from_iterable(pack.examples() for pack in packs)
+    numbers = chain.from_iterable(done[len(groups) :])
+    rows = [*map(objective.of_row, numbers, examples)]
+    for number, row in enumerate(rows):
+        for name, value in row.scores.items():
+            scores.setdefault(name, {})[number] = value
     results = RowResults(
         data=store.digest,
-        tokens=tuple(map(objective.weight, examples)),
-        losses=tuple(chain.from_iterable(done[len(groups) :])),
+        tokens=tuple(row.weight for row in rows),
+        losses=tuple(row.loss for row in rows),
         scores=scores,
         origins=origins(store),
         perplexity=objective.perplexity,
     )
     return results, judged
+
+
+def _give_reference(
+    store: TokenStore, model: BaseModel, eos: tuple[int, ...], config: AnyDecided
+) -> None:
+    """Give the store the losses of `model`, from the file beside it or by a pass on all actors."""
+    width = config.train.micro_batch
+    store.reference = ()
+    packs = [store[number] for number in range(len(store))]
+
+    def measure() -> Iterable[tuple[float, ...]]:
+        works = [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
+        make = partial(Measurer, model, None, config, eos, packs[:8])
+        done = map_over_actors(make, works, config)
+        return reference.of_packs(packs, chain.from_iterable(done))
+
+    named = {
+        "base model": model.digest,
+        "start": "",
+        "computed by": ", ".join(computed_by(config)),
+        "sequences at once": str(width),
+    }
+    store.reference = [tuple(losses) for losses in reference.kept(store, named, measure).losses]
+
+
+def computed_by(config: AnyConfig) -> list[str]:
+    """Return precision, attention and device of an evaluation, as far as they are known without Ray.
+
+    A result in bfloat16 on a GPU cannot be compared with one in float32 on a CPU. attention=auto needs no resolution
+    here: it depends only on device, precision, libraries and files.
+    """
+    gpus = config.cluster.gpus_per_worker
+    device = torch.device("cpu")
+    if gpus and torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+    return [
+        str(pick_dtype(config.model, device)),
+        config.model.attention,
+        str(gpus),
+        *(text for name, text in platform_of(device).items() if name != "threads"),
+    ]
 
 
 Works = tuple[Pack, ...] | tuple[Question, ...]
@@ -217,7 +275,7 @@ class Measurer:
         self.objective = objective_of(config.train)
 
     def __call__(self, work: Works) -> list[Any]:
-        """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""
+        """Return the numbers of each example in the sequences (`Objective.each`), or the answer to each question."""
         questions = [item for item in work if isinstance(item, Question)]
         if questions:
             prompts = [item.prompt for item in questions]
@@ -226,7 +284,8 @@ class Measurer:
         found = held_out(
             self.loss, packs, self.objective, self.attention, width=len(packs), each=True
         )
-        return found.losses()
+        numbers: list[Any] = found.numbers.tolist()
+        return numbers
 
 
 def load_adapted(

@@ -6,8 +6,9 @@ Results go to evaluation.json, scored answers line by line to answers.jsonl, and
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from olora_ray.cluster import address, connection, preflight
@@ -27,7 +28,8 @@ from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.statistics import Interval, difference
 from olora_ray.evaluation.targets import Target, run_of
-from olora_ray.pipeline.base import with_tokenizer
+from olora_ray.model.source import BaseModel
+from olora_ray.pipeline.base import find_model, with_tokenizer
 from olora_ray.tokens import prepare
 from olora_ray.tracking import client, models
 from olora_ray.tracking.start import resolve_uri, start_run
@@ -144,7 +146,8 @@ def run(request: EvalRequest) -> tuple[list[EvalResult], dict[str, Interval]]:
     uri = tracking_address(request, found)
     with connection.connect(config) as (_, cluster), user_errors():
         preflight.require(decide_evaluation(config, cluster), cluster)
-        measured = [evaluate(target, cluster, sets, request.limit) for target in found]
+        base = partial(base_of_pairs, found, config)
+        measured = [evaluate(target, cluster, sets, request.limit, base) for target in found]
     intervals = {}
     if len(measured) == 2:
         intervals = differences(*measured)
@@ -171,7 +174,23 @@ def check_request(request: EvalRequest, config: AnyConfig) -> None:
     address.find()
 
 
-def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | None) -> EvalResult:
+def base_of_pairs(found: Sequence[Target], config: AnyConfig) -> BaseModel:
+    """Return the base model against which preference pairs are measured, the same for both models."""
+    for target in found:
+        if target.adapter is not None:
+            return target.base
+    if isinstance(config, Config):
+        return find_model(config)
+    return found[0].base
+
+
+def evaluate(
+    target: Target,
+    cluster: ClusterFacts,
+    sets: Tasks,
+    limit: int | None,
+    base_of_pairs: Callable[[], BaseModel] | None = None,
+) -> EvalResult:
     """Measure one model on held-out rows and tasks; needs ray.init. Raises UserError for what the user can fix."""
     logger.info(f"evaluating {target.name}")
     config = decide_evaluation(target.config, cluster)
@@ -187,7 +206,7 @@ def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | No
             # Groups come first: a gate.group that no row has must fail before the long measurement, not after it.
             plan = prepare.plan_here(config, base.spec, "eval")
             names = group_names(group, plan, origins(store))
-        held_out, answers = measure(base, target.adapter, store, config)
+        held_out, answers = measure(base, target.adapter, store, config, base_of_pairs)
         if names:
             held_out = held_out.grouped(names)
     tasks = lm_eval_tasks.run(sets, limit, target.base, target.adapter, config)

@@ -13,6 +13,7 @@ from olora_ray.evaluation.statistics import Interval, difference
 
 LOSS = "eval/loss"
 PERPLEXITY = "eval/perplexity"
+PAIRS_LOSS = "eval/pairs/loss"
 SCORE = "eval/"
 HIGHEST = 80.0
 """A larger loss counts as this in a perplexity, because its exponential would soon overflow."""
@@ -39,11 +40,12 @@ class RowResults:
     data: str
     """Digest of the token store; rows of two results are the same only if their digests are equal."""
     tokens: tuple[int, ...]
-    """Weight of each row in the mean loss (`Objective.weight`): its supervised tokens."""
+    """Weight of each row in the mean loss (`RowNumbers.weight`): its supervised tokens without rejected answers."""
     losses: tuple[float, ...]
     """Loss of each row: the sum, for a mean per `tokens`."""
     scores: Mapping[str, Mapping[int, float]]
-    """Name of a score -> index of a row -> value, for the rows that were answered and have the score."""
+    """Name of a score -> index of a row -> value, for the rows that were answered and have the score. The results of
+    preference pairs are scores, too: pairs/loss, pairs/preferred, ..."""
     origins: tuple[Origin, ...]
     """Origin of each row; several rows of the store may come from one row of a file."""
     perplexity: bool = True
@@ -77,7 +79,9 @@ class RowResults:
         if name == LOSS or (name == PERPLEXITY and self.perplexity):
             sizes = np.array(self.tokens, dtype=np.float64)
             losses = np.array(self.losses, dtype=np.float64)
-            return Column(np.arange(len(sizes)), losses / sizes, sizes)
+            # An answer that people rejected has no right tokens.
+            rows = np.flatnonzero(sizes)
+            return Column(rows, losses[rows] / sizes[rows], sizes[rows])
         values = None
         if name.startswith(SCORE):
             values = self.scores.get(name.removeprefix(SCORE))
@@ -91,6 +95,10 @@ class RowResults:
             np.array([values[row] for row in rows.tolist()], dtype=np.float64),
             np.ones(len(rows)),
         )
+
+    def pairs(self) -> list[int]:
+        """Return the rows that are preference pairs."""
+        return sorted(self.scores.get(PAIRS_LOSS.removeprefix(SCORE), ()))
 
     def grouped(self, names: Sequence[object]) -> "RowResults":
         """Return the results with all rows of one name as a group, as if they came from one row of a file."""
@@ -179,7 +187,7 @@ def _perplexities(losses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric in (LOSS, PERPLEXITY)
+    return metric in (LOSS, PERPLEXITY, PAIRS_LOSS)
 
 
 def numbered(keys: Sequence[object]) -> list[int]:

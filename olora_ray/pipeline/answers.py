@@ -9,7 +9,7 @@ from typing import Any
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.schema import OF_PAIRS, AnyConfig, Config
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
 from olora_ray.train.generate import wanted_questions
@@ -107,7 +107,13 @@ def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
 
 
 def _check_gate(config: Config, names: Collection[str], why: str) -> None:
-    measured = {"eval/loss", "eval/perplexity", *(f"eval/{name}" for name in names)}
+    measured = {
+        "auto",
+        "eval/loss",
+        "eval/perplexity",
+        *OF_PAIRS,
+        *(f"eval/{name}" for name in names),
+    }
     for metric in (config.gate.metric, *(condition.metric for condition in config.gate.conditions)):
         if metric not in measured:
             scores = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"

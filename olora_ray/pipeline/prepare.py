@@ -23,7 +23,7 @@ from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config.decided import NOTHING, DataConfig, DecidedConfig, Kept
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import OF_PAIRS, Config
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data import detect
 from olora_ray.data.formats import format_named
@@ -202,7 +202,7 @@ def tell(decided: Decided, assumed: str = "") -> None:
     for name, decision in decided.decisions.items():
         if name == LENGTH:
             logger.info(f"{name}: auto is {decision.value:,}: {decision.why}")
-        elif name.startswith(("cluster.", "train.")):
+        elif name.startswith(("cluster.", "train.")) or decision.value in OF_PAIRS:
             value = str(decision.value).lower()
             logger.info(f"{name}: auto is {value}: {decision.why}{assumed}")
     size = decided.size

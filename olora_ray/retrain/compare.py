@@ -2,18 +2,15 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from olora_ray.cluster import connection, preflight
 from olora_ray.cluster.decide import decide_evaluation
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.preflight import ClusterFacts
-from olora_ray.cluster.worker_context import platform_of
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
@@ -24,11 +21,11 @@ from olora_ray.config.schema import NO_GATE, AnyConfig, Config
 from olora_ray.config.section import Source
 from olora_ray.evaluation import lm_eval_tasks, targets
 from olora_ray.evaluation.groups import group_names
-from olora_ray.evaluation.held_out import measure
+from olora_ray.evaluation.held_out import computed_by, measure
 from olora_ray.evaluation.lm_eval_tasks import Tasks, load_tasks
 from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
-from olora_ray.model.load import pick_dtype
+from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base, find_model, with_tokenizer
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import gate, recipe
@@ -159,7 +156,8 @@ def decision(
         if best_guard is not None:
             both = (own, best_guard)
     if config.gate.anchor is not None:
-        tags[ANCHOR] = _best(config.gate.metric, challenger, ours, best.get(ANCHOR), anchor)
+        metric = gate.metric_of(config.gate, ours)
+        tags[ANCHOR] = _best(metric, challenger, ours, best.get(ANCHOR), anchor)
     decided = gate.decide(config.gate, ours, theirs, about, anchor, both)
     reason = decided.reason
     if uses["stale"]:
@@ -251,7 +249,7 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
 
     Starts Ray and opens versions only if a result is missing. Raises NotComparable if the tokenizers differ.
     """
-    notes = [note_file(rows, version) for version, rows in wanted]
+    notes = [note_file(rows, version, inputs.base.model.digest) for version, rows in wanted]
     known: dict[str, Compared] = {}
     missing = {}
     for note, pair in zip(notes, wanted, strict=True):
@@ -275,19 +273,26 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
                 # The answers of both versions end at the same tokens, which the config's base model defines.
                 base = replace(inputs.base, model=own.model)
                 with user_errors():
-                    results = results_on(rows, base, adapter, named, cluster)
+                    results = results_on(
+                        rows, base, adapter, named, cluster, lambda: inputs.base.model
+                    )
                 known[note] = Compared(own.spec.digest, results)
                 records.write(note, known[note])
     return [known[note].rows for note in notes]
 
 
 def results_on(
-    rows: RowSet, base: Base, adapter: str | None, named: AnyConfig, cluster: ClusterFacts
+    rows: RowSet,
+    base: Base,
+    adapter: str | None,
+    named: AnyConfig,
+    cluster: ClusterFacts,
+    base_of_pairs: Callable[[], BaseModel] | None = None,
 ) -> RowResults:
     config = decide_evaluation(named, cluster, base.spec)
     if rows.tasks is None:
         held_out = prepare(rows.config, base.spec, "eval", tell=False)  # the training has told it
-        return measure(base, adapter, held_out, config)[0]
+        return measure(base, adapter, held_out, config, base_of_pairs)[0]
     done = lm_eval_tasks.run(rows.tasks, ANSWERED, base.model, adapter, config)
     without = [name for name, task in done.items() if "acc" not in task.values]
     if without:
@@ -347,30 +352,24 @@ def _same_tokens(tokenizers: Sequence[str]) -> None:
         )
 
 
-def note_file(rows: RowSet, version: Version) -> str:
-    """Return the file of a version's results; its name is a hash of everything that the results depend on."""
+def note_file(rows: RowSet, version: Version, base: str = "") -> str:
+    """Return the file of a version's results; its name is a hash of everything that the results depend on.
+
+    `base` is the digest of the model against which pairs are measured.
+    """
     config = rows.config
     scorer = config.evaluation.scorer
-    gpus = config.cluster.gpus_per_worker
-    device = torch.device("cpu")
-    if gpus and torch.cuda.is_available():
-        device = torch.device("cuda", 0)
-    parts = [
+    objective = objective_of(config.train)
+    parts: list[Any] = [
         [version.name, version.number, version.run_id, version.checksum or None],
         rows.digest,
         config.evaluation.model_dump_json(),
         scoring.source_digest(scorer) if scorer else None,
         node_cache.code(),
-        # Precision, attention and device, as far as they are known without Ray: a result in bfloat16 on a GPU cannot be
-        # compared with one in float32 on a CPU. attention=auto needs no resolution here: it depends only on device,
-        # precision, libraries and files.
-        [
-            str(pick_dtype(config.model, device)),
-            config.model.attention,
-            str(gpus),
-            *(text for name, text in platform_of(device).items() if name != "threads"),
-        ],
-        *objective_of(config.train).identity().values(),
+        computed_by(config),
+        *objective.identity().values(),
     ]
+    if objective.reference:
+        parts.append(base)
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")

@@ -4,7 +4,8 @@
                  downwards, scores upwards
     passed       the lower end of its paired bootstrap interval lies above gate.must_improve_by, every condition of
                  gate.and holds, and the challenger is not worse than the best champions by more than gate.anchor and
-                 gate.guard_margin
+                 gate.guard_margin; of preference pairs, not worse than the champion on the chosen answers by more
+                 than gate.chosen_margin
 
 One wrong promotion in 40 nights would be nine in a year that nobody watches, so the interval is stricter than 95%. Rows
 that are used again hardly add to the error: the champion's luck on them is a bar for the others. New rows do add, so
@@ -16,14 +17,18 @@ challenger's value that is not a number never passes, and fewer than gate.min_ro
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from olora_ray.common.text import plural
 from olora_ray.config.nights import Condition, Gate
+from olora_ray.config.schema import OF_PAIRS
 from olora_ray.evaluation.rows import (
     LOSS,
+    PAIRS_LOSS,
     SCORE,
     RowResults,
     lower_is_better,
@@ -76,6 +81,7 @@ def decide(
     rows of the challenger and of the champion that is best there; None: no guard, or nothing to compare with.
     Raises UserError for a metric that was not measured, or for results on different rows.
     """
+    gate = gate.model_copy(update={"metric": metric_of(gate, challenger)})
     checks = [_check(condition, challenger) for condition in gate.conditions]
     details: dict[str, Any] = {
         "metric": gate.metric,
@@ -97,6 +103,10 @@ def decide(
                 gate.metric, challenger, best, held_out, gate, "anchor"
             )
             checks.append((holds, text))
+    if champion is not None:
+        for name, check in _of_pairs(gate, challenger, champion, held_out):
+            holds, text, details[name] = check
+            checks.append((holds, f"{name}: {text}"))
     if guard:
         holds, text, details["guard"] = _not_worse(LOSS, *guard, HeldOut(), gate, "guard_margin")
         checks.append((holds, f"guard: {text}"))
@@ -104,6 +114,13 @@ def decide(
     # A refusal names only the failed checks.
     shown = [text for holds, text in checks if holds is passed]
     return Decision(passed, "; ".join(shown), details)
+
+
+def metric_of(gate: Gate, results: RowResults) -> str:
+    """Return `gate.metric`, decided by the held-out rows if it is `auto`."""
+    if gate.metric != "auto":
+        return gate.metric
+    return PAIRS_LOSS if results.pairs() else LOSS
 
 
 def _metrics(results: RowResults) -> dict[str, float]:
@@ -131,26 +148,26 @@ def _compared(
         left_out = f" (left out: {total - unseen} that the champion may have been trained on)"
     if held_out.unseen is not None and not _shared_rows(gate.metric, challenger, champion):
         where = ""
-        if not lower_is_better(gate.metric):
+        if not (lower_is_better(gate.metric) or gate.metric in OF_PAIRS):
             where = " among the answered rows (evaluation.rows)"
         why = f"{gate.metric}: no held-out row{where} is left to compare on{left_out}"
         return False, why, {"groups": 0}
     broken = []
     if lower_is_better(gate.metric):
-        broken = [row for row, loss in enumerate(champion.losses) if not math.isfinite(loss)]
+        broken = _broken(gate.metric, champion)
     else:
         challenger, champion, counted = _scored_alike(gate.metric, challenger, champion)
         left_out += counted
     if broken:
         # Otherwise no challenger could ever replace it. A challenger must have a finite loss on these rows, too.
         told = f"the champion's loss is not finite on {plural(len(broken), 'row')}"
-        if not all(map(math.isfinite, challenger.losses)):
+        if _broken(gate.metric, challenger):
             why = f"{gate.metric}: {told}, and the challenger's is not finite either"
             return False, why, {"groups": 0}
         rest = [row for row in range(unseen) if row not in broken]
         challenger = challenger.only(rest)
         champion = champion.only(rest)
-        if len(champion.losses) < gate.min_rows:
+        if len(champion.column(gate.metric).rows) < gate.min_rows:
             why = f"{gate.metric}: {told}, so any finite loss is better{left_out}"
             return True, why, {"groups": 0}
         left_out += f" (left out: {told})"
@@ -176,6 +193,13 @@ def _compared(
     return True, text, numbers
 
 
+def _broken(metric: str, results: RowResults) -> list[int]:
+    """Return the rows on which a metric is not finite."""
+    column = results.column(metric)
+    broken: list[int] = column.rows[~np.isfinite(column.values)].tolist()
+    return broken
+
+
 def _not_worse(
     metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, gate: Gate, field: str
 ) -> Checked:
@@ -188,14 +212,36 @@ def _not_worse(
     if not lower_is_better(metric):
         ours, best, _ = _scored_alike(metric, ours, best)
     gain = ours.gain(best, metric, LEVEL)
-    text = (
-        f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {gain.shown(LEVEL)}"
-    )
+    whose = "the champion's" if field == "chosen_margin" else "the best champion's"
+    text = f"{metric} {ours.metric(metric):.4f}, {whose} {value:.4f}: {gain.shown(LEVEL)}"
     margin = getattr(gate, field)
     holds = gain.interval.low > -margin
     if not holds:
         text += f", but gate.{field}={margin:g} allows less"
     return holds, text, asdict(gain.interval)
+
+
+def _of_pairs(
+    gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
+) -> Iterator[tuple[str, Checked]]:
+    """Yield the checks of held-out pairs: their chosen answers, and the rows that the gate's metric leaves out."""
+    ours = _considered(challenger, held_out)
+    theirs = _considered(champion, held_out)
+    pairs = ours.pairs()
+    plain = sorted(set(range(len(ours.losses))) - set(pairs))
+    checked = [("chosen answers", LOSS, pairs)]
+    if gate.metric in OF_PAIRS:
+        checked.append(("other rows", LOSS, plain))
+    else:
+        checked.append(("pairs", PAIRS_LOSS, pairs))
+    for name, metric, rows in checked:
+        if pairs and rows:
+            yield (
+                name,
+                _not_worse(
+                    metric, ours.only(rows), theirs.only(rows), HeldOut(), gate, "chosen_margin"
+                ),
+            )
 
 
 def _scored_alike(

@@ -25,8 +25,9 @@ from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
 from olora_ray.config.decided import DataConfig
 from olora_ray.config.load import flatten, override, read_config
-from olora_ray.config.schema import Config
+from olora_ray.config.schema import OF_PAIRS, Config
 from olora_ray.config.section import Source, extended
+from olora_ray.data.formats import format_named
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import lower_is_better
 from olora_ray.model.source import glance
@@ -84,7 +85,10 @@ def read_inputs(config: Config) -> Inputs:
     files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
     if model:
         node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
-    found: dict[str, Any] = {"data.max_length": data.data.max_length}
+    found: dict[str, Any] = {
+        "data.max_length": data.data.max_length,
+        "gate.metric": data.gate.metric,
+    }
     for each in (plan, held_out):
         setting, _ = sources_of(config, each.split)
         found[setting] = [source.model_dump(mode="json") for source in each.sources]
@@ -348,21 +352,34 @@ def _check_held_out(config: Config, inputs: Inputs, champion: Version) -> None:
             f"{why}; the gate uses only the held-out rows of {plural(len(unseen), 'unchanged file')}"
         )
     gate = config.gate
-    scored = not lower_is_better(gate.metric)
+    of_pairs = gate.metric in OF_PAIRS
+    scored = not (of_pairs or lower_is_better(gate.metric))
     if scored and config.evaluation.rows < gate.min_rows:
         raise UserError(
             f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but gate.min_rows needs"
             f" {gate.min_rows}, so nothing could be promoted; set evaluation.rows higher or gate.min_rows lower"
         )
+    if of_pairs:
+        unseen = _files_of_pairs(inputs.held_out, unseen)
     rows = count_planned(gate.group, inputs.held_out, gate.min_rows, unseen)
     if rows < gate.min_rows:
-        what = plural(rows, "held-out row")
+        what = plural(rows, "held-out pair" if of_pairs else "held-out row")
         if gate.group is not None:
             what = f"{plural(rows, 'group')} of held-out rows"
         raise UserError(
             f"gate.min_rows: the comparison with the champion has {what}, but needs {gate.min_rows}, so nothing could"
             " be promoted; hold out more rows, or set it lower"
         )
+
+
+def _files_of_pairs(plan: Plan, among: Collection[int] | None) -> frozenset[int]:
+    """Return the numbers of the files whose rows are preference pairs; `among` limits them (None: all files)."""
+    found = set[int]()
+    for number, each in enumerate(plan.files):
+        makes = format_named(plan.sources[each.source].format).makes
+        if makes == "pair" and (among is None or number in among):
+            found.add(number)
+    return frozenset(found)
 
 
 def _continued(

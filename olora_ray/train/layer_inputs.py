@@ -17,6 +17,7 @@ from olora_ray.adapter.candidates import Target
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.tokens.collate import Batch, collate
+from olora_ray.tokens.plan import DOWN, REJECTED
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.loss import SupervisedLoss, watched
 
@@ -130,7 +131,7 @@ def _refusal(name: str, why: str) -> str:
 
 @dataclass(frozen=True)
 class RowPart:
-    """The first `count` supervised tokens of a sequence."""
+    """The first `count` supervised tokens of a sequence, without those of rejected answers."""
 
     sequence: int
     """Index in the store."""
@@ -146,19 +147,33 @@ class RowPart:
 def first_tokens(store: TokenStore, limit: int) -> list[RowPart]:
     """Return pieces with the first `limit` supervised tokens of the store, or with all if it has fewer.
 
-    Waits for the shards that it needs.
+    Rejected answers are left out. Waits for the shards that it needs.
     """
     pieces: list[RowPart] = []
     position = sequence = 0
     while position < limit:
         if sequence >= store.wait(sequence + 1):
             break
-        count = min(store.counts([sequence]).supervised, limit - position)
+        size = store.counts([sequence])
+        count = min(size.right, limit - position)
         if count:
             pieces.append(RowPart(sequence, position, count))
         position += count
         sequence += 1
     return pieces
+
+
+WRONG = (REJECTED, DOWN)
+
+
+def right_answers(batch: Batch) -> Tensor:
+    """Return the positions that predict a supervised token, without those of rejected answers."""
+    if not batch.roles:
+        return batch.predicts
+    parts = batch.predicts.split(batch.segments)
+    return torch.cat(
+        [part for part, role in zip(parts, batch.roles, strict=True) if role not in WRONG]
+    )
 
 
 # Sequences spread over the workers: each computes the rows of its sequences, and sends them to their owners.
@@ -239,7 +254,7 @@ class Activations:
         model: Any = self.loss.model
         batch = collate([self.store[piece.sequence]], model.config._attn_implementation)
         # As in PEFT's label mask: the positions of the supervised tokens themselves, not those that predict them.
-        positions = batch.predicts[: piece.count] + 1
+        positions = right_answers(batch)[: piece.count] + 1
         return rows_of(
             self.loss, self.targets, self.inputs, batch.to(self.device), positions.to(self.device)
         )

@@ -7,15 +7,16 @@ a search share one pass, and a resumed run reads what it began with.
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from olora_ray.common import collectives, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.tokens.plan import CHOSEN, DOWN
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.held_out import held_out
+from olora_ray.train.held_out import Packs, held_out
 from olora_ray.train.loop import Trainer
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def give(
     for store in stores:
         if store is not None:
             store.wait(sys.maxsize)
-            found = _of_store(trainer, store, attention, named)
+            measure = partial(measured, trainer, store, attention)
+            found = kept(store, named, measure)
             if noted.setdefault(store.digest, found.sha256) != found.sha256:
                 raise UserError(
                     f"reference: token store {store.uri} has other losses than those with which this run began; bring"
@@ -60,9 +62,10 @@ def give(
             store.reference = [tuple(losses) for losses in found.losses]
 
 
-def _of_store(
-    trainer: Trainer, store: TokenStore, attention: str, named: Mapping[str, str]
+def kept(
+    store: TokenStore, named: Mapping[str, str], measure: Callable[[], Iterable[tuple[float, ...]]]
 ) -> Reference:
+    """Return the losses in the store's file of this name; without a good one, measure them and write it."""
     identity = {**named, "tokens": store.digest}
     path = storage.join(store.uri, f"reference-{digest_json(identity, length=16)}.json")
     first = collectives.rank() == 0
@@ -71,7 +74,7 @@ def _of_store(
         return found
     began = time.perf_counter()
     logger.info("measuring the losses before the first step: the reference of preference pairs")
-    losses = [*measured(trainer, store, attention)]
+    losses = [*measure()]
     found = Reference(identity, losses, digest_json(losses))
     if first:
         records.write(path, vars(found))
@@ -85,13 +88,18 @@ def measured(trainer: Trainer, store: TokenStore, attention: str) -> Iterator[tu
     width = trainer.config.train.micro_batch
     store.reference = ()
     found = held_out(trainer.loss, store, objective, attention, width, each=True)
-    rows = iter(found.numbers[:, -2:].tolist())  # RIGHT and WRONG
-    for index in range(len(store)):
-        pack = store[index]
+    return of_packs(store, found.numbers.tolist())
+
+
+def of_packs(packs: Packs, numbers: Iterable[Sequence[float]]) -> Iterator[tuple[float, ...]]:
+    """Yield the losses of the segments of each sequence; `numbers` has those of each example (`Objective.each`)."""
+    rows = iter(numbers)
+    for index in range(len(packs)):
+        pack = packs[index]
         losses: list[float] = []
         roles = iter(pack.roles or (0,) * len(pack.segments))
         for role in roles:
-            right, wrong = next(rows)
+            *_, right, wrong = next(rows)
             losses.append(wrong if role == DOWN else right)
             if role == CHOSEN:
                 next(roles)

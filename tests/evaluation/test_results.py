@@ -151,6 +151,7 @@ def config(tmp_path: Path) -> Config:
     tree = settings(tmp_path, make_model(tmp_path / "model"), gate={"group": "user_id"})
     tree["data"]["eval"] = [{"path": str(tmp_path / "test.jsonl")}]
     tree["evaluation"] |= {"scorer": "exact_match", "rows": 7}
+    tree["train"]["objective"] = "tokens"
     return build(tree)
 
 

@@ -178,7 +178,7 @@ def test_what_the_gate_asks_for_need_not_be_measured(
             found = targets.settings([mine.folder()], given, changes)
             assert isinstance(found, Config)
             assert (found.gate.metric, found.gate.conditions, found.gate.group) == (
-                "eval/loss",
+                "auto",
                 (),
                 "user",
             )

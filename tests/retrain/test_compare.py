@@ -74,7 +74,9 @@ def rows(data: str = "d") -> RowResults:
 
 def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None:
     """Their files may be deleted, but their tokenizers are still compared."""
-    inputs: Any = SimpleNamespace(config=config)
+    inputs: Any = SimpleNamespace(
+        config=config, base=SimpleNamespace(model=SimpleNamespace(digest=""))
+    )
     held_out = RowSet("rows", config, "held")
     wanted = [
         (VERSION, held_out),

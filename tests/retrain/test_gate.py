@@ -193,3 +193,31 @@ def test_whoever_answers_only_what_is_easy_does_not_win() -> None:
         champion, scores={"acc": {row: champion.scores["acc"][row] for row in few.scores["acc"]}}
     )
     assert decide(gate(metric="eval/acc"), few, both).passed
+
+
+def test_preference_pairs_are_judged_by_their_loss_and_by_what_they_do_to_the_chosen_answers() -> (
+    None
+):
+    """The first twenty rows are pairs, the others have one answer."""
+
+    def of(pairs: float, chosen: float, others: float) -> RowResults:
+        plain = results([chosen] * 20 + [others] * 20)
+        noise = [0.01 * (row % 3) for row in range(20)]
+        scores = {"pairs/loss": dict(enumerate(pairs + each for each in noise))}
+        return RowResults(plain.data, plain.tokens, plain.losses, scores, plain.origins)
+
+    champion = of(0.6, 2.0, 3.0)
+    by_rows = gate(metric="eval/loss")
+    assert decide(gate(min_rows=20), of(0.5, 2.04, 3.04), champion).passed
+    assert not decide(gate(min_rows=21), of(0.5, 2.0, 3.0), champion).passed
+    for worse, why in (
+        (of(0.5, 2.06, 3.0), "chosen answers: eval/loss"),
+        (of(0.5, 2.0, 3.06), "other rows: eval/loss"),
+    ):
+        found = decide(gate(), worse, champion)
+        assert not found.passed
+        assert found.reason.startswith(why)
+        assert decide(gate(chosen_margin=0.1), worse, champion).passed
+    found = decide(by_rows, of(0.66, 1.9, 2.8), champion)
+    assert not found.passed
+    assert found.reason.startswith("pairs: eval/pairs/loss")

@@ -14,6 +14,7 @@ from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import CHOSEN, DOWN, REJECTED, UP
 from olora_ray.train import reference
 from olora_ray.train.held_out import held_out
+from olora_ray.train.layer_inputs import first_tokens, right_answers
 from tests import tiny
 from tests.families import oracle
 
@@ -145,3 +146,13 @@ def test_ratings_move_both_sides_alike_and_leave_the_loss_of_right_answers() -> 
     batch = collate(data, "segments")
     (known.objective.loss(known.loss, batch, found.whole)[0] / 7).backward()
     assert float((known.flat.grad - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_rejected_answers_calibrate_no_method() -> None:
+    known = tiny.ListStore(packs())
+    pieces = first_tokens(known, 1000)
+    rights = [right_answers(collate([pack], "segments")) for pack in packs()]
+    assert [piece.count for piece in pieces] == [6, 9 + 5, 3, 7 + 2]
+    assert [len(each) for each in rights] == [6, 9 + 5, 3, 7 + 2]
+    first, second = rights[1].tolist()[8:10]
+    assert (first, second) == (10, 14)  # from the last token of the chosen answer to the next pair

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,6 +24,17 @@ from olora_ray.train.loss import SupervisedLoss
 
 HIGHEST = 80.0
 """A larger loss counts as this in a perplexity, because its exponential would soon overflow."""
+
+
+class RowNumbers(NamedTuple):
+    """The results of a model on one held-out row."""
+
+    loss: float
+    """Summed loss."""
+    weight: int
+    """The mean loss is the sum of the losses / the sum of the weights."""
+    scores: dict[str, float]
+    """Further results by name, each with weight 1."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,8 @@ class Objective:
     """(numbers divided by `weight`, size of all examples) -> means by name, where these have other divisors.
 
     The first is what the training makes small; `loss` is among them."""
+    row: Callable[[Sequence[float], Counts], RowNumbers] | None = None
+    """(numbers of an example, its size) -> its results in an evaluation; None: the loss, and `weight`."""
     with_settings: Callable[[Train], "Objective"] | None = None
     """Return this objective with its own settings in `train`; None if it has none."""
     settings: str = ""
@@ -87,6 +101,12 @@ class Objective:
         if self.means is not None:
             return self.means(numbers, whole)
         return dict(zip(("loss", *self.more), numbers, strict=True))
+
+    def of_row(self, numbers: Sequence[float], size: Counts) -> RowNumbers:
+        """Return the results of a held-out row from the numbers of `each`."""
+        if self.row is not None:
+            return self.row(numbers, size)
+        return RowNumbers(numbers[0], self.weight(size), {})
 
     def measures(self) -> tuple[str, ...]:
         """Return the names of the metrics of an evaluation."""

@@ -28,7 +28,7 @@ from olora_ray.config.schema import Train
 from olora_ray.tokens.collate import Batch
 from olora_ray.tokens.plan import CHOSEN, DOWN, REJECTED, UP, Counts
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.objectives.objective import Objective
+from olora_ray.train.objectives.objective import Objective, RowNumbers
 
 RIGHT = "right"
 WRONG = "wrong"
@@ -107,6 +107,17 @@ def _means(numbers: Sequence[float], whole: Counts) -> dict[str, float]:
     return means
 
 
+def _row(numbers: Sequence[float], size: Counts) -> RowNumbers:
+    scores: dict[str, float] = {}
+    if size.pairs:
+        for name, value in zip(OF_PAIRS, numbers[1:], strict=False):
+            scores[f"pairs/{name}"] = value
+    for name, value, count in zip(OF_RATINGS, numbers[-4:], (size.ups, size.downs), strict=False):
+        if count:
+            scores[f"ratings/{name}"] = value
+    return RowNumbers(numbers[-2], size.right, scores)
+
+
 def _unset(*_: object) -> Tensor:
     raise AssertionError("objective_of gives the objective its settings")
 
@@ -120,6 +131,7 @@ OBJECTIVE = Objective(
     takes=frozenset({"pair", "rating", "chat", "completion", "text", "ids"}),
     more=(*OF_PAIRS, *OF_RATINGS, RIGHT, WRONG),
     means=_means,
+    row=_row,
     with_settings=objective_with,
     # At the rate for rows one step moved the margin of SmolLM2's next pairs by 31 nats, at a tenth of it by 5.5.
     rate=0.1,
