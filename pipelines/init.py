@@ -57,17 +57,19 @@ model: {{name: {model}}}  # or a hub id, such as meta-llama/Llama-3.2-1B-Instruc
 data:
   train:{data}
   {held_out}
-  max_length: {max_length}
-  too_long: {too_long}  # rows with more tokens than max_length {shortened}{allowed}{template}
+  max_length: {max_length}{too_long}{allowed}{template}
 adapter: {{method: olora, rank: 16, alpha: 16}}  # what to set, with the optimizer: docs/evidence.md
 train:
   epochs: {epochs}  # passes over the rows
   global_batch: {batch}  # sequences per optimizer step, over all workers
   micro_batch: {micro}  # sequences that each worker computes at once; auto: on GPUs as many as fit in memory
-  lr: auto
+  lr: auto{chosen}
 cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; workers: auto is one for each GPU
 {evaluation}registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """
+TOO_LONG = "\n  too_long: {}  # rows with more tokens than max_length {}"
+CHOSEN = """
+  chosen: 0.1  # weight of plain training on the chosen answers, so that their probability does not fall"""
 LABELS = """\
 # The answers are labels: held-out rows are scored by equality, and the longest label fits. If data.train has a system
 # message, send it with each request, too.
@@ -217,6 +219,7 @@ def _config(given: Config) -> str:
         format_named(look.source.format) for look in looks if not is_auto(look.source.format)
     ]
     turns = all(format.has_turns for format in formats)
+    pairs = any(format.makes == "pair" for format in formats)
     texts = len(formats) == len(looks) and all(format.makes == "text" for format in formats)
     others = []
     for shown, look in zip(train, looks, strict=True):
@@ -246,8 +249,8 @@ def _config(given: Config) -> str:
         "data": data,
         "held_out": words,
         "max_length": LONGEST,
-        "too_long": "cut",
-        "shortened": "are cut off",
+        "too_long": TOO_LONG.format("cut", "are cut off"),
+        "chosen": "",
         "allowed": "",
         "template": "",
         "evaluation": "",
@@ -255,7 +258,9 @@ def _config(given: Config) -> str:
     if texts:
         fields["max_length"] = "512  # tokens per sequence"
     if turns:
-        fields |= {"too_long": "drop_turns", "shortened": "lose their last turns"}
+        fields["too_long"] = TOO_LONG.format("drop_turns", "lose their last turns")
+    if pairs:
+        fields |= {"too_long": "", "chosen": CHOSEN}
     labels = [label for look in looks for label in look.labels]
     if all(look.labels for look in looks):
         # A token has at least one byte, and one more ends the answer.
@@ -268,7 +273,10 @@ def _config(given: Config) -> str:
         fields["template"] = f"\n  chat_template: {_yaml(chosen)}  # instead of the model's own"
     if "max_rejected" in given.data.model_fields_set:
         fields["allowed"] = f"\n  max_rejected: {given.data.max_rejected:g}"
-    return CONFIG.format(**fields, **_pace(rows))
+    pace = _pace(rows)
+    if pairs:
+        pace["epochs"] = 1
+    return CONFIG.format(**fields, **pace)
 
 
 def _template(

@@ -58,7 +58,9 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
     from transformers import AutoModelForCausalLM
 
     project.make_tiny(folder)
-    config = tiny.read_as(build(project.settings(folder, folder / "model", **changes)))
+    config = tiny.read_as(
+        build(project.settings(folder, folder / "model", train__objective="tokens", **changes))
+    )
     mlflow_database.place(Path(config.run.storage))
     case = make_case(
         folder / "model", AutoModelForCausalLM.from_pretrained(folder / "model"), config.adapter

@@ -146,7 +146,8 @@ def find_format(source: Source, where: str, storage_root: str) -> Found:
     known = source.model_copy(update={"format": reading.format, "fields": reading.fields})
     columns.require_clear(where, known, reading.read)
     kinds = " and ".join(dict.fromkeys(file.form for file, _, _ in looked))
-    words = f"{reading.format} rows in {kinds}"
+    noun = "pairs" if format_named(reading.format).makes == "pair" else "rows"
+    words = f"{reading.format} {noun} in {kinds}"
     fields = {**reading.fields, **dict.fromkeys(reading.unread, NONE)}
     for field, column in fields.items():
         if column != NONE:

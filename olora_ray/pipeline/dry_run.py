@@ -67,7 +67,11 @@ def dry_run(
         print(
             f"\n{_short(example.origin)}: {len(example.input_ids):,} tokens, {int(example.mask.sum()):,} supervised"
         )
-        print(_shown(base.tokenizer, example))
+        print(_shown(base.tokenizer, example.right()))
+        rejected = example.rejected()
+        if rejected:
+            print("  rejected:")
+            print(_shown(base.tokenizer, rejected))
     if not address.elsewhere():
         preflight.refuse_here(decided.config, base.model, decided.size, decided.expected, here)
 
@@ -121,6 +125,14 @@ def _data(
         "tokens",
         f"{about}{train.tokens:,} per epoch, {train.supervised / train.tokens:.0%} of them supervised",
     )
+    if train.pairs:
+        prompt, chosen, rejected = train.pairs.sizes
+        in_each = train.pairs.count / train.packs
+        yield (
+            "pairs",
+            f"{about}{train.pairs.count:,}, {in_each:.1f} per sequence; prompt {prompt:,}, chosen {chosen:,},"
+            f" rejected {rejected:,} tokens (medians)",
+        )
     low, half, most, nearly, high = (f"{length:,}" for length in train.lengths)
     yield (
         "example length",

@@ -112,6 +112,14 @@ class Exported:
     def step(self) -> int:
         return step_of_best(self.state)
 
+    @property
+    def best_row(self) -> dict[str, float]:
+        return best_row(self.state)
+
+    @property
+    def best_loss(self) -> float | None:
+        return best_loss(self.state)
+
     def losses(self) -> list[float]:
         return [row["eval/loss"] for row in self.state.history if "eval/loss" in row]
 
@@ -119,6 +127,19 @@ class Exported:
 def step_of_best(state: TrainState) -> int:
     """Return the step with the best held-out loss; without held-out rows the last step."""
     return state.step if state.best_step is None else state.best_step
+
+
+def best_row(state: TrainState) -> dict[str, float]:
+    """Return the held-out metrics of the step that is exported; empty if it was not evaluated."""
+    for row in state.history:
+        if row["step"] == state.best_step and "eval/loss" in row:
+            return {name: value for name, value in row.items() if name.startswith("eval/")}
+    return {}
+
+
+def best_loss(state: TrainState) -> float | None:
+    """Return eval/loss of the step that is exported, which `TrainState.best_loss` is not for every objective."""
+    return best_row(state).get("eval/loss", state.best_loss)
 
 
 def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Exported:
@@ -332,6 +353,7 @@ def complete(
     keep_tokenizer(config, base.name, tokenizer, adapter)
     had = models.has_chat_template(adapter)
     give_template(config, tokenizer, adapter, template)
+    objective = objective_named(config.train.objective)
     card = model_card.Card(
         base_name=public_name(base),
         base_digest=base.digest,
@@ -342,8 +364,8 @@ def complete(
         batch=config.train.global_batch,
         max_length=config.data.max_length,
         steps=step_of_best(state),
-        eval_loss=state.best_loss,
-        unit=objective_named(config.train.objective).unit,
+        eval_loss=best_loss(state),
+        unit="supervised token" if objective.row else objective.unit,
         own_template=template is not None or had != models.has_chat_template(adapter),
         loader=text_class(Path(base.folder)).__name__,
         license=license_of(config, base),

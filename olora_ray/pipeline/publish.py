@@ -106,9 +106,7 @@ def publish(
     for row in state.history:
         last |= row
     # The last evaluation may be of a worse adapter than the exported one.
-    for row in state.history:
-        if row["step"] == state.best_step and "eval/loss" in row:
-            last |= {name: value for name, value in row.items() if name.startswith("eval/")}
+    last |= exported.best_row
     last.pop("step", None)
     registered = None
     if version is not None:
@@ -162,7 +160,7 @@ def register(
         "olora.method": config.adapter.method,
         "olora.rank": config.adapter.rank,
         "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",
-        "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
+        "olora.eval_loss": "" if exported.best_loss is None else f"{exported.best_loss:.6f}",
         **tags,
     }
     content = "merged model" if config.export.merged else "adapter, without its base model,"

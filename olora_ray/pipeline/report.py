@@ -14,6 +14,7 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline.answers import Sample
 from olora_ray.pipeline.export import Exported
 from olora_ray.pipeline.exporter import exporter_named
+from olora_ray.pipeline.progress import of_pairs
 from olora_ray.pipeline.run_folder import RunState
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
@@ -61,8 +62,11 @@ def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str,
     if losses:
         yield (
             "held-out loss",
-            f"{losses[0]:.4f} before, {state.best_loss:.4f} after step {state.best_step}",
+            f"{losses[0]:.4f} before, {exported.best_loss:.4f} after step {state.best_step}",
         )
+    pairs = of_pairs(exported.best_row, "eval")
+    if pairs:
+        yield "held-out pairs", pairs.removeprefix(" | pairs: ")
     scores = result["scores"]
     for name, value in scores.get("after", {}).items():
         text = f"{value:.3f}"
@@ -102,6 +106,14 @@ def _rows(store: TokenStore) -> str:
     )
 
 
+LOSSES = {"train/loss": "training, each step on its own rows", "eval/loss": "held out"}
+GAINS = {
+    "eval/pairs/margin": "margin, held out",
+    "eval/pairs/chosen": "log p of the chosen answers, held out",
+}
+"""Metric -> its name in a figure."""
+
+
 def _curve(exported: Exported) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
@@ -110,21 +122,21 @@ def _curve(exported: Exported) -> bytes:
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
         figure = Figure(figsize=(12.0, 4.8), layout="constrained")
-        axes = figure.add_subplot()
-        labels = {
-            "train/loss": "training, each step on its own rows",
-            "eval/loss": "held out",
-        }
-        for name, label in labels.items():
-            rows = [row for row in exported.state.history if name in row]
-            if rows:
-                steps = [row["step"] for row in rows]
-                losses = [row[name] for row in rows]
-                marker = "o" if len(rows) < 20 else ""
-                axes.plot(steps, losses, marker=marker, label=label)
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.grid(axis="y", color="#e4e7eb")
-        axes.legend(frameon=False)
+        curves = [("loss (nats per token)", LOSSES)]
+        if "eval/pairs/margin" in exported.best_row:
+            curves.append(("nats per pair since the first step", GAINS))
+        for number, (unit, labels) in enumerate(curves, 1):
+            axes = figure.add_subplot(1, len(curves), number)
+            for name, label in labels.items():
+                rows = [row for row in exported.state.history if name in row]
+                if rows:
+                    steps = [row["step"] for row in rows]
+                    values = [row[name] for row in rows]
+                    marker = "o" if len(rows) < 20 else ""
+                    axes.plot(steps, values, marker=marker, label=label)
+            axes.set(xlabel="step", ylabel=unit)
+            axes.grid(axis="y", color="#e4e7eb")
+            axes.legend(frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -163,9 +175,10 @@ def finished(
         else:
             print()
     if exported.state.best_step == 0 < exported.state.step:
+        measured = "objective" if "eval/objective" in exported.best_row else "loss"
         logger.warning(
-            "no step has improved the held-out loss, so the export is the untrained model; lower train.lr, or check"
-            " that the held-out rows resemble the training rows"
+            f"no step has improved the held-out {measured}, so the export is the untrained model; lower train.lr, or"
+            " check that the held-out rows resemble the training rows"
         )
 
 
@@ -186,8 +199,11 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     losses = exported.losses()
     if losses:
         lines.append(
-            f"held-out loss: {losses[0]:.4f} before, {state.best_loss:.4f} after (step {state.best_step})"
+            f"held-out loss: {losses[0]:.4f} before, {exported.best_loss:.4f} after (step {state.best_step})"
         )
+        pairs = of_pairs(exported.best_row, "eval")
+        if pairs:
+            lines.append(f"held-out{pairs.removeprefix(' |')}")
         if not config.data.eval:
             lines.append(
                 "the held-out rows are from the training files and may be worded alike: ask in new words, too"

@@ -1,5 +1,6 @@
 """The content of a version in MLflow's registry: its files and its description."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None, fil
     rows = []
     losses = exported.losses()
     if losses:
-        best = exported.state.best_loss
+        best = exported.best_loss
         if best is None:
             best = losses[-1]
         rows.append(f"| loss per held-out token | {losses[0]:.4f} | **{best:.4f}** |")
@@ -48,6 +49,8 @@ def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None, fil
         rows.append(f"| {_clean(name)} ({answers}) | {shown} | **{after:.3f}** |")
     if rows:
         blocks.append("\n".join(["| | before | after |", "|---|---|---|", *rows]))
+    if "eval/pairs/preferred" in exported.best_row:
+        blocks.append(_of_pairs(exported))
     elsewhere = ""
     if base and not base.on_hub:
         elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"'
@@ -57,6 +60,22 @@ def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None, fil
             f"This version is only the adapter. Loading it needs its base model, {_name(base)}."
         )
     return "\n\n".join(blocks)
+
+
+def _of_pairs(exported: Exported) -> str:
+    store = exported.spec.eval
+    assert store is not None
+    pairs = store.counts(range(len(store))).pairs
+    share = exported.best_row["eval/pairs/preferred"]
+    # Wilson's interval of a share: unlike that of a mean, it has a width where all pairs agree.
+    squared = 1.96**2 / pairs
+    middle = (share + squared / 2) / (1 + squared)
+    half = math.sqrt(squared * (share * (1 - share) + squared / 4)) / (1 + squared)
+    than = "the version from which it continued" if exported.spec.start else "the base model"
+    return (
+        f"On {plural(pairs, 'held-out pair')} it gives the preferred answer the higher gain over {than} in {share:.2f}"
+        f" (95% interval {middle - half:.2f} to {middle + half:.2f})."
+    )
 
 
 def _name(base: BaseOfAdapter) -> str:

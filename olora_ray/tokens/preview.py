@@ -60,6 +60,28 @@ class Example:
     input_ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
     """Its supervised tokens."""
+    segments: tuple[int, ...] = ()
+    """`Tokens.segments`."""
+
+    def rejected(self) -> "Example | None":
+        """Return the rejected answer of a pair, without the prompt."""
+        if not self.segments:
+            return None
+        start = self.segments[0] + int(self.mask.argmax())
+        return replace(self, input_ids=self.input_ids[start:], mask=self.mask[start:], segments=())
+
+    def right(self) -> "Example":
+        """Return the prompt with the chosen answer of a pair; any other example as it is."""
+        end = self.segments[0] if self.segments else len(self.mask)
+        return replace(self, input_ids=self.input_ids[:end], mask=self.mask[:end], segments=())
+
+
+@dataclass(frozen=True)
+class Pairs:
+    count: int
+    """An estimate, unless the preview is exact."""
+    sizes: tuple[int, int, int]
+    """Medians of the tokens of prompt, chosen and rejected answer."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,7 @@ class Preview:
     """Digests of the rows that were read."""
     some_packs: tuple[Pack, ...]
     """The first sequences."""
+    pairs: Pairs | None = None
 
     def rejections(self) -> str:
         return manifest.reason_counts(self.rejected)
@@ -218,6 +241,19 @@ def _preview(
         for length, number in zip(lengths, source, strict=True)
         if format_named(plan.sources[number].format).makes != "text"
     ]
+    pairs = None
+    sizes = []
+    times_of_pairs = 0.0
+    every = itertools.chain.from_iterable(shard.examples for shard in made)
+    for example, number in zip(every, source, strict=True):
+        if example.segments:
+            prompt = int(example.supervised.argmax())
+            chosen_size, rejected_size = example.segments
+            sizes.append((prompt, chosen_size - prompt, rejected_size - prompt))
+            times_of_pairs += times[number, 0]
+    if sizes:
+        prompt, chosen_size, rejected_size = np.median(sizes, axis=0).astype(int).tolist()
+        pairs = Pairs(round(times_of_pairs), (prompt, chosen_size, rejected_size))
     some_packs = []
     for members in first.packs[:8]:
         chosen = [first.examples[number] for number in members]
@@ -254,6 +290,7 @@ def _preview(
         examples=_examples(plan, first),
         digests=np.frombuffer(b"".join(digests), dtype=np.uint64),
         some_packs=tuple(some_packs),
+        pairs=pairs,
     )
 
 
@@ -271,7 +308,10 @@ def _examples(plan: Plan, shard: shards.Shard) -> tuple[Example, ...]:
         tokens = shard.examples[number]
         examples.append(
             Example(
-                manifest.origin_name(files, shard.origins[number]), tokens.ids, tokens.supervised
+                manifest.origin_name(files, shard.origins[number]),
+                tokens.ids,
+                tokens.supervised,
+                tokens.segments,
             )
         )
     return tuple(examples)

@@ -10,12 +10,13 @@ import pytest
 
 from olora_ray.pipeline import publish
 from olora_ray.pipeline.version import describe
+from olora_ray.tokens.plan import Counts
 from olora_ray.tracking.client import connect
 from olora_ray.tracking.models import BaseOfAdapter
 from olora_ray.tracking.start import resolve_uri, start_run
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.objectives.objective import perplexity
-from tests import finished_run
+from tests import finished_run, tiny
 from tests.finished_run import FinishedRun
 
 
@@ -90,3 +91,32 @@ def test_loss_and_perplexity_of_result_json_are_those_of_the_best_step(run: Fini
     assert found["eval_loss_before"] == 2.0
     assert found["metrics"]["eval/loss"] == 1.0
     assert found["metrics"]["eval/perplexity"] == pytest.approx(math.e)
+
+
+def test_of_pairs_the_page_has_the_share_in_which_the_preferred_answer_gains_more(
+    run: FinishedRun,
+) -> None:
+    assert run.result.state is not None
+    of_pairs = {"eval/objective": 0.5, "eval/loss": 1.25, "eval/pairs/preferred": 0.75}
+    history = [run.result.state.history[0], {"step": 6.0, **of_pairs}]
+    state = replace(run.result.state, best_loss=0.5, history=history)
+    spec = replace(run.exported.spec, eval=Pairs())
+    text = describe(
+        replace(run.exported, spec=spec, result=replace(run.result, state=state)),
+        {},
+        None,
+        Path(run.folder.merged),
+    )
+    assert "| 2.5000 | **1.2500** |" in text
+    assert (
+        "On 64 held-out pairs it gives the preferred answer the higher gain over the base model in 0.75"
+        " (95% interval 0.63 to 0.84)." in text
+    )
+
+
+class Pairs(tiny.ListStore):
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def counts(self, indices: Any) -> Counts:
+        return Counts(pairs=64)

@@ -1,5 +1,6 @@
 """The dry run's page: one screen, with what is true of the run."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -171,3 +172,26 @@ def test_a_plan_that_does_not_fit_this_machine_is_shown_and_refused(
     assert "\nexamples, with the supervised tokens in [[ ]]\n" in capsys.readouterr().out
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert value(shown(**large)[0], "time").startswith("not estimated: the workers run on another")
+
+
+def test_a_pair_is_shown_as_one_prompt_with_both_answers(shown: Shown, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": "a b", "rejected": "ccccc"} for n in range(10, 34)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page, lines = shown(data__train=[{"path": str(tmp_path / "pairs.jsonl")}], data__max_length=128)
+    told = r"24, \d\.\d per sequence; prompt \d+, chosen 4, rejected 6 tokens \(medians\)"
+    assert re.fullmatch(told, value(page, "pairs"))
+    example = page.partition("examples")[2]
+    assert "[[a b" in example.partition("  rejected:\n    [[ccccc")[0]
+    assert [line for line in lines if "gate.metric" in line] == []
+
+
+def test_held_out_pairs_decide_the_metric_of_the_gate(shown: Shown, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": "a b", "rejected": "ccccc"} for n in range(10, 34)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"path": str(tmp_path / "pairs.jsonl")}]
+    drawn = {"data__train": pairs, "data__eval": [], "data__eval_fraction": 0.3}
+    preferred = {"metric": "eval/pairs/preferred", "at_least": 0.6}
+    _, lines = shown(**drawn, data__max_length=128, gate={"and": [preferred]})
+    assert any("gate.metric: auto is eval/pairs/loss: held-out rows of" in line for line in lines)
+    with refused("gate: metric eval/pairs/preferred is not measured: no held-out pairs"):
+        shown(data__train=pairs, data__max_length=128, gate={"and": [preferred]})

@@ -113,3 +113,20 @@ def test_the_end_says_that_nothing_became_better_and_that_held_out_rows_were_dra
     assert [line for line in lines if f"1.0000 after (step {best})" in line]
     assert any("no step has improved the held-out loss" in line for line in lines) == (best == 0)
     assert any("ask in new words, too" in line for line in lines) == drawn
+
+
+def test_of_pairs_the_end_has_the_loss_of_the_chosen_answers_and_not_the_objective(
+    tmp_path: Path,
+) -> None:
+    config = tiny.config(run__storage=str(tmp_path), data__eval=["other.jsonl"])
+    gains = {"loss": 0.5, "preferred": 0.75, "margin": 4.0, "chosen": -1.0, "rejected": -5.0}
+    of_pairs = {f"eval/pairs/{name}": value for name, value in gains.items()}
+    best = {"step": 4.0, "eval/objective": 0.5, "eval/loss": 2.125, **of_pairs}
+    history = [{"step": 0.0, "eval/objective": 0.69, "eval/loss": 2.25}, best]
+    state = TrainState(4, 0.5, 4, history=history)
+    with said() as lines:
+        spec: Any = SimpleNamespace(config=config)
+        exported = Exported(spec, RunFolder(config.folder()), TrainResult(state=state), {})
+        finished(exported, [], {**result(tmp_path), "scores": {}}, None)
+    assert [line for line in lines if "2.2500 before, 2.1250 after (step 4)" in line]
+    assert [line for line in lines if "0.75 preferred, margin +4.0 nats, log p chosen -1.0" in line]

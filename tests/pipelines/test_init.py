@@ -414,3 +414,13 @@ def test_a_template_without_system_messages_gets_none_for_labels() -> None:
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_pairs_get_one_epoch_and_a_weight_of_their_chosen_answers() -> None:
+    pairs = [{"prompt": f"{n}?", "chosen": f"{n}", "rejected": "no"} for n in range(60)]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    config = written("p.jsonl")
+    assert (config.train.epochs, config.train.chosen) == (1, 0.1)
+    text = Path("my_run.yaml").read_text()
+    assert "# preference pairs in jsonl" in text
+    assert "too_long" not in text
