@@ -26,7 +26,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.decided import DataConfig
 from olora_ray.config.load import flatten, override, read_config
 from olora_ray.config.schema import OF_PAIRS, Config
-from olora_ray.config.section import Source, extended
+from olora_ray.config.section import Source, extended, is_auto
 from olora_ray.data.formats import format_named
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import lower_is_better
@@ -353,7 +353,7 @@ def _check_held_out(config: Config, inputs: Inputs, champion: Version) -> None:
         )
     gate = config.gate
     of_pairs = gate.metric in OF_PAIRS
-    scored = not (of_pairs or lower_is_better(gate.metric))
+    scored = not (of_pairs or is_auto(gate.metric) or lower_is_better(gate.metric))
     if scored and config.evaluation.rows < gate.min_rows:
         raise UserError(
             f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but gate.min_rows needs"

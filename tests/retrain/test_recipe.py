@@ -236,6 +236,13 @@ def test_where_too_few_rows_are_held_out_for_the_gate_nothing_is_trained(
     with refused("evaluation.rows"):
         made(override(apart, score), champion)
     made(override(apart, score | {"evaluation.rows": 20}), champion)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 19)
+    sources = [*apart.model_dump()["data"]["eval"], {"path": str(pairs), "format": "preference"}]
+    of_pairs = {"data.eval": sources, "gate.metric": "eval/pairs/loss"}
+    with refused("19 held-out pairs, but needs 20"):
+        made(override(apart, of_pairs), champion)
+    made(override(apart, {**of_pairs, "gate.min_rows": 19}), champion)
 
 
 def test_a_group_that_is_no_column_is_refused_before_anything_is_trained(

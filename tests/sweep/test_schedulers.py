@@ -137,6 +137,7 @@ def test_trials_on_the_same_rows_are_compared_by_their_training_losses(tmp_path:
         {"search": {"train.steps": {"choice": [60, 120]}}},
         {"search": {"adapter.dropout": {"choice": [0.0, 0.1]}}},
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact", "mode": "max"},
+        {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "eval/pairs/loss", "mode": "min"},
     ],
 )
 def test_others_are_compared_by_evaluations(settings: dict[str, Any]) -> None:

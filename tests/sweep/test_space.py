@@ -68,7 +68,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metric that nobody reports": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "eval/los"},
-        "'eval/los'; use eval/loss, eval/perplexity, train/loss or score/NAME",
+        "'eval/los'; use eval/loss, eval/perplexity, eval/pairs/loss, train/loss or score/NAME",
     ),
     "score with a scheduler": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact_match"},
