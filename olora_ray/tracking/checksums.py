@@ -36,6 +36,10 @@ SETTINGS = "olora.settings_digest"
 # Tag of a version: passed, refused, promoted or rolled back, with the reason.
 GATE = "olora.gate"
 ROLLED_BACK = "rolled back"
+# Tag of a version: the version that it had to beat when the gate decided; empty if there was none.
+AGAINST = "olora.gate_against"
+# Tag of a version: digest of the rows that were held out from its training.
+HELD_OUT = "olora.held_out_digest"
 # Tag of a version, and its value for one that needs its base model.
 EXPORT = "olora.export"
 ADAPTER_ONLY = "adapter only"
