@@ -12,9 +12,10 @@ from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import notify
-from olora_ray.retrain.recipe import AGAINST, CHANGED, Baseline
+from olora_ray.retrain.recipe import CHANGED, Baseline
+from olora_ray.tracking import old_versions
 from olora_ray.tracking.aliases import CHAMPION, Aliases
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import AGAINST, Version
 from olora_ray.tracking.run import newest_runs
 from olora_ray.tracking.start import resolve_uri, start_run
 
@@ -197,7 +198,8 @@ def nights(aliases: Aliases) -> Nights:
     decided = [
         float(run["when"]) for run in told if run["olora.decision"] in ("promoted", "refused")
     ]
-    judged = [version for version in versions if version.verdict and AGAINST in version.tags]
+    known = [*old_versions.pruned(aliases), *versions]
+    judged = [version for version in known if version.verdict and AGAINST in version.tags]
     rows = [Fingerprint.from_tags(version.tags).held_out for version in judged]
     same = [each.created for each, digest in zip(judged, rows, strict=True) if digest == rows[-1]]
     return Nights(

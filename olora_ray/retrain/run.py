@@ -28,10 +28,10 @@ from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.retrain import decision_run, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
-from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
-from olora_ray.tracking import client, models
+from olora_ray.retrain.recipe import Inputs, continued_version, version_to_beat
+from olora_ray.tracking import client, models, old_versions
 from olora_ray.tracking.aliases import CHAMPION, Aliases, Overtaken
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import AGAINST, Version
 from olora_ray.tracking.start import resolve_uri
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,8 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     def decide(challenger: Version, against: Version | None) -> Decision:
         if not learned:
             return NOTHING_LEARNED
-        return compare.decision(inputs, guard, challenger, against, aliases.versions())
+        gone = old_versions.pruned(aliases)
+        return compare.decision(inputs, guard, challenger, against, aliases.versions(), gone)
 
     # If another process has taken the lock, that process decides.
     apply_decision(aliases, version.number, decide, lease.check)

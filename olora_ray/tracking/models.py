@@ -327,14 +327,19 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
 
 def of_run(tracking_uri: str, run_id: str) -> str | None:
     """Return the id of the newest model that an MLflow run has logged; None if there is no such model or run."""
+    found = logged_by(tracking_uri, run_id)
+    newest = max(found, key=lambda model: model.creation_timestamp, default=None)
+    return None if newest is None else newest.model_id
+
+
+def logged_by(tracking_uri: str, run_id: str) -> "Sequence[LoggedModel]":
+    """Return the models that an MLflow run has logged; none if there is no such run."""
     client = connect(tracking_uri)
     with reachable(tracking_uri):
         run = existing(client.get_run, run_id)
         if run is None:
-            return None
-        found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
-        newest = max(found, key=lambda model: model.creation_timestamp, default=None)
-        return None if newest is None else newest.model_id
+            return ()
+        return client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
 
 
 def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
