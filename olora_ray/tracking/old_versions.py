@@ -1,6 +1,6 @@
 """Old versions of a registered model: which of them may go, and their deletion with the files.
 
-A version without checksums, which another program has registered, stays: its files may be somebody's only copy.
+A version without checksums, which another program has registered, stays: its files may be the only copy.
 """
 
 from dataclasses import replace
