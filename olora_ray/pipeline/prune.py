@@ -16,7 +16,6 @@ same command completes what it has begun.
 import os
 import re
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from olora_ray.common import lock, storage
@@ -30,8 +29,11 @@ from olora_ray.tracking import old_versions, start
 CACHES = ("tokens", "models")
 """Folders of a storage whose entries are made again when they are needed."""
 COPY = re.compile("(merged-)?[0-9a-f]{16,32}")
-TELLING = ("config.yaml", "state.json", "search.json", "compare.json")
+SEARCHES = ("search.json", "compare.json")
+TELLING = ("config.yaml", "state.json", *SEARCHES)
 """Files that name what a run, search or comparison uses; a finished run names it in result.json."""
+MARK = "tracking.json"
+"""The file that makes a folder a run; a user's own folder beside the runs has none. It is deleted last."""
 
 
 def main(argv: list[str]) -> None:
@@ -70,10 +72,10 @@ def prune(root: str, before: float, uri: str, dry: bool) -> int:
     freed = 0
     for name in names:
         files, changed = storage.usage(storage.join(root, name))
-        if changed > before or (name in told and "config.yaml" not in files):
+        is_run = MARK in files and not files.keys() & set(SEARCHES)
+        if changed > before or (name in told and not is_run):
             continue
-        others = [text for each, text in told.items() if each != name]
-        use = _use(root, name, others, uri)
+        use = _use(root, name, "".join(told.values()), uri)
         if not use and not dry:
             use = _delete(root, name)
         size = sum(files.values())
@@ -92,17 +94,14 @@ def _told(folder: str) -> str:
     return "".join(storage.read_text(storage.join(folder, file)) for file in wanted)
 
 
-def _use(root: str, name: str, others: Iterable[str], uri: str) -> str:
+def _use(root: str, name: str, told: str, uri: str) -> str:
     """Return what a folder is used for; empty if it may go."""
     parent, _, entry = name.rpartition("/")
-    if any((entry if parent else f"/{name}/") in text for text in others):
-        return "stays, because another run, search or comparison names it"
+    if (entry if parent else f"/{name}/") in told:
+        return "stays, because a run, search or comparison names it"
     if parent:
         return "stays, because something is at work here" if _at_work(root) else ""
-    folder = RunFolder(storage.join(root, name))
-    if not storage.exists(storage.join(folder.root, "tracking.json")):
-        return ""
-    run_id = folder.tracking_run(uri, root)
+    run_id = RunFolder(storage.join(root, name)).tracking_run(uri, root)
     if run_id is None:
         return "stays, because it was logged to another MLflow; give --tracking-uri"
     if old_versions.made_one_in_use(uri, run_id):
@@ -116,18 +115,15 @@ def _at_work(root: str) -> bool:
 
 
 def _delete(root: str, name: str) -> str:
-    """Delete a folder, the file that makes it a run last; return why not, if a run works in it."""
+    """Delete a folder; return why it stays, if a run works in it."""
     place = storage.join(root, name)
+    # Without its result a run does not look finished, and a manifest precedes the shards of its token store.
+    order = sorted(storage.names(place), key=lambda each: (each == MARK, each != "result.json"))
     try:
         with lock.held(storage.join(root, "locks", "runs", f"{Path(name).name}.json"), name):
-            for each in sorted(storage.names(place), key=_when_deleted):
+            for each in order:
                 storage.remove(storage.join(place, each))
             storage.remove(place)
     except TryAgain as busy:
         return f"stays: {busy}"
     return ""
-
-
-def _when_deleted(name: str) -> tuple[bool, bool, str]:
-    # Without its result a run does not look finished, and without its manifest a token store is not complete.
-    return name == "config.yaml", name != "result.json", name

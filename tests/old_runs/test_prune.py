@@ -21,6 +21,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found = unpacked(tmp_path / "project") / "runs"
     for name in ("0123456789abcdef", "merged-0123456789abcdef", "llama-0123456789abcdef"):
         storage.write_text(f"{found}/models/{name}/config.json", "{}")
+    storage.write_text(f"{found}/own/config.yaml", "run: {name: own}")  # a user's folder
     for path in found.rglob("*"):
         os.utime(path, (OLD, OLD))
     return found
