@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -349,10 +350,10 @@ class Evaluator:
         """Return loss and answers before the first step, from `file` if an earlier attempt has written it."""
         origin = self.spec.baseline_identity()
         first = self.context.rank == 0
-        baseline = Baseline.read(file, origin, len(self.questions)) if first else None
-        baseline = collectives.from_first(baseline)
-        if baseline is not None:
-            return baseline
+        known = Baseline.read(file, origin, len(self.questions)) if first else None
+        fields = collectives.from_first(None if known is None else asdict(known))
+        if fields is not None:
+            return Baseline(**fields)
         logger.info("evaluating before the first step")
         loss = None
         if self.spec.eval:
