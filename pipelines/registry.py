@@ -17,6 +17,8 @@ OLD, NEW        the folder of a storage (run.storage) before it was moved or cop
 --keep          the number of newest versions that stay
 --dry-run       only print what prune would delete
 --key           an EC key in PEM: a path, file:/PATH, or env:VARIABLE that holds the key
+--verify        for promote, rollback and show: a public key, whose private key must have signed VERSION; default:
+                OLORA_VERIFY
 
 list prints a line per version, show all about one version: data, base model, code, who made it, cost, decision and
 files. promote makes VERSION the champion; rollback makes the previous champion the champion again. sign writes a
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
         argv or ["--help"],
         __doc__ or "",
         flags=["--dry-run"],
-        options=["--tracking-uri", "--key", "--keep"],
+        options=["--tracking-uri", "--key", "--verify", "--keep"],
     )
     # Before MLflow is imported.
     quiet_environment()
@@ -77,7 +79,12 @@ def main(argv: list[str]) -> None:
     if act is moved:
         moved(names[0], names[1], given)
         return
-    aliases = registered(start.chosen_uri(given), names[0])
+    public = parsed.options.get("--verify")
+    if act is verify:
+        public = key
+    if act is sign:  # its files are checked before they have a signature
+        public = ""
+    aliases = registered(start.chosen_uri(given), names[0], public)
     if act is prune:
         prune(aliases, str(keep), bool(parsed.flags))
         return
@@ -148,7 +155,7 @@ def sign(aliases: Aliases, which: str, key: str) -> None:
 
 def verify(aliases: Aliases, which: str, key: str) -> None:
     number = _number(aliases, which)
-    count = aliases.verify_signature(number, key)
+    count = aliases.verify(number)
     print(f"{aliases.name}: version {number}: all {count} files are as signed by the key of {key}")
 
 

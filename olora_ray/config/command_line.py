@@ -211,6 +211,9 @@ def resolved(config: Resolved, folder: Path = Path()) -> Resolved:
             for each in config.gate.guard
         )
         config = _changed(config, gate=_changed(config.gate, guard=guard))
+    if isinstance(config, Config) and config.registry.verify:
+        verify = absolute(config.registry.verify, folder, "registry.verify")
+        config = _changed(config, registry=_changed(config.registry, verify=verify))
     storage = absolute(config.run.storage, lasting(folder), "run.storage")
     return _changed(
         config,

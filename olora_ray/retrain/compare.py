@@ -325,8 +325,8 @@ def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | No
     named = with_model(config, own)
     base = with_tokenizer(find_model(named), named)
     if version.checksum:
-        aliases = Aliases(resolve_uri(config), version.name)
-        aliases.verify_copy(version.number, Path(base.model.folder))
+        folder = Path(base.model.folder)
+        Aliases.of(config, version.name).verify_copy(version.number, folder)
     return named, base, None
 
 

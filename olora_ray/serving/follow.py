@@ -19,6 +19,8 @@ NAME@ALIAS      a registered model and its alias (chats@champion), or a version 
 --mirror        a folder or bucket that gets each version as PLACE/NAME@VERSION, where Ray Serve LLM loads adapters
                 (dynamic_lora_loading_path), and then the file PLACE/NAME@ALIAS with the name of that folder
 --cache         a folder for the adapters, which the engine can read; default: ~/.cache/olora_ray/adapters
+--verify        a file with a public key (PEM): only versions that its private key has signed are loaded; default:
+                OLORA_VERIFY
 --tracking-uri  as for `olora-ray registry`
 
 The command asks MLflow every two seconds and prints a line per change. It loads a version only if all its files have
@@ -65,7 +67,16 @@ NEEDS = {
     "--share": "--challenger",
     "--rows": "--challenger",
 }
-OPTIONS = ["--engine", "--base", "--key", *NEEDS, "--mirror", "--cache", "--tracking-uri"]
+OPTIONS = [
+    "--engine",
+    "--base",
+    "--key",
+    *NEEDS,
+    "--mirror",
+    "--cache",
+    "--verify",
+    "--tracking-uri",
+]
 
 
 def main(argv: list[str]) -> None:
@@ -82,7 +93,9 @@ def main(argv: list[str]) -> None:
     (name,) = parsed.words
     uri = start.chosen_uri(options.get("--tracking-uri"))
     cache = Path(command_line.absolute(options.get("--cache", str(CACHE))))
-    watches = [Watch(each, uri, cache) for each in (name, options.get("--challenger")) if each]
+    verify = options.get("--verify")
+    names = [each for each in (name, options.get("--challenger")) if each]
+    watches = [Watch(each, uri, cache, verify) for each in names]
     given = list[tuple[Watch, Callable[[str, Adapter], None], Attempts]]()
     if "--engine" in options:
         engine = Engine(options["--engine"], options.get("--base"), options.get("--key"))

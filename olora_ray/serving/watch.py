@@ -94,7 +94,9 @@ class Attempts:
 
 
 class Watch:
-    def __init__(self, name: str, tracking_uri: str, cache: Path = CACHE) -> None:
+    def __init__(
+        self, name: str, tracking_uri: str, cache: Path = CACHE, verify: str | None = None
+    ) -> None:
         model, _, which = name.rpartition("@")
         if not model or not which:
             raise UserError(f"{name}: expected NAME@ALIAS or NAME@VERSION of a registered model")
@@ -104,6 +106,7 @@ class Watch:
         self._uri = f"{models.SCHEME}{model}{separator}{which}"
         self._tracking_uri = tracking_uri
         self._cache = cache
+        self._verify = verify
         self._asking = Attempts(name, f"{name}: MLflow names a version again")
         self._fetching = Attempts(name)
         self._current: Adapter | None = None
@@ -115,7 +118,7 @@ class Watch:
     def look(self) -> Adapter | None:
         """Return the current adapter; None if none could be loaded since the start. Log what is wrong."""
         with self._asking.attempt():
-            version = models.resolve(self._uri, self._tracking_uri)
+            version = models.resolve(self._uri, self._tracking_uri, self._verify)
             self.answered = time.time()
             self.meant = f"{version.name}@{version.number}"
             key = f"{version.number} {version.checksum}"
