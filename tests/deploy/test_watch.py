@@ -147,6 +147,8 @@ olora_held_out_uses{{model="chats"}} 3
 olora_follow_requests_total{{model="chats@champion",version="7",code="200"}} {100 * minute}
 olora_follow_requests_total{{model="chats@champion",version="7",code="502"}} {10 * minute}
 olora_follow_version{{model="chats@champion"}} 7
+olora_follow_from_cache{{model="chats@champion"}} 0
+olora_follow_rows_left_out_total {minute}
 olora_follow_last_answer_timestamp_seconds{{of="mlflow"}} {at}
 olora_follow_last_answer_timestamp_seconds{{of="engine"}} {at - 600}
 """.splitlines()
