@@ -293,7 +293,7 @@ def _note_push(config: Config, state: str) -> None:
         return
     aliases = Aliases.of(config)
     # A run may have been registered elsewhere, or not at all; then no retraining reads the tag.
-    if aliases.versions():
+    if aliases.exists():
         aliases.tag(PUSHED, state)
 
 

@@ -104,12 +104,21 @@ class Aliases:
         with reachable(self.uri):
             return self._version(number)
 
-    def versions(self) -> list[Version]:
+    def exists(self) -> bool:
+        """True if the model has a version."""
+        with reachable(self.uri):
+            return bool(self.client.search_model_versions(name_filter(self.name), max_results=1))
+
+    def versions(self, run_id: str | None = None) -> list[Version]:
+        """Return the versions, the oldest first; those of one MLflow run, if it is given."""
+        wanted = name_filter(self.name)
+        if run_id is not None:
+            wanted += f" and run_id = '{run_id}'"
         with reachable(self.uri):
             versions: list[Version] = []
             token = None
             while True:
-                page = self.client.search_model_versions(name_filter(self.name), page_token=token)
+                page = self.client.search_model_versions(wanted, page_token=token)
                 versions.extend(map(Version.of, page))
                 token = page.token
                 if not token:
@@ -143,7 +152,7 @@ class Aliases:
 
     def of_run(self, run_id: str) -> Version | None:
         """Return the version that an MLflow run registered under this name; None if it is missing or deleted."""
-        return next((each for each in reversed(self.versions()) if each.run_id == run_id), None)
+        return next(reversed(self.versions(run_id)), None)
 
     def files_uri(self, number: str) -> str:
         with reachable(self.uri, upload=True):
@@ -391,7 +400,7 @@ def registered(uri: str, name: str, verify: str | None = None) -> Aliases:
     """Return the aliases of a model; raise UserError if MLflow does not answer or has no version of it."""
     check_uri(uri)
     aliases = Aliases(uri, name, verify)
-    if not name.strip() or not aliases.versions():
+    if not name.strip() or not aliases.exists():
         raise UserError(f"no model {name!r} with a version is registered in {shown_uri(uri)}")
     return aliases
 
