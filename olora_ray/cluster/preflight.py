@@ -374,6 +374,11 @@ def _workers(config: AnyDecided) -> Iterator[str]:
         f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
     )
     if now >= fewest:
+        free = resources.free_workers(wanted)
+        if free < fewest:
+            logger.info(
+                f"training waits until others release their room: {needs}, {free} of them now"
+            )
         return
     if fewest <= most or config.cluster.is_elastic:
         logger.info(f"training waits for the cluster to grow: {needs}")
