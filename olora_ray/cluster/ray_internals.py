@@ -110,7 +110,7 @@ def agents_at_free_ports() -> Iterator[None]:
         self._ray_params.update(**ports)
         raylet: Any = _raylet
         file = raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME
-        raylet.persist_port(self._session_dir, self._node_id, file, ports[listen])
+        raylet.persist_port(self.get_session_dir_path(), self.node_id, file, ports[listen])
         whole(self)
 
     node.Node.start_head_processes = start  # type: ignore[method-assign]

@@ -31,11 +31,13 @@ def address() -> Iterator[str]:
 
 def test_two_runs_on_two_cpus_both_end(address: str, tiny_project: Path, tmp_path: Path) -> None:
     started = []
+    # Each worker takes one of the CPUs.
+    changes = {"cluster__workers": 1, "cluster__cpus_per_worker": 1}
     with processes.scratch() as folder:
         for name in ("a", "b"):
             for place in (folder / name, tmp_path / name):
                 place.mkdir()
-            config = runs.written(tiny_project, tmp_path / name, run__name=name)
+            config = runs.written(tiny_project, tmp_path / name, run__name=name, **changes)
             # Its shards are small, and tasks of Ray Data make them.
             run = Run(config, folder / name, Fault("shard", step=99))
             run.extra = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
