@@ -136,11 +136,16 @@ class Version:
     @classmethod
     def of(cls, version: "ModelVersion", key: str | None = None) -> "Version":
         """Return MLflow's version; `key` None: that of the environment."""
-        if key is None:
-            key = os.environ.get(VERIFY, "")
         seconds = (version.creation_timestamp or 0) / 1000
         tags = dict(version.tags)
-        return cls(version.name, str(version.version), tags, version.run_id, seconds, key)
+        return cls(version.name, str(version.version), tags, version.run_id, seconds, needed(key))
+
+
+def needed(key: str | None) -> str:
+    """Return the public key that versions must be signed by; None: that of the environment, or none."""
+    if key is None:
+        return os.environ.get(VERIFY, "")
+    return key
 
 
 def origin_tags(folder: str, base: str, used: Mapping[str, float]) -> dict[str, str]:
