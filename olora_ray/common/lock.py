@@ -39,7 +39,7 @@ class LockHeld(TryAgain):
     def __init__(self, message: str, since: float) -> None:
         super().__init__(message)
         self.since = since
-        """When the other process has taken it, in seconds since 1970."""
+        """Time at which the other process took it, in seconds since 1970."""
 
 
 class LockUnreadable(TryAgain):

@@ -1,6 +1,6 @@
-"""What a command tells deploy/night.py about its end and its notifications: lines of JSON, apart from its output.
+"""Lines of JSON, apart from its output, with which a command tells deploy/night.py of its end and its notifications.
 
-The output may contain rows of data, which must not decide whether somebody is told of a failure. VARIABLE names the
+The output may contain rows of data, which must not decide whether a failure is told. VARIABLE names the
 way: the descriptor of a pipe, as NUMBER:INODE, because a child of the command may have another file there; else a word
 that nobody else knows, which begins such lines in the output of a job on a cluster (deploy/submit.py).
 """

@@ -37,7 +37,7 @@ def shown(program: str) -> str:
 
 
 def is_older(version: str, than: str) -> bool:
-    """True if the release `version` came before `than`; False for a build that somebody made from source."""
+    """True if the release `version` came before `than`; False for a build from source."""
     return "dev" not in version and _numbers(version) < _numbers(than)
 
 

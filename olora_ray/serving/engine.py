@@ -33,7 +33,7 @@ class Engine:
                 )
             self.headers["Authorization"] = f"Bearer {looked_up(key, '--key')}"
         self.served: dict[str, Adapter] = {}
-        """What answers as each model, as far as is known."""
+        """Model -> the version that answers as it, as far as is known."""
         self.answered = time.time()
         """The time of the engine's last answer."""
         self._version = ""

@@ -33,7 +33,7 @@ HEAD = 4 * 2**20
 # vLLM closes a connection that was idle for 5 s. Of two ends that close at once, the later one loses a request.
 KEPT_SECONDS = 4.0
 SHADOWS = 8
-"""How many requests the challenger answers at once beside the champion (--rows)."""
+"""Largest number of requests that the challenger answers at once beside the champion (--rows)."""
 # These headers are about one connection.
 _OF_A_CONNECTION = {
     *("connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect", "host"),
@@ -74,7 +74,7 @@ class Proxy:
         self._version = Gauge("olora_follow_version", "Version that the engine has", ["model"])
         self._recalled = Gauge(
             "olora_follow_from_cache",
-            "1: the version is from the cache, as MLflow is away",
+            "1: the version is from the cache, as MLflow does not answer",
             ["model"],
         )
         self._answered = Gauge(

@@ -45,9 +45,12 @@ class Resolver:
             return None
         now = time.monotonic()
         self._unknown = {name: until for name, until in self._unknown.items() if until > now}
-        unknown = lora_name in self._unknown or len(self._unknown) >= UNKNOWN
-        if unknown and lora_name not in self._known:
+        if lora_name in self._unknown and lora_name not in self._known:
             return None
+        if (
+            len(self._unknown) >= UNKNOWN
+        ):  # invented names must not keep another one from being found
+            self._unknown.clear()
         # vLLM hands its models and its engine to no resolver; its method that awaits this one has them.
         vllm = sys._getframe(1).f_locals["self"]
         _log_as_vllm()

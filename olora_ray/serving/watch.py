@@ -116,7 +116,7 @@ class Watch:
         self._asking = Attempts(name, f"{name}: MLflow names a version again")
         self._fetching = Attempts(name)
         self.current: Adapter | None = None
-        """What the last look has found; None if no adapter could be loaded since the start."""
+        """The adapter that the last look found; None if none could be loaded since the start."""
         self.answered = time.time()
         """The time of MLflow's last answer."""
         self.away = True
