@@ -1,6 +1,7 @@
 """Loss over rank, alpha and method at 20, 60 and 200 steps, each at its tuned rate: what should a user set?
 
     python benchmarks/settings.py run [--most 10]    train what is missing, in the order of PLAN
+    python benchmarks/settings.py lasting            train what is missing of LASTING, into docs/generated/lasting.jsonl
     python benchmarks/settings.py left               how many trainings and CPU hours are left
     python benchmarks/settings.py table              the registered tables, from the trainings so far
 
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.evaluation.statistics import Difference, crossed, per_token, simultaneous
 from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import first_step
 from olora_ray.train.data_driven import sizes_of
 from olora_ray.train.loader import Schedule, StepLoader
@@ -77,6 +79,9 @@ SPECTRAL_MIDDLE = 0.006
 """The middle of the spectral step's rates in a training of 20 steps, at every rank."""
 SPECTRAL_AUTOMATIC = 0.6667
 """Multiple of SPECTRAL_MIDDLE that `train.lr: auto` takes at rank 16."""
+GUARD = ROOT / "olora_ray" / "retrain" / "guard.jsonl"
+GUARD_EVERY = 5
+"""The guard loss is measured on each fifth of the gate's 800 guard rows, beginning with the first."""
 RANKS, FACTORS, METHODS = (8, 16, 64), (1, 2, 4), ("lora", "olora", "nora")
 Line = dict[str, Any]
 
@@ -183,14 +188,18 @@ TASKS = ("reasoning", "json", "summary")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "left", "table"))
+    parser.add_argument("what", choices=("run", "lasting", "left", "table"))
     parser.add_argument("--most", type=int, default=sys.maxsize, help="trainings after which run ends")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "generated" / "settings.jsonl")
+    generated = ROOT / "docs" / "generated"
+    parser.add_argument("--results", type=Path, default=generated / "settings.jsonl")
+    parser.add_argument("--lasting", type=Path, default=generated / "lasting.jsonl", help="results of `lasting`")
     parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "run":
-        run(args.results, args.storage, args.most)
+        run(args.results, args.storage, args.most, missing)
+    elif args.what == "lasting":
+        run(args.lasting, args.storage, args.most, missing_of_lasting)
     elif args.what == "left":
         print(left(read(args.results)))
     else:
@@ -291,6 +300,18 @@ def missing(results: Results) -> list[Training]:
     return list(found)
 
 
+LASTING = [
+    Training(Cell(task, "olora", 16, 16.0, steps=200, optimizer="spectral"), TUNING_SEED, factor)
+    for task in ("reasoning", "summary", "json")
+    for factor in (0.3529, 0.5, 0.2353)
+]
+"""The trainings of "What lasts", experiment 1: rates 0.0012, 0.0017 and 0.0008. A task ends before the next begins."""
+
+
+def missing_of_lasting(results: Results) -> list[Training]:
+    return [training for training in LASTING if training.factor not in results.tuning(training.cell)]
+
+
 COARSE = (1.0, 0.5, 2.0)
 """Multiples of the automatic rate on which every cell is tuned. The cell of an arm gets a fourth."""
 
@@ -321,18 +342,18 @@ def tuned_factor(losses: dict[float, float]) -> float | None:
 # Trainings
 
 
-def run(path: Path, storage: str, most: int) -> None:
+def run(path: Path, storage: str, most: int, missing_of: Callable[[Results], list[Training]]) -> None:
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         raise SystemExit("this processor has no native bfloat16: its results cannot be compared with the others")
     keep_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
     (claims := WORK / "claims").mkdir(parents=True, exist_ok=True)
     done = 0
-    while done < most and (open_ := missing(read(path))):
+    while done < most and (open_ := missing_of(read(path))):
         for training in open_:
             with claim(claims, training) as mine:
                 # Another process may have ended it since the results were read.
-                if mine and training in missing(read(path)):
+                if mine and training in missing_of(read(path)):
                     state = WORK / f"{training.name()}.pt"
                     append(path, train(training, read(path).auto(training.cell), storage, state))
                     state.unlink(missing_ok=True)
@@ -370,8 +391,14 @@ def read(path: Path) -> Results:
 def train(training: Training, auto: float | None, storage: str, state: Path) -> Line:
     cell, seed, factor = training
     loss, rows = base(cell.dtype, storage), data(cell.task, storage)
+    guard_before = guard_of_base(cell.dtype, storage)
     mixed = shuffled(rows["train"], seed)
-    done = torch.load(state) if state.exists() else {"losses": [], "cpu": 0.0, "auto": auto}
+    done: dict[str, Any] = {"losses": [], "cpu": 0.0, "auto": auto}
+    if state.exists():
+        saved = torch.load(state)
+        # Another processor rounds differently. A training that it began is trained anew.
+        if saved["on"] == processor():
+            done = saved
     began = time.process_time()
     auto = done["auto"]
     if not auto and cell.optimizer != "spectral":  # of the tuning seed, whichever training of the cell is the first
@@ -389,31 +416,47 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
     attention = loss.model.config._attn_implementation
     loader = StepLoader(mixed, trainer.config.train, seed, attention)
     tested = rows["tuning" if seed == TUNING_SEED else "test"]
+    quarter = cell.steps * 3 // 4
+    summed = done.get("summed", torch.zeros_like(trainer.flat.vector))
     curve: list[float] = []
+    found: float | None = None
+    guard_after: float | None = None
+    averaged: tuple[float, float] | None = None
     losses: list[tuple[int, float]] = []
     cpu, started = done["cpu"], time.process_time()
     try:
         for curve in steps(trainer, loader, Schedule(trainer.config.train, mixed), done):
             cpu = done["cpu"] + time.process_time() - started
+            if len(curve) > quarter:
+                summed += trainer.flat.vector
             if len(curve) % SAVED == 0 and len(curve) < cell.steps:
-                save(state, trainer, {"losses": curve, "cpu": cpu, "auto": auto})
+                more = {"losses": curve, "cpu": cpu, "auto": auto, "summed": summed, "on": processor()}
+                save(state, trainer, more)
         losses = row_losses(loss, tested, attention)
+        found = mean_loss(losses)
+        guard_after = mean_loss(row_losses(loss, guard_rows(storage), attention))
+        trainer.flat.vector.copy_(summed / (cell.steps - quarter))
+        of_mean = mean_loss(row_losses(loss, tested, attention))
+        averaged = of_mean, mean_loss(row_losses(loss, guard_rows(storage), attention))
     except UserError as error:
         print(error, file=sys.stderr)
-    mean = sum(each for _, each in losses) / sum(tokens for tokens, _ in losses) if losses else math.inf
     return {
         **vars(cell),
         "seed": seed,
         "factor": factor,
         "auto": auto,
         "lr": lr,
-        "loss": round(mean, 5) if math.isfinite(mean) else None,
+        "loss": found if found is not None and math.isfinite(found) else None,
+        # Guard loss of the base model, and after the training.
+        "guard": (guard_before, guard_after),
+        # Loss and guard loss of the mean of the adapters of the last quarter of the steps.
+        "averaged": averaged,
         # Mean loss of each tenth of the steps.
         "curve": [round(float(part.mean()), 4) for part in np.array_split(curve, 10)] if losses else [],
         "cpu": round(done["cpu"] + time.process_time() - began),
         "step_cpu": round(cpu / cell.steps, 2),
         "code": code(),
-        "on": machine().partition(",")[0],
+        "on": processor(),
         **({"rows": losses} if seed != TUNING_SEED else {}),
     }
 
@@ -449,6 +492,34 @@ def row_losses(loss: Any, packs: Any, attention: str) -> list[tuple[int, float]]
         parts = loss.each(collate(batch, attention)).double().split(sizes)
         found += [(size, round(float(part.sum()), 3)) for size, part in zip(sizes, parts, strict=True)]
     return found
+
+
+def mean_loss(losses: Sequence[tuple[int, float]]) -> float:
+    return round(sum(each for _, each in losses) / sum(tokens for tokens, _ in losses), 5)
+
+
+@cache
+def processor() -> str:
+    return machine().partition(",")[0]
+
+
+@cache
+def guard_rows(storage: str) -> HeldOut:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(MODEL, storage))
+    lines = GUARD.read_text(encoding="utf-8").splitlines()[::GUARD_EVERY]
+    packs = []
+    for line in lines:
+        ids = np.array(tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids)
+        # The first token has no context, so it has no loss.
+        packs.append(Pack(ids, np.arange(len(ids)) > 0, (len(ids),)))
+    return HeldOut(packs)
+
+
+@cache
+def guard_of_base(dtype: str, storage: str) -> float:
+    """Return the guard loss of the base model, which must not have an adapter yet."""
+    loss = base(dtype, storage)
+    return mean_loss(row_losses(loss, guard_rows(storage), loss.model.config._attn_implementation))
 
 
 @cache
