@@ -11,8 +11,9 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 SHIPPED = (
-    *("pipelines/*.py", "pipelines/comparison/*.py", "pipelines/configs/quickstart.yaml"),
-    *("pipelines/configs/compare-demo.yaml", "pipelines/quickstart/*.jsonl"),
+    *("pipelines/*.py", "pipelines/other_tools.yaml"),
+    *("pipelines/configs/quickstart.yaml", "pipelines/quickstart/*.jsonl"),
+    *("pipelines/contrib/**/*.py", "pipelines/contrib/**/*.yaml"),
     *("tune_spaces/*.yaml", "docs/generated/*.json"),
 )
 

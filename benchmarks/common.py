@@ -14,10 +14,13 @@ import numpy as np
 import torch
 
 from olora_ray.common.logs import quiet_bitsandbytes
+from olora_ray.config.decided import DecidedConfig, with_values
+from olora_ray.config.load import at
 from olora_ray.config.schema import Config
+from olora_ray.config.section import is_auto
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
-from olora_ray.tokens.plan import Pack
+from olora_ray.tokens.plan import Counts, Pack
 from olora_ray.tokens.shard import pack
 from olora_ray.tokens.store import order
 
@@ -30,7 +33,22 @@ def config(storage: str, model: dict[str, str], **sections: Any) -> Config:
     run = {"name": "benchmark", "storage": storage}
     data = {"train": [{"path": "unused.jsonl"}]}
     train = {"lr": 1.0e-4, **sections.pop("train", {})}
-    return Config.model_validate({"run": run, "model": model, "data": data, "train": train, **sections})
+    return Config.model_validate(
+        {"run": run, "model": model, "data": data, "train": train, **sections}
+    )
+
+
+def decided(asked: Config) -> DecidedConfig:
+    """Return the config without auto, for one process on CPUs: no driver is there to decide."""
+    values = {
+        "data.packing": True,
+        "train.micro_batch": 4,
+        "train.activation_checkpointing": False,
+        "cluster.workers": 1,
+        "cluster.gpus_per_worker": 0.0,
+    }
+    auto = {field: value for field, value in values.items() if is_auto(at(asked, field))}
+    return with_values(asked, DecidedConfig, auto)
 
 
 def model_folder(model: str, storage: str) -> str:
@@ -40,7 +58,9 @@ def model_folder(model: str, storage: str) -> str:
     return obtain(config(storage, {"name": model})).folder
 
 
-def llama_shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, int]:
+def llama_shape(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int
+) -> dict[str, int]:
     """Return arguments of transformers' LlamaConfig; `groups` are the heads of keys."""
     return {
         "vocab_size": vocabulary,
@@ -57,13 +77,18 @@ def hollow(folder: Path, family: str, shape: dict[str, Any]) -> BaseModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, dtype="bfloat16", **shape))
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, dtype="bfloat16", **shape)
+        )
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     tied = getattr(model, "all_tied_weights_keys", None) or ()
     weights = [(name, weight) for name, weight in model.state_dict().items() if name not in tied]
     # One file per 64 weights: the system refuses to map a file that is larger than its memory.
-    files = {f"model-{start:05}.safetensors": dict(weights[start : start + 64]) for start in range(0, len(weights), 64)}
+    files = {
+        f"model-{start:05}.safetensors": dict(weights[start : start + 64])
+        for start in range(0, len(weights), 64)
+    }
     for name, inside in files.items():
         _write_hole(folder / name, inside)
     places = {weight: name for name, inside in files.items() for weight in inside}
@@ -75,7 +100,11 @@ def _write_hole(path: Path, weights: dict[str, torch.Tensor]) -> None:
     header, place = dict[str, Any](), 0
     for name, weight in weights.items():
         size = 2 * math.prod(weight.shape)
-        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [place, place + size]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(weight.shape),
+            "data_offsets": [place, place + size],
+        }
         place += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -118,61 +147,41 @@ def memory_store(rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> 
 class MemoryStore(list[Pack]):
     """A token store in memory, with the interface of `TokenStore`."""
 
-    available_shards = shard_count = 1
+    shard_count = 1
     complete = True
-    windowed = False
 
     @property
     def total(self) -> int:
         return len(self)
 
-    available = total
+    def has(self, sequences: int) -> bool:
+        return True
+
+    def wait(self, sequences: int) -> int:
+        return len(self)
 
     def order(self, seed: int, start: int, stop: int) -> Any:
         return order(len(self), seed, start, stop)
 
-    def refresh(self) -> None:
-        """Nothing to look for."""
-
-    def tokens(self, indices: Sequence[int]) -> int:
-        return sum(len(self[i].input_ids) for i in indices)
-
-    def supervised(self, indices: Sequence[int]) -> int:
-        return sum(int(self[i].supervised.sum()) for i in indices)
+    def counts(self, indices: Sequence[int]) -> Counts:
+        return sum((each for i in indices for each in self[i].examples()), Counts())
 
 
 def machine() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    precision = str(pick_dtype(config("", {"name": "unused"}).model, torch.device("cpu"))).removeprefix("torch.")
-    fast = "with" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "without"
+    precision = str(
+        pick_dtype(config("", {"name": "unused"}).model, torch.device("cpu"))
+    ).removeprefix("torch.")
+    fast = (
+        "with"
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        else "without"
+    )
     return (
         f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {fast} native bfloat16"
         f" (dtype: auto is {precision}); "
         f"load {os.getloadavg()[0]:.1f}; {packages}"
     )
-
-
-def processes_below(ancestor: int, name: str) -> list[int]:
-    """Return the ids of the descendants of `ancestor` with `name` in their title."""
-    parents: dict[int, int] = {}
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if name.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # gone meanwhile
-    return sorted(pid for pid in found if ancestor in _above(pid, parents))
-
-
-def _above(pid: int, parents: dict[int, int]) -> list[int]:
-    chain = []
-    while pid in parents:
-        pid = parents[pid]
-        chain.append(pid)
-    return chain
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import config, memory_store, our_trainer
-from peers import model_of_peft, one_by_one, peft_trainer, timed_training, trl_trainer
+from peers import ROWS_A_STEP, model_of_peft, one_by_one, peft_trainer, timed_training
 from torch import Tensor
 
 from olora_ray.config.schema import Config
 from olora_ray.tokens.store import order
 
-LONGEST, RANK, ROWS_A_STEP = 512, 16, 16
+LONGEST = 512
+RANK = 16
 Rows = list[tuple[np.ndarray, np.ndarray]]
 """(input_ids, supervised) of each row."""
 
@@ -33,16 +34,10 @@ Rows = list[tuple[np.ndarray, np.ndarray]]
 class Setting:
     name: str
     kind: str
-    """ours, peft, trl, or alone: single rows, for the reference gradient."""
+    """ours, peft, or alone: single rows, for the reference gradient."""
     workers: int = 1
     micro: int = 2
-    """Packs (ours, trl) or rows (peft, trl without packing) in a micro-batch."""
-    packing: str | None = None
-    """TRL's packing_strategy; None: padded rows."""
-    float32_adapters: bool = False
-    """PEFT's autocast_adapter_dtype."""
-    allocator: bool = False
-    """Give PEFT the allocator setting of our workers too."""
+    """Packs (ours) or rows (peft) in a micro-batch."""
 
 
 def main() -> None:
@@ -61,7 +56,8 @@ def main() -> None:
             torch.save(found, job["gradient"])
         done: dict[str, float] = {}
     else:
-        done = (run_ours if setting.kind == "ours" else run_peer)(setting, job)
+        run = run_ours if setting.kind == "ours" else run_peer
+        done = run(setting, job)
     done["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("\n" + json.dumps(done), flush=True)
 
@@ -69,7 +65,9 @@ def main() -> None:
 def make_rows(count: int, seed: int = 0) -> Rows:
     generator = np.random.default_rng(seed)
     lengths = np.clip(generator.lognormal(np.log(120), 0.6, count), 16, LONGEST).astype(int)
-    return [(generator.integers(3, 40_000, n, dtype=np.int32), np.arange(n) >= n // 2) for n in lengths]
+    return [
+        (generator.integers(3, 40_000, n, dtype=np.int32), np.arange(n) >= n // 2) for n in lengths
+    ]
 
 
 def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
@@ -81,21 +79,26 @@ def run_ours(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     cfg = our_config(job, setting, size)
     trainer, attention = our_trainer(cfg, job["folder"])
     loader = StepLoader(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
-    steps = -(-len(store) // size)  # the last is filled up from the next pass; what is done is counted
+    steps = -(
+        -len(store) // size
+    )  # the last is filled up from the next pass; what is done is counted
     whole = Schedule(cfg.train.model_copy(update={"steps": steps}), store)
     deque(islice(trainer.steps(loader, 0, whole), 1), maxlen=0)
     taken = timed(lambda: deque(trainer.steps(loader, 0, whole), maxlen=0))
     done = [int(i) for i in order(len(store), cfg.run.seed, 0, steps * size)]
     rows = sum(len(store[i].segments) for i in done)
-    return {**taken, "rows": rows, "supervised": store.supervised(done)}
+    return {**taken, "rows": rows, "supervised": store.counts(done).supervised}
 
 
 def run_peer(setting: Setting, job: dict[str, Any]) -> dict[str, float]:
     model, rows = peer(setting, job), make_rows(job["rows"])
-    make = trl_trainer if setting.kind == "trl" else peft_trainer
-    make(model, rows[:ROWS_A_STEP], setting, job).train()
-    trainer = make(model, rows, setting, job)
-    return {**timed_training(trainer), "rows": len(rows), "supervised": sum(int(marked.sum()) for _, marked in rows)}
+    peft_trainer(model, rows[:ROWS_A_STEP], setting, job).train()
+    trainer = peft_trainer(model, rows, setting, job)
+    return {
+        **timed_training(trainer),
+        "rows": len(rows),
+        "supervised": sum(int(marked.sum()) for _, marked in rows),
+    }
 
 
 def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
@@ -106,9 +109,8 @@ def gradient(setting: Setting, job: dict[str, Any]) -> dict[str, Tensor]:
     model = peer(setting, job)
     if setting.kind == "alone":
         return one_by_one(model, rows)
-    make = trl_trainer if setting.kind == "trl" else peft_trainer
     found: dict[str, Tensor] = {}
-    make(model, rows, setting, job, found).train()
+    peft_trainer(model, rows, setting, job, found).train()
     return found
 
 
@@ -123,12 +125,17 @@ def gradient_of_ours(setting: Setting, job: dict[str, Any], rows: Rows) -> dict[
     found: dict[str, Tensor] = {}
 
     def keep(lr: float, norm: float | None = None) -> float:
-        found.update({name: part.clone() for name, part in trainer.flat.named(trainer.flat.grad).items()})
+        found.update(
+            {name: part.clone() for name, part in trainer.flat.named(trainer.flat.grad).items()}
+        )
         return 0.0
 
     trainer.optimizer.step = keep
     loader = StepLoader(store, cfg.train, cfg.run.seed, attention, job["rank"], setting.workers)
-    deque(trainer.steps(loader, 0, Schedule(cfg.train.model_copy(update={"steps": 1}), store)), maxlen=0)
+    deque(
+        trainer.steps(loader, 0, Schedule(cfg.train.model_copy(update={"steps": 1}), store)),
+        maxlen=0,
+    )
     return found
 
 
@@ -137,20 +144,19 @@ def join(setting: Setting, job: dict[str, Any]) -> None:
 
     if setting.workers > 1:
         meeting = f"file://{job['scratch']}/meeting"
-        dist.init_process_group("gloo", init_method=meeting, rank=job["rank"], world_size=setting.workers)
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=job["rank"], world_size=setting.workers
+        )
 
 
 def peer(setting: Setting, job: dict[str, Any]) -> Any:
     """Return PEFT's model in the precision of ours; in float32 for the reference gradient."""
-    from olora_ray.cluster.malloc import keep_freed_memory
     from olora_ray.model.load import pick_dtype
 
-    if setting.allocator:
-        keep_freed_memory()
     dtype = pick_dtype(our_config(job, setting, setting.micro).model, torch.device("cpu"))
-    return model_of_peft(
-        job["folder"], torch.float32 if setting.kind == "alone" else dtype, RANK, setting.float32_adapters
-    )
+    if setting.kind == "alone":
+        dtype = torch.float32
+    return model_of_peft(job["folder"], dtype, RANK)
 
 
 def timed(run: Callable[[], object]) -> dict[str, float]:
@@ -172,7 +178,13 @@ def our_config(job: dict[str, Any], setting: Setting, size: int) -> Config:
         job["scratch"],
         {"name": job["folder"], "dtype": job["dtype"]},
         adapter={"rank": RANK, "alpha": RANK},
-        train={"global_batch": size, "micro_batch": setting.micro, "lr": 1.0e-4, "schedule": "constant", "warmup": 0.0},
+        train={
+            "global_batch": size,
+            "micro_batch": setting.micro,
+            "lr": 1.0e-4,
+            "schedule": "constant",
+            "warmup": 0.0,
+        },
         cluster={"workers": setting.workers},
     )
 

@@ -32,8 +32,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the project need not be installed
-if missing := [n for n in ("torch", "transformers", "peft", "accelerate", "pydantic", "pyarrow") if not find_spec(n)]:
-    raise SystemExit(f"not installed: {', '.join(missing)}; install them (without a network, from wheels)")
+if missing := [
+    n
+    for n in ("torch", "transformers", "peft", "accelerate", "pydantic", "pyarrow")
+    if not find_spec(n)
+]:
+    raise SystemExit(
+        f"not installed: {', '.join(missing)}; install them (without a network, from wheels)"
+    )
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
@@ -44,7 +50,15 @@ from gpu_training import initialisation, ours, peft, profile, trl  # noqa: E402
 
 from olora_ray.common.logs import quiet_transformers  # noqa: E402
 
-WORK = {"card": facts, "init": initialisation, "ours": ours, "peft": peft, "trl": trl, "profile": profile, **CHECKS}
+WORK = {
+    "card": facts,
+    "init": initialisation,
+    "ours": ours,
+    "peft": peft,
+    "trl": trl,
+    "profile": profile,
+    **CHECKS,
+}
 """Kind of a job -> function that returns what it measures. A check returns name -> {"ok": ..., ...}."""
 Found = dict[str, Any]
 
@@ -54,7 +68,9 @@ def main(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore")
     quiet_transformers()
     if args.job:
-        print("\n" + json.dumps(WORK[json.loads(args.job)["kind"]](json.loads(args.job))), flush=True)
+        print(
+            "\n" + json.dumps(WORK[json.loads(args.job)["kind"]](json.loads(args.job))), flush=True
+        )
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU; --size tiny --device cpu tries the kit on a CPU")
@@ -68,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
             break
         print(f"{named(job)} ...", end=" ", flush=True)
         line = {"job": job, "machine": machine(), **run(job, room)}
-        with args.out.open("a") as file:  # at once: what has been measured is kept when something later fails
+        with args.out.open(
+            "a"
+        ) as file:  # at once: what has been measured is kept when something later fails
             file.write(json.dumps(line) + "\n")
         done[_key(job)] = line
         print(said(line), flush=True)
@@ -89,13 +107,17 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
         return
     if args.command == "fast":
         size = SIZES[args.size]
-        length, own = size.lengths[0], {**common, "size": args.size, "step_tokens": size.step_tokens}
+        length, own = (
+            size.lengths[0],
+            {**common, "size": args.size, "step_tokens": size.step_tokens},
+        )
         batch = max(1, size.micro_tokens // length)
         each = {**own, "length": length, "batch": batch, "recompute": False}
         yield {"kind": "ours", **each}
         yield {"kind": "profile", **each}
         yield from (
-            {"kind": "peft", **each, "batch": batch, "recompute": recompute} for batch, recompute in size.peft[:2]
+            {"kind": "peft", **each, "batch": batch, "recompute": recompute}
+            for batch, recompute in size.peft[:2]
         )
         yield {"kind": "ours", **each, "attention": "sdpa"}
         yield {"kind": "ours", **each, "recompute": True}
@@ -103,13 +125,20 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
         yield {"kind": "trl", **each, "batch": 1}
         yield {"kind": "ours", **each, "length": size.lengths[1], "batch": 1}
         yield from (
-            {"kind": "peft", **each, "batch": batch, "recompute": recompute} for batch, recompute in size.peft[2:]
+            {"kind": "peft", **each, "batch": batch, "recompute": recompute}
+            for batch, recompute in size.peft[2:]
         )
         return
     for name in ("tiny",) if small else ("135m", "1b", "8b"):
         for tokens in (small, 2 * small) if small else (512, 2048, 8192, 16384):
             length = min(tokens, small or 2048)
-            each = {**common, "size": name, "length": length, "batch": tokens // length, "recompute": False}
+            each = {
+                **common,
+                "size": name,
+                "length": length,
+                "batch": tokens // length,
+                "recompute": False,
+            }
             yield {"kind": "ours", **each, "step_tokens": max(tokens, SIZES[name].step_tokens // 2)}
     name = "tiny" if small else "8b"
     own = {**common, "size": name, "length": SIZES[name].lengths[0], "batch": 1, "recompute": False}
@@ -124,20 +153,38 @@ def run(job: Found, room: float) -> Found:
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     # Otherwise transformers' Trainer would split its batches over all visible GPUs.
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": first, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": first,
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
     began = time.monotonic()
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=room, preexec_fn=_end_with_the_kit
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=room,
+            preexec_fn=_end_with_the_kit,
         )
     except subprocess.TimeoutExpired as error:
-        return {"failed": f"ended after {room:.0f} s, at the end of the budget", "stderr": _text(error.stderr)}
+        return {
+            "failed": f"ended after {room:.0f} s, at the end of the budget",
+            "stderr": _text(error.stderr),
+        }
     took = {"took": round(time.monotonic() - began, 1)}
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.strip()]
         # A compiler adds advice to its errors.
-        last = ([line for line in told if re.match(r"[\w.]+(Error|Exception|Failed): ", line)] or told)[-1:]
-        return {"failed": last[0] if last else f"exit code {done.returncode}", "stderr": done.stderr, **took}
+        last = (
+            [line for line in told if re.match(r"[\w.]+(Error|Exception|Failed): ", line)] or told
+        )[-1:]
+        return {
+            "failed": last[0] if last else f"exit code {done.returncode}",
+            "stderr": done.stderr,
+            **took,
+        }
     return {"found": json.loads(done.stdout.splitlines()[-1]), **took}
 
 
@@ -169,7 +216,9 @@ def named(job: Found) -> str:
         return f"{job['kind']}{', ' + job['size'] if 'size' in job else ''}"
     others = [job[name] for name in ("attention", "quantization") if name in job]
     others += ["recomputed"] * job["recompute"] + ["compiled"] * job.get("compile", False)
-    return ", ".join([f"{job['kind']}, {job['size']}: {job['batch']} x {job['length']} tokens", *others])
+    return ", ".join(
+        [f"{job['kind']}, {job['size']}: {job['batch']} x {job['length']} tokens", *others]
+    )
 
 
 def said(line: Found) -> str:
@@ -192,7 +241,14 @@ def report(lines: Sequence[Found]) -> str:
         for line in lines
         if "operations a token" in line.get("found", {})
     }
-    top = next((line["found"].get("peak") for line in lines if line["job"]["kind"] == "card" and "found" in line), None)
+    top = next(
+        (
+            line["found"].get("peak")
+            for line in lines
+            if line["job"]["kind"] == "card" and "found" in line
+        ),
+        None,
+    )
     for line in lines:
         kind, found = line["job"]["kind"], line.get("found", {})
         if "failed" in line:
@@ -200,11 +256,15 @@ def report(lines: Sequence[Found]) -> str:
         elif kind in CHECKS:
             rows += [(name, shown(check)) for name, check in found.items()]
         elif "tokens a second" in found:
-            needed = work.get((line["job"]["size"], line["job"]["length"]))  # the same for all sides
+            needed = work.get(
+                (line["job"]["size"], line["job"]["length"])
+            )  # the same for all sides
             trainings.append((named(line["job"]), *_cells(found, needed, top)))
         elif kind == "profile":
             total = sum(found.values())
-            shares = [(name, f"{1e3 * each:.1f}", f"{each / total:.0%}") for name, each in found.items()]
+            shares = [
+                (name, f"{1e3 * each:.1f}", f"{each / total:.0%}") for name, each in found.items()
+            ]
             parts.append(table((named(line["job"]), "ms", "share"), shares))
         else:
             values = (
@@ -221,14 +281,22 @@ def report(lines: Sequence[Found]) -> str:
 def shown(check: Found) -> str:
     if "refused" in check:
         return f"refused: {check['refused'].partition(': ')[2][:70]}"
-    told = check.get("failed") or (f"off by {check['difference']:.1e}" if "difference" in check else "")
+    told = check.get("failed") or (
+        f"off by {check['difference']:.1e}" if "difference" in check else ""
+    )
     return f"{'ok' if check['ok'] else 'FAILED'} {told} {check.get('told', check.get('attention', ''))}".rstrip()
 
 
 def _cells(found: Found, work: float | None, top: float | None) -> tuple[str, ...]:
     share = f"{found['tokens a second'] * work / top:.1%}" if work and top else "-"
     planned = f"{found['planned GiB']:.1f}" if "planned GiB" in found else "-"
-    return f"{found['tokens a second']:.0f}", share, f"{found['GiB']:.1f}", planned, found["attention"]
+    return (
+        f"{found['tokens a second']:.0f}",
+        share,
+        f"{found['GiB']:.1f}",
+        planned,
+        found["attention"],
+    )
 
 
 def _key(job: Found) -> str:
@@ -240,15 +308,28 @@ def _text(given: str | bytes | None) -> str:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", nargs="?", choices=("right", "fast", "sizes"), default="right")
-    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="one line of JSON per job (gpu.jsonl)")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for the whole command (540)")
-    parser.add_argument("--size", choices=("tiny", "1b", "8b"), default="8b", help="of `fast`; tiny: also of `sizes`")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu.jsonl"), help="one line of JSON per job (gpu.jsonl)"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=540.0, help="seconds for the whole command (540)"
+    )
+    parser.add_argument(
+        "--size",
+        choices=("tiny", "1b", "8b"),
+        default="8b",
+        help="of `fast`; tiny: also of `sizes`",
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--table", action="store_true", help="show what --out holds, and run nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="show what --out holds, and run nothing"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

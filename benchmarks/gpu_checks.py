@@ -49,9 +49,16 @@ def checks(job: Found) -> dict[str, Found]:
         folder = str(small_llama(Path(scratch)))
         done: dict[str, Found] = {}
         for dtype in ("float32", "bfloat16"):
-            done[f"start equals the base, {dtype}"] = _guarded(lambda d=dtype: start_exact(folder, d, device))
-            done |= {f"attention {name}, {dtype}": found for name, found in attentions(folder, dtype, device).items()}
-            done[f"packed equals one by one, {dtype}"] = _guarded(lambda d=dtype: packed(folder, d, device))
+            done[f"start equals the base, {dtype}"] = _guarded(
+                lambda d=dtype: start_exact(folder, d, device)
+            )
+            done |= {
+                f"attention {name}, {dtype}": found
+                for name, found in attentions(folder, dtype, device).items()
+            }
+            done[f"packed equals one by one, {dtype}"] = _guarded(
+                lambda d=dtype: packed(folder, d, device)
+            )
         done["gradients equal PEFT's, float32"] = _guarded(lambda: like_peft(folder, device))
     return done
 
@@ -79,8 +86,13 @@ def attention_of(name: str, folder: str, dtype: str, device: torch.device) -> Fo
     settings = _settings(folder, dtype, attention=name)
     try:
         model: Any = load_model(folder, settings.model, device).to(device)
-        return {"ok": True, **choose_attention(SupervisedLoss(model), _packs(), settings, device).to_json()}
-    except UserError as error:  # not there, or not right and said so: both are what a user would meet
+        return {
+            "ok": True,
+            **choose_attention(SupervisedLoss(model), _packs(), settings, device).to_json(),
+        }
+    except (
+        UserError
+    ) as error:  # not there, or not right and said so: both are what a user would meet
         return {"ok": name != "auto", "refused": str(error)}
 
 
@@ -102,7 +114,9 @@ def like_peft(folder: str, device: torch.device) -> Found:
 
 def gradient(trainer: Trainer, groups: Sequence[Sequence[Pack]], name: str) -> dict[str, Tensor]:
     parts = {
-        f"{layer}.{part}": getattr(adapter, part) for layer, adapter in trainer.adapted.items() for part in ("da", "db")
+        f"{layer}.{part}": getattr(adapter, part)
+        for layer, adapter in trainer.adapted.items()
+        for part in ("da", "db")
     }
     for part in parts.values():
         part.grad.zero_()
@@ -115,7 +129,10 @@ def gradient(trainer: Trainer, groups: Sequence[Sequence[Pack]], name: str) -> d
 def compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str) -> Found:
     """Return whether two gradients agree within the precision."""
     assert found.keys() == expected.keys(), "other parameters have a gradient"
-    off = sum(float((found[name].double() - part.double()).square().sum()) for name, part in expected.items())
+    off = sum(
+        float((found[name].double() - part.double()).square().sum())
+        for name, part in expected.items()
+    )
     size = sum(float(part.double().square().sum()) for part in expected.values())
     difference = (off / size) ** 0.5
     return {"ok": difference <= LIMITS[dtype], "difference": difference, "limit": LIMITS[dtype]}
@@ -124,12 +141,20 @@ def compared(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype:
 def _tested(folder: str, dtype: str, device: torch.device) -> tuple[Trainer, str]:
     settings = _settings(folder, dtype)
     model: Any = load_model(folder, settings.model, device)
-    trainer = _trainer(model, settings, device, before=lambda loss: choose_attention(loss, _packs(), settings, device))
+    trainer = _trainer(
+        model,
+        settings,
+        device,
+        before=lambda loss: choose_attention(loss, _packs(), settings, device),
+    )
     return trainer, model.config._attn_implementation
 
 
 def _trainer(
-    model: Any, settings: Config, device: torch.device, before: Callable[[SupervisedLoss], object] = lambda loss: None
+    model: Any,
+    settings: Config,
+    device: torch.device,
+    before: Callable[[SupervisedLoss], object] = lambda loss: None,
 ) -> Trainer:
     adapter, loss = settings.adapter, SupervisedLoss(model)
     loss.to(device)
@@ -179,7 +204,10 @@ def codes(job: Found) -> dict[str, Found]:
         def compare(kind: str = kind, use: Any = use) -> Found:
             here, there = (pack(weight, kind, on) for on in (device, torch.device("cpu")))
             equal = all(torch.equal(a.cpu(), b) for a, b in zip(here, there, strict=True))
-            unpacked = [use.unpack(*parts, weight.shape, torch.float32).float().cpu() for parts in (here, there)]
+            unpacked = [
+                use.unpack(*parts, weight.shape, torch.float32).float().cpu()
+                for parts in (here, there)
+            ]
             return {"ok": equal, "difference": float((unpacked[0] - unpacked[1]).abs().max())}
 
         found[f"codes of {kind}"] = _guarded(compare)
@@ -193,7 +221,9 @@ def heads(job: Found) -> dict[str, Found]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(small_llama(Path(scratch), head_dim=size))
             name = f"heads of {size}, {job['dtype']}"
-            found[name] = _guarded(lambda folder=folder: attention_of("auto", folder, job["dtype"], device))
+            found[name] = _guarded(
+                lambda folder=folder: attention_of("auto", folder, job["dtype"], device)
+            )
     return found
 
 
@@ -203,14 +233,23 @@ def twice(job: Found) -> dict[str, Found]:
     device, found = torch.device(job["device"]), dict[str, Found]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(small_llama(Path(scratch)))
-        for name, wanted in (("the same run twice", False), ("the same run twice, deterministic", True)):
+        for name, wanted in (
+            ("the same run twice", False),
+            ("the same run twice, deterministic", True),
+        ):
 
             def run(wanted: bool = wanted) -> Found:
                 torch.use_deterministic_algorithms(wanted)
-                first, second = (_trained(folder, job["dtype"], device)[0].flat.vector for _ in range(2))
+                first, second = (
+                    _trained(folder, job["dtype"], device)[0].flat.vector for _ in range(2)
+                )
                 same = torch.equal(first, second)
                 told = "the same bits" if same else "other bits"
-                return {"ok": same or not wanted, "difference": float((first - second).abs().max()), "told": told}
+                return {
+                    "ok": same or not wanted,
+                    "difference": float((first - second).abs().max()),
+                    "told": told,
+                }
 
             found[name] = _guarded(run)
     torch.use_deterministic_algorithms(False)
@@ -237,7 +276,11 @@ def elsewhere(job: Found) -> dict[str, Found]:
                 other.optimizer.load(source.optimizer, STEPS)
                 losses += _steps(other, name, STEPS, 1)
         off = abs(losses[1] - expected) / abs(expected)
-        same = "the same loss here" if losses[0] == expected else f"here {losses[0]} instead of {expected}"
+        same = (
+            "the same loss here"
+            if losses[0] == expected
+            else f"here {losses[0]} instead of {expected}"
+        )
         return {"ok": off < LIMITS[job["dtype"]], "difference": off, "told": same}
 
     return {f"a checkpoint on another device, {job['dtype']}": _guarded(run)}
@@ -253,12 +296,19 @@ def folder(job: Found) -> dict[str, Found]:
             path = str(small_llama(Path(scratch), dtype=torch.bfloat16, **wide))
             settings = _settings(path, "bfloat16")
             loaded: list[Any] = []
-            seconds["read"] = timed(lambda: loaded.append(load_model(path, settings.model, device)), device)
+            seconds["read"] = timed(
+                lambda: loaded.append(load_model(path, settings.model, device)), device
+            )
             model = loaded[0]
             targets = find_targets(model, "all-linear", RANK)
-            seconds["factors"] = timed(lambda: initialise(targets, "olora", RANK, 0, device), device)
+            seconds["factors"] = timed(
+                lambda: initialise(targets, "olora", RANK, 0, device), device
+            )
             seconds["place"] = timed(lambda: model.to(device), device)
-        return {"ok": True, "told": ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items())}
+        return {
+            "ok": True,
+            "told": ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items()),
+        }
 
     return {"start from a folder": _guarded(run)}
 
@@ -272,7 +322,9 @@ def alone(job: Found) -> dict[str, Found]:
             path = str(small_llama(Path(scratch) / "model"))
             expected = _trained(path, job["dtype"], device)[0].flat.vector
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, init_method=f"file://{scratch}/group", rank=0, world_size=1)
+            dist.init_process_group(
+                backend, init_method=f"file://{scratch}/group", rank=0, world_size=1
+            )
             try:
                 found = _trained(path, job["dtype"], device)[0].flat.vector
                 dist.all_reduce(torch.ones(8, device=device))
@@ -294,7 +346,10 @@ def _steps(trainer: Trainer, name: str, first: int, count: int) -> list[float]:
     settings, store = trainer.config, memory_store(_rows(), LENGTH)
     train = settings.train.model_copy(update={"steps": STEPS + 1})
     loader = StepLoader(store, train, settings.run.seed, name)
-    return [result.loss for result in islice(trainer.steps(loader, first, Schedule(train, store)), count)]
+    return [
+        result.loss
+        for result in islice(trainer.steps(loader, first, Schedule(train, store)), count)
+    ]
 
 
 def small_llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: int) -> Path:

@@ -22,12 +22,14 @@ from common import hollow, llama_shape, table
 from ray.cluster_utils import Cluster
 
 from olora_ray.cluster import preflight, resources
+from olora_ray.cluster.decide import DataDecisions, decide
 from olora_ray.cluster.node_facts import node_info
+from olora_ray.cluster.preflight import PROCESS_BYTES
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import DataConfig, DecidedConfig, with_values
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.train.estimate import PROCESS_BYTES
 
 MODELS = {
     "135M": (49152, 576, 1536, 30, 9, 3),
@@ -42,20 +44,36 @@ MEMORY = 80 * 2**30
 MORE: tuple[dict[str, Any], ...] = ({}, {"cluster.strategy": "fsdp"}, {"model.quantization": "nf4"})
 """Settings beside the two fields, tried in this order where a model does not fit."""
 HEADER = (
-    *("model", "GPUs", "workers", "micro-batch", "tokens at once", "tokens per step", "planned GiB", "idle GPUs"),
+    *(
+        "model",
+        "GPUs",
+        "workers",
+        "micro-batch",
+        "tokens at once",
+        "tokens per step",
+        "planned GiB",
+        "idle GPUs",
+    ),
     "also set",
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","))
     parser.add_argument("--clusters", default=",".join(CLUSTERS), type=lambda text: text.split(","))
     args = parser.parse_args(argv)
     logging.getLogger("olora_ray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        shapes = {name: llama_shape(*MODELS[name]) | {"max_position_embeddings": 8192} for name in args.models}
-        bases = {name: hollow(Path(scratch) / name, "llama", shape) for name, shape in shapes.items()}
+        shapes = {
+            name: llama_shape(*MODELS[name]) | {"max_position_embeddings": 8192}
+            for name in args.models
+        }
+        bases = {
+            name: hollow(Path(scratch) / name, "llama", shape) for name, shape in shapes.items()
+        }
         rows = [row for name in args.clusters for row in on_cluster(name, bases, scratch)]
     print(table(HEADER, sorted(rows, key=lambda row: list(MODELS).index(row[0]))))
     return 0
@@ -69,7 +87,7 @@ def on_cluster(name: str, bases: dict[str, BaseModel], storage: str) -> Iterator
             info = replace(node_info(), memory=2 * 10**12, gpu_memory=MEMORY, gpu_generation=(9, 0))
             answers = [(node["NodeManagerAddress"], info) for node in nodes]
             with (
-                mock.patch.object(preflight, "_ask", return_value=(answers, [])),
+                mock.patch.object(preflight, "_answers", return_value=(answers, [])),
                 mock.patch.object(preflight, "gpu_problems", return_value=[]),
                 mock.patch.object(preflight, "disk_problems", return_value=[]),
             ):
@@ -79,27 +97,41 @@ def on_cluster(name: str, bases: dict[str, BaseModel], storage: str) -> Iterator
 def first_that_fits(storage: str, base: BaseModel, gpus: int) -> tuple[str, ...]:
     for more in MORE:
         try:
-            found = preflight.check_cluster(override(config(storage, base), more), base)
+            asked = override(config(storage, base), more)
+            cluster = preflight.ask(asked)
+            values = {"data.packing": True}
+            data = DataDecisions(with_values(asked, DataConfig, values), {})
+            found = decide(asked, data, base, cluster)
+            preflight.require(found.config, cluster, base, found.size, found.expected)
         except UserError as error:
             refused = str(error)
             continue
-        planned = preflight.planned(found, base)
-        row = described(found, planned.total_bytes() + PROCESS_BYTES, planned.recompute, gpus)
+        size = found.size
+        row = described(found.config, size.total_bytes() + PROCESS_BYTES, size.recompute, gpus)
         return *row, ", ".join(f"{field}={value}" for field, value in more.items())
     return *(["-"] * 6), refused[:100]
 
 
-def described(config: Config, planned: float, recomputed: bool, gpus: int) -> tuple[str, ...]:
-    workers, micro, train = config.cluster.max_workers(), config.train.micro(), config.train
+def described(
+    config: DecidedConfig, planned: float, recomputed: bool, gpus: int
+) -> tuple[str, ...]:
+    workers, micro, train = config.cluster.most, config.train.micro_batch, config.train
     busy = min(workers, train.micro_batches())
-    at_once = micro * config.data.length()
-    tokens, step = f"{at_once:,}{', recomputed' * recomputed}", train.global_batch * config.data.length()
+    at_once = micro * config.data.max_length
+    tokens, step = (
+        f"{at_once:,}{', recomputed' * recomputed}",
+        train.global_batch * config.data.max_length,
+    )
     return str(workers), str(micro), tokens, f"{step:,}", f"{planned / 2**30:.1f}", str(gpus - busy)
 
 
 def config(storage: str, base: BaseModel) -> Config:
     return build(
-        {"model": {"name": base.folder}, "data": {"train": [{"path": "rows.jsonl"}]}, "run": {"storage": storage}}
+        {
+            "model": {"name": base.folder},
+            "data": {"train": [{"path": "rows.jsonl"}]},
+            "run": {"storage": storage},
+        }
     )
 
 

@@ -32,9 +32,12 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(llama_shape(512, 64, 128, 2, 4, 2), (64, 128), 128, 256, 1024, ((2, False), (4, True))),
+    "tiny": Size(
+        llama_shape(512, 64, 128, 2, 4, 2), (64, 128), 128, 256, 1024, ((2, False), (4, True))
+    ),
     "tiny mixture": Size(
-        llama_shape(512, 64, 128, 2, 4, 2) | {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+        llama_shape(512, 64, 128, 2, 4, 2)
+        | {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
         (64, 128),
         *(128, 256, 512),
         experts=True,
@@ -44,7 +47,12 @@ SIZES = {
     "8b": Size(llama_shape(128256, 4096, 14336, 32, 32, 8), (4096, 8192), 8192, 32768, 131072),
     "large mixture": Size(
         llama_shape(151936, 2048, 6144, 2, 32, 4)
-        | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128},
+        | {
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "head_dim": 128,
+        },
         (4096, 8192),
         *(4096, 16384, 65536),
         experts=True,
@@ -67,14 +75,20 @@ def facts(job: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "peak": top or rate, "source": source, "torch.matmul": rate}
 
 
-def random_model(size: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
+def random_model(
+    size: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     family: Any = Qwen3MoeConfig if SIZES[size].experts else LlamaConfig
-    shape = family(**SIZES[size].shape, max_position_embeddings=16384, pad_token_id=0, rope_theta=500000.0)
+    shape = family(
+        **SIZES[size].shape, max_position_embeddings=16384, pad_token_id=0, rope_theta=500000.0
+    )
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
+        model: Any = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype, attn_implementation=attention
+        )
     return model.requires_grad_(False).eval()
 
 
@@ -84,6 +98,11 @@ def chats(size: str, length: int, tokens: int, seed: int = 0) -> list[Row]:
     vocabulary, rows, left = SIZES[size].shape["vocab_size"], list[Row](), tokens
     while left > 0:
         count = int(np.clip(generator.lognormal(np.log(length / 8), 0.8), 8, length))
-        rows.append((generator.integers(3, vocabulary, count, dtype=np.int32), np.arange(count) >= count // 2))
+        rows.append(
+            (
+                generator.integers(3, vocabulary, count, dtype=np.int32),
+                np.arange(count) >= count // 2,
+            )
+        )
         left -= count
     return rows

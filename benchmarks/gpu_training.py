@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import config, memory_store
+from common import config, decided, memory_store
 from contestants import Setting
 from gpu_models import SIZES, Row, chats, random_model
 from multiplications import needed, shapes_of, timed, wait
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from olora_ray.adapter.initialise import at_scale, initialise, options_of
 from olora_ray.adapter.inject import Target, find_targets, inject
+from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.config.schema import Config
 from olora_ray.model import attention
 from olora_ray.model.quantised import QuantisedLinear
@@ -73,7 +74,9 @@ def ours(job: dict[str, Any]) -> Found:
 
     def one_pass() -> Iterator[Any]:
         loader = StepLoader(store, settings.train, settings.run.seed, tested.attention)
-        return trainer.steps(loader, 0, Schedule(settings.train.model_copy(update={"steps": steps}), store))
+        return trainer.steps(
+            loader, 0, Schedule(settings.train.model_copy(update={"steps": steps}), store)
+        )
 
     first = timed(lambda: deque(islice(one_pass(), 1), maxlen=0), device)
     if device.type == "cuda":
@@ -113,7 +116,10 @@ def profile(job: dict[str, Any]) -> Found:
         wait(device)
     spent = dict.fromkeys(CLASSES, 0.0) | {"the rest": 0.0}
     for each in found.key_averages():
-        name = next((name for name, parts in CLASSES.items() if any(p in each.key.lower() for p in parts)), "the rest")
+        name = next(
+            (name for name, parts in CLASSES.items() if any(p in each.key.lower() for p in parts)),
+            "the rest",
+        )
         spent[name] += (each.self_device_time_total if on_gpu else each.self_cpu_time_total) / 1e6
     return spent
 
@@ -122,12 +128,22 @@ CLASSES = {
     "attention": ("flash", "fmha", "attention", "varlen"),
     "products": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "::mm", "addmm", "bmm", "::linear"),
     "copies": ("memcpy", "memset", "copy", "::cat", "catarray"),
-    "elementwise and sums": ("elementwise", "reduce", "softmax", "norm", "::mul", "::add", "silu", "::sum", "::pow"),
+    "elementwise and sums": (
+        "elementwise",
+        "reduce",
+        "softmax",
+        "norm",
+        "::mul",
+        "::add",
+        "silu",
+        "::sum",
+        "::pow",
+    ),
 }
 """Class of work -> parts of the names of its kernels; the first that fits."""
 
 
-def _planned(job: dict[str, Any], settings: Config) -> float:
+def _planned(job: dict[str, Any], settings: DecidedConfig) -> float:
     """Return the bytes of the project's plan for this training."""
     dtype = getattr(torch, job["dtype"])
     model = random_model(job["size"], dtype, torch.device("meta"))
@@ -137,14 +153,21 @@ def _planned(job: dict[str, Any], settings: Config) -> float:
         base += packed + unpacked - numbers * dtype.itemsize
     targets = find_targets(model, settings.adapter.targets, settings.adapter.rank)
     whole = [target.whole_shape for target in targets.values()]
-    trainable = sum(settings.adapter.rank * sum(shape[-2:]) * math.prod(shape[:-2]) for shape in whole)
-    step = measure(model, targets, settings, dtype, gpu=job["device"] == "cuda").step
+    trainable = sum(
+        settings.adapter.rank * sum(shape[-2:]) * math.prod(shape[:-2]) for shape in whole
+    )
+    step = measure(
+        model,
+        targets,
+        settings,
+        Expected(job["device"] == "cuda", job["dtype"], settings.model.attention),
+    ).step
     return base + 4 * trainable * (COPIES + 2) + step  # beside the copies: the factors A0 and B0
 
 
-def _settings(job: dict[str, Any]) -> Config:
+def _settings(job: dict[str, Any]) -> DecidedConfig:
     micro = int(job["batch"])
-    return config(
+    asked = config(
         "unused",
         {"name": "unused", "dtype": job["dtype"], "attention": job.get("attention", "auto")},
         adapter={"rank": job["rank"], "alpha": job["rank"]},
@@ -159,9 +182,12 @@ def _settings(job: dict[str, Any]) -> Config:
         },
         cluster={"workers": 1},
     )
+    return decided(asked)
 
 
-def _our_trainer(job: dict[str, Any], settings: Config, store: Any) -> tuple[Trainer, SelfTest, float]:
+def _our_trainer(
+    job: dict[str, Any], settings: Config, store: Any
+) -> tuple[Trainer, SelfTest, float]:
     """Return the trainer, the verdict on its attention, and the seconds in which the base was packed."""
     device, adapter = torch.device(job["device"]), settings.adapter
     attention.register()  # a worker's load_model does it
@@ -169,7 +195,10 @@ def _our_trainer(job: dict[str, Any], settings: Config, store: Any) -> tuple[Tra
     kind = job.get("quantization")
     packing = timed(lambda: _pack(model, kind, device), device) if kind else 0.0
     loss: Any = SupervisedLoss(model)
-    loss.recompute, loss.compile_blocks = job["recompute"], job.get("compile", False)  # place_model reads them
+    loss.recompute, loss.compile_blocks = (
+        job["recompute"],
+        job.get("compile", False),
+    )  # place_model reads them
     tested = choose_attention(loss, store[:4], settings, device)
     targets = find_targets(model, adapter.targets, adapter.rank)
     factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device, options_of(adapter))
@@ -182,7 +211,11 @@ def _pack(model: Any, kind: str, device: torch.device) -> None:
     for name in to_pack(model):
         parent, _, attribute = name.rpartition(".")
         layer = model.get_submodule(name)
-        setattr(model.get_submodule(parent), attribute, QuantisedLinear(layer.weight, layer.bias, kind, device))
+        setattr(
+            model.get_submodule(parent),
+            attribute,
+            QuantisedLinear(layer.weight, layer.bias, kind, device),
+        )
 
 
 def peft(job: dict[str, Any]) -> Found:
@@ -194,10 +227,15 @@ def peft(job: dict[str, Any]) -> Found:
 
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     flash = device.type == "cuda" and is_flash_attn_2_available()
-    model = _lora(random_model(job["size"], dtype, device, "flash_attention_2" if flash else "sdpa"), job["rank"])
+    model = _lora(
+        random_model(job["size"], dtype, device, "flash_attention_2" if flash else "sdpa"),
+        job["rank"],
+    )
     rows = _rows(job)
     longest = sorted(rows, key=lambda row: -len(row[0]))
-    _trainer(model, longest[: int(job["batch"])], job).train()  # warms up, and meets the largest batch
+    _trainer(
+        model, longest[: int(job["batch"])], job
+    ).train()  # warms up, and meets the largest batch
     trainer = _trainer(model, rows, job)
     seconds = timed(trainer.train, device)
     found = _speed(len(rows), sum(len(ids) for ids, _ in rows), seconds, device)
@@ -212,10 +250,23 @@ def trl(job: dict[str, Any]) -> Found:
 
     device, rows = torch.device(job["device"]), _rows(job)
     flash = device.type == "cuda" and is_flash_attn_2_available()
-    model = random_model(job["size"], getattr(torch, job["dtype"]), device, "flash_attention_2" if flash else "sdpa")
-    told = arguments(Setting("TRL", "trl", micro=job["batch"]), {"scratch": tempfile.gettempdir()}, False, len(rows))
-    told["gradient_accumulation_steps"] = max(1, job["step_tokens"] // job["length"] // job["batch"])
-    told |= {"use_cpu": job["device"] == "cpu", "bf16": False, **_recomputing(bool(job["recompute"]))}
+    model = random_model(
+        job["size"], getattr(torch, job["dtype"]), device, "flash_attention_2" if flash else "sdpa"
+    )
+    told = arguments(
+        Setting("TRL", "trl", micro=job["batch"]),
+        {"scratch": tempfile.gettempdir()},
+        False,
+        len(rows),
+    )
+    told["gradient_accumulation_steps"] = max(
+        1, job["step_tokens"] // job["length"] // job["batch"]
+    )
+    told |= {
+        "use_cpu": job["device"] == "cpu",
+        "bf16": False,
+        **_recomputing(bool(job["recompute"])),
+    }
     trainer = SFTTrainer(
         _lora(model, job["rank"]),
         args=SFTConfig(**told, max_length=job["length"], packing=True, completion_only_loss=True),
@@ -232,16 +283,23 @@ def trl(job: dict[str, Any]) -> Found:
     trainer.add_callback(Clock())
     trainer.train()
     if len(spans) < 2:
-        raise SystemExit("a pass has fewer than two steps: none is left after the first, which warms up")
+        raise SystemExit(
+            "a pass has fewer than two steps: none is left after the first, which warms up"
+        )
     tokens = sum(len(ids) for ids, _ in rows) * (len(spans) - 1) // len(spans)
-    return _speed(len(rows), tokens, spans[-1] - spans[0], device) | {"attention": model.config._attn_implementation}
+    return _speed(len(rows), tokens, spans[-1] - spans[0], device) | {
+        "attention": model.config._attn_implementation
+    }
 
 
 def _dataset(rows: list[Row]) -> Any:
     from datasets import Dataset
 
     return Dataset.from_list(
-        [{"input_ids": ids.tolist(), "completion_mask": marked.astype(int).tolist()} for ids, marked in rows]
+        [
+            {"input_ids": ids.tolist(), "completion_mask": marked.astype(int).tolist()}
+            for ids, marked in rows
+        ]
     )
 
 
@@ -251,7 +309,9 @@ def _no_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<end>", unk_token="<unk>"
+    )
 
 
 def _lora(model: Any, rank: int) -> Any:
@@ -269,15 +329,22 @@ def _trainer(model: Any, rows: list[Row], job: dict[str, Any]) -> Any:
 
     batch = int(job["batch"])
     mean = sum(len(ids) for ids, _ in rows) / len(rows)
-    told = arguments(Setting("PEFT", "peft", micro=batch), {"scratch": tempfile.gettempdir()}, False, len(rows))
+    told = arguments(
+        Setting("PEFT", "peft", micro=batch), {"scratch": tempfile.gettempdir()}, False, len(rows)
+    )
     told |= {
         "use_cpu": job["device"] == "cpu",
         "gradient_accumulation_steps": max(1, round(job["step_tokens"] / mean / batch)),
         "train_sampling_strategy": "group_by_length",
         **_recomputing(bool(job["recompute"])),
     }
-    examples = [{"input_ids": ids.tolist(), "labels": np.where(marked, ids, -100).tolist()} for ids, marked in rows]
-    trainer = TheirTrainer(model, TrainingArguments(**told), data_collator=pad, train_dataset=examples)
+    examples = [
+        {"input_ids": ids.tolist(), "labels": np.where(marked, ids, -100).tolist()}
+        for ids, marked in rows
+    ]
+    trainer = TheirTrainer(
+        model, TrainingArguments(**told), data_collator=pad, train_dataset=examples
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -286,7 +353,9 @@ def _recomputing(on: bool) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     known = {field.name for field in fields(TrainingArguments)}
-    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
+    name = next(
+        name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known
+    )
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
 
 
@@ -295,7 +364,9 @@ def _peft_block(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     from peft import LoraConfig, get_peft_model
 
-    wanted = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="olora")
+    wanted = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="olora"
+    )
     seconds = timed(lambda: get_peft_model(model, wanted), device)
     layers = {name: model.get_submodule(name) for name in targets}
     return {

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olora_ray.train.base_files import decoder_layers
+from olora_ray.train.sharded_reader import decoder_layers
 
 Shape = tuple[int, int, int]
 """(rows, input columns, output columns) of a product."""
@@ -52,7 +52,9 @@ def shapes_of(trainer: Any, batch: Any) -> Shapes:
     layer = next(iter(trainer.adapted.values()))
     rank = layer.da.shape[-2]
     return Shapes(
-        weights={name: (found.db.shape[0], found.da.shape[1]) for name, found in trainer.adapted.items()},
+        weights={
+            name: (found.db.shape[0], found.da.shape[1]) for name, found in trainer.adapted.items()
+        },
         without_dx=frozenset(_without_gradient(trainer, batch)),
         rank=rank,
         width=rank if layer.b0 is None else 2 * rank,
@@ -74,21 +76,13 @@ def needed(shapes: Shapes, segments: Iterable[int], supervised: int) -> dict[str
     spared = shapes.width * sum(shapes.weights[name][1] for name in shapes.without_dx)
     return {
         "base, forward": 2.0 * tokens * sum(each.values()),
-        "base, dX": 2.0 * tokens * sum(size for name, size in each.items() if name not in shapes.without_dx),
+        "base, dX": 2.0
+        * tokens
+        * sum(size for name, size in each.items() if name not in shapes.without_dx),
         "low-rank paths": 2.0 * tokens * (low_rank - spared),
         "attention": 12.0 * shapes.layers * shapes.attended * pairs,
         "output head": 4.0 * supervised * shapes.vocabulary * shapes.hidden,
     }
-
-
-def products(shapes: Shapes, tokens: int, supervised: int) -> dict[Shape, float]:
-    """Return shape -> operations of the large products of a micro-batch."""
-    found: dict[Shape, float] = {}
-    for name, (m, n) in shapes.weights.items():
-        for shape in ((tokens, n, m), (tokens, m, n))[: 1 if name in shapes.without_dx else 2]:
-            found[shape] = found.get(shape, 0.0) + 2.0 * tokens * m * n
-    head = (max(1, supervised), shapes.hidden, shapes.vocabulary)
-    return found | {head: 4.0 * supervised * shapes.hidden * shapes.vocabulary}
 
 
 def rates(
@@ -116,7 +110,9 @@ def _rate(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float
     rows, inside, columns = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inside, generator=generator).to(device, dtype)
-    w = torch.randn(columns, inside, generator=generator).to(device, dtype)  # as a layer keeps it: out x in
+    w = torch.randn(columns, inside, generator=generator).to(
+        device, dtype
+    )  # as a layer keeps it: out x in
     best, spent = timed(lambda: x @ w.T, device), 0.0  # warms up
     while spent < seconds:
         took = timed(lambda: x @ w.T, device)
@@ -134,7 +130,9 @@ def _without_gradient(trainer: Any, batch: Any) -> Sequence[str]:
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(look(name)) for name, layer in trainer.adapted.items()]
+    handles = [
+        layer.register_forward_pre_hook(look(name)) for name, layer in trainer.adapted.items()
+    ]
     try:
         trainer.loss.hidden(batch.to(trainer.device))
     finally:

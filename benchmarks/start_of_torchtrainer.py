@@ -28,7 +28,9 @@ def train(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     model = model_of_peft(settings["folder"], getattr(torch, settings["dtype"]), rank=16)
     model = ray.train.torch.prepare_model(model)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-4)
+    optimizer = torch.optim.AdamW(
+        [each for each in model.parameters() if each.requires_grad], lr=2e-4
+    )
     ids = torch.from_numpy(np.random.default_rng(rank).integers(3, 40_000, (1, LENGTH)))
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()

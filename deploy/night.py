@@ -51,8 +51,12 @@ def main(argv: list[str]) -> None:
     command = argv[split + 1 :]
     parsed = command_line.parse(argv[:split], __doc__ or "", options=(*DEFAULTS, "--log"))
     if len(parsed.words) != 1 or not command:
-        raise UserError("arguments: expected CONFIG.yaml -- COMMAND [ARGUMENT ...]; --help shows how")
-    limits = {name: _number(name, text) for name, text in parsed.options.items() if name in DEFAULTS}
+        raise UserError(
+            "arguments: expected CONFIG.yaml -- COMMAND [ARGUMENT ...]; --help shows how"
+        )
+    limits = {
+        name: _number(name, text) for name, text in parsed.options.items() if name in DEFAULTS
+    }
     file = parsed.options.get("--log")
     night = Night(DEFAULTS | limits, _opened(file) if file else None)
     config = _loaded(parsed.words[0])
@@ -69,7 +73,9 @@ def main(argv: list[str]) -> None:
     elif code and not night.told:
         event = "not finished" if code >= AGAIN or night.stopped else "failed"
         if event == "not finished":
-            logger.warning(f"NOT FINISHED: {night.reason}; nothing is lost, run the same command again to resume")
+            logger.warning(
+                f"NOT FINISHED: {night.reason}; nothing is lost, run the same command again to resume"
+            )
         _tell(config, event, night.reason)
     _ping(config, "/fail" if code else "", night.reason)
     raise SystemExit(code)
@@ -80,7 +86,9 @@ def _opened(file: str) -> IO[bytes]:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         return open(file, "ab", buffering=0)
     except OSError as error:
-        raise UserError(f"argument --log: {file}: {error.strerror}; name a file that this process may write") from None
+        raise UserError(
+            f"argument --log: {file}: {error.strerror}; name a file that this process may write"
+        ) from None
 
 
 def _number(name: str, text: str) -> float:
@@ -98,10 +106,24 @@ def _loaded(file: str) -> Config | None:
     except UserError as error:
         problem = error
     try:
-        told = {name: section for name, section in read_tree(file).items() if name in ("registry", "notify", "retrain")}
-        return build({"run": {"name": Path(file).stem}, "model": {"name": "-"}, "data": {"train": ["-"]}, **told}, file)
+        told = {
+            name: section
+            for name, section in read_tree(file).items()
+            if name in ("registry", "notify", "retrain")
+        }
+        return build(
+            {
+                "run": {"name": Path(file).stem},
+                "model": {"name": "-"},
+                "data": {"train": ["-"]},
+                **told,
+            },
+            file,
+        )
     except UserError:
-        logger.warning(f"this night sends no notification, because the config does not load: {problem}")
+        logger.warning(
+            f"this night sends no notification, because the config does not load: {problem}"
+        )
         return None
 
 
@@ -141,7 +163,12 @@ class Night:
         tries, pause = max(1, int(self.limits["--tries"])), self.limits["--pause"]
         for number in range(1, tries + 1):
             code = self._once(command)
-            if code != AGAIN or self.stopped or number == tries or time.monotonic() + pause >= self.end:
+            if (
+                code != AGAIN
+                or self.stopped
+                or number == tries
+                or time.monotonic() + pause >= self.end
+            ):
                 break
             logger.info(f"exit code {AGAIN}: retrying in {pause:g} s (attempt {number} of {tries})")
             resume = time.monotonic() + pause
@@ -151,7 +178,10 @@ class Night:
                 code = 128 + self.stopped
                 break
         if self.stopped:
-            self.overlap, self.reason = False, self._with_last_line(f"stopped by {self.stopped.name}")
+            self.overlap, self.reason = (
+                False,
+                self._with_last_line(f"stopped by {self.stopped.name}"),
+            )
         return code
 
     def _once(self, command: Sequence[str]) -> int:
@@ -163,7 +193,9 @@ class Night:
                 command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         except OSError as error:
-            raise UserError(f"COMMAND {command[0]}: {error.strerror}; correct the words after --") from None
+            raise UserError(
+                f"COMMAND {command[0]}: {error.strerror}; correct the words after --"
+            ) from None
         copies = ((self._child.stdout, sys.stdout), (self._child.stderr, sys.stderr))
         readers = [threading.Thread(target=self._copy, args=both, daemon=True) for both in copies]
         for reader in readers:
@@ -180,12 +212,16 @@ class Night:
         for reader in readers:
             reader.join(2)  # a process that the command has left behind may hold its end
         self.reason = self._with_last_line(how)
-        self.overlap = how == f"exit code {AGAIN}" and lock.RUNNING in self._last and not self._hangs()
+        self.overlap = (
+            how == f"exit code {AGAIN}" and lock.RUNNING in self._last and not self._hangs()
+        )
         return code if code >= 0 else 128 - code
 
     def _copy(self, source: IO[bytes], target: TextIO) -> None:
         for line in source:
-            with contextlib.suppress(OSError):  # the command must not wait because nobody reads this output
+            with contextlib.suppress(
+                OSError
+            ):  # the command must not wait because nobody reads this output
                 target.buffer.write(line)
                 target.flush()
             with contextlib.suppress(OSError):  # a full volume must not end the night
@@ -195,7 +231,11 @@ class Night:
             if text.startswith("error: "):
                 self._error = source
             # The other stream's thread may read lines later that are older than the error. What was sent is no reason.
-            if text and self._error in (None, source) and not text.endswith(notify.SENT.partition("}")[2]):
+            if (
+                text
+                and self._error in (None, source)
+                and not text.endswith(notify.SENT.partition("}")[2])
+            ):
                 self._last = text
             self.told = self.told or notify.SENT.format("failed") in text
 
@@ -208,7 +248,11 @@ class Night:
     def _hangs(self) -> bool:
         """True if the other process has been at work for longer than a night may take: it must not hide for ever."""
         since = re.search(r"since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", self._last)
-        age = time.time() - time.mktime(time.strptime(since[1], "%Y-%m-%d %H:%M:%S")) if since else 0.0
+        age = (
+            time.time() - time.mktime(time.strptime(since[1], "%Y-%m-%d %H:%M:%S"))
+            if since
+            else 0.0
+        )
         return age > self.limits["--hours"] * 3600
 
     def _ended(self, child: "subprocess.Popen[bytes]") -> int:

@@ -47,14 +47,18 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, _stopped)
     address = os.environ.get("RAY_ADDRESS", "not set")
     try:
-        code = followed(parsed.words[0], shlex.join(argv[split + 1 :]), parsed.options.get("--working-dir"))
+        code = followed(
+            parsed.words[0], shlex.join(argv[split + 1 :]), parsed.options.get("--working-dir")
+        )
     except AuthenticationError as error:
         raise UserError(f"RAY_AUTH_TOKEN, for RAY_ADDRESS={address}: {first_line(error)}") from None
     except RuntimeError as error:  # Ray raises this for every answer that is an error
         error_type = TryAgain if "status code 5" in str(error) else UserError
         raise error_type(f"RAY_ADDRESS={address}: {first_line(error)}") from None
     except OSError as error:
-        raise TryAgain(f"RAY_ADDRESS={address}: Ray's dashboard does not answer: {first_line(error)}") from None
+        raise TryAgain(
+            f"RAY_ADDRESS={address}: Ray's dashboard does not answer: {first_line(error)}"
+        ) from None
     raise SystemExit(code)
 
 
@@ -75,9 +79,14 @@ def followed(name: str, entrypoint: str, folder: str | None) -> int:
 
 def begun(client: JobSubmissionClient, name: str, entrypoint: str, folder: str | None) -> str:
     # MLflow names LOGNAME as the user of a run; on the cluster that would be the user of Ray.
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "LOGNAME": os.environ.get("LOGNAME", "")}
+    variables = {
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
+        "LOGNAME": os.environ.get("LOGNAME", ""),
+    }
     variables |= {"OLORA_SUBMITTER": start.submitter()}
-    if folder:  # otherwise the cluster's own code runs, of which its environment may name the commit
+    if (
+        folder
+    ):  # otherwise the cluster's own code runs, of which its environment may name the commit
         variables["OLORA_COMMIT"] = start.commit(Path(folder))
     environment = {"env_vars": variables}
     # A submission id can be used once, so a job of this name that has ended gets a successor NAME-2.
@@ -125,8 +134,12 @@ def exit_code(client: JobSubmissionClient, job: str) -> int:
         return 0 if info.status == JobStatus.SUCCEEDED else STOPPED
     code = info.driver_exit_code
     if code is None or code < 0 or code == KILLED:
-        raise TryAgain(f"job {job}: killed, without an exit code: {' '.join(str(info.message).split())[:500]}")
-    return code  # nothing is printed: the last line of the job's log says why, and night.py tells it
+        raise TryAgain(
+            f"job {job}: killed, without an exit code: {' '.join(str(info.message).split())[:500]}"
+        )
+    return (
+        code  # nothing is printed: the last line of the job's log says why, and night.py tells it
+    )
 
 
 def stop(client: JobSubmissionClient, job: str) -> None:

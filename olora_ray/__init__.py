@@ -32,7 +32,9 @@ class Result:
     """models:/NAME/VERSION in MLflow; None without registry.model."""
 
 
-def finetune(config: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Result:
+def finetune(
+    config: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None
+) -> Result:
     """Fine-tune as `olora-ray finetune`; the same call resumes a run that was stopped, and returns a finished one.
 
     `config` is a config file, or its content as a nested mapping; `changes` are dotted fields. Raises UserError for
@@ -47,16 +49,19 @@ def finetune(config: str | Path | Mapping[str, Any], changes: Mapping[str, Any] 
 
     with logs.printed():
         read = command_line.loaded(config, dict(changes or {}))
-        from olora_ray.data import first_look
+        from olora_ray.data import detect
 
-        checked = first_look.check_data(read)
+        found = detect.check_data(read)
         from olora_ray.pipeline import publish, run
 
-        content = run.run(checked)
-        publish.push(checked)
-    loss, registered = content["metrics"].get("eval/loss"), content["registered"]
-    model = f"models:/{registered['model']}/{registered['version']}" if registered else None
-    return Result(checked.folder(), content["eval_loss_before"], loss, content["scores"], model)
+        content = run.run(read, found=found)
+        publish.push(read)
+    model = None
+    registered = content["registered"]
+    if registered:
+        model = f"models:/{registered['model']}/{registered['version']}"
+    loss = content["metrics"].get("eval/loss")
+    return Result(read.folder(), content["eval_loss_before"], loss, content["scores"], model)
 
 
 def load(run: str, system: str | None = None) -> Answers:
@@ -74,7 +79,9 @@ def load(run: str, system: str | None = None) -> Answers:
         return Answers(run, {}, system)
 
 
-def evaluate(model: str, config: str | None = None, changes: Mapping[str, Any] | None = None) -> dict[str, float]:
+def evaluate(
+    model: str, config: str | None = None, changes: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """Measure a model on held-out rows as `olora-ray evaluate`, and return its metrics.
 
     `model` is a run, a checkpoint, an adapter, models:/NAME@ALIAS or a base model; `config` names the rows, by default
@@ -87,14 +94,17 @@ def evaluate(model: str, config: str | None = None, changes: Mapping[str, Any] |
     from olora_ray.evaluation import results
 
     with logs.printed():
-        (measured,), _ = results.run(results.Request((model,), config, dict(changes or {})))
+        (measured,), _ = results.run(results.EvalRequest((model,), config, dict(changes or {})))
     return measured.metrics()
 
 
 def _ready() -> Any:
     from olora_ray.common import errors, logs
 
-    if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
-        raise errors.UserError("this process is connected to Ray: call ray.shutdown(); RAY_ADDRESS chooses the cluster")
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        raise errors.UserError(
+            "this process is connected to Ray: call ray.shutdown(); RAY_ADDRESS chooses the cluster"
+        )
     logs.quiet_environment()  # Ray reads these variables when it is imported
     return logs

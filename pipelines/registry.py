@@ -6,42 +6,49 @@
     python pipelines/registry.py rollback NAME
     python pipelines/registry.py sign NAME VERSION --key PRIVATE
     python pipelines/registry.py verify NAME VERSION --key PUBLIC
+    python pipelines/registry.py moved OLD NEW
 
 NAME            the registered model
 VERSION         a number or an alias
+OLD, NEW        the folder of a storage (run.storage) before it was moved or copied, and now
 --tracking-uri  MLflow's server or database, or env:VARIABLE or file:/PATH that holds its address; default:
-                MLFLOW_TRACKING_URI, else ./runs/mlflow.db
+                MLFLOW_TRACKING_URI, else ./runs/mlflow.db; for moved: NEW/mlflow.db
 --key           an EC key in PEM: a path, file:/PATH, or env:VARIABLE that holds the key
 
 list prints a line per version, show all about one version: data, base model, code, who made it, cost, decision and
 files. promote makes VERSION the champion; rollback makes the previous champion the champion again. sign writes a
-signature beside the files; verify checks it. All but list check the files against their checksums.
+signature beside the files; verify checks it. All but list and moved check the files against their checksums. moved
+corrects the paths in MLflow's SQLite database after a storage was moved: runs and versions stay the same.
 
 Exit codes: 0 done; 2 an error that you can fix, a wrong file or signature; 75 MLflow or the files are unreachable, try
 again later.
 """
 
-import os
 import re
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.text import aligned
+from olora_ray.common.text import aligned, minute, plural
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums, start
-from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import Version
-from olora_ray.tracking.client import check_uri, reachable, shown_uri
+from olora_ray.tracking.aliases import Aliases, registered
+from olora_ray.tracking.client import reachable, shown_uri
+from olora_ray.tracking.moved_storage import DATABASE, relocate_artifacts
 
 # Limits of the one screen of `show`: tags, characters of a tag, and files.
-TAGS, WIDTH, FILES = 26, 160, 8
+TAGS = 26
+WIDTH = 160
+FILES = 8
 
 
 def main(argv: list[str]) -> None:
-    parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=["--tracking-uri", "--key"])
+    parsed = command_line.parse(
+        argv or ["--help"], __doc__ or "", options=["--tracking-uri", "--key"]
+    )
     # Before MLflow is imported.
     quiet_environment()
     action, *names = parsed.words or [""]
@@ -49,20 +56,20 @@ def main(argv: list[str]) -> None:
         raise UserError(f"argument {action!r}: expected one of {', '.join(ACTIONS)}")
     act, wanted = ACTIONS[action]
     if len(names) != len(wanted):
-        raise UserError(f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]")
-    keys = [parsed.options["--key"]] if "--key" in parsed.options else []
-    if len(keys) != (act in (sign, verify)):
+        raise UserError(
+            f"usage: olora-ray registry {' '.join([action, *wanted])} [--tracking-uri URI]"
+        )
+    key = parsed.options.get("--key")
+    if (key is not None) != (act in (sign, verify)):
         raise UserError("argument --key: sign and verify need it, and no other action takes it")
-    uri = start.chosen_uri(parsed.options.get("--tracking-uri"))
-    check_uri(uri)
-    folder, _, name = uri.removeprefix("sqlite:///").rpartition("/")
-    if act is not show_all and name == start.DATABASE and os.path.isdir(os.path.join(folder, start.FOLDER)):
-        # The database may have moved with its folder, and with it the files; `list` reads no file.
-        start.follow(folder)
-    aliases = Aliases(uri, names[0])
-    if not names[0].strip() or not aliases.versions():
-        raise UserError(f"no model {names[0]!r} with a version is registered in {shown_uri(uri)}")
-    act(aliases, *names[1:], *keys)
+    given = parsed.options.get("--tracking-uri")
+    if act is moved:
+        moved(names[0], names[1], given)
+        return
+    aliases = registered(start.chosen_uri(given), names[0])
+    if key is not None:
+        names.append(key)
+    act(aliases, *names[1:])
 
 
 def show_all(aliases: Aliases) -> None:
@@ -75,7 +82,7 @@ def show_all(aliases: Aliases) -> None:
                 version.number,
                 ", ".join(named.get(version.number, [])) or "-",
                 tags.get("olora.eval_loss") or "-",
-                _date(version),
+                minute(version.created),
                 tags.get("olora.data_digest", "")[:8] or "-",
                 version.verdict or "-",
             )
@@ -90,7 +97,7 @@ def show_one(aliases: Aliases, which: str) -> None:
     files_uri = aliases.files_uri(number)
     print(f"{aliases.name} version {number}")
     print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
-    print(f"created: {_date(version)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
+    print(f"created: {minute(version.created)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
     tags = sorted(version.tags.items(), key=lambda tag: (not tag[0].startswith("olora."), tag[0]))
     for name, text in tags[:TAGS]:
         print(f"  {textwrap.shorten(f'{name} = {text}', WIDTH, placeholder=' ...')}")
@@ -106,14 +113,16 @@ def show_one(aliases: Aliases, which: str) -> None:
 def promote(aliases: Aliases, which: str) -> None:
     number = _number(aliases, which)
     # Aliases.promote checks the files against their checksums before it moves the alias.
-    old = aliases.promote(number, f"promoted by hand, {_now()}, {start.submitter()}")
+    old = aliases.promote(number, f"promoted by hand, {minute(time.time())}, {start.submitter()}")
     after = f", version {old} is previous" if old else ""
     print(f"{aliases.name}: version {number} is the champion{after}")
 
 
 def rollback(aliases: Aliases) -> None:
-    bad, good = aliases.rollback(f"by hand, {_now()}, {start.submitter()}")
-    print(f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back")
+    bad, good = aliases.rollback(f"by hand, {minute(time.time())}, {start.submitter()}")
+    print(
+        f"{aliases.name}: version {good} is the champion again, version {bad} is tagged as rolled back"
+    )
 
 
 def sign(aliases: Aliases, which: str, key: str) -> None:
@@ -129,6 +138,15 @@ def verify(aliases: Aliases, which: str, key: str) -> None:
     print(f"{aliases.name}: version {number}: all {count} files are as signed by the key of {key}")
 
 
+def moved(old: str, new: str, given: str | None) -> None:
+    database = Path(new, DATABASE).absolute()
+    if given is None and database.is_file():
+        given = f"sqlite:///{database}"
+    uri = start.chosen_uri(given)
+    count = relocate_artifacts(old, new, uri)
+    print(f"{shown_uri(uri)}: {plural(count, 'path')} of artifacts below {old} lead to {new} now")
+
+
 ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "list": (show_all, ["NAME"]),
     "show": (show_one, ["NAME", "VERSION"]),
@@ -136,11 +154,8 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "rollback": (rollback, ["NAME"]),
     "sign": (sign, ["NAME", "VERSION"]),
     "verify": (verify, ["NAME", "VERSION"]),
+    "moved": (moved, ["OLD", "NEW"]),
 }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M")
 
 
 def _number(aliases: Aliases, which: str) -> str:
@@ -149,7 +164,9 @@ def _number(aliases: Aliases, which: str) -> str:
         return which.lstrip("0") or "0"
     current = aliases.current()
     if which not in current:
-        raise UserError(f"{aliases.name} has no alias {which!r}; it has {', '.join(sorted(current)) or 'none'}")
+        raise UserError(
+            f"{aliases.name} has no alias {which!r}; it has {', '.join(sorted(current)) or 'none'}"
+        )
     return current[which]
 
 
@@ -158,10 +175,6 @@ def _aliases_by_version(aliases: Aliases) -> dict[str, list[str]]:
     for alias, number in sorted(aliases.current().items()):
         named.setdefault(number, []).append(alias)
     return named
-
-
-def _date(version: Version) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
 
 
 if __name__ == "__main__":

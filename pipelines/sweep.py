@@ -24,33 +24,33 @@ from olora_ray.config import command_line  # noqa: E402
 def main(argv: list[str]) -> None:
     # Imports that take seconds come after the checks of config and space file, so that mistakes are reported at once.
     config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
-    from olora_ray.data import first_look
+    from olora_ray.data import detect
 
-    config = first_look.check_data(config)
+    config = detect.with_formats(config, detect.check_data(config))
     from olora_ray.sweep.space_file import load_space
 
     space = load_space(file, config)
+    from olora_ray.cluster.connection import connect
     from olora_ray.pipeline import prepare, run
     from olora_ray.pipeline.base import open_base
-    from olora_ray.pipeline.connection import connect
     from olora_ray.pipeline.run import only_driver
     from olora_ray.sweep import outcome, search_folder, space_file
     from olora_ray.sweep import run as sweep
 
-    # All trials must have the same sequences, so the length is measured once, here.
-    if config.data.max_length == "auto":
-        config = prepare.with_length(config, open_base(config))
     search = search_folder.search_config(config, space, file, registers="--register" in flags)
-    search_folder.check_search(search, space)
+    kept = search_folder.check_search(search, space)
     with only_driver(search) as driver:
         base = open_base(search)
-        space_file.plan(search, space, base.model)
+        # Once for all trials, which must have the same sequences.
+        data = prepare.read_data(search, base, kept)
+        space_file.plan(search, data, space, base)
 
-        with connect(search, base.model, trials=True) as (stop, search), driver.watch(stop):
-            spec, seconds = sweep.train_spec(search, space, base)
-            spec, spared = sweep.share(spec, space, seconds)
+        with connect(search, trains=True) as (stop, cluster), driver.watch(stop):
+            decided = prepare.decided(search, data, base.model, cluster, kept, trial=True)
+            spec, seconds = sweep.train_spec(decided, space, base, cluster)
+            spec, spared = sweep.share(spec, space, seconds, decided.decisions)
             with sweep.tracked(spec, space) as tracker:
-                sweep_spec, results = sweep.run(spec, space, spared, tracker)
+                sweep_spec, results = sweep.run(spec, space, spared, tracker, decided.decisions)
                 driver.check()
                 outcome.conclude(config, sweep_spec, results, tracker)
                 if "--register" in flags:

@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # each test has a database of its own
 
 import hypothesis
 import pytest
@@ -30,21 +31,25 @@ from tests.tokens import helpers
 
 DURATIONS = Path(__file__).with_name("durations.json")
 LENGTHY = 0.3  # seconds of a test, of which make quick leaves out those that take longer
-# Tests of what uses the package, and no other part uses.
-RECIPES = ("tests/comparison/", "tests/mobility/", "tests/pipelines/evidence/", "tests/pipelines/test_compare.py")
 
 torch.set_num_threads(1)
 gc.disable()  # until all tests are imported, which takes a sixth less
 
-hypothesis.settings.register_profile("olora", deadline=None, derandomize=True, max_examples=40, print_blob=False)
+hypothesis.settings.register_profile(
+    "olora", deadline=None, derandomize=True, max_examples=40, print_blob=False
+)
 hypothesis.settings.load_profile("olora")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--no-processes", action="store_true", help="skip a test at the moment at which it starts a process"
+        "--no-processes",
+        action="store_true",
+        help="skip a test at the moment at which it starts a process",
     )
-    parser.addoption("--record-durations", action="store_true", help=f"write {DURATIONS.name}: make durations")
+    parser.addoption(
+        "--record-durations", action="store_true", help=f"write {DURATIONS.name}: make durations"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,7 +89,9 @@ class Durations:
             self.tests[name] = max(self.tests.get(name, 0), shared) + time.process_time() - start
 
     def pytest_sessionfinish(self) -> None:
-        lengthy = {name: round(spent, 1) for name, spent in sorted(self.tests.items()) if spent > LENGTHY}
+        lengthy = {
+            name: round(spent, 1) for name, spent in sorted(self.tests.items()) if spent > LENGTHY
+        }
         DURATIONS.write_text(json.dumps(lengthy, indent=0) + "\n", encoding="utf-8")
 
 
@@ -109,7 +116,8 @@ class NoProcesses:
     def look(self, event: str, arguments: tuple[Any, ...]) -> None:
         # The standard library asks a few programs about the machine while modules are imported.
         if event in ("os.posix_spawn", "os.fork") or (
-            event == "subprocess.Popen" and os.path.basename(arguments[0]) not in ("uname", "ldconfig", "gcc", "ld")
+            event == "subprocess.Popen"
+            and os.path.basename(arguments[0]) not in ("uname", "ldconfig", "gcc", "ld")
         ):
             self.skip()
 
@@ -124,8 +132,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _function(item) in lengthy:
             item.add_marker("lengthy")
-        if item.nodeid.startswith(RECIPES):
-            item.add_marker("slow")
         if "ray_with" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
 

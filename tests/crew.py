@@ -19,7 +19,12 @@ LIMIT = 120.0
 """Seconds after which a call counts as hung."""
 
 
-IMPORTED = ["tests.tiny", "tests.tokens.helpers", "transformers.models.llama.modeling_llama", "olora_ray.train.loop"]
+IMPORTED = [
+    "tests.tiny",
+    "tests.tokens.helpers",
+    "transformers.models.llama.modeling_llama",
+    "olora_ray.train.loop",
+]
 """What all of them need, which takes seconds: one process imports it, and they are forked from that one."""
 
 
@@ -73,6 +78,10 @@ class Crew:
         for process in self._processes:
             process.kill()
             process.join()
+
+
+Crews = Callable[[int], Crew]
+"""What the fixture `crew` is: so many workers, of which each number is started once."""
 
 
 class _Trace:

@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 
-from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
-from olora_ray.adapter.inject import find_targets, install, wrap
-from olora_ray.cluster import resume
+from olora_ray.cluster.start import resume
 from olora_ray.tokens.collate import collate
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint, TrainState
 from olora_ray.train.generate import Question, answer
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate
-from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.parallel import place_model
+from olora_ray.train.loop import Trainer
 from tests import tiny
 
 Keep = Callable[[Callable[[Path], None]], Checkpoint]
@@ -50,34 +47,32 @@ def start(
     changes: Mapping[str, Any] = {},
 ) -> Trainer:
     """A trainer as a worker makes it; `on_device`: the base lies there already, as one that adapters share."""
-    own = {f"train__{name}": value for name, value in {"steps": STEPS, "global_batch": 2, **changes}.items()}
-    settings = tiny.config(adapter__method=method, adapter__dropout=dropout, **own)
-    adapter, loss = settings.adapter, SupervisedLoss(model)
+    own = {
+        f"train__{name}": value
+        for name, value in {"steps": STEPS, "global_batch": 2, **changes}.items()
+    }
     if on_device:
-        loss.to(device)
-    targets = find_targets(model, adapter.targets, adapter.rank)
-    options = options_of(adapter)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
-    sizes = weight_sizes(targets, device) if settings.train.optimizer == "spectral" else {}
-    adapted = wrap(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
-    install(model, adapted)
-    place_model(loss, "ddp", device)
-    return Trainer(loss, adapted, settings, device, sizes=sizes)
+        model.to(device)
+    config = tiny.config(adapter__method=method, adapter__dropout=dropout, **own)
+    trainer: Trainer = tiny.trainer(config, model=model, device=device)
+    return trainer
 
 
 def walk(trainer: Trainer, keep: Keep) -> Seen:
     """All that a worker does with a trainer."""
     attention, held_out = trainer.loss.model.config._attn_implementation, tiny.store(2, seed=9)
-    before = evaluate(trainer, held_out, attention)
+    before = evaluate(trainer, held_out, attention).loss
     losses = steps(trainer, 0)
     state = TrainState(step=STEPS, best_step=STEPS - 1)
-    best = resume.resume(trainer, keep(trainer.snapshot(state, trainer.flat.vector.clone(), {}, "")))
+    best = resume(trainer, keep(trainer.snapshot(state, trainer.flat.vector.clone(), {}, "")))
     losses += steps(trainer, STEPS - 1)
     assert best is not None
     trainer.flat.vector.copy_(best)
     batch = collate([held_out[0]], attention)
-    assert trainer.loss.each(batch.to(trainer.device)).shape == batch.labels.shape  # as an evaluation measures rows
-    return Seen(before, losses, evaluate(trainer, held_out, attention), answers(trainer))
+    assert (
+        trainer.loss.each(batch.to(trainer.device)).shape == batch.labels.shape
+    )  # as an evaluation measures rows
+    return Seen(before, losses, evaluate(trainer, held_out, attention).loss, answers(trainer))
 
 
 def kept_in(folder: Path) -> Keep:
@@ -93,7 +88,9 @@ def kept_in(folder: Path) -> Keep:
 def steps(trainer: Trainer, first: int) -> list[float]:
     """The losses of the steps from number `first` on."""
     settings, store = trainer.config, tiny.store()
-    loader = StepLoader(store, settings.train, settings.run.seed, trainer.loss.model.config._attn_implementation)
+    loader = StepLoader(
+        store, settings.train, settings.run.seed, trainer.loss.model.config._attn_implementation
+    )
     return [result.loss for result in trainer.steps(loader, first, Schedule(settings.train, store))]
 
 

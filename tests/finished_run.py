@@ -8,7 +8,6 @@ from typing import Any
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
-from olora_ray.data import first_look
 from olora_ray.model.load import load_tokenizer
 from olora_ray.pipeline import publish
 from olora_ray.pipeline.base import open_base
@@ -59,15 +58,23 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
     from transformers import AutoModelForCausalLM
 
     project.make_tiny(folder)
-    config = first_look.check_data(build(project.settings(folder, folder / "model", **changes)))
+    config = tiny.read_as(build(project.settings(folder, folder / "model", **changes)))
     mlflow_database.place(Path(config.run.storage))
-    case = make_case(folder / "model", AutoModelForCausalLM.from_pretrained(folder / "model"), config.adapter)
+    case = make_case(
+        folder / "model", AutoModelForCausalLM.from_pretrained(folder / "model"), config.adapter
+    )
     base = open_base(config)
-    train, held_out = prepare(config, base.spec, "train"), prepare(config, base.spec, "eval")
+    decided = tiny.decided(config)
+    train = prepare(decided, base.spec, "train")
+    held_out = prepare(decided, base.spec, "eval")
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
-    state = TrainState(6, 1.25, 6, history=[{"step": 0.0, "eval/loss": 2.5}, {"step": 6.0, "eval/loss": 1.25}])
+    state = TrainState(
+        6, 1.25, 6, history=[{"step": 0.0, "eval/loss": 2.5}, {"step": 6.0, "eval/loss": 1.25}]
+    )
     question = questions(held_out, 1)[0]
-    result = TrainResult(state=state, answers=(AnswerPair(question.prompt, question.reference, (), ()),))
+    result = TrainResult(
+        state=state, answers=(AnswerPair(question.prompt, question.reference, (), ()),)
+    )
     run = FinishedRun(spec, tiny.claimed(config), result, case)
     _export(run, state)
     return run
@@ -76,7 +83,9 @@ def make(folder: Path, **changes: Any) -> FinishedRun:
 def _export(run: FinishedRun, state: TrainState) -> None:
     case, base = run.case, run.spec.base
     merged = case.write_merged(Path(run.folder.merged)) if run.config.export.merged else None
-    with new_adapter(case.adapter, case.settings, base.folder, Path(run.folder.adapter), case.model) as (folder, rank):
+    with new_adapter(
+        case.adapter, case.settings, base.folder, Path(run.folder.adapter), case.model
+    ) as (folder, rank):
         complete(
             run.config,
             base,

@@ -33,7 +33,12 @@ VARYING = {
     *("mlflow", "mlflow_run"),  # the database's address and the run's id, which is random
     "gradients",  # of the self-test: a rounding error, whose last digits depend on the threads
     *("seconds", "first_step", "spared"),  # times, as the next three
-    *("train/tokens_per_second", "train/all_tokens_per_second", "train/step_seconds", "data/wait_fraction"),
+    *(
+        "train/tokens_per_second",
+        "train/all_tokens_per_second",
+        "train/step_seconds",
+        "data/wait_fraction",
+    ),
 }
 """Keys whose values differ from run to run, left out of manifests, sidecars, result.json and leaderboard.json. Nothing
 else is left out; in all files FOLDER replaces the path of the run's temporary folder."""
@@ -69,7 +74,11 @@ def main() -> int:
     wanted: Digests = json.loads(asked.compare.read_text()) if asked.compare else {}
     root = Path(tempfile.mkdtemp(prefix="g-", dir="/tmp"))  # short: Ray's sockets lie below it
     try:
-        found = {line: value for name in asked.only for line, value in _digests(name, root, asked.checkout.resolve())}
+        found = {
+            line: value
+            for name in asked.only
+            for line, value in _digests(name, root, asked.checkout.resolve())
+        }
     finally:
         if asked.keep:
             shutil.move(root, asked.keep)
@@ -81,8 +90,12 @@ def main() -> int:
     lines = sorted(found.keys() | {line for line in wanted if line.split()[0] in asked.only})
     wrong = [line for line in lines if found.get(line) != wanted.get(line)]
     for line in wrong:
-        print(f"differs: {line}: {wanted.get(line, 'absent')} in {asked.compare}, now {found.get(line, 'absent')}")
-    print(f"{len(lines) - len(wrong)} of {len(lines)} digests are equal to those of {asked.compare}")
+        print(
+            f"differs: {line}: {wanted.get(line, 'absent')} in {asked.compare}, now {found.get(line, 'absent')}"
+        )
+    print(
+        f"{len(lines) - len(wrong)} of {len(lines)} digests are equal to those of {asked.compare}"
+    )
     return 1 if wrong else 0
 
 
@@ -112,37 +125,57 @@ def _run(command: list[str], folder: Path, checkout: Path) -> None:
     }
     for place in ("home", "t"):
         (folder / place).mkdir()
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_", "OLORA_"))}
-    done = subprocess.run(command, cwd=folder, env={**kept, **own}, capture_output=True, text=True, check=False)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("RAY_", "MLFLOW_", "OLORA_"))
+    }
+    done = subprocess.run(
+        command, cwd=folder, env={**kept, **own}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command)}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-4000:]}"
+        )
 
 
 def _artefacts(runs: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of each file that is compared, without what varies."""
-    manifests = [(json.loads(file.read_text()), file.parent) for file in runs.glob("tokens/*/manifest.json")]
-    for manifest, store in sorted(manifests, key=lambda each: str(each[0]["inputs"]["split"]), reverse=True):
+    manifests = [
+        (json.loads(file.read_text()), file.parent) for file in runs.glob("tokens/*/manifest.json")
+    ]
+    for manifest, store in sorted(
+        manifests, key=lambda each: str(each[0]["inputs"]["split"]), reverse=True
+    ):
         for file in sorted(store.iterdir()):
             content = _stable(file) if file.suffix == ".json" else file.read_bytes()
             yield f"tokens/{manifest['inputs']['split']}/{file.name}", content
     (export,) = runs.glob("**/export")  # of a search that of the winner alone
-    for file in sorted(file for part in ("adapter", "merged") for file in (export / part).rglob("*") if file.is_file()):
+    for file in sorted(
+        file
+        for part in ("adapter", "merged")
+        for file in (export / part).rglob("*")
+        if file.is_file()
+    ):
         yield str(file.relative_to(export)), file.read_bytes()
     for name in ("result.json", "leaderboard.json"):
         for file in runs.glob(f"*/{name}"):
             yield name, _stable(file)
-    for file in (*runs.glob("*/best.yaml"), *runs.glob("mlartifacts/*/artifacts/samples.json")):  # prompts and answers
+    for file in (
+        *runs.glob("*/best.yaml"),
+        *runs.glob("mlartifacts/*/artifacts/samples.json"),
+    ):  # prompts and answers
         yield file.name, file.read_bytes()
 
 
 def _stable(file: Path) -> bytes:
-    return json.dumps(_without_varying(json.loads(file.read_text())), indent=1).encode()
+    return json.dumps(without_varying(json.loads(file.read_text())), indent=1).encode()
 
 
-def _without_varying(value: Any) -> Any:
+def without_varying(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_varying(item) for key, item in value.items() if key not in VARYING}
-    return [_without_varying(item) for item in value] if isinstance(value, list) else value
+        return {key: without_varying(item) for key, item in value.items() if key not in VARYING}
+    return [without_varying(item) for item in value] if isinstance(value, list) else value
 
 
 def _quickstart(folder: Path, checkout: Path) -> list[str]:
@@ -157,7 +190,10 @@ def _tiny(folder: Path, **changes: Any) -> str:
 
 
 def _dropout(folder: Path, _: Path) -> list[str]:
-    return ["finetune.py", _tiny(folder, train__global_batch=8, adapter__dropout=0.1, data__packing=True)]
+    return [
+        "finetune.py",
+        _tiny(folder, train__global_batch=8, adapter__dropout=0.1, data__packing=True),
+    ]
 
 
 def _mixture(folder: Path, _: Path) -> list[str]:

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 import pytest
 from pyarrow import fs
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 
 BUCKET = "bucket"
 MADE = "2026-11-27T07:00:00.000Z"
@@ -38,7 +38,9 @@ class GsServer(ThreadingHTTPServer):
         """pyarrow's connection, which asks for so long; of no seconds the end comes before the first request."""
         limit = datetime.timedelta(seconds=seconds)
         address = f"127.0.0.1:{self.server_port}"
-        return fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=address, retry_time_limit=limit)
+        return fs.GcsFileSystem(
+            anonymous=True, scheme="http", endpoint_override=address, retry_time_limit=limit
+        )
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -100,7 +102,14 @@ class _Answers(BaseHTTPRequestHandler):
     def _about(self, key: str) -> dict[str, str]:
         size = str(len(self.server.objects[key]))
         times = {"timeCreated": MADE, "updated": MADE}
-        return {"kind": "storage#object", "name": key, "bucket": BUCKET, "size": size, "generation": "1", **times}
+        return {
+            "kind": "storage#object",
+            "name": key,
+            "bucket": BUCKET,
+            "size": size,
+            "generation": "1",
+            **times,
+        }
 
     def _missing(self) -> None:
         self._send(404, {"error": {"code": 404, "message": "No such object"}})
@@ -113,7 +122,11 @@ class _Answers(BaseHTTPRequestHandler):
     def _send(self, code: int, content: bytes | dict[str, Any], **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(code)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -125,7 +138,7 @@ def gs_server(patch: pytest.MonkeyPatch, seconds: int = 5) -> Iterator[GsServer]
     server = GsServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), name="gs", daemon=True).start()
     system = server.filesystem(seconds)
-    patch.setattr(patience, "connect", lambda scheme, bucket, query="": (system, bucket))
+    patch.setattr(retry, "connect", lambda scheme, bucket, query="": (system, bucket))
     try:
         yield server
     finally:

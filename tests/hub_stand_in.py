@@ -38,7 +38,11 @@ class Hub:
     """A folder in which hf_xet keeps what it uploads."""
 
     def variables(self) -> dict[str, str]:
-        off = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "0" if self.xet else "1", "NO_PROXY": "127.0.0.1"}
+        off = {
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
+            "NO_PROXY": "127.0.0.1",
+        }
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, **off}
 
     def oid(self, name: str, content: bytes) -> str:
@@ -48,7 +52,12 @@ class Hub:
 
     def user(self) -> dict[str, Any]:
         orgs = [{"name": "acme", "roleInOrg": "write"}, {"name": "guests", "roleInOrg": "read"}]
-        return {"type": "user", "name": "ann", "orgs": orgs, "auth": {"accessToken": {"role": self.role}}}
+        return {
+            "type": "user",
+            "name": "ann",
+            "orgs": orgs,
+            "auth": {"accessToken": {"role": self.role}},
+        }
 
     def answer(self, path: str, body: bytes) -> tuple[int, Any]:
         """Return status and JSON for a request; `path` has no query."""
@@ -70,12 +79,17 @@ class Hub:
                 return 200, {"casUrl": f"local://{self.xet}", "accessToken": "x", "exp": 4102444800}
             case ["api", "models", _, _, "tree", "main"]:
                 files = self.repos[repo].items()
-                return 200, [{"type": "file", "path": n, "size": len(c), "oid": self.oid(n, c)} for n, c in files]
+                return 200, [
+                    {"type": "file", "path": n, "size": len(c), "oid": self.oid(n, c)}
+                    for n, c in files
+                ]
             case ["api", "models", _, _, "revision", "main"]:
                 return 200, {"id": repo, "sha": f"{len(self.commits):040}", "siblings": []}
             case ["api", "models", _, _, "preupload", "main"]:
                 names = [each["path"] for each in json.loads(body)["files"]]
-                return 200, {"files": [self.known(name, self.repos[repo].get(name)) for name in names]}
+                return 200, {
+                    "files": [self.known(name, self.repos[repo].get(name)) for name in names]
+                }
             case [_, _, "info", "lfs", "objects", "batch"]:
                 return 200, {"objects": [self.wanted(each) for each in json.loads(body)["objects"]]}
             case ["large", digest]:
@@ -105,7 +119,9 @@ class Hub:
             if kind == "deletedFile":
                 del files[name]
             else:
-                files[name] = base64.b64decode(value["content"]) if kind == "file" else value["oid"].encode()
+                files[name] = (
+                    base64.b64decode(value["content"]) if kind == "file" else value["oid"].encode()
+                )
             done.append(f"-{name}" if kind == "deletedFile" else name)
         self.commits.append(done)
 
@@ -126,7 +142,10 @@ def running(xet: str = "") -> Iterator[Hub]:
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
             path = self.path.partition("?")[0]
             hub.requests.append(path)
-            if not path.startswith("/large/") and self.headers["Authorization"] != f"Bearer {TOKEN}":
+            if (
+                not path.startswith("/large/")
+                and self.headers["Authorization"] != f"Bearer {TOKEN}"
+            ):
                 status, content = 401, {"error": "Invalid username or password."}
             elif hub.broken and hub.broken in path:
                 status, content = 403, {"error": "Private repository storage limit reached"}

@@ -25,12 +25,18 @@ def run(
     *words: str | Path, folder: Path, stop_at: str = "", timeout: float = 600, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command as a user does; press Ctrl+C once it has printed `stop_at`."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    } | variables
     command = [str(word) for word in words]
     if not stop_at:
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=folder, env=environment)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, cwd=folder, env=environment
+        )
     both = subprocess.STDOUT
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=both, text=True, cwd=folder, env=environment) as work:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=both, text=True, cwd=folder, env=environment
+    ) as work:
         assert work.stdout
         seen = ""
         for line in work.stdout:
@@ -72,7 +78,9 @@ def closure(requirements: Sequence[str]) -> set[str]:
     while left:
         line, asked = left.pop()
         requirement = Requirement(line)
-        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in {"", *asked}):
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": extra}) for extra in {"", *asked}
+        ):
             continue
         name = canonicalize_name(requirement.name)
         if name in extras and requirement.extras <= extras[name]:
@@ -121,4 +129,6 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def olora_ray(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
     """The command `olora-ray` there: olora_ray("runs", folder=...)."""
     home = str(tmp_path_factory.mktemp("home"))
-    return lambda *words, **options: run(installed / "olora-ray", *words, HOME=home, OMP_NUM_THREADS="1", **options)
+    return lambda *words, **options: run(
+        installed / "olora-ray", *words, HOME=home, OMP_NUM_THREADS="1", **options
+    )

@@ -12,7 +12,8 @@ from olora_ray.model.quantised import KINDS, QuantisedLinear
 THERE = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not THERE, reason="bitsandbytes is not installed")
 EACH_KIND = [
-    pytest.param(name, marks=[needs_bitsandbytes] if kind.library else [], id=name) for name, kind in KINDS.items()
+    pytest.param(name, marks=[needs_bitsandbytes] if kind.library else [], id=name)
+    for name, kind in KINDS.items()
 ]
 
 

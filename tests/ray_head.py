@@ -31,8 +31,14 @@ class Head:
         file = folder / "ray_token"
         file.touch(mode=0o600)
         file.write_text(self.token)
-        shared = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_OURS)}
-        shared |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+        shared = {
+            name: value for name, value in os.environ.items() if not name.startswith(_NOT_OURS)
+        }
+        shared |= {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(file),
+        }
         self._nodes = {**shared, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **nodes}
         self.submitter = {**shared, "RAY_ADDRESS": self.dashboard}
         """The environment of whoever submits: he has the token, and none of the nodes' secrets."""
@@ -41,10 +47,15 @@ class Head:
         """Start it and wait until it takes jobs."""
         command: list[Any] = [BIN / "ray", "start", "--head", f"--port={self.port}"]
         command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
-        command += [f"--dashboard-port={self._dashboard_port}", f"--ray-client-server-port={free_port()}"]
+        command += [
+            f"--dashboard-port={self._dashboard_port}",
+            f"--ray-client-server-port={free_port()}",
+        ]
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--num-cpus={self.cpus}"]
         command += [f"--temp-dir={self.folder / 'ray'}"]
-        done = subprocess.run(command, env=self._nodes, capture_output=True, text=True, timeout=180, check=False)
+        done = subprocess.run(
+            command, env=self._nodes, capture_output=True, text=True, timeout=180, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         deadline = time.monotonic() + 120
         while True:  # a head takes jobs some seconds after it has started
@@ -58,12 +69,16 @@ class Head:
 
     def client(self) -> JobSubmissionClient:
         """For calls of this process."""
-        return JobSubmissionClient(self.dashboard, headers={"Authorization": f"Bearer {self.token}"})
+        return JobSubmissionClient(
+            self.dashboard, headers={"Authorization": f"Bearer {self.token}"}
+        )
 
     def jobs(self) -> str:
         """What the dashboard tells of all jobs, to those who have the token."""
         answer = requests.get(
-            f"{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}, timeout=30
+            f"{self.dashboard}/api/jobs/",
+            headers={"Authorization": f"Bearer {self.token}"},
+            timeout=30,
         )
         answer.raise_for_status()
         return answer.text

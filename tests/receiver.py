@@ -25,7 +25,9 @@ class Receiver:
 
 @contextlib.contextmanager
 def receiver(
-    status: int = 200, address: str = "127.0.0.1", hear: Callable[[str, str], object] = lambda path, text: None
+    status: int = 200,
+    address: str = "127.0.0.1",
+    hear: Callable[[str, str], object] = lambda path, text: None,
 ) -> Iterator[Receiver]:
     """Answer each POST with `status` until the end of the block; call `hear` with its path and text."""
 
@@ -57,6 +59,8 @@ def receiver(
 
 
 if __name__ == "__main__":
-    with receiver(address=sys.argv[1], hear=lambda *heard: print(json.dumps(heard), flush=True)) as started:
+    with receiver(
+        address=sys.argv[1], hear=lambda *heard: print(json.dumps(heard), flush=True)
+    ) as started:
         print(started.url, flush=True)
         threading.Event().wait()

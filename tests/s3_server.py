@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
 FULL = b"<Error><Code>XMinioStorageFull</Code><Message>Storage backend has reached its minimum.</Message></Error>"
 """MinIO's words where its disks are full."""
 REGION = "eu-west-1"
@@ -67,7 +69,9 @@ class Server:
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), name="s3", daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), name="s3", daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,7 +98,9 @@ class Server:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             patch.delenv(name, raising=False)
         name = f"bucket-{next(self._numbers)}"
-        self.client().create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": REGION})
+        self.client().create_bucket(
+            Bucket=name, CreateBucketConfiguration={"LocationConstraint": REGION}
+        )
         self.faults = Faults()
         try:
             yield f"s3://{name}/runs"
@@ -116,7 +122,11 @@ class Server:
     def keys(self, place: str) -> list[str]:
         """The keys below an address, relative to it; without the empty ones that stand for folders."""
         bucket, _, prefix = place.removeprefix("s3://").partition("/")
-        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix and f"{prefix}/")
+        pages = (
+            self.client()
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=bucket, Prefix=prefix and f"{prefix}/")
+        )
         found = [item["Key"] for page in pages for item in page.get("Contents", [])]
         return [key.removeprefix(f"{prefix}/") for key in found if not key.endswith("/")]
 
@@ -138,8 +148,13 @@ class Server:
             if faults.refuse or full:
                 faults.refuse = faults.refuse and faults.refuse - 1
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                status, text = ("507 Insufficient Storage", FULL) if full else ("503 Slow Down", SLOW_DOWN)
-                start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))])
+                status, text = (
+                    ("507 Insufficient Storage", FULL) if full else ("503 Slow Down", SLOW_DOWN)
+                )
+                start(
+                    status,
+                    [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))],
+                )
                 return [text]
             if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", "")):
                 first, last = int(asked[1]), int(asked[2])

@@ -36,7 +36,11 @@ def test_each_imported_package_is_declared() -> None:
     extras = {extra: names(wanted) for extra, wanted in PROJECT["optional-dependencies"].items()}
     optional = set().union(*(extras[extra] for extra in extras.keys() - {"dev", "bench"}))
     missing = set()
-    for file in (file for folder in ("olora_ray", "pipelines") for file in sorted((ROOT / folder).rglob("*.py"))):
+    for file in (
+        file
+        for folder in ("olora_ray", "pipelines")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+    ):
         for module, inside in imports(ast.parse(file.read_text())):
             owners = {canonicalize_name(owner) for owner in OWNERS.get(module, [])} - {"olora-ray"}
             # Packages of an extra may be absent, so a module must be importable without them.

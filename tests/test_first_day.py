@@ -25,7 +25,9 @@ def chats(file: Path, numbers: Sequence[int]) -> None:
     with file.open("a", encoding="utf-8") as lines:
         for pair in pairs(numbers):
             texts = ("Antworte kurz.", *pair)
-            messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+            messages = [
+                {"role": role, "content": text} for role, text in zip(roles, texts, strict=True)
+            ]
             lines.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
@@ -47,7 +49,10 @@ def days(folder: Path) -> None:
 
 def trained_files(folder: Path) -> list[set[str]]:
     """Return the names of the files of each store of training rows, the smallest first."""
-    manifests = [json.loads(file.read_text()) for file in (folder / "runs" / "tokens").glob("*/manifest.json")]
+    manifests = [
+        json.loads(file.read_text())
+        for file in (folder / "runs" / "tokens").glob("*/manifest.json")
+    ]
     stores = [each for each in manifests if each["inputs"]["split"] == "train"]
     assert all(each["notes"].get("copies") for each in stores)
     return sorted(({Path(file).name for file in each["files"]} for each in stores), key=len)
@@ -70,9 +75,13 @@ def ran(olora_ray: Command, tmp_path: Path) -> Callable[..., str]:
 def test_own_files_are_planned(ran: Callable[..., str], tmp_path: Path) -> None:
     own_files(tmp_path)
     ran("init chats.jsonl model --out chats.yaml")
-    ran("init fragen.csv model --out fragen.yaml 'data.train.0.fields={instruction: frage, output: antwort}'")
+    ran(
+        "init fragen.csv model --out fragen.yaml 'data.train.0.fields={instruction: frage, output: antwort}'"
+    )
     for config in ("chats", "fragen"):
-        assert "examples, with the supervised tokens in [[ ]]" in ran(f"finetune {config}.yaml --dry-run")
+        assert "examples, with the supervised tokens in [[ ]]" in ran(
+            f"finetune {config}.yaml --dry-run"
+        )
     made = {"chats.jsonl", "chats.yaml", "fragen.csv", "fragen.yaml", "model"}
     assert {each.name for each in tmp_path.iterdir()} - {"runs"} == made
 
@@ -94,11 +103,16 @@ def test_a_new_users_first_days(ran: Callable[..., str], tmp_path: Path, nights:
     ran("registry promote tage 1")
     assert re.search(r"^1 +.*champion", ran("registry list tage"), re.MULTILINE)
     for night in range(nights):
-        chats(tmp_path / "tage" / f"tag{3 + night}.jsonl", [*range(300 + 40 * night, 340 + 40 * night), *range(5)])
+        chats(
+            tmp_path / "tage" / f"tag{3 + night}.jsonl",
+            [*range(300 + 40 * night, 340 + 40 * night), *range(5)],
+        )
         told = ran("retrain tage.yaml")
         assert re.search(rf"^{2 + night} ", ran("registry list tage"), re.MULTILINE), told
     assert "nothing" in ran("retrain tage.yaml")
-    assert trained_files(tmp_path) == [{f"tag{day}.jsonl" for day in range(3 + night)} for night in range(nights + 1)]
+    assert trained_files(tmp_path) == [
+        {f"tag{day}.jsonl" for day in range(3 + night)} for night in range(nights + 1)
+    ]
     assert "eval/loss" in ran("evaluate runs/tage")
     assert "tage" in ran("runs")
     assert {each.name for each in tmp_path.iterdir()} == {"model", "runs", "tage", "tage.yaml"}

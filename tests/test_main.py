@@ -14,10 +14,23 @@ ROOT = Path(__file__).parents[1]
 def olora_ray(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "olora_ray", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=folder, env=environment
+    )
 
 
-COMMANDS = ["quickstart", "init", "finetune", "chat", "runs", "evaluate", "sweep", "compare", "registry", "retrain"]
+COMMANDS = [
+    "quickstart",
+    "init",
+    "finetune",
+    "chat",
+    "runs",
+    "evaluate",
+    "sweep",
+    "compare",
+    "registry",
+    "retrain",
+]
 COMMANDS += ["nights", "follow"]
 
 
@@ -25,7 +38,11 @@ COMMANDS += ["nights", "follow"]
 def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> None:
     done = olora_ray(*words)
     assert (done.returncode, done.stderr) == (0, "")
-    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and line[2] != " "]
+    listed = [
+        line.split()[0]
+        for line in done.stdout.splitlines()
+        if line.startswith("  ") and line[2] != " "
+    ]
     assert listed == COMMANDS
     assert "\n    olora-ray COMMAND [ARGUMENTS ...]\n" in done.stdout
     assert len(done.stdout.splitlines()) <= 24
@@ -38,19 +55,40 @@ def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> Non
         (["--version"], 0, r"olora-ray \d+\.\d+\.\d+"),
         (["finetun"], 2, r"error: argument finetun: unknown command; did you mean finetune\?"),
         (["x"], 2, f"error: argument x: unknown command; use one of {', '.join(COMMANDS)}"),
-        (["finetune", "nowhere.yaml"], 2, "error: config file nowhere.yaml: No such file or directory"),
-        (["finetune"], 2, r"error: argument CONFIG\.yaml: missing; `olora-ray init DATA` writes one .*"),
-        (["init", "nothing.jsonl"], 2, r"error: data\.train\.0\.path: /.*nothing\.jsonl: no such file .*"),
+        (
+            ["finetune", "nowhere.yaml"],
+            2,
+            "error: config file nowhere.yaml: No such file or directory",
+        ),
+        (
+            ["finetune"],
+            2,
+            r"error: argument CONFIG\.yaml: missing; `olora-ray init DATA` writes one .*",
+        ),
+        (
+            ["init", "nothing.jsonl"],
+            2,
+            r"error: data\.train\.0\.path: /.*nothing\.jsonl: no such file .*",
+        ),
         (["evaluate", "--help"], 0, "Evaluate a model, .*"),
         (["chat", "nothing"], 2, "error: run nothing: no such run folder; .*"),
-        (["registry", "promote", "m"], 2, r"error: usage: olora-ray registry promote NAME VERSION .*"),
+        (
+            ["registry", "promote", "m"],
+            2,
+            r"error: usage: olora-ray registry promote NAME VERSION .*",
+        ),
     ],
 )
-def test_help_and_mistakes_come_before_anything_heavy_is_imported(words: list[str], code: int, said: str) -> None:
+def test_help_and_mistakes_come_before_anything_heavy_is_imported(
+    words: list[str], code: int, said: str
+) -> None:
     program = (
-        "import sys; from olora_ray.__main__ import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+        "import sys; from olora_ray.__main__ import main\n"
+        "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT
+    )
     *lines, imported = (done.stdout + done.stderr).splitlines()
     assert done.returncode == code
     assert re.fullmatch(said, lines[0])

@@ -1,22 +1,30 @@
 """Small things to test with: random models, packs, stores in memory, configs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from olora_ray.config.load import build
+from olora_ray.config.decided import DataConfig, DecidedConfig, Expected, with_values
+from olora_ray.config.load import at, build
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.tokens.store import order
+from olora_ray.tokens.arrival import Arrival
+from olora_ray.tokens.manifest import Outline, ShardInfo
+from olora_ray.tokens.store import Front
 
 VOCABULARY = 96
+CPU = torch.device("cpu")
 
 
 def llama(
-    vocab_size: int = VOCABULARY, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any
+    vocab_size: int = VOCABULARY,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Any:
     """A Llama with 2 layers and grouped heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +41,12 @@ def llama(
         "eos_token_id": 1,
         "pad_token_id": None,
     }
-    return _model(LlamaForCausalLM, LlamaConfig(vocab_size=vocab_size, **(settings | changes)), attention, dtype)
+    return _model(
+        LlamaForCausalLM,
+        LlamaConfig(vocab_size=vocab_size, **(settings | changes)),
+        attention,
+        dtype,
+    )
 
 
 def gpt2(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -41,7 +54,13 @@ def gpt2(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=1
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     return _model(GPT2LMHeadModel, shape, attention, dtype)
 
@@ -78,10 +97,78 @@ def config(**changes: Any) -> Config:
     return build(tree)
 
 
+def decided(config: Config | None = None, **changes: Any) -> DecidedConfig:
+    """The config without `auto`, as one process without GPUs would decide; with changes as of `config`."""
+    given = _config(**changes) if config is None else config
+    if isinstance(given, DecidedConfig):
+        return given
+    values: dict[str, Any] = {
+        "data.max_length": 512,
+        "data.packing": True,
+        "train.micro_batch": 4,
+        "train.activation_checkpointing": False,
+        "cluster.workers": 2,
+        "cluster.gpus_per_worker": 0.0,
+    }
+    asked = {field: value for field, value in values.items() if at(given, field) == "auto"}
+    return with_values(given, DecidedConfig, asked)
+
+
+def spec(start: str | None = None, **changes: Any) -> Any:
+    """What a worker is given to train: the config with changes, on packs of this module."""
+    from olora_ray.cluster.spec import TrainSpec
+    from olora_ray.model.source import BaseModel
+
+    base, packs = BaseModel("m", "/m", "base"), store()
+    return TrainSpec(decided(**changes), base, "tokenizer", (0,), packs, None, start)
+
+
+def save(folder: Path, **shape: Any) -> None:
+    """Write a Llama whose tokenizer is files that nothing reads."""
+    llama(**shape).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+
+
+def of_data(config: Config) -> Any:
+    """What is decided about the data of a config: length and packing."""
+    from olora_ray.cluster.decide import DataDecisions
+
+    known = decided(config)
+    values = {"data.max_length": known.data.max_length, "data.packing": known.data.packing}
+    return DataDecisions(with_values(config, DataConfig, values), {})
+
+
+def plan(config: Config, base: Any) -> None:
+    """Log the plan of a run on this machine."""
+    from olora_ray.cluster.decide import decide
+    from olora_ray.cluster.preflight import ClusterFacts
+    from olora_ray.pipeline import prepare
+
+    prepare.check_settings(config)
+    here = ClusterFacts.here(config.cluster)
+    made = decide(config, of_data(config), base, here)
+    prepare.plan(made, base)
+    prepare.tell(made)
+
+
+def read_as(config: Config) -> Config:
+    """The config with the formats that the first look finds."""
+    from olora_ray.data import detect
+
+    return detect.with_formats(config, detect.check_data(config))
+
+
+_config = config
+ON_CPU = Expected(gpu=False, dtype="float32", attention="auto")
+"""What a plan expects on this machine."""
+ON_GPU = Expected(gpu=True, dtype="bfloat16", attention="auto")
+
+
 def claimed(config: Config) -> RunFolder:
     """The folder of a run that has begun."""
     folder = RunFolder(config.folder())
-    folder.claim(config, folder.state())
+    folder.write_config(config, {}, folder.state())
     return folder
 
 
@@ -121,73 +208,47 @@ class Counts:
     inputs: ClassVar[dict[str, Any]] = {}
 
 
-class ListStore:
-    """Packs in memory, read like olora_ray.tokens.store.TokenStore, in shards of `sizes` packs.
+class ListStore(Arrival):
+    """Packs in memory, read like a token store, in shards of `sizes` packs.
 
-    The first `arrived` shards are where `refresh` finds them: a growing store, as long as these are not all.
+    The first `arrived` shards are where `look` finds them: the store is still being written, if these are not all.
     """
 
-    digest = "list"
-    windowed = False
-
-    def __init__(self, packs: Sequence[Any], sizes: Sequence[int] = (), arrived: int | None = None) -> None:
+    def __init__(
+        self, packs: Sequence[Any], sizes: Sequence[int] = (), arrived: int | None = None
+    ) -> None:
         self._packs = list(packs)
         self.sizes = list(sizes) or [len(packs)]
-        self.shard_count = len(self.sizes)
-        self.arrived = self.shard_count if arrived is None else arrived
-        self.available_shards = 0
-        self.refresh()
-
-    @property
-    def available(self) -> int:
-        return sum(self.sizes[: self.available_shards])
+        self.arrived = len(self.sizes) if arrived is None else arrived
+        super().__init__("list", Outline("list", len(self.sizes), 0, ()))
+        self.look()
 
     @property
     def complete(self) -> bool:
-        return self.available_shards == self.shard_count
+        return self.total is not None
 
     @property
-    def total(self) -> int | None:
-        return self.available if self.complete else None
-
-    @property
-    def manifest(self) -> Counts:
+    def manifest(self) -> Any:
         every = range(len(self))
-        return Counts(self.supervised(every), len(self), self.tokens(every), sum(len(x.segments) for x in self._packs))
+        size = self.counts(every)
+        return Counts(size.supervised, len(self), size.tokens, size.examples)
 
-    def refresh(self) -> None:
+    def look(self) -> None:
         """Look for more shards."""
-        self.available_shards = self.arrived
-
-    def order(self, seed: int, start: int, stop: int) -> Any:
-        """The sequences at places of the training order."""
-        if self.total is None:
-            return np.arange(start, stop, dtype=np.int64)
-        return order(self.total, seed, start, stop)
-
-    def locate(self, index: int) -> tuple[int, int, int]:
-        """Shard, place in it, packs of the shard."""
-        for number, size in enumerate(self.sizes[: self.available_shards]):
-            if index < size:
-                return number, index, size
-            index -= size
-        raise IndexError(index)
-
-    def __len__(self) -> int:
-        assert self.complete
-        return len(self._packs)
+        shards = [ShardInfo(size, 0, 0, 0, "") for size in self.sizes[: self.arrived]]
+        self.front = Front(tuple(shards))
 
     def __getitem__(self, index: int) -> Any:
-        if index >= self.available:
+        if index >= len(self):
             raise IndexError(index)
         return self._packs[index]
 
-    def supervised(self, indices: Sequence[int]) -> int:
-        """Supervised tokens of these packs."""
-        return sum(int(self._packs[index].supervised.sum()) for index in indices)
+    def counts(self, indices: Iterable[int]) -> Any:
+        """The size of these packs together."""
+        from olora_ray.tokens import plan
 
-    def tokens(self, indices: Sequence[int]) -> int:
-        return sum(len(self._packs[index].input_ids) for index in indices)
+        parts = (each for index in indices for each in self._packs[index].examples())
+        return sum(parts, plan.Counts())
 
     def origins(self, index: int) -> list[str]:
         """Where the examples of a pack come from."""
@@ -197,23 +258,35 @@ class ListStore:
 def store(count: int = 8, seed: int = 0) -> ListStore:
     """Packs of uneven examples."""
     rng = np.random.default_rng(seed)
-    return ListStore([pack(*rng.integers(5, 17, 3).tolist(), seed=seed * 1000 + i) for i in range(count)])
+    return ListStore(
+        [pack(*rng.integers(5, 17, 3).tolist(), seed=seed * 1000 + i) for i in range(count)]
+    )
 
 
-def trainer(settings: Config, attention: str = "segments", model: Any = None, strategy: str = "ddp") -> Any:
-    """A Trainer over a tiny Llama with adapters on all linear layers."""
+def trainer(
+    config: Config,
+    attention: str = "segments",
+    model: Any = None,
+    strategy: str = "ddp",
+    device: torch.device = CPU,
+) -> Any:
+    """A Trainer over a tiny Llama, or this model, with adapters on all linear layers."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
     from olora_ray.adapter.inject import find_targets, inject
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
+    from olora_ray.train.optimizers.optimizer import optimizer_named
     from olora_ray.train.parallel import place_model
 
-    model = model or llama(attention=attention)
-    adapter, device = settings.adapter, torch.device("cpu")
+    model, settings = model or llama(attention=attention), decided(config)
+    adapter = settings.adapter
     targets = find_targets(model, adapter.targets, adapter.rank)
     options = options_of(adapter)
-    factors, _ = initialise(targets, adapter.method, adapter.rank, settings.run.seed, device, options)
-    sizes = weight_sizes(targets, device) if settings.train.optimizer == "spectral" else {}
+    factors, _ = initialise(
+        targets, adapter.method, adapter.rank, settings.run.seed, device, options
+    )
+    chosen = optimizer_named(settings.train.optimizer)
+    sizes = weight_sizes(targets, device) if chosen.sizes else {}
     adapted = inject(model, at_scale(factors, adapter), adapter.scale(), adapter.dropout)
     loss = SupervisedLoss(model)
     place_model(loss, strategy, device)
@@ -221,7 +294,11 @@ def trainer(settings: Config, attention: str = "segments", model: Any = None, st
 
 
 def steps(
-    trainer: Any, packs: Any = None, count: int | None = None, start: int = 0, attention: str = "segments"
+    trainer: Any,
+    packs: Any = None,
+    count: int | None = None,
+    start: int = 0,
+    attention: str = "segments",
 ) -> Any:
     """The steps of this worker, from number `start` to `count`, or to the config's number."""
     from olora_ray.common import collectives
@@ -229,13 +306,17 @@ def steps(
 
     packs, train, seed = packs or store(), trainer.config.train, trainer.config.run.seed
     loader = StepLoader(packs, train, seed, attention, collectives.rank(), collectives.world_size())
-    return trainer.steps(loader, start, Schedule(train.model_copy(update={"steps": count or train.steps}), packs))
+    return trainer.steps(
+        loader, start, Schedule(train.model_copy(update={"steps": count or train.steps}), packs)
+    )
 
 
 def gradients(trainer: Any) -> list[torch.Tensor]:
     """Grows with each step by the gradient that the optimizer is given."""
     found: list[torch.Tensor] = []
-    trainer.optimizer.inner.register_step_pre_hook(lambda *_: found.append(trainer.flat.grad.clone()))
+    trainer.optimizer.inner.register_step_pre_hook(
+        lambda *_: found.append(trainer.flat.grad.clone())
+    )
     return found
 
 
@@ -276,4 +357,8 @@ def of_kind(kind: str, sizes: dict[str, Any]) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval().requires_grad_(False)
+        return (
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+            .eval()
+            .requires_grad_(False)
+        )

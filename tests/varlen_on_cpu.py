@@ -18,29 +18,33 @@ from torch import Tensor
 def varlen_on_cpu(wider: int = 0) -> Iterator[None]:
     """The kernel has a CPU version; it looks `wider` tokens too far back in a window."""
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+    def computed(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, rest: Any, named: Any) -> Tensor:
+        parts = [
+            _attended(q[part], k[part], v[part], rest, named, wider) for part in _segments(borders)
+        ]
+        return torch.cat(parts).to(q.dtype)
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, borders: Tensor, *rest: Any, **named: Any
+    ) -> tuple[Tensor, ...]:
         _check(q, v, borders, rest)
-        out = torch.empty_like(q)
-        for part in _segments(borders):
-            weights, _, values = _weights(q[part], k[part], v[part], rest, named, wider)
-            out[part] = (weights @ values).transpose(0, 1).to(q.dtype)
+        out = computed(q, k, v, borders, rest, named)
         state = torch.zeros(2, dtype=torch.uint64)
         return out, torch.zeros(q.shape[1], q.shape[0]), state, torch.zeros(0), torch.zeros(0)
 
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, _: Tensor, borders: Tensor, *rest: Any, **named: Any
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        _: Tensor,
+        borders: Tensor,
+        *rest: Any,
+        **named: Any,
     ) -> tuple[Tensor, ...]:
-        found = [torch.empty_like(x) for x in (q, k, v)]
-        for part in _segments(borders):
-            weights, keys, values = _weights(q[part], k[part], v[part], rest, named, wider)
-            g = grad[part].transpose(0, 1).float()
-            of_weights = g @ values.mT
-            of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * named["scale"]
-            of_keys, of_values = of_scores.mT @ q[part].transpose(0, 1).float(), weights.mT @ g
-            for whole, piece in zip(found, (of_scores @ keys, of_keys, of_values), strict=True):
-                heads = whole.shape[1]  # each of grouped heads' keys and values has the sum over its queries
-                whole[part] = piece.view(heads, -1, *piece.shape[1:]).sum(1).transpose(0, 1).to(q.dtype)
-        return tuple(found)
+        _, back = torch.func.vjp(lambda q, k, v: computed(q, k, v, borders, rest, named), q, k, v)
+        return tuple(back(grad))
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", forward, "CPU")
@@ -65,10 +69,10 @@ def _segments(borders: Tensor) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(borders.tolist())]
 
 
-def _weights(
+def _attended(
     query: Tensor, key: Tensor, value: Tensor, rest: Any, named: Any, wider: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one segment: the attention's weights (H, L, L), keys and values (H, L, D)."""
+) -> Tensor:
+    """Of one segment: what its queries get of its values (L, H, D)."""
     causal, left = rest[4], named["window_size_left"]
     assert causal or named["window_size_right"] == 0
     ways = query.shape[1] // key.shape[1]
@@ -77,4 +81,5 @@ def _weights(
     place = torch.arange(len(query))
     back = place[:, None] - place
     sees = (back >= 0) & (back <= (left + wider if left >= 0 else len(query)))
-    return (q @ k.mT * named["scale"]).masked_fill(~sees, float("-inf")).softmax(-1), k, v
+    weights = (q @ k.mT * named["scale"]).masked_fill(~sees, float("-inf")).softmax(-1)
+    return (weights @ v).transpose(0, 1)

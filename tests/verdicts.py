@@ -68,9 +68,13 @@ class Draw:
             return self._walked(settings)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         targets = find_targets(model, "all-linear", settings.rank)
-        factors, _ = initialise(targets, settings.method, settings.rank, self.number, torch.device("cpu"))
+        factors, _ = initialise(
+            targets, settings.method, settings.rank, self.number, torch.device("cpu")
+        )
         adapted = inject(model, factors, settings.scale())
-        optimizer = torch.optim.AdamW([part for layer in adapted.values() for part in (layer.da, layer.db)], self.rate)
+        optimizer = torch.optim.AdamW(
+            [part for layer in adapted.values() for part in (layer.da, layer.db)], self.rate
+        )
         generator = torch.Generator().manual_seed(self.number)
         for _ in range(self.steps):
             ids = torch.randint(2, tiny.VOCABULARY, (2, 12), generator=generator)
@@ -97,7 +101,11 @@ class Draw:
     def prompts(self) -> list[torch.Tensor]:
         """Tiny ones or long ones."""
         generator = torch.Generator().manual_seed(self.number)
-        sizes = [self.random.randint(1, 3) for _ in range(5)] if self.random.random() < 0.5 else [120, 60]
+        sizes = (
+            [self.random.randint(1, 3) for _ in range(5)]
+            if self.random.random() < 0.5
+            else [120, 60]
+        )
         return [torch.randint(2, tiny.VOCABULARY, (1, size), generator=generator) for size in sizes]
 
     def export(self) -> None:
@@ -116,7 +124,9 @@ class Draw:
             return Parity(MergedFolder(worst, changed), peft, "not asked for")
         folders = Folders(case.base, merged, plain, False)
         cpu = torch.device("cpu")
-        measured = measure_logits(folders, case.model, found, case.adapter, case.scale, self.prompts(), cpu)
+        measured = measure_logits(
+            folders, case.model, found, case.adapter, case.scale, self.prompts(), cpu
+        )
         return Parity(MergedFolder(worst, changed), peft, measured)
 
     def layer(self, stack: bool = False) -> str:
@@ -144,11 +154,18 @@ def _skeleton(base: Path) -> Any:
 def _edit(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(file)
     change(tensors)
-    save_file({name: part.contiguous() for name, part in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: part.contiguous() for name, part in tensors.items()}, file, metadata={"format": "pt"}
+    )
 
 
 def _with(draw: Draw, **changes: Any) -> Case:
-    return Case(draw.case.base, draw.case.settings, changes.get("adapter", draw.case.adapter), torch.empty(0))
+    return Case(
+        draw.case.base,
+        draw.case.settings,
+        changes.get("adapter", draw.case.adapter),
+        torch.empty(0),
+    )
 
 
 def left_out_of_the_merge(draw: Draw) -> None:
@@ -178,7 +195,9 @@ def wrong_alpha(draw: Draw) -> None:
     """adapter_config.json has the run's alpha, or another flag of its scale."""
     file = draw.folder / "adapter" / "adapter_config.json"
     fields = json.loads(file.read_text())
-    change = draw.random.choice(({"lora_alpha": fields["lora_alpha"] * 1.5}, {"use_rslora": not fields["use_rslora"]}))
+    change = draw.random.choice(
+        ({"lora_alpha": fields["lora_alpha"] * 1.5}, {"use_rslora": not fields["use_rslora"]})
+    )
     file.write_text(json.dumps(fields | change))
 
 
@@ -197,7 +216,11 @@ def swapped_factor(draw: Draw) -> None:
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         name = draw.random.choice(list(tensors))
-        same = [other for other in tensors if other != name and tensors[other].shape == tensors[name].shape]
+        same = [
+            other
+            for other in tensors
+            if other != name and tensors[other].shape == tensors[name].shape
+        ]
         if same and draw.random.random() < 0.5:
             other = draw.random.choice(same)
             tensors[name], tensors[other] = tensors[other], tensors[name]
@@ -209,7 +232,10 @@ def swapped_factor(draw: Draw) -> None:
 
 def stale_file(draw: Draw) -> None:
     """A file of an earlier step lies in the place of the new one."""
-    older = {name: replace(item, da=item.da * 0.9, db=item.db * 0.9) for name, item in draw.case.adapter.items()}
+    older = {
+        name: replace(item, da=item.da * 0.9, db=item.db * 0.9)
+        for name, item in draw.case.adapter.items()
+    }
     if draw.random.random() < 0.5:
         _with(draw, adapter=older).write_merged(draw.folder / "merged")
     else:
@@ -233,7 +259,11 @@ def one_experts_slice(draw: Draw) -> None:
 def one_byte_elsewhere(draw: Draw) -> None:
     """A bit of a tensor that no adapter changes."""
     adapted = {entry.name for group in _groups(draw.case) for entry in group.stored}
-    others = [entry for name, entry in stored.tensors(draw.folder / "merged").items() if name not in adapted]
+    others = [
+        entry
+        for name, entry in stored.tensors(draw.folder / "merged").items()
+        if name not in adapted
+    ]
     entry = draw.random.choice(others)
     place = draw.random.randrange(entry.start, entry.end)
     with (draw.folder / "merged" / entry.file).open("r+b") as file:
@@ -262,4 +292,8 @@ PLANTED: tuple[Callable[[Draw], None], ...] = (
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of an export, to see whether an error has changed any."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }

@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         # Not the working tree: setuptools would take what lies there beside the commit.
         archive = io.BytesIO(
-            subprocess.run(("git", "archive", "HEAD"), cwd=ROOT, check=True, capture_output=True).stdout
+            subprocess.run(
+                ("git", "archive", "HEAD"), cwd=ROOT, check=True, capture_output=True
+            ).stdout
         )
         with tarfile.open(fileobj=archive) as files:
             files.extractall(scratch, filter="data")
@@ -37,7 +39,10 @@ def main(argv: Sequence[str]) -> int:
         subprocess.run(words, cwd=scratch, env=environment, check=True, stdout=subprocess.DEVNULL)
     for file in folder.glob("*.tar.gz"):
         same_each_time(file, seconds)
-    subprocess.run((sys.executable, "-m", "twine", "check", "--strict", *map(str, folder.iterdir())), check=True)
+    subprocess.run(
+        (sys.executable, "-m", "twine", "check", "--strict", *map(str, folder.iterdir())),
+        check=True,
+    )
     return 0
 
 
@@ -48,7 +53,13 @@ def same_each_time(file: Path, seconds: int) -> None:
         raw = io.BytesIO()
         with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as written:
             for _, (member, content) in sorted(found.items()):
-                member.mtime, member.uid, member.gid, member.uname, member.gname = seconds, 0, 0, "", ""
+                member.mtime, member.uid, member.gid, member.uname, member.gname = (
+                    seconds,
+                    0,
+                    0,
+                    "",
+                    "",
+                )
                 member.pax_headers = {}
                 written.addfile(member, content)
     with file.open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, mtime=seconds) as packed:

@@ -16,22 +16,30 @@ SETTINGS = (
     "olora_ray/config/schema.py",
     "olora_ray/config/nights.py",
     "olora_ray/sweep/space.py",
-    "pipelines/comparison/arguments.py",
+    "pipelines/contrib/comparison/arguments.py",
 )
 
 
 def main(argv: Sequence[str]) -> None:
     for folder in argv or ("olora_ray", "pipelines"):
         for file in sorted((ROOT / folder).rglob("*.py")):
-            lines = sorted(messages(file.read_text(encoding="utf-8"), str(file.relative_to(ROOT)) in SETTINGS))
+            lines = sorted(
+                messages(file.read_text(encoding="utf-8"), str(file.relative_to(ROOT)) in SETTINGS)
+            )
             if lines:
-                print(f"\n## {file.relative_to(ROOT)}", *(f"{line:>4}  {text}" for line, text in lines), sep="\n")
+                print(
+                    f"\n## {file.relative_to(ROOT)}",
+                    *(f"{line:>4}  {text}" for line, text in lines),
+                    sep="\n",
+                )
 
 
 def messages(source: str, with_help: bool = False) -> Iterator[tuple[int, str]]:
     """Yield (line, text on one line) of each message in the source of a module."""
     left_out: set[ast.AST] = set()
-    for node in ast.walk(ast.parse(source)):  # breadth first, so a node comes before the literals in it
+    for node in ast.walk(
+        ast.parse(source)
+    ):  # breadth first, so a node comes before the literals in it
         if isinstance(node, ast.JoinedStr):
             left_out.update(set(ast.walk(node)) - {node})
         elif isinstance(node, ast.Expr) and not (with_help and node.col_offset == 4):
@@ -43,7 +51,10 @@ def messages(source: str, with_help: bool = False) -> Iterator[tuple[int, str]]:
 
 def _text(node: ast.AST) -> str:
     if isinstance(node, ast.JoinedStr):
-        return "".join(_text(part) or f"{{{ast.unparse(getattr(part, 'value', part))}}}" for part in node.values)
+        return "".join(
+            _text(part) or f"{{{ast.unparse(getattr(part, 'value', part))}}}"
+            for part in node.values
+        )
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 

@@ -1,4 +1,4 @@
-"""Run recipes of pipelines/recipes, and write their numbers into their pages.
+"""Run recipes of pipelines/recipes and pipelines/contrib, and write their numbers into their pages.
 
     python tools/run_recipes.py [NAME ...]     without a name: all
     python tools/run_recipes.py --check        name the pages whose numbers are older than their files
@@ -11,6 +11,7 @@ model and up to eight solved examples before each question, and with the functio
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -32,7 +33,8 @@ from olora_ray.evaluation.statistics import difference
 from olora_ray.train.scoring import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "pipelines" / "recipes"
+PIPELINES = ROOT / "pipelines"
+RECIPES = PIPELINES / "recipes"
 Scores = dict[str, dict[int, float]]
 NUMBERS = re.compile(r"<!-- numbers (\w*) -->\n.*?<!-- end -->\n", re.DOTALL)
 """The part of a page that this program writes, with the digest of the files that the numbers are of."""
@@ -58,19 +60,29 @@ Only a loss is better if it is lower.
 
 def main(argv: Sequence[str]) -> int:
     if list(argv) == ["--check"]:
-        old = [page for page in sorted(RECIPES.glob("*/README.md")) if not current(page)]
-        print("\n".join(f"{page.relative_to(ROOT)}: its numbers are older than its files" for page in old))
+        old = [page for page in pages().values() if not current(page)]
+        print(
+            "\n".join(
+                f"{page.relative_to(ROOT)}: its numbers are older than its files" for page in old
+            )
+        )
         return int(bool(old))
-    names = argv or sorted(page.parent.name for page in RECIPES.glob("*/README.md"))
-    sys.path.append(str(RECIPES.parent))
+    names = argv or list(pages())
+    sys.path.append(str(PIPELINES))
     for name in [] if names == ["--gallery"] else names:
-        page = RECIPES / name / "README.md"
-        text = numbers(RECIPES / name)
+        page = pages()[name]
+        text = numbers(page.parent)
         before, _, after = NUMBERS.split(page.read_text(encoding="utf-8"))
         page.write_text(before + text + after, encoding="utf-8")
         print(text)
     write_gallery()
     return 0
+
+
+def pages() -> dict[str, Path]:
+    """Return name -> page of all recipes, sorted: those of pipelines/recipes, and those of applications."""
+    found = [*RECIPES.glob("*/README.md"), *PIPELINES.glob("contrib/*/*/README.md")]
+    return {page.parent.name: page for page in sorted(found, key=lambda page: page.parent.name)}
 
 
 def current(page: Path) -> bool:
@@ -86,14 +98,25 @@ def digest(recipe: Path) -> str:
 def gallery() -> tuple[str, dict[str, list[float]]]:
     """Return the page of all recipes, with the strictest score of each, and recipe -> score by predictor."""
     table, drawn = [["recipe", "score", *PREDICTORS], ["---"] * 5], dict[str, list[float]]()
-    for page in sorted(RECIPES.glob("*/README.md")):
+    for page in pages().values():
         text = page.read_text(encoding="utf-8")
         title, part = text.partition("\n")[0][2:], NUMBERS.search(text)
-        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part[0].splitlines()] if part else []
+        rows = (
+            [[cell.strip() for cell in line.split("|")[1:-1]] for line in part[0].splitlines()]
+            if part
+            else []
+        )
         scores = [row for row in rows if row and row[0].startswith("eval/")]
         score, *told = min(reversed(scores[1:] or scores), key=lambda row: float(row[1]))
         values = [cell.partition(";")[0] for cell in told[:3]]
-        table.append([f"[{title}]({page.parent.name}/README.md)", score, *values, *[""] * (3 - len(values))])
+        table.append(
+            [
+                f"[{title}]({os.path.relpath(page, RECIPES)})",
+                score,
+                *values,
+                *[""] * (3 - len(values)),
+            ]
+        )
         if scores[1:]:
             drawn[title.partition(":")[0]] = [float(value) for value in values]
     return GALLERY.format("\n".join("| " + " | ".join(cells) + " |" for cells in table)), drawn
@@ -106,9 +129,13 @@ def write_gallery() -> None:
     (RECIPES / "README.md").write_text(page, encoding="utf-8")
     figure = Figure(figsize=(8, 0.6 * len(scores) + 0.8), layout="constrained")
     axes = figure.subplots()
-    for place, (label, color) in enumerate(zip(PREDICTORS, ("#d9480f", "#adb5bd", "#495057"), strict=True)):
+    for place, (label, color) in enumerate(
+        zip(PREDICTORS, ("#d9480f", "#adb5bd", "#495057"), strict=True)
+    ):
         heights = [index + 0.27 * (place - 1) for index in range(len(scores))]
-        axes.barh(heights, [values[place] for values in scores.values()], 0.25, label=label, color=color)
+        axes.barh(
+            heights, [values[place] for values in scores.values()], 0.25, label=label, color=color
+        )
     axes.set_yticks(range(len(scores)), [*scores])
     axes.set(xlim=(0, 1), xlabel="score on held-out rows", ylim=(len(scores) - 0.5, -0.5))
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
@@ -117,9 +144,15 @@ def write_gallery() -> None:
 
 def numbers(recipe: Path) -> str:
     config = yaml.safe_load((recipe / "config.yaml").read_text(encoding="utf-8"))
-    rows, run, base = ROOT / "runs" / "recipes" / recipe.name, f"runs/{config['run']['name']}", config["model"]["name"]
+    rows, run, base = (
+        ROOT / "runs" / "recipes" / recipe.name,
+        f"runs/{config['run']['name']}",
+        config["model"]["name"],
+    )
     evaluate = ("--config", recipe / "config.yaml", "--out")
-    shutil.rmtree(ROOT / run, ignore_errors=True)  # a finished run would not train again, and the minutes be too few
+    shutil.rmtree(
+        ROOT / run, ignore_errors=True
+    )  # a finished run would not train again, and the minutes be too few
     seconds = command(sys.executable, recipe / "make_rows.py", rows)
     # The evaluation below answers all held-out rows, so the run answers only a few.
     seconds += command("olora-ray", "finetune", recipe / "config.yaml", "evaluation.rows=8")
@@ -127,7 +160,11 @@ def numbers(recipe: Path) -> str:
     tuned, base_model = read(rows / "tuned" / "evaluation.json"), "the base model"
     ours, others = scores(rows / "tuned", run), {base_model: scores(rows / "tuned", base)}
     if shots := with_examples(rows):
-        shown = ("data.max_length=2560", "data.last_turn_only=true", f"data.eval=[{rows / 'solved.jsonl'}]")
+        shown = (
+            "data.max_length=2560",
+            "data.last_turn_only=true",
+            f"data.eval=[{rows / 'solved.jsonl'}]",
+        )
         command("olora-ray", "evaluate", base, *evaluate, rows / "solved", *shown)
         others[f"it with {plural(shots, 'example')} in the prompt"] = scores(rows / "solved", base)
     others |= by_rule(recipe, rows, config.get("evaluation", {}).get("scorer"))
@@ -135,8 +172,13 @@ def numbers(recipe: Path) -> str:
     names = [str(row.get(group, line)) for line, row in enumerate(lines_of(rows / "heldout.jsonl"))]
     groups = [names.index(name) for name in names]
     loss, before = (model["metrics"]["eval/loss"] for model in tuned["models"])
-    table = [["", "fine-tuned", *(f"{other}, and the gain over it" for other in others)], ["---"] * (len(others) + 2)]
-    table += [["eval/loss", f"{loss:.3f}", f"{before:.3f}; {gain(tuned['differences']['eval/loss'])}"]]
+    table = [
+        ["", "fine-tuned", *(f"{other}, and the gain over it" for other in others)],
+        ["---"] * (len(others) + 2),
+    ]
+    table += [
+        ["eval/loss", f"{loss:.3f}", f"{before:.3f}; {gain(tuned['differences']['eval/loss'])}"]
+    ]
     table += [
         [
             f"eval/{name}",
@@ -145,7 +187,10 @@ def numbers(recipe: Path) -> str:
         ]
         for name, values in ours.items()
     ]
-    lines = ["| " + " | ".join([*cells, *[""] * (len(others) + 2 - len(cells))]) + " |" for cells in table]
+    lines = [
+        "| " + " | ".join([*cells, *[""] * (len(others) + 2 - len(cells))]) + " |"
+        for cells in table
+    ]
     lines += [
         "",
         f"{tuned['models'][0]['held_out']['rows']} held-out rows; intervals of 95 %. Rows, training and evaluation",
@@ -158,7 +203,9 @@ def gain(interval: Mapping[str, float]) -> str:
     return f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
 
 
-def against(ours: Mapping[int, float], theirs: Mapping[int, float] | None, groups: Sequence[int]) -> str:
+def against(
+    ours: Mapping[int, float], theirs: Mapping[int, float] | None, groups: Sequence[int]
+) -> str:
     if not theirs:
         return ""
     lines = sorted(ours.keys() & theirs)
@@ -180,7 +227,8 @@ def scores(folder: Path, model: str) -> Scores:
 
 def by_rule(recipe: Path, rows: Path, scorer: str | None) -> dict[str, Scores]:
     """Return the scores of the function `rule` of make_rows.py, if it has one; its docstring is the rule's name."""
-    rule = getattr(import_module(f"recipes.{recipe.name}.make_rows"), "rule", None)
+    module = ".".join((*recipe.relative_to(PIPELINES).parts, "make_rows"))
+    rule = getattr(import_module(module), "rule", None)
     if not rule or not scorer:
         return {}
     found: Scores = {}
@@ -205,7 +253,9 @@ def with_examples(rows: Path) -> int:
     with (rows / "solved.jsonl").open("w") as file:
         for row in held_out:
             system = [turn for turn in row["messages"] if turn["role"] == "system"]
-            file.write(json.dumps({**row, "messages": [*system, *chain(*examples), *spoken(row)]}) + "\n")
+            file.write(
+                json.dumps({**row, "messages": [*system, *chain(*examples), *spoken(row)]}) + "\n"
+            )
     return len(examples)
 
 

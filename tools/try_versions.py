@@ -63,7 +63,9 @@ def main(words: list[str]) -> None:
         sys.exit(f"no cell {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
     for cell in cells:
         found = {**json.loads(RESULTS.read_text() if RESULTS.exists() else "{}"), cell: tried(cell)}
-        RESULTS.write_text(json.dumps({name: found[name] for name in CELLS if name in found}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps({name: found[name] for name in CELLS if name in found}, indent=1) + "\n"
+        )
     results = json.loads(RESULTS.read_text())
     PAGE.write_text(page(results))
     sys.exit(any(results[cell]["result"] != "passed" for cell in cells))
@@ -90,7 +92,9 @@ def tried(cell: str) -> dict[str, str]:
         check=False,
     )
     (python.parents[1] / "tests.txt").write_text(done.stdout + done.stderr)
-    last = next((line for line in reversed(done.stdout.splitlines()) if " in " in line), "no result")
+    last = next(
+        (line for line in reversed(done.stdout.splitlines()) if " in " in line), "no result"
+    )
     print(f"{cell}: {last} ({time.monotonic() - began:.0f} s with the installation)", flush=True)
     failed = re.findall(r"^(?:FAILED|ERROR) \S*?(\w+)(?:\[| - |$)", done.stdout, re.MULTILINE)
     return {
@@ -108,7 +112,9 @@ def versions(python: Path) -> str:
         have = {{each.name.lower(): each.version for each in distributions()}}
         print("Python", platform.python_version(), *(f", {{name}} {{have[name]}}" for name in {SHOWN} if name in have))
         """
-    shown = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    shown = subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     return shown.replace(" ,", ",")
 
 
@@ -117,7 +123,11 @@ def page(results: dict[str, dict[str, str]]) -> str:
         f"| {cell} | {each['versions']} | {each['result']} | {each['tests']}, {each['date']} |"
         for cell, each in results.items()
     ]
-    return INTRO + "\n".join(["| cell | versions | result | tests |", "|---|---|---|---|", *rows]) + "\n"
+    return (
+        INTRO
+        + "\n".join(["| cell | versions | result | tests |", "|---|---|---|---|", *rows])
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pipelines")]  # this tree first, because another release may be installed
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "pipelines" / "contrib"),
+]  # this tree first, because another release may be installed
 
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from comparison.arguments import ComparedConfig  # noqa: E402
 from olora_ray.config import command_line  # noqa: E402
-from olora_ray.config.schema import Config, Section  # noqa: E402
+from olora_ray.config.load import SYNONYMS  # noqa: E402
+from olora_ray.config.schema import Config  # noqa: E402
+from olora_ray.config.section import Section, described  # noqa: E402
 from olora_ray.sweep.space import Space  # noqa: E402
 
 PAGE = ROOT / "docs" / "generated" / "configuration.md"
@@ -57,6 +62,14 @@ Values are YAML: `null` unsets a field, `[2, 8]` is a list, `true` is a boolean.
 split. An entry of a list is named by its index, counted from 0. Space files of searches use the same dotted names. On
 the command line, `train.epochs` overrides `train.steps` of the file.
 
+## Names of other libraries
+
+These names of Hugging Face's libraries and of MLflow work in the field's section, in a file and on the command line,
+and the log says how each is read. A field that is set under two names is an error. Other names of theirs are refused
+with advice: `per_device_train_batch_size` counts rows, but `train.micro_batch` counts packs.
+
+{synonyms}
+
 ## Secrets
 
 Runs copy the configuration into checkpoints and MLflow, so it must not contain secrets: an address with a password or a
@@ -92,7 +105,24 @@ def schema(name: str) -> str:
 
 
 def page() -> str:
-    return "\n".join([INTRO, *(line for name, field in Config.model_fields.items() for line in _section(name, field))])
+    return "\n".join(
+        [
+            INTRO.replace("{synonyms}", _synonyms()),
+            *(
+                line
+                for name, field in Config.model_fields.items()
+                for line in _section(name, field)
+            ),
+        ]
+    )
+
+
+def _synonyms() -> str:
+    names: dict[str, list[str]] = {}
+    for name, field in SYNONYMS.items():
+        names.setdefault(field, []).append(f"`{name.partition('.')[2]}`")
+    rows = [f"| `{field}` | {', '.join(others)} |" for field, others in names.items()]
+    return "\n".join(["| field | other names |", "|---|---|", *rows])
 
 
 def _section(name: str, field: FieldInfo) -> Iterator[str]:
@@ -107,9 +137,18 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
 def _table(section: type[Section]) -> str:
     lines = ["| field | type | default | description |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        value = command_line.default(field) if field.is_required() else f"`{command_line.default(field)}`"
+        value = (
+            command_line.default(field)
+            if field.is_required()
+            else f"`{command_line.default(field)}`"
+        )
         accepted = command_line.shape(field.annotation, field.metadata, _link)
-        cells = (f"`{field.alias or name}`", accepted, value, " ".join((field.description or "").split()))
+        cells = (
+            f"`{field.alias or name}`",
+            accepted,
+            value,
+            " ".join(described(field).split()),
+        )
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 

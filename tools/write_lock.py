@@ -1,5 +1,7 @@
 """Writes deploy/requirements.lock: the packages that nodes install, in the versions that the tests use.
 
+requirements-dev.lock gets the versions of all packages that are installed here, for developers.
+
     .venv/bin/python tools/write_lock.py UV          (make lock)
 
 UV is the path of the program uv. It resolves pyproject.toml with the extras that nodes need, for Linux on x86-64 and
@@ -11,6 +13,7 @@ deploy/licenses.csv the license that each package names.
 To take newer versions: make clean setup test lock.
 """
 
+import platform
 import re
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "deploy" / "requirements.lock"
+DEVELOPERS = ROOT / "requirements-dev.lock"
 LICENSES = ROOT / "deploy" / "licenses.csv"
 MANIFESTS = ROOT / "deploy" / "kuberay"
 EXTRAS = ("gguf", "eval", "quant", "s3", "postgresql")
@@ -31,12 +35,18 @@ HEADER = """\
 # The hashes are those of PyPI's files: pip and uv refuse others. torch from its index for CPUs has others
 # (install_node.sh).
 """
+DEVELOPERS_HEADER = """\
+# All packages that the tests ran with, on Python {python}. Written by `make lock`. To install these versions:
+# PIP_CONSTRAINT=$PWD/requirements-dev.lock make setup
+"""
 
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) != 1:
         raise SystemExit((__doc__ or "").strip())
     LOCK.write_text(HEADER + resolved(argv[0], constraints()))
+    python = ".".join(platform.python_version_tuple()[:2])
+    DEVELOPERS.write_text(DEVELOPERS_HEADER.format(python=python) + constraints())
     pins = locked(LOCK.read_text())
     LICENSES.write_text(licenses(pins))
     ray = pins["ray"]
@@ -47,8 +57,13 @@ def main(argv: Sequence[str]) -> int:
 
 def constraints() -> str:
     """Return the installed packages as requirements, without build tags."""
-    versions = {canonical(package.metadata["Name"]): package.version.partition("+")[0] for package in distributions()}
-    return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()) if name != "olora-ray")
+    versions = {
+        canonical(package.metadata["Name"]): package.version.partition("+")[0]
+        for package in distributions()
+    }
+    return "".join(
+        f"{name}=={version}\n" for name, version in sorted(versions.items()) if name != "olora-ray"
+    )
 
 
 def resolved(uv: str, limits: str) -> str:
@@ -59,7 +74,13 @@ def resolved(uv: str, limits: str) -> str:
         command = [uv, "pip", "compile", "pyproject.toml", "--quiet", "--constraint", file.name]
         command += [word for extra in EXTRAS for word in ("--extra", extra)]
         command += ["--python-platform", PLATFORM, "--python-version", PYTHON]
-        command += ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+        command += [
+            "--generate-hashes",
+            "--no-header",
+            "--no-annotate",
+            "--no-emit-index-url",
+            "--no-emit-find-links",
+        ]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)  # uv has printed the reason
@@ -73,16 +94,28 @@ def locked(text: str) -> dict[str, str]:
 
 def licenses(pins: Mapping[str, str]) -> str:
     """Return a line per package: name, version, license."""
-    found = {canonical(package.metadata["Name"]): license_of(package.metadata) for package in distributions()}
-    rows = [f'{name},{version},"{found.get(name, "not installed here")}"\n' for name, version in sorted(pins.items())]
+    found = {
+        canonical(package.metadata["Name"]): license_of(package.metadata)
+        for package in distributions()
+    }
+    rows = [
+        f'{name},{version},"{found.get(name, "not installed here")}"\n'
+        for name, version in sorted(pins.items())
+    ]
     return "package,version,license\n" + "".join(rows)
 
 
 def license_of(metadata: PackageMetadata) -> str:
-    named = [each.rpartition(" :: ")[2] for each in metadata.get_all("Classifier") or () if each.startswith("License")]
+    named = [
+        each.rpartition(" :: ")[2]
+        for each in metadata.get_all("Classifier") or ()
+        if each.startswith("License")
+    ]
     named = [each for each in named if each != "OSI Approved"]
     text = str(metadata.json.get("license") or "").strip().partition("\n")[0]
-    return str(metadata.json.get("license_expression") or "; ".join(named) or text[:70] or "names none")
+    return str(
+        metadata.json.get("license_expression") or "; ".join(named) or text[:70] or "names none"
+    )
 
 
 def stamped(manifest: str, ray: str) -> str:

@@ -76,7 +76,9 @@ such as a missing last token in a window of some thousand tokens.
 
 def main() -> int:
     if not template_zoo.sources():
-        raise SystemExit("TRL's package, which has the chat templates, is not installed; run `make setup`")
+        raise SystemExit(
+            "TRL's package, which has the chat templates, is not installed; run `make setup`"
+        )
     if "--templates" in sys.argv:
         before, _, _ = PAGE.read_text(encoding="utf-8").partition("\n## Chat templates\n")
         parts = [before]
@@ -110,7 +112,11 @@ def _every() -> list[Row]:
 
 
 def every_section(rows: list[Row]) -> list[str]:
-    return [EVERY, OTHERS.format(seeing=len(every.SEEING), summary=table.summary(rows)), table.table(rows)]
+    return [
+        EVERY,
+        OTHERS.format(seeing=len(every.SEEING), summary=table.summary(rows)),
+        table.table(rows),
+    ]
 
 
 def heading(precision: str) -> str:

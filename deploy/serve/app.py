@@ -52,15 +52,21 @@ class Champion:
     async def __call__(self, request: Request) -> dict[str, Any]:
         return await asyncio.to_thread(self.answer, **await request.json())
 
-    def answer(self, messages: list[dict[str, str]], max_tokens: int = 64, **_: object) -> dict[str, Any]:
+    def answer(
+        self, messages: list[dict[str, str]], max_tokens: int = 64, **_: object
+    ) -> dict[str, Any]:
         with self.lock:
             if self.adapter is None:
-                raise RuntimeError(f"{self.name}: no version could be loaded; see the log of this replica")
+                raise RuntimeError(
+                    f"{self.name}: no version could be loaded; see the log of this replica"
+                )
             inputs = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             ids = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0]
-            text = self.tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            text = self.tokenizer.decode(
+                ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
             version = f"{self.adapter.version.name}@{self.adapter.version.number}"
         return {"model": version, "choices": [{"message": {"role": "assistant", "content": text}}]}
 

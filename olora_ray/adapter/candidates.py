@@ -33,32 +33,29 @@ def other_parts(model: nn.Module) -> dict[str, str]:
 
     transformers names the language model (`get_decoder`).
     """
-    modules = dict(model.named_modules())
     shape: Any = getattr(model, "config", None)
-    get_text_config, get_decoder = getattr(shape, "get_text_config", None), getattr(model, "get_decoder", None)
-    if get_text_config is None or get_decoder is None or not _has_parts(get_text_config, shape):
+    get_text_config = getattr(shape, "get_text_config", None)
+    get_decoder = getattr(model, "get_decoder", None)
+    if get_text_config is None or get_decoder is None:
         return {}
+    try:
+        if get_text_config(decoder=True) is shape:
+            return {}
+    except ValueError:  # several parts that make text
+        return {}
+    modules = dict(model.named_modules())
     decoder = get_decoder()
     inside = next((name for name, module in modules.items() if module is decoder), "")
-    around = {".".join(inside.split(".")[:depth]) for depth in range(len(inside.split(".")) + 1)} if inside else set()
-    return {
-        f"{parent}.{child}".lstrip("."): child.replace("_", " ")
-        for parent in sorted(around - {inside})
-        for child, module in modules[parent].named_children()
-        if f"{parent}.{child}".lstrip(".") not in around and module is not output_head(model)
-    }
-
-
-def _has_parts(get_text_config: Any, shape: Any) -> bool:
-    try:
-        return get_text_config(decoder=True) is not shape
-    except ValueError:  # several parts that make text
-        return False
-
-
-def part_of(name: str, parts: dict[str, str]) -> str | None:
-    """Return which of `other_parts` a module or parameter lies in, by its name; None: the language model."""
-    return next((what for part, what in parts.items() if f"{name}.".startswith(f"{part}.")), None)
+    if not inside:
+        return {}
+    head = output_head(model)
+    path = inside.split(".")
+    parts = {}
+    for depth in range(len(path)):
+        for child, module in modules[".".join(path[:depth])].named_children():
+            if child != path[depth] and module is not head:
+                parts[".".join([*path[:depth], child])] = child.replace("_", " ")
+    return parts
 
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -97,7 +94,7 @@ class Target:
     def numbers(self, first: int = 0, last: int | None = None) -> Tensor:
         """Return the weight like `weight`, but complete on this worker; for a stack only experts first..last."""
         if self.read is None:
-            return self.weight() if self.experts is None else self.weight()[first:last]
+            return self.weight()[first:last]
         rows = len(getattr(self.module, self.parameter))
         weight = self.read(first, rows if last is None else min(last, rows))
         return weight.mT if self.stored_transposed else weight
@@ -119,11 +116,13 @@ HEAD = Reason("the output head", "output head", by_design=True)
 ROUTER = Reason("a router", "routers", by_design=True)
 GATE = Reason("a gate of one row", "gates of one row", by_design=True)
 READ = Reason(
-    "a layer whose weight the model's code reads directly", "layers whose weight the model's code reads directly"
+    "a layer whose weight the model's code reads directly",
+    "layers whose weight the model's code reads directly",
 )
 
 NOT_IN_PEFT = Reason(
-    "a layer that PEFT does not adapt in such a model", "layers that PEFT does not adapt in such a model"
+    "a layer that PEFT does not adapt in such a model",
+    "layers that PEFT does not adapt in such a model",
 )
 MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """PEFT refuses layers called out_proj in these families, and the whole adapter with them (peft.tuners.tuners_utils)."""
@@ -140,29 +139,32 @@ class Candidate:
 
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
-    head, family = output_head(model), getattr(getattr(model, "config", None), "model_type", None)
+    head = output_head(model)
+    family = getattr(getattr(model, "config", None), "model_type", None)
     modules = dict(model.named_modules())
-    outside = other_parts(model)
     blocks = dict(_mixtures(modules))
     maps: dict[str, Candidate] = {}
     for name, module in modules.items():
         if is_linear(module):
-            item = Candidate(Target(module, "weight", is_transposed(module)), name)
-            refused = HEAD if module is head else READ if _is_read(name, modules) else _refused(module)
-            unknown = family in MAMBA_TYPES and name.rpartition(".")[2] == "out_proj"
-            aside = NOT_IN_PEFT if unknown else _aside(name, modules, blocks)
-            maps[name] = replace(item, refused=refused, aside=aside)
+            target = Target(module, "weight", is_transposed(module))
+            if family in MAMBA_TYPES and name.rpartition(".")[2] == "out_proj":
+                aside: Reason | None = NOT_IN_PEFT
+            else:
+                aside = _aside(name, modules, blocks)
+            maps[name] = Candidate(target, name, _refused(name, modules, head), aside)
         # Experts of a mixture may be parameters of the module itself, which is no linear layer then.
         for parameter, _ in _stacks(module):
             target = stack(module, parameter)
             refused = None
-            if (dtype := target.weight().dtype) not in _FLOATS:
+            dtype = target.weight().dtype
+            if dtype not in _FLOATS:
                 what = f"a set of experts with packed weights ({str(dtype).removeprefix('torch.')})"
                 refused = Reason(what, "experts with packed weights")
             maps[f"{name}.{parameter}"] = Candidate(target, name, refused)
-    for name, item in maps.items():
-        if part := part_of(name, outside):
-            maps[name] = replace(item, aside=Reason(f"a part of the {part}", part))
+    for part, what in other_parts(model).items():
+        for name, item in maps.items():
+            if name.startswith(f"{part}.") or name == part:
+                maps[name] = replace(item, aside=Reason(f"a part of the {what}", what))
     return maps
 
 
@@ -171,28 +173,35 @@ def plain_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, item in candidates(model).items()
-        if type(item.target.module) is nn.Linear and item.refused is None and item.aside not in (ROUTER, GATE)
+        if type(item.target.module) is nn.Linear
+        and item.refused is None
+        and item.aside not in (ROUTER, GATE)
     ]
 
 
-def _is_read(name: str, modules: dict[str, nn.Module]) -> bool:
-    # True for the step sizes of Mamba, FalconMamba and Jamba, whose code multiplies with their weight itself.
-    # The self-test finds other layers whose weight the model's code reads: adapter/layer.py raises TakenWeight there.
+def _refused(name: str, modules: dict[str, nn.Module], head: nn.Module | None) -> Reason | None:
+    module = modules[name]
+    if module is head:
+        return HEAD
+    # The code of Mamba, FalconMamba and Jamba multiplies with the weight of their step sizes itself. The self-test
+    # finds other layers whose weight the model's code reads: adapter/layer.py raises TakenWeight there.
     parent, _, last = name.rpartition(".")
-    return last == "dt_proj" and hasattr(modules[parent], "A_log")
-
-
-def _refused(module: nn.Module) -> Reason | None:
+    if last == "dt_proj" and hasattr(modules[parent], "A_log"):
+        return READ
     if isinstance(module, QuantisedLinear):
         return None
-    weight = getattr(module, "weight", None)  # None with compressed-tensors, which replaces it by other parameters
+    # compressed-tensors replaces the weight by other parameters.
+    weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear) and (
         not isinstance(weight, Tensor)
         or weight.dtype not in _FLOATS
         or weight.shape != (module.out_features, module.in_features)
     ):
         form = str(getattr(weight, "dtype", type(weight).__name__)).removeprefix("torch.")
-        return Reason(f"a layer with packed weights ({type(module).__name__}, {form})", "layers with packed weights")
+        return Reason(
+            f"a layer with packed weights ({type(module).__name__}, {form})",
+            "layers with packed weights",
+        )
     if not _computes_a_linear_map(module):
         what = f"{type(module).__name__}, which computes more than a linear map"
         return Reason(f"a {what}", what)
@@ -205,7 +214,8 @@ def _computes_a_linear_map(module: nn.Module) -> bool:
     # Only a call tells what a subclass of Linear computes, so a copy with a weight of 6 x 5 is called: the model's own
     # weights may be large, sharded or missing.
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.rand(6, 5, generator=generator), torch.rand(4, 5, generator=generator)
+    weight = torch.rand(6, 5, generator=generator)
+    x = torch.rand(4, 5, generator=generator)
     bias = None if module.bias is None else torch.rand(6, generator=generator)
     small = copy.copy(module)
     small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
@@ -213,28 +223,40 @@ def _computes_a_linear_map(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             y = small(x)
-    except Exception:  # a linear layer takes any x: a module that fails here is none, whatever it raises
+    except Exception:  # a linear layer takes any x
         return False
-    return isinstance(y, Tensor) and y.shape == (4, 6) and torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
+    if not isinstance(y, Tensor) or y.shape != (4, 6):
+        return False
+    return torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
 
 
 # The linear maps that "all-linear" leaves out.
 
 
-def _aside(name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]) -> Reason | None:
+def _aside(
+    name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]
+) -> Reason | None:
     module = modules[name]
-    weight = weight_facts(module) if isinstance(module, QuantisedLinear) else getattr(module, "weight", None)
-    shape = getattr(weight, "shape", ())
+    if isinstance(module, QuantisedLinear):
+        shape: Any = weight_facts(module).shape
+    else:
+        shape = getattr(getattr(module, "weight", None), "shape", ())
     if len(shape) == 2 and 1 in shape:
         return GATE
-    return ROUTER if _is_router(name, modules, blocks) else None
+    if _is_router(name, modules, blocks):
+        return ROUTER
+    return None
 
 
-def _is_router(name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]) -> bool:
+def _is_router(
+    name: str, modules: dict[str, nn.Module], blocks: dict[str, tuple[str, set[int]]]
+) -> bool:
     path = name.split(".")
     above = [".".join(path[:depth]) for depth in range(len(path), 0, -1)]
-    if any("Router" in type(modules[each]).__name__ or "Gating" in type(modules[each]).__name__ for each in above):
-        return True
+    for each in above:
+        kind = type(modules[each]).__name__
+        if "Router" in kind or "Gating" in kind:
+            return True
     module = modules[name]
     if not isinstance(module, nn.Linear):
         return False
@@ -264,20 +286,18 @@ def _mixtures(modules: dict[str, nn.Module]) -> Iterator[tuple[str, tuple[str, s
 
 def _stacks(module: nn.Module) -> Iterator[tuple[str, int]]:
     count = getattr(module, "num_experts", None)
+    named = "Expert" in type(module).__name__
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 3 and len(parameter) > 1 and (len(parameter) == count or _named_experts(module)):
+        if parameter.dim() == 3 and len(parameter) > 1 and (named or len(parameter) == count):
             yield name, len(parameter)
-
-
-def _named_experts(module: nn.Module) -> bool:
-    return "Expert" in type(module).__name__
 
 
 def stack(module: nn.Module, parameter: str) -> Target:
     # transformers' interface for experts says whether they are transposed. Modules without it store E x m x n, except
     # Llama 4's. A wrong guess does no harm: adapter/layer.py refuses a product that takes them the other way round.
-    declared = bool(module.is_transposed) if hasattr(module, "has_gate") and hasattr(module, "is_transposed") else None
-    transposed = type(module).__name__ == "Llama4TextExperts" if declared is None else declared
+    transposed = type(module).__name__ == "Llama4TextExperts"
+    if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+        transposed = bool(module.is_transposed)
     return Target(module, parameter, transposed, len(getattr(module, parameter)))
 
 

@@ -9,22 +9,20 @@ import contextlib
 import hashlib
 import heapq
 import math
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import METHODS, Method, Options
-from olora_ray.adapter.methods.method import DEFAULTS
+from olora_ray.adapter.methods import method_named
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
 from olora_ray.common import collectives, node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
@@ -36,37 +34,56 @@ Shape = tuple[int, ...]
 
 
 def exchange(
-    own: Mapping[str, Factors], shares: Sequence[Sequence[str]], device: torch.device
-) -> tuple[dict[str, Factors], str]:
-    """Return the factors of all layers, the same bytes on every worker, and the SHA-256 over them.
+    own: Mapping[str, Factors],
+    names: Iterable[str],
+    shares: Sequence[Sequence[str]],
+    seconds: float,
+    device: torch.device,
+) -> tuple[dict[str, Factors], "InitReport"]:
+    """Return the factors of all layers `names`, the same bytes on every worker, and a report.
 
-    `own` has the factors of this worker's share, `shares` the layer names of each worker's share. All workers must call
-    it together; the numbers travel on `device`. Raises RuntimeError if the workers end with different bytes.
+    `own` has the factors of this worker's share, which took it `seconds`; `shares` has the layer names of each worker's
+    share. All workers must call it together; the numbers travel on `device`. Raises RuntimeError if the workers end
+    with different bytes.
     """
+    start = time.perf_counter()
     facts: dict[str, tuple[Shape, Shape | None, bool]] = {}
-    for told in collectives.gather({name: _facts(item) for name, item in own.items()}):
+    for name, item in own.items():
+        shape_b0 = None if item.b0 is None else tuple(item.b0.shape)
+        facts[name] = (tuple(item.a0.shape), shape_b0, item.full_rank)
+    for told in collectives.gather(facts):
         facts |= told
     merged: dict[str, Factors] = {}
     hasher = hashlib.sha256()
     for worker, share in enumerate(shares):
         for name in share:
-            item = own[name] if worker == collectives.rank() else _empty(*facts[name])
-            a0, b0 = (None if part is None else _sent(part, worker, device) for part in (item.a0, item.b0))
-            assert a0 is not None
+            if worker == collectives.rank():
+                item = own[name]
+            else:
+                shape_a0, shape_b0, full_rank = facts[name]
+                b0 = None if shape_b0 is None else torch.empty(shape_b0)
+                item = Factors(torch.empty(shape_a0), b0, full_rank)
+            a0 = _sent(item.a0, worker, device)
+            hasher.update(a0.numpy().tobytes())
+            b0 = None
+            if item.b0 is not None:
+                b0 = _sent(item.b0, worker, device)
+                hasher.update(b0.numpy().tobytes())
+            hasher.update(torch.tensor([float(item.full_rank)]).numpy().tobytes())
             merged[name] = Factors(a0, b0, item.full_rank)
-            for part in (a0, b0, torch.tensor([float(item.full_rank)])):
-                hasher.update(b"" if part is None else part.numpy().tobytes())
     if len(set(collectives.gather(hasher.digest()))) > 1:
-        raise RuntimeError("adapter factors differ between workers after their exchange: the network corrupted them")
-    return merged, hasher.hexdigest()
-
-
-def _facts(item: Factors) -> tuple[Shape, Shape | None, bool]:
-    return tuple(item.a0.shape), None if item.b0 is None else tuple(item.b0.shape), item.full_rank
-
-
-def _empty(shape_a0: Shape, shape_b0: Shape | None, full_rank: bool) -> Factors:
-    return Factors(torch.empty(shape_a0), None if shape_b0 is None else torch.empty(shape_b0), full_rank)
+        raise RuntimeError(
+            "adapter factors differ between workers after their exchange: the network corrupted them"
+        )
+    factors = {name: merged[name] for name in names}
+    report = InitReport(
+        layers=tuple(map(len, shares)),
+        seconds=tuple(collectives.gather(seconds)),
+        exchange_seconds=time.perf_counter() - start,
+        deficient=tuple(name for name, item in factors.items() if not item.full_rank),
+        digest=hasher.hexdigest(),
+    )
+    return factors, report
 
 
 def _sent(part: Tensor, worker: int, device: torch.device) -> Tensor:
@@ -98,14 +115,19 @@ def options_of(adapter: Adapter) -> Options:
 
 def check_rank(shapes: Mapping[str, Shape], method: str, rank: int) -> None:
     for name, (*_, m, n) in shapes.items():
-        if problem := METHODS[method].problem(m, n, rank, name):
+        problem = method_named(method).problem(m, n, rank, name)
+        if problem:
             raise UserError(problem)
 
 
-def assign(shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "olora") -> list[list[str]]:
+def assign(
+    shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "olora"
+) -> list[list[str]]:
     """Return the layer names for each worker: the costliest layer first, to the least loaded worker; deterministic."""
-    cost_of = METHODS[method].cost
-    cost = {name: math.prod(experts) * cost_of(m, n, rank) for name, (*experts, m, n) in shapes.items()}
+    cost_of = method_named(method).cost
+    cost = {
+        name: math.prod(experts) * cost_of(m, n, rank) for name, (*experts, m, n) in shapes.items()
+    }
     load = [(0.0, worker) for worker in range(workers)]
     shares: list[list[str]] = [[] for _ in range(workers)]
     for name in sorted(shapes, key=lambda name: -cost[name]):
@@ -116,7 +138,12 @@ def assign(shapes: Mapping[str, Shape], rank: int, workers: int, method: str = "
 
 
 def initialise(
-    targets: Mapping[str, Target], method: str, rank: int, seed: int, device: torch.device, options: Options = DEFAULTS
+    targets: Mapping[str, Target],
+    method: str,
+    rank: int,
+    seed: int,
+    device: torch.device,
+    options: Options = DEFAULTS,
 ) -> tuple[dict[str, Factors], InitReport]:
     """Compute A~ and B~ of every target, for scale 1 (see `at_scale`).
 
@@ -126,43 +153,51 @@ def initialise(
     shapes: dict[str, Shape] = {name: target.whole_shape for name, target in targets.items()}
     check_rank(shapes, method, rank)
     shares = assign(shapes, rank, collectives.world_size(), method)
-    use = METHODS[method]
+    use = method_named(method)
     assert use.needs == "weight", f"{method} needs data: use train/data_driven.py"
     start = time.perf_counter()
     mine = shares[collectives.rank()]
     own = collectives.together(
-        lambda: {name: _compute(name, targets[name], use, rank, seed, device, options) for name in mine}
+        lambda: {
+            name: _compute(name, targets[name], use, rank, seed, device, options) for name in mine
+        }
     )
     seconds = time.perf_counter() - start
-
-    start = time.perf_counter()
-    merged, digest = exchange(own, shares, device)
-    factors = {name: merged[name] for name in targets}
-    report = InitReport(
-        layers=tuple(len(share) for share in shares),
-        seconds=tuple(collectives.gather(seconds)),
-        exchange_seconds=time.perf_counter() - start,
-        deficient=tuple(name for name, item in factors.items() if not item.full_rank),
-        digest=digest,
-    )
-    return factors, report
+    return exchange(own, targets, shares, seconds, device)
 
 
 def at_scale(factors: Mapping[str, Factors], adapter: Adapter) -> dict[str, Factors]:
-    use, options = METHODS[adapter.method], options_of(adapter)
+    use = method_named(adapter.method)
+    options = options_of(adapter)
     return {name: use.at_scale(item, adapter.scale(), options) for name, item in factors.items()}
 
 
 @torch.no_grad()
 def _compute(
-    name: str, target: Target, method: Method, rank: int, seed: int, device: torch.device, options: Options
+    name: str,
+    target: Target,
+    method: Method,
+    rank: int,
+    seed: int,
+    device: torch.device,
+    options: Options,
 ) -> Factors:
     # The seed depends on the layer's name and not on the worker, so that any number of workers gives the same factors.
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-    parts = [method.factors(numbers, rank, layer_seed + first, options) for first, numbers in _numbers(target, device)]
-    factors = parts[0] if target.experts is None else _together(parts)
+    parts = [
+        method.factors(numbers, rank, layer_seed + first, options)
+        for first, numbers in _numbers(target, device)
+    ]
+    b0 = [part.b0 for part in parts if part.b0 is not None]
+    factors = Factors(
+        torch.cat([part.a0 for part in parts]),
+        torch.cat(b0) if b0 else None,
+        all(part.full_rank for part in parts),
+    )
     if not all(torch.isfinite(part).all() for part in (factors.a0, factors.b0) if part is not None):
-        raise UserError(f"model.name: the weight of {name} has NaN or infinite values; use another copy of the model")
+        raise UserError(
+            f"model.name: the weight of {name} has NaN or infinite values; use another copy of the model"
+        )
     return factors
 
 
@@ -185,90 +220,94 @@ def weight_sizes(targets: Mapping[str, Target], device: torch.device) -> dict[st
     """
 
     def share() -> dict[str, list[float]]:
-        return {name: _sizes(targets[name], device) for name in list(targets)[collectives.rank() :: workers]}
+        sizes = {}
+        for name in list(targets)[collectives.rank() :: collectives.world_size()]:
+            target = targets[name]
+            parts = [
+                numbers.norm(dim=(-2, -1)).reshape(-1) for _, numbers in _numbers(target, device)
+            ]
+            norms = torch.cat(parts) / min(target.shape) ** 0.5
+            # The last bits of a norm depend on the number of threads.
+            sizes[name] = [float(f"{norm:.3g}") for norm in norms.tolist()]
+        return sizes
 
-    workers = collectives.world_size()
     found: dict[str, list[float]] = {}
     for told in collectives.gather(collectives.together(share)):
         found |= told
     return {name: torch.tensor(found[name]) for name in targets}
 
 
-def _sizes(target: Target, device: torch.device) -> list[float]:
-    sizes = torch.cat([numbers.norm(dim=(-2, -1)).reshape(-1) for _, numbers in _numbers(target, device)])
-    # The last bits of a norm depend on the number of threads.
-    return [float(f"{size:.3g}") for size in (sizes / min(target.shape) ** 0.5).tolist()]
-
-
-def _together(chunks: list[Factors]) -> Factors:
-    b0 = [chunk.b0 for chunk in chunks if chunk.b0 is not None]
-    return Factors(
-        torch.cat([chunk.a0 for chunk in chunks]), torch.cat(b0) if b0 else None, all(c.full_rank for c in chunks)
-    )
-
-
 # Cache of factors: a search computes them once, and its trials read them.
 
 
-TENSORS, DESCRIPTION = "factors.safetensors", "factors.json"
+TENSORS = "factors.safetensors"
+DESCRIPTION = "factors.json"
 
 
-def write_factors(
-    folder_uri: str, factors: Mapping[str, Factors], origin: Mapping[str, str], rank: int, prefix: bool = True
-) -> None:
-    """Write factors into the folder `folder_uri`. `origin` identifies their inputs; `prefix` is the method's."""
-    parts: dict[str, Tensor] = {}
-    for name, item in factors.items():
-        parts[f"{name}.a0"] = item.a0
-        if item.b0 is not None:
-            parts[f"{name}.b0"] = item.b0
-    with tempfile.TemporaryDirectory(prefix="olora-factors-") as folder:
-        save_file({name: part.contiguous().cpu() for name, part in parts.items()}, Path(folder) / TENSORS)
-        storage.write_bytes(storage.join(folder_uri, TENSORS), (Path(folder) / TENSORS).read_bytes())
-    # Factors that the weight does not determine are not reused at a smaller rank: computed there, the arbitrary part
-    # may differ from the first columns kept here.
-    whole = all(item.full_rank for item in factors.values())
-    described = {**origin, "rank": rank, "full_rank": whole, "prefix": prefix}
-    records.write(storage.join(folder_uri, DESCRIPTION), described)
+@dataclass(frozen=True)
+class StoredFactors:
+    """Factors of one origin and rank in a folder, which may hold those of a higher rank."""
 
+    folder: str
+    """Path or URI."""
+    origin: Mapping[str, str]
+    """Digests and settings that identify the inputs of the factors."""
+    rank: int
 
-def has(folder_uri: str, origin: Mapping[str, str], rank: int) -> bool:
-    """True if the folder has factors of this origin from which the factors of this rank follow."""
-    return _description(folder_uri, origin, rank) is not None
+    def write(self, factors: Mapping[str, Factors], prefix: bool = True) -> None:
+        """Write factors; `prefix` is that of their method."""
+        parts: dict[str, Tensor] = {}
+        for name, item in factors.items():
+            parts[f"{name}.a0"] = item.a0
+            if item.b0 is not None:
+                parts[f"{name}.b0"] = item.b0
+        content = save({name: part.contiguous().cpu() for name, part in parts.items()})
+        storage.write_bytes(storage.join(self.folder, TENSORS), content)
+        # Factors that the weight does not determine are not reused at a smaller rank: computed there, the arbitrary
+        # part may differ from the first columns kept here.
+        whole = all(item.full_rank for item in factors.values())
+        described = {**self.origin, "rank": self.rank, "full_rank": whole, "prefix": prefix}
+        records.write(storage.join(self.folder, DESCRIPTION), described)
 
+    def exist(self) -> bool:
+        """True if the folder has factors of this origin from which the factors of this rank follow."""
+        return self._description() is not None
 
-def _description(folder_uri: str, origin: Mapping[str, str], rank: int) -> dict[str, Any] | None:
-    described = None
-    with contextlib.suppress(OSError):  # computing them again is better than to end a training
-        described = records.read(storage.join(folder_uri, DESCRIPTION), dict[str, Any])
-    if not described or not described.get("full_rank") or {**described, **origin} != described:
+    def _description(self) -> dict[str, Any] | None:
+        described = None
+        with contextlib.suppress(OSError):  # computing them again is better than to end a training
+            described = records.read(storage.join(self.folder, DESCRIPTION), dict[str, Any])
+        if not described or not described.get("full_rank"):
+            return None
+        if {**described, **self.origin} != described:
+            return None
+        # Without a prefix only the same rank will do: another has other factors, and layers may differ in rank.
+        larger = described.get("prefix") and described["rank"] > self.rank
+        if described["rank"] == self.rank or larger:
+            return described
         return None
-    # Without a prefix only the same rank will do: another has other factors, and layers may differ in rank.
-    enough = described["rank"] >= rank if described.get("prefix") else described["rank"] == rank
-    return described if enough else None
 
-
-def read_factors(folder_uri: str, origin: Mapping[str, str], rank: int, names: list[str]) -> dict[str, Factors] | None:
-    """Return the factors of these layers at `rank`; None if missing, of another origin, or of too small a rank."""
-    description = _description(folder_uri, origin, rank)
-    if description is None:
-        return None
-    limit = rank if description["prefix"] else None
-    try:
-        with (
-            node_cache.fetched(storage.join(folder_uri, TENSORS)) as local,
-            safe_open(local, "pt") as file,
-        ):
-            keys = set(file.keys())
-            return {
-                name: Factors(
-                    _first(file.get_slice(f"{name}.a0"), -2, limit),
-                    _first(file.get_slice(f"{name}.b0"), -1, limit) if f"{name}.b0" in keys else None,
-                )
-                for name in names
-            }
-    except (OSError, SafetensorError):
-        return None
+    def read(self, names: Iterable[str]) -> dict[str, Factors] | None:
+        """Return the factors of these layers; None if missing, of another origin, or of too small a rank."""
+        description = self._description()
+        if description is None:
+            return None
+        limit = self.rank if description["prefix"] else None
+        try:
+            with (
+                node_cache.fetched(storage.join(self.folder, TENSORS)) as local,
+                safe_open(local, "pt") as file,
+            ):
+                keys = set(file.keys())
+                factors = {}
+                for name in names:
+                    b0 = None
+                    if f"{name}.b0" in keys:
+                        b0 = _first(file.get_slice(f"{name}.b0"), -1, limit)
+                    factors[name] = Factors(_first(file.get_slice(f"{name}.a0"), -2, limit), b0)
+                return factors
+        except (OSError, SafetensorError):
+            return None
 
 
 def _first(stored: Any, dim: int, rank: int | None) -> Tensor:

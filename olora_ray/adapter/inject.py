@@ -1,19 +1,19 @@
 """Injection of adapters: replaces layers by adapted ones, and puts the base layers back."""
 
-import ast
-import inspect
 import re
-import textwrap
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 from torch import nn
 
 from olora_ray.adapter.candidates import Candidate, Reason, Target, candidates, stack
-from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedStack, AdaptedWeight, Factors
+from olora_ray.adapter.layer import (
+    AdaptedExperts,
+    AdaptedLinear,
+    AdaptedStack,
+    AdaptedWeight,
+    Factors,
+)
 from olora_ray.common.errors import UserError, as_user_error
 
 # The weights that `adapter.targets` means.
@@ -49,17 +49,27 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
         linear = [name for name, reason in reasons.items() if reason is None]
         # If all layers are too small they stay chosen, so that the error below names the rank and not the targets.
         chosen = [name for name in linear if rank <= min(maps[name].target.shape)] or linear
-        left_out = {name: reason or too_small for name, reason in reasons.items() if name not in chosen}
+        left_out = {
+            name: reason or too_small for name, reason in reasons.items() if name not in chosen
+        }
     else:
-        named = {name for entry in targets for name in _matches(entry, maps)}
+        named = set[str]()
+        for entry in targets:
+            named.update(_matches(entry, maps))
         chosen = [name for name in maps if name in named]
         left_out = {}
         for name in chosen:
-            if refused := maps[name].refused:
-                raise UserError(f"adapter.targets: {name!r} is {refused.what}, which cannot be adapted; leave it out")
+            refused = maps[name].refused
+            if refused:
+                raise UserError(
+                    f"adapter.targets: {name!r} is {refused.what}, which cannot be adapted; leave it out"
+                )
     if not chosen:
-        kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
-        raise UserError(f"adapter.targets: the model has no linear layer to adapt{f', only {kinds}' if kinds else ''}")
+        problem = "adapter.targets: the model has no linear layer to adapt"
+        if left_out:
+            kinds = ", ".join(dict.fromkeys(reason.kind for reason in left_out.values()))
+            problem += f", only {kinds}"
+        raise UserError(problem)
     selected = {name: maps[name].target for name in chosen}
     for name, target in selected.items():
         m, n = target.shape
@@ -73,8 +83,12 @@ def select(model: nn.Module, targets: str | tuple[str, ...], rank: int) -> Selec
 
 def _matches(entry: str, maps: Mapping[str, Candidate]) -> list[str]:
     # An entry may also name the module of experts, which selects each of its weights.
-    names = {name: [name] if item.target.experts is None else [name, item.module_name] for name, item in maps.items()}
-    matched = [name for name, known in names.items() if any(f".{each}".endswith(f".{entry}") for each in known)]
+    suffix = f".{entry}"
+    matched = [
+        name
+        for name, item in maps.items()
+        if f".{name}".endswith(suffix) or f".{item.module_name}".endswith(suffix)
+    ]
     if not matched:
         with as_user_error(f"adapter.targets: {entry!r} is not a regular expression", re.error):
             matched = [name for name in maps if re.fullmatch(entry, name)]
@@ -105,15 +119,19 @@ def wrap(
     share one base model: the model uses the set that was installed last.
     """
     model.requires_grad_(False)
-    return {name: _adapter(model, name, start, scale, dropout) for name, start in factors.items() if start.rank}
-
-
-def _adapter(model: nn.Module, name: str, start: Factors, scale: float, dropout: float) -> AdaptedWeight:
-    if start.a0.dim() == 2:
-        return AdaptedLinear(_base(model.get_submodule(name)), start, scale, dropout, name)
-    module, _, parameter = name.rpartition(".")
-    target = stack(_base(model.get_submodule(module)), parameter)
-    return AdaptedStack(start, target.shape[0], target.stored_transposed, scale, dropout)
+    adapted: dict[str, AdaptedWeight] = {}
+    for name, start in factors.items():
+        if not start.rank:
+            continue
+        if start.a0.dim() == 2:
+            base = _base(model.get_submodule(name))
+            adapted[name] = AdaptedLinear(base, start, scale, dropout, name)
+        else:
+            module, _, parameter = name.rpartition(".")
+            target = stack(_base(model.get_submodule(module)), parameter)
+            m, _ = target.shape
+            adapted[name] = AdaptedStack(start, m, target.stored_transposed, scale, dropout)
+    return adapted
 
 
 def install(model: nn.Module, adapted: Mapping[str, AdaptedWeight]) -> None:
@@ -125,42 +143,10 @@ def install(model: nn.Module, adapted: Mapping[str, AdaptedWeight]) -> None:
             stacks.setdefault(parent, {})[attribute] = layer
         else:
             setattr(model.get_submodule(parent), attribute, layer)
-    for parent in {name.rpartition(".")[0] for name in adapted}:
-        _find_siblings(model.get_submodule(parent))
     for name, parts in stacks.items():
         parent, _, attribute = name.rpartition(".")
         experts = _base(model.get_submodule(name))
         setattr(model.get_submodule(parent), attribute, AdaptedExperts(experts, parts))
-
-
-def _find_siblings(parent: nn.Module) -> None:
-    # Only layers of the same form are computed together; the layer itself checks whether its input is the same.
-    for names in called_together(type(parent).forward):
-        layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), AdaptedLinear)]
-        for layer in layers:
-            form = layer.form()
-            layer.siblings = tuple(other for other in layers if form is not None and other.form() == form)
-
-
-@cache
-def called_together(forward: Callable[..., Any]) -> list[list[str]]:
-    """Return groups of a module's parts that its `forward` calls with the same variable, as in `self.q_proj(x)`.
-
-    The code is read, not run. So a group is a guess, but the same in every run: what it changes in the last bits of a
-    result depends on no earlier input.
-    """
-    try:
-        code = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))))
-    except (OSError, TypeError, SyntaxError):
-        return []
-    set_at = [(part.id, part.lineno) for part in code if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
-    groups: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for part in code:
-        match part:
-            case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(x)], []):
-                # The variable may have another value after each line that sets it.
-                groups[x, sum(known == x and line < part.lineno for known, line in set_at)].add(name)
-    return [sorted(names) for names in groups.values() if len(names) > 1]
 
 
 def remove(model: nn.Module) -> None:

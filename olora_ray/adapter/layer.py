@@ -8,7 +8,7 @@ The first part adapts linear layers, the second the weights that all experts of 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,9 +53,9 @@ class AdapterWeights:
 
     def delta(self, scale: float) -> Tensor:
         """Return the change of the weight, (E x) m x n, in float32."""
-        a0, b0 = self.factors.a0, self.factors.b0
+        b0 = self.factors.b0
         b = self.db if b0 is None else b0 + self.db
-        return scale * (self.db @ a0 + b @ self.da)
+        return scale * (self.db @ self.factors.a0 + b @ self.da)
 
     def plain_rank(self) -> int:
         return self.factors.rank * (1 if self.factors.b0 is None else 2)
@@ -65,30 +65,28 @@ class AdapterWeights:
 
         With B0 the rank is 2r: lora_A = [A0; dA], lora_B = [dB, B0 + dB]; without B0 it is r.
         """
-        a0, b0 = self.factors.a0, self.factors.b0
-        if b0 is None:
-            return a0 + self.da, self.db
-        return torch.cat([a0, self.da], dim=-2), torch.cat([self.db, b0 + self.db], dim=-1)
+        return joined(self.da, self.db, self.factors.a0, self.factors.b0, self.da.dtype)
 
 
-def joined(da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def joined(
+    da: Tensor, db: Tensor, a0: Tensor, b0: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return (down, up) of one weight: computed in float32, rounded once to `dtype`."""
     if b0 is None:
-        down, up = a0 + da, db
-    else:
-        down, up = torch.cat([a0, da], dim=-2), torch.cat([db, b0 + db], dim=-1)
+        return (a0 + da).to(dtype), db.to(dtype)
+    down = torch.cat([a0, da], dim=-2)
+    up = torch.cat([db, b0 + db], dim=-1)
     return down.to(dtype), up.to(dtype)
 
 
 class _Adapted(torch.autograd.Function):
-    """y = W x + b + s up (down x) of layers that get the same x, with gradients for x, dA and dB only.
+    """y = W x + b + s up (down x), with gradients for x, dA and dB only.
 
-    x gets one gradient, to which all products are added in place, and all layers share the products with `down`. The
-    frozen halves of `down` and `up` need no gradient products. With `sums`, the gradients of dA and dB are added to
-    `grad` here, if there is one.
+    x gets one gradient, to which both products are added in place. The frozen halves of `down` and `up` need no
+    gradient products. With `sums`, the gradients of dA and dB are added to `grad` here, if there is one.
 
-    x and `inner` differ, and there is one layer, in two cases: with dropout `inner` is a copy of x, and if the base has
-    computed its `y` itself there is no x. y comes first, because autograd expects it there if it is a view.
+    x and `inner` differ in two cases: with dropout `inner` is a copy of x, and if the base has computed its `y` itself
+    there is no x. y comes first, because autograd expects it there if it is a view.
     """
 
     @staticmethod
@@ -97,73 +95,70 @@ class _Adapted(torch.autograd.Function):
         y: Any,
         x: Any,
         inner: Any,
-        bases: Any,
+        base: Any,
         down: Tensor,
-        ups: Any,
+        up: Tensor,
         scale: float,
         sums: bool,
-        *trained: Tensor,
-    ) -> tuple[Tensor, ...]:
+        da: Tensor,
+        db: Tensor,
+    ) -> Tensor:
         entered: Tensor = x if inner is None else inner
         hidden = entered.reshape(-1, down.shape[1]) @ down.T
-        # Detached, because an output that is a view could not be changed in place.
-        outputs = [F.linear(x, base.weight, base.bias).detach() for base in bases] if y is None else [y]
-        for output, part, up in zip(outputs, hidden.chunk(len(ups), 1), ups, strict=True):
-            output.view(-1, len(up)).addmm_(part, up.T, alpha=scale)
-        if y is not None:
+        if y is None:
+            # Detached, because an output that is a view could not be changed in place.
+            output = F.linear(x, base.weight, base.bias).detach()
+        else:
+            output = y
             ctx.mark_dirty(y)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(entered, hidden, down, *ups)
-        # A base's weight is not saved, because it may be sharded or packed until the backward pass needs it.
-        ctx.bases, ctx.scale, ctx.rank = bases, scale, len(trained[0])
-        ctx.sums = trained if sums else ()
-        return tuple(outputs)
+        output.view(-1, len(up)).addmm_(hidden, up.T, alpha=scale)
+        ctx.save_for_backward(entered, hidden, down, up)
+        # The base's weight is not saved, because it may be sharded or packed until the backward pass needs it.
+        ctx.base = base
+        ctx.scale = scale
+        ctx.rank = len(da)
+        ctx.sums = (da, db) if sums else ()
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        entered, hidden, down, *ups = ctx.saved_tensors
-        count, rank = len(grads), ctx.rank
-        # Each layer's part of `hidden` has two halves, which belong to A0 and to dA, or one, which belongs to A0 + dA.
-        halves = hidden.view(len(hidden), count, len(down) // count // rank, rank)
-        of_db = halves[:, :, 0] if len(down) == count * rank else halves[:, :, 0] + halves[:, :, 1]
-        grad_hidden, grad_x, grad_inner = torch.empty_like(hidden), None, None
-        trained: list[Any] = [None] * 2 * count
-        for number, (grad, part) in enumerate(zip(grads, grad_hidden.chunk(count, 1), strict=True)):
-            if grad is None:  # no loss depends on this layer
-                part.zero_()
-                continue
-            g, up = grad.reshape(-1, grad.shape[-1]), ups[number]
-            part.addmm_(g, up, beta=0, alpha=ctx.scale)  # with beta=0 its old numbers do not count
-            trained[2 * number + 1] = up.new_empty(len(up), rank).addmm_(g.T, of_db[:, number], beta=0, alpha=ctx.scale)
-            if ctx.needs_input_grad[1]:
-                weight = ctx.bases[number].weight
-                grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
-        of_da = grad_hidden.view(halves.shape)[:, :, -1].reshape(len(hidden), count * rank)
-        grad_da = of_da.T @ entered.reshape(-1, down.shape[1])
-        trained[::2] = [None if grad is None else part for grad, part in zip(grads, grad_da.split(rank), strict=True)]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        entered, hidden, down, up = ctx.saved_tensors
+        rank = ctx.rank
+        grad = grads[0].reshape(-1, len(up))
+        # `hidden` has two halves, which belong to A0 and to dA, or one, which belongs to A0 + dA.
+        of_db = hidden
+        if len(down) > rank:
+            of_db = hidden[:, :rank] + hidden[:, rank:]
+        # With beta=0 the numbers that the new memory holds do not count.
+        grad_hidden = torch.empty_like(hidden).addmm_(grad, up, beta=0, alpha=ctx.scale)
+        grad_db = up.new_empty(len(up), rank).addmm_(grad.T, of_db, beta=0, alpha=ctx.scale)
+        grad_da = grad_hidden[:, -rank:].T @ entered.reshape(-1, down.shape[1])
+        grad_x = grad_inner = None
+        if ctx.needs_input_grad[1]:
+            grad_x = grad @ ctx.base.weight
         if ctx.needs_input_grad[2]:
             grad_inner = (grad_hidden @ down).view(entered.shape)
         elif grad_x is not None:
             grad_x.addmm_(grad_hidden, down)
-        grad_x = None if grad_x is None else grad_x.view(entered.shape)
+        if grad_x is not None:
+            grad_x = grad_x.view(entered.shape)
         grad_y = grads[0] if ctx.needs_input_grad[0] else None
-        trained = [*map(_add_in_place, ctx.sums, trained)] or trained
+        trained: list[Tensor | None] = [grad_da, grad_db]
+        for number, parameter in enumerate(ctx.sums):
+            # Autograd adds what is returned, after a conversion to float32.
+            if parameter.grad is not None and not parameter._backward_hooks:
+                parameter.grad.add_(trained[number])
+                trained[number] = None
         return grad_y, grad_x, grad_inner, None, None, None, None, None, *trained
 
 
-def _add_in_place(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-    # What is returned autograd adds, after a conversion to float32.
-    if gradient is None or parameter.grad is None or parameter._backward_hooks:
-        return gradient
-    parameter.grad.add_(gradient)
-    return None
-
-
-def add_low_rank(y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def add_low_rank(
+    y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, scale: float
+) -> Tensor:
     """Add s up (down x) to y (..., m), in place, for x (..., n); `joined` computes down and up from da and db."""
     adapted: Any = _Adapted  # torch leaves `apply` untyped
-    result: tuple[Tensor] = adapted.apply(y, None, x, (), down, (up,), scale, False, da, db)
-    return result[0]
+    result: Tensor = adapted.apply(y, None, x, None, down, up, scale, False, da, db)
+    return result
 
 
 class AdaptedWeight(nn.Module):
@@ -201,15 +196,13 @@ class AdaptedWeight(nn.Module):
     def training(self, on: bool) -> None:
         self._training = self._stand_still = on
         self._made: dict[object, tuple[Tensor, Tensor]] = {}
-        self._shared: tuple[list[tuple[Tensor, Tensor]], Tensor] | None = None
-        self._given: tuple[Any, ...] | None = None
 
     def joined(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """Return (down, up) of the weight, or of one expert, in `dtype`; the caller must not change them."""
         if not self._stand_still:
             return self._join(dtype, expert)
         # The versions show a change of the parameters themselves, against the promise. They do not show the
-        # optimizer's: it changes one vector that holds all dA and dB (train/optim.py).
+        # optimizer's: it changes one vector that holds all dA and dB (train/optimizers/).
         key = (dtype, expert, self.da.device, self.da._version, self.db._version)
         if key not in self._made:
             self._made[key] = self._join(dtype, expert)
@@ -217,17 +210,19 @@ class AdaptedWeight(nn.Module):
 
     @torch.no_grad()
     def _join(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
-        def part(whole: Tensor) -> Tensor:
-            return whole if expert is None else whole[expert]
-
-        b0 = None if self.b0 is None else part(self.b0)
-        return joined(part(self.da), part(self.db), part(self.a0), b0, dtype)
+        if expert is None:
+            return joined(self.da, self.db, self.a0, self.b0, dtype)
+        b0 = None if self.b0 is None else self.b0[expert]
+        return joined(self.da[expert], self.db[expert], self.a0[expert], b0, dtype)
 
     def dropped_out(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        if self.training and self.dropout:
+            return F.dropout(x, self.dropout)
+        return x
 
     def weights(self) -> AdapterWeights:
-        return AdapterWeights(Factors(self.a0, self.b0, self.full_rank), self.da.detach(), self.db.detach())
+        factors = Factors(self.a0, self.b0, self.full_rank)
+        return AdapterWeights(factors, self.da.detach(), self.db.detach())
 
 
 class TakenWeight(NotImplementedError, AttributeError):
@@ -244,26 +239,40 @@ class WeightFacts:
     layer: str = "a layer"
 
     def __getattr__(self, name: str) -> Any:
-        raise TakenWeight(f"{self.layer}: adapters do not support .weight.{name}, which the model's code uses")
+        raise TakenWeight(
+            f"{self.layer}: adapters do not support .weight.{name}, which the model's code uses"
+        )
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
-        facts = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, WeightFacts))
+        facts = next(
+            arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, WeightFacts)
+        )
         name = getattr(func, "__name__", func)
-        raise TakenWeight(f"{facts.layer}: adapters do not support {name} of a weight, which the model's code uses")
+        raise TakenWeight(
+            f"{facts.layer}: adapters do not support {name} of a weight, which the model's code uses"
+        )
 
 
 class AdaptedLinear(AdaptedWeight):
     def __init__(
-        self, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0, name: str = "a layer"
+        self,
+        base: nn.Module,
+        factors: Factors,
+        scale: float,
+        dropout: float = 0.0,
+        name: str = "a layer",
     ) -> None:
         super().__init__(factors, out_features(base), scale, dropout)
-        self.base, self.name = base, name
-        self.siblings: tuple[AdaptedLinear, ...] = ()
-        """Layers of the same form, this one included, that the model's code calls with the same input."""
+        self.base = base
+        self.name = name
 
     @property
     def weight(self) -> WeightFacts:
@@ -276,56 +285,23 @@ class AdaptedLinear(AdaptedWeight):
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
-    def form(self) -> tuple[Any, ...] | None:
-        """Return what layers that are computed together have in common.
-
-        None: the base computes its product itself, because it is of a class that is not known here, or not frozen.
-        """
-        known = type(self.base) in (nn.Linear, QuantisedLinear)
-        if not known or any(part.requires_grad for part in self.base.parameters()):
-            return None
-        return self.a0.shape, self.b0 is None, self.scale, self.dropout
-
     def forward(self, x: Tensor) -> Tensor:
         inner = self.dropped_out(x)
-        if self.form() is not None:
-            return self._fused(x, inner)
-        y: Tensor = self.base(x)
+        down, up = self.joined(inner.dtype)
+        known = type(self.base) in (nn.Linear, QuantisedLinear)
+        if known and not any(part.requires_grad for part in self.base.parameters()):
+            dropped = None if inner is x else inner
+            adapted: Any = _Adapted  # torch leaves `apply` untyped
+            sums = self._stand_still
+            y: Tensor = adapted.apply(
+                None, x, dropped, self.base, down, up, self.scale, sums, self.da, self.db
+            )
+            return y
+        # A base of another class, or one that is trained, computes its product itself.
+        y = self.base(x)
         if not (type(self.base) is nn.Linear or is_transposed(self.base)):
             y = y.clone()  # it may be a view, or memory that the layer keeps
-        return add_low_rank(y, inner, self.da, self.db, *self.joined(inner.dtype), self.scale)
-
-    def _fused(self, x: Tensor, inner: Tensor) -> Tensor:
-        # A layer computes its siblings' outputs too. A sibling takes its output if it is called with the same x.
-        shares = inner is x and torch.is_grad_enabled()
-        given, self._given = self._given, None
-        if given and shares and given[0] is x and given[1] == (x._version, x.requires_grad):
-            *_, used, y = given
-            now = self.joined(x.dtype)
-            if used is now or all(map(torch.equal, used, now)):
-                return y  # type: ignore[no-any-return]
-        layers = self.siblings if shares and self.siblings else (self,)
-        made = [layer.joined(inner.dtype) for layer in layers]
-        dropped, sums = None if inner is x else inner, all(layer._stand_still for layer in layers)
-        bases, ups = [layer.base for layer in layers], [up for _, up in made]
-        trained = (part for layer in layers for part in (layer.da, layer.db))
-        adapted: Any = _Adapted  # torch leaves `apply` untyped
-        down: Tensor = layers[0].all_down(made)
-        outputs: tuple[Tensor, ...] = adapted.apply(None, x, dropped, bases, down, ups, self.scale, sums, *trained)
-        for layer, used, y in zip(layers, made, outputs, strict=True):
-            if layer is not self:
-                layer._given = x, (x._version, x.requires_grad), used, y
-        return outputs[layers.index(self)]
-
-    def all_down(self, made: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return `down` of all siblings in one tensor, which is kept as long as the siblings keep (down, up)."""
-        if len(made) == 1:
-            return made[0][0]
-        if self._shared is None or [*map(id, self._shared[0])] != [*map(id, made)]:
-            self._shared = made, torch.cat([down for down, _ in made])
-            for (down, _), part in zip(made, self._shared[1].chunk(len(made)), strict=True):
-                down.data = part  # the same numbers, so that they take memory once
-        return self._shared[1]
+        return add_low_rank(y, inner, self.da, self.db, down, up, self.scale)
 
     def plainly(self, x: Tensor) -> Tensor:
         """Compute `forward` without dropout, with torch's own backward pass: the self-test compares with it."""
@@ -355,7 +331,9 @@ def weight_facts(module: nn.Module) -> WeightFacts:
 
 
 def out_features(module: nn.Module) -> int:
-    return int(module.out_features) if isinstance(module, nn.Linear) else int(weight_facts(module).shape[1])
+    if isinstance(module, nn.Linear):
+        return int(module.out_features)
+    return int(weight_facts(module).shape[1])
 
 
 # Adapters for the experts of a mixture whose weights are one parameter: E x m x n, or E x n x m.
@@ -375,7 +353,9 @@ def out_features(module: nn.Module) -> int:
 class AdaptedStack(AdaptedWeight):
     """The adapters of all experts: da is E x r x n, db is E x m x r. AdaptedExperts computes with them."""
 
-    def __init__(self, factors: Factors, m: int, stored_transposed: bool, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, factors: Factors, m: int, stored_transposed: bool, scale: float, dropout: float = 0.0
+    ) -> None:
         super().__init__(factors, m, scale, dropout)
         self.stored_transposed = stored_transposed
 
@@ -392,7 +372,11 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         stand_ins = {
-            name: _Stack(getattr(self.base, name), self.get_submodule(name), f"{type(self.base).__name__}.{name}")
+            name: _Stack(
+                getattr(self.base, name),
+                self.get_submodule(name),
+                f"{type(self.base).__name__}.{name}",
+            )
             for name in self.adapted
         }
         # Attributes in the module's own __dict__ hide its parameters, which stay registered.
@@ -405,38 +389,48 @@ class AdaptedExperts(nn.Module):
 
 
 class _StandIn:
-    """A stand-in for a weight, which torch's functions accept as a tensor; `_PRODUCTS` computes each product."""
+    """A stand-in for a weight, which torch's functions accept as a tensor; `_TRANSPOSED` has its products."""
 
     def __init__(self, weight: Tensor, stack: Any, name: str, *, transposed: bool) -> None:
-        self.weight, self.stack, self.name = weight, stack, name
+        self.weight = weight
+        self.stack = stack
+        self.name = name
         self.transposed = transposed
         """True if the product gets it as (E x) n x m."""
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        self.shape = weight.shape
+        self.dtype = weight.dtype
+        self.device = weight.device
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         # torch calls this for its functions that get this object: "Extending torch with a Tensor-like type".
         stand_ins = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _StandIn)]
-        weight, named = stand_ins[0], kwargs or {}
+        weight: Any = stand_ins[0]
+        named = kwargs or {}
         position = next((index for index, arg in enumerate(args[:2]) if arg is weight), None)
-        product = _PRODUCTS.get((getattr(func, "__name__", ""), position))
-        if product is None or position is None or len(stand_ins) > 1 or len(args) < 2:
+        product = (type(weight), getattr(func, "__name__", ""), position)
+        if product not in _TRANSPOSED or position is None or len(stand_ins) > 1 or len(args) < 2:
             raise TakenWeight(f"{weight.name}: adapters do not support {func} of experts' weights")
+        if weight.transposed != _TRANSPOSED[product]:
+            raise TakenWeight(
+                f"{weight.name}: adapters do not support this product with a transpose"
+            )
         y = func(*(weight.weight if arg is weight else arg for arg in args), **named)
-        return product(weight, y, args[1 - position], named)
+        result: Tensor = weight.add(y, args[1 - position], named)
+        return result
 
     def size(self, dim: int | None = None) -> Any:
-        return self.weight.size() if dim is None else self.weight.size(dim)
+        return self.weight.size(dim)
 
     def data_ptr(self) -> int:
         # transformers checks the alignment of this address. It is no real one, so no kernel can read past the adapter.
         return self.weight.data_ptr() % 16
-
-    def must_be(self, *, transposed: bool) -> None:
-        if self.transposed != transposed:
-            raise TakenWeight(f"{self.name}: adapters do not support this product with a transpose")
 
 
 class _Expert(_StandIn):
@@ -445,7 +439,8 @@ class _Expert(_StandIn):
         self.da, self.db = whole.trained(expert)
         self.expert = expert
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """Add the low-rank path to the product y, for x (T x n)."""
         inner = self.stack.dropped_out(x)
         down, up = self.stack.joined(inner.dtype, self.expert)
         return add_low_rank(y, inner, self.da, self.db, down, up, self.stack.scale)
@@ -473,26 +468,44 @@ class _Stack(_StandIn):
         flipped.transposed = not self.transposed
         return flipped
 
-    def add(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """Add the low-rank path for rows sorted by expert, or for x (E x T x n), as many rows for each expert."""
+        if "offs" in named:
+            return self.add_sorted(y, x, named["offs"])
+        assert x.dim() == 3
+        count, size = x.shape[:2]
+        ends = size * torch.arange(1, count + 1, dtype=torch.int32, device=x.device)
+        return self.add_sorted(y.flatten(0, 1), x.flatten(0, 1), ends).view(y.shape)
+
+    def add_sorted(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         """Add the low-rank path for rows sorted by expert; `ends` has the row after the last of each expert."""
         stack = self.stack
         inner = stack.dropped_out(x)
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
-        result: Tensor = low_rank.apply(y, inner, stack.da, stack.db, *stack.joined(inner.dtype), ends, stack.scale)
+        result: Tensor = low_rank.apply(
+            y, inner, stack.da, stack.db, *stack.joined(inner.dtype), ends, stack.scale
+        )
         return result
 
 
 class _Gathered(_StandIn):
     def __init__(self, whole: _Stack, experts: Tensor) -> None:
-        super().__init__(whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed)
-        self._whole, self._experts = whole, experts
+        super().__init__(
+            whole.weight[experts], whole.stack, whole.name, transposed=whole.transposed
+        )
+        self._whole = whole
+        self._experts = experts
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """Add the low-rank path for x (T x 1 x n), or (T x n x 1) where the weights come first."""
+        assert x.dim() == 3
+        dim = 1 if self.transposed else -1
         # Sort the rows by expert, and put the results back into the order of y.
         order = self._experts.argsort(stable=True)
         experts = torch.arange(len(self._whole.weight), device=order.device)
         ends = torch.searchsorted(self._experts[order], experts, right=True, out_int32=True)
-        return self._whole.add(y[order], x[order], ends)[order.argsort()]
+        added = self._whole.add_sorted(y.squeeze(dim)[order], x.squeeze(dim)[order], ends)
+        return added[order.argsort()].unsqueeze(dim)
 
 
 class _GroupedLowRank(torch.autograd.Function):
@@ -500,13 +513,22 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, da: Tensor, db: Tensor, down: Tensor, up: Tensor, ends: Tensor, scale: float
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        da: Tensor,
+        db: Tensor,
+        down: Tensor,
+        up: Tensor,
+        ends: Tensor,
+        scale: float,
     ) -> Tensor:
         hidden = _by_expert(x, down.mT, ends)
         y.add_(_by_expert(hidden, up.mT, ends), alpha=scale)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, hidden, down, up, ends)
-        ctx.rank, ctx.scale = da.shape[1], scale
+        ctx.rank = da.shape[1]
+        ctx.scale = scale
         return y
 
     @staticmethod
@@ -514,22 +536,34 @@ class _GroupedLowRank(torch.autograd.Function):
         x, hidden, down, up, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_hidden = _by_expert(grad, up, ends) * ctx.scale
-        grad_x = _by_expert(grad_hidden, down, ends) if ctx.needs_input_grad[1] else None
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = _by_expert(grad_hidden, down, ends)
         if down.shape[1] > ctx.rank:
-            grad_hidden, hidden = grad_hidden[:, ctx.rank :], hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
-        grad_da, grad_db = _by_expert(grad_hidden.T, x, ends), _by_expert(grad.T, hidden, ends).float() * ctx.scale
+            grad_hidden = grad_hidden[:, ctx.rank :]
+            hidden = hidden[:, : ctx.rank] + hidden[:, ctx.rank :]
+        grad_da = _by_expert(grad_hidden.T, x, ends)
+        grad_db = _by_expert(grad.T, hidden, ends).float() * ctx.scale
         # Kernels promise no result for an expert without rows.
         without = (ends == torch.cat([ends.new_zeros(1), ends[:-1]]))[:, None, None]
-        return grad, grad_x, grad_da.float().masked_fill_(without, 0), grad_db.masked_fill_(without, 0), *[None] * 4
+        return (
+            grad,
+            grad_x,
+            grad_da.float().masked_fill_(without, 0),
+            grad_db.masked_fill_(without, 0),
+            *[None] * 4,
+        )
 
 
 def _by_expert(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Return each expert's product: of rows of a (T x n) and its part of b (E x n x m), or of columns and rows."""
     # The kernels take rows that start at multiples of 16 bytes. Fake tensors (train/fake_model.py) have no kernels.
     fake = type(a) is not Tensor
-    starts = [start for part in (a, b) for start in (part.storage_offset(), *part.stride()) if start != 1]
-    fits = fake or not any(start * a.itemsize % 16 for start in starts)
-    runs = a.device.type == "cpu" or (a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 0))
+    starts = [a.storage_offset(), *a.stride(), b.storage_offset(), *b.stride()]
+    fits = fake or not any(start != 1 and start * a.itemsize % 16 for start in starts)
+    runs = a.device.type == "cpu" or (
+        a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 0)
+    )
     product = getattr(F, "grouped_mm", torch._grouped_mm if fake else None)  # since torch 2.10
     if product is not None and fits and runs:
         return product(a, b, offs=ends)
@@ -539,53 +573,19 @@ def _by_expert(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return torch.stack([a[:, part] @ b[part] for part in parts])
 
 
-# Products: each takes a stand-in, the base's y, x, and the named arguments, and returns y with the low-rank path.
-
-
-def _linear(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    assert isinstance(weight, _Expert)
-    weight.must_be(transposed=False)
-    return weight.add(y, x)
-
-
-def _matmul(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    weight.must_be(transposed=True)
-    return weight.add(y, x) if isinstance(weight, _Expert) else _batched(weight, y, x, named)
-
-
-def _gathered(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """Gathered weights (T x m x n) times x (T x n x 1)."""
-    assert isinstance(weight, _Gathered)
-    weight.must_be(transposed=False)
-    return weight.add(y.squeeze(-1), x.squeeze(-1)).unsqueeze(-1)
-
-
-def _batched(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """x (E x T x n) times a stack, the same number of rows for each expert; or x (T x 1 x n) times gathered weights."""
-    assert x.dim() == 3
-    weight.must_be(transposed=True)
-    if isinstance(weight, _Gathered):
-        return weight.add(y.squeeze(1), x.squeeze(1)).unsqueeze(1)
-    assert isinstance(weight, _Stack)
-    count, size = x.shape[:2]
-    ends = size * torch.arange(1, count + 1, dtype=torch.int32, device=x.device)
-    return weight.add(y.flatten(0, 1), x.flatten(0, 1), ends).view(y.shape)
-
-
-def _grouped(weight: _StandIn, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-    """x (T x n), rows sorted by expert, times a stack; `offs` has the end of each expert's rows."""
-    assert isinstance(weight, _Stack)
-    weight.must_be(transposed=True)
-    return weight.add(y, x, named["offs"])
-
-
-_PRODUCTS: dict[tuple[str, int | None], Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]] = {
-    ("linear", 1): _linear,
-    ("matmul", 1): _matmul,
-    ("bmm", 1): _batched,
-    ("bmm", 0): _gathered,
-    ("_grouped_mm", 1): _grouped,
-    ("grouped_mm", 1): _grouped,
-    ("grouped_mm_fallback", 1): _grouped,
+_TRANSPOSED: dict[tuple[type[_StandIn], str, int | None], bool] = {
+    (_Expert, "linear", 1): False,
+    (_Expert, "matmul", 1): True,
+    (_Gathered, "bmm", 0): False,
+    (_Gathered, "bmm", 1): True,
+    (_Gathered, "matmul", 1): True,
+    (_Stack, "bmm", 1): True,
+    (_Stack, "matmul", 1): True,
+    (_Stack, "_grouped_mm", 1): True,
+    (_Stack, "grouped_mm", 1): True,
+    (_Stack, "grouped_mm_fallback", 1): True,
 }
-"""(torch's name of the function, position of the weight) -> product; `x @ W` is matmul, the last is transformers'."""
+"""The products: (stand-in, torch's name of the function, position of the weight) -> whether it takes (E x) n x m.
+
+`x @ W` is matmul; the last function is transformers'.
+"""

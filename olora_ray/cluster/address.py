@@ -32,14 +32,17 @@ logger = logging.getLogger(__name__)
 # Ray's token authentication. A run always uses the mode of the Ray that it joins, even if RAY_AUTH_MODE is not set.
 
 
-MODE, TOKEN, FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-"""Ray's environment variables: the mode of authentication, the token, and the file that has the token."""
+# Ray's environment variables: the mode of authentication, the token, and the file that has the token.
+MODE = "RAY_AUTH_MODE"
+TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105  # a name
+FILE = "RAY_AUTH_TOKEN_PATH"
 Mode = Literal["token", "disabled"]
 
 
 def known() -> str | None:
     """Return this user's token: RAY_AUTH_TOKEN, else the file of RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."""
-    if token := os.environ.get(TOKEN):
+    token = os.environ.get(TOKEN)
+    if token:
         return token.strip()
     try:
         return _file().read_text().strip() or None
@@ -56,26 +59,27 @@ def agreed(address: str, timeout: float) -> tuple[str, Mode | None]:
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return "", None  # only ray.init presents the certificates
     our_mode = os.environ.get(MODE, "").lower()
-    try:
+    version = None
+    with contextlib.suppress(PermissionError):
         version = ray_internals.version_at(address, None, timeout)
-    except PermissionError:
-        return _version_with_token(address, our_mode, timeout), "token"
-    if our_mode == "token":
-        raise PermissionError(f"uses no token, but {MODE}=token is set here: unset it")
-    return version, "disabled"
-
-
-def _version_with_token(address: str, our_mode: str, timeout: float) -> str:
+    if version is not None:
+        if our_mode == "token":
+            raise PermissionError(f"uses no token, but {MODE}=token is set here: unset it")
+        return version, "disabled"
     if our_mode == "disabled":
         raise PermissionError(f"requires a token, but {MODE}=disabled is set here: unset it")
     token = known()
     if token is None:
-        raise PermissionError(f"requires a token, but {_file()} has none: copy the head's token there")
+        raise PermissionError(
+            f"requires a token, but {_file()} has none: copy the head's token there"
+        )
     try:
-        return ray_internals.version_at(address, token, timeout)
+        return ray_internals.version_at(address, token, timeout), "token"
     except PermissionError:
         source = TOKEN if os.environ.get(TOKEN) else _file()
-        raise PermissionError(f"rejects the token of {source}: copy the head's token there") from None
+        raise PermissionError(
+            f"rejects the token of {source}: copy the head's token there"
+        ) from None
 
 
 def join(address: str, timeout: float) -> None:
@@ -91,10 +95,12 @@ def make_own() -> None:
     # directory cannot be written.
     if os.environ.get(MODE, "token").lower() != "token" or known() is not None:
         return
-    file, token = _file(), secrets.token_hex(32)
+    file = _file()
+    token = secrets.token_hex(32)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".auth_token-") as complete:  # mode 0600
+        # Its mode is 0600.
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".auth_token-") as complete:
             complete.write(token)
             complete.flush()
             with contextlib.suppress(FileExistsError):  # another run was faster: its token is used
@@ -113,7 +119,10 @@ PATIENCE = 10.0
 OWN = "local"
 """The address with which ray.init starts a new Ray for this run."""
 _VARIABLE = "RAY_ADDRESS"
-ALLOCATOR, SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+_ANY = ("", "auto")
+"""Values of RAY_ADDRESS that mean a Ray on this machine."""
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+SEGMENTS = "expandable_segments:True"
 """Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays."""
 
 
@@ -125,21 +134,39 @@ def find(patience: float = PATIENCE) -> str:
     """
     end = time.monotonic() + patience
     while True:
-        address = _from_environment() or ray_internals.started_address() or OWN
-        if address == OWN or (problem := _silence(address)) is None:
+        given = _from_environment()
+        address = given or ray_internals.started_address() or OWN
+        if address == OWN:
+            return OWN
+        try:
+            socket.create_connection(_parts(address), timeout=PATIENCE).close()
             break
-        if time.monotonic() > end:
-            raise UserError(_unreachable(address, problem))
-        time.sleep(0.5)
-    if address != OWN:
-        _refuse_other_version(address, patience)
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if time.monotonic() <= end:
+            time.sleep(0.5)
+            continue
+        if given:
+            raise UserError(
+                f"{_VARIABLE}={address}: no Ray answers there ({problem}); correct it, or unset it"
+            )
+        raise UserError(
+            f"the Ray that was started on this machine does not answer at {address} ({problem}); restart it with"
+            f" `ray start --head`, stop it with `ray stop`, or set {_VARIABLE}={OWN} to start a Ray for this run"
+        )
+    _refuse_other_version(address, patience)
     return address
 
 
+def elsewhere() -> bool:
+    """True if a run would join a Ray that is running; unlike `find`, do not ask whether it answers."""
+    named = os.environ.get(_VARIABLE, "").strip()
+    return named not in (*_ANY, OWN) or ray_internals.started_address() is not None
+
+
 def _from_environment() -> str | None:
-    # `auto` means a Ray on this machine, like an empty RAY_ADDRESS.
     address = os.environ.get(_VARIABLE, "").strip()
-    if address in ("", "auto"):
+    if address in _ANY:
         return None
     if "://" in address:
         raise UserError(
@@ -151,22 +178,17 @@ def _from_environment() -> str | None:
     return address
 
 
-def _unreachable(address: str, problem: str) -> str:
-    if _from_environment():
-        return f"{_VARIABLE}={address}: no Ray answers there ({problem}); correct it, or unset it"
-    return (
-        f"the Ray that was started on this machine does not answer at {address} ({problem}); restart it with"
-        f" `ray start --head`, stop it with `ray stop`, or set {_VARIABLE}={OWN} to start a Ray for this run"
-    )
-
-
 def _refuse_other_version(address: str, patience: float) -> None:
     try:
         version, _ = agreed(address, patience)
     except ConnectionError as error:
-        raise UserError(f"{name(address)}: no Ray head answers there ({error}); correct the address") from None
+        raise UserError(
+            f"{name(address)}: no Ray head answers there ({error}); correct the address"
+        ) from None
     except PermissionError as error:
-        raise UserError(f"{name(address)}: {error}, or set {_VARIABLE}={OWN} to start a Ray for this run") from None
+        raise UserError(
+            f"{name(address)}: {error}, or set {_VARIABLE}={OWN} to start a Ray for this run"
+        ) from None
     if version not in ("", ray.__version__):
         raise UserError(
             f"{name(address)}: runs Ray {version}, here it is {ray.__version__}: install the same version on all nodes,"
@@ -175,15 +197,9 @@ def _refuse_other_version(address: str, patience: float) -> None:
 
 
 def name(address: str) -> str:
-    return f"{_VARIABLE}={address}" if _from_environment() else f"the Ray started on this machine, at {address}"
-
-
-def _silence(address: str) -> str | None:
-    try:
-        with socket.create_connection(_parts(address), timeout=PATIENCE):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
+    if _from_environment():
+        return f"{_VARIABLE}={address}"
+    return f"the Ray started on this machine, at {address}"
 
 
 def _parts(address: str) -> tuple[str | None, int | None]:
@@ -242,26 +258,37 @@ def _start(**settings: Any) -> None:
     # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run code. A
     # user who wants the dashboard starts Ray before the run.
     # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
-    with as_user_error("RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError):
+    with as_user_error(
+        "RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError
+    ):
         ray.init(address=OWN, include_dashboard=False, **settings)
 
 
 def join_or_start() -> bool:
     """Join the Ray that `find` returns, or start one for this run; True in the second case. Raises UserError."""
-    own = (target := find()) == OWN
-    logger.info("starting Ray" if own else f"connecting to {name(target)}")
-    # The environment of a submitted job overrides ours. The processes of an own Ray inherit it, because to make a
-    # runtime environment takes Ray a second.
-    variables = ray_internals.beside_job({**ENVIRONMENT, ALLOCATOR: os.environ.get(ALLOCATOR, SEGMENTS)})
-    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": None if own else {"env_vars": variables}}
+    target = find()
+    own = target == OWN
+    shared: dict[str, Any] = {"logging_level": logging.WARNING, "runtime_env": None}
     if own:
-        begun, _ = _begun.get(), _begun.set(None)
-        target = begun.stdout.readline().strip() if begun and begun.stdout else ""
+        logger.info("starting Ray")
+        begun = _begun.get()
+        _begun.set(None)
+        target = ""
+        if begun and begun.stdout:
+            target = begun.stdout.readline().strip()
         if not target:
             _start(**shared)
             return True
+    else:
+        logger.info(f"connecting to {name(target)}")
+        # The environment of a submitted job overrides ours. The processes of an own Ray inherit it, because to make a
+        # runtime environment takes Ray a second.
+        variables = {**ENVIRONMENT, ALLOCATOR: os.environ.get(ALLOCATOR, SEGMENTS)}
+        shared["runtime_env"] = {"env_vars": ray_internals.beside_job(variables)}
     join(target, PATIENCE)
-    failure = f"{name(target)}: cannot connect"  # another Python version, or this machine is no node
-    with as_user_error(failure, ConnectionError, RuntimeError, RayError, reason=lambda why: " ".join(str(why).split())):
+    # With another Python version, for example, or if this machine is no node.
+    failure = f"{name(target)}: cannot connect"
+    errors = (ConnectionError, RuntimeError, RayError)
+    with as_user_error(failure, *errors, reason=lambda why: " ".join(str(why).split())):
         ray.init(address=target, **shared)
     return own

@@ -62,7 +62,6 @@ class DriverChannel:
         self._messages: list[Message] = []
         self._reason: str | None = None
         self._stop_requested = asyncio.Event()
-        self._data_failed = False
         self._result: Any = None
         self._seen: dict[Member, float] = {}
         self._former: set[Member] = set()
@@ -72,7 +71,8 @@ class DriverChannel:
 
     async def drain(self) -> list[Message]:
         """Return all messages since the last call, in order."""
-        taken, self._messages = self._messages, []
+        taken = self._messages
+        self._messages = []
         return taken
 
     async def begin(self) -> None:
@@ -90,12 +90,6 @@ class DriverChannel:
     async def wait_for_stop(self) -> str | None:
         await self._stop_requested.wait()
         return self._reason
-
-    async def report_data_failure(self) -> None:
-        self._data_failed = True
-
-    async def data_failed(self) -> bool:
-        return self._data_failed
 
     async def alive(self, member: Member) -> None:
         if member not in self._former:
@@ -131,10 +125,12 @@ def give_signs_of_life(channel: Any, rank: int) -> None:
     threading.Thread(target=give, name="signs of life", daemon=True).start()
 
 
-def make_channel(node: str) -> Any:
+def make_channel() -> Any:
+    """Return a channel on the node of this process."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Not soft: Ray put every second channel on another node than the head when the head had no CPUs.
+    node = ray.get_runtime_context().get_node_id()
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     actor_class: Any = DriverChannel
     # A call of each group waits in it (`wait_for_stop`), and each worker calls it once a second.
@@ -147,7 +143,8 @@ _sender: ContextVar["_Sender | None"] = ContextVar("sender", default=None)
 class _Sender(logging.Handler):
     def __init__(self, channel: Any, speaks: Callable[[], bool]) -> None:
         super().__init__()
-        self.channel, self.speaks = channel, speaks
+        self.channel = channel
+        self.speaks = speaks
 
     def emit(self, record: logging.LogRecord) -> None:
         if _sender.get() is self and self.speaks():

@@ -2,16 +2,31 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line, of_the_machine
-from olora_ray.config.schema import Config
+from olora_ray.common.errors import (
+    StoreError,
+    StoreUnavailable,
+    TryAgain,
+    UserError,
+    first_line,
+    of_the_machine,
+)
+from olora_ray.config.decided import DecidedConfig
 
 # Parts of the messages of workers that fail because another worker has died. These are consequences, not causes.
-CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting")
+CONSEQUENCES = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "gloo",
+    "nccl",
+    "timed out waiting",
+)
 LONGEST = 200
 
 
@@ -26,7 +41,8 @@ def user_errors() -> Iterator[None]:
         yield
     except RayTaskError as error:
         cause = error.cause
-        if line := of_the_machine(cause):
+        line = of_the_machine(cause)
+        if line:
             raise UserError(line) from None
         if isinstance(cause, TryAgain | StoreUnavailable):
             raise TryAgain(str(cause)) from None
@@ -36,26 +52,31 @@ def user_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def advice_for_memory(config: Config) -> Iterator[None]:
+def advice_for_memory(config: DecidedConfig) -> Iterator[None]:
     """Raise a UserError where torch gets no memory, because the same step would need as much after a restart."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        micro, length = config.train.micro(), config.data.length()
-        change = [f"train.micro_batch={micro // 2}"] if micro > 1 else []
-        if not change and config.train.activation_checkpointing is not True:
-            change = ["train.activation_checkpointing=true"]
+        micro = config.train.micro_batch
+        length = config.data.max_length
+        changes = []
+        if micro > 1:
+            changes.append(f"train.micro_batch={micro // 2}")
+        elif not config.train.activation_checkpointing:
+            changes.append("train.activation_checkpointing=true")
+        changes.append(f"data.max_length={length // 2}")
         raise UserError(
             f"a worker has too little memory for train.micro_batch={micro} and data.max_length={length}: set"
-            f" {' or '.join([*change, f'data.max_length={length // 2}'])} ({first_line(error)[:LONGEST]})"
+            f" {' or '.join(changes)} ({first_line(error)[:LONGEST]})"
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     # torch has a type for GPUs only. A worker that the kernel kills for its memory dies without an exception.
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return of_gpu or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:
@@ -65,43 +86,61 @@ def describe(exceptions: Mapping[int, Exception]) -> str:
     died = [rank for rank, error in exceptions.items() if _death(error)]
     if died:
         shown = " and ".join(f"worker {rank}" for rank in sorted(died))
-        preempted = any(getattr(_death(exceptions[rank]), "preempted", False) for rank in died)
-        return f"{shown} died" + (" with its preempted node" if preempted else "")
+        if any(getattr(_death(exceptions[rank]), "preempted", False) for rank in died):
+            return f"{shown} died with its preempted node"
+        return f"{shown} died"
     texts = {rank: reason(error) for rank, error in sorted(exceptions.items())}
-    own = [rank for rank, text in texts.items() if not any(part in text.lower() for part in CONSEQUENCES)]
-    rank = own[0] if own else next(iter(texts))
+    for rank, text in texts.items():
+        if not any(part in text.lower() for part in CONSEQUENCES):
+            return f"worker {rank} failed ({text})"
+    rank = next(iter(texts))
     return f"worker {rank} failed ({texts[rank]})"
 
 
-def cause(error: BaseException) -> str:
-    if isinstance(error, SharedBaseDied):
-        return "the process that several trials share died"
-    if isinstance(error, RayActorError):
-        return "Train's controller died"
-    if isinstance(error, WorkerGroupError):
-        return describe(error.worker_failures)
-    return reason(error)
+@dataclass(frozen=True)
+class Failure:
+    """The failure of a group of workers."""
 
+    error: BaseException
 
-def passes(error: BaseException) -> bool:
-    """True if the failure passes by itself: a store did not answer the worker that caused it."""
-    # Ray Train passes on only the text of a worker's exception, so the name of its type is searched there.
-    return any(f"{each.__name__}: " in cause(error) for each in (StoreUnavailable, TryAgain))
+    @property
+    def cause(self) -> str:
+        error = self.error
+        if isinstance(error, SharedBaseDied):
+            return "the process that several trials share died"
+        if isinstance(error, RayActorError):
+            return "Train's controller died"
+        if isinstance(error, WorkerGroupError):
+            return describe(error.worker_failures)
+        return reason(error)
 
+    @property
+    def passes(self) -> bool:
+        """True if the failure passes by itself: a store did not answer the worker that caused it."""
+        # Ray Train passes on only the text of a worker's exception, so the name of its type is searched there.
+        return any(f"{each.__name__}: " in self.cause for each in (StoreUnavailable, TryAgain))
 
-def counts(error: BaseException) -> bool:
-    """True if an error counts against cluster.max_failures. The loss of a preempted node does not."""
-    if isinstance(error, WorkerGroupError):
-        return not any(_death(e) and getattr(_death(e), "preempted", False) for e in error.worker_failures.values())
-    if isinstance(error, ControllerError):  # does not count if workers could not start because their node was lost
-        return not ray_internals.startup_failed(error.controller_failure)
-    return True
+    @property
+    def counts(self) -> bool:
+        """True if the failure counts against cluster.max_failures. The loss of a preempted node does not."""
+        error = self.error
+        if isinstance(error, WorkerGroupError):
+            failures = error.worker_failures.values()
+            return not any(getattr(_death(each), "preempted", False) for each in failures)
+        if isinstance(error, ControllerError):
+            # Does not count if workers could not start because their node was lost.
+            return not ray_internals.startup_failed(error.controller_failure)
+        return True
 
 
 def reason(error: BaseException) -> str:
     """Return type and message of the innermost cause, in one line."""
     while True:
-        inner = getattr(error, "health_check_failure", None) or getattr(error, "cause", None) or error.__cause__
+        inner = (
+            getattr(error, "health_check_failure", None)
+            or getattr(error, "cause", None)
+            or error.__cause__
+        )
         if not isinstance(inner, BaseException):
             break
         error = inner
@@ -109,7 +148,9 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "_traceback_str", None) or str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     shown = lines[-1] if lines else type(error).__name__
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."
+    if len(shown) > LONGEST:
+        shown = f"{shown[: LONGEST - 3]}..."
+    return shown
 
 
 def _death(error: Exception) -> RayActorError | None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,8 @@ class Group:
     """A group of workers that trains in a thread of the driver."""
 
     def __init__(self, fit: Fit, workers: int, channel: Any) -> None:
-        self.workers, self.channel = workers, channel
+        self.workers = workers
+        self.channel = channel
         self._future: Future[TrainResult] = Future()
         # A daemon thread does not keep the process alive, and leaves the main thread free for signals.
         threading.Thread(target=self._run, args=[fit, workers], name="train", daemon=True).start()
@@ -44,6 +45,30 @@ class Group:
             self._future.set_result(fit(workers))
         except BaseException as error:
             self._future.set_exception(error)
+
+    def begin(self) -> None:
+        """Let the channel forget this group, because another one follows."""
+        answer(self.channel.begin.remote())
+
+    def answered(self) -> TrainResult | None:
+        """Return the result that rank 0 has sent; None before."""
+        result: TrainResult | None = answer(self.channel.result.remote())
+        return result
+
+    def members(self, silence: float) -> tuple[list[Member], list[Member]]:
+        """Return the workers, and those among them that gave no sign of life for `silence` seconds."""
+        members: tuple[list[Member], list[Member]] = answer(self.channel.members.remote(silence))
+        return members
+
+    def leaving(self, members: Iterable[Member]) -> set[str]:
+        """Return the nodes of these workers that will be taken away."""
+        return ray_internals.draining_nodes() & {member.node for member in members}
+
+    def end_hung(self, silent: Iterable[Member]) -> None:
+        """End the workers that hang, and with them the group."""
+        for member in silent:
+            end_hung(member)
+        ray_internals.end_train_controllers()
 
     def ended(self) -> bool:
         """True if no worker trains any more. Waits up to 0.2 s."""
@@ -73,7 +98,9 @@ def answer(call: Any) -> Any:
         ) from error
 
 
-def ray_trainer(spec: TrainSpec, root: str, worker: Mapping[str, float], channel: Any, workers: int) -> Any:
+def ray_trainer(
+    spec: TrainSpec, root: str, worker: Mapping[str, float], channel: Any, workers: int
+) -> Any:
     """Return Ray's trainer for a group of workers, each with the resources of `worker`. `root` is the run folder."""
     from ray.train.torch import TorchTrainer
 
@@ -83,7 +110,9 @@ def ray_trainer(spec: TrainSpec, root: str, worker: Mapping[str, float], channel
     # Not as train_loop_config: the controller unpickles that too, and would import torch for the spec.
     work: Any = partial(train_worker, spec, storage.join(root, "checkpoints"), channel)
     # Every failure returns to the driver, which chooses the number of workers of the next group.
-    failures = ray_train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
+    failures = ray_train.FailureConfig(
+        max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+    )
     # Ray's dashboard and metrics show the run by the name of its folder.
     parent, _, name = root.rpartition("/")
     ray_internals.forget_report(root)
@@ -111,7 +140,9 @@ def end_hung(member: Member) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     on_node = NodeAffinitySchedulingStrategy(node_id=member.node, soft=False)
-    ray.remote(kill_worker).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node).remote(member.process)
+    ray.remote(kill_worker).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node).remote(
+        member.process
+    )
 
 
 def kill_worker(process: int) -> bool:

@@ -9,7 +9,9 @@ import ctypes
 import sys
 
 # mallopt's parameters, from malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD = -1
+_TOP_PAD = -2
+_MMAP_MAX = -4
 ONE_POOL = {"MALLOC_ARENA_MAX": "1"}
 """Environment of a process whose threads train in turns. Otherwise each thread keeps the memory of a step for itself.
 glibc reads it only at the start of the process."""
@@ -17,8 +19,10 @@ glibc reads it only at the start of the process."""
 
 def keep_freed_memory() -> None:
     """Make this process reuse freed memory instead of returning it to the system. Does nothing without glibc."""
-    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
+    if sys.platform != "linux":
         return
-    library.mallopt(_MMAP_MAX, 0)
-    library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    library.mallopt(_TOP_PAD, 2**26)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(_TOP_PAD, 2**26)

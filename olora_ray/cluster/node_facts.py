@@ -1,5 +1,6 @@
 """Facts that each node of the cluster reports about itself: versions, memory, and access to the storage."""
 
+import contextlib
 import logging
 import platform
 import re
@@ -17,6 +18,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.common import node_cache, storage
+from olora_ray.common.errors import UserError
+from olora_ray.config.tables import Table
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,8 @@ WAIT = 60.0
 @dataclass(frozen=True)
 class NodeInfo:
     versions: dict[str, str | None]
-    """Package -> version, for python, olora_ray (a digest of its code), ray, torch, ...; None if not installed."""
+    """Package -> version, for python, olora_ray (a digest of its code), ray, torch, ..., and the plug-ins of a run;
+    None if not installed."""
     memory: int
     """Bytes of the machine, or the limit of its container."""
     gpu_memory: int | None = None
@@ -48,20 +52,50 @@ class NodeInfo:
     """Ids of the processes that compute on the GPUs."""
 
 
-def node_info() -> NodeInfo:
-    """Return the facts about this node. Imports neither torch nor transformers, which would take seconds."""
-    versions = {name: _version(name) for name in (*PACKAGES, *FOR_SOME)}
-    memory, oldest = ray_internals.system_memory(), min(ray_internals.gpu_generations(), default=None)
+def node_info(plugins: Sequence[tuple[Table, str]] = ()) -> NodeInfo:
+    """Return the facts about this node. Imports neither torch nor transformers, which would take seconds.
+
+    `plugins` are the members that a run takes from installed packages.
+    """
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "olora_ray": f"code {node_cache.project()}",
+    }
+    for package in (*PACKAGES, *FOR_SOME):
+        versions[package] = None
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    for table, name in plugins:
+        plugin = None
+        with contextlib.suppress(UserError):
+            plugin = table.plugin(name)
+        shown = None
+        if plugin is not None:
+            shown = f"code {plugin.digest[:12]} of {plugin.package} {plugin.version}"
+        versions[f"{table.group}:{name}"] = shown
+    memory = ray_internals.system_memory()
+    oldest = min(ray_internals.gpu_generations(), default=None)
     # A GPU that reports no memory of its own shares the machine's memory.
     gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
-    versions = {"python": platform.python_version(), "olora_ray": f"code {node_cache.project()}", **versions}
-    cuda = (ray_internals.driver_cuda(), _torch_cuda())
     in_use = ray_internals.gpus_in_use()
-    free, processes = min((free for free, _ in in_use), default=None), tuple(id for _, ids in in_use for id in ids)
-    return NodeInfo(versions, memory, gpu_memory, None, oldest, *cuda, free, processes)
+    processes: list[int] = []
+    for _, ids in in_use:
+        processes += ids
+    return NodeInfo(
+        versions,
+        memory,
+        gpu_memory,
+        gpu_generation=oldest,
+        driver_cuda=ray_internals.driver_cuda(),
+        torch_cuda=_torch_cuda(),
+        gpu_free=min((free for free, _ in in_use), default=None),
+        gpu_processes=tuple(processes),
+    )
 
 
-def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo | str]:
+def query_nodes(
+    nodes: Sequence[dict[str, Any]], location: str, plugins: Sequence[tuple[Table, str]] = ()
+) -> list[NodeInfo | str]:
     """Return the facts about each node (an entry of ray.nodes()), or the reason why it does not answer.
 
     This process writes a file below `location`; each node reads it and writes a file of its own. All files are removed.
@@ -79,19 +113,22 @@ def query_nodes(nodes: Sequence[dict[str, Any]], location: str) -> list[NodeInfo
                 max_retries=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
             )
-            .remote(folder, node["NodeID"])
+            .remote(folder, node["NodeID"], plugins)
             for node in nodes
         ]
         limit = WAIT + _installation()
         ray.wait(answers, num_returns=len(answers), timeout=limit)
-        return [_result(answer, folder, node["NodeID"], limit) for answer, node in zip(answers, nodes, strict=True)]
+        return [
+            _result(answer, folder, node["NodeID"], limit)
+            for answer, node in zip(answers, nodes, strict=True)
+        ]
     finally:
         storage.remove(folder)
 
 
-def _answer(folder: str, node: str) -> NodeInfo:
+def _answer(folder: str, node: str, plugins: Sequence[tuple[Table, str]]) -> NodeInfo:
     # Runs on the node. Each problem is shown after `node ADDRESS: run.storage LOCATION`.
-    info = node_info()
+    info = node_info(plugins)
     problem = None
     try:
         if storage.read_text(storage.join(folder, "driver")) != folder:
@@ -126,21 +163,19 @@ def _result(answer: Any, folder: str, node: str, limit: float) -> NodeInfo | str
     except RayError as error:
         return f"did not answer: {_reason(error)}"
     if info.storage_problem is None and not storage.exists(storage.join(folder, node)):
-        return replace(info, storage_problem="does not show here the file that this node wrote there")
+        problem = "does not show here the file that this node wrote there"
+        return replace(info, storage_problem=problem)
     return info
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _torch_cuda() -> int | None:
     found = find_spec("torch")  # does not import it
-    file = Path(found.origin).with_name("version.py") if found and found.origin else None
-    built = re.search(r"^cuda\b.*'(\d+)", file.read_text(), re.MULTILINE) if file and file.exists() else None
+    if found is None or found.origin is None:
+        return None
+    file = Path(found.origin).with_name("version.py")
+    if not file.exists():
+        return None
+    built = re.search(r"^cuda\b.*'(\d+)", file.read_text(), re.MULTILINE)
     return int(built[1]) if built else None
 
 

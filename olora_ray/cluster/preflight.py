@@ -1,5 +1,6 @@
 """Checks before expensive work: the cluster has, or can get, what a run needs. One error lists all problems."""
 
+import contextlib
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,15 +20,16 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import of_problems
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, some
+from olora_ray.config.decided import AnyDecided, DecidedConfig, Expected
 from olora_ray.config.load import override
-from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.schema import AnyConfig, Cluster, Config
+from olora_ray.config.section import Source, is_auto
+from olora_ray.config.tables import EXPORTERS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Table
 from olora_ray.model.folder import loaded_files
-from olora_ray.model.load import pick_dtype
 from olora_ray.model.quantised import KINDS
 from olora_ray.model.source import BaseModel
-from olora_ray.train import checkpoints
-from olora_ray.train.estimate import PEER_BYTES, PROCESS_BYTES, MemoryEstimate, answers_at_once, estimate
+from olora_ray.train.estimate import MemoryEstimate, answers_at_once, estimate
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +40,17 @@ GIB = 2**30
 COPIES = 5
 """Copies of the adapter in the node's memory per worker with a GPU, at most: a checkpoint's factors, update, two
 moments and best update."""
+PROCESS_BYTES = 2**30
+"""Approximate bytes of Python, torch and Ray in a worker, or of CUDA on its GPU."""
+PEER_BYTES = 2**24
+"""Approximate bytes of NCCL's connection to one other worker."""
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """Names of precisions in the headers of safetensors."""
 ELSEWHERE = "if it runs on other machines, set RAY_ADDRESS to theirs"
-ENOUGH = 2**15
-"""Tokens of a micro-batch above which no GPU is faster, so that `auto` has no more."""
+RESUMED = (
+    "this run keeps the micro-batch with which it began: use fewer workers per node (raise cluster.cpus_per_worker),"
+    " cluster.strategy=fsdp, or another run.name"
+)
 AMPERE = (8, 0)
 """The lowest compute capability of GPUs that compute in bfloat16."""
 
@@ -75,87 +83,149 @@ class Need:
         return min(node.fits, int(self.have(node) // self.size))
 
 
-def as_loaded(config: Config, gpus: float, nodes: Sequence[Node]) -> Config:
-    """Return the config with `auto` resolved for these nodes: float32 and sdpa if a GPU is older than Ampere.
+@dataclass(frozen=True)
+class ClusterFacts:
+    """The facts about the cluster that decisions and checks need."""
 
-    A resumed run keeps its precision (cluster/worker_context.py). Otherwise the estimate of memory assumes that GPUs
-    compute in bfloat16 and have flash attention (model/load.py, model/attention.py).
-    """
-    began = checkpoints.precision_now(storage.join(config.folder(), "checkpoints"))
-    before_ampere = gpus > 0 and any((node.info.gpu_generation or AMPERE) < AMPERE for node in nodes)
-    instead = {"model.dtype": began} if began else {}
-    if before_ampere or (gpus and began == "float32"):
-        instead = {"model.dtype": "float32", "model.attention": "sdpa"} | instead
-    auto = {"model.dtype": config.model.dtype, "model.attention": config.model.attention}
-    return override(config, {field: value for field, value in instead.items() if auto[field] == "auto"})
+    nodes: tuple[Node, ...]
+    """The nodes on which workers fit by their CPUs and GPUs."""
+    has_gpus: bool
+    """True if the cluster has GPUs, or may get some."""
+    workers_now: int
+    """Number of workers that fit now, while other runs have their CPUs and GPUs."""
+    workers_at_most: int
+    """Number of workers that fit if nothing else runs; at least 1."""
+    problems: tuple[str, ...] = ()
+    """Problems of the nodes that prevent any run."""
+
+    def with_room(self, fewest: int) -> tuple[Node, ...]:
+        """Return the nodes for workers; none if `fewest` workers do not fit, which another check says."""
+        room = sum(node.fits for node in self.nodes)
+        return self.nodes if room >= fewest else ()
+
+    @classmethod
+    def here(cls, cluster: Cluster) -> "ClusterFacts":
+        """Return the facts of this machine as a cluster of one node; needs no Ray."""
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        wanted = resources.of_worker(cluster, gpus_per_worker(cluster, gpus > 0))
+        has = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
+        room = resources.fit(wanted, has)
+        node = Node("here", node_facts.node_info(), room)
+        return cls((node,), gpus > 0, max(1, room), max(1, room))
+
+
+def gpus_per_worker(cluster: Cluster, has_gpus: bool) -> float:
+    """Return `cluster.gpus_per_worker` in a cluster with or without GPUs."""
+    if is_auto(cluster.gpus_per_worker):
+        return float(has_gpus)
+    return cluster.gpus_per_worker
+
+
+def ask(config: AnyConfig) -> ClusterFacts:
+    """Ask the cluster for its facts; log what others hold of its GPUs. Needs ray.init."""
+    has_gpus = resources.has_gpus()
+    wanted = resources.of_worker(config.cluster, gpus_per_worker(config.cluster, has_gpus))
+    schedulable = resources.schedulable_nodes()
+    answers, silent = _answers(config, schedulable)
+    of_node = {node["NodeManagerAddress"]: node["Resources"] for node in schedulable}
+    nodes = []
+    for address, info in answers:
+        fits = resources.fit(wanted, of_node.get(address, {}))
+        if fits:
+            nodes.append(Node(address, info, fits))
+    now, most = _room(wanted)
+    packing = KINDS.get(config.model.quantization)
+    library = None if packing is None else packing.library
+    problems = [*silent]
+    problems += version_problems(node_facts.node_info(plugins_in(config)), answers, library)
+    problems += code_problems()
+    problems += gpu_problems(wanted, answers)
+    place = config.run.storage
+    unusable = [
+        (address, info.storage_problem) for address, info in answers if info.storage_problem
+    ]
+    problems += _grouped([(address, f"run.storage {place} {each}") for address, each in unusable])
+    return ClusterFacts(tuple(nodes), has_gpus, now, most, tuple(problems))
+
+
+def _room(wanted: Resources) -> tuple[int, int]:
+    # Now, while other runs have their GPUs, and on the whole cluster.
+    most = resources.room(wanted, resources.present())
+    if not most:  # the autoscaler will start a node for the workers
+        rooms = [resources.fit(wanted, node.resources) for node in resources.maximum()]
+        most = max(rooms, default=0) or 1
+        return most, most
+    return min(resources.free_workers(wanted), most) or most, most
 
 
 def memory_problems(
-    config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
+    config: DecidedConfig,
+    base: BaseModel,
+    size: MemoryEstimate,
+    expected: Expected,
+    nodes: Sequence[Node],
+    kept: bool = False,
 ) -> Iterator[str]:
-    for need in needs(config, base, size, gpus) if nodes else ():
-        if problem := missing(config.cluster.min_workers(), need, nodes):
-            yield f"{problem}; {need.advice or smaller(config, base, gpus, nodes)}"
-
-
-def with_recomputation(
-    config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]
-) -> MemoryEstimate:
-    """Return the size with activation checkpointing if that is `auto` and a step does not fit without; else `size`."""
-    if config.train.activation_checkpointing != "auto" or not nodes:
-        return size
-    ample = replace(size, activation_bytes=int(size.activation_bytes * 1.1))  # a step may take more than estimated
-    if fits(config, base, ample, gpus, nodes):
-        return size
-    less = estimate(override(config, {"train.activation_checkpointing": True}), base, bool(gpus))
-    return min(size, less, key=lambda estimated: estimated.activation_bytes)
-
-
-def refuse_here(config: Config, base: BaseModel, size: MemoryEstimate) -> None:
-    """Raise UserError if this machine, without others, lacks memory; needs no Ray. Nothing is said of GPUs."""
-    info, fewest, gpus = node_facts.node_info(), config.cluster.min_workers(), config.cluster.gpus_per_worker
-    node = Node("here", info, int((os.cpu_count() or 1) // config.cluster.cpus_per_worker))
-    # A config with GPUs, or more workers than this machine has processors, is for other machines.
-    if info.gpu_generation is not None or gpus not in ("auto", 0) or node.fits < fewest:
+    """Yield each memory that the fewest workers lack, with advice; `kept`: the run resumes with its micro-batch."""
+    if not nodes:
         return
-    size = with_recomputation(config, base, size, 0.0, [node])
-    if problems := list(memory_problems(config, base, size, 0.0, [node])):
-        raise of_problems("the run cannot start here", [*problems[:-1], f"{problems[-1]}; {ELSEWHERE}"])
+    for need in needs(config, base, size, expected):
+        problem = missing(config.cluster.fewest, need, nodes)
+        if problem is None:
+            continue
+        advice = need.advice
+        if advice is None and kept:
+            advice = RESUMED
+        yield f"{problem}; {advice or smaller(config, base, expected, nodes)}"
 
 
-def with_room(config: AnyConfig, wanted: Resources, answers: Sequence[tuple[str, NodeInfo]]) -> list[Node]:
-    """Return the nodes with enough CPUs and GPUs for workers; none if the fewest workers do not fit."""
-    if resources.room(wanted, resources.present()) < config.cluster.min_workers():
-        return []
-    of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
-    return [
-        Node(address, info, fits)
-        for address, info in answers
-        if (fits := resources.room(wanted, [resources.Nodes(of_node.get(address, {}), 1)]))
-    ]
+def refuse_here(
+    config: DecidedConfig,
+    base: BaseModel,
+    size: MemoryEstimate,
+    expected: Expected,
+    cluster: ClusterFacts,
+) -> None:
+    """Raise UserError if this machine, without others, lacks memory. Nothing is said of GPUs."""
+    # A config with GPUs, or more workers than this machine has processors, is for other machines.
+    if cluster.has_gpus or expected.gpu:
+        return
+    nodes = cluster.with_room(config.cluster.fewest)
+    problems = list(memory_problems(config, base, size, expected, nodes))
+    if problems:
+        problems[-1] += f"; {ELSEWHERE}"
+        raise of_problems("the run cannot start here", problems)
 
 
-def fits(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float, nodes: Sequence[Node]) -> bool:
+def fits(
+    config: DecidedConfig,
+    base: BaseModel,
+    size: MemoryEstimate,
+    expected: Expected,
+    nodes: Sequence[Node],
+) -> bool:
     """True if the config's fewest workers fit, in the memory that depends on the size of the training."""
-    apart = size.offloaded_bytes > 0
-    needed = (need for need in needs(config, base, size, gpus) if apart or need.advice is None)
-    return all(missing(config.cluster.min_workers(), need, nodes) is None for need in needed)
+    needed = (need for need in needs(config, base, size, expected) if need.advice is None)
+    return all(missing(config.cluster.fewest, need, nodes) is None for need in needed)
 
 
-def smaller(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> str:
+def smaller(
+    config: DecidedConfig, base: BaseModel, expected: Expected, nodes: Sequence[Node]
+) -> str:
     """Return advice: the first of `changes` with which the workers fit."""
-    for change in changes(config, gpus):
+    for change in changes(config, expected):
         other = override(config, change)
-        if fits(other, base, estimate(other, base, bool(gpus)), gpus, nodes):
-            return f"it fits with {', '.join(f'{field}={str(value).lower()}' for field, value in change.items())}"
+        then = replace(expected, dtype=change.get("model.dtype", expected.dtype))
+        if fits(other, base, estimate(other, base, then), then, nodes):
+            settings = [f"{field}={str(value).lower()}" for field, value in change.items()]
+            return f"it fits with {', '.join(settings)}"
     return (
         "use nodes with more memory or a smaller model: none of train.activation_checkpointing, a smaller"
-        " train.micro_batch or data.max_length, cluster.strategy=fsdp, cluster.fsdp_offload and model.dtype=bfloat16 is"
-        " enough"
+        " train.micro_batch or data.max_length, cluster.strategy=fsdp and model.dtype=bfloat16 is enough"
     )
 
 
-def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
+def changes(config: DecidedConfig, expected: Expected) -> Iterator[dict[str, Any]]:
     """Yield settings that need less memory, the least costly first. Each adds to the previous ones.
 
     Fewer answers at a time come alone at first, and at the end together with all others. The number of workers stays:
@@ -163,64 +233,68 @@ def changes(config: Config, gpus: float = 0.0) -> Iterator[dict[str, Any]]:
     """
     yield from _fewer_answers(config)
     change: dict[str, Any] = {}
-    if config.train.activation_checkpointing is not True:
+    if not config.train.activation_checkpointing:
         change["train.activation_checkpointing"] = True
         yield dict(change)
-    micro = config.train.micro()
+    micro = config.train.micro_batch
     while micro > 1:
         micro //= 2
         change["train.micro_batch"] = micro
         yield dict(change)
-    if _may_shard(config):
+    cluster = config.cluster
+    unsharded = cluster.strategy == "ddp" and cluster.fewest > 1
+    if unsharded and config.model.quantization == "none":
         change["cluster.strategy"] = "fsdp"
-        if config.cluster.fsdp_replicas > 1:  # had no effect with ddp, and may not divide the number of workers
+        # It had no effect with ddp, and may not divide the number of workers.
+        if cluster.fsdp_replicas > 1:
             change["cluster.fsdp_replicas"] = 1
         yield dict(change)
-    sharded = "cluster.strategy" in change or config.cluster.strategy == "fsdp"
-    if gpus and sharded and config.cluster.min_workers() > 1 and not config.cluster.fsdp_offload:
-        change["cluster.fsdp_offload"] = True
-        yield dict(change)
-    if config.model.dtype == "float32":
+    asked = config.model.dtype == "float32"
+    if asked or (expected.gpu and expected.dtype == "float32"):
         change["model.dtype"] = "bfloat16"
         yield dict(change)
-    length = config.data.length()
-    while length >= 512:  # sequences of less than 256 tokens would cut most examples, so they are no advice
+    length = config.data.max_length
+    # Sequences of less than 256 tokens would cut most examples, so they are no advice.
+    while length >= 512:
         length //= 2
         change["data.max_length"] = length
         yield dict(change)
     yield from (change | fewer for fewer in _fewer_answers(config))
 
 
-def _may_shard(config: Config) -> bool:
-    cluster = config.cluster
-    unsharded = cluster.strategy == "ddp" and cluster.min_workers() > 1
-    return unsharded and config.model.quantization == "none"
-
-
-def _fewer_answers(config: Config) -> Iterator[dict[str, Any]]:
+def _fewer_answers(config: DecidedConfig) -> Iterator[dict[str, Any]]:
     # Prompts are answered in batches, so only a number of prompts below the size of a batch needs less memory.
-    evaluation, count = config.evaluation, answers_at_once(config)
+    count = answers_at_once(config)
     while count > 1:
         count //= 2
-        scored = {"evaluation.rows": min(evaluation.rows, count)} if evaluation.scorer else {}
-        yield {"evaluation.samples": min(evaluation.samples, count), **scored}
+        change = {"evaluation.samples": min(config.evaluation.samples, count)}
+        if config.evaluation.scorer:
+            change["evaluation.rows"] = min(config.evaluation.rows, count)
+        yield change
 
 
-def needs(config: Config, base: BaseModel, size: MemoryEstimate, gpus: float) -> Iterator[Need]:
+def needs(
+    config: DecidedConfig, base: BaseModel, size: MemoryEstimate, expected: Expected
+) -> Iterator[Need]:
     running = size.total_bytes() + PROCESS_BYTES
-    stored, wanted = precisions(config, base, gpu=bool(gpus))
-    converted = 0 if stored == NAMES[wanted] or size.by_rows else size.parameters * wanted.itemsize
-    if not gpus:
-        yield Need("memory", max(running, PROCESS_BYTES + converted), lambda node: node.info.memory, None)
+    gpus = config.cluster.gpus_per_worker
+    wanted = getattr(torch, expected.dtype)
+    stored = stored_as(base, wanted)
+    converted = 0
+    if stored != NAMES[wanted] and not size.by_rows:
+        converted = size.parameters * wanted.itemsize
+    if not expected.gpu:
+        running = max(running, PROCESS_BYTES + converted)
+        yield Need("memory", running, lambda node: node.info.memory, None)
         return
-    running += PEER_BYTES * (config.cluster.min_workers() - 1)
+    running += PEER_BYTES * (config.cluster.fewest - 1)
     yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
     advice = "use fewer workers per node: raise cluster.cpus_per_worker"
-    if size.offloaded_bytes:
-        advice += ", or set cluster.fsdp_offload=false"
     if converted:
-        advice += f", or use a base model stored in {NAMES[wanted]} ({stored} is converted in memory)"
-    held = PROCESS_BYTES + converted + size.offloaded_bytes + COPIES * 4 * size.trainable
+        advice += (
+            f", or use a base model stored in {NAMES[wanted]} ({stored} is converted in memory)"
+        )
+    held = PROCESS_BYTES + converted + COPIES * 4 * size.trainable
     yield Need("CPU memory", held, lambda node: node.info.memory, advice)
 
 
@@ -229,7 +303,9 @@ def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
     if room >= fewest:
         return None
     each = " per worker" if need.each else ""
-    shown = ", ".join(f"node {node.address} has {need.have(node) / GIB:.1f} GiB{each}" for node in nodes[:4])
+    shown = ", ".join(
+        f"node {node.address} has {need.have(node) / GIB:.1f} GiB{each}" for node in nodes[:4]
+    )
     return (
         f"cluster.workers={fewest}: each worker needs about {need.size / GIB:.1f} GiB of {need.memory}, so there is"
         f" room for {room} ({shown})"
@@ -241,14 +317,12 @@ def _gpu_memory(node: Node) -> float:
     return math.inf if node.info.gpu_memory is None else node.info.gpu_memory
 
 
-def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.dtype]:
-    """Return the precision in which most of the base's weights are stored, as in a header, and the one that is loaded.
+def stored_as(base: BaseModel, wanted: torch.dtype) -> str:
+    """Return the precision in which most of the base's weights are stored, as in a header.
 
-    If both are equal, transformers maps the files. Otherwise each worker converts the complete base in its own memory,
-    unless it reads its part of a sharded base by rows, or quantises the base layer by layer.
+    If `wanted` equals it, transformers maps the files. Otherwise each worker converts the complete base in its own
+    memory, unless it reads its part of a sharded base by rows, or quantises the base layer by layer.
     """
-    auto_on_gpu = gpu and config.model.dtype == "auto"
-    wanted = torch.bfloat16 if auto_on_gpu else pick_dtype(config.model, torch.device("cpu"))
     numbers: Counter[str] = Counter()
     for file in loaded_files(Path(base.folder)):
         try:
@@ -258,151 +332,105 @@ def precisions(config: Config, base: BaseModel, gpu: bool) -> tuple[str, torch.d
                     numbers[part.get_dtype()] += math.prod(part.get_shape())
         except (OSError, SafetensorError):
             continue  # loading the base reports the problem
-    return max(numbers, key=numbers.__getitem__, default=NAMES[wanted]), wanted
+    return max(numbers, key=numbers.__getitem__, default=NAMES[wanted])
 
 
 Answers = list[tuple[str, NodeInfo]]
-Checked = TypeVar("Checked", bound=AnyConfig)
 
 
-def check_cluster(config: Checked, base: BaseModel | None, trials: bool = False) -> Checked:
-    """Return the config with numbers instead of `auto` for workers and micro-batch. Needs ray.init.
+def require(
+    config: AnyDecided,
+    cluster: ClusterFacts,
+    base: BaseModel | None = None,
+    size: MemoryEstimate | None = None,
+    expected: Expected | None = None,
+    kept: bool = False,
+) -> None:
+    """Raise UserError with all problems that prevent the run on this cluster. Needs ray.init.
 
-    Raises UserError with all problems that prevent the run on this cluster. It is no problem, but logged, if the run
-    must wait for nodes that the autoscaler may start, or if it has a range of workers. Memory and disk are checked only
-    for a training, with a `base` and a Config. `trials`: each trial of a search is such a training.
+    It is no problem, but logged, if the run must wait for nodes that the autoscaler may start, or if it has a range of
+    workers. Memory and disk are checked for a training, which has a base, a size and what the plan expects.
     """
-    wanted = resources.worker_resources(config)
-    answers, silent = _ask(config, resources.schedulable_nodes(), tell=True)
-    if config.cluster.workers == "auto" and "GPU" in wanted:
-        fewest, most = (1, 1) if trials else _every_gpu(wanted)
-        one = fewest == most or config.cluster.fsdp_replicas > 1  # which divides one number of workers
-        config = override(config, {"cluster.workers": most if one else (fewest, most)})
-        now = f", of which {fewest} have room now" * (fewest < most)
-        logger.info(f"cluster.workers: auto is {most}{now}: one for each {'trial' if trials else 'GPU'}")
-    gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
-    if base is not None and isinstance(config, Config) and config.train.micro_batch == "auto":
-        config = override(config, {"train.micro_batch": _micro_batch(config, base, gpus, nodes)})
-    problems = [*_workers(config, wanted), *silent]
-    packing = KINDS.get(config.model.quantization)
-    problems += version_problems(node_facts.node_info(), answers, None if packing is None else packing.library)
-    problems += code_problems()
-    problems += gpu_problems(wanted, answers)
-    problems += _storage(config, answers)
-    if base is not None and isinstance(config, Config):
-        loaded = as_loaded(config, gpus, nodes)
-        size = _size(loaded, base, gpus, nodes)
-        problems += memory_problems(loaded, base, size, gpus, nodes)
+    problems = [*_workers(config), *cluster.problems]
+    if base is not None and size is not None and expected is not None:
+        assert isinstance(config, DecidedConfig)
+        nodes = cluster.with_room(config.cluster.fewest)
+        problems += memory_problems(config, base, size, expected, nodes, kept)
         problems += disk_problems(config, size, base)
     if problems:
         raise of_problems("the run cannot start here", problems)
-    return config
 
 
-def _every_gpu(wanted: Resources) -> tuple[int, int]:
-    # Now, while other runs have their GPUs, and on the whole cluster.
-    most = resources.room(wanted, resources.present())
-    if not most:  # the autoscaler will start a node with GPUs
-        nodes = (resources.Nodes(each.resources, 1) for each in resources.maximum())
-        most = max((resources.room(wanted, [node]) for node in nodes), default=0) or 1
-        return most, most
-    return min(resources.free_workers(wanted), most) or most, most
-
-
-def _micro_batch(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> int:
-    # The largest equal part of a step, in sequences, that fits in the memory of a GPU.
-    loaded = as_loaded(config, gpus, nodes)
-    share = -(-config.train.global_batch // config.cluster.max_workers())
-    if not (gpus and nodes):
-        return min(share, config.train.micro()) if gpus else config.train.micro()
-    parts = sorted({-(-share // number) for number in range(1, share + 1)}, reverse=True)
-    again = config.train.activation_checkpointing
-    for recompute in (False, True) if again == "auto" else (again,):
-        change = {"train.micro_batch": 1, "train.activation_checkpointing": recompute}
-        one = estimate(override(loaded, change), base, gpu=True)
-        for micro in parts:
-            step = int(1.1 * micro * one.activation_bytes)  # a step may take more than estimated
-            ample = replace(one, activation_bytes=step)
-            if micro * config.data.length() <= ENOUGH and fits(loaded, base, ample, gpus, nodes):
-                logger.info(
-                    f"train.micro_batch: auto is {micro}: a step takes at most about"
-                    f" {ample.total_bytes() / GIB:.1f} GiB on each GPU{', recomputed' * recompute}"
-                )
-                return micro
-    return 1
-
-
-def planned(config: Config, base: BaseModel) -> MemoryEstimate:
-    """Return the size of a training, with train.activation_checkpointing=auto resolved here. Needs ray.init."""
-    wanted = resources.worker_resources(config)
-    answers, _ = _ask(config, resources.schedulable_nodes())
-    gpus, nodes = wanted.get("GPU", 0.0), with_room(config, wanted, answers)
-    loaded = as_loaded(config, gpus, nodes)
-    return with_recomputation(loaded, base, estimate(loaded, base, bool(gpus)), gpus, nodes)
-
-
-def _size(config: Config, base: BaseModel, gpus: float, nodes: Sequence[Node]) -> MemoryEstimate:
-    planned = estimate(config, base, bool(gpus))
-    size = with_recomputation(config, base, planned, gpus, nodes)
-    # The user has already seen `planned`. Log what differs from it.
-    if size.problem:
-        logger.info(
-            f"memory: the estimate is without {size.problem}: the model's code does not run without weights; if memory"
-            " runs out, set train.activation_checkpointing=true or lower train.micro_batch"
-        )
-    if size is not planned:
-        logger.info(
-            f"train.activation_checkpointing=auto: activations are recomputed in the backward pass: a step takes"
-            f" {size.activation_bytes / GIB:.2f} GiB; without that, {planned.activation_bytes / GIB:.2f} GiB would not"
-            " fit"
-        )
-    return size
-
-
-def _workers(config: AnyConfig, wanted: Resources) -> Iterator[str]:
+def _workers(config: AnyDecided) -> Iterator[str]:
     """Yield the problem if the fewest workers have no room, now or later. Log if they wait."""
-    cluster, nodes, later = config.cluster, resources.present(), resources.maximum()
-    fewest = cluster.min_workers()
-    now, most = resources.room(wanted, nodes), resources.room(wanted, later)
+    nodes = resources.present()
+    wanted = resources.worker_resources(config)
+    fewest = config.cluster.fewest
+    now, most = resources.rooms(wanted)
     fields = ", ".join(f"{name.lower()}s_per_worker={each:g}" for name, each in wanted.items())
     have = ", ".join(f"{resources.amount(name, nodes):g} {name}s" for name in wanted)
     have += f", {plural(len(nodes), 'node')}"
-    needs = f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
-    if now < fewest <= most or (now < fewest and cluster.is_elastic()):
+    needs = (
+        f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
+    )
+    if now >= fewest:
+        return
+    if fewest <= most or config.cluster.is_elastic:
         logger.info(f"training waits for the cluster to grow: {needs}")
-    elif now < fewest:
-        limit = f" and can grow to {most}" if most > now else ""
-        yield f"{needs}{limit}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
+        return
+    if most > now:
+        needs += f" and can grow to {most}"
+    yield f"{needs}; use fewer workers, or cluster.workers=[MIN, MAX] to wait until the cluster grows"
 
 
-def _ask(config: AnyConfig, nodes: Sequence[dict[str, Any]], tell: bool = False) -> tuple[Answers, list[str]]:
+def _answers(config: AnyConfig, nodes: Sequence[dict[str, Any]]) -> tuple[Answers, list[str]]:
     # A single node is this one, and RunFolder.check has already written into its local storage.
     if len(nodes) == 1 and not storage.is_uri(config.run.storage):
-        return [_with_others(nodes[0], node_facts.node_info(), tell)], []
+        info = node_facts.node_info(plugins_in(config))
+        return [_with_others(nodes[0], info)], []
     try:
-        every = node_facts.query_nodes(nodes, config.run.storage)
+        every = node_facts.query_nodes(nodes, config.run.storage, plugins_in(config))
     except (OSError, ValueError) as error:
         return [], [f"run.storage: {config.run.storage} cannot be written: {error}"]
     named = list(zip(nodes, every, strict=True))
-    answers = [_with_others(node, answer, tell) for node, answer in named if isinstance(answer, NodeInfo)]
-    silent = [(node["NodeManagerAddress"], answer) for node, answer in named if isinstance(answer, str)]
+    answers = [_with_others(node, answer) for node, answer in named if isinstance(answer, NodeInfo)]
+    silent = [
+        (node["NodeManagerAddress"], answer) for node, answer in named if isinstance(answer, str)
+    ]
     return answers, _grouped(silent)
 
 
-def _with_others(node: Mapping[str, Any], info: NodeInfo, tell: bool) -> tuple[str, NodeInfo]:
+def _with_others(node: Mapping[str, Any], info: NodeInfo) -> tuple[str, NodeInfo]:
     # The free memory of the GPUs counts where processes use them that Ray does not know.
-    address, total, free = node["NodeManagerAddress"], info.gpu_memory, info.gpu_free
+    address = node["NodeManagerAddress"]
+    total = info.gpu_memory
+    free = info.gpu_free
     free_for_ray = ray_internals.free_resources().get(node["NodeID"], {}).get("GPU", 0.0)
-    busy = free_for_ray < node["Resources"].get("GPU", 0.0)  # Ray gives this run other GPUs than those in use
+    # Ray gives this run other GPUs than those in use.
+    busy = free_for_ray < node["Resources"].get("GPU", 0.0)
     if busy or total is None or free is None or total - free < GIB:
         return address, info
-    if tell:
-        logger.warning(
-            f"node {address}: other processes ({', '.join(map(str, info.gpu_processes[:4])) or 'of other containers'})"
-            f" leave {free / GIB:.1f} of {total / GIB:.1f} GiB on a GPU: stop them, or start Ray there with"
-            " CUDA_VISIBLE_DEVICES set to the free GPUs"
-        )
+    logger.warning(
+        f"node {address}: other processes ({', '.join(map(str, info.gpu_processes[:4])) or 'of other containers'})"
+        f" leave {free / GIB:.1f} of {total / GIB:.1f} GiB on a GPU: stop them, or start Ray there with"
+        " CUDA_VISIBLE_DEVICES set to the free GPUs"
+    )
     return address, replace(info, gpu_memory=free)
+
+
+def plugins_in(config: AnyConfig) -> list[tuple[Table, str]]:
+    """Return the members of tables that this config takes from installed packages."""
+    sources = [*config.data.train, *config.data.eval]
+    used = list[tuple[Table, str]]()
+    if isinstance(config, Config):
+        if isinstance(config.gate.guard, tuple):
+            sources += [each for each in config.gate.guard if isinstance(each, Source)]
+        used.append((METHODS, config.adapter.method))
+        used.append((OBJECTIVES, config.train.objective))
+        used.append((OPTIMIZERS, config.train.optimizer))
+        used += [(EXPORTERS, name) for name in config.export.also]
+    used += [(FORMATS, source.format) for source in sources if not is_auto(source.format)]
+    return [(table, name) for table, name in dict.fromkeys(used) if name not in table.own]
 
 
 def version_problems(here: NodeInfo, answers: Answers, library: str | None = None) -> list[str]:
@@ -416,9 +444,11 @@ def version_problems(here: NodeInfo, answers: Answers, library: str | None = Non
             if package in node_facts.FOR_SOME and package != library:
                 continue
             version = info.versions.get(package)
-            if _public(package, version) != _public(package, wanted):
-                shown = f"has {package} {version}" if version else f"has no {package}"
-                problems.append((address, f"{shown}, here it is {wanted}: install the same version on all nodes"))
+            if _public(package, version) == _public(package, wanted):
+                continue
+            shown = f"{package} {version}" if version else f"no {package}"
+            advice = "install the same version on all nodes"
+            problems.append((address, f"has {shown}, here it is {wanted}: {advice}"))
     return _grouped(problems)
 
 
@@ -440,21 +470,24 @@ def _public(package: str, version: str | None) -> str | None:
     return version and version.partition("+")[0]
 
 
-def _storage(config: AnyConfig, answers: Answers) -> list[str]:
-    problems = [(address, info.storage_problem) for address, info in answers if info.storage_problem]
-    return _grouped([(address, f"run.storage {config.run.storage} {problem}") for address, problem in problems])
-
-
 def gpu_problems(wanted: Resources, answers: Answers) -> list[str]:
     if "GPU" not in wanted:
         return []
-    of_node = {node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()}
-    offering = [(address, info) for address, info in answers if of_node.get(address, {}).get("GPU")]
-    return _grouped([(address, problem) for address, info in offering if (problem := unusable_gpu(info))])
+    of_node = {
+        node["NodeManagerAddress"]: node["Resources"] for node in resources.schedulable_nodes()
+    }
+    problems = []
+    for address, info in answers:
+        if of_node.get(address, {}).get("GPU"):
+            problem = unusable_gpu(info)
+            if problem is not None:
+                problems.append((address, problem))
+    return _grouped(problems)
 
 
 def unusable_gpu(info: NodeInfo) -> str | None:
-    torch, instead = info.versions["torch"] or "", "or set cluster.gpus_per_worker=0"
+    torch = info.versions["torch"] or ""
+    instead = "or set cluster.gpus_per_worker=0"
     if torch.endswith("+cpu"):
         return f"has GPUs, and torch {torch}, which is for CPUs only: install torch for CUDA there, {instead}"
     if info.gpu_memory is None and "+rocm" not in torch:
@@ -468,17 +501,21 @@ def unusable_gpu(info: NodeInfo) -> str | None:
     return None
 
 
-def disk_problems(config: Config, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:
+def disk_problems(config: DecidedConfig, size: MemoryEstimate, base: BaseModel) -> Iterator[str]:
     """Yield the problem if the disk is too small for the tokens, checkpoints and exports that do not exist yet.
 
     A local storage needs room for all of them. Any other storage needs room in the temporary folder, from which the
     files are uploaded.
     """
     checkpoint = 5 * 4 * size.trainable  # factors, update, two moments, the best update
-    exports = 2 * 4 * size.trainable + sum(file.stat().st_size for file in Path(base.folder).glob("*.safetensors"))
+    exports = 2 * 4 * size.trainable + sum(
+        file.stat().st_size for file in Path(base.folder).glob("*.safetensors")
+    )
     if storage.is_uri(config.run.storage):
-        temporary, need = tempfile.gettempdir(), checkpoint + exports
-        if (free := shutil.disk_usage(temporary).free) < need:
+        temporary = tempfile.gettempdir()
+        need = checkpoint + exports
+        free = shutil.disk_usage(temporary).free
+        if free < need:
             yield (
                 f"run.storage: uploads need about {need / GIB:.2f} GiB in {temporary}, where {free / GIB:.2f} GiB are"
                 " free; make room, or set TMPDIR to another folder"
@@ -486,15 +523,19 @@ def disk_problems(config: Config, size: MemoryEstimate, base: BaseModel) -> Iter
         return
     root = Path(config.run.storage)
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    # Only sources that are single local files. Others are opened only when they are read.
+    sources = [Path(source.path) for source in (*config.data.train, *config.data.eval)]
     parts = {
-        "tokens": _source_bytes(config),  # about as much as the text
+        # About as much as the text.
+        "tokens": sum(path.stat().st_size for path in sources if path.is_file()),
         "checkpoints": (config.train.keep + 1) * checkpoint,
         "exports": exports,
     }
     # Existing tokens may belong to other runs. They must not count as this run's checkpoints, or the reverse.
     tokens = max(0, parts["tokens"] - _used(root / "tokens"))
     need = tokens + max(0, parts["checkpoints"] + parts["exports"] - _used(root / config.run.name))
-    if (free := shutil.disk_usage(existing).free) < need:
+    free = shutil.disk_usage(existing).free
+    if free < need:
         shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
         yield (
             f"run.storage: the run needs about {need / GIB:.2f} GiB below {root} ({shown}), where {free / GIB:.2f} GiB"
@@ -502,19 +543,13 @@ def disk_problems(config: Config, size: MemoryEstimate, base: BaseModel) -> Iter
         )
 
 
-def _source_bytes(config: Config) -> int:
-    # Only sources that are single local files. Others are opened only when they are read.
-    paths = [Path(source.path) for source in (*config.data.train, *config.data.eval)]
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
 def _used(folder: Path) -> int:
-    return sum(
-        os.path.getsize(os.path.join(root, name))
-        for root, _, names in os.walk(folder)
-        for name in names
-        if os.path.exists(os.path.join(root, name))
-    )
+    used = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                used += os.path.getsize(os.path.join(root, name))
+    return used
 
 
 def _grouped(problems: Sequence[tuple[str, str]]) -> list[str]:
@@ -522,9 +557,8 @@ def _grouped(problems: Sequence[tuple[str, str]]) -> list[str]:
     nodes: dict[str, list[str]] = {}
     for address, problem in problems:
         nodes.setdefault(problem, []).append(address)
-    return [f"{_named(addresses)}: {problem}" for problem, addresses in nodes.items()]
-
-
-def _named(addresses: Sequence[str]) -> str:
-    more = f" and {len(addresses) - 3} more" if len(addresses) > 3 else ""
-    return f"node{'s' if len(addresses) > 1 else ''} {', '.join(addresses[:3])}{more}"
+    lines = []
+    for problem, addresses in nodes.items():
+        word = "node" if len(addresses) == 1 else "nodes"
+        lines.append(f"{word} {some(addresses)}: {problem}")
+    return lines

@@ -65,7 +65,9 @@ def version_at(address: str, token: str | None, timeout: float) -> str:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         head: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         try:
-            reply = head.CheckAlive(messages.CheckAliveRequest(), timeout=timeout, metadata=metadata)
+            reply = head.CheckAlive(
+                messages.CheckAliveRequest(), timeout=timeout, metadata=metadata
+            )
         except grpc.RpcError as error:
             call: Any = error
             if call.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
@@ -101,7 +103,9 @@ def quiet_ray() -> None:
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Ray 2.60 warns at each start of a local Ray that tokens are on.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
+        logging.ERROR
+    )
 
 
 # The state of the cluster.
@@ -130,7 +134,9 @@ def autoscaler_groups() -> list[tuple[dict[str, float], int]] | None:
     None if the autoscaler has not published its limits in the control store.
     """
     limits = _state().get_cluster_config()
-    return None if limits is None else [(dict(each.resources), each.max_count) for each in limits.node_group_configs]
+    if limits is None:
+        return None
+    return [(dict(each.resources), each.max_count) for each in limits.node_group_configs]
 
 
 def end_train_controllers() -> None:
@@ -145,7 +151,9 @@ def end_train_controllers() -> None:
     table: Any = vars(gcs_pb2)["ActorTableData"]
     worker: Any = global_worker
     here = ray.get_runtime_context().get_worker_id()
-    for actor in map(table.FromString, _state()._connect_and_get_accessor().get_actor_table(None, "ALIVE")):
+    for actor in map(
+        table.FromString, _state()._connect_and_get_accessor().get_actor_table(None, "ALIVE")
+    ):
         if actor.class_name == "TrainController" and actor.owner_address.worker_id.hex() == here:
             worker.core_worker.kill_actor(ray.ActorID(actor.actor_id), True)
 
@@ -160,15 +168,15 @@ def abandoned_placement_groups() -> "list[PlacementGroup]":
 
     table: Any = vars(gcs_pb2)["PlacementGroupTableData"]
     job = ray.get_runtime_context().get_job_id()
-    stored = _state()._connect_and_get_accessor().get_placement_group_table()
-    groups = [group for raw in stored if (group := table.FromString(raw)).creator_job_id.hex() == job]
-    return [
-        PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
-        for group in groups
+    abandoned = []
+    for raw in _state()._connect_and_get_accessor().get_placement_group_table():
+        group = table.FromString(raw)
         # Placement groups that the driver itself has created, such as Tune's for its trials, have no creating actor.
-        if not ray.ActorID(group.creator_actor_id).is_nil() and group.creator_actor_dead
-        if group.state != table.REMOVED
-    ]
+        if group.creator_job_id.hex() != job or ray.ActorID(group.creator_actor_id).is_nil():
+            continue
+        if group.creator_actor_dead and group.state != table.REMOVED:
+            abandoned.append(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return abandoned
 
 
 # Ray Train.
@@ -181,8 +189,11 @@ def without_helpers(trainer: Any) -> Any:
     which slows the start of the workers on a machine with few CPUs. A run has no Ray dataset, and the driver itself
     frees abandoned placement groups (resources.py). No public setting turns them off.
     """
-    callbacks, names = trainer._create_default_callbacks, ("DatasetsCallback", "PlacementGroupCleanerCallback")
-    trainer._create_default_callbacks = lambda: [each for each in callbacks() if type(each).__name__ not in names]
+    callbacks = trainer._create_default_callbacks
+    names = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+    trainer._create_default_callbacks = lambda: [
+        each for each in callbacks() if type(each).__name__ not in names
+    ]
     return trainer
 
 
@@ -193,13 +204,9 @@ def startup_failed(error: Exception) -> bool:
     """
     from ray.train.v2._internal import exceptions  # Ray 2.60
 
-    return isinstance(error, exceptions.WorkerGroupStartupFailedError | exceptions.WorkerGroupStartupTimeoutError)
-
-
-def _train_context() -> Any:
-    from ray.train.v2._internal.execution import context  # Ray 2.60
-
-    return context
+    return isinstance(
+        error, exceptions.WorkerGroupStartupFailedError | exceptions.WorkerGroupStartupTimeoutError
+    )
 
 
 def quiet_train_worker() -> None:
@@ -207,7 +214,10 @@ def quiet_train_worker() -> None:
 
     The logger is named after the path of its file, so the level of the logger "ray.train" does not apply to it.
     """
-    _train_context().logger.setLevel(logging.WARNING)
+    from ray.train.v2._internal.execution import context  # Ray 2.60
+
+    train_context: Any = context
+    train_context.logger.setLevel(logging.WARNING)
 
 
 def report(metrics: Mapping[str, float], checkpoint: str) -> None:
@@ -220,7 +230,9 @@ def report(metrics: Mapping[str, float], checkpoint: str) -> None:
     train: Any = public  # Ray's stubs describe Train V1
     place = train.get_context().get_storage()
     kept = train.Checkpoint(f"{place.experiment_fs_path}/{checkpoint}", place.storage_filesystem)
-    train.report(dict(metrics), checkpoint=kept, checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD)
+    train.report(
+        dict(metrics), checkpoint=kept, checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD
+    )
 
 
 def forget_report(folder: str) -> None:
@@ -253,11 +265,11 @@ def reads_data() -> bool:
     Ray 2.60: its threads have several names, but all of them run code of the package ray.data.
     """
     package = os.path.join(os.path.dirname(ray.__file__), "data", "")
-    return any(
-        package in frame.f_code.co_filename
-        for current in sys._current_frames().values()
-        for frame, _ in traceback.walk_stack(current)
-    )
+    for current in sys._current_frames().values():
+        for frame, _ in traceback.walk_stack(current):
+            if package in frame.f_code.co_filename:
+                return True
+    return False
 
 
 # This machine.
@@ -293,7 +305,9 @@ def gpus_in_use() -> list[tuple[int, list[int]]]:
 
 
 def gpu_generations() -> list[tuple[int, int]]:
-    return _of_each_gpu(lambda pynvml, handle: tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(handle))))
+    return _of_each_gpu(
+        lambda pynvml, handle: tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
+    )
 
 
 def driver_cuda() -> int | None:
@@ -308,7 +322,10 @@ def _of_each_gpu(query: Callable[[Any, Any], Any]) -> list[Any]:
     answers: list[Any] = []
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(number)
+            for number in range(pynvml.nvmlDeviceGetCount())
+        ]
     except pynvml.NVMLError:
         return []
     for handle in handles:
@@ -345,7 +362,9 @@ def update_restored(tuner: Any, folder: str, most: int, scheduler: Any) -> None:
 
     settings = tuner._local_tuner._tune_config
     if settings.search_alg is None:
-        settings.search_alg = _placed(_limited(BasicVariantGenerator, most), folder)(max_concurrent=most)
+        settings.search_alg = _placed(_limited(BasicVariantGenerator, most), folder)(
+            max_concurrent=most
+        )
     else:
         limited = _limited(ConcurrencyLimiter, most)(settings.search_alg, max_concurrent=most)
         settings.search_alg = _placed(SearchGenerator, folder)(limited)
@@ -371,7 +390,9 @@ def _placed(searcher: Any, folder: str) -> Any:
         trial = searcher.next_trial(self)
         if trial is not None:
             trial_storage = copy.copy(trial.storage)
-            trial_storage.storage_filesystem, trial_storage.storage_fs_path = get_fs_and_path(folder)
+            trial_storage.storage_filesystem, trial_storage.storage_fs_path = get_fs_and_path(
+                folder
+            )
             trial.set_storage(trial_storage)
         return trial
 

@@ -11,7 +11,8 @@ import ray
 import yaml
 
 from olora_ray.cluster import ray_internals
-from olora_ray.config.schema import AnyConfig
+from olora_ray.config.decided import AnyDecided
+from olora_ray.config.schema import Cluster
 
 Resources = Mapping[str, float]
 """Name -> amount: {"CPU": 2.0, "GPU": 1.0}."""
@@ -25,19 +26,27 @@ class Nodes:
     count: int
 
 
-def worker_resources(config: AnyConfig) -> dict[str, float]:
-    """Return the resources of one worker. With gpus_per_worker=auto it has a GPU if the cluster has or can get one."""
-    gpus = config.cluster.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1.0 if amount("GPU", [*present(), *autoscaler_limits()]) else 0.0
-    wanted = {"CPU": float(config.cluster.cpus_per_worker)}
-    return wanted | ({"GPU": float(gpus)} if gpus else {})
+def has_gpus() -> bool:
+    """True if the cluster has GPUs, or can get some."""
+    return amount("GPU", [*present(), *autoscaler_limits()]) > 0
+
+
+def worker_resources(config: AnyDecided) -> dict[str, float]:
+    """Return the resources of one worker."""
+    return of_worker(config.cluster, config.cluster.gpus_per_worker)
+
+
+def of_worker(cluster: Cluster, gpus: float) -> dict[str, float]:
+    wanted = {"CPU": float(cluster.cpus_per_worker)}
+    if gpus:
+        wanted["GPU"] = gpus
+    return wanted
 
 
 def free_workers(wanted: Resources) -> int:
     """Return how many workers of `wanted` resources fit in the free resources of the nodes that stay."""
     free = ray_internals.free_resources()
-    return sum(_fit(wanted, free.get(node["NodeID"], {})) for node in schedulable_nodes())
+    return sum(fit(wanted, free.get(node["NodeID"], {})) for node in schedulable_nodes())
 
 
 def schedulable_nodes() -> list[dict[str, Any]]:
@@ -55,9 +64,14 @@ def own_node(processes: int, memory: float) -> dict[str, float]:
         return {}
     own = ray.get_runtime_context().get_node_id()
     free = ray_internals.free_resources().get(own, {})
-    address = next((node["NodeManagerAddress"] for node in schedulable_nodes() if node["NodeID"] == own), "")
-    share = {f"node:{address}": 0.0001}  # each node has 1.0 of this; 0.0001 is the smallest amount that Ray counts
-    return share if _fit({**share, "memory": memory}, free) >= processes else {}
+    address = next(
+        (node["NodeManagerAddress"] for node in schedulable_nodes() if node["NodeID"] == own), ""
+    )
+    # Each node has 1.0 of this; 0.0001 is the smallest amount that Ray counts.
+    share = {f"node:{address}": 0.0001}
+    if fit({**share, "memory": memory}, free) < processes:
+        return {}
+    return share
 
 
 def present() -> list[Nodes]:
@@ -81,12 +95,20 @@ def autoscaler_limits() -> list[Nodes]:
 def maximum() -> list[Nodes]:
     """Return the largest cluster that the autoscaler may start; the present cluster if no limits are known."""
     more = autoscaler_limits()
-    return [*more, *(node for node in present() if ray_internals.HEAD in node.resources)] if more else present()
+    now = present()
+    if not more:
+        return now
+    return [*more, *(node for node in now if ray_internals.HEAD in node.resources)]
 
 
 def room(wanted: Resources, nodes: Iterable[Nodes]) -> int:
     """Return how many workers of `wanted` resources fit on these nodes if nothing else runs there."""
-    return sum(_fit(wanted, node.resources) * node.count for node in nodes)
+    return sum(fit(wanted, node.resources) * node.count for node in nodes)
+
+
+def rooms(wanted: Resources) -> tuple[int, int]:
+    """Return `room` on the present cluster, and on the largest one that the autoscaler may start."""
+    return room(wanted, present()), room(wanted, maximum())
 
 
 def amount(name: str, nodes: Iterable[Nodes]) -> float:
@@ -116,7 +138,9 @@ class PlacementRequest:
     def look(self) -> bool:
         """Make the request when it is due, and withdraw it when the room exists. True while it is made. Call often."""
         if self._group is None and time.monotonic() - self._since >= self.after:
-            self._group = ray.util.placement_group([dict(self.wanted)] * self.count, strategy="PACK")
+            self._group = ray.util.placement_group(
+                [dict(self.wanted)] * self.count, strategy="PACK"
+            )
             self._met = self._group.ready()
         # The placement group is only a signal to the autoscaler. It is freed once it has its room, for the workers.
         elif self._group is not None and ray.wait([self._met], timeout=0)[0]:
@@ -126,18 +150,24 @@ class PlacementRequest:
     def _drop(self) -> None:
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
-            self._group, self._since = None, time.monotonic()
+            self._group = None
+            self._since = time.monotonic()
 
 
 def launched(tree: Mapping[str, Any]) -> list[Nodes]:
     """Return the worker nodes that a cluster.yaml allows. The largest node types come first, up to its max_workers."""
     left = int(tree.get("max_workers", 2))
-    types = [each for name, each in tree.get("available_node_types", {}).items() if name != tree.get("head_node_type")]
+    types = [
+        each
+        for name, each in tree.get("available_node_types", {}).items()
+        if name != tree.get("head_node_type")
+    ]
     nodes = []
     for node_type in sorted(types, key=_size, reverse=True):
         most = min(left, int(node_type.get("max_workers", left)))
         left -= most
-        nodes.append(Nodes({name: float(value) for name, value in node_type.get("resources", {}).items()}, most))
+        each = {name: float(value) for name, value in node_type.get("resources", {}).items()}
+        nodes.append(Nodes(each, most))
     return nodes
 
 
@@ -146,8 +176,12 @@ def _size(node_type: Mapping[str, Any]) -> tuple[float, float]:
     return float(resources.get("GPU", 0)), float(resources.get("CPU", 0))
 
 
-def _fit(wanted: Resources, free: Resources) -> int:
-    return min((_times(name, each, free.get(name, 0.0)) for name, each in wanted.items() if each), default=0)
+def fit(wanted: Resources, free: Resources) -> int:
+    """Return how many workers of `wanted` resources fit in the free resources of a node."""
+    return min(
+        (_times(name, each, free.get(name, 0.0)) for name, each in wanted.items() if each),
+        default=0,
+    )
 
 
 def _times(name: str, each: float, free: float) -> int:
@@ -163,7 +197,9 @@ def free_abandoned() -> int:
     """Remove this job's placement groups whose creator, a controller of Ray Train, is dead; return their number."""
     from ray.util.placement_group import remove_placement_group
 
-    groups = ray_internals.abandoned_placement_groups() if ray.is_initialized() else []
+    if not ray.is_initialized():
+        return 0
+    groups = ray_internals.abandoned_placement_groups()
     for group in groups:
         remove_placement_group(group)
     return len(groups)

@@ -5,6 +5,7 @@ of a training alone: the base is frozen, and every adapter has its own optimizer
 adapters share the memory of the base and the time of its start.
 """
 
+import contextlib
 import gc
 import logging
 import math
@@ -20,8 +21,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.malloc import ONE_POOL
-from olora_ray.cluster.resume import check_base
 from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.start import check_base
 from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, assigned_device
 from olora_ray.common.errors import TryAgain, UserError
@@ -75,7 +76,10 @@ class SharedBaseActor:
         with self._counting:
             self._until[name] = math.inf
         try:
-            return train_at(SharedBaseContext(self._base()), spec, checkpoints, channel)
+            with self._loading:
+                if self._shared is None:
+                    self._shared = SharedBase.of(self.spec, assigned_device())
+            return train_at(SharedBaseContext(self._shared), spec, checkpoints, channel)
         except UserError as error:
             return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))
         finally:
@@ -89,14 +93,10 @@ class SharedBaseActor:
         self._until = {name: end for name, end in self._until.items() if end > now}
         return len(self._until)
 
-    def _base(self) -> SharedBase:
-        with self._loading:
-            if self._shared is None:
-                self._shared = SharedBase.of(self.spec, assigned_device())
-            return self._shared
 
-
-def start_actors(spec: TrainSpec, wanted: Mapping[str, float], number: int, adapters: int) -> tuple[Any, ...]:
+def start_actors(
+    spec: TrainSpec, wanted: Mapping[str, float], number: int, adapters: int
+) -> tuple[Any, ...]:
     """Start `number` actors with `adapters` slots each and the resources of one worker. They end with this process."""
     actor: Any = ray.remote(SharedBaseActor)
     options = {
@@ -114,7 +114,9 @@ def end_actors(actors: tuple[Any, ...]) -> None:
         ray.kill(actor)
 
 
-def train_on(actors: tuple[Any, ...], adapters: int, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+def train_on(
+    actors: tuple[Any, ...], adapters: int, spec: TrainSpec, checkpoints: str, channel: Any
+) -> TrainResult:
     """Train one adapter on an actor with a free slot (`place_on`). Raises SharedBaseDied if the actor dies."""
     name = uuid.uuid4().hex
     try:
@@ -137,9 +139,12 @@ def place_on(actors: tuple[Any, ...], name: str, adapters: int) -> Any:
         fewest, index = min(((load, index) for index, load in loads.items()), default=(adapters, 0))
         if fewest >= adapters:
             time.sleep(FULL)
-        # Several trials may have read the same load. Only the first gets the slot, and the others look again.
-        elif _takes(actors[index], name, fewest):
-            return actors[index]
+            continue
+        # Several trials may have read the same load. Only the first gets the slot, and the others look again. A slow
+        # actor counts as one without a free slot.
+        with contextlib.suppress(GetTimeoutError):
+            if ray.get(actors[index].take.remote(name, fewest), timeout=ANSWERS):
+                return actors[index]
 
 
 def _loads(actors: tuple[Any, ...], calls: dict[int, Any]) -> dict[int, int]:
@@ -152,14 +157,6 @@ def _loads(actors: tuple[Any, ...], calls: dict[int, Any]) -> dict[int, int]:
     if answers and calls:
         _tell_of_silent()
     return {index: ray.get(call) for index, call in answers.items()}
-
-
-def _takes(actor: Any, name: str, seen: int) -> bool:
-    # A slow actor counts as one without a free slot.
-    try:
-        return bool(ray.get(actor.take.remote(name, seen), timeout=ANSWERS))
-    except GetTimeoutError:
-        return False
 
 
 @cache  # one warning per process, not one per trial

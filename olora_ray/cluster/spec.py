@@ -4,26 +4,33 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.initialise import StoredFactors
+from olora_ray.adapter.methods import method_named
 from olora_ray.common import storage
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig
+from olora_ray.config.tables import METHODS, OPTIMIZERS
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.objectives.objective import objective_named
+
+IN_WINDOWS = 512
+"""Shards above which earlier versions drew a pass in windows. The identity of such a store names its order, so that no
+run resumes in another one."""
 
 
 @dataclass(frozen=True)
 class TrainSpec:
     """The input of a worker. It refers to large data by digests and by paths in the storage."""
 
-    config: Config
+    config: DecidedConfig
     base: BaseModel
     tokenizer: str
     """Digest of the tokenizer and its chat template."""
     eos: tuple[int, ...]
     """Token ids that end an answer."""
     train: TokenStore
-    """May still grow during the training."""
+    """An `Arrival` in a first run, which trains while it is being written."""
     eval: TokenStore | None
     start: str | None = None
     """Digest of the checkpoint at train.start, if it is set."""
@@ -33,40 +40,48 @@ class TrainSpec:
     """The chat template that data.chat_template names. Exports contain it."""
     each_example: bool = False
     """True if evaluations keep the loss of each held-out example."""
-    recompute: bool = False
-    """train.activation_checkpointing with `auto` resolved for this cluster. Not a part of the identity: it does not
-    change the numbers."""
+    auto: tuple[str, ...] = ()
+    """Fields that were asked for as auto and are decided in `config`."""
     planned: int = 0
     """Bytes that the plan expects on the device of the model."""
 
     def identity(self) -> dict[str, str]:
         """Return what decides the numbers of a run: digests of contents, whatever their path, and adapter settings."""
-        return (
-            {
-                "base model": self.base.digest,
-                "tokenizer": self.tokenizer,
-                "training data": self.train.digest,
-                "held-out data": self.eval.digest if self.eval else "",
-                "adapter": self.config.adapter.identity(),
-            }
-            | self._packed()
-            | {"optimizer": self.config.train.optimizer}
-            | ({"start": self.start} if self.start else {})
-            | ({"order": "windows"} if self.train.windowed else {})
-        )
+        identity = {
+            "base model": self.base.digest,
+            "tokenizer": self.tokenizer,
+            "training data": self.train.digest,
+            "held-out data": self.eval.digest if self.eval else "",
+            "adapter": self.config.adapter.identity(),
+        }
+        identity |= self._packed()
+        identity |= objective_named(self.config.train.objective).identity()
+        identity["optimizer"] = OPTIMIZERS.identity(self.config.train.optimizer)
+        if self.start:
+            identity["start"] = self.start
+        if self.train.shard_count > IN_WINDOWS:
+            identity["order"] = "one draw"
+        return identity
 
     def _packed(self) -> dict[str, str]:
         model = self.config.model
+        if model.quantization == "none":
+            return {}
         packed = {"quantization": model.quantization, "dtype": model.dtype}
-        return {"quantised base": json.dumps(packed)} if model.quantization != "none" else {}
+        return {"quantised base": json.dumps(packed)}
 
     def base_identity(self) -> dict[str, str]:
         """Return what decides the numbers before the first step: the identity without the adapter's settings."""
-        return {name: digest for name, digest in self.identity().items() if name not in ("adapter", "optimizer")}
+        identity = self.identity()
+        del identity["adapter"], identity["optimizer"]
+        return identity
 
     def baseline_identity(self) -> dict[str, str]:
         """Return what decides the loss and the answers before the first step (train/scoring.py)."""
-        settings = {"dtype": self.config.model.dtype, "max_new_tokens": self.config.evaluation.max_new_tokens}
+        settings = {
+            "dtype": self.config.model.dtype,
+            "max_new_tokens": self.config.evaluation.max_new_tokens,
+        }
         return self.base_identity() | {"settings": json.dumps(settings)}
 
     def factor_origin(self) -> dict[str, str]:
@@ -77,19 +92,26 @@ class TrainSpec:
             "method": adapter.method,
             "targets": json.dumps(adapter.targets),
             "seed": str(self.config.run.seed),
-        } | {name: str(value) for name, value in adapter.options().items()}
+        }
+        origin |= {name: str(value) for name, value in adapter.options().items()}
+        plugin = METHODS.plugin(adapter.method)
+        if plugin:
+            origin["plug-in"] = plugin.identity()
         origin |= self._packed()
         # Other methods derive the factors from what the base computes from the data, in its precision.
-        if adapter.method not in FROM_WEIGHTS:
+        if method_named(adapter.method).needs != "weight":
             origin |= {"training data": self.train.digest, "dtype": self.config.model.dtype}
         return origin
 
-    def factor_place(self) -> str:
+    def stored_factors(self) -> StoredFactors:
+        """Return the factors in the folder that the trials of a search share."""
         # With some methods the factors of a lower rank are a prefix of a higher rank's factors: all ranks share them.
         assert self.shared is not None
         adapter = self.config.adapter
-        prefix = METHODS[adapter.method].prefix
-        return storage.join(self.shared, adapter.method if prefix else f"{adapter.method}-{adapter.rank}")
+        name = adapter.method
+        if not method_named(name).prefix:
+            name += f"-{adapter.rank}"
+        return StoredFactors(storage.join(self.shared, name), self.factor_origin(), adapter.rank)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class TogetherBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        store, world = worker_group.execute_single(0, meeting_place), len(worker_group)
+        store = worker_group.execute_single(0, meeting_place)
+        world = len(worker_group)
         backend = backend_config.backend
         calls = [
             worker_group.execute_single_async(rank, join_process_group, backend, rank, world, store)
@@ -77,7 +78,9 @@ def join_process_group(backend: str, rank: int, world: int, store: tuple[str, in
         LOCAL_RANK=str(context.get_local_rank()),
         LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
         NODE_RANK=str(context.get_node_rank()),
-        ACCELERATE_TORCH_DEVICE=str(ray.train.torch.get_device()),  # transformers loads models onto this device
+        ACCELERATE_TORCH_DEVICE=str(
+            ray.train.torch.get_device()
+        ),  # transformers loads models onto this device
     )
     # Like Ray's TorchConfig: without it, an exchange over NCCL with a lost worker waits for ever.
     if backend == "nccl" and "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:

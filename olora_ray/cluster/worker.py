@@ -7,9 +7,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Saved, Started, give_signs_of_life, sent_to
 from olora_ray.cluster.failures import advice_for_memory
-from olora_ray.cluster.resume import StartingPoint, measure_first_step, self_tested, starting_point
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
-from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, note_kinds
+from olora_ray.cluster.start import StartingPoint, measure_first_step, self_tested, starting_point
+from olora_ray.cluster.worker_context import RayTrainContext, WorkerContext, record_platforms
 from olora_ray.common import collectives, storage
 from olora_ray.common.collectives import PeerLost
 from olora_ray.common.errors import TryAgain, UserError, first_line
@@ -29,12 +29,13 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump
-from olora_ray.train.checkpoint import TrainState, perplexity
+from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
-from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import StepResult, evaluate, evaluate_examples
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loader import Schedule, StepLoader, known_steps
+from olora_ray.train.loop import StepResult
 from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
@@ -43,16 +44,12 @@ logger = logging.getLogger(__name__)
 # Requests of the driver to end the training.
 
 
-SECONDS_BETWEEN_LINES = 15
-
-
 class StopRequests:
     def __init__(self, channel: Any, worker: WorkerContext) -> None:
-        self.channel, self.worker = channel, worker
+        self.channel = channel
+        self.worker = worker
         self.from_driver: str | None = None
         self._stop_call: Any = None  # returns when the driver asks to stop
-        self._looks = 0
-        self._data_failed = False
 
     def pending(self) -> bool:
         """True on rank 0 if the driver asks to stop. The step's signal tells it to all (StepResult.signal)."""
@@ -64,29 +61,13 @@ class StopRequests:
         """Return the driver's reason. All workers must call it after a step with a signal."""
         return collectives.from_first(self.from_driver) or "the driver asks to stop"
 
-    def waiting(self, shard: int, shards: int) -> None:
-        """Check and log, about once a second, while a shard of the token store is missing.
-
-        Raises UserError if the preparation of the data has failed.
-        """
-        # Raise only at the second look after the failure. Between the two looks the caller searches the shard once
-        # more. So no worker raises for a shard that exists and that another worker already trains on.
-        if self._data_failed:
-            raise UserError("the preparation of the training data has failed")
-        try:
-            self._data_failed = bool(ray.get(self.channel.data_failed.remote(), timeout=30))
-        except RayError:
-            self._data_failed = False  # the driver has ended, so Ray ends this worker, too
-        if self.worker.rank == 0 and self._looks % SECONDS_BETWEEN_LINES == 0:
-            self.channel.send.remote(f"waiting for shard {shard + 1} of {shards} of the token store")
-        self._looks += 1
-
     def _listen(self) -> None:
         if self._stop_call is None:
             self._stop_call = self.channel.wait_for_stop.remote()
         ready, _ = ray.wait([self._stop_call], timeout=0)
         if ready:
-            with contextlib.suppress(RayError):  # the driver has ended with the channel, so Ray ends its workers
+            # After an error the driver has ended with the channel, so Ray ends its workers.
+            with contextlib.suppress(RayError):
                 self.from_driver = ray.get(ready[0])
 
 
@@ -113,30 +94,44 @@ class Worker:
         start: StartingPoint,
         stop_requests: StopRequests | None = None,
     ) -> None:
-        self.context, self.spec, self.config = context, spec, spec.config
-        self.checkpoints, self.channel = checkpoints, channel
+        self.context = context
+        self.spec = spec
+        self.config = spec.config
+        self.checkpoints = checkpoints
+        self.channel = channel
         self.stop_requests = stop_requests or StopRequests(channel, context)
-        start = self_tested(context, spec, start, self.stop_requests.waiting)
-        measure_first_step(context, spec, start, self.stop_requests.waiting)
-        self.trainer, self.state = start.trainer, start.state
+        start = self_tested(context, spec, start)
+        measure_first_step(context, spec, start)
+        self.trainer = start.trainer
         self.trainer.signal = self.stop_requests.pending
-        self.attention, self.resumed = start.attention, start.resumed
-        self.state.kinds = note_kinds(self.state.kinds, context.device)
+        self.state = start.state
+        self.attention = start.attention
+        self.resumed = start.resumed
+        self.state.kinds = record_platforms(self.state.kinds, context.device)
         self.evaluator = Evaluator(context, spec, start)
-        self.schedule = Schedule(self.config.train, spec.train, self.stop_requests.waiting, self.state.lr)
+        self.schedule = Schedule(self.config.train, spec.train, self.state.lr)
         # Only rank 0 has a manager: all workers have the same adapter and optimizer, so one of them writes.
-        self.manager = CheckpointManager(checkpoints, self.config.train.keep, self._saved) if not context.rank else None
-        self._saved_at, self._saving = time.monotonic(), math.inf
+        self.manager = None
+        if context.rank == 0:
+            self.manager = CheckpointManager(checkpoints, self.config.train.keep, self._saved)
+        self._saved_at = time.monotonic()
+        self._saving = math.inf
         self._saved_step = self.state.step if self.resumed else -1
         self._memory_said = False
         layers = self.trainer.adapted.values()
         # The makers' peaks are those of bfloat16. How many experts a token has is not known here.
         model: Any = self.trainer.loss.model
         known = model.dtype is torch.bfloat16 and all(layer.da.dim() == 2 for layer in layers)
-        name = torch.cuda.get_device_name(context.device) if known and context.device.type == "cuda" else ""
-        self._peak = context.world * (peak_of(name) or 0.0)
-        # Of the adapted layers, forward and backward: 2 per number and token each; frozen weights have no gradient.
-        self._operations = 4.0 * sum(layer.db.shape[-2] * layer.da.shape[-1] for layer in layers)
+        self._peak = 0.0
+        if known and context.device.type == "cuda":
+            self._peak = context.world * (
+                peak_of(torch.cuda.get_device_name(context.device)) or 0.0
+            )
+        # Of the adapted layers: 2 per number and token in each forward pass, and in the backward pass, because frozen
+        # weights have no gradient.
+        passes = self.trainer.objective.forwards + 1.0
+        numbers = sum(layer.db.shape[-2] * layer.da.shape[-1] for layer in layers)
+        self._operations = 2.0 * passes * numbers
 
     def run(self) -> TrainResult:
         self._begin()
@@ -147,24 +142,27 @@ class Worker:
         self._tell_driver(Saved(step, seconds))
 
     def _begin(self) -> None:
-        if self.resumed:
-            if (total := self.schedule.total()) is not None and total < self.state.step:
-                raise UserError(
-                    f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
-                    f"{self.config.train.epochs:g} gives {total}; raise train.epochs or set train.steps"
-                )
-            self._tell_driver(Started(self.context.world, self.state.step, list(self.state.history)))
-        else:
+        if not self.resumed:
             self._tell_driver(Started(self.context.world))
             self._checkpoint()  # so that a restart does not repeat the initialisation
+            return
+        total = known_steps(self.config.train, self.spec.train)
+        if total is not None and total < self.state.step:
+            raise UserError(
+                f"train.epochs: the run has already done {self.state.step} steps, and train.epochs="
+                f"{self.config.train.epochs:g} gives {total}; raise train.epochs or set train.steps"
+            )
+        self._tell_driver(Started(self.context.world, self.state.step, list(self.state.history)))
 
     def _train(self) -> bool:
         """Train to the end, or to a stop on request; True in the second case."""
         if self.state.step == 0 and not self.state.history:
-            baseline = self.evaluator.baseline(storage.join(self.spec.shared or self.checkpoints, "baseline.json"))
+            baseline = self.evaluator.baseline(
+                storage.join(self.spec.shared or self.checkpoints, "baseline.json")
+            )
             self.state.before = baseline.answers
             if baseline.loss is not None:
-                self._tell(self.evaluator.note(self.state, baseline.loss))
+                self._tell(self.evaluator.note(self.state, [baseline.loss]))
         # A run that has stopped early and is resumed has nothing left to train.
         if self._stale():
             return False
@@ -175,7 +173,6 @@ class Worker:
             self.attention,
             self.context.rank,
             self.context.world,
-            waiting=self.stop_requests.waiting,
         )
         with closing(self.trainer.steps(loader, self.state.step, self.schedule)) as steps:
             while True:
@@ -193,9 +190,20 @@ class Worker:
 
     def _after_step(self, result: StepResult) -> bool:
         """Evaluate, report and save as due; return whether this was the last step."""
-        metrics = _metrics(result)
+        metrics = {
+            "train/loss": result.loss,
+            "train/lr": result.lr,
+            "train/grad_norm": result.grad_norm,
+            "train/tokens_per_second": result.supervised / result.seconds,
+            "train/all_tokens_per_second": result.tokens / result.seconds,
+            "train/step_seconds": result.seconds,
+            "data/wait_fraction": result.waited / result.seconds,
+        }
+        metrics |= {f"train/{name}": value for name, value in result.more.items()}
         if self._peak:
-            metrics["train/share_of_peak"] = metrics["train/all_tokens_per_second"] * self._operations / self._peak
+            operations = metrics["train/all_tokens_per_second"] * self._operations
+            metrics["train/mfu"] = operations / self._peak
+            metrics["train/share_of_peak"] = metrics["train/mfu"]  # its old name, for one release
         last = self.schedule.last(result.step)
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
             metrics |= self.evaluator.measure(self.state)
@@ -207,7 +215,8 @@ class Worker:
         return end
 
     def _say_memory(self) -> None:
-        device, planned = self.context.device, self.spec.planned
+        device = self.context.device
+        planned = self.spec.planned
         if device.type == "cuda" and planned and not self._memory_said:
             self._memory_said = True
             peak = torch.cuda.max_memory_allocated(device)
@@ -235,8 +244,11 @@ class Worker:
 
     def _checkpoint(self) -> None:
         if self.manager and self._saved_step != self.state.step:
-            self._saved_at, self._saved_step = time.monotonic(), self.state.step
-            write = self.trainer.snapshot(self.state, self.evaluator.best, self.spec.identity(), dump(self.config))
+            self._saved_at = time.monotonic()
+            self._saved_step = self.state.step
+            write = self.trainer.snapshot(
+                self.state, self.evaluator.best, self.spec.identity(), dump(self.config)
+            )
             self.manager.save(self.state.step, write)
 
     def _tell(self, metrics: dict[str, float]) -> None:
@@ -248,20 +260,6 @@ class Worker:
             self.channel.send.remote(message)
 
 
-def _metrics(result: StepResult) -> dict[str, float]:
-    return {
-        "train/loss": result.loss,
-        "train/lr": result.lr,
-        "train/grad_norm": result.grad_norm,
-        "train/tokens_per_second": result.supervised / result.seconds,
-        "train/all_tokens_per_second": result.tokens / result.seconds,
-        "train/step_seconds": result.seconds,
-        "data/wait_fraction": result.waited / result.seconds,
-    }
-
-
-Losses = TypeVar("Losses", float, list[float])
-
 # Evaluation during a training: held-out loss, answers to held-out prompts, and the best adapter so far.
 
 
@@ -269,84 +267,104 @@ class Evaluator:
     """Evaluation of the adapter that a worker trains. All workers must call each method together."""
 
     def __init__(self, context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> None:
-        self.context, self.spec = context, spec
-        self.trainer, self.attention = start.trainer, start.attention
+        self.context = context
+        self.spec = spec
+        self.trainer = start.trainer
+        self.attention = start.attention
         self.best: Tensor | None = start.best
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        if not self.spec.each_example:
-            return self.note(state, self.loss(state.step))
-        assert self.spec.eval is not None
-        state.examples = self._evaluated(evaluate_examples, state.step)
-        return self.note(state, sum(state.examples) / self.spec.eval.manifest.supervised)
+        means, losses = self.evaluate(state.step, self.spec.each_example)
+        if self.spec.each_example:
+            state.examples = losses
+        return self.note(state, means)
 
-    def note(self, state: TrainState, loss: float) -> dict[str, float]:
-        if state.note_evaluation(loss):
+    def note(self, state: TrainState, means: Sequence[float]) -> dict[str, float]:
+        """Note an evaluation, and return its metrics; `means` are a loss and the means of `Objective.more`."""
+        if state.note_evaluation(means[0]):
             self.best = self.trainer.flat.vector.clone()
-        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+        return self.trainer.objective.evaluated(means)
 
-    @contextlib.contextmanager
-    def _best_in_place(self) -> Iterator[None]:
-        """Use the best adapter during the block. Without an evaluation it is the last one."""
-        vector = self.trainer.flat.vector
-        last = vector.clone()
-        try:
-            if self.best is not None:
-                vector.copy_(self.best)
-            yield
-        finally:
-            vector.copy_(last)
+    def evaluate(self, step: int, each: bool = False) -> tuple[list[float], list[float]]:
+        """Return the objective's means after `step` steps, and the losses of parts, with `each` of each example.
 
-    def loss(self, step: int) -> float:
-        """Return the mean held-out loss per supervised token after `step` steps; raises UserError if not finite."""
-        return self._evaluated(evaluate, step)
-
-    def _evaluated(self, how: Callable[..., Losses], step: int) -> Losses:
+        Raises UserError if a loss is not finite.
+        """
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
-            rank, world = self.context.rank, self.context.world
-            return how(self.trainer, self.spec.eval, self.attention, rank, world, step)
+            found = evaluate(self.trainer, self.spec.eval, self.attention, step, each)
+        return found.means, found.losses()
 
     def answers(self, answering: str) -> list[list[int]]:
         """Return the answers to the held-out prompts as token ids. `answering` names the model in the log.
 
         If the model cannot answer, returns no answers now and later. With evaluation.scorer this is a UserError.
         """
-        logger.info(f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}")
+        logger.info(
+            f"answering {plural(len(self.questions), 'held-out prompt')} with the {answering}"
+        )
         limit = self.spec.config.evaluation.max_new_tokens
         with self.context.activate(self.trainer.adapted):
             try:
-                return answer(self.trainer, self.questions, limit, self.spec.eos, self.context.rank, self.context.world)
+                return answer(
+                    self.trainer,
+                    self.questions,
+                    limit,
+                    self.spec.eos,
+                    self.context.rank,
+                    self.context.world,
+                )
             except UserError as error:
                 if self.spec.config.evaluation.scorer:
                     raise UserError(f"evaluation.scorer: {error}; leave it out") from None
-                logger.warning(f"evaluation.samples: {error}: the training continues without answers")
+                logger.warning(
+                    f"evaluation.samples: {error}: the training continues without answers"
+                )
                 self.questions = []
                 return []
 
     def answer_pairs(self, before: list[list[int]] | None) -> tuple[AnswerPair, ...]:
         if not self.questions:
             return ()
-        with self._best_in_place():
+        # The best adapter answers. Without an evaluation it is the last one.
+        vector = self.trainer.flat.vector
+        last = vector.clone()
+        try:
+            if self.best is not None:
+                vector.copy_(self.best)
             now = self.answers("fine-tuned model")
+        finally:
+            vector.copy_(last)
         if not self.questions:
             return ()
         pairs = zip(self.questions, before or [], now, strict=True)
-        return tuple(AnswerPair(each.prompt, each.reference, tuple(old), tuple(new)) for each, old, new in pairs)
+        return tuple(
+            AnswerPair(each.prompt, each.reference, tuple(old), tuple(new))
+            for each, old, new in pairs
+        )
 
     def baseline(self, file: str) -> Baseline:
         """Return loss and answers before the first step, from `file` if an earlier attempt has written it."""
-        origin, first = self.spec.baseline_identity(), self.context.rank == 0
-        baseline = collectives.from_first(Baseline.read(file, origin, len(self.questions)) if first else None)
-        if baseline is None:
-            logger.info("evaluating before the first step")
-            loss = self.loss(0) if self.spec.eval else None
-            start = "adapter that training starts with" if self.spec.config.train.start else "base model"
-            baseline = Baseline(loss, self.answers(start) if self.questions else None)
-            if first:
-                baseline.write(file, origin)
+        origin = self.spec.baseline_identity()
+        first = self.context.rank == 0
+        baseline = Baseline.read(file, origin, len(self.questions)) if first else None
+        baseline = collectives.from_first(baseline)
+        if baseline is not None:
+            return baseline
+        logger.info("evaluating before the first step")
+        loss = None
+        if self.spec.eval:
+            means, _ = self.evaluate(0)
+            loss = means[0]
+        answers = None
+        if self.questions:
+            started = self.spec.config.train.start
+            answers = self.answers("adapter that training starts with" if started else "base model")
+        baseline = Baseline(loss, answers)
+        if first:
+            baseline.write(file, origin)
         return baseline
 
 
@@ -390,13 +408,15 @@ def _report(result: TrainResult) -> None:
         logger.warning(f"Ray Train's Result lacks the metrics of this run: {first_line(error)}")
 
 
-def train_at(context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any) -> TrainResult:
+def train_at(
+    context: WorkerContext, spec: TrainSpec, checkpoints: str, channel: Any
+) -> TrainResult:
     """Train a spec. A UserError becomes the `problem` of the result."""
     try:
         with sent_to(channel, lambda: context.rank == 0), advice_for_memory(spec.config):
             logger.info("loading the base model")
             requests = StopRequests(channel, context)
-            start = starting_point(context, spec, checkpoints, requests.waiting)
+            start = starting_point(context, spec, checkpoints)
             return Worker(context, spec, checkpoints, channel, start, requests).run()
     except UserError as error:
         # Returned, not raised: the next group would meet the same problem again.

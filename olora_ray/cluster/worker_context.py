@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import ray
 import torch
@@ -21,8 +20,10 @@ from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
+from olora_ray.config.section import is_auto
 from olora_ray.model import attention
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel, on_this_node
@@ -68,7 +69,9 @@ def multiply_exactly(device: torch.device) -> None:
 def device_of(assigned: Sequence[str], environment: Mapping[str, str]) -> torch.device:
     if not assigned:
         return torch.device("cpu")
-    visible = next((environment[name].split(",") for name in VISIBLE if environment.get(name)), None)
+    visible = next(
+        (environment[name].split(",") for name in VISIBLE if environment.get(name)), None
+    )
     if visible is None:  # Ray is configured not to hide the other GPUs of the node
         return torch.device("cuda", int(assigned[0]))
     return torch.device("cuda", visible.index(assigned[0]) if assigned[0] in visible else 0)
@@ -95,11 +98,11 @@ class RayTrainContext:
     def world(self) -> int:
         return collectives.world_size()
 
-    def base(self, spec: TrainSpec) -> SupervisedLoss:
+    def base(self, spec: TrainSpec, dtype: str) -> SupervisedLoss:
         """Return the base model, which is loaded at the first call. Use it only inside `activate`."""
         if self._loss is None:
-            self._loss = load_loss(spec, self.device)
-        self._loss.recompute = spec.recompute
+            self._loss = load_loss(spec, self.device, dtype)
+        self._loss.recompute = spec.config.train.activation_checkpointing
         return self._loss
 
     @contextlib.contextmanager
@@ -114,15 +117,19 @@ class RayTrainContext:
 
 
 class SharedBase:
-    def __init__(self, loss: SupervisedLoss, device: torch.device, dtype: str | None = None) -> None:
-        self.loss, self.device, self.dtype = loss.to(device), device, dtype
+    def __init__(
+        self, loss: SupervisedLoss, device: torch.device, dtype: str | None = None
+    ) -> None:
+        self.loss = loss.to(device)
+        self.device = device
+        self.dtype = dtype
         self.turns = Turns()
 
     @classmethod
     def of(cls, spec: TrainSpec, device: torch.device) -> "SharedBase":
         prepare_device(spec.config, device)
-        config = agreed(spec.config, device)
-        return cls(load_loss(replace(spec, config=config), device), device, config.model.dtype)
+        dtype = common_dtype(spec.config, device)
+        return cls(load_loss(spec, device, dtype), device, dtype)
 
 
 def on_cpu(spec: TrainSpec) -> TrainSpec:
@@ -130,19 +137,22 @@ def on_cpu(spec: TrainSpec) -> TrainSpec:
 
     model.attention becomes `auto` if its value needs a GPU.
     """
-    if spec.config.model.attention not in (attention.FLASH, attention.VARLEN):
+    if not attention.needs_gpu(spec.config.model.attention):
         return spec
     return replace(spec, config=override(spec.config, {"model.attention": "auto"}))
 
 
 class SharedBaseContext:
     def __init__(self, shared: SharedBase) -> None:
-        self.rank, self.world = 0, 1
-        self.device, self.dtype = shared.device, shared.dtype
+        self.rank = 0
+        self.world = 1
+        self.device = shared.device
+        self.dtype = shared.dtype
         self._shared = shared
 
-    def base(self, spec: TrainSpec) -> SupervisedLoss:
-        self._shared.loss.recompute = spec.recompute
+    def base(self, spec: TrainSpec, dtype: str) -> SupervisedLoss:
+        """Return the base model, in the precision in which it was loaded."""
+        self._shared.loss.recompute = spec.config.train.activation_checkpointing
         return self._shared.loss
 
     @contextlib.contextmanager
@@ -165,7 +175,8 @@ class Turns:
     """A fair lock: the thread that has waited longest gets it. threading.Lock may give it to the same thread again."""
 
     def __init__(self) -> None:
-        self._guard, self._waiting = threading.Lock(), deque[threading.Event]()
+        self._guard = threading.Lock()
+        self._waiting = deque[threading.Event]()
 
     def __enter__(self) -> None:
         ticket = threading.Event()
@@ -175,22 +186,20 @@ class Turns:
             self._waiting.append(ticket)
         ticket.wait()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._guard:
             self._waiting.popleft()
             if self._waiting:
                 self._waiting[0].set()
 
 
-def load_loss(spec: TrainSpec, device: torch.device) -> SupervisedLoss:
+def load_loss(spec: TrainSpec, device: torch.device, dtype: str) -> SupervisedLoss:
     """Load the frozen base model of a spec; of a sharded base, this worker's part. All workers must call it together.
 
     If one worker has a UserError, for example because its node has no access to the model, all workers raise it.
     """
     base = collectives.together(lambda: _on_every_node(spec))
-    loss = load_base(base.folder, agreed(spec.config, device), device)
+    loss = load_base(base.folder, override(spec.config, {"model.dtype": dtype}), device)
     loss.compile_blocks = spec.config.model.compile
     return loss
 
@@ -204,28 +213,32 @@ def _on_every_node(spec: TrainSpec) -> BaseModel:
         collectives.wait_for_all()
 
 
-def agreed(config: Config, device: torch.device, began: str | None = None) -> Config:
-    """Return the config with the same precision for all workers instead of `auto`.
+def common_dtype(config: DecidedConfig, device: torch.device, began: str | None = None) -> str:
+    """Return the precision of the base, the same for all workers.
 
-    This is `began`, the precision in which the run started, if there is one. Otherwise it is float32 if the workers
-    differ in their choice. With several precisions, the loss of a micro-batch would depend on its worker, and the
-    shards of a base would differ in size.
+    For `auto` it is `began`, the precision in which the run started, if there is one. Otherwise it is float32 if the
+    workers differ in their choice. With several precisions, the loss of a micro-batch would depend on its worker, and
+    the shards of a base would differ in size.
     """
-    if config.model.dtype != "auto":
-        return config
-    choices = [str(dtype).removeprefix("torch.") for dtype in collectives.gather(pick_dtype(config.model, device))]
-    dtype = began or (choices[0] if len(set(choices)) == 1 else "float32")
-    if began and (other := set(choices) - {began}):
-        logger.warning(
-            f"model.dtype=auto: keeping {began}, in which this run started (its current workers would choose"
-            f" {min(other)}), so that the result stays the same"
-        )
-    elif not began and len(set(choices)) > 1:
-        logger.warning(
-            f"model.dtype=auto: using float32, because {choices.count('float32')} of {len(choices)} workers are not"
-            f" fast at {max(set(choices) - {'float32'})}; use workers with equal hardware, or set model.dtype"
-        )
-    return override(config, {"model.dtype": dtype})
+    if not is_auto(config.model.dtype):
+        return config.model.dtype
+    every = collectives.gather(pick_dtype(config.model, device))
+    choices = [str(dtype).removeprefix("torch.") for dtype in every]
+    others = set(choices) - {began}
+    if began is not None:
+        if others:
+            logger.warning(
+                f"model.dtype=auto: keeping {began}, in which this run started (its current workers would choose"
+                f" {min(others)}), so that the result stays the same"
+            )
+        return began
+    if len(others) == 1:
+        return choices[0]
+    logger.warning(
+        f"model.dtype=auto: using float32, because {choices.count('float32')} of {len(choices)} workers are not"
+        f" fast at {max(others - {'float32'})}; use workers with equal hardware, or set model.dtype"
+    )
+    return "float32"
 
 
 def prepare_device(config: Config, device: torch.device) -> None:
@@ -248,11 +261,11 @@ def prepare_device(config: Config, device: torch.device) -> None:
 # workers (train/tree.py).
 
 
-Kind = dict[str, str]
+Platform = dict[str, str]
 """Device, processor, threads and torch of a worker."""
 
 
-def kind_of(device: torch.device) -> Kind:
+def platform_of(device: torch.device) -> Platform:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,
@@ -262,19 +275,20 @@ def kind_of(device: torch.device) -> Kind:
     }
 
 
-def note_kinds(before: Sequence[Kind], device: torch.device) -> list[Kind]:
+def record_platforms(before: Sequence[Platform], device: torch.device) -> list[Platform]:
     """Return the distinct platforms of all workers. Log a warning if they differ, or differ from a checkpoint's.
 
     `before` are the platforms in the checkpoint. All workers must call it together.
     """
-    every = collectives.gather(kind_of(device))
+    every = collectives.gather(platform_of(device))
     now = [each for number, each in enumerate(every) if each not in every[:number]]
-    if line := said(before, now):
+    line = platform_warning(before, now)
+    if line:
         logger.warning(line)
     return now
 
 
-def said(before: Sequence[Kind], now: Sequence[Kind]) -> str | None:
+def platform_warning(before: Sequence[Platform], now: Sequence[Platform]) -> str | None:
     if len(now) > 1:
         return (
             f"the workers differ ({_differences(now)}): the last bits of the result may depend on which worker computes"
@@ -289,9 +303,13 @@ def said(before: Sequence[Kind], now: Sequence[Kind]) -> str | None:
     return None
 
 
-def _differences(kinds: Sequence[Kind]) -> str:
-    fields = {name: list(dict.fromkeys(each.get(name, "?") for each in kinds)) for name in kinds[-1]}
-    return "; ".join(f"{name}: {', '.join(values)}" for name, values in fields.items() if len(values) > 1)
+def _differences(kinds: Sequence[Platform]) -> str:
+    fields = []
+    for name in kinds[-1]:
+        values = dict.fromkeys(each.get(name, "?") for each in kinds)
+        if len(values) > 1:
+            fields.append(f"{name}: {', '.join(values)}")
+    return "; ".join(fields)
 
 
 def _processor() -> str:

@@ -39,19 +39,27 @@ def _peers() -> Iterator[None]:
 
 def rank() -> int:
     """Return the rank of this worker; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    if not dist.is_initialized():
+        return 0
+    return dist.get_rank()
 
 
 def world_size() -> int:
     """Return the number of workers; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    if not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
 
 
 def machines() -> tuple[range, ...]:
     """Return the ranks of each machine; a machine whose workers have no adjacent ranks counts as several."""
-    names = enumerate(gather(socket.gethostname()))
-    runs = [[rank for rank, _ in run] for _, run in itertools.groupby(names, key=lambda named: named[1])]
-    return tuple(range(run[0], run[-1] + 1) for run in runs)
+    ranges = []
+    first = 0
+    for _, run in itertools.groupby(gather(socket.gethostname())):
+        end = first + len(list(run))
+        ranges.append(range(first, end))
+        first = end
+    return tuple(ranges)
 
 
 def sum_in_place(tensor: Tensor) -> None:
@@ -72,24 +80,36 @@ def swap(outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     All tensors are on one device. The caller knows the sizes, so they are not sent.
     """
     here = rank()
-    received = [torch.empty(size, dtype=torch.uint8, device=outgoing[here].device) for size in sizes]
+    received = [
+        torch.empty(size, dtype=torch.uint8, device=outgoing[here].device) for size in sizes
+    ]
     received[here] = outgoing[here]
     others = [worker for worker in range(world_size()) if worker != here]
-    transfer([(worker, outgoing[worker]) for worker in others], [(worker, received[worker]) for worker in others])
+    transfer(
+        [(worker, outgoing[worker]) for worker in others],
+        [(worker, received[worker]) for worker in others],
+    )
     return received
 
 
-def transfer(outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]) -> None:
+def transfer(
+    outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
+) -> None:
     """Send each outgoing tensor to the worker beside it, and fill each incoming tensor from the worker beside it.
 
     Tensors are flat, contiguous and on one device. Tensors between the same two workers arrive in the listed order, so
     both workers must list the same sizes. Empty tensors are not sent.
     """
-    operations = [dist.P2POp(dist.isend, tensor, worker) for worker, tensor in outgoing if len(tensor)]
-    operations += [dist.P2POp(dist.irecv, tensor, worker) for worker, tensor in incoming if len(tensor)]
-    with _peers():
-        for operation in dist.batch_isend_irecv(operations) if operations else ():
-            operation.wait()
+    operations = [
+        dist.P2POp(dist.isend, tensor, worker) for worker, tensor in outgoing if len(tensor)
+    ]
+    operations += [
+        dist.P2POp(dist.irecv, tensor, worker) for worker, tensor in incoming if len(tensor)
+    ]
+    if operations:
+        with _peers():
+            for operation in dist.batch_isend_irecv(operations):
+                operation.wait()
 
 
 def from_first(value: Value) -> Value:
@@ -130,15 +150,18 @@ def raise_together(problem: UserError | str | None) -> None:
 
     If one worker raised alone, the others would wait for it in their next exchange.
     """
-    problems = gather((str(problem), isinstance(problem, TryAgain)) if problem else None)
-    if first := next((each for each in problems if each), None):
-        text, later = first
-        raise (TryAgain if later else UserError)(text)
+    here = (str(problem or ""), isinstance(problem, TryAgain))
+    for text, later in gather(here):
+        if text and later:
+            raise TryAgain(text)
+        if text:
+            raise UserError(text)
 
 
 def together(work: Callable[[], Value]) -> Value:
     """Return the result of `work`; a UserError of one worker is raised on all workers (`raise_together`)."""
-    problem, results = None, list[Value]()
+    problem = None
+    results = []
     try:
         results.append(work())
     except UserError as error:

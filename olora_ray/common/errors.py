@@ -29,7 +29,9 @@ class Problems(UserError):
 
 
 def of_problems(heading: str, problems: Sequence[str]) -> UserError:
-    return Problems(heading, *problems) if len(problems) > 1 else UserError(*problems)
+    if len(problems) > 1:
+        return Problems(heading, *problems)
+    return UserError(*problems)
 
 
 class TryAgain(UserError):
@@ -73,7 +75,9 @@ def short_reason(error: BaseException) -> str:
     """Return the operating system's text for an OSError (`No such file or directory`), else the first line."""
     if not isinstance(error, OSError) or not error.strerror:
         return first_line(error)
-    return error.strerror + ("; make room" if error.errno in _FULL else "")
+    if error.errno in _FULL:
+        return f"{error.strerror}; make room"
+    return error.strerror
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -88,8 +92,11 @@ def of_the_machine(error: BaseException) -> str | None:
     if any(each.__name__ == "OutOfDiskError" for each in type(error).__mro__):
         folder = "Ray's temporary folder (ray start --temp-dir)"
         return f"{folder}: its disk is full; make room, and run the same command again"
-    if not isinstance(error, OSError) and (number := _OS_ERROR.search(str(error))):
-        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    if not isinstance(error, OSError):
+        match = _OS_ERROR.search(str(error))
+        if match:
+            number = int(match[1])
+            error = OSError(number, os.strerror(number))
     if not isinstance(error, OSError) or error.errno not in _FULL | _OF_A_FILE:
         return None
     if error.errno in _FULL:
@@ -100,16 +107,12 @@ def of_the_machine(error: BaseException) -> str | None:
     return f"{error.filename}: {error.strerror}; fix the cause, and run the same command again"
 
 
-def _store_unavailable(error: BaseException) -> bool:
-    return isinstance(error, StoreUnavailable)
-
-
 @contextlib.contextmanager
 def as_user_error(
     subject: str,
     *types: type[Exception],
     reason: Callable[[BaseException], str] = first_line,
-    passes: Callable[[BaseException], bool] = _store_unavailable,
+    passes: Callable[[BaseException], bool] = lambda error: isinstance(error, StoreUnavailable),
 ) -> Iterator[None]:
     """Raise an exception of these types as the UserError `subject: reason`. A UserError is raised unchanged.
 

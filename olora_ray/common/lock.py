@@ -22,7 +22,7 @@ from pathlib import Path
 
 from olora_ray.common import records, s3, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
-from olora_ray.common.patience import passes
+from olora_ray.common.retry import transient
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class LockFile:
     """
 
     def __init__(self, location: str, subject: str) -> None:
-        self.location, self.subject = location, subject
+        self.location = location
+        self.subject = subject
         self._read_at = self._took = 0.0
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
@@ -83,7 +84,8 @@ class LockFile:
         if self._took <= 0.75 * SETTLE:
             time.sleep(SETTLE)
             return self.read().content == content
-        if (seen := self.read()).content == content:
+        seen = self.read()
+        if seen.content == content:
             self.clear(seen)
         raise TryAgain(
             f"the storage took {self._took:.0f} s to write a lock, which is too slow for a safe lock; try again later"
@@ -171,7 +173,8 @@ class Lock:
 
     def __init__(self, location: str, subject: str) -> None:
         self.subject = subject
-        if (path := storage.local_path(location)) is not None:
+        path = storage.local_path(location)
+        if path is not None:
             self._file: LockFile = LocalFile(str(path), subject)
         elif s3.is_s3(location):
             s3.require_boto3(location, subject)
@@ -179,7 +182,9 @@ class Lock:
         else:
             self._file = LockFile(location, subject)
         now = time.time()
-        self._mine = Holder(uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), now, now)
+        self._mine = Holder(
+            uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), now, now
+        )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
 
@@ -189,7 +194,7 @@ class Lock:
             with self._file.alone():
                 seen = self._file.read()
                 other = _holder(seen)
-                if other is not None and not other.has_ended() and _age(self._file.location) <= EXPIRES:
+                if other is not None and not other.has_ended() and self._age() <= EXPIRES:
                     return other
                 content = self._content()
                 written = self._file.write(content, seen)
@@ -197,6 +202,19 @@ class Lock:
             if written and self._file.stands(content):
                 self._thread.start()
                 return None
+
+    def _age(self) -> float:
+        """Return the seconds since the file was written; 0 if the storage tells no times, or the file is missing."""
+        # A file that is written now has the storage's current time. So it does not matter if the hosts' clocks differ.
+        folder = self._file.location.rpartition("/")[0]
+        probe = storage.join(folder, f".clock-{uuid.uuid4().hex}")
+        storage.write_bytes(probe, b"", durable=False)
+        now = storage.info(probe).mtime_ns
+        written = storage.info(self._file.location).mtime_ns
+        storage.remove(probe)
+        if not now or not written:
+            return 0.0
+        return float((now - written) / 1e9)
 
     def check(self) -> None:
         """Raise TryAgain if this lock is lost, or LockUnreadable if the lock file cannot be read now.
@@ -206,12 +224,18 @@ class Lock:
         try:
             other = _holder(self._file.read())
         except OSError as error:
-            raise LockUnreadable(f"{self.subject}: its lock cannot be read: {short_reason(error)}") from None
+            raise LockUnreadable(
+                f"{self.subject}: its lock cannot be read: {short_reason(error)}"
+            ) from None
         if other is None:
             lock = self._file.location
-            raise TryAgain(f"{self.subject}: its lock {lock} was removed, so another process may hold it; try again")
+            raise TryAgain(
+                f"{self.subject}: its lock {lock} was removed, so another process may hold it; try again"
+            )
         if other.token != self._mine.token:
-            raise TryAgain(f"{self.subject} was taken over ({other.describe()}): its lock was not renewed in time")
+            raise TryAgain(
+                f"{self.subject} was taken over ({other.describe()}): its lock was not renewed in time"
+            )
 
     def release(self) -> None:
         self._stop.set()
@@ -249,10 +273,17 @@ def held(file: str, subject: str, remedy: str | None = None) -> Iterator[Lock]:
     Raises TryAgain, with the holder and the `remedy`, if the lock is held; UserError if the storage allows no lock.
     """
     lock = Lock(file, subject)
-    with as_user_error(f"{subject}: its lock {file} cannot be written", OSError, reason=short_reason, passes=passes):
+    with as_user_error(
+        f"{subject}: its lock {file} cannot be written",
+        OSError,
+        reason=short_reason,
+        passes=transient,
+    ):
         other = lock.take()
     if other is not None:
-        advice = "try again later" + (f" or {remedy}" if remedy else "")
+        advice = "try again later"
+        if remedy:
+            advice += f" or {remedy}"
         raise TryAgain(f"{subject} {RUNNING} ({other.describe()}); {advice}")
     try:
         yield lock
@@ -269,18 +300,6 @@ def is_held(location: str) -> bool:
 def _holder(seen: Seen) -> Holder | None:
     # A missing, empty or damaged file has no holder.
     return records.parsed(seen.content or b"", Holder)
-
-
-def _age(location: str) -> float:
-    """Return the seconds since a file was written; 0 if the storage tells no times, or the file is missing."""
-    # A file that is written now has the storage's current time. So it does not matter if the hosts' clocks differ.
-    probe = storage.join(location.rpartition("/")[0], f".clock-{uuid.uuid4().hex}")
-    storage.write_bytes(probe, b"", durable=False)
-    now, written = (
-        storage.ask(each, lambda system, path: system.get_file_info(path).mtime_ns) for each in (probe, location)
-    )
-    storage.remove(probe)
-    return (now - written) / 1e9 if now and written else 0.0
 
 
 def _machine() -> str:

@@ -21,8 +21,10 @@ PACKAGE = "olora_ray"
 
 def line(record: logging.LogRecord) -> str:
     """Return a record's message without secrets, after `warning: ` or `error: ` if its level is above INFO."""
-    prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-    return mask(prefix + record.getMessage())
+    message = record.getMessage()
+    if record.levelno >= logging.WARNING:
+        message = f"{record.levelname.lower()}: {message}"
+    return mask(message)
 
 
 class LineFormatter(logging.Formatter):
@@ -47,6 +49,7 @@ class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
 @contextlib.contextmanager
 def handled_by(handler: logging.Handler) -> Iterator[None]:
     """Send the package's lines, from INFO on, to this handler during the block, and not to the root logger's."""
+    handler.setFormatter(LineFormatter())
     logger = logging.getLogger(PACKAGE)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -55,7 +58,8 @@ def handled_by(handler: logging.Handler) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.propagate = not logger.handlers  # several trainings may share a process, and each has its own
+        # Several trainings may share a process, and each has its own.
+        logger.propagate = not logger.handlers
         handler.close()
 
 
@@ -71,9 +75,7 @@ def printed_within(context: Callable[[], contextlib.AbstractContextManager[Any]]
 
 @contextlib.contextmanager
 def printed() -> Iterator[None]:
-    handler = _Printer(sys.stdout)
-    handler.setFormatter(LineFormatter())
-    with handled_by(handler):
+    with handled_by(_Printer(sys.stdout)):
         yield
 
 
@@ -112,7 +114,9 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     # PEFT uses the old name of the property; a user can do nothing about that.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
 
 
 def quiet_bitsandbytes() -> None:

@@ -29,16 +29,28 @@ def local_copy(location: str, cache: str | Path) -> Path:
 
     Raises FileNotFoundError if it does not exist, and OSError if the download fails.
     """
-    if (path := storage.local_path(location)) is not None:
+    path = storage.local_path(location)
+    if path is not None:
         return path
-    target = Path(cache) / PurePosixPath(location.partition("://")[2]).name
-    return cached(target, lambda partial: storage.ask(location, lambda system, path: _download(system, path, partial)))
+
+    def download(partial: Path) -> None:
+        storage.ask(location, lambda system, path: _download(system, path, partial))
+
+    return cached(Path(cache) / PurePosixPath(location.partition("://")[2]).name, download)
+
+
+def kept_copy(location: str, folder: str) -> Path:
+    """Return a local path as `local_copy`. The copy stays in this folder of the cache, one for each version."""
+    # What lies at an address may be replaced.
+    key = storage.digest(location, storage.version(location), length=16)
+    return local_copy(location, Path(CACHE, folder, key))
 
 
 @contextlib.contextmanager
 def fetched(location: str) -> Iterator[Path]:
     """Yield a local path of a file or folder. One that is not local is copied, and the copy is removed afterwards."""
-    if (path := storage.local_path(location)) is not None:
+    path = storage.local_path(location)
+    if path is not None:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="olora-") as temporary:
@@ -51,7 +63,13 @@ def _download(system: fs.FileSystem, path: str, target: Path) -> None:
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", path)
     if info.is_file:
-        fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=local, chunk_size=CHUNK)
+        fs.copy_files(
+            path,
+            str(target),
+            source_filesystem=system,
+            destination_filesystem=local,
+            chunk_size=CHUNK,
+        )
         return
     target.mkdir(exist_ok=True)
     for each in system.get_file_info(fs.FileSelector(path, recursive=True)):
@@ -59,17 +77,24 @@ def _download(system: fs.FileSystem, path: str, target: Path) -> None:
         # The key of an object may have any text, so another user's object could overwrite a file of this user.
         if ".." in inner.parts:
             raise OSError(f"{each.path}: points outside the folder into which it would be copied")
-        (target / (inner.parent if each.is_file else inner)).mkdir(parents=True, exist_ok=True)
-    fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=local, chunk_size=CHUNK)
+        if each.is_file:
+            inner = inner.parent
+        (target / inner).mkdir(parents=True, exist_ok=True)
+    fs.copy_files(
+        path, str(target), source_filesystem=system, destination_filesystem=local, chunk_size=CHUNK
+    )
 
 
 def upload(folder: Path, location: str, last: str | None = None) -> None:
     """Copy a local folder to `location`, the file `last` after all others. Does nothing if they are the same folder."""
-    if (path := storage.local_path(location)) is not None:
+    path = storage.local_path(location)
+    if path is not None:
         if path == folder.resolve():
             return
         path.mkdir(parents=True, exist_ok=True)
-    files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    files = sorted(
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+    )
     others = [name for name in files if name != last]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: _send(folder / name, storage.join(location, name)), others))
@@ -78,12 +103,19 @@ def upload(folder: Path, location: str, last: str | None = None) -> None:
 
 
 def _send(file: Path, location: str) -> None:
-    if (target := storage.local_path(location)) is not None:
+    target = storage.local_path(location)
+    if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
     local = fs.LocalFileSystem()
 
     def send(system: fs.FileSystem, path: str) -> None:
-        fs.copy_files(str(file), path, source_filesystem=local, destination_filesystem=system, chunk_size=CHUNK)
+        fs.copy_files(
+            str(file),
+            path,
+            source_filesystem=local,
+            destination_filesystem=system,
+            chunk_size=CHUNK,
+        )
 
     storage.ask(location, send)
 
@@ -91,7 +123,8 @@ def _send(file: Path, location: str) -> None:
 @contextlib.contextmanager
 def local_folder(location: str) -> Iterator[Path]:
     """Yield a local folder to write. If `location` is not local, it then gets exactly the content of that folder."""
-    if (path := storage.local_path(location)) is not None:
+    path = storage.local_path(location)
+    if path is not None:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="olora-export-") as temporary:
@@ -124,7 +157,8 @@ def cached(entry: Path, make: Callable[[Path], object]) -> Path:
     entry.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as alone:
         if not entry.exists():
-            with contextlib.suppress(OSError):  # without flock each process calls `make`, and the first result stays
+            # Without flock each process calls `make`, and the first result stays.
+            with contextlib.suppress(OSError):
                 alone.enter_context(storage.flocked(_beside(entry, "lock")))
         if not entry.exists():
             with storage.staged(entry) as partial:
@@ -134,7 +168,8 @@ def cached(entry: Path, make: Callable[[Path], object]) -> Path:
 
 
 def hold(entry: Path) -> None:
-    with contextlib.suppress(OSError):  # in a cache that cannot be written, nothing is removed either
+    # In a cache that cannot be written, nothing is removed either.
+    with contextlib.suppress(OSError):
         used(entry)
         if entry not in _held:
             lock = _beside(entry, "lock").open("a")
@@ -156,39 +191,42 @@ def last_used(entry: Path) -> float:
     return max(times)
 
 
-def make_room(root: Path, entries: Iterable[Path], limit: int | None = None) -> None:
+def make_room(root: Path, entries: Iterable[Path] | None = None, limit: int | None = None) -> None:
     """Remove the least recently used entries until `limit` bytes remain, by default SHARE of the disk of `root`.
+
+    `entries` are by default all files and folders of `root`, without hidden ones.
 
     Entries that were used in the last ten minutes stay, because a process may be about to open them. Entries that a
     process holds (`hold`) stay, too.
     """
     for partial in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
         with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > 24 * 3600:  # a killed process has left it behind
+            # A killed process has left it behind.
+            if time.time() - partial.stat().st_mtime > 24 * 3600:
                 storage.remove_local(partial)
     if limit is None:
         limit = int(shutil.disk_usage(root).total * SHARE)
-    oldest_first = sorted((last_used(entry), entry, _bytes(entry)) for entry in entries if entry.exists())
+    if entries is None:
+        entries = root.glob("[!.]*")
+    oldest_first = []
+    for entry in entries:
+        if entry.exists():
+            files = (file for file in (entry, *entry.rglob("*")) if file.is_file())
+            size = sum(file.lstat().st_size for file in files)
+            oldest_first.append((last_used(entry), entry, size))
+    oldest_first.sort()
     total = sum(size for _, _, size in oldest_first)
     for at, entry, size in oldest_first:
-        if total > limit and time.time() - at > 600 and _removed(entry):
-            total -= size
-
-
-def _removed(entry: Path) -> bool:
-    try:
-        with _beside(entry, "lock").open("a") as lock:
+        if total <= limit or time.time() - at <= 600:
+            continue
+        # An error means that a process holds it, or that another process was faster.
+        with contextlib.suppress(OSError), _beside(entry, "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            entry.rename(away := storage.beside(entry))
+            away = storage.beside(entry)
+            entry.rename(away)
             storage.remove_local(away)
             storage.remove_local(_beside(entry, "used"))
-    except OSError:  # held, or another process was faster
-        return False
-    return True
-
-
-def _bytes(entry: Path) -> int:
-    return sum(file.lstat().st_size for file in (entry, *entry.rglob("*")) if file.is_file())
+            total -= size
 
 
 def _beside(entry: Path, suffix: str) -> Path:
@@ -198,7 +236,15 @@ def _beside(entry: Path, suffix: str) -> Path:
 # Results of checks, kept as text files. A result depends only on its inputs, so the next start reuses it.
 
 
-LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flash-attn", "kernels", "bitsandbytes")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "flash-attn",
+    "kernels",
+    "bitsandbytes",
+)
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -239,5 +285,7 @@ def code() -> str:
 def project(package: Path = PACKAGE) -> str:
     """Return a digest of this project's code alone, in the folder `package`."""
     files = sorted(package.rglob("*.py"))
-    lines = (f"{file.relative_to(package).as_posix()}:{storage.digest_file(file)}" for file in files)
+    lines = (
+        f"{file.relative_to(package).as_posix()}:{storage.digest_file(file)}" for file in files
+    )
     return storage.digest(*lines, length=12)

@@ -51,11 +51,14 @@ def document(title: str, body: str) -> str:
 def image(png: bytes, described: str, wide: bool) -> str:
     data = base64.b64encode(png).decode()
     kind = ' class="wide"' if wide else ""
-    return f'<figure{kind}><img alt="{escape(described)}" src="data:image/png;base64,{data}"></figure>'
+    return (
+        f'<figure{kind}><img alt="{escape(described)}" src="data:image/png;base64,{data}"></figure>'
+    )
 
 
 def terms(pairs: Iterable[tuple[str, str]]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs) + "</dl>"
+    lines = [f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in pairs]
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 Head = tuple[str, str, str]
@@ -64,12 +67,19 @@ Head = tuple[str, str, str]
 
 def table(heads: Sequence[Head], rows: Iterable[Sequence[str]], best: int | None = None) -> str:
     """Return a table; the row of number `best`, from 0, is marked."""
-    named = [f'<th scope="col" class="{kind}" title="{escape(full)}">{escape(name)}</th>' for name, kind, full in heads]
+    named = [
+        f'<th scope="col" class="{kind}" title="{escape(full)}">{escape(name)}</th>'
+        for name, kind, full in heads
+    ]
     body = []
     for number, row in enumerate(rows):
-        cells = [f'<td class="{kind}">{escape(shown)}</td>' for shown, (_, kind, _) in zip(row, heads, strict=True)]
+        cells = [
+            f'<td class="{kind}">{escape(shown)}</td>'
+            for shown, (_, kind, _) in zip(row, heads, strict=True)
+        ]
         body.append(f'<tr class="{"best" if number == best else ""}">{"".join(cells)}</tr>')
     lines = "\n".join(body)
     return (
-        f'<div class="scroll"><table><thead><tr>{"".join(named)}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
+        f'<div class="scroll"><table><thead><tr>{"".join(named)}</tr></thead>\n'
+        f"<tbody>\n{lines}\n</tbody></table></div>"
     )

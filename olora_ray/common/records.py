@@ -23,21 +23,30 @@ def read(location: str, form: type[Record], sealed: bool = False) -> Record | No
     """Return the record in a file; None if the file is missing, damaged or of another form. Raises OSError."""
     try:
         content = storage.read_bytes(location)
-    except (FileNotFoundError, NotADirectoryError):  # NotADirectoryError: a stray file instead of a folder
+    except (FileNotFoundError, NotADirectoryError):
+        # NotADirectoryError: a stray file instead of a folder.
         return None
     return parsed(content, form, sealed)
 
 
 def write(
-    location: str, record: Any, indent: int | None = None, end: str = "", sealed: bool = False, durable: bool = True
+    location: str,
+    record: Any,
+    indent: int | None = None,
+    end: str = "",
+    sealed: bool = False,
+    durable: bool = True,
 ) -> None:
     """Write a dataclass or a JSON value as the text of a file, and `end` after it. Raises OSError."""
     storage.write_text(location, text_of(record, indent, sealed) + end, durable)
 
 
 def text_of(record: Any, indent: int | None = None, sealed: bool = False) -> str:
-    tree = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
-    return seal(tree, indent) if sealed else json.dumps(tree, indent=indent)
+    if is_dataclass(record) and not isinstance(record, type):
+        record = asdict(record)
+    if sealed:
+        return seal(record, indent)
+    return json.dumps(record, indent=indent)
 
 
 def parsed(text: str | bytes, form: type[Record], sealed: bool = False) -> Record | None:
@@ -52,9 +61,7 @@ def parsed(text: str | bytes, form: type[Record], sealed: bool = False) -> Recor
         return None
 
 
-@cache
-def _adapter(form: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(form)  # building one takes milliseconds
+_adapter = cache(TypeAdapter)  # building one takes milliseconds
 
 
 def seal(tree: Mapping[str, Any], indent: int | None = None) -> str:

@@ -12,11 +12,18 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, first_line
-from olora_ray.common.patience import ANSWER_SECONDS, CONNECT_SECONDS, untrusted
+from olora_ray.common.retry import ANSWER_SECONDS, CONNECT_SECONDS, untrusted
 
-_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
+_REFUSED = (
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "403",
+)
 _TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING = ("NoSuchKey", "404")
 _FULL = 507
@@ -50,9 +57,11 @@ def check_bucket(location: str, field: str) -> None:
             client.put_object(Bucket=bucket, Key=key, Body=b"probe")
             client.get_object(Bucket=bucket, Key=key)["Body"].read()
             client.delete_object(Bucket=bucket, Key=key)
+    except StoreUnavailable as error:
+        raise TryAgain(
+            f"{field}: {location}: the object store at {_where()} does not answer: {error}"
+        ) from None
     except StoreError as error:
-        if isinstance(error, StoreUnavailable):
-            raise TryAgain(f"{field}: {location}: the object store at {_where()} does not answer: {error}") from None
         raise UserError(f"{field}: {location} cannot be written: {error}") from None
 
 
@@ -76,7 +85,8 @@ def put_if(location: str, content: bytes, etag: str | None) -> str | None:
     condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
     try:
         with _as_store_error():
-            return str(_client().put_object(Bucket=bucket, Key=key, Body=content, **condition)["ETag"])
+            answer = _client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+            return str(answer["ETag"])
     except (FileExistsError, FileNotFoundError):  # 404: it was deleted meanwhile
         return None
 
@@ -87,7 +97,7 @@ def split(location: str) -> tuple[str, str]:
 
 
 def _client(attempts: int = 2) -> Any:
-    patience.follow_certificates()
+    retry.follow_certificates()
     variables = sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
     return _cached_client(attempts, tuple(variables))
 
@@ -97,9 +107,10 @@ def _cached_client(attempts: int, environment: tuple[tuple[str, str], ...]) -> A
     import boto3
     from botocore.config import Config
 
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # at INFO it logs where the credentials come from
+    # At INFO it logs where the credentials come from.
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     # Few stores other than AWS have a host name per bucket, so the bucket is a part of the path there, as in pyarrow.
-    style = "path" if patience.s3_endpoint() else "auto"
+    style = "path" if retry.s3_endpoint() else "auto"
     return boto3.session.Session().client(
         "s3",
         config=Config(
@@ -119,13 +130,23 @@ def _as_store_error() -> Iterator[None]:
         yield
     except exceptions.ClientError as error:
         raise _error_of(error) from None
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
+    except (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.ProfileNotFound,
+    ) as error:
         raise StoreError(
             f"{first_line(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or attach a role"
             " to the machine"
         ) from None
-    except (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError, OSError) as error:
-        if remedy := untrusted(error):
+    except (
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+        OSError,
+    ) as error:
+        remedy = untrusted(error)
+        if remedy:
             raise StoreError(f"{_where()}: {remedy}") from None
         # The URL at the end names the probe, a file that the user does not know.
         why = re.sub(r"( on)?( endpoint| the endpoint)? URL: \S+$", "", first_line(error))
@@ -140,7 +161,9 @@ def _error_of(error: Any) -> OSError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
-        return StoreError(f"there is no bucket of this name at {_where()}; create it, or correct the name")
+        return StoreError(
+            f"there is no bucket of this name at {_where()}; create it, or correct the name"
+        )
     if code in _MISSING:
         return FileNotFoundError(first_line(error))
     if code in _TAKEN:
@@ -151,11 +174,13 @@ def _error_of(error: Any) -> OSError:
             " machine's role): they must allow listing, reading, writing and deleting there"
         )
     if status == _FULL:
-        return StoreError(f"{code} (HTTP {status}); make room in the object store, and run the same command again")
+        return StoreError(
+            f"{code} (HTTP {status}); make room in the object store, and run the same command again"
+        )
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling"):
         return StoreUnavailable(f"{code} (HTTP {status})")
     return StoreError(first_line(error))
 
 
 def _where() -> str:
-    return patience.s3_endpoint() or "AWS"
+    return retry.s3_endpoint() or "AWS"

@@ -33,20 +33,37 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_NAME = 256
-_IN_NAMES = ("password", "passwd", "secret", "pwd", "token", "sig", "credential", "authorization", "key")
+_IN_NAMES = (
+    "password",
+    "passwd",
+    "secret",
+    "pwd",
+    "token",
+    "sig",
+    "credential",
+    "authorization",
+    "key",
+)
 """Parts of which every name of a secret has one: a fast test before the regular expressions."""
 _FIELD = re.compile(r"(?<![\w.-])([\w.-]++)(\\?['\"]?[ \t]*+[:=][ \t]*+)")
-_QUOTED = re.compile(r"(['\"])((?:(?!\1)[^\\\n]|\\[^\n])++)|(\\['\"])((?:[^'\"\\\n]|\\(?!['\"])[^\n])++)")
+_QUOTED = re.compile(
+    r"(['\"])((?:(?!\1)[^\\\n]|\\[^\n])++)|(\\['\"])((?:[^'\"\\\n]|\\(?!['\"])[^\n])++)"
+)
 _BARE = re.compile(r"[^\s&;#'\"]++")
 # Two words after a colon are a sentence, not a value: `token: expected one line`. And null is no password.
 _AFTER_COLON = re.compile(
-    r"(?!(?:null|none|true|false)\b|[A-Za-z'-]++[.,;:!?]?[ \t]++\S)[^\s'\"]*[^\s'\",;)}\]]", re.IGNORECASE
+    r"(?!(?:null|none|true|false)\b|[A-Za-z'-]++[.,;:!?]?[ \t]++\S)[^\s'\"]*[^\s'\",;)}\]]",
+    re.IGNORECASE,
 )
-_SCHEME = re.compile(r"\b(Bearer|Basic|Token|Digest|Negotiate|ApiKey)([ \t]++)([\w.~+/=-]++)", re.IGNORECASE)
+_SCHEME = re.compile(
+    r"\b(Bearer|Basic|Token|Digest|Negotiate|ApiKey)([ \t]++)([\w.~+/=-]++)", re.IGNORECASE
+)
 _AUTHORIZATION = re.compile(r"authorization\\?['\"]?[ \t]*+[:=][ \t]*+\\?['\"]?$", re.IGNORECASE)
 # `--password x` on a command line, also in Python's list of its words: '--password', 'x'. A value that begins with a
 # dash would be the next option.
-_OPTION = re.compile(r"(?<![\w.-])(--[\w-]++)((?:['\"],)?[ \t]++)(?:(')[^'\n]++|(\")[^\"\n]++|[^\s'\"-][^\s'\"]*+)")
+_OPTION = re.compile(
+    r"(?<![\w.-])(--[\w-]++)((?:['\"],)?[ \t]++)(?:(')[^'\n]++|(\")[^\"\n]++|[^\s'\"-][^\s'\"]*+)"
+)
 # curl -u user:password, -su user:password, -uuser:password, --user user:password. Only in a line with `curl`, because
 # docker's `--user 1000:1000` is no secret.
 _CURL_USER = re.compile(
@@ -87,7 +104,8 @@ def mask(text: str) -> str:
         text = _CURL_USER.sub(rf"\1{_HIDDEN}", text)
     if any(part in lower for part in _IN_NAMES):
         text = "".join(_fields_masked(text))
-        text = _OPTION.sub(_without_value, text) if "--" in text else text
+        if "--" in text:
+            text = _OPTION.sub(_without_value, text)
     return text
 
 
@@ -98,7 +116,10 @@ def in_uri(text: str) -> bool:
 
 def is_name(name: str) -> bool:
     """True if a field with this name is a secret: password, api_key, hub_token."""
-    return re.fullmatch(r"[\w.-]+", name) is not None and _NAME.search(name[-_LONGEST_NAME:]) is not None
+    return (
+        re.fullmatch(r"[\w.-]+", name) is not None
+        and _NAME.search(name[-_LONGEST_NAME:]) is not None
+    )
 
 
 def _without_password(match: re.Match[str]) -> str:
@@ -115,12 +136,16 @@ def _without_credentials(match: re.Match[str]) -> str:
     before = match.string[max(0, match.start() - 40) : match.start()]
     # `bearer` is also a usual word: without `Authorization:` before it, only a long value with digits is a token.
     bare = scheme.lower() == "bearer" and len(value) >= 16 and any(sign.isdigit() for sign in value)
-    return f"{scheme}{blank}{_HIDDEN}" if bare or _AUTHORIZATION.search(before) else match[0]
+    if bare or _AUTHORIZATION.search(before):
+        return f"{scheme}{blank}{_HIDDEN}"
+    return match[0]
 
 
 def _without_value(match: re.Match[str]) -> str:
     option, blank, *quotes = match.groups()
-    return f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}" if is_name(option) else match[0]
+    if not is_name(option):
+        return match[0]
+    return f"{option}{blank}{''.join(filter(None, quotes))}{_HIDDEN}"
 
 
 def _fields_masked(text: str) -> Iterator[str]:
@@ -128,22 +153,21 @@ def _fields_masked(text: str) -> Iterator[str]:
     for field in _FIELD.finditer(text):
         if field.start() < end or not is_name(field[1]):
             continue
-        if span := _value_span(text, field[2], field.end()):
-            yield text[end : span[0]] + _HIDDEN
-            end = span[1]
+        sign = field[2]
+        group = 0
+        value = _QUOTED.match(text, field.end())
+        if value:
+            group = 2 if value[1] else 4
+        elif sign == "=":
+            value = _BARE.match(text, field.end())
+        elif (
+            sign[0] in "'\"\\" or sign[-1] in " \t"
+        ):  # otherwise a file and a line: test_token.py:12
+            value = _AFTER_COLON.match(text, field.end())
+        if value:
+            yield text[end : value.start(group)] + _HIDDEN
+            end = value.end(group)
     yield text[end:]
-
-
-def _value_span(text: str, sign: str, begin: int) -> tuple[int, int] | None:
-    if quoted := _QUOTED.match(text, begin):
-        return quoted.span(2 if quoted[1] else 4)
-    if sign == "=":
-        value = _BARE.match(text, begin)
-    elif sign[0] in "'\"\\" or sign[-1] in " \t":
-        value = _AFTER_COLON.match(text, begin)
-    else:  # a file and a line, as in tests/test_token.py:12
-        value = None
-    return value.span() if value else None
 
 
 def looked_up(value: str, field: str) -> str:
@@ -153,21 +177,24 @@ def looked_up(value: str, field: str) -> str:
     """
     scheme, _, name = value.partition(":")
     if scheme == "env":
-        if not (content := os.environ.get(name, "").strip()):
-            raise UserError(f"{field}: {value}: the environment variable {name} is not set in this process")
+        content = os.environ.get(name, "").strip()
+        if not content:
+            raise UserError(
+                f"{field}: {value}: the environment variable {name} is not set in this process"
+            )
         return content
-    if scheme == "file" and not name.startswith("//"):
-        return _line_of(Path(name).expanduser(), f"{field}: {value}")
-    return value
-
-
-def _line_of(path: Path, subject: str) -> str:
+    if scheme != "file" or name.startswith("//"):
+        return value
+    path = Path(name).expanduser()
     if not path.is_absolute():
-        raise UserError(f"{subject}: use the absolute path of the file, file:/PATH")
+        raise UserError(f"{field}: {value}: use the absolute path of the file, file:/PATH")
     try:
         words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{subject}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        problem = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{field}: {value}: cannot be read: {problem}") from None
     if len(words) != 1:
-        raise UserError(f"{subject}: expected one line with an address, found {len(words)} words")
+        raise UserError(
+            f"{field}: {value}: expected one line with an address, found {len(words)} words"
+        )
     return words[0]

@@ -1,7 +1,7 @@
 """Files by path or URI: the same functions for local folders, s3:// and gs://. A `location` is a path or a URI.
 
 A write is atomic: a reader sees the old file, the new file or no file, never a part of one. Failures are OSErrors. A
-request to an object store that has answered before is first retried for a while (patience.py).
+request to an object store that has answered before is first retried for a while (retry.py).
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from olora_ray.common import patience, s3
+from olora_ray.common import retry, s3
 from olora_ray.common.errors import UserError, as_user_error, short_reason
-from olora_ray.common.patience import passes, patiently
+from olora_ray.common.retry import transient, with_retries
 
 # Local files and folders: created in one step, flushed to disk, with the user's file modes, or private.
 
@@ -59,7 +59,8 @@ def staged(target: Path) -> Iterator[Path]:
         yield partial
         try:
             os.replace(partial, target)
-        except OSError:  # the system does not replace a folder that has files: another process was faster
+        except OSError:
+            # The system does not replace a folder that has files: another process was faster.
             if not target.exists():
                 raise
     finally:
@@ -106,7 +107,9 @@ def private_folder(name: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not this user's own folder; delete it, or set TMPDIR to another folder")
+        raise PermissionError(
+            f"{folder} is not this user's own folder; delete it, or set TMPDIR to another folder"
+        )
     return folder
 
 
@@ -131,7 +134,9 @@ def join(location: str, *parts: str) -> str:
     return "/".join([location.rstrip("/"), *parts])
 
 
-WITHOUT_QUERY = "name the server with the environment variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
+WITHOUT_QUERY = (
+    "name the server with the environment variables AWS_ENDPOINT_URL and AWS_REGION, on all nodes"
+)
 
 
 def filesystem(location: str) -> tuple[fs.FileSystem, str]:
@@ -144,8 +149,10 @@ def filesystem(location: str) -> tuple[fs.FileSystem, str]:
     scheme, _, rest = location.partition("://")
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
-    system, root = patience.connect(scheme, bucket, query)
-    return system, f"{root}/{unquote(key) if scheme == 'file' else key}".rstrip("/")
+    system, root = retry.connect(scheme, bucket, query)
+    if scheme == "file":
+        key = unquote(key)
+    return system, f"{root}/{key}".rstrip("/")
 
 
 def local_path(location: str) -> Path | None:
@@ -156,10 +163,10 @@ def local_path(location: str) -> Path | None:
 
 
 def ask(location: str, request: Callable[[fs.FileSystem, str], Answer]) -> Answer:
-    """Return the answer of `request(filesystem, path)`. A request to an object store is retried (`patiently`)."""
+    """Return the answer of `request(filesystem, path)`. A request to an object store is retried (`with_retries`)."""
     if local_path(location) is not None:
         return request(*filesystem(location))
-    return patiently("/".join(location.split("/")[:3]), lambda: request(*filesystem(location)))
+    return with_retries("/".join(location.split("/")[:3]), lambda: request(*filesystem(location)))
 
 
 def check_storage(location: str, field: str) -> None:
@@ -171,10 +178,19 @@ def check_storage(location: str, field: str) -> None:
     if s3.is_s3(location):
         s3.check_bucket(location, field)
     probe = join(location, f".probe-{uuid.uuid4().hex}")
-    content, subject = os.urandom(4 * PART), f"{field}: {location}"
-    with as_user_error(f"{subject} cannot be written", OSError, ValueError, reason=short_reason, passes=passes):
+    content = os.urandom(4 * PART)
+    subject = f"{field}: {location}"
+
+    def read_part(system: fs.FileSystem, path: str) -> bytes:
+        with system.open_input_file(path) as file:
+            file.seek(PART)
+            return bytes(file.read(PART))
+
+    with as_user_error(
+        f"{subject} cannot be written", OSError, ValueError, reason=short_reason, passes=transient
+    ):
         write_bytes(probe, content)
-        part = ask(probe, _part)
+        part = ask(probe, read_part)
         remove(probe)
     if part != content[PART : 2 * PART]:
         raise UserError(
@@ -183,40 +199,41 @@ def check_storage(location: str, field: str) -> None:
         )
 
 
-def _part(system: fs.FileSystem, path: str) -> bytes:
-    with system.open_input_file(path) as file:
-        file.seek(PART)
-        return bytes(file.read(PART))
+def info(location: str) -> fs.FileInfo:
+    return ask(location, lambda system, path: system.get_file_info(path))
 
 
 def exists(location: str) -> bool:
-    return ask(location, lambda system, path: bool(system.get_file_info(path).type != fs.FileType.NotFound))
+    return bool(info(location).type != fs.FileType.NotFound)
 
 
 def size(location: str) -> int | None:
-    def look(system: fs.FileSystem, path: str) -> int | None:
-        info = system.get_file_info(path)
-        return int(info.size) if info.is_file else None
-
-    return ask(location, look)
+    found = info(location)
+    if not found.is_file:
+        return None
+    return int(found.size)
 
 
 def names(location: str) -> list[str]:
     """Return the sorted names of the files and folders in a folder; empty if the folder does not exist."""
     if location.startswith(_WITHOUT_FOLDERS):
         return sorted({path.partition("/")[0] for path in files_below(location)})
-    return sorted(info.base_name for info in _infos(location))
+    return sorted(each.base_name for each in _infos(location))
 
 
 def times(location: str) -> dict[str, float]:
     """Return name -> last change of each entry in a folder, in seconds since 1970; 0 if the store does not tell it."""
-    return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in _infos(location)}
+    return {each.base_name: (each.mtime_ns or 0) / 1e9 for each in _infos(location)}
 
 
 def files_below(location: str) -> dict[str, int]:
     """Return path -> bytes of all files below a folder, at any depth; empty if the folder does not exist."""
     root = filesystem(location)[1]
-    return {info.path[len(root) :].lstrip("/"): info.size for info in _infos(location, recursive=True) if info.is_file}
+    return {
+        each.path[len(root) :].lstrip("/"): each.size
+        for each in _infos(location, recursive=True)
+        if each.is_file
+    }
 
 
 def version(location: str) -> str:
@@ -225,10 +242,12 @@ def version(location: str) -> str:
     Raises FileNotFoundError if the location does not exist.
     """
     root = filesystem(location)[1]
-    infos = [ask(location, lambda system, path: system.get_file_info(path))]
+    infos = [info(location)]
     if not infos[0].is_file:
         infos = _infos(location, recursive=True)
-    files = sorted((info.path[len(root) :], info.size, info.mtime_ns or 0) for info in infos if info.is_file)
+    files = sorted(
+        (each.path[len(root) :], each.size, each.mtime_ns or 0) for each in infos if each.is_file
+    )
     if not files:
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", location)
     return hashlib.sha256(repr(files).encode()).hexdigest()
@@ -270,7 +289,9 @@ def write_bytes(location: str, content: bytes, durable: bool = True) -> None:
     write_chunks(location, lambda: (content,), durable)
 
 
-def write_chunks(location: str, content: Callable[[], Iterable[bytes]], durable: bool = True) -> None:
+def write_chunks(
+    location: str, content: Callable[[], Iterable[bytes]], durable: bool = True
+) -> None:
     """Write a file that is too large for memory, like `write_bytes`. Each call of `content` yields all of it."""
 
     def write(system: fs.FileSystem, path: str) -> None:
@@ -278,7 +299,8 @@ def write_chunks(location: str, content: Callable[[], Iterable[bytes]], durable:
             for chunk in content():
                 stream.write(chunk)
 
-    if (path := local_path(location)) is None:
+    path = local_path(location)
+    if path is None:
         ask(location, write)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -308,20 +330,20 @@ def read_text(location: str) -> str:
 
 
 def remove(location: str) -> None:
-    if (path := local_path(location)) is not None:
+    def delete(system: fs.FileSystem, path: str) -> None:
+        file_type = system.get_file_info(path).type
+        if file_type == fs.FileType.Directory:
+            # On gs:// pyarrow then deletes the object that stands for the folder, which exists only if it was created.
+            with contextlib.suppress(FileNotFoundError):
+                system.delete_dir(path)
+        elif file_type == fs.FileType.File:
+            system.delete_file(path)
+
+    path = local_path(location)
+    if path is None:
+        ask(location, delete)
+    else:
         remove_local(path)
-        return
-    ask(location, _remove)
-
-
-def _remove(system: fs.FileSystem, path: str) -> None:
-    file_type = system.get_file_info(path).type
-    if file_type == fs.FileType.Directory:
-        # On gs:// pyarrow then deletes the object that stands for the folder, which exists only if it was created.
-        with contextlib.suppress(FileNotFoundError):
-            system.delete_dir(path)
-    elif file_type == fs.FileType.File:
-        system.delete_file(path)
 
 
 # SHA-256 digests in hex. They name token stores, caches and runs, so the text that is hashed must never change: an

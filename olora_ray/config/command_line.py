@@ -4,6 +4,7 @@ import difflib
 import gc
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -21,17 +22,39 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from olora_ray.common import logs
-from olora_ray.common.errors import Stopped, StoreError, UserError, as_user_error, of_the_machine, short_reason
+from olora_ray.common.errors import (
+    Stopped,
+    StoreError,
+    UserError,
+    as_user_error,
+    of_the_machine,
+    short_reason,
+)
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import is_uri
-from olora_ray.config.load import build, changed, load_config, meant, parse_assignments, spelling_advice
-from olora_ray.config.schema import AnyConfig, Condition, Config, Data, Source
-from olora_ray.config.section import AnySection, Section
+from olora_ray.config.load import (
+    build,
+    changed,
+    load_config,
+    meant,
+    parse_assignments,
+    spelling_advice,
+    validated,
+)
+from olora_ray.config.nights import Condition
+from olora_ray.config.schema import TEMPLATES, AnyConfig, Config, Data, EvaluationConfig
+from olora_ray.config.section import AnySection, NameIn, Section, Source, described
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
 
 
-NAMES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", NoneType: "`null`"}
+NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "`true` or `false`",
+    NoneType: "`null`",
+}
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 WIDTH = 112
 
@@ -40,36 +63,69 @@ def name_of(section: type[Section]) -> str:
     return section.__name__.lower()
 
 
-def shape(annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Section]], str] = name_of) -> str:
+def shape(
+    annotation: Any, limits: Sequence[Any] = (), entry: Callable[[type[Section]], str] = name_of
+) -> str:
     """Return in words which values a field accepts; `limits` are pydantic's constraints, `entry` names a section."""
-    origin, inner = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    inner = get_args(annotation)
     if origin is Annotated:
-        metadata = [limit for one in inner[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
-        return shape(inner[0], [*limits, *metadata], entry)
+        metadata = [*limits]
+        for one in inner[1:]:
+            metadata += one.metadata if isinstance(one, FieldInfo) else [one]
+        return shape(inner[0], metadata, entry)
     if origin in (Union, UnionType):
         return " or ".join(shape(part, (), entry) for part in inner)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin is tuple:
-        return _tuple([shape(part, (), entry) for part in inner if part is not Ellipsis], Ellipsis in inner, limits)
+        parts = [shape(part, (), entry) for part in inner if part is not Ellipsis]
+        if Ellipsis not in inner:
+            return f"list [{', '.join(parts)}]"
+        words = f"list of {parts[0]}"
+        least = next((limit.min_length for limit in limits if hasattr(limit, "min_length")), 0)
+        if least:
+            words += f", {least} or more"
+        return words
     if origin is dict:
         return f"mapping of {shape(inner[0], (), entry)} to {shape(inner[1], (), entry)}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return entry(annotation)
-    return " ".join([NAMES[annotation], *_bounds(limits)])
+    for limit in limits:
+        if isinstance(limit, NameIn):
+            return ", ".join(f"`{name}`" for name in limit.names())
+    bounds = []
+    for limit, (name, sign) in itertools.product(limits, BOUNDS.items()):
+        if hasattr(limit, name):
+            bounds.append(f"{sign} {getattr(limit, name):.10g}")
+    if not bounds:
+        return NAMES[annotation]
+    return f"{NAMES[annotation]} ({', '.join(bounds)})"
 
 
 def plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=list)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, default=list)
 
 
 def default(field: FieldInfo) -> str:
     """A field's default as it would stand in a config, or `required`."""
-    return "required" if field.is_required() else plain(field.get_default(call_default_factory=True))
+    if field.is_required():
+        return "required"
+    return plain(field.get_default(call_default_factory=True))
 
 
 FIRST = (
-    *("run.name", "model.name", "data.train", "data.eval", "data.max_length", "adapter.rank", "adapter.alpha"),
+    *(
+        "run.name",
+        "model.name",
+        "data.train",
+        "data.eval",
+        "data.max_length",
+        "adapter.rank",
+        "adapter.alpha",
+    ),
     *("train.epochs", "train.global_batch", "train.micro_batch", "train.lr"),
     *("cluster.workers", "tracking.uri", "registry.model"),
 )
@@ -84,49 +140,36 @@ def help_text(config: type[Section] = Config, only: Collection[str] | None = Non
     """
     lines = []
     for name, field in config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
-        all_fields = only is None or name in only or name not in Config.model_fields
-        shown = None if all_fields else [each for each in section.model_fields if f"{name}.{each}" in (only or ())]
+        section: Any = field.annotation
+        shown = None
+        if only is not None and name not in only and name in Config.model_fields:
+            shown = [each for each in section.model_fields if f"{name}.{each}" in only]
         if shown != []:
             lines.append(f"{name}:")
             lines.extend(_section(section, "  ", shown))
     return "\n".join(lines)
 
 
-def _section(section: type[Section], indent: str, only: Collection[str] | None = None) -> Iterator[str]:
+def _section(
+    section: type[Section], indent: str, only: Collection[str] | None = None
+) -> Iterator[str]:
     for name, field in section.model_fields.items():
         if only is not None and name not in only:
             continue
         accepted = shape(field.annotation, field.metadata).replace("`", "")
-        text = " ".join(f"{field.description} ({accepted}) [{default(field)}]".split())
+        text = " ".join(f"{described(field)} ({accepted}) [{default(field)}]".split())
         start = f"{indent}{field.alias or name:<18} "
         yield textwrap.fill(
-            text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+            text,
+            WIDTH,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_on_hyphens=False,
         )
         if name == "train" and section is Data and only is None:
             yield from _section(Source, indent + "    ")
         if name == "conditions":
             yield from _section(Condition, indent + "    ")
-
-
-def _tuple(parts: Sequence[str], any_number: bool, limits: Sequence[Any]) -> str:
-    if not any_number:
-        return f"list [{', '.join(parts)}]"
-    least = next((limit.min_length for limit in limits if hasattr(limit, "min_length")), 0)
-    return f"list of {parts[0]}" + (f", {least} or more" if least else "")
-
-
-def _bounds(limits: Sequence[Any]) -> Iterator[str]:
-    bounds = [
-        f"{sign} {getattr(limit, name):.10g}"
-        for limit in limits
-        for name, sign in BOUNDS.items()
-        if hasattr(limit, name)
-    ]
-    if bounds:
-        yield f"({', '.join(bounds)})"
 
 
 # Paths, URIs, hub ids and package:// files in a config, made absolute.
@@ -143,7 +186,7 @@ ROOT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.par
 """The folder that contains the folders in SHIPPED."""
 
 
-def resolved(config: Resolved, folder: Path) -> Resolved:
+def resolved(config: Resolved, folder: Path = Path()) -> Resolved:
     """Return the config with all paths made absolute; relative paths start at `folder`.
 
     Workers have other working directories, so they must not get relative paths. In a submitted job a relative
@@ -152,61 +195,77 @@ def resolved(config: Resolved, folder: Path) -> Resolved:
     """
     name = config.model.name
     # ~ is expanded here because exports name the base model by this path, and other users have another ~.
-    if not is_uri(name) and is_there(path := Path(left(name, folder, "model.name")), "model.name"):
-        name = str(path)
-    start, template = config.train.start, config.data.chat_template
+    if not is_uri(name):
+        path = job_path(name, folder, "model.name")
+        if is_there(Path(path)):
+            name = path
+    start = config.train.start
+    if start:
+        start = job_path(start, folder, "train.start")
+    template = config.data.chat_template
+    if template and template not in TEMPLATES:
+        template = absolute(template, folder, "data.chat_template")
     if isinstance(config, Config) and isinstance(config.gate.guard, tuple):
         guard = tuple(
-            each if isinstance(each, str) else _source(each, folder, "gate.guard") for each in config.gate.guard
+            each if isinstance(each, str) else _source(each, folder, "gate.guard")
+            for each in config.gate.guard
         )
         config = _changed(config, gate=_changed(config.gate, guard=guard))
+    storage = absolute(config.run.storage, lasting(folder), "run.storage")
     return _changed(
         config,
-        run=_changed(config.run, storage=absolute(config.run.storage, lasting(folder), "run.storage")),
+        run=_changed(config.run, storage=storage),
         model=_changed(config.model, name=name),
         data=_changed(
             config.data,
             train=_sources(config.data.train, folder, "data.train"),
             eval=_sources(config.data.eval, folder, "data.eval"),
-            chat_template=template if template in (None, "plain") else absolute(template, folder, "data.chat_template"),
+            chat_template=template,
         ),
-        train=_changed(config.train, start=start and left(start, folder, "train.start")),
+        train=_changed(config.train, start=start),
     )
 
 
-def is_there(path: Path, field: str) -> bool:
-    """True if the path exists; raises UserError that names `field` if this user cannot read its folder."""
-    with as_user_error(f"{field}: {path}", OSError, reason=short_reason):
+def is_there(path: Path) -> bool:
+    """True if a path of a model exists; raises UserError if this user cannot read its folder."""
+    with as_user_error(f"model.name: {path}", OSError, reason=short_reason):
         return path.exists()
 
 
-def lasting(folder: Path) -> Path:
+def lasting(folder: Path = Path()) -> Path:
     # Ray deletes the working directory of a job after the job, with all that was written there.
-    return Path.home() / "olora_ray" if JOB_FOLDER in folder.parts else folder
+    if JOB_FOLDER in folder.absolute().parts:
+        return Path.home() / "olora_ray"
+    return folder
 
 
 def _changed(section: AnySection, **values: object) -> AnySection:
     return section.model_copy(update=values)
 
 
-def absolute(path: str, folder: Path, field: str = "") -> str:
+def absolute(path: str, folder: Path = Path(), field: str = "") -> str:
     """Return a URI unchanged and a path made absolute from `folder`; raises UserError as `at_home`."""
-    return path if is_uri(path) else os.path.normpath(folder / at_home(path, field))
+    if is_uri(path):
+        return path
+    return os.path.abspath(folder / at_home(path, field))
 
 
-def left(place: str, folder: Path, field: str = "") -> str:
+def job_path(place: str, folder: Path = Path(), field: str = "") -> str:
     """Return the absolute path; in a job that lacks the file, the path to which an earlier job wrote it."""
     path = absolute(place, folder, field)
     # A later job has a new working directory, without the files that an earlier one wrote.
     kept = absolute(place, lasting(folder), field)
-    return kept if os.path.exists(kept) and not os.path.lexists(path) else path
+    if os.path.exists(kept) and not os.path.lexists(path):
+        return kept
+    return path
 
 
 def shipped(path: str, folder: Path = Path()) -> str:
     """Return `path`, or the shipped file of that name (such as pipelines/configs/...) if `path` is missing."""
     # README and docs name these files relative to a checkout, and their commands must also work with a wheel.
-    ours = path.startswith(SHIPPED) and not (folder / path).exists() and (ROOT / path).exists()
-    return str(ROOT / path) if ours else path
+    if path.startswith(SHIPPED) and not (folder / path).exists() and (ROOT / path).exists():
+        return str(ROOT / path)
+    return path
 
 
 def at_home(path: str, field: str = "") -> Path:
@@ -215,7 +274,9 @@ def at_home(path: str, field: str = "") -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         where = f"{field}: {path}" if field else path
-        raise UserError(f"{where}: '{Path(path).parts[0]}' has no home folder; write the absolute path") from None
+        raise UserError(
+            f"{where}: '{Path(path).parts[0]}' has no home folder; write the absolute path"
+        ) from None
 
 
 def package_file(name: str, field: str = "model.name") -> Path:
@@ -223,24 +284,32 @@ def package_file(name: str, field: str = "model.name") -> Path:
     package, _, inner = name.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{field}: {name}: Python package {package!r} is not installed; install it on every node")
+        raise UserError(
+            f"{field}: {name}: Python package {package!r} is not installed; install it on every node"
+        )
     path = Path(next(iter(spec.submodule_search_locations))) / inner
     if not path.exists():
-        files = sorted(item.name for item in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise UserError(f"{field}: {name}: no such file in the package; its files: {', '.join(files) or 'none'}")
+        files = sorted(item.name for item in path.parent.glob("*"))
+        raise UserError(
+            f"{field}: {name}: no such file in the package; its files: {', '.join(files) or 'none'}"
+        )
     return path
 
 
 def _sources(sources: Sequence[Source], folder: Path, setting: str) -> tuple[Source, ...]:
-    return tuple(_source(source, folder, f"{setting}.{number}") for number, source in enumerate(sources))
+    return tuple(
+        _source(source, folder, f"{setting}.{number}") for number, source in enumerate(sources)
+    )
 
 
 def _source(source: Source, folder: Path, where: str) -> Source:
     only = tuple(absolute(name, folder, f"{where}.only") for name in source.only)
-    return _changed(source, path=absolute(shipped(source.path, folder), folder, f"{where}.path"), only=only)
+    path = absolute(shipped(source.path, folder), folder, f"{where}.path")
+    return _changed(source, path=path, only=only)
 
 
-HELP, VERSION = ("-h", "--help"), "--version"
+HELP = ("-h", "--help")
+VERSION = "--version"
 
 
 @dataclass(frozen=True)
@@ -284,35 +353,41 @@ def parse(
         if fields and "all" in argv:
             print(f"\nFields, with their defaults:\n\n{help_text(fields)}")
         elif fields:
-            print(f"\nFields to begin with and their defaults (--help all: all):\n\n{help_text(fields, first)}")
+            print(
+                f"\nFields to begin with and their defaults (--help all: all):\n\n{help_text(fields, first)}"
+            )
         raise SystemExit(0)
-    words, given, values = [], set(), list[tuple[str, str]]()
+    words = []
+    given = set()
+    values = []
     rest = iter(argv)
     for word in rest:
         name, equals, value = word.partition("=")
         if not word.startswith("-"):
             words.append(word)
         elif name in options:
-            values.append((name, value if equals else _value(name, next(rest, None))))
+            if not equals:
+                value = next(rest, "--")
+                if value.startswith("--"):
+                    raise UserError(f"argument {name}: its value is missing; see --help")
+            values.append((name, value))
         elif name in flags and not equals:
             given.add(name)
         else:
-            value = value if equals else next(rest, "")
-            advice = _field_without_dashes(name, value) if fields and name not in flags else None
+            advice = None
+            if fields and name not in flags:
+                advice = _field_without_dashes(name, value if equals else next(rest, ""))
             raise UserError(mask(f"argument {word}: {advice or _unknown(name, flags, options)}"))
     return Arguments(tuple(words), frozenset(given), dict(values), tuple(values))
 
 
-def _value(name: str, value: str | None) -> str:
-    if value is None or value.startswith("--"):
-        raise UserError(f"argument {name}: its value is missing; see --help")
-    return value
-
-
 def _field_without_dashes(name: str, value: str) -> str | None:
     bare = name.lstrip("-")
-    if field := bare if "." in bare else meant(bare):
-        return f"set fields without dashes: {field}={value if value and not value.startswith('-') else '...'}"
+    field = bare if "." in bare else meant(bare)
+    if field:
+        if not value or value.startswith("-"):
+            value = "..."
+        return f"set fields without dashes: {field}={value}"
     return spelling_advice(bare)
 
 
@@ -320,9 +395,12 @@ def _unknown(name: str, flags: Sequence[str], options: Sequence[str]) -> str:
     if name in flags:
         return f"{name} takes no value; write it alone"
     known = [*flags, *options]
-    if near := difflib.get_close_matches(name, [*known, *HELP, VERSION], n=1):
+    near = difflib.get_close_matches(name, [*known, *HELP, VERSION], n=1)
+    if near:
         return f"unknown; did you mean {near[0]}?"
-    return f"unknown; use {', '.join(known)} or --help" if known else "unknown; see --help"
+    if known:
+        return f"unknown; use {', '.join(known)} or --help"
+    return "unknown; see --help"
 
 
 def read_arguments(
@@ -337,9 +415,13 @@ def read_arguments(
         raise UserError("argument --show-config: works only with --dry-run; add --dry-run")
     files = arguments.names()
     if len(files) > 1:
-        raise UserError(f"arguments {' '.join(files)}: use one config file; set fields as section.field=value")
+        raise UserError(
+            f"arguments {' '.join(files)}: use one config file; set fields as section.field=value"
+        )
     if not files:
-        raise UserError("argument CONFIG.yaml: missing; `olora-ray init DATA` writes one for your rows; see --help")
+        raise UserError(
+            "argument CONFIG.yaml: missing; `olora-ray init DATA` writes one for your rows; see --help"
+        )
     return loaded(files[0], arguments.changes()), arguments.flags
 
 
@@ -358,8 +440,14 @@ def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str,
 def loaded(source: str | Path | Mapping[str, Any], changes: dict[str, Any]) -> Config:
     """Return the config of a file, or of a mapping with its content, after `changes`, with absolute paths."""
     if isinstance(source, Mapping):
-        return resolved(build(changed(source, changes)), Path.cwd())
-    return resolved(load_config(source, changes), Path.cwd())
+        return resolved(build(changed(source, changes)))
+    return resolved(load_config(source, changes))
+
+
+def loaded_for(model: str, changes: Mapping[str, Any]) -> EvaluationConfig:
+    """Return the config of an evaluation of a model alone, after `changes`, with absolute paths."""
+    tree = changed({"model": {"name": model}}, changes)
+    return resolved(validated(EvaluationConfig, tree, "config"))
 
 
 # Libraries log addresses as they got them, with the passwords in them.
@@ -405,7 +493,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         with logs.printed():
             main(sys.argv[1:])
     except (UserError, StoreError) as error:
-        lines = getattr(error, "lines", [str(error)])  # a file name or a library's text may contain line breaks
+        lines = getattr(error, "lines", [str(error)])
+        # A file name or a library's text may contain line breaks.
         _end("error: " + "\n  ".join(" ".join(line.split()) for line in lines), error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
@@ -414,7 +503,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:
         os._exit(141)
     except Exception as error:
-        if line := of_the_machine(error):
+        line = of_the_machine(error)
+        if line:
             _end(f"error: {line}", UserError.exit_code)
         _end(traceback.format_exc().rstrip(), 1)  # a bug, so the user needs the traceback
     finally:

@@ -17,7 +17,15 @@ from olora_ray.common import secrets, storage
 from olora_ray.common.errors import UserError, of_problems
 from olora_ray.common.text import did_you_mean
 from olora_ray.config.schema import Config, EvaluationConfig
-from olora_ray.config.section import EXPERIMENT, HUB_NAME, MODEL_NAME, NAME, REFER, AnySection, Section
+from olora_ray.config.section import (
+    EXPERIMENT,
+    HUB_NAME,
+    MODEL_NAME,
+    NAME,
+    REFER,
+    AnySection,
+    Section,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +76,6 @@ PLAIN = {
     "cluster.cpus_per_worker": "num_cpus",
     "cluster.strategy": "fsdp deepspeed ddp",
     "cluster.fsdp_replicas": "dp_replicate_size hsdp",
-    "cluster.fsdp_offload": "cpu_offload fsdp_cpu_offload",
     "cluster.max_failures": "max_retries",
     "evaluation.scorer": "compute_metrics metric_for_best_model",
     "evaluation.max_new_tokens": "generation_max_length",
@@ -97,22 +104,76 @@ TRACKERS = ("wandb_", "mlflow_", "comet_", "neptune_", "swanlab_", "trackio_", "
 """Prefixes of names of settings about trackers."""
 
 
+SYNONYMS = {
+    "model.model_name_or_path": "model.name",
+    "model.model_revision": "model.revision",
+    "model.torch_dtype": "model.dtype",
+    "model.attn_implementation": "model.attention",
+    "adapter.r": "adapter.rank",
+    "adapter.lora_r": "adapter.rank",
+    "adapter.lora_alpha": "adapter.alpha",
+    "adapter.lora_dropout": "adapter.dropout",
+    "adapter.target_modules": "adapter.targets",
+    "adapter.lora_target_modules": "adapter.targets",
+    "adapter.use_rslora": "adapter.rank_stabilized",
+    "train.num_train_epochs": "train.epochs",
+    "train.max_steps": "train.steps",
+    "train.learning_rate": "train.lr",
+    "train.loraplus_lr_ratio": "train.lr_ratio",
+    "train.warmup_ratio": "train.warmup",
+    "train.max_grad_norm": "train.clip",
+    "train.gradient_checkpointing": "train.activation_checkpointing",
+    "train.eval_steps": "train.eval_every",
+    "train.save_steps": "train.checkpoint_every",
+    "train.logging_steps": "train.log_every",
+    "train.save_total_limit": "train.keep",
+    "train.early_stopping_patience": "train.early_stop",
+    "tracking.tracking_uri": "tracking.uri",
+    "tracking.experiment_name": "tracking.experiment",
+    "registry.registered_model_name": "registry.model",
+}
+"""Names in Hugging Face's libraries and MLflow with exactly the meaning and values of a field -> the field.
+
+They work in config files and on the command line. Another name of `PLAIN` may count something else, such as rows
+instead of packs, or its values differ: it stays an error with advice."""
+
+
+def renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested mapping with the fields' own names instead of SYNONYMS; log each.
+
+    Raises UserError if a field is set under two names.
+    """
+    result = dict(tree)
+    for name, field in SYNONYMS.items():
+        section, _, word = name.partition(".")
+        own = field.removeprefix(f"{section}.")
+        values = result.get(section)
+        if not isinstance(values, dict) or word not in values:
+            continue
+        if own in values:
+            raise _set_twice(name, field)
+        result[section] = {own if key == word else key: value for key, value in values.items()}
+        logger.info(f"{name} is read as {field}")
+    return result
+
+
+def _set_twice(name: str, field: str) -> UserError:
+    return UserError(f"{name}: means {field}, which is set too, by this or another name; set one")
+
+
 @cache
 def _fields() -> dict[str, str]:
-    # A field's own name means that field only if no other section has a field of this name.
     own: dict[str, list[str]] = {}
-    for section, name in _own():
-        own.setdefault(name, []).append(f"{section}.{name}")
-    fields = {_plain(name): full_names[0] for name, full_names in own.items() if len(full_names) == 1}
-    return fields | {_plain(word): field for field, words in PLAIN.items() for word in words.split()}
-
-
-def _own() -> Iterator[tuple[str, str]]:
     for section, field in Config.model_fields.items():
-        inner = next(iter(get_args(field.annotation)), field.annotation)
-        assert isinstance(inner, type)
-        assert issubclass(inner, Section)
-        yield from ((section, each.alias or name) for name, each in inner.model_fields.items())
+        inner: Any = next(iter(get_args(field.annotation)), field.annotation)
+        for name, each in inner.model_fields.items():
+            word = each.alias or name
+            own.setdefault(word, []).append(f"{section}.{word}")
+    # A field's own name means that field only if no other section has a field of this name.
+    fields = {_plain(word): names[0] for word, names in own.items() if len(names) == 1}
+    for name, words in PLAIN.items():
+        fields |= dict.fromkeys(map(_plain, words.split()), name)
+    return fields
 
 
 def _plain(word: str) -> str:
@@ -127,9 +188,12 @@ def meant(word: str) -> str | None:
 def spelling_advice(word: str, place: str = "") -> str | None:
     """Return advice for a word that is no field at `place` (`use adapter.rank`), or None."""
     plain = _plain(word)
-    if (field := meant(word)) and field != place:
+    field = meant(word)
+    if field and field != place:
         return f"use {field}"
-    return EXPLAINED["report_to"] if plain.startswith(TRACKERS) else EXPLAINED.get(plain)
+    if plain.startswith(TRACKERS):
+        return EXPLAINED["report_to"]
+    return EXPLAINED.get(plain)
 
 
 # YAML as people write configs: 1e-4 is a number (YAML 1.1 reads a text), and texts that look like numbers are quoted.
@@ -139,7 +203,9 @@ _MERGE = "tag:yaml.org,2002:merge"
 _OCTAL = re.compile("[-+]?0[0-7_]+")
 _ODD_NUMBER = re.compile("[-+]?(0[xb]|[0-9_]+:)")
 """Numbers of YAML 1.1 that nobody intends: 1:30 is 90, 0x10 is 16."""
-_TOO_MUCH = "more than 50,000 values (with aliases expanded) or 50 nested levels; this is not a config"
+_TOO_MUCH = (
+    "more than 50,000 values (with aliases expanded) or 50 nested levels; this is not a config"
+)
 
 
 class Loader(yaml.SafeLoader):
@@ -154,7 +220,9 @@ class Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem(key, "a list or mapping cannot be a key")
             if key.value in lines:
-                raise _problem(key, f"duplicate key {_quoted(key.value)}, first in line {lines[key.value]}")
+                raise _problem(
+                    key, f"duplicate key {_quoted(key.value)}, first in line {lines[key.value]}"
+                )
             lines[key.value] = key.start_mark.line + 1
             # Keys stay as they are written: `on:` must not become true. A copy, because through an alias the same node
             # may also be the value of another key.
@@ -168,12 +236,20 @@ class Loader(yaml.SafeLoader):
             if isinstance(value, str):
                 value.encode()  # fails for half of a surrogate pair, which no file can contain
         except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
-            raise _problem(node, f"{_quoted(node.value)} is not valid; quote it if it is text") from None
-        if isinstance(value, int | float) and isinstance(node.value, str) and _ODD_NUMBER.match(node.value):
+            raise _problem(
+                node, f"{_quoted(node.value)} is not valid; quote it if it is text"
+            ) from None
+        if (
+            isinstance(value, int | float)
+            and isinstance(node.value, str)
+            and _ODD_NUMBER.match(node.value)
+        ):
             return node.value  # as text, which a numeric field rejects
         if isinstance(value, int) and abs(value) >= 2**63:
             raise _problem(node, f"{_quoted(node.value)} is too large")
-        octal = isinstance(value, int) and isinstance(node.value, str) and _OCTAL.fullmatch(node.value)
+        octal = (
+            isinstance(value, int) and isinstance(node.value, str) and _OCTAL.fullmatch(node.value)
+        )
         if octal and value != int(node.value.replace("_", "")):
             raise _problem(
                 node,
@@ -200,24 +276,30 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         tree = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        if error.problem_mark:
+            where = f"{where}, line {error.problem_mark.line + 1}"
         problem = " ".join((error.problem or "").removeprefix("but ").split())
-        raise UserError(f"{where}{line}: not valid YAML: {problem[:200]}") from None
+        raise UserError(f"{where}: not valid YAML: {problem[:200]}") from None
     except yaml.reader.ReaderError as error:
-        line = f", line {text.count(chr(10), 0, error.position) + 1}"
-        raise UserError(f"{where}{line}: not valid YAML: remove the character #x{error.character:04x}") from None
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{where}, line {line}: not valid YAML: remove the character #x{error.character:04x}"
+        ) from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_MUCH}") from None
     # A few lines with nested aliases may expand to billions of values, and validation would never end. The limit leaves
     # room for the 10,000 files that `only` of a source may list.
-    left, count = [(tree, 0)], 0
+    left = [(tree, 0)]
+    count = 0
     while left:
         value, depth = left.pop()
         count += 1
         if count > 50_000 or depth > 50:
             raise UserError(f"{where}: {_TOO_MUCH}")
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        left += ((each, depth + 1) for each in inner)
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            left += ((each, depth + 1) for each in value)
     return tree
 
 
@@ -226,8 +308,11 @@ def _problem(node: yaml.Node, text: str) -> ConstructorError:
 
 
 def _quoted(value: object) -> str:
-    text = value if isinstance(value, str) else "this"
-    return ascii(text if len(text) <= 40 else f"{text[:37]}...")
+    if not isinstance(value, str):
+        value = "this"
+    if len(value) > 40:
+        value = f"{value[:37]}..."
+    return ascii(value)
 
 
 # Dotted fields: a config as flat names and values, and changes to it by such names.
@@ -260,15 +345,95 @@ NUMBERED = re.compile(r"data\.(train|eval)\.[0-9]+(\..+)?")
 """A source by its index, or one of its fields."""
 
 
+RETIRED: dict[str, tuple[Any, str]] = {
+    "adapter.gamma": (16.0, "delete it; only lora_ga read it"),
+    "cluster.fsdp_offload": (
+        False,
+        "delete it; if GPU memory is short, lower train.micro_batch or data.max_length, or use more workers",
+    ),
+    "cluster.price": (
+        None,
+        "delete it; multiply the GPU seconds that `olora-ray registry show` prints by your price",
+    ),
+    "model.allow_pickle": (
+        False,
+        "delete it; convert the weights to safetensors at https://huggingface.co/spaces/safetensors/convert, and set"
+        " model.revision to the pull request that it opens (refs/pr/N)",
+    ),
+    "gate.confirm": (
+        0.0,
+        "delete it; the gate looks at all held-out rows at once, which finds better versions as often",
+    ),
+}
+"""Removed field -> its last default, and what to do instead of another value.
+
+Files of earlier releases name these fields. At its default a removed field is dropped in silence."""
+ADDED: dict[str, Any] = {
+    "train.objective": "tokens",
+    "data.*.roles": {},
+    "data.*.labels": {},
+    "data.*.system": None,
+    "data.*.markup": "auto",
+}
+"""Field that runs and searches of earlier releases do not have -> the default that means what they did.
+
+`data.*` is any source."""
+RETIRED_VALUES: dict[str, dict[str, str]] = {
+    "adapter.method": {"lora_ga": "use eva, which starts from the training data too"},
+}
+"""Field -> its removed values, and what to do instead."""
+
+
+def without_retired(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a copy of a nested mapping without removed fields and values, and their problems.
+
+    A removed field at its default is no problem.
+    """
+    kept: dict[str, Any] = _copy(tree)
+    problems = []
+    for field, (default, advice) in RETIRED.items():
+        section, last = _section_of(kept, field)
+        if last in section and section.pop(last) != default:
+            problems.append(f"{field}: this field was removed; {advice}")
+    for field, removed in RETIRED_VALUES.items():
+        section, last = _section_of(kept, field)
+        value = section.get(last)
+        if isinstance(value, str) and value in removed:
+            del section[last]
+            problems.append(f"{field}: {value} was removed; {removed[value]}")
+    return kept, problems
+
+
+def _section_of(tree: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
+    """Return the mapping that may hold a dotted field, and the field's name in it."""
+    *parents, last = field.split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, dict):
+            node = node.get(part)
+    if not isinstance(node, dict):
+        return {}, last
+    return node, last
+
+
 def parse_assignments(given: list[str]) -> dict[str, Any]:
     """Return the `section.field=value` words of a command line as changes; values are YAML."""
     changes = {}
+    names: dict[str, str] = {}
     for word in given:
         field, equals, value = word.partition("=")
         if not equals or "." not in field or "" in field.split("."):
+            problem = f"argument {secrets.mask(word)!r}: expected section.field=value"
             advice = spelling_advice(field) if equals else None
-            hint = f"; {advice}" if advice else ""
-            raise UserError(f"argument {secrets.mask(word)!r}: expected section.field=value{hint}")
+            if advice:
+                problem += f"; {advice}"
+            raise UserError(problem)
+        name = field
+        field = SYNONYMS.get(name, name)
+        if names.setdefault(field, name) != name:
+            raise _set_twice(name if name != field else names[field], field)
+        if name != field:
+            logger.info(f"{name} is read as {field}")
         changes[field] = parse_yaml(value, f"argument {secrets.mask(word)!r}")
     return changes
 
@@ -295,10 +460,13 @@ def at(config: Section, field: str, default: Any = None) -> Any:
     """Return the plain value of a dotted field, which may also be a section or a list of mappings."""
     node: Any = config.model_dump(mode="json")
     for part in field.split("."):
-        if isinstance(node, dict) and part in node:
-            node = node[part]
-        elif isinstance(node, list) and (index := _index(part, node)) is not None:
+        if isinstance(node, list):
+            index = _index(part, node)
+            if index is None:
+                return default
             node = node[index]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
         else:
             return default
     return node
@@ -308,35 +476,44 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     """Return a copy of a nested mapping with dotted fields set; raise UserError for an unreachable field."""
     result: dict[str, Any] = {key: _copy(value) for key, value in tree.items()}
     for field, value in changes.items():
-        if numbered := NUMBERED.fullmatch(field):
-            _number_sources(result.get("data"), numbered[1])
+        numbered = NUMBERED.fullmatch(field)
+        data = result.get("data")
+        if numbered and isinstance(data, dict):
+            # `data.train: a.jsonl` is allowed, but `data.train.0.weight=2` needs a list of mappings to set a field in.
+            sources = data.get(numbered[1])
+            if not isinstance(sources, list):
+                sources = [sources or {}]
+            data[numbered[1]] = [
+                {"path": source} if isinstance(source, str) else source for source in sources
+            ]
         node: Any = result
         *parents, last = field.split(".")
         for part in parents:
             node = _child(node, part, field)
         if isinstance(node, list):
-            if (index := _index(last, node)) is None:
-                raise UserError(f"{field}: no such entry; the list has {len(node)} entries, counted from 0")
+            index = _index(last, node)
+            if index is None:
+                raise UserError(
+                    f"{field}: no such entry; the list has {len(node)} entries, counted from 0"
+                )
             node[index] = value
         else:
             node[last] = value
-    if "train.epochs" in changes and "train.steps" not in changes and isinstance(result.get("train"), dict):
+    if (
+        "train.epochs" in changes
+        and "train.steps" not in changes
+        and isinstance(result.get("train"), dict)
+    ):
         result["train"].pop("steps", None)  # the command line overrides the file
     return result
 
 
-def _number_sources(data: Any, name: str) -> None:
-    # `data.train: a.jsonl` is allowed, but `data.train.0.weight=2` needs a list of mappings to set a field in.
-    if isinstance(data, dict):
-        given = data.get(name)
-        sources = given if isinstance(given, list) else [given or {}]
-        data[name] = [{"path": source} if isinstance(source, str) else source for source in sources]
-
-
 def _child(node: Any, part: str, field: str) -> Any:
     child = None
-    if isinstance(node, list) and (index := _index(part, node)) is not None:
-        child = node[index]
+    if isinstance(node, list):
+        index = _index(part, node)
+        if index is not None:
+            child = node[index]
     elif isinstance(node, dict):
         if node.get(part) is None:
             node[part] = {}
@@ -349,7 +526,9 @@ def _child(node: Any, part: str, field: str) -> Any:
 
 
 def _index(part: str, items: list[Any]) -> int | None:
-    return int(part) if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < len(items) else None
+    if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < len(items):
+        return int(part)
+    return None
 
 
 def _copy(value: Any) -> Any:
@@ -381,12 +560,8 @@ PATTERNS = {
 """Patterns of field types -> messages."""
 
 
-def explain(item: ErrorDetails, root: type[Section]) -> str:
-    """Return an error of pydantic as `field: problem; advice`, without secrets."""
-    return _short(_explain(item, root), 500)
-
-
-def _explain(item: ErrorDetails, root: type[Section]) -> str:
+def _explained(item: ErrorDetails, root: type[Section]) -> str:
+    """Return an error of pydantic as `field: problem; advice`."""
     # pydantic adds tags of union members to the location. The user wrote only names and indices.
     *outer, last = [str(part) for part in item["loc"]] or [""]
     parts = [part for part in outer if not _UNION_TAG.search(part)]
@@ -402,18 +577,22 @@ def _explain(item: ErrorDetails, root: type[Section]) -> str:
     if item["type"] == "string_pattern_mismatch":
         message = PATTERNS.get(item.get("ctx", {}).get("pattern", ""), message)
     message = message[0].lower() + message[1:]
-    shown = "" if item["type"] == "value_error" else f" (got {_excerpt(item['input'])})"
-    return f"{field}: {message}{shown}" if field else message
+    if not field:
+        return message
+    if item["type"] != "value_error":
+        message += f" (got {_excerpt(item['input'])})"
+    return f"{field}: {message}"
 
 
 def relevant(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Drop problems that only follow from another one: pydantic also calls a list with an invalid entry too short."""
-    return [
-        item
-        for item in items
-        if not (item["type"] == "too_short" and item["input"])
-        or not any(another is not item and another["loc"][: len(item["loc"])] == item["loc"] for another in items)
-    ]
+    kept = []
+    for item in items:
+        place = item["loc"]
+        inside = [other for other in items if other["loc"][: len(place)] == place]
+        if item["type"] != "too_short" or not item["input"] or len(inside) == 1:
+            kept.append(item)
+    return kept
 
 
 def _joined(lines: Sequence[str]) -> list[str]:
@@ -422,7 +601,12 @@ def _joined(lines: Sequence[str]) -> list[str]:
     for line in lines:
         field, expected, rest = line.partition(": input should be ")
         value = rest[rest.rfind(" (got ") :]
-        if joined and expected and joined[-1].startswith(field + expected) and joined[-1].endswith(value):
+        if (
+            joined
+            and expected
+            and joined[-1].startswith(field + expected)
+            and joined[-1].endswith(value)
+        ):
             joined[-1] = f"{joined[-1].removesuffix(value)} or {rest}"
         else:
             joined.append(line)
@@ -432,11 +616,21 @@ def _joined(lines: Sequence[str]) -> list[str]:
 def _instead_of(parts: Sequence[str], root: type[Section], value: object) -> str:
     if secrets.is_name(parts[-1]):
         return "delete it; secrets come from environment variables or files, never from a config"
-    if issubclass(root, Config | EvaluationConfig) and (advice := spelling_advice(parts[-1], ".".join(parts))):
-        return advice
+    if issubclass(root, Config | EvaluationConfig):
+        advice = spelling_advice(parts[-1], ".".join(parts))
+        if advice:
+            return advice
     # Last, because names of other tools resemble fields with another meaning: do_train is not `train`.
-    near = difflib.get_close_matches(parts[-1], _names_beside(parts, root), n=1)
-    if near and (len(parts) > 1 or isinstance(value, dict)):  # a plain value cannot be a misspelt section
+    section = root
+    for part in parts[:-1]:
+        for name, field in section.model_fields.items():
+            if part in (name, field.alias):
+                section = _section_in(field.annotation) or section
+                break
+    beside = [field.alias or name for name, field in section.model_fields.items()]
+    near = difflib.get_close_matches(parts[-1], beside, n=1)
+    # A plain value cannot be a misspelt section.
+    if near and (len(parts) > 1 or isinstance(value, dict)):
         return f"did you mean {'.'.join([*parts[:-1], near[0]])}?"
     return "--help all lists the fields"
 
@@ -446,19 +640,26 @@ def _excerpt(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
-        return f"[{', '.join([*map(_excerpt, value[:8]), *['...'] * (len(value) > 8)])}]"
+        shown = [_excerpt(each) for each in value[:8]]
+        if len(value) > 8:
+            shown.append("...")
+        return f"[{', '.join(shown)}]"
     return _short(repr(value), 80)
 
 
 def _short(text: str, length: int) -> str:
     # Mask before cutting: a secret that is cut in half is not recognised.
     line = " ".join(secrets.mask(text).splitlines())
-    return line if len(line) <= length else f"{line[: length - 3]}..."
+    if len(line) > length:
+        line = f"{line[: length - 3]}..."
+    return line
 
 
 def instead(field: str, text: str) -> str:
     if field != "tracking.uri":
-        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
+        names = (
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN"
+        )
         return f"the address contains a secret; remove it, and set the environment variables of the service ({names})"
     if text.startswith("http"):
         return (
@@ -468,30 +669,29 @@ def instead(field: str, text: str) -> str:
     return f"the address contains a secret; {REFER}"
 
 
-def _names_beside(parts: Sequence[str], root: type[Section]) -> list[str]:
-    section = root
-    for part in parts[:-1]:
-        named = section.model_fields.items()
-        field = next((field for name, field in named if part in (name, field.alias)), None)
-        section = (_section_in(field.annotation) if field else None) or section
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
 def _section_in(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((section for inner in get_args(annotation) if (section := _section_in(inner))), None)
+    for inner in get_args(annotation):
+        section = _section_in(inner)
+        if section:
+            return section
+    return None
 
 
 def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     """Read a config file and apply dotted `changes`; raise UserError that lists every problem with its field."""
-    file, changes = read_tree(path), changes or {}
+    file = read_tree(path)
+    changes = changes or {}
     config = build(changed(file, changes), str(path))
-    before, train = (file.get("train") or {}).get("steps"), config.train
+    before = (file.get("train") or {}).get("steps")
+    train = config.train
     if before and train.steps is None and "train.epochs" in changes:
         logger.info(f"train.epochs overrides train.steps={before} of {path}")
     elif train.steps and train.epochs != 1 and "train.steps" not in changes:
-        logger.warning(f"{path}: train.steps={train.steps} overrides train.epochs={train.epochs:g}; delete one")
+        logger.warning(
+            f"{path}: train.steps={train.steps} overrides train.epochs={train.epochs:g}; delete one"
+        )
     return config
 
 
@@ -499,8 +699,10 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """Read a config file without validation; raise UserError if it is no YAML mapping."""
     tree = read_yaml(path, "config file")
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}")
-    return tree
+        raise UserError(
+            f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}"
+        )
+    return renamed(tree)
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
@@ -508,7 +710,9 @@ def read_yaml(path: str | Path, what: str) -> Any:
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        hint = did_you_mean(str(path)) if isinstance(error, FileNotFoundError) else ""
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            hint = did_you_mean(str(path))
         raise UserError(f"{what} {path}: {error.strerror}{hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"{what} {path}: not UTF-8 text") from None
@@ -517,44 +721,66 @@ def read_yaml(path: str | Path, what: str) -> Any:
 def build(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping into a Config; raise UserError with all problems and without secrets.
 
-    A section `compare` (of pipelines/compare.py) is ignored. A run without a name gets one.
+    A section `compare` (of `olora-ray compare`) is ignored. A run without a name gets one.
     """
-    config = validated(Config, {name: section for name, section in tree.items() if name != "compare"}, where)
+    tree = renamed(tree)
+    tree.pop("compare", None)
+    config = validated(Config, tree, where)
     if config.run.name == "auto":
-        config = override(config, {"run.name": _own_name(config)})
+        # Defaults are left out, so that a new field in a new release does not rename old runs. The length is left out,
+        # so that a run can be trained longer under the same name.
+        given = leaves(config.model_dump(mode="json", exclude_defaults=True), "")
+        others = (*FREE_TO_CHANGE, *LENGTH)
+        named = {field: value for field, value in given if not field.startswith(others)}
+        digest = storage.digest_json(named, length=8)
+        name = f"{config.adapter.method}-r{config.adapter.rank}-{digest}"
+        config = override(config, {"run.name": name})
         logger.info(f"run.name: auto is {config.run.name}")
     return config
 
 
 def read_config(location: str) -> Config:
-    """Read the config of a run, a path or URI, as `build` does; raise OSError if it cannot be read."""
-    return build(parse_yaml(storage.read_text(location), location), location)
+    """Read the config of a run, a path or URI, as `build` does; raise OSError if it cannot be read.
 
-
-def _own_name(config: Config) -> str:
-    # Defaults are left out, so that a new field in a new release does not rename old runs. The length is left out, so
-    # that a run can be trained longer under the same name.
-    given = leaves(config.model_dump(mode="json", exclude_defaults=True), "")
-    others = (*FREE_TO_CHANGE, *LENGTH)
-    digest = storage.digest_json({field: value for field, value in given if not field.startswith(others)}, length=8)
-    return f"{config.adapter.method}-r{config.adapter.rank}-{digest}"
+    A removed field that never changed the numbers of a run is dropped whatever its value is: the run has ended with it,
+    and its user cannot edit this file.
+    """
+    tree = parse_yaml(storage.read_text(location), location)
+    if isinstance(tree, dict):
+        for field in RETIRED:
+            section, _, name = field.partition(".")
+            if field.startswith(FREE_TO_CHANGE) and isinstance(tree.get(section), dict):
+                tree[section].pop(name, None)
+    return build(tree, location)
 
 
 def validated(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
-    """Validate a nested mapping into a section; raise UserError with all problems and without secrets."""
-    named = [(field, value if isinstance(value, list | tuple) else [value]) for field, value in leaves(tree, "")]
-    texts = [(field, item) for field, items in named for item in items if isinstance(item, str)]
-    texts = [(field, item) for field, item in texts if not field.startswith("notify.")]  # these take no address at all
-    problems = [f"{field}: {instead(field, text)}" for field, text in texts if secrets.in_uri(text)]
+    """Validate a nested mapping into a section; raise UserError with all problems and without secrets.
+
+    Removed fields are dropped at their defaults, and are problems at other values.
+    """
+    tree, retired = without_retired(tree)
+    problems = []
+    for field, value in leaves(tree, ""):
+        if field.startswith("notify."):  # its fields take no address at all
+            continue
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and secrets.in_uri(text):
+                problems.append(f"{field}: {instead(field, text)}")
+    problems += retired
     valid = None
     try:
         valid = section.model_validate(tree)
     except ValidationError as error:
-        problems += _joined([explain(item, section) for item in relevant(error.errors())])
+        errors = [_explained(item, section) for item in relevant(error.errors())]
+        problems += _joined([_short(line, 500) for line in errors])
     if valid is None or problems:
-        more = [f"and {len(problems) - 100} more"] if len(problems) > 100 else []
-        shown = [*problems[:100], *more] if len(problems) > 1 else [f"{where}: {problems[0]}"]
-        raise of_problems(f"{where} has {len(problems)} problems", shown)
+        heading = f"{where} has {len(problems)} problems"
+        if len(problems) == 1:
+            problems = [f"{where}: {problems[0]}"]
+        elif len(problems) > 100:
+            problems[100:] = [f"and {len(problems) - 100} more"]
+        raise of_problems(heading, problems)
     return valid
 
 
@@ -563,6 +789,13 @@ def override(config: AnySection, changes: Mapping[str, Any]) -> AnySection:
     return validated(type(config), changed(config.model_dump(mode="json"), changes), "config")
 
 
+def with_model(config: AnySection, name: str, revision: str | None = None) -> AnySection:
+    """Return a config with another model."""
+    return override(config, {"model.name": name, "model.revision": revision})
+
+
 def dump(config: Config) -> str:
     """Return the config as YAML; `load_config` reads it back to an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True
+    )

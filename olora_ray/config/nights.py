@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.config.section import METRICS, Command, Reference, Section, Source
+from olora_ray.config.section import (
+    METRICS,
+    Command,
+    PositiveFloat,
+    Reference,
+    Section,
+    Share,
+    Source,
+)
 
 
 class Condition(Section):
@@ -43,25 +51,29 @@ class Gate(Section):
     confident: bool = True
     """true: the lower end of the interval of the improvement must exceed must_improve_by. false: the mean must; needs
     `anchor`."""
-    confirm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the held-out rows (with `group`: of groups) that is looked at only after a challenger has passed on the
-    others. 0, or fewer than min_rows in either part: all rows at once, which finds better versions as often."""
     anchor: Annotated[float, Field(ge=0.0)] | None = None
     """A challenger may be worse than the best champion so far by at most this much, with confidence; null: no limit."""
     guard: Literal["text"] | tuple[str | Source, ...] | None = "text"
     """Rows of other tasks, on which a challenger must not lose: sources as in data.eval, or names of lm-eval's tasks.
     text: 800 short rows of English and code that come with the package; null: no guard."""
-    guard_margin: Annotated[float, Field(gt=0.0)] = 0.03
+    guard_margin: PositiveFloat = 0.03
     """Loss per token on the guard rows (for tasks: share of wrong answers) by which a challenger may be worse than the
     champion that is best there, with confidence."""
 
-    @field_validator("guard", mode="before", json_schema_input_type=Literal["text"] | tuple[str | Source, ...] | None)
+    @field_validator(
+        "guard",
+        mode="before",
+        json_schema_input_type=Literal["text"] | tuple[str | Source, ...] | None,
+    )
     @classmethod
     def _paths_and_tasks(cls, value: object) -> object:
         if not isinstance(value, list | tuple):
             return value
         # The name of a task has neither a slash nor a dot.
-        return [{"path": each} if isinstance(each, str) and set("/.") & set(each) else each for each in value]
+        return [
+            {"path": each} if isinstance(each, str) and set("/.") & set(each) else each
+            for each in value
+        ]
 
     @model_validator(mode="after")
     def _has_limits(self) -> "Gate":
@@ -70,7 +82,10 @@ class Gate(Section):
                 "must_improve_by below 0 and confident=false let the champion become worse night after night; set"
                 " anchor, the most by which a version may be worse than the best champion so far"
             )
-        if isinstance(self.guard, tuple) and len({isinstance(each, str) for each in self.guard}) != 1:
+        if (
+            isinstance(self.guard, tuple)
+            and len({isinstance(each, str) for each in self.guard}) != 1
+        ):
             raise ValueError("guard: name sources or lm-eval's tasks, not both; null: no guard")
         return self
 
@@ -80,9 +95,9 @@ class Retrain(Section):
 
     origin: Annotated[Literal["base", "champion"], Field(alias="from")] = "base"
     """base: train a new adapter on all data. champion: train the champion's, on new files and some old rows."""
-    replay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    replay: Share = 0.2
     """Only for `from: champion`: share of the rows of known files to use beside all new ones; drawn again each time."""
-    may_shrink: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    may_shrink: Share = 0.5
     """Stop if data.train has lost more than this share of the rows that the champion was trained on; 1: never stop."""
     ping: Reference | None = None
     """env:NAME or file:/PATH with the address of a dead man's switch in the form of healthchecks.io: deploy/night.py

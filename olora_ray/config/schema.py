@@ -6,11 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from olora_ray.common.errors import UserError
-from olora_ray.config.nights import Condition as Condition
-from olora_ray.config.nights import Gate as Gate
-from olora_ray.config.nights import Notify as Notify
-from olora_ray.config.nights import Retrain as Retrain
+from olora_ray.config.nights import Gate, Notify, Retrain
 from olora_ray.config.section import (
     HUB_NAME,
     AliasName,
@@ -19,12 +15,15 @@ from olora_ray.config.section import (
     Folder,
     Fraction,
     ModelName,
+    NameIn,
+    PositiveFloat,
+    PositiveInt,
     Reference,
+    Section,
+    Share,
+    Source,
 )
-from olora_ray.config.section import PositiveInt as PositiveInt
-from olora_ray.config.section import Section as Section
-from olora_ray.config.section import Source as Source
-from olora_ray.config.section import extended as extended
+from olora_ray.config.tables import EXPORTERS, METHODS, OBJECTIVES, OPTIMIZERS
 
 # The config's section `adapter`: what is trained, and where it starts.
 
@@ -32,7 +31,6 @@ from olora_ray.config.section import extended as extended
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "nora": ("sigma",),
     "eva": ("rho", "init_tokens"),
-    "lora_ga": ("gamma", "init_tokens"),
 }
 """Fields of `adapter` that only one method reads; the other methods ignore them."""
 
@@ -40,16 +38,15 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
 class Adapter(Section):
     """The adapter: its method, its size and the layers that it adapts."""
 
-    method: Literal["olora", "lora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"] = "olora"
+    method: Annotated[str, NameIn(METHODS)] = "olora"
     """Initial values of A and B; docs/method.md explains each method. olora: Q and R of W (arXiv 2406.01775).
     lora: random A, zero B (2106.09685). pissa: largest singular values and vectors of W, exact (2404.02948). milora:
     smallest singular values and vectors (2406.09044). orthogonal: random A and B with B A = 0, as in PEFT; needs an
     even rank. nora: random mixtures of the rows of W, zero B (2410.18965). eva: principal components of the layer's
-    inputs on the training data, zero B; layers where they explain most get more rank (2410.07170). lora_ga: singular
-    vectors of the gradient of W on the training data (2407.05000)."""
+    inputs on the training data, zero B; layers where they explain most get more rank (2410.07170)."""
     rank: PositiveInt = 16
     """Rank r of the update; a larger rank has more trainable parameters."""
-    alpha: Annotated[float, Field(gt=0.0)] = 16
+    alpha: PositiveFloat = 16
     """Scale of the update: it is multiplied by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout probability on the adapter's input during training."""
@@ -58,33 +55,37 @@ class Adapter(Section):
     dotted suffixes or regexes of layers or of experts' weights."""
     rank_stabilized: bool = False
     """Multiply the update by alpha / sqrt(rank) instead of alpha / rank."""
-    sigma: Annotated[float, Field(gt=0.0)] | Literal["matched"] = 0.02
+    sigma: PositiveFloat | Literal["matched"] = 0.02
     """Only for nora: size of A0 = sigma / scale x noise x W. matched: rows of A0 have the length that lora gives them,
     so that only their direction differs."""
     rho: Annotated[float, Field(ge=1.0)] = 2.0
     """Only for eva: the rank of a layer is at most rho x rank; the sum over all layers stays the same. 1: all layers
     have the same rank."""
     init_tokens: PositiveInt = 1024
-    """Only for eva and lora_ga: the most supervised tokens of the training data that the initialisation reads."""
-    gamma: Annotated[float, Field(gt=0.0)] = 16.0
-    """Only for lora_ga: the size of A0 and B0 is proportional to 1 / sqrt(gamma)."""
+    """Only for eva: the most supervised tokens of the training data that the initialisation reads."""
 
     @field_validator("targets", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _single_name(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) and value != "all-linear" else value
+        if isinstance(value, str) and value != "all-linear":
+            return (value,)
+        return value
 
     @model_validator(mode="after")
     def _rank_fits_the_method(self) -> "Adapter":
         if self.method == "orthogonal" and self.rank % 2:
-            raise ValueError(f"rank={self.rank} is odd, and orthogonal needs an even rank; use {self.rank + 1}")
+            raise ValueError(
+                f"rank={self.rank} is odd, and orthogonal needs an even rank; use {self.rank + 1}"
+            )
         return self
 
     @model_validator(mode="after")
     def _enough_tokens_for_the_components(self) -> "Adapter":
         if self.method == "eva" and self.init_tokens <= self.largest_rank():
             most = self.largest_rank()
-            raise ValueError(f"init_tokens={self.init_tokens} must be larger than rho x rank = {most}; raise it")
+            raise ValueError(
+                f"init_tokens={self.init_tokens} must be larger than rho x rank = {most}; raise it"
+            )
         return self
 
     def scale(self) -> float:
@@ -93,7 +94,9 @@ class Adapter(Section):
 
     def largest_rank(self) -> int:
         """Return the largest rank that one layer may have; the average over the layers is `rank`."""
-        return round(self.rho * self.rank) if self.method == "eva" else self.rank
+        if self.method == "eva":
+            return round(self.rho * self.rank)
+        return self.rank
 
     def options(self) -> dict[str, Any]:
         """Return the settings that only this method reads."""
@@ -101,7 +104,7 @@ class Adapter(Section):
 
     def identity(self) -> str:
         """Return the settings as JSON without those of other methods, so that equal adapters have equal texts."""
-        others = {name for names in METHOD_OPTIONS.values() for name in names} - self.options().keys()
+        others = set[str]().union(*METHOD_OPTIONS.values()) - self.options().keys()
         return self.model_dump_json(exclude=others)
 
 
@@ -114,10 +117,10 @@ class Cluster(Section):
     workers: Literal["auto"] | PositiveInt | tuple[PositiveInt, PositiveInt] = "auto"
     """Number of training processes. auto: one for each GPU of the cluster (for each trial of a search: one), without
     GPUs 2. [min, max]: training runs with at least min workers, and with up to max when the cluster has room."""
-    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)] = "auto"
+    gpus_per_worker: Literal["auto"] | Share = "auto"
     """GPUs per worker; auto: 1 if the cluster has GPUs, otherwise 0. A fraction leaves the rest of the GPU to other
     runs and trials; 0.5 or less needs workers=1, because NCCL cannot connect workers on one GPU."""
-    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1
+    cpus_per_worker: PositiveFloat = 1
     """CPUs per worker; also the number of threads of each worker."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every worker holds the complete base model. fsdp: the base model is sharded; each worker reads and holds one
@@ -125,24 +128,25 @@ class Cluster(Section):
     fsdp_replicas: PositiveInt = 1
     """Only for fsdp: number of copies of the base model, each sharded over workers / fsdp_replicas workers. With
     several nodes, set the number of nodes: then no weights are sent between nodes."""
-    fsdp_offload: bool = False
-    """Only for fsdp on GPUs: keep the blocks of the base model in the node's memory and copy each to the GPU when it is
-    needed. This saves GPU memory, makes a step longer and does not change the result."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Number of restarts after failures before the run stops with an error; -1: no limit. Preempted nodes do not
     count."""
     silence: Annotated[float, Field(ge=5.0)] = 20.0
     """Seconds without a sign of life after which a worker counts as lost. Each worker gives one every second."""
-    price: Annotated[float, Field(ge=0.0)] | None = None
-    """Price of a GPU for one hour; null: unknown."""
 
     @field_validator("workers", mode="before")
     @classmethod
     def _number_or_range(cls, value: object) -> object:
         numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
-        are_numbers = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-        if value != "auto" and (not are_numbers or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]):
-            raise ValueError(f"expected a number of workers, auto, or [min, max] with 1 <= min <= max, not {value!r}")
+        are_numbers = all(
+            isinstance(number, int) and not isinstance(number, bool) for number in numbers
+        )
+        if value != "auto" and (
+            not are_numbers or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]
+        ):
+            raise ValueError(
+                f"expected a number of workers, auto, or [min, max] with 1 <= min <= max, not {value!r}"
+            )
         return value
 
     @field_validator("gpus_per_worker", mode="before")
@@ -154,35 +158,16 @@ class Cluster(Section):
             )
         return value
 
-    @model_validator(mode="after")
-    def _sharded_if_offloaded(self) -> "Cluster":
-        if self.fsdp_offload and self.strategy != "fsdp":
-            raise ValueError(
-                f"fsdp_offload=true needs a sharded base model, but strategy={self.strategy}; use strategy=fsdp"
-            )
-        return self
-
     def may_share_gpus(self) -> bool:
         """True if Ray may put several workers on one GPU."""
         gpus = self.gpus_per_worker
-        return isinstance(gpus, float) and 0 < gpus <= 0.5 and self.max_workers() > 1
-
-    def is_elastic(self) -> bool:
-        return self.min_workers() < self.max_workers()
+        return isinstance(gpus, float) and 0 < gpus <= 0.5 and self.workers not in (1, (1, 1))
 
     def each_trial(self) -> int | str:
-        return "auto" if self.workers == "auto" else self.min_workers()
-
-    def min_workers(self) -> int:
-        return self._range()[0]
-
-    def max_workers(self) -> int:
-        return self._range()[1]
-
-    def _range(self) -> tuple[int, int]:
-        # On GPUs, and where a run has begun, `auto` is a number already (cluster/preflight.py).
-        workers = 2 if self.workers == "auto" else self.workers
-        return (workers, workers) if isinstance(workers, int) else workers
+        """Return the workers of a trial: of a range the smallest number."""
+        if isinstance(self.workers, tuple):
+            return self.workers[0]
+        return self.workers
 
 
 # Sections for the time after a training: exports and registry; nights.py has those of a scheduled retraining.
@@ -200,9 +185,20 @@ class Export(Section):
     """Hub repository ORG/NAME to which finetune pushes a finished run, retrain the champion; a new one is private."""
     license: Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")] | None = None
     """License in the model cards, such as apache-2.0. null: that of the base model's card."""
-    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = None
-    """Also write the merged model as a GGUF file for llama.cpp, in this precision (q8_0: 8 bits per weight). Needs a
-    model of type llama, qwen2 or qwen3 with a byte-level tokenizer."""
+    also: dict[Annotated[str, NameIn(EXPORTERS)], str] = Field(default_factory=dict)
+    """Further exports: NAME: OPTION. gguf: the merged model as a GGUF file for llama.cpp, in the precision f32, f16,
+    bf16 or q8_0 (8 bits per weight); needs a model of type llama, qwen2 or qwen3 with a byte-level tokenizer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gguf_is_one_of_also(cls, given: Any) -> Any:
+        # Releases before the table of exporters had a field `gguf`.
+        if not isinstance(given, dict) or "gguf" not in given:
+            return given
+        others = {name: value for name, value in given.items() if name != "gguf"}
+        if given["gguf"] is not None:
+            others["also"] = {**(others.get("also") or {}), "gguf": given["gguf"]}
+        return others
 
 
 class Registry(Section):
@@ -219,14 +215,16 @@ class Registry(Section):
     @classmethod
     def _is_no_version(cls, alias: str) -> str:
         if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-            raise ValueError(f"the alias {alias!r} is reserved by MLflow (latest, v1, v2, ...); choose another")
+            raise ValueError(
+                f"the alias {alias!r} is reserved by MLflow (latest, v1, v2, ...); choose another"
+            )
         return alias
 
 
 class Train(Section):
     """Length, batches, optimizer, evaluations and checkpoints of the training."""
 
-    epochs: Annotated[float, Field(gt=0.0)] = 1
+    epochs: PositiveFloat = 1
     """Number of passes over the training sequences."""
     steps: PositiveInt | None = None
     """Number of optimizer steps; overrides `epochs`. null: `epochs` decides."""
@@ -240,17 +238,19 @@ class Train(Section):
     the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that the same run gives the same bits. Slower; not measured how much."""
-    optimizer: Literal["adamw", "preconditioned", "spectral"] = "adamw"
+    objective: Annotated[str, NameIn(OBJECTIVES)] = "tokens"
+    """The loss of the training. tokens: the cross-entropy of the supervised tokens, which all count alike."""
+    optimizer: Annotated[str, NameIn(OPTIMIZERS)] = "adamw"
     """preconditioned: AdamW on the gradient of A times (B^T B)^-1 and that of B times (A A^T)^-1, each scaled to length
     1 (as NoRA+, arXiv 2410.18965). spectral: steps that change the weight by a given share of its size, whatever the
     sizes of A and B (docs/method.md)."""
-    lr: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
+    lr: PositiveFloat | Literal["auto"] = "auto"
     """Peak learning rate. auto: with spectral a constant for the rank and the number of steps; with AdamW measured on
     the first rows before step 0, for this model, method, rank, alpha and number of steps, compared with tuned rates at
     20 steps, too low for a base that has learned little."""
-    lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
+    lr_factor: PositiveFloat = 1.0
     """Multiplies `lr`; a search varies it, to vary an automatic rate."""
-    lr_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    lr_ratio: PositiveFloat = 1.0
     """Learning rate of B divided by the learning rate of A, which is `lr`; LoRA+ (arXiv 2402.12354) uses 16."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Curve of the learning rate after the warm-up."""
@@ -258,7 +258,7 @@ class Train(Section):
     """Share of all steps, at the start, in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight decay; it pulls the adapter back to its initial values."""
-    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    clip: PositiveFloat | None = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
     eval_every: PositiveInt = 50
     """Steps between two evaluations; the last step is always evaluated."""
@@ -273,12 +273,6 @@ class Train(Section):
     start: Folder | None = None
     """Checkpoint folder of a run with the same base model and adapter settings; training starts from its best
     adapter."""
-
-    def micro(self) -> int:
-        return 4 if self.micro_batch == "auto" else self.micro_batch
-
-    def micro_batches(self) -> int:
-        return -(-self.global_batch // self.micro())
 
 
 IN_STORAGE = (
@@ -331,9 +325,10 @@ class Model(Section):
     compiler."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Keep false unless you have read that code."""
-    allow_pickle: bool = False
-    """Convert pickled weights (pytorch_model*.bin) if the model has no safetensors; no other pickled objects are
-    loaded."""
+
+
+TEMPLATES = ("plain", "chatml", "chatml-tools", "gemma", "llama3")
+"""Values of data.chat_template that are no files (data/templates)."""
 
 
 class Data(Section):
@@ -344,7 +339,8 @@ class Data(Section):
     eval: tuple[Source, ...] = ()
     """Held-out sources: their rows are evaluated and never trained on."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Share of the training rows to hold out, if `eval` is not set."""
+    """Share of the training rows to hold out, if `eval` is not set; of several sources, one row at least of each that
+    has ten rows."""
     max_length: Literal["auto"] | Annotated[int, Field(ge=8)] = 512
     """Largest number of tokens per sequence. Longer plain text is cut into pieces; for other rows see `too_long`. auto:
     enough for the longest row that a dry run reads; it is chosen once, at the start of a run or a search."""
@@ -355,34 +351,33 @@ class Data(Section):
     """Put several examples in one sequence; attention stays within each example. auto: true, unless another part of the
     model, such as a convolution or a state, would mix neighbouring examples."""
     chat_template: str | None = None
-    """Chat template instead of the model's own, exported too: a Jinja file, or plain (User: ..., Assistant: ...)."""
+    """Chat template instead of the model's own, exported too: a Jinja file, plain (User: ..., Assistant: ...), or
+    chatml, chatml-tools, gemma or llama3, without a folder or suffix."""
     last_turn_only: bool = False
     """Supervise only the last answer of each chat; earlier answers are context."""
-    max_rejected: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """Stop if more than this share of the rows is rejected, for training and held-out rows separately. Above 0, one
-    rejected row of ten or more never stops a run."""
+    max_rejected: Share = 0.01
+    """Stop if more than this share of the rows is rejected: of those of `train`, with the rows that `eval_fraction`
+    holds out, and of those of `eval`. Above 0, one rejected row of ten or more never stops a run."""
 
-    @field_validator("train", "eval", mode="before", json_schema_input_type=str | Source | tuple[str | Source, ...])
+    @field_validator(
+        "train",
+        "eval",
+        mode="before",
+        json_schema_input_type=str | Source | tuple[str | Source, ...],
+    )
     @classmethod
     def _paths(cls, value: object) -> object:
-        sources = list(value) if isinstance(value, list | tuple) else [value] if value else value
-        if not isinstance(sources, list):
-            return value
-        return [{"path": source} if isinstance(source, str) else source for source in sources]
+        if not isinstance(value, list | tuple):
+            if not value:
+                return value
+            value = [value]
+        return [{"path": source} if isinstance(source, str) else source for source in value]
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> "Data":
         if self.eval and self.eval_fraction is not None:
             raise ValueError("set data.eval or data.eval_fraction, not both")
         return self
-
-    def length(self) -> int:
-        """Return `max_length`; raise UserError if it is still auto."""
-        if self.max_length == "auto":
-            raise UserError(
-                "data.max_length: auto works only in finetune, sweep and retrain; set the number from their log"
-            )
-        return self.max_length
 
     def holds_out(self) -> bool:
         return bool(self.eval or self.eval_fraction)
@@ -444,10 +439,10 @@ class Config(Section):
                     f" to gate.min_rows={self.gate.min_rows} or more"
                 )
             held_out = self.data.eval or (self.data.train if self.data.eval_fraction else ())
-            if held_out and all(source.format == "text" for source in held_out):
+            if held_out and all(source.has_no_questions() for source in held_out):
                 raise ValueError(
-                    f"gate: metric {metric} is not measured: held-out rows of format text have no questions; use"
-                    " eval/loss or eval/perplexity"
+                    f"gate: metric {metric} is not measured: held-out rows of format {held_out[0].format} have no"
+                    " questions; use eval/loss or eval/perplexity"
                 )
         return self
 
@@ -466,28 +461,31 @@ class Config(Section):
         if self.cluster.may_share_gpus():
             raise ValueError(
                 f"cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} with"
-                f" cluster.workers={self.cluster.max_workers()}: NCCL cannot connect workers that share a GPU;"
+                f" cluster.workers={self.cluster.workers}: NCCL cannot connect workers that share a GPU;"
                 " use cluster.gpus_per_worker=1 or cluster.workers=1"
             )
         return self
 
     @model_validator(mode="after")
     def _replicas_divide_the_workers(self) -> "Config":
-        workers, replicas = self.cluster.workers, self.cluster.fsdp_replicas
+        workers = self.cluster.workers
+        replicas = self.cluster.fsdp_replicas
         if self.cluster.strategy != "fsdp" or replicas == 1 or workers in (1, "auto"):
             return self
         fields = f"cluster.fsdp_replicas={replicas} with cluster.workers={workers}"
         if not isinstance(workers, int):
-            raise ValueError(f"{fields}: the workers may not be divisible by it; use one number of workers")
+            raise ValueError(
+                f"{fields}: the workers may not be divisible by it; use one number of workers"
+            )
         if workers % replicas:
-            raise ValueError(f"{fields}: the workers are not divisible by it; use a divisor of the number of workers")
+            raise ValueError(
+                f"{fields}: the workers are not divisible by it; use a divisor of the number of workers"
+            )
         if workers == replicas:
-            raise ValueError(f"{fields}: no weight would be sharded; use strategy=ddp or fewer replicas")
+            raise ValueError(
+                f"{fields}: no weight would be sharded; use strategy=ddp or fewer replicas"
+            )
         return self
-
-    def accumulation(self, workers: int | None = None) -> int:
-        """Return the largest number of micro-batches of one worker in a step; `workers` defaults to the maximum."""
-        return -(-self.train.micro_batches() // (workers or self.cluster.max_workers()))
 
     def folder(self) -> str:
         return f"{self.run.storage.rstrip('/')}/{self.run.name}"

@@ -1,20 +1,58 @@
 """The base class of all config sections, and the types of single fields."""
 
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    runtime_checkable,
+)
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from olora_ray.config.tables import FORMATS, Table
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 LARGEST = 2**31 - 1
 """Largest number in a config, so that products of two such numbers fit in 64 bits."""
+
+
+def is_auto(value: object) -> "TypeIs[Literal['auto']]":
+    """True if a field, or its value, is still to be decided."""
+    return value == "auto"
 
 
 class Section(BaseModel):
     """Base of all sections: immutable, without unknown fields, with bounded numbers; field docstrings are the help."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,
+        allow_inf_nan=False,
     )
 
     @field_validator("*", mode="before")
@@ -28,31 +66,47 @@ class Section(BaseModel):
                 raise ValueError(f"expected a number, not {str(switch).lower()}")
         return value
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        shown = handler(schema)
+        properties = handler.resolve_ref_schema(shown).get("properties", {})
+        for name, field in cls.model_fields.items():
+            if field.description:
+                properties[field.alias or name]["description"] = described(field)
+        return shown
+
     @model_validator(mode="after")
     def _numbers_have_bounds(self) -> Self:
         for name, value in self:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and abs(number) > LARGEST:
-                    raise ValueError(f"{name}: {number!r} is out of range; use a number up to {LARGEST}")
+                    raise ValueError(
+                        f"{name}: {number!r} is out of range; use a number up to {LARGEST}"
+                    )
         return self
 
 
-def _leaves(value: object) -> Iterator[object]:
-    if isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(each)
-    else:
+def _leaves(value: Any) -> Iterator[object]:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
         yield value
+        return
+    for each in value:
+        yield from _leaves(each)
 
 
 def _kinds(annotation: Any) -> Iterator[type]:
+    inner = get_args(annotation)
     if get_origin(annotation) is Literal:
-        yield from map(type, get_args(annotation))
-    elif inner := get_args(annotation):
+        yield from map(type, inner)
+    elif isinstance(annotation, type) and not inner:
+        yield annotation
+    else:
         for each in inner:
             yield from _kinds(each)
-    elif isinstance(annotation, type):
-        yield annotation
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -62,6 +116,8 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
 MODEL_NAME = r"^\w([\w .-]*\w)?$"
@@ -73,8 +129,11 @@ LONGEST_NAME = 200
 
 
 def _fits_a_file(name: str) -> str:
-    if (size := len(name.encode())) > LONGEST_NAME:
-        raise ValueError(f"the name has {size} bytes, but files with this name allow {LONGEST_NAME}; shorten it")
+    size = len(name.encode())
+    if size > LONGEST_NAME:
+        raise ValueError(
+            f"the name has {size} bytes, but files with this name allow {LONGEST_NAME}; shorten it"
+        )
     return name
 
 
@@ -95,20 +154,26 @@ _ONE_SLASH = re.compile(r"(?!models:)([A-Za-z][\w.+-]+):/(?!/)")
 
 
 def _straight(path: str) -> str:
-    if match := _ONE_SLASH.match(path):
+    match = _ONE_SLASH.match(path)
+    if match:
         slashes = "///" if match[1] == "file" else "//"
-        raise ValueError(f"an address needs {slashes} after the colon; use {match[1]}:{slashes}{path[match.end() :]}")
+        raise ValueError(
+            f"an address needs {slashes} after the colon; use {match[1]}:{slashes}{path[match.end() :]}"
+        )
     if "://" in path and ".." in path.partition("?")[0].split("/"):
         raise ValueError("an address must not contain '..'; write the resolved address")
     return path
 
 
 def _without_options(path: str) -> str:
-    if "://" in path and not path.startswith("file://") and (sign := next((c for c in "?#%" if c in path), None)):
-        raise ValueError(
-            f"this address must not contain {sign!r}; remove it, and set the object store's server in the environment"
-            " variables AWS_ENDPOINT_URL and AWS_REGION on all nodes"
-        )
+    if "://" not in path or path.startswith("file://"):
+        return path
+    for sign in "?#%":
+        if sign in path:
+            raise ValueError(
+                f"this address must not contain {sign!r}; remove it, and set the object store's server in the"
+                " environment variables AWS_ENDPOINT_URL and AWS_REGION on all nodes"
+            )
     return path
 
 
@@ -125,7 +190,9 @@ def _refers(address: str) -> str:
 
 def _no_address(command: str) -> str:
     if "://" in command:
-        raise ValueError("an address may be a secret, and a config is copied into checkpoints and MLflow; use $NAME")
+        raise ValueError(
+            "an address may be a secret, and a config is copied into checkpoints and MLflow; use $NAME"
+        )
     return command
 
 
@@ -137,18 +204,95 @@ Folder = Annotated[Place, AfterValidator(_without_options)]
 """A path or URI to which names are appended, so it has no options (`?...`)."""
 
 
+@dataclass(frozen=True)
+class NameIn:
+    """Accept the names of a table, and the words in `also`."""
+
+    table: Table
+    also: tuple[str, ...] = ()
+    more: Callable[[], str] | None = None
+    """Returns what the members add to the field's docstring, for people who read the help."""
+
+    def names(self) -> tuple[str, ...]:
+        return (*self.also, *self.table.names())
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": "string", "enum": [*self.names()]}
+
+    def _check(self, name: str) -> str:
+        if name not in self.also and not self.table.knows(name):
+            message = self.table.unknown(name, self.also)
+            raise PydanticCustomError("unknown_name", "{message}", {"message": message})
+        return name
+
+
+@runtime_checkable
+class RowFormat(Protocol):
+    """The part of a format that the config reads (data/formats/format.py)."""
+
+    names: tuple[str, ...]
+    makes: str
+
+    @property
+    def has_turns(self) -> bool: ...
+
+    def takes(self, chat: Literal["auto"] | bool) -> bool: ...
+
+
+def described(field: FieldInfo) -> str:
+    """Return a field's docstring, with what the members of its table add."""
+    words = field.description or ""
+    for limit in field.metadata:
+        if isinstance(limit, NameIn) and limit.more:
+            words = f"{words} {limit.more()}"
+    return words
+
+
+def row_format(name: str) -> RowFormat:
+    return FORMATS.load(name, RowFormat)  # type: ignore[type-abstract]
+
+
+def fields_of_formats() -> str:
+    shown = [f"{name} {{{', '.join(row_format(name).names)}}}" for name in FORMATS.own]
+    return f"{', '.join(shown)}."
+
+
+Role = Literal["developer", "system", "user", "assistant", "tool"]
+"""A role of a message."""
+Markup = Literal["guanaco", "llama2", "llama3", "chatml", "instruction", "glaive"]
+"""Another tool's way to write a chat as one text (data/formats/markup.py)."""
+ALWAYS = {"chat": "always chats", "text": "always plain text", "ids": "used as they are"}
+"""The type of a format's examples, in the words of a message about `chat`."""
+
+
 class Source(Section):
     """One source of rows: a file, a folder, a glob or a hub dataset."""
 
     path: Place
     """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"] = "auto"
+    format: Annotated[str, NameIn(FORMATS, also=("auto",), more=fields_of_formats)] = "auto"
     """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
-    fields are: messages {messages, system, tools}, prompt_completion {prompt, completion, tools}, alpaca {instruction,
-    input, output, system, history}, sharegpt {conversations, from, value, system, tools}, text {text}, tokens
-    {input_ids, labels, attention_mask, completion_mask, assistant_masks, position_ids}."""
+    fields are:"""
     fields: dict[str, str] = {}
-    """Columns for fields of the format, e.g. {prompt: question}; {NAME: none} ignores one. auto detects the others."""
+    """Columns for fields of the format, e.g. {prompt: question}; {NAME: none} ignores one. auto detects the others. A
+    path leads into a column (answers.text.0), and a text with braces is a template (Translate: {translation.en})."""
+    roles: dict[str, Role] = {}
+    """Names of roles in the turns of messages and sharegpt rows, e.g. {Customer: user, Agent: assistant}."""
+    labels: dict[str, tuple[str, ...]] = {}
+    """Names for the numbers of a column from 0 on, e.g. {label: [negative, positive]}. Files of Hugging Face datasets
+    have their own."""
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """System message for chats that have none."""
+    markup: Literal["auto", "none"] | Markup = "auto"
+    """The markup in which each text is a whole chat (guanaco: ### Human: ... ### Assistant: ...). The text becomes
+    messages, for the model's own chat template. auto: that of all first rows; none: train the texts as they are."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """Number of uses of each row per epoch. 0.5 uses half of the rows, selected by a hash of their position."""
     only: tuple[str, ...] = ()
@@ -157,11 +301,54 @@ class Source(Section):
     """true: prompt_completion rows go through the chat template. false: prompt and completion are joined as they are.
     auto: true if the model has a chat template."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_of_a_chat(cls, given: Any) -> Any:
+        # A text with markup is the messages of a chat.
+        if not isinstance(given, dict) or given.get("format") != "text":
+            return given
+        fields = given.get("fields") or {}
+        if given.get("markup", "auto") in ("auto", "none") or not isinstance(fields, dict):
+            return given
+        others = {name: column for name, column in fields.items() if name != "text"}
+        messages = {"messages": fields.get("text", "text"), **others}
+        return {**given, "format": "messages", "fields": messages}
+
     @model_validator(mode="after")
-    def _chat_fits_the_format(self) -> "Source":
-        if self.format == "tokens" and self.chat != "auto":
-            raise ValueError("chat: rows of format tokens are used as they are; chat is for prompt_completion")
-        if self.format not in ("auto", "prompt_completion") and self.chat is (self.format == "text"):
-            form = "plain text" if self.chat else "chats"
-            raise ValueError(f"chat: rows of format {self.format} are always {form}; chat is for prompt_completion")
+    def _fits_the_format(self) -> "Source":
+        said = self.roles or self.system or self.markup not in ("auto", "none")
+        if is_auto(self.format) or (is_auto(self.chat) and not said):
+            return self
+        problem = self.unfit(self.format)
+        if problem:
+            raise ValueError(problem)
         return self
+
+    def unfit(self, format: str) -> str | None:
+        """Return the problem if this source sets something that rows of this format do not have."""
+        rows = row_format(format)
+        if self.markup not in ("auto", "none") and format != "messages":
+            return (
+                f"markup: rows of format {format} have none; markup is for texts that hold a chat"
+            )
+        if self.roles and not rows.has_turns:
+            return (
+                f"roles: rows of format {format} have no turns; roles is for messages and sharegpt"
+            )
+        joined = rows.makes == "completion" and self.chat is False
+        if self.system and (joined or rows.makes in ("text", "ids")):
+            return f"system: rows of format {format} are no chats here; remove system"
+        return self.wrong_chat(format)
+
+    def wrong_chat(self, format: str) -> str | None:
+        """Return the problem if rows of this format cannot have this `chat`."""
+        rows = row_format(format)
+        if rows.takes(self.chat):
+            return None
+        return (
+            f"chat: rows of format {format} are {ALWAYS[rows.makes]}; chat is for prompt_completion"
+        )
+
+    def has_no_questions(self) -> bool:
+        """True if the rows are plain text; a format that is still to be detected is not known to be."""
+        return not is_auto(self.format) and row_format(self.format).makes == "text"

@@ -4,6 +4,7 @@ A template is code from a model hub: it runs in jinja2's immutable sandbox. The 
 write is detected by rendering marked conversations, so that no part of a chat is lost silently.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from olora_ray.common.errors import as_user_error
-from olora_ray.data.formats import REASONING, Chat, Rejected
+from olora_ray.data.formats.chat import REASONING, SYSTEMS
+from olora_ray.data.formats.format import Chat, Rejected
 
 Message = Mapping[str, Any]
 
@@ -48,7 +50,10 @@ class ChatTemplate:
     """A compiled template with the special tokens that it may use."""
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], what: str = "model.name: the chat template"
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        what: str = "model.name: the chat template",
     ) -> None:
         """Compile `source`; raise a UserError that begins with `what` if it is not valid."""
         # Exception: constant expressions are worked out here, and 1 / 0 is a ZeroDivisionError.
@@ -63,10 +68,19 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return the conversation as text; raise whatever the template raises, mostly a jinja2.TemplateError."""
-        given = {**self._known, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        given = {
+            **self._known,
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
         # `Template.render` copies the variables twice: a fifth of the time of a rendering.
         template = self._template
-        return "".join(template.root_render_func(Context(template.environment, given, template.name, template.blocks)))
+        return "".join(
+            template.root_render_func(
+                Context(template.environment, given, template.name, template.blocks)
+            )
+        )
 
 
 class _Generation(jinja2.ext.Extension):
@@ -89,7 +103,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = TODAY.strftime
@@ -100,10 +116,16 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML characters.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:
@@ -122,7 +144,11 @@ EXCHANGE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content
 _FUNCTION = {
     "name": _MARK,
     "description": "A function.",
-    "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "A text."}}, "required": []},
+    "parameters": {
+        "type": "object",
+        "properties": {"x": {"type": "string", "description": "A text."}},
+        "required": [],
+    },
 }
 
 
@@ -145,7 +171,7 @@ class ChatForm:
 
     def __call__(self, chat: Chat) -> Chat:
         """Return the chat in this form; raise Rejected if the template would drop a part of it."""
-        messages = [_with_every_name(each) if len(each) > 2 else each for each in chat.messages]
+        messages = [_with_every_name(message) for message in chat.messages]
         if chat.tools is not None and not self.writes_tools:
             raise Rejected(
                 "template",
@@ -160,19 +186,29 @@ class ChatForm:
                     " into the first user message, or set data.chat_template to one that writes them",
                 )
             if self.developer == "system":
-                messages = _with_one_system(messages)
-        if self.arguments:
-            messages = [
-                {**message, "tool_calls": [self._with_arguments(call) for call in message["tool_calls"]]}
-                if isinstance(message.get("tool_calls"), list)
-                else message
-                for message in messages
-            ]
-        if self.wants_null:
-            messages = [{**message, "content": None} if _calls_alone(message) else message for message in messages]
-        if self.wants_parts:
-            messages = [{**message, "content": _parts(message["content"])} for message in messages]
-        return Chat(tuple(messages), chat.tools)
+                # Some templates write no second system message, so all that precede the user's become one.
+                heads = list(itertools.takewhile(lambda each: each["role"] in SYSTEMS, messages))
+                rest = messages[len(heads) :]
+                messages = []
+                if heads:
+                    texts = [each["content"] for each in heads]
+                    messages.append({"role": "system", "content": "\n\n".join(texts)})
+                for message in rest:
+                    if message["role"] == "developer":
+                        message = {**message, "role": "system"}
+                    messages.append(message)
+        written = []
+        for message in messages:
+            calls = message.get("tool_calls")
+            if self.arguments and isinstance(calls, list):
+                message = {**message, "tool_calls": [self._with_arguments(call) for call in calls]}
+            content = message["content"]
+            if self.wants_null and calls and not content.strip() and message["role"] == "assistant":
+                message = {**message, "content": None}
+            elif self.wants_parts:
+                message = {**message, "content": _parts(content)}
+            written.append(message)
+        return Chat(tuple(written), chat.tools)
 
     def _with_arguments(self, call: Any) -> Any:
         # Only an object, or JSON text of an object, is converted; anything else stays unchanged.
@@ -181,46 +217,54 @@ class ChatForm:
         if "function" in call:
             return {**call, "function": self._with_arguments(call["function"])}
         value = call.get("arguments")
-        if isinstance(value, str):
-            try:
+        if self.arguments == "text" and isinstance(value, dict):
+            return {**call, "arguments": json.dumps(value, ensure_ascii=False)}
+        if self.arguments == "objects" and isinstance(value, str):
+            with suppress(ValueError, RecursionError):
                 value = json.loads(value)
-            except (ValueError, RecursionError):
-                return call
-            return {**call, "arguments": value} if isinstance(value, dict) and self.arguments == "objects" else call
-        as_text = isinstance(value, dict) and self.arguments == "text"
-        return {**call, "arguments": json.dumps(value, ensure_ascii=False)} if as_text else call
-
-
-def chat_form(source: str, special_tokens: Mapping[str, str], what: str) -> ChatForm:
-    """Return the form of chats for a template, which messages call `what`."""
-    return _chat_form(source, tuple(sorted(special_tokens.items())), what)
+            if isinstance(value, dict):
+                return {**call, "arguments": value}
+        return call
 
 
 @lru_cache(maxsize=8)
-def _chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], what: str) -> ChatForm:
+def chat_form(source: str, special_tokens: tuple[tuple[str, str], ...], what: str) -> ChatForm:
+    """Return the form of chats for a template, which messages call `what`."""
     template = ChatTemplate(source, dict(special_tokens))
-    # Arguments as JSON text and as an object, because some templates refuse one of them.
-    shapes: tuple[Any, Any] = ("{}", {})
-    empty, null = (any(_MARK in _with_call(template, each, text) for each in shapes) for text in ("", None))
-    wants_null = null and not empty and "tool_calls" in source
+
+    def writes_call(content: str | None) -> bool:
+        # Arguments as JSON text and as an object, because some templates refuse one of them.
+        texts = [_with_call(template, "{}", content), _with_call(template, {}, content)]
+        return any(_MARK in text for text in texts)
+
+    wants_null = "tool_calls" in source and not writes_call("") and writes_call(None)
+    content = None if wants_null else ""
     example = {"olora_argument": 1}
-    forms: tuple[Any, Any] = (example, json.dumps(example))
-    from_object, from_text = (_with_call(template, each, None if wants_null else "") for each in forms)
+    from_object = _with_call(template, example, content)
+    from_text = _with_call(template, json.dumps(example), content)
     arguments: Literal["objects", "text"] | None = None
     if from_object != from_text:
         if "olora_argument" in from_object and str(example) not in from_object:
             arguments = "objects"
         elif "olora_argument" in from_text:
             arguments = "text"
-    contents: tuple[Any, Any] = (_MARK, _parts(_MARK))
-    as_text, as_parts = (_written(template, [{**EXCHANGE[0], "content": each}]) for each in contents)
+    as_text = _written(template, [{"role": "user", "content": _MARK}])
+    as_parts = _written(template, [{"role": "user", "content": _parts(_MARK)}])
     wants_parts = _MARK in as_parts and _MARK not in as_text
-    return ChatForm(what, arguments, wants_null, wants_parts, _developer(template), _writes_tools(template))
+    return ChatForm(
+        what, arguments, wants_null, wants_parts, _developer(template), _writes_tools(template)
+    )
 
 
 def _with_call(template: ChatTemplate, arguments: Any, content: str | None) -> str:
-    call = {"id": "call00000", "type": "function", "function": {"name": _MARK, "arguments": arguments}}
-    return _written(template, [EXCHANGE[0], {"role": "assistant", "content": content, "tool_calls": [call]}])
+    call = {
+        "id": "call00000",
+        "type": "function",
+        "function": {"name": _MARK, "arguments": arguments},
+    }
+    return _written(
+        template, [EXCHANGE[0], {"role": "assistant", "content": content, "tool_calls": [call]}]
+    )
 
 
 def _written(template: ChatTemplate, messages: Sequence[Message]) -> str:
@@ -245,23 +289,20 @@ def _writes_tools(template: ChatTemplate) -> bool:
     heads: tuple[list[Message], ...] = ([], [{"role": "system", "content": "Be brief."}])
     # In the form of OpenAI's API, and flat, because some templates read that.
     tools: tuple[Message, ...] = ({"type": "function", "function": _FUNCTION}, _FUNCTION)
-    texts = [text for tool in tools for head in heads for text in _exchanges(template, head, [tool])]
+    texts = []
+    for tool, head in itertools.product(tools, heads):
+        texts += _exchanges(template, head, [tool])
     return not texts or any(_MARK in text for text in texts)
 
 
-def _exchanges(template: ChatTemplate, head: Sequence[Message], tools: Sequence[Message] | None = None) -> list[str]:
+def _exchanges(
+    template: ChatTemplate, head: Sequence[Message], tools: Sequence[Message] | None = None
+) -> list[str]:
     texts = []
     for count in (1, 2):
         with suppress(Exception):  # a template is code: it may raise anything
             texts.append(template.render([*head, *EXCHANGE[:count]], count == 1, tools))
     return texts
-
-
-def _with_one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Some templates write no second system message, so all that precede the user's become one.
-    heads = ("developer", "system")
-    text = "\n\n".join(message["content"] for message in messages if message["role"] in heads)
-    return [{"role": "system", "content": text}, *(each for each in messages if each["role"] not in heads)]
 
 
 def _parts(content: str | None) -> Any:
@@ -274,22 +315,26 @@ def reasoning(message: Mapping[str, Any]) -> Any:
         if message.get(name) is not None:
             return message[name]
     before, closed, _ = text_of(message).partition("</think>")
-    return before.rpartition("<think>")[2] if closed else None
+    if not closed:
+        return None
+    return before.rpartition("<think>")[2]
 
 
 def text_of(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
-    return (content if isinstance(content, str) else content[-1]["text"]).strip()
+    if not isinstance(content, str):
+        content = content[-1]["text"]
+    text: str = content.strip()
+    return text
 
 
 def _with_every_name(message: dict[str, Any]) -> dict[str, Any]:
     # Templates read the reasoning under different names, so transformers gives it to them under each.
-    thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    return message if thought is None else {**dict.fromkeys(REASONING, thought), **message, REASONING[0]: thought}
-
-
-def _calls_alone(message: Mapping[str, Any]) -> bool:
-    return message["role"] == "assistant" and bool(message.get("tool_calls")) and not message["content"].strip()
+    for name in REASONING:
+        thought = message.get(name)
+        if thought is not None:
+            return {**dict.fromkeys(REASONING, thought), **message, REASONING[0]: thought}
+    return message
 
 
 def left_out(message: Mapping[str, Any], text: str) -> str | None:
@@ -299,11 +344,16 @@ def left_out(message: Mapping[str, Any], text: str) -> str | None:
     function too, so it is removed first.
     """
     own = text.replace(text_of(message), "", 1)
-    names = Counter(name for call in message["tool_calls"] if (name := called(call)))
-    return next((name for name, calls in names.items() if own.count(name) < calls), None)
+    for name, calls in Counter(map(called, message["tool_calls"])).items():
+        if name and own.count(name) < calls:
+            return name
+    return None
 
 
 def called(call: Any) -> str:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    return name.strip() if isinstance(name, str) else ""
+    if isinstance(call, Mapping) and "function" in call:
+        call = call["function"]
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        return ""
+    name: str = call["name"].strip()
+    return name

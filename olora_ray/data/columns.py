@@ -1,8 +1,10 @@
-"""Columns of rows, and keys of messages, that nothing reads: which of them need an answer before a training.
+"""Columns of rows, and keys of messages, that nothing reads: which of them stop a run.
 
-A column may decide what a row means, whatever its name is. So each text, list or object that is not read needs an
-answer, unless its name says that it is about the row, it looks like a number or a reference, it is the same in all
-rows, or what is read repeats it. The user answers in the `fields` of the source: a field for the column, or `none`.
+A row with a chat, or with a question and its answer, is complete: what nothing reads is left out, and one line says so.
+A column stops the run if it says that its row is not for plain training, or changes what the row means: preferences,
+labels, masks, choices, images and sounds; beside a question, a second answer, or a long text on which the answer may
+rest; beside a text, a question, an answer or a class. The user answers in the `fields` of the source: a field for the
+column, or `none`.
 """
 
 import itertools
@@ -10,166 +12,331 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 import yaml
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Source
-from olora_ray.data import formats
-from olora_ray.data.formats import FIELDS, Chat, Example, one_line
+from olora_ray.config.section import Source
+from olora_ray.data.formats import columns_of, format_named, own_formats
+from olora_ray.data.formats.chat import REASONING, ROLES, SHAREGPT_ROLES
+from olora_ray.data.formats.format import EMPTY, NONE, Chat, Example, one_line, type_name
 
 WORD = re.compile(r"[^\W\d_]+")
-# A column is about the row if these words are the last one of its name, ...
-ENDS = {*WORD.findall("id uuid hash sha url uri date time timestamp at nr count index idx score model version")}
-# ... or these words are all of its name. The words of `WEAK` say nothing by themselves.
-WEAK = {*WORD.findall("user name type code by on of last title")}
-ABOUT = (
-    ENDS
-    | WEAK
-    | {
-        *WORD.findall(
-            "source origin dataset repo split fold subset language lang revision license licence created email"
-        ),
-        *WORD.findall("author creator annotator assignee reporter editor worker username file filename path link"),
-        *WORD.findall("updated modified meta metadata embedding quelle sprache autor bearbeiter fuente auteur langue"),
-        *("来源", "作者"),
-    }
-)
-# Words of names of columns that decide what is trained, whatever their values are.
 DECIDES = {
-    *WORD.findall("label class mask weight train kto chosen rejected preferred sentiment intent"),
+    *WORD.findall("label mask weight train kto chosen rejected preferred"),
     *WORD.findall("image img picture photo screenshot pixel audio video speech"),
 }
-MEDIA = re.compile(r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|mov|avi|webm)\b", re.IGNORECASE)
-# Names of fields in this and other tools. A column of such a name is never a constant without meaning.
-KNOWN = {*itertools.chain(*FIELDS.values(), *formats.OTHER_NAMES.values())} - {*formats.INSIDE, *FIELDS["tokens"]}
-# A tokenizer writes these columns beside a text.
-TOKENIZED = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}
-# A number, a time, or true or false in a cell of csv; an address; a reference such as TN-10007 or 7 C 10007/23.
-ABSTRACT = re.compile(
-    r"[-+€$£]?\d[\d.,]*\s?[%€$£]?|\d+([./:-]\d+)+[T ]?[\d:.]*Z?([+-]\d\d:?\d\d)?"
-    r"|(?i:true|false|wahr|falsch|vrai|faux|nan|null|none)"
-    r"|https?://\S+|\S+@\S+|(?=(?:\D*\d){4})(?:\w{1,3}\s){0,3}[\w.:/<>-]+"
+"""Words of names of columns that decide what is trained, whatever their values are."""
+CHOICES = {*WORD.findall("option choice candidate distractor ending")}
+"""Words of names of columns to which an answer may refer by a letter or number."""
+CLASSES = {*WORD.findall("label class category sentiment emotion intent")}
+"""Words of names of columns that may be the answer to a text."""
+MEDIA = re.compile(
+    r".*\.(jpe?g|png|gif|webp|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|mov|avi|webm)\b", re.IGNORECASE
 )
+KNOWN = {
+    name
+    for format in own_formats()
+    for field in format.fields
+    if format.makes != "ids"
+    for name in (field.name, *field.other_names, *field.last_names)
+} - {field.name for format in own_formats() for field in format.fields if field.in_turn}
+"""Names of fields in this and other tools."""
+WRITTEN = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "olora_ray"}
+"""Columns that a tokenizer writes beside a text, and what `olora-ray follow --rows` notes about a row."""
+LEFT = "left\t"
+"""Beginning of the note of a column or key that is left out."""
+LONG = 20
+"""Words of a text above which an answer may rest on it."""
 
 
-def count(notes: "Counter[str]", number: int, source: Source, row: Any, example: Example, template: str = "") -> None:
-    """Note the columns of a row, and the keys of its messages, that may need an answer, for `unanswered`.
+def decides(format: str, name: str, value: Any) -> bool:
+    """Return whether a column or key that nothing reads decides what a row means, by its name or by a file it names."""
+    words = _words(name)
+    known = format_named(format)
+    if words[-1:] in (("id",), ("count",), ("date",)):
+        return False
+    deciding = DECIDES
+    if known.makes == "text":
+        deciding = DECIDES | CLASSES
+    elif not known.has_turns:
+        deciding = DECIDES | CHOICES
+        if re.fullmatch("[A-Ea-e]", name):  # the columns of C-Eval's choices
+            return True
+    return not deciding.isdisjoint(words) or any(map(MEDIA.match, _texts(value)))
 
-    Without the chat template it is not known which keys are read, so only those that decide are noted.
-    """
-    used, mapped = _used(source.format, *source.fields.items()), source.fields
-    read, messages = _read_keys(template), example.messages if isinstance(example, Chat) else ()
-    left = [("column", *column) for column in row.items() if column[0] not in used] if isinstance(row, Mapping) else []
-    keys = [("key", *key) for each in messages if not each.keys() <= read for key in each.items() if key[0] not in read]
-    left += [key for key in keys if template or DECIDES.intersection(_words(key[1]))]
-    for kind, name, value in left:
-        if name in TOKENIZED or mapped.get(name, name) != name or value in formats.EMPTY:
+
+def note_unread(
+    notes: "Counter[str]",
+    number: int,
+    source: Source,
+    row: Any,
+    example: Example,
+    template: str = "",
+) -> None:
+    """Note the columns of a row, and the keys of its messages, that nothing reads, also those that decide nothing."""
+    for kind, name, value in _unread(source, row, example, template):
+        note = f"{LEFT}{kind} {name}"
+        if decides(source.format, name, value):
+            note = f"unread\t{number}\t{kind}\t{json.dumps(name)}\t2\t"
+            if any(other.startswith(note) for other in notes):
+                continue
+            note += excerpt(value)
+        elif kind == "key" and not template:
             continue
-        if not (needed := weight(source.format, str(name), value)):
-            continue
-        own = [message[key] for message in messages for key in message if key in read and key != "role"]
-        # Columns that repeat what is read: the first question beside messages, all texts joined beside a question.
-        seen = [*_texts(own if kind == "key" else [row.get(column) for column in used])]
-        texts = {*_texts(value)} - formats.ROLES - {*formats.SHAREGPT_ROLES}
-        if texts and (texts <= {*seen} or (len(seen) > 1 and isinstance(value, str) and all(t in value for t in seen))):
-            continue
-        note = f"unread\t{number}\t{kind}\t{json.dumps(str(name))}\t{needed}\t"
-        others = sum(other.startswith(note) for other in notes)
-        note += one_line(json.dumps(value, ensure_ascii=False, default=repr), 60)
-        if note in notes or (others < 2 and len(notes) < 100):
+        if note in notes or len(notes) < 100:
             notes[note] += 1
+
+
+def left_out(notes: Mapping[str, int]) -> str:
+    """Return the names of columns and keys that no source maps and nothing reads; "" without any."""
+    return ", ".join(note.removeprefix(LEFT) for note in notes if note.startswith(LEFT))
+
+
+def _unread(
+    source: Source, row: Any, example: Example, template: str
+) -> Iterator[tuple[str, str, Any]]:
+    used = _used(source.format, *source.fields.items())
+    if isinstance(row, Mapping):
+        for column, value in row.items():
+            name = str(column)
+            known = name in used or name in source.fields or name in WRITTEN
+            if not known and value not in EMPTY:
+                yield "column", name, value
+    if isinstance(example, Chat):
+        read = _read_keys(template)
+        for message in example.messages:
+            for key, value in message.items():
+                if key not in read and key not in source.fields and value not in EMPTY:
+                    yield "key", key, value
 
 
 @lru_cache(64)
 def _used(format: str, *fields: tuple[str, str]) -> frozenset[str]:
-    return frozenset(formats.columns_of(format, dict(fields)))
+    return frozenset(columns_of(format, dict(fields)))
 
 
 @lru_cache(8)
 def _read_keys(template: str) -> frozenset[str]:
     named = re.findall(r"(?<=[.'\"])\w+", template)
-    return frozenset({"role", "content", "tool_calls", "weight", *formats.REASONING, *named})
-
-
-def weight(format: str, name: str, value: Any) -> int:
-    """Return 2 if a value needs an answer, 1 if it needs one unless all rows have it, else 0."""
-    if name == "olora_ray":  # what `olora-ray follow --rows` notes about a row
-        return 0
-    words, texts, known = _words(name), [*_texts(value)], name.lower().strip()
-    if DECIDES.intersection(words) or known in formats.OTHER_NAMES["completion"] or any(map(MEDIA.match, texts)):
-        return 2
-    # A title is a part of a question, but not of a document or a chat.
-    if words == ("title",) and len(formats.NEEDED[format]) == 1:
-        return 0
-    # A prompt may stand in metadata, too, and a sentence to translate in a column `source`.
-    if ENDS.intersection(words[-1:]) or (ABOUT.issuperset(words) and not WEAK.issuperset(words)):
-        inner = re.findall(r'(\w+)\\?": ?', json.dumps(value, default=repr)) if texts else ()
-        if KNOWN.isdisjoint(inner) and not any(map(_is_prose, texts)):
-            return 0
-    if not isinstance(value, str):
-        return 2 * bool(texts or isinstance(value, list | bytes))
-    if not texts or ABSTRACT.fullmatch(texts[0]):
-        return 0
-    return 1 if len(value.split()) <= 2 and not KNOWN.intersection((known, *words[-1:])) else 2
+    return frozenset({"role", "content", "tool_calls", "weight", *REASONING, *named})
 
 
 @lru_cache(2**12)
 def _words(name: str) -> tuple[str, ...]:
-    words = WORD.findall(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower())
+    words = WORD.findall(
+        re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower()
+    )
     return tuple(word if word == "class" else word.removesuffix("s") for word in words)
-
-
-def _is_prose(text: str) -> bool:
-    words = text.split()
-    lower = any(word.islower() and len(word) > 3 for word in words)  # not in a title or a name
-    return len(words) > 12 or (len(words) > 2 and lower) or text.endswith(("。", "！", "？"))
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield from filter(None, [value.strip()])
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            if isinstance(part, str | dict | list):
-                yield from _texts(part)
+        text = value.strip()
+        if text:
+            yield text
+        return
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return
+    for part in value:
+        yield from _texts(part)
 
 
-def unanswered(
-    notes: Mapping[str, int], sources: Mapping[int, Source], setting: str, rows: int = 0, auto: bool = False
+def unresolved_error(
+    notes: Mapping[str, int], sources: Mapping[int, Source], setting: str
 ) -> UserError | None:
-    """Return the error for the first source with a column or key that needs an answer; None if none needs one.
+    """Return the error for the first column or key that decides; None if there is none.
 
-    `rows` is the number of rows behind the notes, if it is known: a value that some of them lack is no constant.
-    The notes of a store may be older than an answer. `auto` is True if the format was detected.
+    The notes of a store may be older than an answer, and than this version, which asks less.
     """
-    needed, met = dict[int, dict[str, tuple[str, str]]](), Counter[tuple[str, str]]()
-    for note in (note for note in notes if note.startswith("unread\t")):
-        _, number, kind, name, weight, example = note.split("\t")
-        met[number, name] += int(weight)
-        varies = met[number, name] > 1 or rows == 1 or notes[note] < rows
-        if varies and json.loads(name) not in sources[int(number)].fields:
-            needed.setdefault(int(number), {})[json.loads(name)] = (kind, example)
-    return next((_refusal(each, f"{setting}.{n}", sources[n], auto) for n, each in needed.items()), None)
+    for note in notes:
+        if not note.startswith("unread\t"):
+            continue
+        _, place, kind, quoted, _, example = note.split("\t")
+        name = json.loads(quoted)
+        source = sources[int(place)]
+        if name not in source.fields and decides(source.format, name, [example]):
+            where = f"{setting}.{place}"
+            return UserError(
+                f"{where}: {kind} {name!r} (such as {example}) may decide what its row means, and {source.format} rows"
+                f" do not use it; map it to a field, or set {name}: none in {where}.fields to train without it"
+            )
+    return None
 
 
-def _refusal(needed: Mapping[str, tuple[str, str]], where: str, source: Source, auto: bool) -> UserError:
-    needed = dict(itertools.islice(needed.items(), 12))
-    name, (kind, example) = next(iter(needed.items()))
-    free = {*FIELDS[source.format]} - {*formats.NEEDED[source.format], *formats.INSIDE, *source.fields}
-    way = f"map it to a field ({', '.join(sorted(free))}), or " if free and kind == "column" else ""
-    if auto and source.format == "text" and example.startswith('"'):
-        answer = {"instruction": source.fields.get("text", "text"), "output": name}
-        way = f"train it as the answer with {fields(where, answer)}, or "
-    shown = ", ".join(f"{kind} {name!r} (such as {example})" for name, (kind, example) in needed.items())
-    out = fields(where, {**source.fields, **dict.fromkeys(needed, formats.NONE)})
-    return UserError(f"{where}: {source.format} rows do not use {shown}; {way}leave it out with {out}")
+# The questions of the first look.
 
 
-def fields(where: str, mapped: dict[str, str]) -> str:
+class Unclear(UserError):
+    """Rows whose meaning a person must say, with columns that could be question and answer."""
+
+
+def unclear(where: str, source: Source, read: Sequence[tuple[Any, Example]]) -> UserError | None:
+    """Return the question that rows in a known format leave open; None if they are complete.
+
+    `read` are rows with their examples, `where` is the setting of the source.
+    """
+    known = format_named(source.format)
+    rows = [row for row, _ in read if isinstance(row, Mapping)]
+    left: dict[str, list[Any]] = {}
+    for row, example in read:
+        for kind, name, value in _unread(source, row, example, ""):
+            if decides(source.format, name, value):
+                of_class = known.makes == "text" and not CLASSES.isdisjoint(_words(name))
+                if of_class and isinstance(value, str | int):
+                    return _of_class(where, source, name, value, rows)
+                why = f"{kind} {name!r} may decide what its row means"
+                end = f"set {name}: none in {where}.fields to train without it"
+                if known.has_turns:
+                    return Unclear(f"{where}: {why}: what does it mean? {described(rows)}; {end}")
+                return which(where, why, rows, f", or {end}")
+            if kind == "column" and not _repeats(value, row, source):
+                left.setdefault(name, []).append(value)
+    if known.makes == "text":
+        for name, values in left.items():
+            named = name.lower().strip() in KNOWN
+            if name.lower().strip() != "title" and (named or words_of(values) > 2):
+                why = f"column {name!r} stands beside a text"
+                alone = f", or set {name}: none in the fields to train the texts alone"
+                return which(where, why, rows, alone)
+    elif known.makes != "ids" and not known.has_turns:
+        for name, values in left.items():
+            if name.lower().strip() in _names("prompt_completion", "completion") and all(
+                isinstance(value, str) for value in values
+            ):
+                return which(where, f"column {name!r} is a second answer", rows)
+        # A format of a package has fields of its own, so no line can be proposed.
+        if known in own_formats():
+            return _of_context(where, source, left, rows)
+    return None
+
+
+def _names(format: str, field: str) -> set[str]:
+    """Return the names of a field of a format in this and other tools."""
+    known = next(each for each in format_named(format).fields if each.name == field)
+    return {known.name, *known.other_names}
+
+
+def _repeats(value: Any, row: Any, source: Source) -> bool:
+    # The first question beside messages, or all texts joined beside a question.
+    used = _used(source.format, *source.fields.items())
+    seen = [*_texts([row.get(column) for column in used])]
+    texts = {*_texts(value)} - ROLES - {*SHAREGPT_ROLES}
+    joined = len(seen) > 1 and isinstance(value, str) and all(text in value for text in seen)
+    return joined or texts.issubset(seen)
+
+
+def _of_class(
+    where: str, source: Source, name: str, value: Any, rows: Sequence[Mapping[Any, Any]]
+) -> UserError:
+    text = source.fields.get("text", "text")
+    answer = fields(where, {"instruction": text, "output": name})
+    alone = fields(where, {**source.fields, name: NONE})
+    named = ""
+    if isinstance(value, int):
+        named = f" and names for its numbers, {where}.labels={{{name}: [NAME, NAME]}}"
+    return Unclear(
+        f"{where}: is column {name!r} the answer to the text? {described(rows)}; train it as the answer with {answer}"
+        f"{named}, or the texts alone with {alone}"
+    )
+
+
+def _of_context(
+    where: str, source: Source, left: Mapping[str, Sequence[Any]], rows: Sequence[Mapping[Any, Any]]
+) -> UserError | None:
+    needed = format_named(source.format).needed
+    question, answer = [source.fields.get(name, name) for name in needed]
+    most = max(LONG, words_of([row.get(question) for row in rows]))
+    texts = _names("text", "text")
+    long = [
+        name
+        for name, values in left.items()
+        if words_of(values) > most or (words_of(values) and name.lower().strip() in texts)
+    ]
+    if not long:
+        return None
+    if len(long) > 1 or "input" in source.fields or not isinstance(left[long[0]][0], str):
+        names = " and ".join(map(repr, long))
+        return which(where, f"the answer may rest on {names}, and no field reads it", rows)
+    # An alpaca row has a field for it, a prompt with its completion has none.
+    said = {"instruction": question, "output": answer, "input": long[0]}
+    others = {name: source.fields[name] for name in source.fields if name not in needed}
+    with_it = fields(where, {**said, **others})
+    without = fields(where, {**source.fields, long[0]: NONE})
+    return Unclear(
+        f"{where}: does the answer rest on column {long[0]!r}? {described(rows)}; if it does, {with_it};"
+        f" if not, {without}"
+    )
+
+
+def of_pairs(where: str, rows: Sequence[Mapping[Any, Any]]) -> UserError | None:
+    """Return the question about rows of preferences in no known format; None for other rows."""
+    for name in rows[0] if rows else ():
+        if "rejected" in _words(str(name)):
+            return which(
+                where, f"column {str(name)!r} is for preferences, which cannot be trained yet", rows
+            )
+    return None
+
+
+def which(where: str, why: str, rows: Sequence[Mapping[Any, Any]], end: str = "") -> Unclear:
+    """Return the question which column is the answer; it proposes none, because nothing supports a guess."""
+    form = fields(where, {"instruction": "COLUMN", "output": "COLUMN"})
+    return Unclear(
+        f"{where}: {why}; which column is the answer? {described(rows)}; say it as {form}; a"
+        f" template such as '{{a}}: {{b}}' joins columns{end}"
+    )
+
+
+def described(rows: Sequence[Mapping[Any, Any]]) -> str:
+    """Return the columns of rows, and the keys of objects, with their types, lengths and an example, in one line."""
+    values: dict[str, list[Any]] = {}
+    for row in rows:
+        for name, value in row.items():
+            inner = {str(name): value}
+            if isinstance(value, Mapping):
+                inner = {f"{name}.{key}": each for key, each in value.items()}
+            for column, each in inner.items():
+                if each not in EMPTY:
+                    values.setdefault(column, []).append(each)
+    parts = []
+    for name, given in itertools.islice(values.items(), 16):
+        about = type_name(given[0]).removeprefix("a ").removeprefix("an ")
+        if isinstance(given[0], str):
+            about = f"{words_of(given):g} words"
+        parts.append(f"{one_line(name, 40)} ({about}, such as {excerpt(given[0], 30)})")
+    return ", ".join(parts)
+
+
+def words_of(values: Iterable[Any]) -> float:
+    """Return the median number of words of texts, also inside of lists and objects; JSON and addresses have none."""
+    counts = []
+    for value in values:
+        texts = [*_texts(value)]
+        if texts and not texts[0].startswith(("{", "[", "http")):
+            counts.append(sum(len(text.split()) for text in texts))
+    return median(counts) if counts else 0
+
+
+def excerpt(value: Any, most: int = 60) -> str:
+    """Return the beginning of a value as JSON, in one line."""
+    return one_line(json.dumps(value, ensure_ascii=False, default=repr), most)
+
+
+def fields(where: str, mapped: Mapping[str, str]) -> str:
     """Return the fields of the source `where` as an argument for a shell."""
-    line = yaml.safe_dump(mapped, default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False)
-    return shlex.quote(f"{where}.fields={line.strip()}")
+    return setting(f"{where}.fields", mapped)
+
+
+def setting(name: str, mapped: Mapping[str, str]) -> str:
+    """Return a setting as an argument for a shell."""
+    line = yaml.safe_dump(
+        dict(mapped), default_flow_style=True, allow_unicode=True, width=9**9, sort_keys=False
+    )
+    return shlex.quote(f"{name}={line.strip()}")

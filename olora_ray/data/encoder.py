@@ -13,6 +13,7 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.data.formats import Rejected
+from olora_ray.data.formats.format import Rejected
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -51,13 +52,6 @@ a\u0301\u0323\u0302 \u0344 \u09c7\u09be \u1100\u1161 \ufffd\ufffe \U0010ffff
 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"""
 
 
-def _long() -> str:
-    # fastokens splits long texts and encodes the parts at once: releases of 2026 split them inside a token of newlines,
-    # blanks and punctuation (crusoecloud/fastokens#59, #67).
-    random, count = Random(0), 2**18 // 6
-    return "".join(map(str.__mul__, random.choices("\n ./\t!", k=count), random.choices(range(1, 12), k=count)))
-
-
 class Unlike(Exception):
     """fastokens gave other tokens than the tokenizer; it is not used again in this process."""
 
@@ -77,7 +71,11 @@ class Piece:
         tokenising.
         """
         inside = range(self._anchor_ids, self._anchor_ids + len(self.ids))
-        at = bisect_left(inside, offset + self._anchor_characters, key=lambda number: _start(self._encoding, number))
+        at = bisect_left(
+            inside,
+            offset + self._anchor_characters,
+            key=lambda number: _start(self._encoding, number),
+        )
         return np.array(self.ids, np.int32), at
 
 
@@ -90,11 +88,26 @@ class Encoder:
         self._tokenizer = self._loaded.tokenizer
         self._ids_ahead: dict[str, Numbers] = {}
         self._cut_ahead: dict[tuple[str, int], tuple[Numbers, int]] = {}
-        self.is_blank = lru_cache(2**16)(self._is_blank)
-        self._prefixes = self._puts_a_blank()
+
+        @lru_cache(2**16)
+        def is_blank(number: int) -> bool:
+            # A broken decoder does not matter here: it only reads what a model writes.
+            text, _ = _tried(self._tokenizer.decode, [number], skip_special_tokens=False)
+            return text is not None and not text.strip()
+
+        self.is_blank = is_blank
+        # True if a text has other tokens at the beginning than when it continues another text.
+        self._prefixes = False
+        with suppress(Rejected):
+            pieces = (self._after(anchor, "a") for anchor in ANCHORS)
+            after = next((piece for piece in pieces if piece is not None), None)
+            self._prefixes = after is not None and after.ids != self._encode("a").ids
 
     def id_of(self, token: str | None) -> int | None:
-        return None if token is None else self._tokenizer.token_to_id(token)
+        if token is None:
+            return None
+        number: int | None = self._tokenizer.token_to_id(token)
+        return number
 
     def token_of(self, number: int) -> str | None:
         token: str | None = self._tokenizer.id_to_token(number)
@@ -104,28 +117,26 @@ class Encoder:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(number for number, token in added.items() if token.special)
 
-    def _is_blank(self, number: int) -> bool:
-        # A broken decoder does not matter here: it only reads what a model writes.
-        text, _ = _tried(self._tokenizer.decode, [number], skip_special_tokens=False)
-        return text is not None and not text.strip()
-
     def encode(self, text: str, continues: bool = False) -> Piece:
         """Tokenise a text that begins an example, or `continues` one; raise Rejected if the tokenizer cannot."""
         if continues and self._prefixes and text:
             for anchor in ANCHORS:
-                if (piece := self._after(anchor, text)) is not None:
+                piece = self._after(anchor, text)
+                if piece is not None:
                     return piece
         encoding = self._encode(text)
         return Piece(encoding.ids, encoding)
 
     def ids(self, text: str, continues: bool = False) -> Numbers:
-        if (known := self._ids_ahead.get(text)) is not None:
+        known = self._ids_ahead.get(text)
+        if known is not None:
             return known
         return np.array(self.encode(text, continues).ids, np.int32)
 
     def cut(self, text: str, offset: int, continues: bool = False) -> tuple[Numbers, int]:
         """Return the ids of a text, and how many of its tokens start before character `offset`."""
-        if (known := self._cut_ahead.get((text, offset))) is not None:
+        known = self._cut_ahead.get((text, offset))
+        if known is not None:
             return known
         return self._cut(text, offset, continues)
 
@@ -138,7 +149,8 @@ class Encoder:
         Encoding texts one by one lets other work push the tokenizer's tables out of the CPU cache. The texts `ids_of`
         are encoded without offsets, which takes a fifth less time. Raises Unlike: then encode all again.
         """
-        self._ids_ahead, self._cut_ahead = {}, {}
+        self._ids_ahead = {}
+        self._cut_ahead = {}
         if self._prefixes:  # it is not known here whether a text will be encoded after an anchor
             return
         texts = [text for text, _ in cuts]
@@ -148,46 +160,51 @@ class Encoder:
         # None if the tokenizer fails: the later call for a single text shows which text is the cause.
         pieces, _ = _tried(self._tokenizer.encode_batch, texts, add_special_tokens=False)
         self._cut_ahead = {
-            cut: Piece(each.ids, each).cut(cut[1]) for cut, each in zip(cuts, pieces or (), strict=False)
+            cut: Piece(each.ids, each).cut(cut[1])
+            for cut, each in zip(cuts, pieces or (), strict=False)
         }
         found, _ = _tried(self._tokenizer.encode_batch_fast, list(ids_of), add_special_tokens=False)
-        self._ids_ahead = {text: np.array(each.ids, np.int32) for text, each in zip(ids_of, found or (), strict=False)}
+        self._ids_ahead = {
+            text: np.array(each.ids, np.int32)
+            for text, each in zip(ids_of, found or (), strict=False)
+        }
 
-    def _ahead_quickly(self, cuts: Sequence[tuple[str, int]], texts: list[str], ids_of: Sequence[str]) -> None:
+    def _ahead_quickly(
+        self, cuts: Sequence[tuple[str, int]], texts: list[str], ids_of: Sequence[str]
+    ) -> None:
         starts = [text[:offset] for text, offset in cuts]
-        if (found := _quickly(self._loaded.quick, [*ids_of, *texts, *starts])) is None:
+        found = _quickly(self._loaded.quick, [*ids_of, *texts, *starts])
+        if found is None:
             return
         self._ids_ahead = dict(zip(ids_of, found, strict=False))
-        for cut, ids, start in zip(cuts, found[len(ids_of) :], found[len(ids_of) + len(cuts) :], strict=False):
+        of_cuts = found[len(ids_of) :]
+        for cut, ids, start in zip(cuts, of_cuts, of_cuts[len(cuts) :], strict=False):
             # fastokens tells no offsets. Where a token spans the cut, the tokenizer itself does.
             if ids[: len(start)].tobytes() == start.tobytes():
                 self._cut_ahead[cut] = ids, len(start)
         try:
-            same = all(self._ids_ahead[text].tolist() == self._encode(text).ids for text in ids_of[::CHECKED])
-            pairs = [(self._cut_ahead[cut], self._cut(*cut)) for cut in cuts[::CHECKED] if cut in self._cut_ahead]
-            same &= all(np.array_equal(ids, own) and at == own_at for (ids, at), (own, own_at) in pairs)
-        except Rejected:  # the tokenizer fails on a text that fastokens has encoded
-            same = False
-        if not same:
+            for text in ids_of[::CHECKED]:
+                if self._ids_ahead[text].tolist() != self._encode(text).ids:
+                    raise Unlike
+            for cut in cuts[::CHECKED]:
+                if cut in self._cut_ahead:
+                    ids, at = self._cut_ahead[cut]
+                    own, own_at = self._cut(*cut)
+                    if at != own_at or not np.array_equal(ids, own):
+                        raise Unlike
+        except (Unlike, Rejected):
+            # Rejected: the tokenizer fails on a text that fastokens has encoded.
             self._loaded.quick = None
-            raise Unlike
+            raise Unlike from None
 
     def _after(self, anchor: str, text: str) -> Piece | None:
         # None means that a token spans the border.
-        alone, both = self._encode(anchor).ids, self._encode(anchor + text)
+        alone = self._encode(anchor).ids
+        both = self._encode(anchor + text)
         ids = both.ids[len(alone) :]
         if both.ids[: len(alone)] != alone or not ids or _start(both, len(alone)) < len(anchor):
             return None
         return Piece(ids, both, len(alone), len(anchor))
-
-    def _puts_a_blank(self) -> bool:
-        """True if a text has other tokens at the beginning than when it continues another text."""
-        try:
-            pieces = (self._after(anchor, "a") for anchor in ANCHORS)
-            after = next((piece for piece in pieces if piece is not None), None)
-            return after is not None and after.ids != self._encode("a").ids
-        except Rejected:
-            return False
 
     def _encode(self, text: str) -> "Encoding":
         encoding, why = _tried(self._tokenizer.encode, text, add_special_tokens=False)
@@ -216,44 +233,64 @@ def _tried(call: Callable[..., Answer], *arguments: Any, **named: Any) -> tuple[
 
 
 def _quickly(quick: Any, texts: Sequence[str]) -> list[Numbers] | None:
-    if (found := _tried(quick.encode_batch_flat, list(texts))[0]) is None:
+    found, _ = _tried(quick.encode_batch_flat, list(texts))
+    if found is None:
         return None
-    ids, borders = np.frombuffer(found[0], np.int32), np.frombuffer(found[1], np.int64).tolist()
+    ids = np.frombuffer(found[0], np.int32)
+    borders = np.frombuffer(found[1], np.int64).tolist()
     return [ids[start:stop] for start, stop in pairwise(borders)]
 
 
 class _Loaded:
     def __init__(self, content: str, tokenizer: "Tokenizer") -> None:
-        self.tokenizer, self.quick = tokenizer, None
-        self._content, self._characters = content, 0
+        self.tokenizer = tokenizer
+        self.quick: Any = None
+        self._content = content
+        self._characters = 0
 
     def quick_after(self, characters: int) -> bool:
         """True if fastokens encodes the next texts, which have so many characters."""
         # To load it takes about as long as to encode as much text as the JSON is long. It is loaded after a quarter of
         # that, because mostly there is far more text, or far less.
-        before, self._characters = self._characters, self._characters + characters
+        before = self._characters
+        self._characters += characters
         if before < len(self._content) / 4 <= self._characters:
             self.quick = self._checked()
         return self.quick is not None
 
     def _checked(self) -> Any:
-        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()][:CHECKED]
-        texts = ["", *HARD.splitlines(), HARD, "".join(map(chr, range(0x180))), _long()]
-        texts += [text for token in added for text in (token, f" {token} a", f"a{token}\n{token}", f"\n\n{token}  ")]
-        quick, _ = _tried(self._fastokens)
-        own, _ = _tried(lambda: [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts])
+        # fastokens splits long texts and encodes the parts at once: releases of 2026 split them inside a token of
+        # newlines, blanks and punctuation (crusoecloud/fastokens#59, #67).
+        random = Random(0)
+        count = 2**18 // 6
+        signs = random.choices("\n ./\t!", k=count)
+        lengths = random.choices(range(1, 12), k=count)
+        long = "".join(map(str.__mul__, signs, lengths))
+        texts = ["", *HARD.splitlines(), HARD, "".join(map(chr, range(0x180))), long]
+        added = list(self.tokenizer.get_added_tokens_decoder().values())
+        for each in added[:CHECKED]:
+            token = each.content
+            texts += [token, f" {token} a", f"a{token}\n{token}", f"\n\n{token}  "]
+
+        def load() -> Any:
+            from fastokens import Tokenizer
+
+            quick = Tokenizer.from_json_str(self._content)
+            quick.no_truncation()
+            quick.no_padding()
+            return quick
+
+        quick, _ = _tried(load)
+        own, _ = _tried(
+            lambda: [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        )
         if quick is None or own is None:
             return None
         # One by one, because it refuses some that the tokenizer does not.
-        found = ((_quickly(quick, [text]), ids) for text, ids in zip(texts, own, strict=True))
-        return quick if all(known is None or known[0].tolist() == ids for known, ids in found) else None
-
-    def _fastokens(self) -> Any:
-        from fastokens import Tokenizer
-
-        quick = Tokenizer.from_json_str(self._content)
-        quick.no_truncation()
-        quick.no_padding()
+        for text, ids in zip(texts, own, strict=True):
+            found = _quickly(quick, [text])
+            if found is not None and found[0].tolist() != ids:
+                return None
         return quick
 
 

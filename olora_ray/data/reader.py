@@ -13,6 +13,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import shutil
 import socket
 import zlib
@@ -32,9 +33,9 @@ from pyarrow import ipc, parquet
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import StoreUnavailable, UserError, first_line
 from olora_ray.common.storage import digest
-from olora_ray.data.formats import Rejected
+from olora_ray.data.formats.format import Rejected
 from olora_ray.data.sources import Changed, File, as_scanned
-from olora_ray.data.text_files import BOM, DELIMITERS
+from olora_ray.data.text_files import BOM, DELIMITERS, NULLS
 
 # Units, the smallest pieces of files that are read at once, in arrays with 40 bytes per unit; and the scan of a file.
 
@@ -102,7 +103,9 @@ class Units(Sequence[Unit]):
     @overload
     def __getitem__(self, index: slice) -> "Units": ...
     def __getitem__(self, index: int | slice) -> "Unit | Units":
-        return Units(self.table[index]) if isinstance(index, slice) else _as_unit(self.table[index])
+        if isinstance(index, slice):
+            return Units(self.table[index])
+        return _as_unit(self.table[index])
 
     def __iter__(self) -> Iterator[Unit]:
         return map(_as_unit, self.table)
@@ -143,9 +146,11 @@ class Batches:
     def placed(self, units: Iterable[Unit]) -> Iterator[Unit]:
         starts = [0, *accumulate(self.rows)]
         for unit in units:
-            number = bisect_right(starts, unit.first) - 1
-            start = (self.offsets[number], unit.first - starts[number]) if self.offsets else (0, 0)
-            yield replace(unit, offset=start[0], before=start[1])
+            if self.offsets:
+                number = bisect_right(starts, unit.first) - 1
+                before = unit.first - starts[number]
+                unit = replace(unit, offset=self.offsets[number], before=before)
+            yield unit
 
 
 def look(stream: Any, position: Callable[[], int], most: int | None) -> Batches:
@@ -177,14 +182,21 @@ def _has_dictionary(type_: pa.DataType) -> bool:
 def opened(file: File, unit: Unit) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """Yield a file's schema and its batches, from the unit's first batch on if its offset is known."""
     system, path = storage.filesystem(file.uri)
-    with pa.memory_map(path) if system.type_name == "local" else system.open_input_file(path) as stream:
-        # For a unit in the middle only the schema is read from the start, so a small buffer is enough.
-        reader = ipc.open_stream(buffered(stream, 2**16 if unit.offset else 2**20))
+    if system.type_name == "local":
+        opening = pa.memory_map(path)
+    else:
+        opening = system.open_input_file(path)
+    with opening as stream:
         if not unit.offset:
+            reader = ipc.open_stream(buffered(stream))
             yield reader.schema, iter(reader)
             return
+        # Only the schema is read from the start, so a small buffer is enough. The reader stays, because its end would
+        # close the stream.
+        reader = ipc.open_stream(buffered(stream, 2**16))
         stream.seek(unit.offset)
-        yield reader.schema, _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), reader.schema)
+        messages = _messages(buffered(stream, max(2**16, min(unit.size, 2**20))), reader.schema)
+        yield reader.schema, messages
 
 
 def _messages(stream: Any, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -209,39 +221,79 @@ def rows(batch: Any) -> list[Any]:
     Arrow checks texts only when they are converted, which happens here.
     """
     names = batch.schema.names
+    labels = _names_of_labels((batch.schema.metadata or {}).get(b"huggingface", b""))
     try:
-        return [dict(zip(names, row, strict=True)) for row in zip(*map(_values, batch.columns), strict=True)]
+        columns = [_values(column) for column in batch.columns]
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [Rejected("not_utf8", "not UTF-8 text")]
-        return [row for number in range(batch.num_rows) for row in rows(batch.slice(number, 1))]
+        singles = (rows(batch.slice(number, 1)) for number in range(batch.num_rows))
+        return list(itertools.chain.from_iterable(singles))
+    for number, name in enumerate(names):
+        if name in labels:
+            columns[number] = [_named(value, labels[name]) for value in columns[number]]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+@lru_cache(8)
+def _names_of_labels(metadata: bytes) -> dict[str, list[str]]:
+    # `datasets` notes in the schema which columns are numbers of labels, and what the labels are called.
+    try:
+        features = json.loads(metadata)["info"]["features"]
+    except (ValueError, LookupError, TypeError):
+        return {}
+    labels = {}
+    for column, feature in dict(features).items():
+        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]  # of a list of labels
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list):
+            labels[column] = feature["names"]
+    return labels
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    if isinstance(value, int) and value < len(names):
+        return names[value] if value >= 0 else None  # -1 is no label
+    return value
 
 
 def _values(column: Any) -> list[Any]:
     try:
-        values = column.to_pylist()
-        return [_with_objects(value, column.type) for value in values] if _has_maps(column.type) else values
-    except (OverflowError, ValueError, LookupError) as error:  # a time that Python does not have, such as year 10000
-        if isinstance(error, UnicodeDecodeError):
-            raise
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError, LookupError) as error:
+        # A time that Python does not have, such as year 10000.
         return [f"<{first_line(error)}>"] * len(column)
+    if pa.types.is_floating(column.type):
+        return [None if value != value else value for value in values]
+    if _is_rebuilt(column.type):
+        return [_rebuilt(value, column.type) for value in values]
+    return values
 
 
-def _has_maps(type_: Any) -> bool:
-    return pa.types.is_map(type_) or any(_has_maps(type_.field(number).type) for number in range(type_.num_fields))
+def _is_rebuilt(type_: Any) -> bool:
+    if pa.types.is_map(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
+        return True
+    return any(_is_rebuilt(type_.field(number).type) for number in range(type_.num_fields))
 
 
-def _with_objects(value: Any, type_: Any) -> Any:
-    # Spark writes each dict as a map, and pyarrow returns a map as a list of pairs.
+def _rebuilt(value: Any, type_: Any) -> Any:
+    # Spark writes each dict as a map, and pyarrow returns a map as a list of pairs. Some tools write texts as binary.
     if value is None:
         return None
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
     if pa.types.is_map(type_):
-        return {key: _with_objects(each, type_.item_type) for key, each in value}
+        return {key: _rebuilt(each, type_.item_type) for key, each in value}
     if pa.types.is_struct(type_):
         inner = {field.name: field.type for field in type_}
-        return {name: _with_objects(each, inner[name]) for name, each in value.items()}
+        return {name: _rebuilt(each, inner[name]) for name, each in value.items()}
     if isinstance(value, list):
-        return [_with_objects(each, type_.value_type) for each in value]
+        return [_rebuilt(each, type_.value_type) for each in value]
     return value
 
 
@@ -266,7 +318,7 @@ def read_whole(stream: Any, file: File) -> bytes:
 def rows_of(file: File, content: bytes) -> list[Any]:
     """Return the rows of a json file, a list of rows or an object of columns; raise UserError for anything else."""
     try:
-        tree = json.loads(content.removeprefix(BOM).decode())
+        tree = _JSON.decode(content.removeprefix(BOM).decode())
     except json.JSONDecodeError as error:
         raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}") from None
     except UnicodeDecodeError:
@@ -290,8 +342,16 @@ def rows_of(file: File, content: bytes) -> list[Any]:
             return parts
         if by_number == [False, True]:
             parts = [list(part.values()) for part in parts]
-    wrapped = len(parts) == 1 and isinstance(parts[0], list) and all(isinstance(row, dict) for row in parts[0])
-    if parts and not wrapped and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+    wrapped = (
+        len(parts) == 1
+        and isinstance(parts[0], list)
+        and all(isinstance(row, dict) for row in parts[0])
+    )
+    if (
+        parts
+        and not wrapped
+        and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts)
+    ):
         return [dict(zip(tree, values, strict=True)) for values in zip(*parts, strict=True)]
     raise UserError(
         f"{file.uri}: expected a list of rows, or an object of columns of equal length; write the list of rows alone,"
@@ -311,14 +371,17 @@ def _copy(file: File) -> Path | None:
     def unpack(partial: Path) -> None:
         folder = partial.parent
         node_cache.make_room(folder, folder.glob("*.raw"))
-        if shutil.disk_usage(folder).free < 10 * file.size:  # compressed text is three to ten times smaller
+        # Compressed text is three to ten times smaller.
+        if shutil.disk_usage(folder).free < 10 * file.size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open_stream(file) as stream, partial.open("wb") as copy:
             shutil.copyfileobj(stream, copy, 2**23)
 
     try:
         folder = storage.private_folder("olora_ray") / "unpacked"
-        return node_cache.cached(folder / f"{digest(file.uri, file.size, file.modified, length=32)}.raw", unpack)
+        return node_cache.cached(
+            folder / f"{digest(file.uri, file.size, file.modified, length=32)}.raw", unpack
+        )
     except OSError:  # a full disk, or no folder; if the file itself is unreadable, reading without a copy says so
         return None
 
@@ -329,6 +392,10 @@ def _copy(file: File) -> Path | None:
 # Rows that are asked for at a time.
 BATCH = 256
 ESCAPED = '\\"'
+# Python and pandas write NaN where there is no value; no text of a row is a number without one.
+_JSON = json.JSONDecoder(parse_constant=lambda _: None)
+# "surrogateescape" puts a half surrogate in place of each byte that is not UTF-8.
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
 # Exceptions that a damaged container or compression raises.
 UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
 
@@ -337,37 +404,54 @@ UNREADABLE = (pa.ArrowInvalid, OSError, EOFError, lzma.LZMAError)
 Located = tuple[int, Any]
 
 
-def read_unit(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def read_unit(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
     """Yield the rows of a unit with their positions.
 
     `header` names the columns of a csv file; of files that have columns only `columns` are read. Raise UserError for
     a broken file, Changed if it is not what the scan saw, and StoreUnavailable.
     """
-    try:
-        yield from _patiently(file.uri, lambda: READERS[file.kind](file, unit, header, columns))
-    except FileNotFoundError:
-        raise not_here(file) from None
-    except UNREADABLE as error:
-        raise broken(file, error) from None
-
-
-def _patiently(uri: str, read: Callable[[], Iterator[Located]]) -> Iterator[Located]:
-    # If an object store fails in between, the unit is read again, and the rows that were yielded already are skipped.
     rows: Iterator[Located] | None = None
     done = 0
 
     def more(*_: object) -> list[Located]:
+        # If an object store fails in between, the unit is read again, and the rows that were yielded are skipped.
         nonlocal rows
-        rows = itertools.islice(read(), done, None) if rows is None else rows
+        if rows is None:
+            rows = itertools.islice(_read(file, unit, header, columns), done, None)
         try:
             return list(itertools.islice(rows, BATCH))
         except Exception:
             rows = None
             raise
 
-    while batch := storage.ask(uri, more):
-        yield from batch
-        done += len(batch)
+    try:
+        while batch := storage.ask(file.uri, more):
+            yield from batch
+            done += len(batch)
+    except FileNotFoundError:
+        raise not_here(file) from None
+    except UNREADABLE as error:
+        raise broken(file, error) from None
+
+
+def _read(
+    file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Located]:
+    match file.kind:
+        case "jsonl":
+            return _jsonl(file, unit)
+        case "text":
+            return _text(file, unit)
+        case "json":
+            return _json(file, unit)
+        case "parquet":
+            return _parquet(file, unit, columns)
+        case "arrow":
+            return _arrow(file, unit, columns)
+        case _:
+            return _csv(file, unit, header)
 
 
 def not_here(file: File) -> UserError:
@@ -385,19 +469,32 @@ def broken(file: File, error: Exception) -> UserError | StoreUnavailable:
     return UserError(f"{file.uri}: not a readable {kind} file: {first_line(error)}")
 
 
-def open_stream(file: File, wrap: Callable[[Any], Any] = lambda stream: stream) -> Any:
-    """Open the content as a stream, uncompressed and in UTF-8; `wrap` gets the stream of the bytes on disk."""
+def open_raw(file: File) -> Any:
+    """Open a file as a stream of its bytes on disk."""
     system, path = storage.filesystem(file.uri)
-    raw = wrap(system.open_input_stream(path, compression=None))
+    return system.open_input_stream(path, compression=None)
+
+
+def open_stream(file: File) -> Any:
+    """Open the content as a stream, uncompressed and in UTF-8."""
+    return unpacked(open_raw(file), file)
+
+
+def unpacked(raw: Any, file: File) -> Any:
+    """Return the content of a file as a stream, from the stream of its bytes on disk."""
     if file.compression == "xz":
         raw = lzma.LZMAFile(raw)  # noqa: SIM115 - closed by whoever closes the stream
     elif file.compression:
         raw = pa.CompressedInputStream(_native(raw), file.compression)
-    return pa.transcoding_input_stream(_native(raw), file.encoding, "utf-8") if file.encoding else raw
+    if file.encoding:
+        raw = pa.transcoding_input_stream(_native(raw), file.encoding, "utf-8")
+    return raw
 
 
 def _native(stream: Any) -> pa.NativeFile:
-    return stream if isinstance(stream, pa.NativeFile) else pa.PythonFile(stream, mode="r")
+    if isinstance(stream, pa.NativeFile):
+        return stream
+    return pa.PythonFile(stream, mode="r")
 
 
 def _bytes(file: File, unit: Unit) -> bytes:
@@ -413,7 +510,8 @@ def _range(file: File, unit: Unit) -> bytes:
         with system.open_input_file(path) as stream:
             stream.seek(unit.offset)
             return bytes(stream.read(unit.size))
-    if unit.offset >= WORTH_IT and (copied := _copy(file)) is not None:
+    copied = _copy(file) if unit.offset >= WORTH_IT else None
+    if copied is not None:
         with contextlib.suppress(FileNotFoundError), copied.open("rb") as copy:
             copy.seek(unit.offset)
             content = copy.read(unit.size)
@@ -427,7 +525,7 @@ def _range(file: File, unit: Unit) -> bytes:
         return bytes(stream.read(unit.size))
 
 
-def _jsonl(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _jsonl(file: File, unit: Unit) -> Iterator[Located]:
     for number, line in enumerate(_bytes(file, unit).split(b"\n")):
         if number + unit.first == 0:
             line = line.removeprefix(BOM)
@@ -437,71 +535,77 @@ def _jsonl(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode())
+        return _JSON.decode(line.decode())
     except json.JSONDecodeError as error:
         return Rejected("broken_json", f"{error.msg} (column {error.colno})")
     except UnicodeDecodeError:
-        packed = line.startswith(b"\x1f\x8b")
-        return Rejected("not_utf8", "the file is compressed: name it .jsonl.gz" if packed else "not UTF-8 text")
+        if line.startswith(b"\x1f\x8b"):
+            return Rejected("not_utf8", "the file is compressed: name it .jsonl.gz")
+        return Rejected("not_utf8", "not UTF-8 text")
     except RecursionError:
         return Rejected("broken_json", "nested too deeply")
     except ValueError as error:  # a number with more digits than Python parses
         return Rejected("broken_json", first_line(error))
 
 
-def _csv(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _csv(file: File, unit: Unit, header: Sequence[str]) -> Iterator[Located]:
     csv.field_size_limit(2**31 - 1)  # no limit here: the scan has one
     text = _bytes(file, unit).decode("utf-8", "surrogateescape")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[file.kind])
     lines = list(io.StringIO(text, newline="")) if ESCAPED in text else []
     start = 0
     for cells in reader:
-        position, first, start = unit.first + start, start, reader.line_num
+        first = start
+        start = reader.line_num
         if not cells:
             continue
+        row: Any
         if len(cells) != len(header):
-            yield position, Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
-        elif lines and (problem := _strictly("".join(lines[first:start]), file)):
-            yield position, problem
-        elif not all(map(_is_utf8, cells)):
-            yield position, Rejected("not_utf8", "not UTF-8 text")
+            row = Rejected("broken_csv", f"{len(cells)} cells, but the header has {len(header)}")
+        elif lines and _has_escaped_quote("".join(lines[first:start]), file):
+            row = Rejected(
+                "broken_csv",
+                f'a quote inside a quoted cell is written as {ESCAPED}, not doubled as ""',
+            )
+        elif any(map(_NOT_UTF8.search, cells)):
+            row = Rejected("not_utf8", "not UTF-8 text")
         else:
-            yield position, dict(zip(header, cells, strict=True))
+            cells = ["" if cell in NULLS else cell for cell in cells]
+            row = dict(zip(header, cells, strict=True))
+        yield unit.first + first, row
 
 
-def _strictly(record: str, file: File) -> Rejected | None:
+def _has_escaped_quote(record: str, file: File) -> bool:
     # csv.reader accepts a quoted cell that ends before its end. Spark and MySQL write a quote inside a quoted cell with
     # a backslash, where csv doubles it.
     if ESCAPED not in record:
-        return None
-    try:
-        list(csv.reader(io.StringIO(record, newline=""), delimiter=DELIMITERS[file.kind], strict=True))
-    except csv.Error:
-        return Rejected("broken_csv", f'a quote inside a quoted cell is written as {ESCAPED}, not doubled as ""')
-    return None
-
-
-def _is_utf8(cell: str) -> bool:
-    # "surrogateescape" puts a half surrogate in place of each byte that is not UTF-8.
-    try:
-        cell.encode()
-    except UnicodeEncodeError:
         return False
-    return True
-
-
-def _text(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
-    content = _bytes(file, unit).removeprefix(BOM if unit.offset == 0 else b"")
+    text = io.StringIO(record, newline="")
     try:
-        if content.startswith(b"{") and all(isinstance(_parsed(line), dict) for line in content.splitlines() if line):
-            yield unit.first, Rejected("bad_text", "its lines are JSON objects: name the file .jsonl")
-        else:
-            yield unit.first, {"text": content.decode()}
-    except UnicodeDecodeError:
-        yield unit.first, Rejected("not_utf8", "not UTF-8 text; if it is a table, name it .csv")
+        list(csv.reader(text, delimiter=DELIMITERS[file.kind], strict=True))
+    except csv.Error:
+        return True
+    return False
 
 
-def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _text(file: File, unit: Unit) -> Iterator[Located]:
+    content = _bytes(file, unit)
+    if unit.offset == 0:
+        content = content.removeprefix(BOM)
+    row: Any
+    if content.startswith(b"{") and all(
+        isinstance(_parsed(line), dict) for line in content.splitlines() if line
+    ):
+        row = Rejected("bad_text", "its lines are JSON objects: name the file .jsonl")
+    else:
+        try:
+            row = {"text": content.decode()}
+        except UnicodeDecodeError:
+            row = Rejected("not_utf8", "not UTF-8 text; if it is a table, name it .csv")
+    yield unit.first, row
+
+
+def _json(file: File, unit: Unit) -> Iterator[Located]:
     with open_stream(file) as stream:
         content = read_whole(stream, file)
     if zlib.crc32(content) != unit.after:
@@ -509,13 +613,14 @@ def _json(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str])
     yield from enumerate(rows_of(file, content)[unit.first : unit.first + unit.rows], unit.first)
 
 
-def _parquet(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _parquet(file: File, unit: Unit, columns: Sequence[str]) -> Iterator[Located]:
     system, path = storage.filesystem(file.uri)
     with as_scanned(file, unit.after), system.open_input_file(path) as stream:
         metadata, starts = _row_groups(file, unit.after)
         table = parquet.ParquetFile(stream, buffer_size=2**20, metadata=metadata)
         group = bisect_right(starts, unit.first) - 1
-        batches = table.iter_batches(BATCH, row_groups=[group], columns=_present(table.schema_arrow, columns))
+        present = _present(table.schema_arrow, columns)
+        batches = table.iter_batches(BATCH, row_groups=[group], columns=present)
         yield from _slice(file, batches, starts[group], unit)
 
 
@@ -529,7 +634,7 @@ def _row_groups(file: File, crc: int) -> tuple[parquet.FileMetaData, list[int]]:
     return metadata, list(accumulate(sizes, initial=0))[:-1]
 
 
-def _arrow(file: File, unit: Unit, header: Sequence[str], columns: Sequence[str]) -> Iterator[Located]:
+def _arrow(file: File, unit: Unit, columns: Sequence[str]) -> Iterator[Located]:
     start = unit.first - unit.before if unit.offset else 0
     with as_scanned(file, unit.after), opened(file, unit) as (schema, batches):
         present = _present(schema, columns)
@@ -547,19 +652,10 @@ def _slice(file: File, batches: Any, start: int, unit: Unit) -> Iterator[Located
     for batch in batches:
         if start >= stop:
             return
-        low, high = max(unit.first - start, 0), min(stop - start, batch.num_rows)
+        low = max(unit.first - start, 0)
+        high = min(stop - start, batch.num_rows)
         if low < high:
             yield from enumerate(rows(batch.slice(low, high - low)), start + low)
         start += batch.num_rows
     if start < stop:
         raise Changed(file)
-
-
-READERS: dict[str, Callable[[File, Unit, Sequence[str], Sequence[str]], Iterator[Located]]] = {
-    "jsonl": _jsonl,
-    **dict.fromkeys(DELIMITERS, _csv),
-    "text": _text,
-    "json": _json,
-    "parquet": _parquet,
-    "arrow": _arrow,
-}

@@ -4,7 +4,6 @@ Scanning costs about as much as reading, so the results are kept.
 """
 
 import base64
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -13,6 +12,7 @@ import json
 import re
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,32 +75,44 @@ def _mark_lines(stream: Any, file: File, limit: int | None) -> Marks:
     parts: list[Numbers] = []
     total = lines = crc = line_start = document = 0
     open_line = b""
-    while (limit is None or total < limit or not parts) and (chunk := stream.read(CHUNK)):
-        ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10).astype(np.int64) + total + 1
+    at_end = False
+    while limit is None or total < limit or not parts:
+        chunk = stream.read(CHUNK)
+        if not chunk:
+            at_end = True
+            break
+        newlines = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10)
+        ends = newlines.astype(np.int64) + total + 1
         sizes = np.diff(ends, prepend=line_start)
+        if len(ends):
+            longest = int(sizes.argmax())
+            if sizes[longest] > LINE_BYTES:
+                raise _too_long(file, lines + 1 + longest)
         numbers = lines + 1 + np.arange(len(ends))
-        units = np.flatnonzero(_may_end_units(numbers, sizes))
-        kept = _document_ends(ends, document) if file.kind == "text" else units
+        if file.kind == "text":
+            kept = _document_ends(ends, document)
+        else:
+            kept = np.flatnonzero(_may_end_units(numbers, sizes))
         crcs, crc = _running_crcs(chunk, ends[kept] - total, crc)
         if len(kept):
             parts.append(np.stack([numbers[kept], numbers[kept], ends[kept], crcs]))
             document = int(ends[kept[-1]])
-        longest = int(sizes.argmax()) if len(sizes) else 0
-        if len(sizes) and sizes[longest] > LINE_BYTES:
-            raise _too_long(file, lines + 1 + longest)
-        if file.kind == "jsonl":
-            open_line = chunk[int(ends[-1]) - total :] if len(ends) else open_line + chunk
+        if len(ends):
+            line_start = int(ends[-1])
+            open_line = chunk[line_start - total :]
+        else:
+            open_line += chunk
         lines += len(ends)
         total += len(chunk)
-        line_start = int(ends[-1]) if len(ends) else line_start
         if total - line_start > LINE_BYTES:
             raise _too_long(file, lines + 1)
     marked = int(parts[-1][2, -1]) if parts else 0
-    if marked < total and (limit is None or total < limit or not parts):  # no newline at the end of the file
-        if _is_cut_row(open_line):
+    if at_end and marked < total:  # no newline at the end of the file
+        if file.kind == "jsonl" and _is_cut_row(open_line):
             raise _cut_off(file, lines + 1)
-        last = lines + (total > line_start)
-        parts.append(np.array([[last], [last], [total], [crc]]))
+        if total > line_start:
+            lines += 1
+        parts.append(np.array([[lines], [lines], [total], [crc]]))
     return _marks(parts)
 
 
@@ -110,18 +122,24 @@ def _marks(parts: list[Numbers], skipped: int = 0) -> Marks:
 
 
 def _too_long(file: File, line: int) -> UserError:
-    hint = "" if file.kind in ("jsonl", "text") else " (is a quoted cell not closed?)"
-    return UserError(f"{file.uri}:{line}: a row of more than {LINE_BYTES >> 20} MiB; split or remove it{hint}")
+    problem = f"{file.uri}:{line}: a row of more than {LINE_BYTES >> 20} MiB; split or remove it"
+    if file.kind not in ("jsonl", "text"):
+        problem += " (is a quoted cell not closed?)"
+    return UserError(problem)
 
 
 def _is_cut_row(line: bytes) -> bool:
     """True if the last line of a jsonl file, which has no newline, begins an object that does not end."""
+    if not _BEGUN_ROW.match(line):
+        return False
     try:
-        if _BEGUN_ROW.match(line):
-            json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # of other errors the reader rejects the row and says why
-        cut = isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
-        return cut or isinstance(error, UnicodeDecodeError)
+        json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return error.msg != "Extra data"
+    except UnicodeDecodeError:
+        return True
+    except (ValueError, RecursionError):
+        pass  # the reader rejects the row and says why
     return False
 
 
@@ -142,7 +160,9 @@ def _may_end_units(numbers: Numbers, sizes: Numbers) -> NDArray[np.bool_]:
     block -= block[:1].sum()
     large = np.bincount(block, weights=sizes) > UNIT_BYTES
     large[:1] = large[-1:] = True  # these blocks may continue in another chunk
-    kept: NDArray[np.bool_] = (numbers <= UNITS_WANTED * UNIT_ROWS) | (numbers % UNIT_ROWS == 0) | large[block]
+    kept: NDArray[np.bool_] = (
+        (numbers <= UNITS_WANTED * UNIT_ROWS) | (numbers % UNIT_ROWS == 0) | large[block]
+    )
     return kept
 
 
@@ -155,7 +175,9 @@ def _document_ends(ends: Numbers, start: int) -> Numbers:
 
 
 def _running_crcs(chunk: bytes, ends: Numbers, crc: int) -> tuple[Numbers, int]:
-    view, crcs, start = memoryview(chunk), [], 0
+    view = memoryview(chunk)
+    crcs = []
+    start = 0
     for end in ends.tolist():
         crc = zlib.crc32(view[start:end], crc)
         crcs.append(crc)
@@ -166,38 +188,38 @@ def _running_crcs(chunk: bytes, ends: Numbers, crc: int) -> tuple[Numbers, int]:
 def _row_units(marks: Marks, file: File) -> Iterator[Unit]:
     if not len(marks.records) or marks.records[-1] <= marks.skipped:
         return
-    step, most = _unit_step(int(marks.lines[-1]), int(marks.offsets[-1]), bool(file.compression or file.encoding))
-    first = int(np.searchsorted(marks.records, marks.skipped, side="right"))
-    cuts = np.flatnonzero((marks.records > marks.skipped) & ((marks.records - marks.skipped) % step == 0))
-    for cut in [*cuts.tolist(), len(marks.records) - 1]:
+    lines = int(marks.lines[-1])
+    if file.compression or file.encoding:
+        step = -(-lines // _slow_units(lines, int(marks.offsets[-1]), SLOW_UNITS))
+        if lines > UNITS_WANTED * UNIT_ROWS:
+            # In a large file a unit may end at few lines only (`_may_end_units`).
+            step = -(-step // UNIT_ROWS) * UNIT_ROWS
+        most = 2 * SLOW_UNIT_BYTES
+    else:
+        step = int(np.clip(-(-lines // UNITS_WANTED) // 16 * 16, 16, UNIT_ROWS))
+        most = UNIT_BYTES
+    rows = marks.records - marks.skipped
+    first = int(np.searchsorted(rows, 0, side="right"))
+    cuts = np.flatnonzero((rows > 0) & (rows % step == 0))
+    for cut in [*cuts.tolist(), len(rows) - 1]:
         while first <= cut:
             start = int(marks.offsets[first - 1]) if first else 0
-            fitting = int(np.searchsorted(marks.offsets[first : cut + 1], start + most, side="right")) + first - 1
-            last = max(fitting, first)
+            inside = marks.offsets[first : cut + 1]
+            fitting = int(np.searchsorted(inside, start + most, side="right"))
+            last = first + max(fitting, 1) - 1
             yield _unit(marks, first, last)
             first = last + 1
 
 
-def _documents(marks: Marks) -> Iterator[Unit]:
-    for number in range(len(marks.offsets)):
-        cut = _unit(marks, number, number)
-        yield Unit(number, 1, cut.offset, cut.size, cut.before, cut.after)
-
-
 def _unit(marks: Marks, first: int, last: int) -> Unit:
-    line, start, crc = (int(numbers[first - 1]) if first else 0 for numbers in (marks.lines, marks.offsets, marks.crcs))
-    rows, size = int(marks.lines[last]) - line, int(marks.offsets[last]) - start
+    line = start = crc = 0
+    if first:
+        line = int(marks.lines[first - 1])
+        start = int(marks.offsets[first - 1])
+        crc = int(marks.crcs[first - 1])
+    rows = int(marks.lines[last]) - line
+    size = int(marks.offsets[last]) - start
     return Unit(line, rows, start, size, crc, int(marks.crcs[last]))
-
-
-def _unit_step(lines: int, total: int, slow: bool) -> tuple[int, int]:
-    # The second number is the bytes above which a unit is cut earlier.
-    if slow:
-        count = max(min(SLOW_UNITS, lines // UNIT_ROWS), -(-total // SLOW_UNIT_BYTES), 1)
-        step = -(-lines // count)
-        # In a large file a unit may end at few lines only (`_may_end_units`).
-        return step if lines <= UNITS_WANTED * UNIT_ROWS else -(-step // UNIT_ROWS) * UNIT_ROWS, 2 * SLOW_UNIT_BYTES
-    return int(np.clip(-(-lines // UNITS_WANTED) // 16 * 16, 16, UNIT_ROWS)), UNIT_BYTES
 
 
 # The ends of the records of a csv or tsv file, as csv.reader itself tells them apart.
@@ -206,8 +228,8 @@ def _unit_step(lines: int, total: int, slow: bool) -> tuple[int, int]:
 def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tuple[str, ...]]:
     """Mark the records of a stream, or of about its first `limit` bytes, and read the header.
 
-    The header is the first record that is not blank. Raise UserError for a record that is too long, for a quoted cell
-    that is never closed, and for a file that ends in the middle of a row.
+    The header is the first record that is not blank, after a line `sep=;` of Excel. Raise UserError for a record that
+    is too long, for a quoted cell that is never closed, and for a file that ends in the middle of a row.
     """
     source = _Lines(stream, file, limit)
     header: list[str] | None = None
@@ -229,12 +251,16 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
         for cells in csv.reader(source, delimiter=DELIMITERS[file.kind]):
             if source.ended:  # the lines have ended, but not the record
                 if limit is None:
-                    raise _not_closed(file, source.record_line)
+                    raise UserError(
+                        f"{file.uri}:{source.record_line}: the record that begins here has a quoted cell that is not"
+                        " closed; end the cell with a quote, and double each quote inside it"
+                    )
                 break
             if source.unfinished and header and 0 < len(cells) < len(header):
                 raise _cut_off(file, source.record_line)
             if header is None:
-                header = cells or None
+                named = records == 0 and "".join(cells) == "sep="
+                header = None if named else cells or None
                 skipped = records + 1
             else:
                 source.has_row = True
@@ -244,7 +270,9 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
                 keep_some()
             source.begin_record()
     except csv.Error as error:
-        raise UserError(f"{file.uri}:{source.record_line}: not a readable csv record: {error}") from None
+        raise UserError(
+            f"{file.uri}:{source.record_line}: not a readable csv record: {error}"
+        ) from None
     keep_some()
     names = (cell.encode("latin-1").decode("utf-8", "replace") for cell in header or ())
     return _marks(parts, skipped), tuple(names)
@@ -252,17 +280,23 @@ def _mark_records(stream: Any, file: File, limit: int | None) -> tuple[Marks, tu
 
 class _Lines:
     def __init__(self, stream: Any, file: File, limit: int | None) -> None:
-        self.lines = self.total = self.crc = 0
-        self.record_line, self._record_start = 1, 0
+        self.lines = 0
+        self.total = 0
+        self.crc = 0
+        self.record_line = 1
+        self._record_start = 0
         self.ended = False
         # True from the last line on if it has no line end.
         self.unfinished = False
         # A limit ends the lines only after the first row.
         self.has_row = False
-        self._stream, self._file, self._limit = stream, file, limit
+        self._stream = stream
+        self._file = file
+        self._limit = limit
 
     def begin_record(self) -> None:
-        self.record_line, self._record_start = self.lines + 1, self.total
+        self.record_line = self.lines + 1
+        self._record_start = self.total
 
     def __iter__(self) -> Iterator[str]:
         for line in self._split():
@@ -271,17 +305,22 @@ class _Lines:
             self.crc = zlib.crc32(line, self.crc)
             if self.total - self._record_start > LINE_BYTES:
                 raise _too_long(self._file, self.record_line)
+            if self.lines == 1:
+                line = line.removeprefix(BOM)
             # Latin-1 is fast and has a character for each byte; quotes, delimiters and line ends are those of UTF-8.
-            yield (line.removeprefix(BOM) if self.lines == 1 else line).decode("latin-1")
+            yield line.decode("latin-1")
         self.ended = True
 
     def _split(self) -> Iterator[bytes]:
-        rest, seen = b"", 0
+        rest = b""
+        seen = 0
         while chunk := self._stream.read(CHUNK):
             seen += len(chunk)
             lines = (rest + chunk).splitlines(keepends=True)
             # The last line may continue in the next chunk, and so may "\r" with its "\n".
-            rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
+            rest = b""
+            if not lines[-1].endswith(b"\n"):
+                rest = lines.pop()
             yield from lines
             if len(rest) > LINE_BYTES:
                 raise _too_long(self._file, self.record_line)
@@ -292,16 +331,10 @@ class _Lines:
             yield rest
 
 
-def _not_closed(file: File, line: int) -> UserError:
-    return UserError(
-        f"{file.uri}:{line}: the record that begins here has a quoted cell that is not closed; end the cell with a"
-        " quote, and double each quote inside it"
-    )
-
-
 def scan(file: File, storage_root: str, keep: bool = True) -> FileScan:
     """Scan a file, or return its kept scan; raise UserError for a broken file, and StoreUnavailable."""
-    if (kept := kept_scan(file, storage_root)) is not None:
+    kept = kept_scan(file, storage_root)
+    if kept is not None:
         return kept
     result = _scan(file)
     if keep:
@@ -317,40 +350,42 @@ def head(file: File) -> FileScan:
 def _scan(file: File, limit: int | None = None) -> FileScan:
     # With a limit, about so many bytes of a file of lines are read, and other files get no digest.
     try:
-        written = storage.ask(file.uri, lambda *_: _written(file))
-        result = storage.ask(file.uri, lambda *_: _scanned(written, limit))
+        result = storage.ask(file.uri, lambda *_: _scanned(file, limit))
     except FileNotFoundError:
         raise reader.not_here(file) from None
     except PermissionError:
         raise UserError(f"{file.uri}: no permission to read it") from None
+    except UserError:
+        raise
     except (*reader.UNREADABLE, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise reader.broken(file, error) from None
-    named = [name for name in result.columns if name]
-    if len(set(named)) < len(named):
-        twice = next(name for name in named if named.count(name) > 1)
-        raise UserError(f"{file.uri}: several columns are named {twice!r}; give each column a different name")
-    return dataclasses.replace(result, file=written)
-
-
-def _written(file: File) -> File:
-    if file.kind in ("text", "parquet", "arrow"):
-        return file
-    with reader.open_stream(file) as stream:
-        kind, encoding = as_written(file.kind, bytes(stream.read(2**20)))
-    return dataclasses.replace(file, kind=kind, encoding=encoding)
+    for name, count in Counter(result.columns).items():
+        if name and count > 1:
+            raise UserError(
+                f"{file.uri}: several columns are named {name!r}; give each column a different name"
+            )
+    return result
 
 
 def _scanned(file: File, limit: int | None) -> FileScan:
-    match file.kind:
-        case "json":
-            return _json(file)
-        case "parquet" | "arrow":
-            with steady(file):
-                return _parquet(file, whole=limit is None) if file.kind == "parquet" else _arrow(file, limit)
-        case _:
-            return _lines(file, limit)
+    if file.kind not in ("text", "parquet", "arrow"):
+        with reader.open_stream(file) as stream:
+            kind, encoding = as_written(file.kind, bytes(stream.read(2**20)))
+        file = dataclasses.replace(file, kind=kind, encoding=encoding)
+    if file.kind == "json":
+        hashed = _Hashed(reader.open_raw(file))
+        with reader.unpacked(hashed, file) as stream:
+            content = reader.read_whole(stream, file)
+            hashed.finish()
+        rows = len(reader.rows_of(file, content))
+        units = _slices(0, rows, file.size, SLOW_UNITS)
+        result = _of_whole(hashed, zlib.crc32(content), rows, (), units)
+    elif file.kind in ("parquet", "arrow"):
+        with steady(file):
+            result = _parquet(file, limit) if file.kind == "parquet" else _arrow(file, limit)
+    else:
+        result = _lines(file, limit)
+    return dataclasses.replace(result, file=file)
 
 
 class _Hashed:
@@ -389,21 +424,10 @@ class _Hashed:
         self.close()
 
 
-@contextlib.contextmanager
-def _hashed(file: File) -> Iterator[tuple[Any, _Hashed]]:
-    streams: list[_Hashed] = []
-
-    def wrap(stream: Any) -> _Hashed:
-        streams.append(_Hashed(stream))
-        return streams[0]
-
-    with reader.open_stream(file, wrap) as stream:
-        yield stream, streams[0]
-
-
 def _lines(file: File, limit: int | None = None) -> FileScan:
     columns: tuple[str, ...] = ()
-    with _hashed(file) as (stream, hashed):
+    hashed = _Hashed(reader.open_raw(file))
+    with reader.unpacked(hashed, file) as stream:
         if file.kind in DELIMITERS:
             marks, columns = _mark_records(stream, file, limit)
         else:
@@ -411,42 +435,50 @@ def _lines(file: File, limit: int | None = None) -> FileScan:
         seen = hashed.bytes
         if limit is None:
             hashed.finish()
-    units = Units.of(_documents(marks) if file.kind == "text" else _row_units(marks, file))
+    if file.kind == "text":
+        cuts = (_unit(marks, number, number) for number in range(len(marks.offsets)))
+        documents = (
+            dataclasses.replace(cut, first=number, rows=1) for number, cut in enumerate(cuts)
+        )
+        units = Units.of(documents)
+    else:
+        units = Units.of(_row_units(marks, file))
     rows = units.rows
     if limit is not None:
-        rows = round(rows * max(1.0, file.size / max(seen, 1)))
+        rows = _estimated(rows, file, seen)
     return FileScan(hashed.sha256.hexdigest(), rows, columns, units)
 
 
-def _json(file: File) -> FileScan:
-    with _hashed(file) as (stream, hashed):
-        content = reader.read_whole(stream, file)
-        hashed.finish()
-    rows = len(reader.rows_of(file, content))
-    return _of_whole(hashed, zlib.crc32(content), rows, (), _slices(0, rows, file.size, SLOW_UNITS))
+def _estimated(rows: int, file: File, seen: int) -> int:
+    return round(rows * max(1.0, file.size / max(seen, 1)))
 
 
 def _slices(first: int, rows: int, size: int, wanted: int) -> Iterator[Unit]:
-    count = max(min(wanted, rows // UNIT_ROWS), -(-size // SLOW_UNIT_BYTES), 1)
+    count = _slow_units(rows, size, wanted)
     borders = [rows * number // count for number in range(count + 1)]
     for low, high in itertools.pairwise(borders):
         if high > low:
             yield Unit(first + low, high - low, 0, size * (high - low) // rows)
 
 
-def _parquet(file: File, whole: bool) -> FileScan:
+def _slow_units(rows: int, size: int, wanted: int) -> int:
+    return max(min(wanted, rows // UNIT_ROWS), -(-size // SLOW_UNIT_BYTES), 1)
+
+
+def _parquet(file: File, limit: int | None) -> FileScan:
     system, path = storage.filesystem(file.uri)
     with system.open_input_file(path) as stream:
         opened = parquet.ParquetFile(stream)
-        groups = [opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)]
         columns = tuple(opened.schema_arrow.names)
-        sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-    units: list[Unit] = []
-    start = 0
-    for rows, size in sizes:
-        units.extend(_slices(start, rows, size, -(-SLOW_UNITS // len(sizes))))
-        start += rows
-    if not whole:
+        count = opened.metadata.num_row_groups
+        units: list[Unit] = []
+        start = 0
+        for number in range(count):
+            group = opened.metadata.row_group(number)
+            rows = group.num_rows
+            units.extend(_slices(start, rows, group.total_byte_size, -(-SLOW_UNITS // count)))
+            start += rows
+    if limit is not None:
         return FileScan("", start, columns, Units.of(units))
     with _buffered(file) as hashed:
         hashed.finish()
@@ -460,19 +492,21 @@ def _arrow(file: File, limit: int | None) -> FileScan:
         if limit is None:
             hashed.finish()
     rows = sum(batches.rows)
-    units = batches.placed(_slices(0, rows, file.size if limit is None else seen, UNITS_WANTED))
     if limit is None:
+        units = batches.placed(_slices(0, rows, file.size, UNITS_WANTED))
         return _of_whole(hashed, hashed.crc, rows, batches.columns, units)
-    return FileScan("", round(rows * max(1.0, file.size / max(seen, 1))), batches.columns, Units.of(units))
+    units = batches.placed(_slices(0, rows, seen, UNITS_WANTED))
+    return FileScan("", _estimated(rows, file, seen), batches.columns, Units.of(units))
 
 
 def _buffered(file: File) -> _Hashed:
     # Little may be asked at a time, and in an object store each read is a request.
-    system, path = storage.filesystem(file.uri)
-    return _Hashed(reader.buffered(system.open_input_stream(path, compression=None)), with_crc=True)
+    return _Hashed(reader.buffered(reader.open_raw(file)), with_crc=True)
 
 
-def _of_whole(hashed: _Hashed, crc: int, rows: int, columns: tuple[str, ...], units: Iterable[Unit]) -> FileScan:
+def _of_whole(
+    hashed: _Hashed, crc: int, rows: int, columns: tuple[str, ...], units: Iterable[Unit]
+) -> FileScan:
     units = (dataclasses.replace(unit, after=crc) for unit in units)
     return FileScan(hashed.sha256.hexdigest(), rows, columns, Units.of(units))
 
@@ -482,12 +516,10 @@ def _of_whole(hashed: _Hashed, crc: int, rows: int, columns: tuple[str, ...], un
 
 def kept_scan(file: File, storage_root: str) -> FileScan | None:
     """Return the kept scan of a file; None if there is none, or the file has changed since."""
-    if (
-        not (storage_root and file.modified)
-        or (tree := records.read(_kept_path(file, storage_root), dict[str, Any], True)) is None
-    ):
+    if not storage_root or not file.modified:
         return None
-    if [tree.get("size"), tree.get("modified")] != [file.size, file.modified]:
+    tree = records.read(_kept_path(file, storage_root), dict[str, Any], True)
+    if tree is None or [tree.get("size"), tree.get("modified")] != [file.size, file.modified]:
         return None
     units = np.frombuffer(base64.b64decode(tree["units"]), dtype=UNIT)
     written = dataclasses.replace(file, kind=tree["kind"], encoding=tree["encoding"])
@@ -505,18 +537,20 @@ def keep_scan(file: File, storage_root: str, scan: FileScan) -> None:
     A file that changed less than 10 seconds ago is not kept: clocks of storages are coarse, and two changes within
     one tick show the same time.
     """
-    if storage_root and file.modified and time.time() - file.modified / 1e9 >= 10:
-        tree = {
-            "size": file.size,
-            "modified": file.modified,
-            "kind": (scan.file or file).kind,
-            "encoding": (scan.file or file).encoding,
-            "sha256": scan.sha256,
-            "rows": scan.rows,
-            "columns": scan.columns,
-            "units": base64.b64encode(scan.units.table.tobytes()).decode(),
-        }
-        records.write(_kept_path(file, storage_root), tree, sealed=True, durable=False)
+    if not storage_root or not file.modified or time.time() - file.modified / 1e9 < 10:
+        return
+    written = scan.file or file
+    tree = {
+        "size": file.size,
+        "modified": file.modified,
+        "kind": written.kind,
+        "encoding": written.encoding,
+        "sha256": scan.sha256,
+        "rows": scan.rows,
+        "columns": scan.columns,
+        "units": base64.b64encode(scan.units.table.tobytes()).decode(),
+    }
+    records.write(_kept_path(file, storage_root), tree, sealed=True, durable=False)
 
 
 def forget_changed(error: UserError, storage_root: str) -> None:
@@ -527,4 +561,4 @@ def forget_changed(error: UserError, storage_root: str) -> None:
 
 def _kept_path(file: File, storage_root: str) -> str:
     # Raise the number whenever a new scan would differ from a kept one.
-    return storage.join(storage_root, "tokens", "scans", f"{digest(7, file.uri, length=32)}.json")
+    return storage.join(storage_root, "tokens", "scans", f"{digest(8, file.uri, length=32)}.json")

@@ -4,6 +4,7 @@ A source is a file, a folder, a glob, a folder of `Dataset.save_to_disk`, hf://O
 s3:// or gs://. All of them become files that every node can read.
 """
 
+import atexit
 import contextlib
 import glob
 import itertools
@@ -14,25 +15,29 @@ import posixpath
 import re
 import shutil
 import tempfile
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
-from pyarrow import fs
+import pyarrow as pa
+from pyarrow import fs, parquet
 
 from olora_ray.common import storage
-from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.common.patience import is_temporary
+from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.retry import is_temporary
 from olora_ray.common.storage import digest
 from olora_ray.common.text import did_you_mean, plural
-from olora_ray.config.schema import AnyConfig, Config, Source
-from olora_ray.data.formats import FIELDS, NONE, check_fields
+from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.section import Source
+from olora_ray.data.formats import check_fields, field_names
+from olora_ray.data.formats.format import NONE
 
 logger = logging.getLogger(__name__)
 
@@ -59,28 +64,11 @@ TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}
 Below = tuple[Any, str]
 
 
-def _matching(path: str) -> list[str]:
-    fixed, pattern = _split_pattern(path)
-    matches = sorted(glob.glob(path, recursive=True))
-    below = [(name, name[len(fixed) :].strip("/")) for name in matches]
-    return [
-        name
-        for name, relative in below
-        if not _in_log(relative, pattern) and not (_unasked(relative, pattern) and os.path.isdir(name))
-    ]
-
-
-def _table_of(path: str) -> str:
-    # Files of a table may lie in folders of partitions, such as day=1.
-    table = os.path.dirname(path)
-    while "=" in os.path.basename(table):  # of a partition
-        table = os.path.dirname(table)
-    return table
-
-
 def _split_pattern(path: str) -> tuple[str, str]:
     wildcard = re.search(r"[*?\[]", path)
-    fixed = path[: wildcard.start()].rpartition("/")[0] if wildcard else path
+    fixed = path
+    if wildcard:
+        fixed = path[: wildcard.start()].rpartition("/")[0]
     return fixed, path[len(fixed) :].strip("/")
 
 
@@ -93,10 +81,13 @@ def _in_log(name: str, pattern: str) -> bool:
     return any(f"/{log}/" in f"/{name}/" and log not in pattern.split("/") for log in TABLES)
 
 
-def _files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], dict[str, list[Below]]]:
+def _files_matching(
+    below: Sequence[Below], pattern: str
+) -> tuple[list[Any], dict[str, list[Below]]]:
     """Return the files that match a glob, and for each folder that matches it the files below that folder."""
     parts = pattern.split("/")
-    files, folders = list[Any](), dict[str, list[Below]]()
+    files = []
+    folders: dict[str, list[Below]] = {}
     for item, name in below:
         names = name.split("/")
         if _in_log(name, pattern):
@@ -104,9 +95,12 @@ def _files_matching(below: Sequence[Below], pattern: str) -> tuple[list[Any], di
         if _matches(names, parts):
             files.append(item)
             continue
-        end = next((end for end in range(1, len(names)) if _matches(names[:end], parts)), 0)
-        if end and not _unasked("/".join(names[:end]), pattern):
-            folders.setdefault("/".join(names[:end]), []).append((item, "/".join(names[end:])))
+        for end in range(1, len(names)):
+            if _matches(names[:end], parts):
+                folder = "/".join(names[:end])
+                if not _unasked(folder, pattern):
+                    folders.setdefault(folder, []).append((item, "/".join(names[end:])))
+                break
     return files, folders
 
 
@@ -129,6 +123,9 @@ def _visible(relative: str) -> bool:
 
 ROWS_PER_FILE = 100_000
 OPTIONS = {"split", "name", "revision"}
+FIRST_ROWS = 30
+SECONDS = 10.0
+"""Time that the hub has for the first rows."""
 
 
 def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
@@ -136,16 +133,18 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
 
     Raise a UserError that starts with `field` if the hub does not deliver it.
     """
-    parts = urlsplit(uri)
-    query = parts.query.replace("+", "%2B")  # of `split=train+test`: in a form's query it would be a space
-    options = {key: values[0] for key, values in parse_qs(query).items()}
-    if unknown := sorted(set(options) - OPTIONS):
-        raise UserError(f"{field}: {uri}: unknown option {unknown[0]!r}; known: {', '.join(sorted(OPTIONS))}")
-    name = parts.netloc + parts.path
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        # `datasets` would take a path for a folder of this machine.
-        raise UserError(f"{field}: {uri}: {name!r} is not the name of a data set of the hub; write hf://ORG/NAME")
-    dataset = _load(name, options, uri, field)
+    name, options = _hub_name(uri, field)
+    import datasets
+
+    datasets.disable_progress_bars()
+    # Exception: the hub, the network and the data set's own files each raise their own exceptions.
+    with as_user_error(f"{field}: {uri}", Exception, passes=is_temporary):
+        dataset = datasets.load_dataset(
+            name,
+            options.get("name"),
+            split=options.get("split", "train"),
+            revision=options.get("revision"),
+        )
     key = digest(uri, dataset._fingerprint, length=32)
     folder = storage.join(storage_root, "tokens", "hub", key)
     listing = storage.join(folder, "files.json")
@@ -154,15 +153,81 @@ def as_parquet(uri: str, field: str, storage_root: str) -> list[str]:
     return [storage.join(folder, name) for name in json.loads(storage.read_text(listing))]
 
 
-def _load(name: str, options: dict[str, str], uri: str, field: str) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    # Exception: the hub, the network and the data set's own files each raise their own exceptions.
-    with as_user_error(f"{field}: {uri}", Exception, passes=is_temporary):
-        return datasets.load_dataset(
-            name, options.get("name"), split=options.get("split", "train"), revision=options.get("revision")
+def _hub_name(uri: str, field: str) -> tuple[str, dict[str, str]]:
+    parts = urlsplit(uri)
+    # The + of `split=train+test` would be a space in a form's query.
+    query = parts.query.replace("+", "%2B")
+    options = {key: values[0] for key, values in parse_qs(query).items()}
+    unknown = sorted(set(options) - OPTIONS)
+    if unknown:
+        raise UserError(
+            f"{field}: {uri}: unknown option {unknown[0]!r}; known: {', '.join(sorted(OPTIONS))}"
         )
+    name = parts.netloc + parts.path
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        # `datasets` would take a path for a folder of this machine.
+        raise UserError(
+            f"{field}: {uri}: {name!r} is not the name of a data set of the hub; write hf://ORG/NAME"
+        )
+    return name, options
+
+
+@cache
+def first_rows(uri: str, field: str) -> str | None:
+    """Return a Parquet file with the first rows of a data set of the hub, from a byte range of one of its files.
+
+    None for other sources, and after a log line if the hub does not answer in time.
+    """
+    if not uri.startswith("hf://"):
+        return None
+    name, options = _hub_name(uri, field)
+    folder = tempfile.mkdtemp(prefix="olora-hub-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = f"{folder}/{posixpath.basename(name)}.parquet"
+    problems = [f"no answer in {SECONDS:g} seconds"]
+
+    def look() -> None:
+        try:
+            parquet.write_table(_begin(name, options), file)
+            problems.clear()
+        except Exception as error:  # the hub, the network and pyarrow each raise their own
+            problems[0] = first_line(error)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    if not problems:
+        return file
+    say_once(
+        f"{field}: {uri}: cannot look at its first rows ({problems[0]}); the run downloads it first",
+        logging.WARNING,
+    )
+    return None
+
+
+def _begin(name: str, options: Mapping[str, str]) -> pa.Table:
+    from huggingface_hub import HfFileSystem
+
+    system = HfFileSystem()
+    # The hub itself writes most data sets as Parquet, into a branch of their own.
+    branches = ["refs%2Fconvert%2Fparquet", "main"]
+    if "revision" in options:
+        branches = [options["revision"]]
+    split = re.split(r"[^\w.-]", options.get("split", "train"))[0]
+    for branch in branches:
+        paths: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            paths = sorted(system.glob(f"datasets/{name}@{branch}/**/*.parquet"))
+        for word in (options.get("name", ""), split):
+            paths = [
+                path for path in paths if word in path.removeprefix(f"datasets/{name}")
+            ] or paths
+        if paths:
+            with system.open(paths[0], block_size=2**18) as stream:
+                file = parquet.ParquetFile(stream, buffer_size=2**16, pre_buffer=False)
+                batches = file.iter_batches(FIRST_ROWS, row_groups=[0])
+                return pa.Table.from_batches(itertools.islice(batches, 1))
+    raise FileNotFoundError("it has no Parquet file")
 
 
 def _write(dataset: Any, folder: str) -> list[str]:
@@ -190,8 +255,10 @@ SAVED = (SPLITS, STATE)
 
 def _saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
     """Return the Arrow files of a folder that `datasets` has saved; empty if it is no such folder."""
+    entries = []
     try:
-        if (splits := _json_file(system, f"{folder}/{SPLITS}")) is not None:
+        splits = _json_file(system, f"{folder}/{SPLITS}")
+        if splits is not None:
             names = [str(name) for name in splits["splits"]]
             if split not in names:
                 raise UserError(
@@ -199,16 +266,21 @@ def _saved_files(system: Any, folder: str, split: str, field: str) -> list[Any]:
                 )
             folder = f"{folder}/{_inside(split, folder, field)}"
         state = _json_file(system, f"{folder}/{STATE}")
-        entries = [str(entry["filename"]) for entry in state["_data_files"]] if state is not None else []
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{field}: {folder}: a file of Dataset.save_to_disk is damaged; save it again") from None
-    names = [_inside(name, folder, field) for name in entries]
-    infos = system.get_file_info([f"{folder}/{name}" for name in names])
+        if state is not None:
+            entries += [str(entry["filename"]) for entry in state["_data_files"]]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{field}: {folder}: a file of Dataset.save_to_disk is damaged; save it again"
+        ) from None
+    paths = [f"{folder}/{_inside(name, folder, field)}" for name in entries]
+    infos = system.get_file_info(paths)
     for info in infos:
         if not info.is_file:
-            raise UserError(f"{field}: {info.path} belongs to the saved data set, but is missing; save it again")
+            raise UserError(
+                f"{field}: {info.path} belongs to the saved data set, but is missing; save it again"
+            )
     return list(infos)
 
 
@@ -236,7 +308,9 @@ KINDS = {
     ".txt": "text",
 }
 _TRAINING = re.compile(r"[/._ -](train|training)(?=[/._ -]|\d|$)", re.IGNORECASE)
-_HELD_OUT = re.compile(r"[/._ -](test|testing|validation|valid|val|dev|eval|evaluation)(?=[/._ -]|\d|$)", re.IGNORECASE)
+_HELD_OUT = re.compile(
+    r"[/._ -](test|testing|validation|valid|val|dev|eval|evaluation)(?=[/._ -]|\d|$)", re.IGNORECASE
+)
 _HELD_OUT_FIRST = re.compile(_HELD_OUT.pattern.replace("[/._ -]", "/", 1), re.IGNORECASE)
 _NOTES = re.compile(r"/(dataset_infos?\.json|(readme|licen[cs]e|notice)(\.\w+)?)$", re.IGNORECASE)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
@@ -263,7 +337,9 @@ class File:
     @property
     def form(self) -> str:
         """Type and encoding, such as `semicolon csv, cp1252`."""
-        return self.kind + f", {self.encoding}" * bool(self.encoding)
+        if self.encoding:
+            return f"{self.kind}, {self.encoding}"
+        return self.kind
 
 
 def list_files(source: Source, where: str, storage_root: str) -> list[File]:
@@ -276,7 +352,8 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
     files = _all_files(source, f"{where}.path", storage_root)
     if not source.only:
         return _of_split(files, source.path, where)
-    if missing := sorted(set(source.only) - {file.uri for file in files}):
+    missing = sorted(set(source.only) - {file.uri for file in files})
+    if missing:
         raise UserError(f"{where}.only: {missing[0]} is not among the files of {source.path}")
     return [file for file in files if file.uri in source.only]
 
@@ -284,9 +361,14 @@ def list_files(source: Source, where: str, storage_root: str) -> list[File]:
 def grouped(config: AnyConfig, sources: Sequence[Source]) -> tuple[Source, ...]:
     """Return the sources with the answer for the column of `gate.group`, which the gate reads."""
     group = config.gate.group if isinstance(config, Config) else None
-    if group in (None, "@file", *itertools.chain(*FIELDS.values())):
+    if group is None or group == "@file":
         return tuple(sources)
-    return tuple(each.model_copy(update={"fields": {str(group): NONE, **each.fields}}) for each in sources)
+    answered = []
+    for source in sources:
+        if group not in (*field_names("auto"), *field_names(source.format)):
+            source = source.model_copy(update={"fields": {group: NONE, **source.fields}})
+        answered.append(source)
+    return tuple(answered)
 
 
 def _of_split(files: list[File], path: str, where: str) -> list[File]:
@@ -294,78 +376,99 @@ def _of_split(files: list[File], path: str, where: str) -> list[File]:
     names = {file: file.uri[len(folder) :] for file in files}
     training = [file for file in files if _TRAINING.search(names[file])]
     # If no name marks a training file, such a word inside a name may mean something else.
-    held_out = [file for file in files if (_HELD_OUT if training else _HELD_OUT_FIRST).search(names[file])]
-    others = training if where.startswith("data.eval") else held_out
+    marks = _HELD_OUT if training else _HELD_OUT_FIRST
+    others = [file for file in files if marks.search(names[file])]
+    if where.startswith("data.eval"):
+        others = training
     for left_out, what in (
         ([file for file in files if _NOTES.search(names[file])], "no rows"),
         (others, "another split by name; to use them here, add a source for them"),
     ):
         out = set(left_out)
-        if kept := [file for file in files if file not in out]:
-            shown = ", ".join(names[file][1:] for file in left_out[:3]) + ", ..." * (len(left_out) > 3)
-            if left_out:
-                say_once(f"{where}.path: ignored in {path}: {shown} ({what})", logging.WARNING)
-            files = kept
+        kept = [file for file in files if file not in out]
+        if not left_out or not kept:
+            continue
+        shown = [names[file][1:] for file in left_out[:3]]
+        if len(left_out) > 3:
+            shown.append("...")
+        say_once(f"{where}.path: ignored in {path}: {', '.join(shown)} ({what})", logging.WARNING)
+        files = kept
     return files
 
 
 def _all_files(source: Source, field: str, storage_root: str) -> list[File]:
     if source.path.startswith("hf://"):
-        return [_stored(uri) for uri in as_parquet(source.path, field, storage_root)]
+        files = []
+        for uri in as_parquet(source.path, field, storage_root):
+            info = storage.info(uri)
+            files.append(File(uri, "parquet", None, info.size, info.mtime_ns or 0))
+        return files
     if storage.is_uri(source.path):
         return _remote(source.path, field)
-    path, split = _split_of(source.path)
-    paths = _matching(path) if glob.has_magic(path) and not os.path.exists(path) else [path]
-    files = [file for name in paths for file in _local(name, split, field, alone=len(paths) == 1)]
-    _warn_of_tables([file.uri for file in files], os.path.isdir, field)
+    path = source.path
+    split = "train"
+    options = re.fullmatch(r"(.+)\?split=([\w.-]+)", path)  # folder?split=test
+    if options and not os.path.exists(path):
+        path = options[1]
+        split = options[2]
+    paths = [path]
+    if glob.has_magic(path) and not os.path.exists(path):
+        fixed, pattern = _split_pattern(path)
+        paths = []
+        for name in sorted(glob.glob(path, recursive=True)):
+            relative = name[len(fixed) :].strip("/")
+            asked = not _unasked(relative, pattern) or not os.path.isdir(name)
+            if asked and not _in_log(relative, pattern):
+                paths.append(name)
     # A glob with ** matches a folder and also the files in it.
-    once = {os.path.normpath(file.uri): file for file in files}
-    return _some(list(once.values()), source.path, field)
-
-
-def _split_of(path: str) -> tuple[str, str]:
-    # `folder?split=test` -> folder, test.
-    match = re.fullmatch(r"(.+)\?split=([\w.-]+)", path)
-    return (match[1], match[2]) if match and not os.path.exists(path) else (path, "train")
+    once = {}
+    for name in paths:
+        for file in _local(name, split, field, alone=len(paths) == 1):
+            once[os.path.normpath(file.uri)] = file
+    files = list(once.values())
+    _warn_of_tables([file.uri for file in files], os.path.isdir, field)
+    return _some(files, source.path, field)
 
 
 def _local(path: str, split: str, field: str, alone: bool) -> list[File]:
     if not os.path.isdir(path):
         return [_file(path, field)]
-    if saved := _saved_files(fs.LocalFileSystem(), path, split, field):
+    saved = _saved_files(fs.LocalFileSystem(), path, split, field)
+    if saved:
         return [File(info.path, "arrow", None, info.size, info.mtime_ns) for info in saved]
-    names, linked = _below(path, field)
-    known = sorted(name for name in names if _kind(name))
-    if not known and alone:
-        raise UserError(f"{field}: folder {path} has no file that can be read; supported: {SUPPORTED}")
-    _say_passed_over([name for name in names if not _kind(name)], linked, path, field)
-    return [_file(name, field) for name in known]
 
-
-def _below(path: str, field: str) -> tuple[list[str], int]:
     def unreadable(error: OSError) -> None:
         raise UserError(f"{field}: {error.filename}: {error.strerror}")
 
-    names: list[str] = []
+    names = []
     linked = 0
     for folder, folders, here in os.walk(path, onerror=unreadable):
         folders[:] = [name for name in folders if _visible(name)]
         names += [os.path.join(folder, name) for name in here if _visible(name)]
         linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
-    return names, linked
+    known = sorted(name for name in names if _kind(name))
+    if not known and alone:
+        raise UserError(
+            f"{field}: folder {path} has no file that can be read; supported: {SUPPORTED}"
+        )
+    _say_passed_over([name for name in names if not _kind(name)], linked, path, field)
+    return [_file(name, field) for name in known]
 
 
 def _file(path: str, field: str) -> File:
     if not os.path.lexists(path):
         name = os.path.relpath(path)
-        of_hub = re.fullmatch(r"\w[\w-]*/\w[\w-]*", name) and not os.path.isdir(os.path.dirname(path))
-        hint = f"; if it is a data set of the hub, write hf://{name}" if of_hub else did_you_mean(path)
+        hint = did_you_mean(path)
+        if re.fullmatch(r"\w[\w-]*/\w[\w-]*", name) and not os.path.isdir(os.path.dirname(path)):
+            hint = f"; if it is a data set of the hub, write hf://{name}"
         raise UserError(f"{field}: {path}: no such file or folder{hint}")
     kind, compression = _known(path, field)
     try:
         path.encode()
     except UnicodeEncodeError:  # pyarrow cannot open it, and a manifest cannot name it
-        raise UserError(f"{field}: {path!r}: the name is not UTF-8; rename the file or folder") from None
+        raise UserError(
+            f"{field}: {path!r}: the name is not UTF-8; rename the file or folder"
+        ) from None
     if not os.path.isfile(path):  # reading a pipe would block, and works only once
         raise UserError(f"{field}: {path}: neither a file nor a link to one")
     info = os.stat(path)
@@ -373,9 +476,15 @@ def _file(path: str, field: str) -> File:
 
 
 def _say_passed_over(names: Sequence[str], linked: int, folder: str, field: str) -> None:
-    endings = Counter(_ending(name) for name in names)
+    endings = Counter[str]()
+    for name in names:
+        stem, suffix = posixpath.splitext(posixpath.basename(name.lower()))
+        if suffix in COMPRESSIONS:
+            suffix = posixpath.splitext(stem)[1] + suffix
+        endings[suffix or "without suffix"] += 1
     parts = [f"{count:,} {ending}" for ending, count in sorted(endings.items())]
-    parts += [plural(linked, "linked folder")] if linked else []
+    if linked:
+        parts.append(plural(linked, "linked folder"))
     if parts:
         say_once(f"{field}: not read in {folder}: {', '.join(parts)}; supported: {SUPPORTED}")
 
@@ -387,7 +496,14 @@ def say_once(line: str, level: int = logging.INFO, about: str = "") -> None:
 
 
 def _warn_of_tables(paths: Sequence[str], is_folder: Callable[[str], bool], field: str) -> None:
-    for table, log in itertools.product(sorted(set(map(_table_of, paths))), TABLES):
+    tables = set()
+    for path in paths:
+        table = os.path.dirname(path)
+        # Files of a table may lie in folders of partitions, such as day=1.
+        while "=" in os.path.basename(table):
+            table = os.path.dirname(table)
+        tables.add(table)
+    for table, log in itertools.product(sorted(tables), TABLES):
         if is_folder(f"{table}/{log}"):
             say_once(
                 f"{field}: {table} is a {TABLES[log]} table ({log}), but all its files are read, with changed and"
@@ -396,18 +512,15 @@ def _warn_of_tables(paths: Sequence[str], is_folder: Callable[[str], bool], fiel
             )
 
 
-def _ending(name: str) -> str:
-    stem, suffix = posixpath.splitext(posixpath.basename(name.lower()))
-    if suffix in COMPRESSIONS:
-        suffix = posixpath.splitext(stem)[1] + suffix
-    return suffix or "without suffix"
-
-
 def _kind(name: str) -> tuple[str, str | None] | None:
     stem, suffix = posixpath.splitext(name.lower())
     compression = COMPRESSIONS.get(suffix)
-    kind = KINDS.get(posixpath.splitext(stem)[1] if compression else suffix)
-    return (kind, compression) if kind and not (compression and kind == "parquet") else None
+    if compression:
+        suffix = posixpath.splitext(stem)[1]
+    kind = KINDS.get(suffix)
+    if kind is None or (compression and kind == "parquet"):
+        return None
+    return kind, compression
 
 
 def _known(path: str, field: str) -> tuple[str, str | None]:
@@ -419,36 +532,53 @@ def _known(path: str, field: str) -> tuple[str, str | None]:
 
 def _remote(uri: str, field: str) -> list[File]:
     base, _, query = uri.partition("?")
-    options = [option for option in query.split("&") if option and not option.startswith("split=")]
-    if any("=" not in option for option in options):
-        raise UserError(
-            f"{field}: {uri}: after a '?' come options such as region=...; rename a file with a '?' in its name"
-        )
-    split = next((option[6:] for option in query.split("&") if option.startswith("split=")), "train")
-    suffix = "?" + "&".join(options) if options else ""
+    split = "train"
+    options = []
+    for option in filter(None, query.split("&")):
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(
+                f"{field}: {uri}: after a '?' come options such as region=...; rename a file with a '?' in its name"
+            )
+        if name == "split":
+            split = value
+        else:
+            options.append(option)
     fixed, pattern = _split_pattern(base)
+    address = fixed
+    if options:
+        address += f"?{'&'.join(options)}"
+
+    def as_file(info: Any) -> File:
+        return _remote_file(info, address, _known(info.path, field))
 
     def of_folder(system: Any, path: str, below: Sequence[Below]) -> list[File]:
-        if any(name in SAVED for _, name in below) and (saved := _saved_files(system, path, split, field)):
-            return [_remote_file(item, fixed + suffix, ("arrow", None)) for item in saved]
-        found = _readable(below, base, field)
-        return [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in found]
+        if any(name in SAVED for _, name in below):
+            saved = _saved_files(system, path, split, field)
+            if saved:
+                return [_remote_file(info, address, ("arrow", None)) for info in saved]
+        visible = [info for info, name in below if _visible(name)]
+        _say_passed_over([info.path for info in visible if not _kind(info.path)], 0, base, field)
+        return [as_file(info) for info in visible if _kind(info.path)]
 
     def look(system: fs.FileSystem, path: str) -> list[File]:
         info = system.get_file_info(path)
         if info.is_file:
-            return [_remote_file(info, fixed + suffix, _known(info.path, field))]
-        below = _listed(system, path)
+            return [as_file(info)]
+        listing = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        below = [(info, info.path[len(path) :].strip("/")) for info in listing if info.is_file]
+        below.sort(key=lambda item: item[0].path)
         if pattern:
             matching, folders = _files_matching(below, pattern)
-            files = [_remote_file(item, fixed + suffix, _known(item.path, field)) for item in matching]
-            files += [file for name, inner in folders.items() for file in of_folder(system, f"{path}/{name}", inner)]
+            files = [as_file(info) for info in matching]
+            for name, inner in folders.items():
+                files += of_folder(system, f"{path}/{name}", inner)
             files.sort(key=lambda file: file.uri)
         else:
             files = of_folder(system, path, below)
-        parents = {posixpath.dirname(item.path) for item, _ in below}
+        parents = {posixpath.dirname(info.path) for info, _ in below}
         logs = {
-            uri_beside(fixed + suffix, parent).partition("?")[0]
+            uri_beside(address, parent).partition("?")[0]
             for parent in parents
             if posixpath.basename(parent) in TABLES
         }
@@ -456,19 +586,7 @@ def _remote(uri: str, field: str) -> list[File]:
         return files
 
     with as_user_error(f"{field}: {uri}", OSError, ValueError):
-        return _some(storage.ask(fixed + suffix, look), uri, field)
-
-
-def _listed(system: Any, path: str) -> list[Below]:
-    listing = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-    files = sorted((item for item in listing if item.is_file), key=lambda item: item.path)
-    return [(item, item.path[len(path) :].strip("/")) for item in files]
-
-
-def _readable(below: Sequence[Below], folder: str, field: str) -> list[Any]:
-    files = [item for item, name in below if _visible(name)]
-    _say_passed_over([item.path for item in files if not _kind(item.path)], 0, folder, field)
-    return [item for item in files if _kind(item.path)]
+        return _some(storage.ask(address, look), uri, field)
 
 
 def _remote_file(info: Any, uri: str, kind: tuple[str, str | None]) -> File:
@@ -477,22 +595,13 @@ def _remote_file(info: Any, uri: str, kind: tuple[str, str | None]) -> File:
 
 def _some(files: list[File], path: str, field: str) -> list[File]:
     if not files:
-        raise UserError(f"{field}: {path}: no such file or folder, or it has no file that can be read")
+        raise UserError(
+            f"{field}: {path}: no such file or folder, or it has no file that can be read"
+        )
     return files
 
 
-def _stored(uri: str) -> File:
-    def look(system: fs.FileSystem, path: str) -> File:
-        info = system.get_file_info(path)
-        return File(uri, "parquet", None, info.size, info.mtime_ns or 0)
-
-    return storage.ask(uri, look)
-
-
 # Checks that a file is still what the scan saw.
-
-
-CHUNK = 8 * 2**20
 
 
 class Changed(UserError):
@@ -543,6 +652,6 @@ def _crc(uri: str, size: int, modified: int) -> int:
     system, path = storage.filesystem(uri)
     crc = 0
     with system.open_input_stream(path, compression=None) as stream:
-        while chunk := stream.read(CHUNK):
+        while chunk := stream.read(storage.CHUNK):
             crc = zlib.crc32(chunk, crc)
     return crc

@@ -20,6 +20,7 @@ An example with more than `max_length` tokens is rejected or shortened (`data.to
 beginning: all tokens up to `max_length`, as in TRL and Axolotl, or those up to the end of the last answer that fits.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,13 +31,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source, is_auto
+from olora_ray.config.tables import FORMATS
 from olora_ray.data import columns
 from olora_ray.data.chat_template import left_out, reasoning, text_of
-from olora_ray.data.columns import unanswered as unanswered
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.encoder import Unlike as Unlike
-from olora_ray.data.formats import REASONING, Chat, Completion, Example, Ids, Rejected, Text, to_example
+from olora_ray.data.formats import format_named, to_example
+from olora_ray.data.formats.chat import REASONING, SYSTEMS
+from olora_ray.data.formats.format import Chat, Completion, Example, Ids, Rejected, Text
+from olora_ray.data.text_files import DELIMITERS
 from olora_ray.data.tokenizer_spec import CALL, TokenizerSpec, end_of_turn
 
 Span = tuple[int, int]
@@ -78,7 +81,11 @@ class ExampleTokenizer:
     """Turns examples into tokens of at most `max_length`."""
 
     def __init__(
-        self, spec: TokenizerSpec, max_length: int, last_turn_only: bool = False, too_long: str = "reject"
+        self,
+        spec: TokenizerSpec,
+        max_length: int,
+        last_turn_only: bool = False,
+        too_long: str = "reject",
     ) -> None:
         """Load the tokenizer and compile the template; raise UserError if one of them is broken.
 
@@ -101,15 +108,19 @@ class ExampleTokenizer:
 
     def begin_row(self, row: Any, source: Source, number: int, notes: "Counter[str]") -> Begun:
         """Begin a raw row of source `number`, and note its columns that nothing reads; raise Rejected as `begin`."""
-        example = to_example(source.format, row, source.fields, as_chat(source, self._spec))
+        example = to_example(source.format, row, source.fields, as_chat(source, self._spec), source)
         begun = self.begin(example)
         template = self._spec.template(isinstance(example, Chat) and example.tools is not None)
-        columns.count(notes, number, source, row, example, template)
+        columns.note_unread(notes, number, source, row, example, template)
         # A token has a few letters, so a far too long text is known without tokenising it in 200 times its memory.
         most = 1000 * self._max_length
-        texts = [*begun.texts, *(text for text, _ in begun.answers)] if begun.size > most else []
-        if not isinstance(example, Text) and any(len(text) > most for text in texts):
-            raise Rejected("too_long", f"more than {most:,} characters at data.max_length = {self._max_length}")
+        if begun.size > most and not isinstance(example, Text):
+            texts = [*begun.texts, *(text for text, _ in begun.answers)]
+            if any(len(text) > most for text in texts):
+                raise Rejected(
+                    "too_long",
+                    f"more than {most:,} characters at data.max_length = {self._max_length}",
+                )
         return begun
 
     def begin(self, example: Example) -> Begun:
@@ -117,20 +128,33 @@ class ExampleTokenizer:
         match example:
             case Chat():
                 self._marked = False
-                parts, answers, before, size = [], [], [], 0
+                parts = []
+                answers: list[tuple[str, int]] = []
+                before = []
+                size = 0
                 for text, spans in self._parts(example):
-                    first, *others = cuts = _cuts(text, spans)
+                    # The text is cut where an answer begins.
+                    starts = [start for start, _ in spans]
+                    borders = itertools.pairwise([0, *starts, len(text)])
+                    cuts = [text[low:high] for low, high in borders]
                     parts.append((cuts, spans))
-                    before.append(first)
-                    answers += [(cut, stop - start) for cut, (start, stop) in zip(others, spans, strict=True)]
+                    before.append(cuts[0])
+                    lengths = [stop - start for start, stop in spans]
+                    answers += zip(cuts[1:], lengths, strict=True)
                     size += len(text)
-                return Begun(example, answers, before, lambda: self._chat(parts), size, self._marked)
+                return Begun(
+                    example, answers, before, lambda: self._chat(parts), size, self._marked
+                )
             case Completion():
                 texts = (example.prompt, example.completion)
-                return Begun(example, (), texts, lambda: [self._completion(example)], sum(map(len, texts)))
+                return Begun(
+                    example, (), texts, lambda: [self._completion(example)], sum(map(len, texts))
+                )
             case Text():
                 stretches = _STRETCH.findall(example.text)
-                return Begun(example, (), stretches[:1], lambda: self._text(stretches), sum(map(len, stretches[:1])))
+                first = stretches[:1]
+                size = sum(map(len, first))
+                return Begun(example, (), first, lambda: self._text(stretches), size)
             case Ids():
                 return Begun(example, (), (), lambda: self._given(example), len(example.ids))
 
@@ -145,10 +169,14 @@ class ExampleTokenizer:
         With `chat` it is the question of a chat, after the message `system` if there is one.
         """
         # An example needs an answer, whose tokens are cut off below. So any text that is not empty will do.
-        first = [{"role": "system", "content": system}] if system else []
-        turns = (*first, {"role": "user", "content": text}, {"role": "assistant", "content": text})
+        example: Example = Completion(text, text)
+        if chat:
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            if system:
+                turns.insert(0, {"role": "system", "content": system})
+            example = Chat(tuple(turns))
         try:
-            (tokens,) = self(Chat(turns) if chat else Completion(text, text))
+            (tokens,) = self(example)
         except Rejected as why:
             raise UserError(f"this prompt does not fit the chat template: {why.message}") from None
         return tuple(tokens.ids[: int(tokens.supervised.argmax())].tolist())
@@ -168,7 +196,9 @@ class ExampleTokenizer:
         if 1 in [np.count_nonzero(each.supervised) for each in tokens]:
             notes["single"] += 1
         # A special token at the end teaches the model where to stop.
-        last = {int(each.ids[each.supervised.nonzero()[0][-1]]) for each in tokens if not each.shortened}
+        last = {
+            int(each.ids[each.supervised.nonzero()[0][-1]]) for each in tokens if not each.shortened
+        }
         if not isinstance(example, Ids) and not last <= self._special:
             notes["unended"] += 1
         if True in [each.shortened for each in tokens]:
@@ -185,7 +215,11 @@ class ExampleTokenizer:
             trained = trained[-1:]
         last = len(chat.messages) - 1
         full = self._render(chat, last + 1)
-        answers = {number: self._answer(chat, number, full if number == last else None) for number in trained}
+        self._require_unusual(chat, full)
+        answers = {
+            number: self._answer(chat, number, full if number == last else None)
+            for number in trained
+        }
         self._require_all(chat, answers)
         if last in answers:
             full, _ = answers[last]
@@ -201,18 +235,26 @@ class ExampleTokenizer:
         `text` is the template's text, if it is rendered already. A server feeds the generation prompt to the model,
         even if the template's own text of the finished answer differs.
         """
-        before, end = self._render(chat, number, add_generation_prompt=True), self._ends[chat.tools is not None]
-        message, thought = chat.messages[number], reasoning(chat.messages[number])
+        before = self._render(chat, number, add_generation_prompt=True)
+        message = chat.messages[number]
+        thought = reasoning(message)
         if not isinstance(thought, str | None):
             raise _refused(f"message {number + 1}: the reasoning is no text: remove such rows")
-        text = self._render(chat, number + 1) if text is None else text
-        same, thought = _same(before, text), (thought or "").strip()
+        thought = (thought or "").strip()
+        if text is None:
+            text = self._render(chat, number + 1)
+        same = _same(before, text)
+        end = self._ends[chat.tools is not None]
         answer = end(text, same, message)[same:]
         if before[same:].strip() or thought not in answer:
             answer = self._assembled(chat, number, before, thought)
-        if sum(map(answer.replace(text_of(message) or "\0", "", 1).count, end.stops)) > 1:
-            raise _refused(f"message {number + 1}: {self._spec.what} ends an answer in its middle: remove such rows")
-        return before + answer, (len(before), len((before + answer).rstrip()))
+        own = answer.replace(text_of(message) or "\0", "", 1)
+        if sum(map(own.count, end.stops)) > 1:
+            raise _refused(
+                f"message {number + 1}: {self._spec.what} ends an answer in its middle: remove such rows"
+            )
+        whole = before + answer
+        return whole, (len(before), len(whole.rstrip()))
 
     def _assembled(self, chat: Chat, number: int, before: str, thought: str) -> str:
         """Return the text of answer `number` after the prompt `before`, put together from its parts.
@@ -228,53 +270,100 @@ class ExampleTokenizer:
             if isinstance(given["content"], list) and isinstance(last["content"], str):
                 last["content"] = [{"type": "text", "text": last["content"]}]
             with suppress(Rejected):
-                text = self._render(chat._replace(messages=(*chat.messages[:number], last)), number + 1)
+                text = self._render(
+                    chat._replace(messages=(*chat.messages[:number], last)), number + 1
+                )
                 return self._ends[chat.tools is not None](text, _same(before, text), last)
             return ""
 
         def since(text: str, stop: int | None = None) -> str:
             # The text after the question: some templates write what precedes it in another way later.
-            position = text.rfind(asked, 0, stop) if asked else -1
-            return text[position + len(asked) :] if position >= 0 else text
+            if asked and asked in text[:stop]:
+                return text[text.rfind(asked, 0, stop) + len(asked) :]
+            return text
 
         lead, close = _block(written, before, self._spec.template(chat.tools is not None))
         head, found, _ = written(content=MARK, tool_calls=()).partition(MARK)
-        head, tail, prompt = since(head), since(before), before.rstrip()
-        if message.get("tool_calls") and (alone := close.removesuffix(_end(close, head))).strip():
-            close = alone
+        head = since(head)
+        tail = since(before)
+        prompt = before.rstrip()
+        if message.get("tool_calls"):
+            alone = close.removesuffix(_end(close, head))
+            if alone.strip():
+                close = alone
         key = close.strip()
         closed = bool(key) and prompt.endswith(key)
-        opened = not closed and (prompt.endswith("<think>") if lead is None else prompt.startswith(lead.rstrip()))
+        if closed:
+            opened = False
+        elif lead is None:
+            opened = prompt.endswith("<think>")
+        else:
+            opened = prompt.startswith(lead.rstrip())
         # A reasoning in the content that has another place in this template.
-        if thought and len(message) == len(given) and not closed and (opened or thought not in since(written())):
+        if (
+            thought
+            and len(message) == len(given)
+            and not closed
+            and (opened or thought not in since(written()))
+        ):
             message["content"] = text_of(message).rpartition("</think>")[2].strip()
-        own = since(plain := written(), plain.rfind(text_of(message)))
-        if thought in own and (answer := _after(own, tail)) is not None:
-            return answer
-        rest, body = _after(head, tail), _after(own, head) if found else None
+        plain = written()
+        own = since(plain, plain.rfind(text_of(message)))
+        if thought in own:
+            answer = _after(own, tail)
+            if answer is not None:
+                return answer
+        rest = _after(head, tail)
+        body = _after(own, head) if found else None
         if body is None and opened:  # the template writes a tool call in another way
             body = own[_shared(own, tail) :]
-        elif rest is None and (closed or not head[_shared(head, tail) :].strip()):
-            rest = head.rpartition(key)[2] if closed and key in head else head[_shared(head, tail) :]
+        elif rest is None and closed and key in head:
+            rest = head.rpartition(key)[2]
+        elif rest is None:
+            other = head[_shared(head, tail) :]
+            if closed or not other.strip():
+                rest = other
         if closed and thought not in (body or ""):
             why = f"message {number + 1}: {self._spec.what} ends the reasoning in its generation prompt"
-            raise _refused(f"{why}: remove the reasoning from the rows", f"a copy that begins with {SWITCH}")
+            raise _refused(
+                f"{why}: remove the reasoning from the rows", f"a copy that begins with {SWITCH}"
+            )
         if closed or not (opened or thought):
             start = rest
-        elif opened and not thought and head.rstrip().endswith(key):  # the template closes the reasoning itself
+        elif opened and not thought and head.rstrip().endswith(key):
+            # The template closes the reasoning itself.
             start = head[head.rindex(key) :]
         elif opened:
-            start, body = thought + close, body and body.lstrip()
+            start = thought + close
+            body = body and body.lstrip()
         elif lead is None and rest is not None:
-            start = f"{'' if key in rest else rest}<think>\n{thought}{close}"
+            start = f"<think>\n{thought}{close}"
+            if key not in rest:
+                start = rest + start
             self._marked = True
         else:
-            start = lead and (opening := _after(since(lead), tail)) and opening + thought + close
+            start = lead and _after(since(lead), tail)
+            if start:
+                start += thought + close
         if start is None or body is None or (thought and not key):
-            shown = [repr(each[max(0, _same(before, plain) - 20) :][:60]) for each in (before, plain)]
+            border = max(0, _same(before, plain) - 20)
+            shown = [repr(text[border : border + 60]) for text in (before, plain)]
             why = f"message {number + 1} should start after {shown[0]}, but is {shown[1]}; remove such rows"
             raise _refused(f"{self._spec.what} does not continue its own generation prompt: {why}")
         return start + body
+
+    def _require_unusual(self, chat: Chat, full: str) -> None:
+        """Raise Rejected if the template drops an answer before the first question, or a later system message."""
+        before = "system"
+        for number, message in enumerate(chat.messages, 1):
+            role = message["role"]
+            unusual = role != "user" and (role in SYSTEMS) != (before in SYSTEMS)
+            if unusual and text_of(message).rpartition("</think>")[2].strip() not in full:
+                raise _refused(
+                    f"message {number}: {self._spec.what} does not write a message from {role} here:"
+                    " remove such rows"
+                )
+            before = role
 
     def _require_all(self, chat: Chat, answers: Mapping[int, tuple[str, Span]]) -> None:
         """Raise Rejected if the template drops a tool call, or the text beside one."""
@@ -289,7 +378,8 @@ class ExampleTokenizer:
             what = f"message {number + 1}: {self._spec.what} drops the"
             if text_of(message).rpartition("</think>")[2].strip() not in text[start:]:
                 raise _refused(f"{what} text beside the tool call: remove this text from the rows")
-            if (function := left_out(message, text[start:])) is not None:
+            function = left_out(message, text[start:])
+            if function is not None:
                 raise _refused(f"{what} tool call of {function!r}: remove rows with tool calls")
 
     def _render(self, chat: Chat, stop: int, add_generation_prompt: bool = False) -> str:
@@ -297,47 +387,58 @@ class ExampleTokenizer:
         try:
             return chosen.render(chat.messages[:stop], add_generation_prompt, chat.tools)
         except Exception as error:  # a template is code: it may raise anything
-            why = f"{self._spec.what} refuses the conversation: {first_line(error)}; remove such rows"
-            raise _refused(why) from None
+            why = first_line(error)
+            raise _refused(
+                f"{self._spec.what} refuses the conversation: {why}; remove such rows"
+            ) from None
 
     def _chat(self, parts: Sequence[tuple[Sequence[str], Sequence[Span]]]) -> list[Tokens]:
         """Return the tokens of a chat's texts; with shortening, without the texts of which nothing fits."""
-        tokens, left_out = list[Tokens](), None
+        tokens = []
+        too_long = None
         for cuts, spans in parts:
             try:
                 tokens.append(self._masked(cuts, spans))
             except Rejected as why:
                 if why.reason != "too_long":
                     raise
-                left_out = why
-        if left_out and (not tokens or self._too_long == "reject"):
-            raise left_out
-        if left_out:
+                too_long = why
+        if too_long:
+            if not tokens or self._too_long == "reject":
+                raise too_long
             tokens[-1] = tokens[-1]._replace(shortened=True)
-        return tokens[-1:] if self._last_turn_only else tokens
+        if self._last_turn_only:
+            return tokens[-1:]
+        return tokens
 
     def _masked(self, cuts: Sequence[str], spans: Sequence[Span]) -> Tokens:
         """Tokenise a text that is cut where answers begin, each cut alone, with the answers supervised.
 
         `spans` are the positions of the answers in the whole text.
         """
-        before, *parts = cuts
-        pieces, written_at = [self._encoder.ids(before)], []
-        for (start, stop), part in zip(spans, parts, strict=True):
+        pieces = [self._encoder.ids(cuts[0])]
+        length = len(pieces[0])
+        written_at = []
+        for (start, stop), part in zip(spans, cuts[1:], strict=True):
             # The model writes each token that begins in the answer, wherever the token ends.
             own, count = self._encoder.cut(part, stop - start, continues=start > 0)
-            length, written = sum(map(len, pieces)), own[:count].tolist()
+            written = own[:count].tolist()
             if written and written[-1] in self._special:
                 written.pop()  # the end of the turn
             self._require_own(written, length > 0)
             written_at.append(slice(length, length + count))
             pieces.append(own)
+            length += len(own)
         ids = np.concatenate(pieces)
-        shortened, most = False, self._max_length
-        if self._too_long == "drop_turns" and (fitting := [part for part in written_at if part.stop <= most]):
+        shortened = False
+        fitting = [part for part in written_at if part.stop <= self._max_length]
+        if self._too_long == "drop_turns" and fitting:
             shortened = len(fitting) < len(written_at)
-            ids = ids if len(ids) <= most else ids[: fitting[-1].stop]
-            written_at = fitting[-1:] if self._last_turn_only else fitting
+            if len(ids) > self._max_length:
+                ids = ids[: fitting[-1].stop]
+            if self._last_turn_only:
+                fitting = fitting[-1:]
+            written_at = fitting
         supervised = np.zeros(len(ids), dtype=bool)
         for span in written_at:
             supervised[span] = True
@@ -355,9 +456,12 @@ class ExampleTokenizer:
         tokens: list[int] = []
         for stretch in stretches:
             tokens += self._encoder.ids(stretch, continues=bool(tokens)).tolist()
-        pieces = self._pieces(np.asarray([*self._begin(tokens), *tokens, *self._end(tokens)], dtype=np.int32))
+        ids = [*self._begin(tokens), *tokens, *self._end(tokens)]
+        pieces = self._pieces(np.asarray(ids, dtype=np.int32))
         if all((each.ids[each.supervised] == self._spec.eos_id).all() for each in pieces):
-            raise Rejected("no_supervised_token", "a text of one token: only the end token is left to train on")
+            raise Rejected(
+                "no_supervised_token", "a text of one token: only the end token is left to train on"
+            )
         return pieces
 
     def _given(self, row: Ids) -> list[Tokens]:
@@ -367,19 +471,23 @@ class ExampleTokenizer:
                 raise Rejected("wrong_length", f"{len(numbers)} {name} for {len(ids)} input_ids")
         # What the mask leaves out is padding.
         kept = np.asarray(row.mask or np.ones(len(ids)), dtype=bool)
-        for number in (int(ids[kept].min(initial=0)), int(ids[kept].max(initial=0))):
+        used = ids[kept]
+        for number in (int(used.min(initial=0)), int(used.max(initial=0))):
             if number < 0 or self._encoder.token_of(number) is None:
-                raise Rejected("unknown_token", f"{self._spec.name} has no token {number}; use its tokenizer")
+                raise Rejected(
+                    "unknown_token", f"{self._spec.name} has no token {number}; use its tokenizer"
+                )
         if row.labels is None:
-            return self._pieces(ids[kept].astype(np.int32))
+            return self._pieces(used.astype(np.int32))
         labels = np.asarray(row.labels, dtype=np.int64)
-        if len(wrong := np.flatnonzero(kept & (labels != -100) & (labels != ids))):
+        wrong = np.flatnonzero(kept & (labels != -100) & (labels != ids))
+        if len(wrong):
             at = int(wrong[0])
             raise Rejected(
                 "wrong_label",
                 f"label {at + 1} is {labels[at]}, but must be -100 or the token there, {ids[at]}; do not shift labels",
             )
-        return [self._checked(ids[kept].astype(np.int32), labels[kept] != -100)]
+        return [self._checked(used.astype(np.int32), labels[kept] != -100)]
 
     def _pieces(self, ids: NDArray[np.int32]) -> list[Tokens]:
         # Each piece begins with the last token of the previous one, so each token but the first is predicted once.
@@ -390,11 +498,15 @@ class ExampleTokenizer:
     def _begin(self, ids: list[int]) -> list[int]:
         # No second begin token if the text has one already.
         bos = self._spec.bos_id
-        return [bos] if self._spec.add_bos and bos is not None and ids[:1] != [bos] else []
+        if not self._spec.add_bos or bos is None or ids[:1] == [bos]:
+            return []
+        return [bos]
 
     def _end(self, ids: list[int]) -> list[int]:
-        last = next((number for number in reversed(ids) if not self._encoder.is_blank(number)), None)
-        return [self._spec.eos_id] if last != self._spec.eos_id else []
+        said = (number for number in reversed(ids) if not self._encoder.is_blank(number))
+        if next(said, None) == self._spec.eos_id:
+            return []
+        return [self._spec.eos_id]
 
     def _require_own(self, written: list[int], asked: bool) -> None:
         """Raise Rejected if no token, apart from the end of the turn, has content.
@@ -406,26 +518,33 @@ class ExampleTokenizer:
             raise Rejected("no_supervised_token", "the answer has no token of its own to train on")
 
     def _says(self, written: list[int]) -> bool:
-        return any(number not in self._mute and not self._encoder.is_blank(number) for number in written)
+        return any(
+            number not in self._mute and not self._encoder.is_blank(number) for number in written
+        )
 
-    def _checked(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_], shortened: bool = False) -> Tokens:
-        if len(ids) > (most := self._max_length):
-            begun = supervised & (np.arange(len(ids)) < most) & (self._too_long == "cut")
-            if not self._says(ids[begun].tolist()):
+    def _checked(
+        self, ids: NDArray[np.int32], supervised: NDArray[np.bool_], shortened: bool = False
+    ) -> Tokens:
+        most = self._max_length
+        if len(ids) > most:
+            begun = ids[:most][supervised[:most]].tolist()
+            if self._too_long != "cut" or not self._says(begun):
                 raise Rejected("too_long", f"{len(ids)} tokens, more than data.max_length = {most}")
-            ids, supervised, shortened = ids[:most], supervised[:most], True
-        if (rows := self._spec.embeddings) is not None and (largest := int(ids.max(initial=0))) >= rows:
+            ids = ids[:most]
+            supervised = supervised[:most]
+            shortened = True
+        largest = int(ids.max(initial=0))
+        rows = self._spec.embeddings
+        if rows is not None and largest >= rows:
             token = self._encoder.token_of(largest)
-            raise Rejected("no_embedding", f"token {token!r} (id {largest}) has no embedding; the model has {rows}")
+            raise Rejected(
+                "no_embedding",
+                f"token {token!r} (id {largest}) has no embedding; the model has {rows}",
+            )
         supervised[:1] = False
         if not np.count_nonzero(supervised):
             raise Rejected("no_supervised_token", "the answer has no token of its own to train on")
         return Tokens(ids, supervised, shortened)
-
-
-def _cuts(text: str, answers: Sequence[Span]) -> list[str]:
-    starts = [start for start, _ in answers]
-    return [text[low:high] for low, high in zip([0, *starts], [*starts, len(text)], strict=True)]
 
 
 def _refused(why: str, other: str = "another template") -> Rejected:
@@ -435,9 +554,15 @@ def _refused(why: str, other: str = "another template") -> Rejected:
 def _after(text: str, start: str) -> str | None:
     """Return the text after `start`, whatever blanks there are in it; None if it does not begin so."""
     same = _same(text, start)
-    wanted, text = "".join(start[same:].split()), text[same:]
+    wanted = "".join(start[same:].split())
+    text = text[same:]
     match = re.match(r"\s*".join(map(re.escape, ["", *wanted])), text)
-    return match and (text[match.end() :].lstrip() if wanted and start[-1:].isspace() else text[match.end() :])
+    if match is None:
+        return None
+    text = text[match.end() :]
+    if wanted and start[-1:].isspace():
+        text = text.lstrip()
+    return text
 
 
 def _block(written: Callable[..., str], before: str, source: str) -> tuple[str | None, str]:
@@ -447,9 +572,12 @@ def _block(written: Callable[..., str], before: str, source: str) -> tuple[str |
     only beside a tool call, or as a part of the content. If none is written, the text up to it is None.
     """
     parts = [{"type": "thinking", "thinking": WHY}, {"type": "text", "text": MARK}]
-    plain, call = {"content": MARK, "tool_calls": ()}, {"content": "", "tool_calls": [CALL]}
-    knows = any(name in source for name in THOUGHT)  # most do not, and rendering takes its time
-    for way in (plain | THOUGHT, call | THOUGHT, plain | {"content": parts}) if knows else ():
+    plain = {"content": MARK, "tool_calls": ()}
+    call = {"content": "", "tool_calls": [CALL]}
+    ways: list[dict[str, Any]] = []
+    if any(name in source for name in THOUGHT):  # most do not, and rendering takes its time
+        ways = [plain | THOUGHT, call | THOUGHT, plain | {"content": parts}]
+    for way in ways:
         lead, found, rest = written(**way).partition(WHY)
         if not found or lead.endswith(("'", '"')):  # a list is written as it is
             continue
@@ -457,7 +585,9 @@ def _block(written: Callable[..., str], before: str, source: str) -> tuple[str |
             return lead, rest[: rest.index(MARK)]
         without = written(**{name: value for name, value in way.items() if value != WHY})
         close = rest.removesuffix(_end(rest, without))
-        return lead, close or (before[len(lead) :] if before.startswith(lead) else "")
+        if not close and before.startswith(lead):
+            close = before[len(lead) :]
+        return lead, close
     return None, "\n</think>\n\n"
 
 
@@ -468,8 +598,11 @@ def _end(text: str, other: str) -> str:
 
 
 def _shared(text: str, other: str) -> int:
-    same = _same(text, other)  # without a part of a tag
-    return same if text.rfind("<", 0, same) <= text.rfind(">", 0, same) else text.rfind("<", 0, same)
+    same = _same(text, other)
+    tag = text.rfind("<", 0, same)
+    if tag > text.rfind(">", 0, same):  # without a part of a tag
+        return tag
+    return same
 
 
 def _same(text: str, other: str) -> int:
@@ -482,24 +615,23 @@ def _same(text: str, other: str) -> int:
 # The form in which a source's prompts and completions are trained: turns of a chat, or joined texts.
 
 
-# Raised by one whenever the tokens of a format's rows change; formats that are not listed have 1.
-RULES = {"text": 2, "prompt_completion": 3, "alpaca": 2, "sharegpt": 2}
-# Formats whose messages may have tool calls.
-WITH_TOOLS = ("messages", "prompt_completion", "sharegpt")
 # Types of files in which an object has the keys of all rows.
 COLUMNS_OF_STRUCTS = {"parquet", "arrow"}
 
 
 def as_chat(source: Source, spec: TokenizerSpec) -> bool:
     """True if the prompts and completions of a source become turns of a chat."""
-    return source.format == "prompt_completion" and (spec.has_template if source.chat == "auto" else source.chat)
+    if format_named(source.format).makes != "completion":
+        return False
+    return spec.has_template if is_auto(source.chat) else source.chat
 
 
 def asks_in_chats(source: Source, spec: TokenizerSpec) -> bool:
     """True if the model answers in chats after a training on this source."""
-    if source.format in ("prompt_completion", "tokens"):
-        return as_chat(source, spec) if source.format == "prompt_completion" else spec.has_template
-    return source.format != "text"
+    format = format_named(source.format)
+    if format.makes == "ids":
+        return spec.has_template
+    return format.is_chat(as_chat(source, spec))
 
 
 def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -> dict[str, Any]:
@@ -508,34 +640,57 @@ def digest_inputs(source: Source, spec: TokenizerSpec, kinds: Collection[str]) -
     Empty if the same rows have always had the same tokens.
     """
     inputs: dict[str, Any] = {}
+    format = format_named(source.format)
     structs = COLUMNS_OF_STRUCTS.intersection(kinds)
-    if rules := RULES.get(source.format, 2 if structs else None):
-        inputs["rules"] = rules
-    if source.format in WITH_TOOLS and structs:
+    plugin = FORMATS.plugin(source.format)
+    if plugin:
+        inputs["plugin"] = plugin.identity()
+    # Beside Parquet, rules 1 and 2 are the same.
+    if structs or format.rules > 1:
+        inputs["rules"] = max(2, format.rules)
+    if not DELIMITERS.keys().isdisjoint(kinds):
+        inputs["cells"] = "nan is empty"
+    if format.tools and structs:
         inputs["maps"] = "objects"
-    if source.format == "prompt_completion":
+    if format.makes == "completion":
         inputs["chat"] = as_chat(source, spec)
-    chats = inputs.get("chat", source.format not in ("text", "tokens"))
-    if chats and source.format in WITH_TOOLS:
+    for name in ("roles", "labels", "system"):
+        if getattr(source, name):
+            inputs[name] = getattr(source, name)
+    if source.markup not in ("auto", "none"):
+        inputs["markup"] = source.markup
+    chats = format.is_chat(as_chat(source, spec))
+    if chats and format.tools:
         forms = [spec.chat_form(tools) for tools in (False, True)]
-        if wanted := sorted({form.arguments for form in forms if form.arguments}):
+        wanted = sorted({form.arguments for form in forms if form.arguments})
+        if wanted:
             inputs["arguments"] = wanted[0]
         if any(form.wants_null for form in forms):
             inputs["calls_alone"] = "null"
-        if any(name in spec.template(tools) for name in REASONING for tools in (False, True)):
+        templates = f"{spec.template(False)}\n{spec.template(True)}"
+        if any(name in templates for name in REASONING):
             inputs["reasoning"] = "any name"
-    ends = [end_of_turn(spec, Encoder(spec.json, spec.name), tools) for tools in (False, True)] if chats else []
-    if any(end.fixes for end in ends):
-        inputs["ends"] = [[end.tail, end.stop, end.call_stop, *[end.last] * end.cuts] for end in ends]
+    if chats:
+        encoder = Encoder(spec.json, spec.name)
+        ends = [end_of_turn(spec, encoder, tools) for tools in (False, True)]
+        if any(end.fixes for end in ends):
+            inputs["ends"] = [[end.tail, end.stop, end.call_stop] for end in ends]
+            for texts, end in zip(inputs["ends"], ends, strict=True):
+                if end.cuts:
+                    texts.append(end.last)
     return inputs
 
 
 def form_line(source: Source, spec: TokenizerSpec, setting: str) -> str | None:
     """Return a log line about the form of a source's rows; None if their format leaves no choice."""
-    if source.format != "prompt_completion":
+    if format_named(source.format).makes != "completion":
         return None
     if as_chat(source, spec):
-        template = "its own chat template" if spec.has_template else "the plain chat template, because it has none"
+        template = "its own chat template"
+        if not spec.has_template:
+            template = "the plain chat template, because it has none"
         return f"{setting}: prompts and completions become turns of a chat; {spec.name} gets them in {template}"
-    warning = f", but servers of {spec.name} apply one" if spec.has_template else f": {spec.name} has none"
-    return f"{setting}: prompts and completions are joined without a chat template{warning}"
+    line = f"{setting}: prompts and completions are joined without a chat template"
+    if spec.has_template:
+        return f"{line}, but servers of {spec.name} apply one"
+    return f"{line}: {spec.name} has none"

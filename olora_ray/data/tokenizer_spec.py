@@ -2,19 +2,27 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import digest_json
 from olora_ray.data import chat_template
-from olora_ray.data.chat_template import EXCHANGE, ChatForm, ChatTemplate, called, reasoning, text_of
+from olora_ray.data.chat_template import (
+    EXCHANGE,
+    ChatForm,
+    ChatTemplate,
+    called,
+    reasoning,
+    text_of,
+)
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import Chat
+from olora_ray.data.formats.format import Chat
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +55,6 @@ class TokenizerSpec:
     chosen: str = field(default="", compare=False)
     """The value of data.chat_template; empty: the template is the model's."""
 
-    def packing(self, wanted: Literal["auto"] | bool) -> bool:
-        return self.apart is None if wanted == "auto" else wanted
-
     @property
     def has_template(self) -> bool:
         """True if the model comes with a chat template, or data.chat_template names one."""
@@ -57,21 +62,22 @@ class TokenizerSpec:
 
     @property
     def what(self) -> str:
-        return f"the chat template {self.chosen}" if self.chosen else f"the chat template of {self.name}"
+        return f"the chat template {self.chosen or f'of {self.name}'}"
 
     @property
     def setting(self) -> str:
-        return f"{'data.chat_template' if self.chosen else 'model.name'}: {self.what}"
+        field = "data.chat_template" if self.chosen else "model.name"
+        return f"{field}: {self.what}"
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that influences tokens."""
         content = asdict(self)
         del content["name"], content["apart"], content["ends"], content["chosen"]
-        if self.tool_template is None:  # other tokenizers keep the digest that they had before this field existed
-            del content["tool_template"]
-        if self.embeddings is None:
-            del content["embeddings"]
+        # Other tokenizers keep the digest that they had before these fields existed.
+        for name in ("tool_template", "embeddings"):
+            if content[name] is None:
+                del content[name]
         return digest_json(content)
 
     def turn_end(self) -> int | None:
@@ -83,7 +89,9 @@ class TokenizerSpec:
             return None
 
     def template(self, tools: bool) -> str:
-        return self.tool_template or self.chat_template if tools else self.chat_template
+        if tools and self.tool_template:
+            return self.tool_template
+        return self.chat_template
 
     def compiled(self, tools: bool) -> ChatTemplate:
         """Compile the template for conversations with tools, or without; raise UserError if it is not valid."""
@@ -92,13 +100,18 @@ class TokenizerSpec:
     def chat_form(self, tools: bool) -> ChatForm:
         """Return the form of chats with tools, or without; raise UserError if the template is not valid."""
         self.compiled(tools)
-        return chat_template.chat_form(self.template(tools), self.special_tokens, self.what)
+        special = tuple(sorted(self.special_tokens.items()))
+        return chat_template.chat_form(self.template(tools), special, self.what)
 
 
 # The end of an answer in a chat template: a model that is trained on its chats stops there.
 
 
-CALL: dict[str, Any] = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALL: dict[str, Any] = {
+    "id": "call00000",
+    "type": "function",
+    "function": {"name": "f", "arguments": {"x": 1}},
+}
 
 
 @dataclass(frozen=True)
@@ -123,55 +136,74 @@ class EndOfTurn:
 
     def __call__(self, text: str, start: int, message: Mapping[str, Any]) -> str:
         """Fix the end of a conversation whose last message is the answer; it is written after `start`."""
-        text, calls = text.removesuffix(self.tail), message.get("tool_calls")
-        parts = [str(reasoning(message) or "").strip(), text_of(message), *map(called, calls or ())]
+        text = text.removesuffix(self.tail)
+        calls = message.get("tool_calls") or ()
+        parts = [str(reasoning(message) or "").strip(), text_of(message), *map(called, calls)]
         said = max([start, *[text.rfind(part, start) + len(part) for part in parts if part]])
         ends = [text.find(token, said) + len(token) for token in self.stops if token in text[said:]]
         if ends and text[min(ends) :].strip():  # the template begins the next turn
             return text[: min(ends)]
         stop = self.call_stop if calls else self.stop
-        return text.rstrip() + stop if stop and not ends else text
+        if stop and not ends:
+            return text.rstrip() + stop
+        return text
 
 
 def end_of_turn(spec: TokenizerSpec, encoder: Encoder, tools: bool) -> EndOfTurn:
-    template, form = spec.compiled(tools), spec.chat_form(tools)
+    template = spec.compiled(tools)
+    form = spec.chat_form(tools)
 
-    def written(messages: Sequence[dict[str, Any]]) -> str:
+    def written(*messages: Mapping[str, Any]) -> str:
         try:
-            return template.render(form(Chat(tuple(messages))).messages)
+            return template.render(form(Chat(tuple(map(dict, messages)))).messages)
         except Exception:  # a template is code: it may raise anything
             return ""
 
-    question: dict[str, Any]
-    question, answer = ({**message} for message in EXCHANGE)
-    call: list[dict[str, Any]] = [question, {**answer, "content": "", "tool_calls": [CALL]}]
+    question, answer = EXCHANGE
+    call = {**answer, "content": "", "tool_calls": [CALL]}
     result = {"role": "tool", "content": "1", "tool_call_id": CALL["id"], "name": "f"}
-    pairs = [(written(head), written([*head, more])) for head, more in (([question, answer], question), (call, result))]
+    plain = written(question, answer)
+    continued = written(question, answer, question)
+    of_call = written(question, call)
+    of_result = written(question, call, result)
+
     eos = encoder.token_of(spec.eos_id) or ""
     put = eos if encoder.ids(eos).tolist() == [spec.eos_id] else ""
-    written_texts = "".join([spec.template(tools), *(text for pair in pairs for text in pair)])
+    texts = "".join([spec.template(tools), plain, continued, of_call, of_result])
     named = {encoder.token_of(number) or "" for number in encoder.special_ids()}
-    special = tuple(sorted({eos, *(token for token in named if token in written_texts)} - {""}, key=len, reverse=True))
+    found = {token for token in named if token in texts}
+    special = tuple(sorted((found | {eos}) - {""}, key=len, reverse=True))
     any_special = "|".join(map(re.escape, special))
 
     def stop(text: str, longer: str) -> str:
         text = text.rstrip()
-        match = re.compile(rf"\s*({any_special})").match(longer, len(text)) if longer.startswith(text) else None
-        return match[0] if match and encoder.id_of(match[1]) in spec.ends else put
+        if longer.startswith(text):
+            match = re.compile(rf"\s*({any_special})").match(longer, len(text))
+            if match and encoder.id_of(match[1]) in spec.ends:
+                return match[0]
+        return put
 
     # The tail that only the end of a conversation has: it follows the token that ends the answer in any case.
-    parts, others = (re.split(f"({any_special})", text) for text in pairs[0])
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False)))
-    shared, tail = "".join(parts[:same]), "".join(parts[same:])
-    if not (all(pairs[0]) and shared.rstrip().endswith(special) and tail.strip()) or answer["content"] in tail:
+    said = answer["content"]
+    parts = re.split(f"({any_special})", plain)
+    pairs = zip(parts, re.split(f"({any_special})", continued), strict=False)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    shared = "".join(parts[:same])
+    tail = "".join(parts[same:])
+    if not (plain and continued and shared.rstrip().endswith(special) and tail.strip()):
         tail = ""
-    plain, after = pairs[0][0], stop(*pairs[0])
+    if said in tail:
+        tail = ""
+    after = stop(plain, continued)
     ended = plain.removesuffix(tail).rstrip()
     stops = [token for token in special if token == eos or encoder.id_of(token) in spec.ends]
-    ends = re.findall(any_special, ended[ended.rfind(answer["content"]) :])
-    last = next((token for token in special if ended.endswith(token)), after.strip() if plain else "")
-    last = next((token for token in ends if token in stops), last)
-    end = EndOfTurn(tuple({*stops, last} - {""}), tail, after, stop(*pairs[1]), last)
+    ends = re.findall(any_special, ended[ended.rfind(said) :])
+    last = [token for token in ends if token in stops]
+    last += [token for token in special if ended.endswith(token)]
+    if plain:
+        last.append(after.strip())
+    last.append("")
+    end = EndOfTurn(tuple({*stops, last[0]} - {""}), tail, after, stop(of_call, of_result), last[0])
     fixed = end(plain, 0, answer) if plain else ""
     return replace(end, fixes=fixed != plain, cuts=len(fixed) < len(ended))
 
@@ -198,31 +230,44 @@ def spec_from_pretrained(
             f"model.name: the tokenizer of {name} is not a fast tokenizer; name a model with a tokenizer.json"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end")
+        raise UserError(
+            f"model.name: the tokenizer of {name} has no end token (eos_token), so answers would never end"
+        )
     # A tokenizer as JSON takes memory for every id up to the largest; real vocabularies have some hundred thousand.
-    if (largest := _largest_id(tokenizer)) > 2**24:
+    largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest > 2**24:
         raise UserError(
             f"model.name: tokenizer.json of {name} has the token id {largest}, but no model has so many tokens; put the"
             " right tokenizer.json in its folder"
         )
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    source = (named.get("default") or next(iter(named.values()), None)) if named else tokenizer.chat_template
-    for_tools = named.get("tool_use")
-    add_bos = adds_begin_token(tokenizer)
+    source = tokenizer.chat_template
+    for_tools = None
+    if isinstance(source, dict):
+        for_tools = source.get("tool_use")
+        source = source.get("default") or next(iter(source.values()), None)
     if not source:
-        log.warning("%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'", name)
+        log.warning(
+            "%s has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'",
+            name,
+        )
         source = plain_template(tokenizer)
+    if for_tools == source:
+        for_tools = None
+    if embeddings is not None and largest < embeddings:
+        embeddings = None
     spec = TokenizerSpec(
         json=backend.to_str(),
         chat_template=str(source),
         special_tokens={
-            key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+            key: str(value)
+            for key, value in tokenizer.special_tokens_map.items()
+            if isinstance(value, str)
         },
         eos_id=int(tokenizer.eos_token_id),
         bos_id=tokenizer.bos_token_id,
-        add_bos=add_bos,
-        tool_template=str(for_tools) if for_tools and for_tools != source else None,
-        embeddings=embeddings if embeddings is not None and largest >= embeddings else None,
+        add_bos=adds_begin_token(tokenizer),
+        tool_template=str(for_tools) if for_tools else None,
+        embeddings=embeddings,
         name=name,
         chosen=chosen,
     )
@@ -231,18 +276,21 @@ def spec_from_pretrained(
     return spec
 
 
-def _largest_id(tokenizer: Any) -> int:
-    return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+SHIPPED = Path(__file__).with_name("templates")
 
 
 def _choose_template(tokenizer: Any, chosen: str) -> None:
     source = plain_template(tokenizer)
     if chosen != chat_template.PLAIN:
         what = f"data.chat_template: {chosen}"
+        shipped = {file.stem: str(file) for file in sorted(SHIPPED.glob("*.jinja"))}
+        place = shipped.get(chosen, chosen)
         with as_user_error(what, OSError, UnicodeDecodeError, reason=short_reason):
-            source = storage.read_text(chosen) if storage.exists(chosen) else ""
+            source = storage.read_text(place) if storage.exists(place) else ""
         if not source.strip():
-            raise UserError(f"{what} is missing or empty; name a Jinja file, or {chat_template.PLAIN}")
+            raise UserError(
+                f"{what} is missing or empty; name a Jinja file, {', '.join(shipped)} or {chat_template.PLAIN}"
+            )
     tokenizer.chat_template = source
 
 
@@ -253,4 +301,6 @@ def plain_template(tokenizer: Any) -> str:
 
 def adds_begin_token(tokenizer: Any) -> bool:
     """True if a transformers tokenizer puts its begin token before a text."""
-    return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"][:1]) == [
+        tokenizer.bos_token_id
+    ]

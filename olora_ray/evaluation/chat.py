@@ -17,13 +17,12 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,11 @@ def main(argv: list[str]) -> None:
     settings = tuple(word for word in arguments.words if FIELD.match(word))
     run, *prompts = [word for word in arguments.words if word not in settings] or [""]
     if not run or len(prompts) > 1:
-        raise UserError("arguments: expected RUN and at most one PROMPT in quotes; --help shows how")
-    answers = Answers(run, replace(arguments, words=settings).changes(), arguments.options.get("--system"))
+        raise UserError(
+            "arguments: expected RUN and at most one PROMPT in quotes; --help shows how"
+        )
+    changes = replace(arguments, words=settings).changes()
+    answers = Answers(run, changes, arguments.options.get("--system"))
     for prompt in prompts or _lines():
         for name, adapted in (("base", False), ("fine-tuned", True)):
             text = answers(prompt, adapted) or "(nothing)"
@@ -45,41 +47,54 @@ def main(argv: list[str]) -> None:
 
 
 def _finished(name: str) -> str:
-    root = command_line.absolute("runs", Path.cwd())
-    folders = (command_line.absolute(name, Path.cwd()), storage.join(root, name))
-    folder = next((each for each in folders if storage.exists(storage.join(each, "config.yaml"))), None)
-    if folder is None:
-        runs = [each for each in storage.names(root) if storage.exists(storage.join(root, each, "config.yaml"))]
-        raise UserError(f"run {name}: no such run folder; {root} has {', '.join(runs) or 'no runs'}")
+    root = command_line.absolute("runs")
+    for folder in (command_line.absolute(name), storage.join(root, name)):
+        if storage.exists(storage.join(folder, "config.yaml")):
+            break
+    else:
+        names = storage.names(root)
+        runs = [each for each in names if storage.exists(storage.join(root, each, "config.yaml"))]
+        raise UserError(
+            f"run {name}: no such run folder; {root} has {', '.join(runs) or 'no runs'}"
+        )
     if not storage.exists(storage.join(folder, "result.json")):
         raise UserError(f"run {name}: not finished; run its training command again to resume")
     return folder
 
 
 def _lines() -> Iterator[str]:
+    mark = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
-            if (line := input("> " if sys.stdin.isatty() else "")).strip():
+            line = input(mark)
+            if line.strip():
                 yield line
 
 
 def _system(sources: Sequence[Source]) -> str | None:
     """Return the system message of all rows at the beginning of the data; None if there is none or the data is gone."""
-    from olora_ray.data import formats, reader, scan
+    from olora_ray.data import reader, scan
+    from olora_ray.data.formats import columns_of, to_example
+    from olora_ray.data.formats.format import Chat, Rejected
     from olora_ray.data.sources import list_files
 
     found = set[str | None]()
     for source in sources:
-        columns = formats.columns_of(source.format, source.fields)
+        columns = columns_of(source.format, source.fields)
         with contextlib.suppress(UserError, OSError, IndexError):
             file = scan.head(list_files(source, "data.train", "")[0])
             assert file.file
-            for _, row in itertools.islice(reader.read_unit(file.file, file.units[0], file.columns, columns), 100):
-                with contextlib.suppress(formats.Rejected):
-                    example = formats.to_example(source.format, row, source.fields, True)
-                    first = example.messages[0] if isinstance(example, formats.Chat) else {}
-                    found.add(first.get("content") if first.get("role") == "system" else None)
-    system = found.pop() if len(found) == 1 else None
+            read = reader.read_unit(file.file, file.units[0], file.columns, columns)
+            for _, row in itertools.islice(read, 100):
+                with contextlib.suppress(Rejected):
+                    example = to_example(source.format, row, source.fields, True, source)
+                    content = None
+                    if isinstance(example, Chat) and example.messages[0].get("role") == "system":
+                        content = example.messages[0].get("content")
+                    found.add(content)
+    if len(found) != 1:
+        return None
+    system = found.pop()
     if system:
         logger.info(f"system message of the data: {system} (--system TEXT sets another)")
     return system
@@ -104,10 +119,15 @@ class Answers:
         self.base = with_tokenizer(target.base, target.config)
         self.limit = target.config.evaluation.max_new_tokens
         self.tokens = ExampleTokenizer(self.base.spec, max_length=sys.maxsize)
-        self.chat = any(asks_in_chats(source, self.base.spec) for source in target.config.data.train)
+        sources = target.config.data.train
+        self.chat = any(asks_in_chats(source, self.base.spec) for source in sources)
         if system and not self.chat:
-            raise UserError(f"argument --system: {folder} was trained on texts without a chat template; leave it out")
-        self.system = _system(target.config.data.train) if system is None and self.chat else system
+            raise UserError(
+                f"argument --system: {folder} was trained on texts without a chat template; leave it out"
+            )
+        if system is None and self.chat:
+            system = _system(sources)
+        self.system = system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = held_out.load_adapted(target.base, adapter, target.config, self.device)
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from itertools import chain
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.data.formats import column_of
 from olora_ray.data.reader import Unit, read_unit
-from olora_ray.evaluation.rows import Origin, numbered
+from olora_ray.evaluation.rows import Origin
 from olora_ray.tokens.plan import Piece, Plan
 from olora_ray.tokens.store import TokenStore
 
@@ -25,13 +25,11 @@ def origins(store: TokenStore) -> tuple[Origin, ...]:
     """Return (number of the file, position of the row in it) for each example, in the order of the store."""
     # A file that is listed twice has its first number: reversed, so that the first entry overwrites the second.
     numbers = {name: number for number, name in reversed(list(enumerate(store.files)))}
-    names = (name.rpartition(":") for index in range(len(store)) for name in store.origins(index))
-    return tuple((numbers[file], int(line) - 1) for file, _, line in names)
-
-
-def group_numbers(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[int] | None:
-    """Return the group number of each row by gate.group; None without it. See `group_names`."""
-    return None if setting is None else numbered(group_names(setting, plan, origins))
+    found = []
+    for name in chain.from_iterable(map(store.origins, range(len(store)))):
+        file, _, line = name.rpartition(":")
+        found.append((numbers[file], int(line) - 1))
+    return tuple(found)
 
 
 def group_names(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> list[str]:
@@ -47,16 +45,18 @@ def group_names(setting: str | None, plan: Plan, origins: Sequence[Origin]) -> l
     if setting is None:
         return [own[origin] for origin in origins]
     pieces = {(piece.file, piece.unit) for piece in plan.pieces}
-    values = {
-        origin: value
-        for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first))
-        for origin, value in _column(setting, plan, number, unit)
-        if origin in own and value is not None
-    }
+    values = {}
+    for number, unit in sorted(pieces, key=lambda item: (item[0], item[1].first)):
+        for origin, value in _column(setting, plan, number, unit):
+            if origin in own and value is not None:
+                values[origin] = value
     if not values:
         raise _no_column(setting, plan)
-    if missing := len(own) - len(values):
-        logger.warning(f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each is its own group")
+    missing = len(own) - len(values)
+    if missing:
+        logger.warning(
+            f"gate.group: {plural(missing, 'held-out row')} without {setting!r}; each is its own group"
+        )
     return [values.get(origin, own[origin]) for origin in origins]
 
 
@@ -67,19 +67,25 @@ def check_column(setting: str | None, plan: Plan) -> None:
     """
     if setting is None or setting == FILE:
         return
-    values = (value for piece in plan.pieces for _, value in _column(setting, plan, piece.file, piece.unit))
-    if all(value is None for value in values):
-        raise _no_column(setting, plan)
+    for piece in plan.pieces:
+        for _, value in _column(setting, plan, piece.file, piece.unit):
+            if value is not None:
+                return
+    raise _no_column(setting, plan)
 
 
-def count_planned(setting: str | None, plan: Plan, enough: int, files: Collection[int] | None = None) -> int:
+def count_planned(
+    setting: str | None, plan: Plan, enough: int, files: Collection[int] | None = None
+) -> int:
     """Return an upper bound for the number of groups, without tokenising; counting stops at `enough`.
 
     It is an upper bound because rows that tokenisation would reject count too. `files` limits the count to rows of the
     files with these numbers; None: all files.
     """
     groups: set[object] = set()
-    for piece in (piece for piece in plan.pieces if files is None or piece.file in files):
+    for piece in plan.pieces:
+        if files is not None and piece.file not in files:
+            continue
         for group in _groups(setting, plan, piece):
             groups.add(group)
             if len(groups) >= enough:
@@ -88,29 +94,36 @@ def count_planned(setting: str | None, plan: Plan, enough: int, files: Collectio
 
 
 def _groups(setting: str | None, plan: Plan, piece: Piece) -> Iterator[object]:
-    chosen: list[int] = (piece.unit.first + np.flatnonzero(plan.taken(plan.files[piece.file], piece))).tolist()
+    taken = np.flatnonzero(plan.taken(plan.files[piece.file], piece))
+    chosen: list[int] = (piece.unit.first + taken).tolist()
     if setting == FILE:
-        yield from [piece.file][: len(chosen)]  # nothing if no row of the piece is held out
+        if chosen:
+            yield piece.file
     elif setting is None:
         yield from ((piece.file, position) for position in chosen)
     else:
         wanted = set(chosen)
-        for (number, position), value in _column(setting, plan, piece.file, piece.unit):
-            if position in wanted:
-                yield (number, position) if value is None else (value,)
+        for origin, value in _column(setting, plan, piece.file, piece.unit):
+            if origin[1] in wanted:
+                yield origin if value is None else (value,)
 
 
-def _column(setting: str, plan: Plan, number: int, unit: Unit) -> Iterator[tuple[Origin, str | None]]:
+def _column(
+    setting: str, plan: Plan, number: int, unit: Unit
+) -> Iterator[tuple[Origin, str | None]]:
     planned = plan.files[number]
     column = column_of(setting, plan.sources[planned.source].fields)
     for position, row in read_unit(planned.file, unit, planned.columns, [column]):
-        yield (number, position), _text(row.get(column) if isinstance(row, dict) else None)
+        value = row.get(column) if isinstance(row, dict) else None
+        text = None
+        if value is not None and value != "":
+            text = json.dumps(value, sort_keys=True, default=str)
+        yield (number, position), text
 
 
 def _no_column(setting: str, plan: Plan) -> UserError:
-    columns = ", ".join(sorted({name for file in plan.files for name in file.columns})) or "the fields of your rows"
+    names: set[str] = set()
+    for file in plan.files:
+        names.update(file.columns)
+    columns = ", ".join(sorted(names)) or "the fields of your rows"
     return UserError(f"gate.group: no held-out row has a column {setting!r}; use one of {columns}")
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None or value == "" else json.dumps(value, sort_keys=True, default=str)

@@ -5,18 +5,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import chain
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from olora_ray.cluster import resources
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.logs import quiet_transformers
+from olora_ray.config.decided import AnyDecided
 from olora_ray.config.schema import AnyConfig, Model
 from olora_ray.evaluation.groups import origins
 from olora_ray.evaluation.rows import RowResults
@@ -26,12 +25,13 @@ from olora_ray.pipeline.answers import as_text, check_answers
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
 from olora_ray.pipeline.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
-from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import scoring
 from olora_ray.train.generate import Question, greedy, questions
+from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.objectives.objective import objective_named
 from olora_ray.train.self_test import choose_attention
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 def map_over_actors(
-    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: AnyConfig
+    make: Callable[[], Callable[[Work], Result]], works: Sequence[Work], config: AnyDecided
 ) -> list[Result]:
     """Return the results of all `works`, in their order.
 
@@ -58,18 +58,21 @@ def map_over_actors(
         return []
     import ray
 
-    wanted, results, precisions = worker_resources(config), dict[int, Result](), set()
+    wanted = worker_resources(config)
     threads = max(1, math.floor(config.cluster.cpus_per_worker))
     # `make` travels with each work instead of with the actor's start: when Ray restarts an actor after a node died, the
     # arguments of the start may be lost with that node.
     actor_type: Any = ray.remote(max_restarts=-1, max_task_retries=-1)(_Actor)
     actor_type = actor_type.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
-    every_gpu = config.cluster.workers == "auto" and "GPU" in wanted
-    most = resources.room(wanted, resources.present()) if every_gpu else config.cluster.max_workers()
-    actors = [actor_type.remote() for _ in range(min(len(works), most))]
-    made_of, numbers = ray.put((make, threads, config.model)), iter(range(len(works)))
+    actors = [actor_type.remote() for _ in range(min(len(works), config.cluster.most))]
+    made_of = ray.put((make, threads, config.model))
+    numbers = iter(range(len(works)))
+    results: dict[int, Result] = {}
+    precisions: set[str] = set()
     # An actor without room in the cluster never answers `ready`, so it is never given work.
-    pending: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
+    pending: dict[Any, tuple[Any, int | None]] = {
+        actor.ready.remote(): (actor, None) for actor in actors
+    }
     try:
         while len(results) < len(works):
             [answer], _ = ray.wait(list(pending))
@@ -78,11 +81,13 @@ def map_over_actors(
                 result, precision = ray.get(answer)
                 if isinstance(result, UserError):
                     raise result
-                before, results[number] = 10 * len(results) // len(works), result
+                results[number] = result
                 precisions.add(precision)
-                if len(works) >= 10 and 10 * len(results) // len(works) > before:
+                # Ten lines, one at each tenth of the works.
+                if len(works) >= 10 and 10 * len(results) % len(works) < 10:
                     logger.info(f"evaluation: {len(results) / len(works):.0%} done")
-            if (number := next(numbers, None)) is not None:
+            number = next(numbers, None)
+            if number is not None:
                 pending[actor.run.remote(made_of, works[number])] = actor, number
             else:
                 # No work is left for this actor. An actor that Ray restarts elsewhere may need the room.
@@ -107,7 +112,9 @@ class _Actor:
     def ready(self) -> None:
         """Return as soon as the cluster has room for this actor."""
 
-    def run(self, made_of: tuple[Callable[[], Callable[[Any], Any]], int, Model], work: Any) -> tuple[Any, str]:
+    def run(
+        self, made_of: tuple[Callable[[], Callable[[Any], Any]], int, Model], work: Any
+    ) -> tuple[Any, str]:
         make, threads, model = made_of
         try:
             if self.made is None:
@@ -135,7 +142,7 @@ class Answer:
 
 
 def measure(
-    base: Base, adapter: str | None, store: TokenStore, config: AnyConfig
+    base: Base, adapter: str | None, store: TokenStore, config: AnyDecided
 ) -> tuple[RowResults, tuple[Answer, ...]]:
     """Return the loss of each held-out example in `store`, and scored answers to the first evaluation.rows of them.
 
@@ -145,28 +152,38 @@ def measure(
     score a reference.
     """
     check_answers(config, store, base.tokenizer)
-    width = config.train.micro()
+    width = config.train.micro_batch
     packs = [store[number] for number in range(len(store))]
-    asked = questions(store, config.evaluation.rows) if config.evaluation.scorer else []
+    asked: Sequence[Question] = []
+    if config.evaluation.scorer:
+        asked = questions(store, config.evaluation.rows)
     # Prompts of similar length are answered together, because shorter ones are padded to the longest.
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
     groups = [order[i : i + ANSWERS_AT_ONCE] for i in range(0, len(order), ANSWERS_AT_ONCE)]
     # Answers take longest, so actors start with them; otherwise the last actor would answer while all others idle.
     works: list[Works] = [tuple(asked[i] for i in group) for group in groups]
     works += [tuple(packs[i : i + width]) for i in range(0, len(packs), width)]
-    logger.info(f"held-out rows: {sum(len(pack.segments) for pack in packs)}; {len(asked)} of them are answered")
-    done = map_over_actors(partial(Measurer, base.model, adapter, config, base.eos, packs[:8]), works, config)
-    answers = dict(pair for group, part in zip(groups, done, strict=False) for pair in zip(group, part, strict=True))
+    logger.info(
+        f"held-out rows: {sum(len(pack.segments) for pack in packs)}; {len(asked)} of them are answered"
+    )
+    make = partial(Measurer, base.model, adapter, config, base.eos, packs[:8])
+    done = map_over_actors(make, works, config)
+    answers: dict[int, Sequence[int]] = {}
+    for group, part in zip(groups, done, strict=False):
+        answers |= zip(group, part, strict=True)
     judged = _judged(config, store, asked, [answers[i] for i in range(len(asked))], base.tokenizer)
+    scores = {}
+    for name in scoring.means([item.scores for item in judged]):
+        scores[name] = {item.row: item.scores[name] for item in judged if name in item.scores}
+    objective = objective_named(config.train.objective)
+    examples = chain.from_iterable(pack.examples() for pack in packs)
     results = RowResults(
         data=store.digest,
-        tokens=tuple(size for pack in packs for size in _supervised(pack)),
-        losses=tuple(loss for part in done[len(groups) :] for loss in part),
-        scores={
-            name: {item.row: item.scores[name] for item in judged if name in item.scores}
-            for name in scoring.means([item.scores for item in judged])
-        },
+        tokens=tuple(map(objective.weight, examples)),
+        losses=tuple(chain.from_iterable(done[len(groups) :])),
+        scores=scores,
         origins=origins(store),
+        perplexity=objective.perplexity,
     )
     return results, judged
 
@@ -179,69 +196,82 @@ class Measurer:
     """One model in an actor, which computes losses and answers."""
 
     def __init__(
-        self, base: BaseModel, adapter: str | None, config: AnyConfig, eos: tuple[int, ...], tried: Sequence[Pack]
+        self,
+        base: BaseModel,
+        adapter: str | None,
+        config: AnyDecided,
+        eos: tuple[int, ...],
+        tried: Sequence[Pack],
     ) -> None:
         """Load the model on this process's device, and test it on the sequences `tried`.
 
         Raises UserError if it does not load, or fails its self-test.
         """
-        self.eos, self.limit, self.device = eos, config.evaluation.max_new_tokens, assigned_device()
+        self.eos = eos
+        self.limit = config.evaluation.max_new_tokens
+        self.device = assigned_device()
         self.model = load_adapted(base, adapter, config, self.device)
         self.loss = SupervisedLoss(self.model)
         # All actors test the same examples, so that all choose the same attention and compute the same bits.
         self.attention = choose_attention(self.loss, tried, config, self.device).attention
+        self.objective = objective_named(config.train.objective)
 
     def __call__(self, work: Works) -> list[Any]:
         """Return the summed loss of each example in the sequences, or the answer (token ids) to each question."""
         questions = [item for item in work if isinstance(item, Question)]
         if questions:
-            return greedy(self.model, [item.prompt for item in questions], self.limit, self.eos, self.device)
+            prompts = [item.prompt for item in questions]
+            return greedy(self.model, prompts, self.limit, self.eos, self.device)
         packs = [item for item in work if isinstance(item, Pack)]
-        each = self.loss.each(collate(packs, self.attention).to(self.device)).double().cpu()
-        return [float(part.sum()) for part in each.split([size for pack in packs for size in _supervised(pack)])]
+        found = held_out(
+            self.loss, packs, self.objective, self.attention, width=len(packs), each=True
+        )
+        return found.losses()
 
 
-def load_adapted(base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device) -> Any:
+def load_adapted(
+    base: BaseModel, adapter: str | None, config: AnyConfig, device: torch.device
+) -> Any:
     """Return the frozen model on `device`, with the plain-LoRA adapter in its layers if one is set.
 
     Loads the weights as they are stored and ignores model.quantization, because exports are made for these weights.
     Raises UserError if either does not load, or if the adapter does not fit the model.
     """
     model: Any = load_model(on_this_node(base, config).folder, config.model, device)
-    if adapter is not None:
-        unreadable = as_user_error(f"adapter {adapter}: cannot be read", OSError, reason=short_reason)
-        with unreadable, node_cache.fetched(adapter) as folder:
-            model = _with_adapter(model, folder, adapter)
-    return model.to(device)
-
-
-def _with_adapter(base: Any, folder: Path, adapter: str) -> Any:
+    if adapter is None:
+        return model.to(device)
     from peft import PeftModel
 
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"adapter {adapter}: no {name}; use a PEFT folder with safetensors that all nodes can read")
-    with as_user_error(f"adapter {adapter}: does not fit its model", ValueError, RuntimeError, KeyError, TypeError):
-        wrapped: Any = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+    unreadable = as_user_error(f"adapter {adapter}: cannot be read", OSError, reason=short_reason)
+    with unreadable, node_cache.fetched(adapter) as folder:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"adapter {adapter}: no {name}; use a PEFT folder with safetensors that all nodes can read"
+                )
+        unfit = f"adapter {adapter}: does not fit its model"
+        with as_user_error(unfit, ValueError, RuntimeError, KeyError, TypeError):
+            wrapped: Any = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     # PEFT puts the adapted layers into the model itself. Its wrapper is dropped, because the loss needs the backbone.
-    return wrapped.get_base_model().requires_grad_(False).eval()
-
-
-def _supervised(pack: Pack) -> list[int]:
-    return [int(part.sum()) for part in np.split(pack.supervised, np.cumsum(pack.segments)[:-1])]
+    return wrapped.get_base_model().requires_grad_(False).eval().to(device)
 
 
 def _judged(
-    config: AnyConfig, store: TokenStore, asked: Sequence[Question], answers: Sequence[Sequence[int]], tokenizer: Any
+    config: AnyDecided,
+    store: TokenStore,
+    asked: Sequence[Question],
+    answers: Sequence[Sequence[int]],
+    tokenizer: Any,
 ) -> tuple[Answer, ...]:
     if not asked or config.evaluation.scorer is None:
         return ()
     judge = scoring.Judge(config.evaluation.scorer)
-    origin_of = [origin for index in range(len(store)) for origin in store.origins(index)]
+    origin_of = list(chain.from_iterable(map(store.origins, range(len(store)))))
     judged = []
     for item, ids in zip(asked, answers, strict=True):
-        text, reference = as_text(tokenizer, ids), as_text(tokenizer, item.reference)
-        judged.append(Answer(item.row, origin_of[item.row], text, reference, judge(text, reference)))
-    for line in scoring.partial_scores([item.scores for item in judged]):
-        logger.info(line)
+        text = as_text(tokenizer, ids)
+        reference = as_text(tokenizer, item.reference)
+        scores = judge(text, reference)
+        judged.append(Answer(item.row, origin_of[item.row], text, reference, scores))
+    judge.tell_partial([item.scores for item in judged])
     return tuple(judged)

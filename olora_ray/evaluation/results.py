@@ -8,11 +8,12 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from olora_ray.cluster import address
+from olora_ray.cluster import address, connection, preflight
+from olora_ray.cluster.decide import decide_evaluation, length_of
 from olora_ray.cluster.failures import user_errors
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import aligned
@@ -20,19 +21,17 @@ from olora_ray.config import command_line
 from olora_ray.config.load import flatten
 from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.evaluation import lm_eval_tasks, rows, targets
-from olora_ray.evaluation.groups import group_numbers, origins
-from olora_ray.evaluation.held_out import Answer
-from olora_ray.evaluation.held_out import measure as measure
+from olora_ray.evaluation.groups import group_names, origins
+from olora_ray.evaluation.held_out import Answer, measure
 from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.statistics import Interval, difference
 from olora_ray.evaluation.targets import Target, run_of
-from olora_ray.pipeline import connection
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.tokens import prepare
 from olora_ray.tracking import client, models
 from olora_ray.tracking.start import resolve_uri, start_run
-from olora_ray.train import scoring
+from olora_ray.train.scoring import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ OPTIONS = ("--config", "--tasks", "--task-data", "--limit", "--scorer", "--out")
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalRequest:
     models: tuple[str, ...]
     """One or two."""
     config: str | None
@@ -56,24 +55,35 @@ class Request:
     out: str | None = None
 
 
-def read_request(argv: Sequence[str], usage: str) -> Request:
+def read_request(argv: Sequence[str], usage: str) -> EvalRequest:
     """Parse `argv`; --help prints `usage` and exits. Raises UserError for unknown or wrong arguments."""
     arguments = command_line.parse(argv, usage, options=OPTIONS)
-    models, changes, options = tuple(arguments.names()), arguments.changes(), arguments.options
-    names = [name for part in options.get("--tasks", "").split(",") if (name := part.strip())]
+    models = tuple(arguments.names())
+    changes = arguments.changes()
+    options = arguments.options
     limit = options.get("--limit", "")
     if not 1 <= len(models) <= 2:
-        raise UserError(f"arguments: expected one model, or two to compare, not {len(models)}; --help shows how")
+        raise UserError(
+            f"arguments: expected one model, or two to compare, not {len(models)}; --help shows how"
+        )
     if "--limit" in options and not (limit.isdecimal() and int(limit)):
         raise UserError(f"argument --limit: expected a number of rows, not {limit!r}")
     # A script with an unset variable passes an empty --scorer; the scorer of the config then stays.
-    if scorer := options.get("--scorer"):
+    scorer = options.get("--scorer")
+    if scorer:
         changes["evaluation.scorer"] = scorer
-    return Request(
+    tasks: list[str] = []
+    for part in options.get("--tasks", "").split(","):
+        name = part.strip()
+        if name == "paper":
+            tasks += PAPER
+        elif name:
+            tasks.append(name)
+    return EvalRequest(
         models=models,
         config=options.get("--config"),
         changes=changes,
-        tasks=tuple(dict.fromkeys(each for name in names for each in (PAPER if name == "paper" else (name,)))),
+        tasks=tuple(dict.fromkeys(tasks)),
         task_data=options.get("--task-data"),
         limit=int(limit) if limit else None,
         out=options.get("--out"),
@@ -81,97 +91,124 @@ def read_request(argv: Sequence[str], usage: str) -> Request:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalResult:
     target: Target
     held_out: RowResults | None
     tasks: Mapping[str, TaskResult]
-    groups: Sequence[int] | None = None
-    """Group number of each held-out row by gate.group; None: each row of a file is its own group."""
     answers: Sequence[Answer] = ()
     """Answers to held-out prompts; empty without evaluation.scorer."""
 
     def metrics(self) -> dict[str, float]:
         """Return eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
-        held_out = {name: self.held_out.metric(name) for name in self.held_out.names()} if self.held_out else {}
-        return held_out | {
-            f"{task}/{name}": item.metrics[name] for task, item in self.tasks.items() for name in item.metrics
-        }
+        metrics = {}
+        if self.held_out is not None:
+            for name in self.held_out.names():
+                metrics[name] = self.held_out.metric(name)
+        for task, item in self.tasks.items():
+            for name, value in item.metrics.items():
+                metrics[f"{task}/{name}"] = value
+        return metrics
 
     def errors(self) -> dict[str, float]:
-        return {f"{task}/{name}": error for task, item in self.tasks.items() for name, error in item.stderr.items()}
+        errors = {}
+        for task, item in self.tasks.items():
+            for name, error in item.stderr.items():
+                errors[f"{task}/{name}"] = error
+        return errors
 
     def to_json(self) -> dict[str, Any]:
+        held_out = None
+        if self.held_out is not None:
+            held_out = {"data": self.held_out.data, "rows": len(self.held_out.losses)}
         return {
             "model": self.target.name,
             "base": self.target.base.to_json(),
             "adapter": self.target.adapter,
-            "held_out": {"data": self.held_out.data, "rows": len(self.held_out.losses)} if self.held_out else None,
+            "held_out": held_out,
             "tasks": {name: item.rows for name, item in self.tasks.items()},
             "metrics": self.metrics(),
             "stderr": self.errors(),
         }
 
 
-def run(request: Request) -> tuple[list[Evaluation], dict[str, Interval]]:
+def run(request: EvalRequest) -> tuple[list[EvalResult], dict[str, Interval]]:
     """Measure the models, write the results, and return them with the intervals of the differences of two."""
     config = targets.settings(request.models, request.config, request.changes)
     check_request(request, config)
-    check_tracking(request)
+    folder = _folder(request)
+    if folder is not None:
+        storage.check_storage(folder, "argument --out")
     # Tasks and models are looked up before a cluster is started, so that a wrong name costs no waiting.
     sets = lm_eval_tasks.load_tasks(request.tasks, request.task_data)
     found = [targets.resolve(name, config) for name in request.models]
     uri = tracking_address(request, found)
-    with connection.connect(config), user_errors():
-        measured = [evaluate(target, sets, request.limit) for target in found]
-    intervals = differences(*measured) if len(measured) == 2 else {}
+    with connection.connect(config) as (_, cluster), user_errors():
+        preflight.require(decide_evaluation(config, cluster), cluster)
+        measured = [evaluate(target, cluster, sets, request.limit) for target in found]
+    intervals = {}
+    if len(measured) == 2:
+        intervals = differences(*measured)
     write_results(request, measured, intervals, uri)
     return measured, intervals
 
 
-def check_request(request: Request, config: AnyConfig) -> None:
+def check_request(request: EvalRequest, config: AnyConfig) -> None:
     """Raise UserError if there is nothing to evaluate, the scorer cannot be used, or Ray does not answer."""
-    config.data.length()  # raises UserError for data.max_length=auto
+    length_of(config)
     if config.evaluation.scorer:
-        scoring.resolve(config.evaluation.scorer)
+        Judge(config.evaluation.scorer)
     if not request.tasks and not config.data.holds_out():
         raise UserError(
             f"{request.models[0]}: no rows to evaluate it on; set --tasks, or --config with data.eval or"
             " data.eval_fraction"
         )
     if config.evaluation.scorer and not config.data.holds_out():
-        logger.warning("evaluation.scorer: no answers to score, because no rows are held out; set data.eval")
+        logger.warning(
+            "evaluation.scorer: no answers to score, because no rows are held out; set data.eval"
+        )
     if storage.is_uri(config.run.storage):
         storage.check_storage(config.run.storage, "run.storage")
     address.find()
 
 
-def evaluate(target: Target, sets: Tasks, limit: int | None) -> Evaluation:
+def evaluate(target: Target, cluster: ClusterFacts, sets: Tasks, limit: int | None) -> EvalResult:
     """Measure one model on held-out rows and tasks; needs ray.init. Raises UserError for what the user can fix."""
     logger.info(f"evaluating {target.name}")
-    config, adapter = target.config, target.adapter
-    held_out, groups = None, None
+    config = decide_evaluation(target.config, cluster)
+    held_out = None
     answers: Sequence[Answer] = ()
     if config.data.holds_out():
         base = with_tokenizer(target.base, config)
+        config = decide_evaluation(target.config, cluster, base.spec)
         store = prepare.prepare(config, base.spec, "eval")
-        if isinstance(config, Config) and config.gate.group is not None:
+        group = config.gate.group if isinstance(config, Config) else None
+        names: Sequence[str] = ()
+        if group is not None:
             # Groups come first: a gate.group that no row has must fail before the long measurement, not after it.
-            groups = group_numbers(config.gate.group, prepare.plan_here(config, base.spec, "eval"), origins(store))
-        held_out, answers = measure(base, adapter, store, config)
-    return Evaluation(target, held_out, lm_eval_tasks.run(sets, limit, target.base, adapter, config), groups, answers)
+            plan = prepare.plan_here(config, base.spec, "eval")
+            names = group_names(group, plan, origins(store))
+        held_out, answers = measure(base, target.adapter, store, config)
+        if names:
+            held_out = held_out.grouped(names)
+    tasks = lm_eval_tasks.run(sets, limit, target.base, target.adapter, config)
+    return EvalResult(target, held_out, tasks, answers)
 
 
-def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
+def differences(first: EvalResult, second: EvalResult) -> dict[str, Interval]:
     """Return first - second with a paired interval, for each metric that both have row by row on the same rows."""
     intervals = {}
-    ours, theirs = first.held_out, second.held_out
+    ours = first.held_out
+    theirs = second.held_out
     # Models with different tokenizers have different tokens, so their losses per token cannot be compared.
     if ours and theirs and ours.data == theirs.data:
         for name in ours.names():
-            if name not in theirs.names() or not set(ours.column(name).rows) & set(theirs.column(name).rows):
+            if name not in theirs.names():
                 continue
-            comparison = rows.compare(name, ours, theirs, groups=first.groups)
-            if comparison.groups > 1:  # a single group shows no variation, so its interval would have width 0
+            if not set(ours.column(name).rows) & set(theirs.column(name).rows):
+                continue
+            comparison = rows.compare(name, ours, theirs)
+            # A single group shows no variation, so its interval would have width 0.
+            if comparison.groups > 1:
                 intervals[name] = comparison.interval
     for task, mine in first.tasks.items():
         for name, values in mine.values.items():
@@ -184,31 +221,33 @@ def differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
 # Results as lines for a terminal.
 
 
-def lines(results: Sequence[Evaluation], intervals: Mapping[str, Interval]) -> list[str]:
+def lines(results: Sequence[EvalResult], intervals: Mapping[str, Interval]) -> list[str]:
+    first = results[0]
+    second = results[-1]
+    ours = first.metrics()
     if len(results) == 1:
-        return _one(results[0])
-    first, second = results
-    table: list[tuple[str, ...]] = [("metric", "rows", "first", "second", "first - second", "95% interval")]
-    ours, theirs = first.metrics(), second.metrics()
+        table: list[tuple[str, ...]] = [("metric", "rows", "value", "stderr")]
+        errors = first.errors()
+        for name, value in ours.items():
+            error = f"{errors[name]:.4f}" if name in errors else ""
+            table.append((name, _rows_cell(first, name), f"{value:.4f}", error))
+        return [f"model: {first.target.name}", "", *_columns(table)]
+    table = [("metric", "rows", "first", "second", "first - second", "95% interval")]
+    theirs = second.metrics()
     for name in ours | theirs:
-        bounds = intervals.get(name)
-        interval = f"[{bounds.low:+.4f}, {bounds.high:+.4f}]" if bounds else "not paired"
-        values = (f"{each[name]:.4f}" if name in each else "-" for each in (ours, theirs))
-        change = f"{ours[name] - theirs[name]:+.4f}" if name in ours and name in theirs else "-"
-        table.append((name, _rows_cell(first if name in ours else second, name), *values, change, interval))
+        measured = _rows_cell(first if name in ours else second, name)
+        values = [f"{each[name]:.4f}" if name in each else "-" for each in (ours, theirs)]
+        change = "-"
+        if name in ours and name in theirs:
+            change = f"{ours[name] - theirs[name]:+.4f}"
+        interval = "not paired"
+        if name in intervals:
+            interval = f"[{intervals[name].low:+.4f}, {intervals[name].high:+.4f}]"
+        table.append((name, measured, *values, change, interval))
     return [f"first:  {first.target.name}", f"second: {second.target.name}", "", *_columns(table)]
 
 
-def _one(result: Evaluation) -> list[str]:
-    table = [("metric", "rows", "value", "stderr")]
-    errors = result.errors()
-    for name, value in result.metrics().items():
-        error = f"{errors[name]:.4f}" if name in errors else ""
-        table.append((name, _rows_cell(result, name), f"{value:.4f}", error))
-    return [f"model: {result.target.name}", "", *_columns(table)]
-
-
-def _rows_cell(result: Evaluation, metric: str) -> str:
+def _rows_cell(result: EvalResult, metric: str) -> str:
     task = metric.partition("/")[0]
     if task in result.tasks:
         return result.tasks[task].rows
@@ -229,19 +268,15 @@ ANSWERS = "answers.jsonl"
 """One line of JSON per scored answer."""
 
 
-def check_tracking(request: Request) -> None:
-    """Raise UserError if the results cannot be written, before anything is measured."""
-    if folder := _folder(request):
-        storage.check_storage(folder, "argument --out")
-
-
-def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
+def tracking_address(request: EvalRequest, targets: Sequence[Target]) -> str | None:
     """Return the address of MLflow; None if no config, no run and no MLFLOW_TRACKING_URI sets one.
 
     Raises UserError or TrackingUnavailable if MLflow does not answer.
     """
     configured = request.config or any(run_of(name) for name in request.models)
-    if not (configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")):
+    if not (
+        configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")
+    ):
         return None
     uri = resolve_uri(targets[0].config)
     client.check_uri(uri)
@@ -249,8 +284,8 @@ def tracking_address(request: Request, targets: Sequence[Target]) -> str | None:
 
 
 def write_results(
-    request: Request,
-    results: Sequence[Evaluation],
+    request: EvalRequest,
+    results: Sequence[EvalResult],
     intervals: Mapping[str, Interval],
     uri: str | None,
 ) -> None:
@@ -264,47 +299,69 @@ def write_results(
         "differences": {name: asdict(interval) for name, interval in intervals.items()},
     }
     text = json.dumps(tree, indent=2) + "\n"
-    if folder := _folder(request):
-        answers = [{"model": result.target.name, **asdict(item)} for result in results for item in result.answers]
-        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-        for name, content in ((FILE, text), (ANSWERS, lines)) if lines else ((FILE, text),):
+    folder = _folder(request)
+    if folder is not None:
+        answers = ""
+        for result in results:
+            for item in result.answers:
+                answers += json.dumps({"model": result.target.name, **asdict(item)}) + "\n"
+        files = {FILE: text}
+        if answers:
+            files[ANSWERS] = answers
+        for name, content in files.items():
             storage.write_text(storage.join(folder, name), content)
             logger.info(f"written: {storage.join(folder, name)}")
-        if not lines and storage.exists(stale := storage.join(folder, ANSWERS)):
-            logger.warning(f"{stale}: left by an earlier evaluation; this evaluation scored no answers")
+        stale = storage.join(folder, ANSWERS)
+        if not answers and storage.exists(stale):
+            logger.warning(
+                f"{stale}: left by an earlier evaluation; this evaluation scored no answers"
+            )
     if uri is None:
         return
     for result in results:
         _track(result, text)
-    logger.info(f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {client.shown_uri(uri)}")
+    logger.info(
+        f"logged: {len(results)} run(s) with the tag olora.kind=evaluation in {client.shown_uri(uri)}"
+    )
 
 
-def _folder(request: Request) -> str | None:
+def _folder(request: EvalRequest) -> str | None:
+    if not request.out:
+        return run_of(request.models[0])
     # In a Ray job the working directory is deleted after the job, so `lasting` replaces it.
-    return (
-        command_line.absolute(request.out, command_line.lasting(Path.cwd()))
-        if request.out
-        else run_of(request.models[0])
-    )
+    return command_line.absolute(request.out, command_line.lasting())
 
 
-def _track(result: Evaluation, text: str) -> None:
+def _track(result: EvalResult, text: str) -> None:
     target = result.target
-    tags = {"olora.kind": "evaluation", "olora.model": target.name, "olora.base_digest": target.base.digest}
-    short = "-".join(part for part in target.name.replace("://", "/").rstrip("/").split("/")[-2:] if part)
-    tracker = start_run(target.config, f"evaluation of {short}", tags)
+    tags = {
+        "olora.kind": "evaluation",
+        "olora.model": target.name,
+        "olora.base_digest": target.base.digest,
+    }
+    parts = target.name.replace("://", "/").rstrip("/").split("/")[-2:]
+    tracker = start_run(target.config, f"evaluation of {'-'.join(filter(None, parts))}", tags)
+    settings = flatten(target.config).items()
     tracker.params(
-        {name: value for name, value in flatten(target.config).items() if name.startswith(("model.", "evaluation."))}
+        {name: value for name, value in settings if name.startswith(("model.", "evaluation."))}
     )
-    metrics, held_out = result.metrics(), result.held_out
-    tracker.metrics({0: {**metrics, **{f"{name}_stderr": error for name, error in result.errors().items()}}})
-    if held_out:
-        paths = ", ".join(source.path for source in target.config.data.eval) or "held out from training"
-        tracker.dataset("evaluation", held_out.data, paths, len(held_out.losses), "evaluation")
-    model_id = target.model_id or (models.of_run(tracker.uri, target.run_id) if target.run_id else None)
+    metrics = result.metrics()
+    errors = {f"{name}_stderr": error for name, error in result.errors().items()}
+    tracker.metrics({0: {**metrics, **errors}})
+    held_out = result.held_out
+    of_rows: list[str] = []
+    data = None
+    if held_out is not None:
+        paths = ", ".join(source.path for source in target.config.data.eval)
+        shown = paths or "held out from training"
+        tracker.dataset("evaluation", held_out.data, shown, len(held_out.losses), "evaluation")
+        of_rows = held_out.names()
+        data = ("evaluation", held_out.data)
+    model_id = target.model_id
+    if not model_id and target.run_id:
+        model_id = models.of_run(tracker.uri, target.run_id)
     if model_id and tracker.evaluates(model_id):
-        of_rows = held_out.names() if held_out else []
-        tracker.of_model(model_id, 0, of_rows, ("evaluation", held_out.data) if held_out else None)
+        tracker.of_model(model_id, 0, of_rows, data)
         tracker.of_model(model_id, 0, [name for name in metrics if name not in of_rows])
     tracker.text(text, FILE)
     tracker.end("FINISHED")

@@ -8,9 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
 from olora_ray.evaluation.statistics import Interval, difference
 
-LOSS, PERPLEXITY, SCORE = "eval/loss", "eval/perplexity", "eval/"
+LOSS = "eval/loss"
+PERPLEXITY = "eval/perplexity"
+SCORE = "eval/"
 HIGHEST = 80.0
 """A larger loss counts as this in a perplexity, because its exponential would soon overflow."""
 
@@ -36,20 +39,25 @@ class RowResults:
     data: str
     """Digest of the token store; rows of two results are the same only if their digests are equal."""
     tokens: tuple[int, ...]
-    """Number of supervised tokens of each row."""
+    """Weight of each row in the mean loss (`Objective.weight`): its supervised tokens."""
     losses: tuple[float, ...]
-    """Loss of each row, summed over its supervised tokens."""
+    """Loss of each row: the sum, for a mean per `tokens`."""
     scores: Mapping[str, Mapping[int, float]]
     """Name of a score -> index of a row -> value, for the rows that were answered and have the score."""
     origins: tuple[Origin, ...]
     """Origin of each row; several rows of the store may come from one row of a file."""
+    perplexity: bool = True
+    """True if the exponential of the mean loss is a perplexity (`Objective.perplexity`)."""
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.losses) == len(self.origins):
             raise ValueError("columns of different lengths")
 
     def names(self) -> list[str]:
-        return [LOSS, PERPLEXITY, *(f"{SCORE}{name}" for name in self.scores)]
+        names = [LOSS]
+        if self.perplexity:
+            names.append(PERPLEXITY)
+        return names + [f"{SCORE}{name}" for name in self.scores]
 
     def metric(self, name: str) -> float:
         """Return the mean over all rows that have the metric: eval/loss (per token), eval/perplexity or eval/SCORE.
@@ -60,33 +68,57 @@ class RowResults:
         if not len(column.rows):
             return math.nan
         mean = math.fsum(column.values * column.weights) / math.fsum(column.weights)
-        return math.exp(min(mean, HIGHEST)) if name == PERPLEXITY else mean
+        if name == PERPLEXITY:
+            return math.exp(min(mean, HIGHEST))
+        return mean
 
     def column(self, name: str) -> Column:
         """Return the values of a metric; raises UserError if it was not measured."""
-        if name in (LOSS, PERPLEXITY):
+        if name == LOSS or (name == PERPLEXITY and self.perplexity):
             sizes = np.array(self.tokens, dtype=np.float64)
-            return Column(np.arange(len(sizes)), np.array(self.losses, dtype=np.float64) / sizes, sizes)
-        values = self.scores.get(name.removeprefix(SCORE)) if name.startswith(SCORE) else None
+            losses = np.array(self.losses, dtype=np.float64)
+            return Column(np.arange(len(sizes)), losses / sizes, sizes)
+        values = None
+        if name.startswith(SCORE):
+            values = self.scores.get(name.removeprefix(SCORE))
         if values is None:
-            raise UserError(f"metric {name}: not measured on the held-out rows; use one of {', '.join(self.names())}")
+            raise UserError(
+                f"metric {name}: not measured on the held-out rows; use one of {', '.join(self.names())}"
+            )
         rows = np.array(sorted(values), dtype=np.int64)
-        return Column(rows, np.array([values[row] for row in rows.tolist()], dtype=np.float64), np.ones(len(rows)))
+        return Column(
+            rows,
+            np.array([values[row] for row in rows.tolist()], dtype=np.float64),
+            np.ones(len(rows)),
+        )
+
+    def grouped(self, names: Sequence[object]) -> "RowResults":
+        """Return the results with all rows of one name as a group, as if they came from one row of a file."""
+        return replace(self, origins=tuple((0, number) for number in numbered(names)))
 
     def only(self, rows: Sequence[int]) -> "RowResults":
         """Return the results of the rows with these indices, which are numbered 0, 1, ... in the given order."""
         position = {row: number for number, row in enumerate(rows)}
-        scores = {
-            name: {position[row]: value for row, value in values.items() if row in position}
-            for name, values in self.scores.items()
-        }
+        scores = {}
+        for name, values in self.scores.items():
+            scores[name] = {position[row]: values[row] for row in values if row in position}
         return RowResults(
             self.data,
             tuple(self.tokens[row] for row in rows),
             tuple(self.losses[row] for row in rows),
             scores,
             tuple(self.origins[row] for row in rows),
+            self.perplexity,
         )
+
+    def gain(self, theirs: "RowResults", metric: str, level: float = 0.95) -> "Comparison":
+        """Return how much better these are (above 0: better), with the paired interval. Raises as `compare`."""
+        comparison = compare(metric, self, theirs, level)
+        if not lower_is_better(metric):
+            return comparison
+        was = comparison.interval
+        turned = Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low)  # -x would give -0.0
+        return replace(comparison, interval=turned)
 
 
 @dataclass(frozen=True)
@@ -97,50 +129,57 @@ class Comparison:
     groups: int
     """Number of independent groups of these rows."""
 
+    def shown(self, level: float) -> str:
+        """Return a gain in words; `level` is that of its interval."""
+        interval = self.interval
+        rows = plural(self.rows, "row")
+        if self.groups < self.rows:
+            rows += f" in {plural(self.groups, 'group')}"
+        change = "worse" if interval.mean < 0 else "improved"
+        return (
+            f"{change} by {abs(interval.mean):.4f} ({100 * level:.4g}% interval of the improvement"
+            f" {interval.low:.4f} to {interval.high:.4f}, {rows})"
+        )
 
-def compare(
-    name: str,
-    ours: RowResults,
-    theirs: RowResults,
-    level: float = 0.95,
-    seed: int = 0,
-    groups: Sequence[int] | None = None,
-) -> Comparison:
+
+def compare(name: str, ours: RowResults, theirs: RowResults, level: float = 0.95) -> Comparison:
     """Return the difference of a metric with its paired interval, over the rows that have it for both models.
 
-    `groups` has the group number of each row of the store; None: rows of the store from the same row of a file are a
-    group. Raises UserError if one model lacks the metric, if the rows or their tokens differ, or if no row has the
-    metric for both models.
+    Rows of the store with the same origin are a group. Raises UserError if one model lacks the metric, if the rows or
+    their tokens differ, or if no row has the metric for both models.
     """
     if ours.data != theirs.data or ours.origins != theirs.origins:
         raise UserError(
             "held-out rows: the two models were measured on different tokens; evaluate both with the same data,"
             " tokenizer and data settings"
         )
-    first, second = ours.column(name), theirs.column(name)
-    rows, at_first, at_second = np.intersect1d(first.rows, second.rows, assume_unique=True, return_indices=True)
+    first = ours.column(name)
+    second = theirs.column(name)
+    rows, at_first, at_second = np.intersect1d(
+        first.rows, second.rows, assume_unique=True, return_indices=True
+    )
     if not len(rows):
-        raise UserError(f"metric {name}: no held-out row has it for both models; choose another metric")
-    group = np.asarray(groups if groups is not None else numbered(ours.origins))[rows]
-    curve = (lambda means: np.exp(np.minimum(means, HIGHEST))) if name == PERPLEXITY else None
-    values, others, weights = first.values[at_first], second.values[at_second], first.weights[at_first]
-    shift = difference(values, others, weights, level, seed=seed, of=curve, groups=group)
+        raise UserError(
+            f"metric {name}: no held-out row has it for both models; choose another metric"
+        )
+    group = np.asarray(numbered(ours.origins))[rows]
+    shift = difference(
+        first.values[at_first],
+        second.values[at_second],
+        first.weights[at_first],
+        level,
+        of=_perplexities if name == PERPLEXITY else None,
+        groups=group,
+    )
     return Comparison(shift, len(rows), len(np.unique(group)))
+
+
+def _perplexities(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(np.minimum(losses, HIGHEST))
 
 
 def lower_is_better(metric: str) -> bool:
     return metric in (LOSS, PERPLEXITY)
-
-
-def improvement(
-    metric: str, ours: RowResults, theirs: RowResults, level: float = 0.95, groups: Sequence[int] | None = None
-) -> Comparison:
-    """Return how much better ours are (above 0: better), with the paired interval; raise UserError as `compare`."""
-    comparison = compare(metric, ours, theirs, level, groups=groups)
-    if not lower_is_better(metric):
-        return comparison
-    was = comparison.interval
-    return replace(comparison, interval=Interval(0.0 - was.mean, 0.0 - was.high, 0.0 - was.low))  # -x would give -0.0
 
 
 def numbered(keys: Sequence[object]) -> list[int]:

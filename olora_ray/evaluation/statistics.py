@@ -9,7 +9,7 @@ another seed and other rows would have given another mean. In the two-way random
 the variance of the mean over S seeds and R rows is estimated by (MS_seed + MS_row - MS_rest) / (S R), and its degrees
 of freedom after Satterthwaite (Biometrics Bulletin 2, 1946); Searle, Casella, McCulloch, "Variance Components" (1992),
 section 4.4. An interval over the rows alone (a bootstrap, or a t test of one run) ignores seed_s and is too short:
-tests/comparison/test_statistics.py measures by how much.
+tests/contrib/comparison/test_statistics.py measures by how much.
 """
 
 import math
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
+Numbers = Sequence[float] | Values
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,6 @@ class Interval:
     mean: float
     low: float
     high: float
-
-    def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
-    def inside(self, relevant: float) -> bool:
-        """True if the whole interval is closer to 0 than the smallest difference that matters."""
-        return -relevant < self.low and self.high < relevant
 
 
 # Paired bootstrap: the interval of a difference between two models, over the rows on which both were measured.
@@ -44,9 +38,9 @@ DRAWN = 2**20
 
 
 def difference(
-    ours: Sequence[float] | Values,
-    theirs: Sequence[float] | Values,
-    weights: Sequence[float] | Values | None = None,
+    ours: Numbers,
+    theirs: Numbers,
+    weights: Numbers | None = None,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
@@ -61,33 +55,43 @@ def difference(
     arguments give the same bits.
     """
     pair = np.array([ours, theirs], dtype=np.float64)  # (2, rows)
-    weight = np.ones(pair.shape[-1]) if weights is None else np.asarray(weights, dtype=np.float64)
-    group = np.arange(weight.size) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    weight = np.ones(pair.shape[-1])
+    if weights is not None:
+        weight = np.asarray(weights, dtype=np.float64)
+    group = np.arange(weight.size)
+    if groups is not None:
+        group = np.unique(np.asarray(groups), return_inverse=True)[1]
     rng = np.random.default_rng(seed)
     count = int(group.max()) + 1
     # At most 2000 groups, to bound the time of the draws. Groups that are merged at random stay independent.
     if count > 2000:
-        group, count = (rng.permutation(count) % 2000)[group], 2000
+        group = (rng.permutation(count) % 2000)[group]
+        count = 2000
     rows = np.stack([*(pair * weight), weight])
     # (3, groups): over each group, the weighted values of both models and the weights.
     sums: Values = np.stack([np.bincount(group, row, count) for row in rows])
     curve = of or (lambda means: means)
     drawn = curve(_means(sums, draws, rng))  # (2, draws)
     mean = curve(pair @ weight / weight.sum())
-    spread, middle = drawn[0] - drawn[1], float(mean[0] - mean[1])
-    tail, widening, student = (1 - level) / 2, 1.0, 0.0
+    spread = drawn[0] - drawn[1]
+    middle = float(mean[0] - mean[1])
+    tail = (1 - level) / 2
+    widening = 1.0
+    student = 0.0
     if count > 1:
         from scipy.special import ndtr  # type: ignore[import-untyped] # half a second
 
         # Draws from few groups spread less than the groups' population, by sqrt((count - 1) / count), and have normal
         # tails instead of Student's. So fewer draws than (1 - level) / 2 may lie beyond each bound.
-        widening, student = math.sqrt(count / (count - 1)), quantile(count - 1, level)
+        widening = math.sqrt(count / (count - 1))
+        student = quantile(count - 1, level)
         tail = float(ndtr(-widening * student))
     low, high = map(float, np.quantile(spread, [tail, 1 - tail]))
     # With very few groups, or at a level near 1, hardly a draw lies beyond such bounds. Then Student's t widens them.
     if count > 1 and (2.0 ** (1 - count) > 1 - level or draws * (1 - level) < 40):
         half = float(spread.std() * widening * student)
-        low, high = min(low, middle - half), max(high, middle + half)
+        low = min(low, middle - half)
+        high = max(high, middle + half)
     return Interval(middle, low, high)
 
 
@@ -131,14 +135,22 @@ def crossed(values: Values) -> Difference:
     if seeds < 2 or rows < 2:
         raise ValueError(f"at least two seeds and two rows are needed, not {seeds} and {rows}")
     mean = float(values.mean())
-    by_seed, by_row = values.mean(axis=1) - mean, values.mean(axis=0) - mean
+    by_seed = values.mean(axis=1) - mean
+    by_row = values.mean(axis=0) - mean
     rest = values - mean - by_seed[:, None] - by_row
     free = (seeds - 1, rows - 1, (seeds - 1) * (rows - 1))
-    squares = (rows * np.square(by_seed).sum(), seeds * np.square(by_row).sum(), np.square(rest).sum())
-    of_seed, of_row, of_rest = (float(square) / degrees for square, degrees in zip(squares, free, strict=True))
+    squares = (
+        rows * np.square(by_seed).sum(),
+        seeds * np.square(by_row).sum(),
+        np.square(rest).sum(),
+    )
+    parts = [float(square) / degrees for square, degrees in zip(squares, free, strict=True)]
+    of_seed, of_row, of_rest = parts
     variance = max(of_seed + of_row - of_rest, of_seed, of_row)
-    spread = sum(square**2 / degrees for square, degrees in zip((of_seed, of_row, of_rest), free, strict=True))
-    freedom = max(1.0, min(variance**2 / spread, float(free[2]))) if spread > 0 else float(free[0])
+    spread = sum(part**2 / degrees for part, degrees in zip(parts, free, strict=True))
+    freedom = float(free[0])
+    if spread > 0:
+        freedom = max(1.0, min(variance**2 / spread, float(free[2])))
     return Difference(mean, math.sqrt(variance / (seeds * rows)), freedom)
 
 
@@ -164,13 +176,3 @@ def quantile(freedom: float, level: float) -> float:
     from scipy.special import stdtrit  # half a second
 
     return -float(stdtrit(freedom, (1 - level) / 2))
-
-
-def visible(spread: float, seeds: int, level: float) -> float:
-    """Return half of the interval's width if the paired differences of seeds have this standard deviation."""
-    return quantile(seeds - 1, level) * spread / math.sqrt(seeds)
-
-
-def seeds_needed(spread: float, half: float, level: float) -> int | None:
-    """Return the smallest number of seeds whose interval is at most +-`half`; None if 10,000 are too few."""
-    return next((seeds for seeds in range(2, 10_001) if visible(spread, seeds, level) <= half), None)

@@ -13,27 +13,27 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
-from olora_ray.config.load import load_config, override, read_config, validated
-from olora_ray.config.schema import NO_GATE, AnyConfig, Config, EvaluationConfig
+from olora_ray.config.load import override, read_config, with_model
+from olora_ray.config.schema import NO_GATE, AnyConfig, Config
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
 from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
 from olora_ray.pipeline.peft_folder import write_adapter
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.run_folder import RunFolder, read_for_others
 from olora_ray.tracking import models
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
+from olora_ray.train.scoring import SCORERS
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["run", "checkpoint", "adapter", "model"]
 SETTINGS = "config.yaml"
 
 
@@ -55,29 +55,40 @@ class Target:
 def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     """Return the settings of the file, otherwise of the first model that belongs to a run, otherwise the defaults.
 
-    Raises UserError for a wrong config, or a path that does not exist.
+    Raises UserError for a wrong config, a path that does not exist, or a scorer in Python that only the run's config
+    names: its code runs only if this call names it.
     """
     for name in names:
         _refuse_nowhere(name)
     config = _settings(names, file, changes)
-    if (quantization := config.model.quantization) != "none":
-        logger.info(f"model.quantization={quantization}: ignored; models are evaluated with their stored weights")
+    quantization = config.model.quantization
+    if quantization != "none":
+        logger.info(
+            f"model.quantization={quantization}: ignored; models are evaluated with their stored weights"
+        )
         return override(config, {"model.quantization": "none"})
     return config
 
 
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
-        return command_line.resolved(load_config(file, {**NO_GATE, **changes}), Path.cwd())
-    if run := next(filter(None, map(run_of, names)), None):
-        own = read_config(storage.join(run, SETTINGS))
+        return command_line.loaded(file, {**NO_GATE, **changes})
+    run = next(filter(None, map(run_of, names)), None)
+    if run is not None:
+        own = read_for_others(run)
         parent, _, name = run.rpartition("/")
         # The user has moved the run's storage, so the config still names the old path.
+        moved = {}
         if name == own.run.name and run != own.folder():
-            own = override(own, {"run.storage": parent})
-        return override(own, {**NO_GATE, **changes})
-    defaults = validated(EvaluationConfig, {"model": {"name": names[0]}}, "config")
-    return command_line.resolved(override(defaults, changes), Path.cwd())
+            moved = {"run.storage": parent}
+        scorer = own.evaluation.scorer
+        if scorer and scorer not in SCORERS and "evaluation.scorer" not in changes:
+            raise UserError(
+                f"evaluation.scorer: the config in {run} names the Python code {scorer}, and others may write there; if"
+                f" you trust that code, add --scorer {scorer}, or name your own config with --config"
+            )
+        return override(own, {**moved, **NO_GATE, **changes})
+    return command_line.loaded_for(names[0], changes)
 
 
 def _refuse_nowhere(name: str) -> None:
@@ -91,9 +102,10 @@ def _refuse_nowhere(name: str) -> None:
     parent = Path(path).parent
     is_path = name.startswith(("/", ".", "~")) or name.strip("/").count("/") != 1
     if is_path or parent.is_dir():
-        siblings = sorted(each.name for each in parent.iterdir()) if "/" in name and parent.is_dir() else []
-        shown = ", ".join(siblings[:8])
-        hint = f"; {parent} has {shown}" if shown else ""
+        siblings: list[str] = []
+        if "/" in name and parent.is_dir():
+            siblings = sorted(each.name for each in parent.iterdir())
+        hint = f"; {parent} has {', '.join(siblings[:8])}" if siblings else ""
         raise UserError(f"{name}: no such file or folder{hint}")
 
 
@@ -106,7 +118,8 @@ def run_of(name: str) -> str | None:
     if not path or not _readable(name, path):
         return None
     for folder in (path, path.rsplit("/", 2)[0]):
-        if _exists(folder, SETTINGS) and (_exists(folder, "checkpoints") or _exists(folder, "export")):
+        trained = _exists(folder, "checkpoints") or _exists(folder, "export")
+        if trained and _exists(folder, SETTINGS):
             return folder
     return None
 
@@ -117,103 +130,111 @@ def resolve(name: str, shared: AnyConfig) -> Target:
     `shared` are the settings of the evaluation; the result has them with another `model`. Raises UserError if nothing
     has this name, or if the adapter belongs to another base model.
     """
-    match kind_of(name):
-        case "run":
-            return _of_run(name, shared)
-        case "checkpoint":
-            saved = checkpoints.read(_absolute(name))
-            own = read_config(storage.join(_absolute(name), SETTINGS))
-            return _of_checkpoint(name, saved, saved.adapter, own, shared)
-        case "adapter":
-            return _of_adapter(name, shared)
-        case "model":
-            config = _with_model(shared, name)
-            version = models.of_config(config)
-            model_id = version.model_id if version else None
-            if version is not None and version.base is not None:
-                measured, base, adapter = parts(version, version.base, config)
-                return Target(name, base, adapter, measured, model_id)
-            return Target(name, find_model(config, version), None, config, model_id)
-
-
-def kind_of(name: str) -> Kind:
     path = _absolute(name)
-    if not path or not _readable(name, path):
-        return "model"
-    if _exists(path, checkpoint.MANIFEST) and _exists(path, checkpoint.ADAPTER):
-        return "checkpoint"
-    if _exists(path, ADAPTER_CONFIG):
-        return "adapter"
-    return "run" if _exists(path, SETTINGS) and not _exists(path, "config.json") else "model"
+    if path and _readable(name, path):
+        if _exists(path, checkpoint.MANIFEST) and _exists(path, checkpoint.ADAPTER):
+            saved = checkpoints.read(path)
+            own = read_config(storage.join(path, SETTINGS))
+            return _of_checkpoint(name, saved, saved.adapter, own, shared)
+        if _exists(path, ADAPTER_CONFIG):
+            return _of_adapter(name, path, shared)
+        if _exists(path, SETTINGS) and not _exists(path, "config.json"):
+            return _of_run(name, path, shared)
+    config = _with_model(shared, name)
+    version = models.of_config(config)
+    if version is None:
+        return Target(name, find_model(config), None, config)
+    if version.base is None:
+        return Target(name, find_model(config, version), None, config, version.model_id)
+    config, base, adapter = parts(version, version.base, config)
+    return Target(name, base, adapter, config, version.model_id)
 
 
-def _of_run(name: str, shared: AnyConfig) -> Target:
-    root = _absolute(name)
-    storage_path, _, run = root.rpartition("/")  # from the path, because the folder may have been moved or renamed
-    own = override(read_config(storage.join(root, SETTINGS)), {"run.storage": storage_path, "run.name": run})
+def _of_run(name: str, root: str, shared: AnyConfig) -> Target:
+    # From the path, because the folder may have been moved or renamed.
+    storage_path, _, run = root.rpartition("/")
+    own = override(read_for_others(root), {"run.storage": storage_path, "run.name": run})
     folder = RunFolder(own.folder())
     newest = checkpoints.latest_good(folder.checkpoints)
     done = folder.state().finished(own)
-    run_id = ((done or {}).get("mlflow") or {}).get("run_id")
+    result = done or {}
+    run_id = (result.get("mlflow") or {}).get("run_id")
     if done or (newest and folder.exported(own, newest[1].state.step)):
-        if not (own.export.merged and _exists(folder.merged, "config.json")):
-            known = newest[1].identity.get("base model") if newest else ((done or {}).get("base") or {}).get("digest")
-            base, config = _base_of(name, known, own, shared)
-            return Target(name, base, folder.adapter, config, run_id=run_id)
-        config = _with_model(shared, folder.merged)
-        return Target(name, find_model(config), None, config, run_id=run_id)
+        if own.export.merged and _exists(folder.merged, "config.json"):
+            config = _with_model(shared, folder.merged)
+            return Target(name, find_model(config), None, config, run_id=run_id)
+        known = (result.get("base") or {}).get("digest")
+        if newest:
+            known = newest[1].identity.get("base model")
+        base, config = _base_of(name, known, own, shared)
+        return Target(name, base, folder.adapter, config, run_id=run_id)
     if newest is None:
-        raise UserError(f"{name}: this run has no export and no complete checkpoint yet; train it first")
-    logger.info(f"{name}: not exported yet; evaluating its best adapter up to step {newest[1].state.step}")
+        raise UserError(
+            f"{name}: this run has no export and no complete checkpoint yet; train it first"
+        )
+    logger.info(
+        f"{name}: not exported yet; evaluating its best adapter up to step {newest[1].state.step}"
+    )
     return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared)
 
 
-def _base_of(name: str, known: str | None, own: Config, shared: AnyConfig) -> tuple[BaseModel, AnyConfig]:
+def _base_of(
+    name: str, known: str | None, own: Config, shared: AnyConfig
+) -> tuple[BaseModel, AnyConfig]:
     """Return the base of a run and the settings with it; raises UserError if its digest is no longer `known`."""
     config = _with_model(shared, own.model.name, own.model.revision)
     base = find_model(config)
     if known != base.digest:
-        raise UserError(f"{name}: its base model {own.model.name} has changed since the training; set model.revision")
+        raise UserError(
+            f"{name}: its base model {own.model.name} has changed since the training; set model.revision"
+        )
     return base, config
 
 
 def _of_checkpoint(
-    name: str, saved: Checkpoint, adapter: Mapping[str, AdapterWeights], own: Config, shared: AnyConfig
+    name: str,
+    saved: Checkpoint,
+    adapter: Mapping[str, AdapterWeights],
+    own: Config,
+    shared: AnyConfig,
 ) -> Target:
     base, config = _base_of(name, saved.identity.get("base model"), own, shared)
     text = json.dumps([name, saved.state.step, saved.identity, own.adapter.identity()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = storage.join(config.run.storage, "adapters", f"{Path(name).name}-{saved.state.step}-{key}")
+    path = storage.join(
+        config.run.storage, "adapters", f"{Path(name).name}-{saved.state.step}-{key}"
+    )
     with node_cache.local_folder(path) as folder:
         write_adapter(adapter, own.adapter, base.folder, folder, skeleton(base, config.model))
     return Target(name, base, path, config)
 
 
-def _of_adapter(name: str, shared: AnyConfig) -> Target:
-    path = _absolute(name)
+def _of_adapter(name: str, path: str, shared: AnyConfig) -> Target:
     run = run_of(name)
     if run is not None:
-        own = read_config(storage.join(run, SETTINGS)).model
-        base_name, revision = own.name, own.revision
+        model = read_config(storage.join(run, SETTINGS)).model
+        config = _with_model(shared, model.name, model.revision)
     else:
         fields = records.read(storage.join(path, ADAPTER_CONFIG), dict[str, Any]) or {}
         if "base_model_name_or_path" not in fields:
-            raise UserError(f"{path}/{ADAPTER_CONFIG}: no base_model_name_or_path; set it to the base model")
-        base_name, revision = str(fields["base_model_name_or_path"]), fields.get("revision")
-    config = _with_model(shared, base_name, revision)
+            raise UserError(
+                f"{path}/{ADAPTER_CONFIG}: no base_model_name_or_path; set it to the base model"
+            )
+        base = str(fields["base_model_name_or_path"])
+        config = _with_model(shared, base, fields.get("revision"))
     return Target(name, find_model(config), path, config)
 
 
 def _with_model(shared: AnyConfig, name: str, revision: str | None = None) -> AnyConfig:
-    known = revision or (shared.model.revision if shared.model.name == name else None)
-    changed = override(shared, {"model.name": name, "model.revision": known})
-    return command_line.resolved(changed, Path.cwd())
+    if not revision and shared.model.name == name:
+        revision = shared.model.revision
+    return command_line.resolved(with_model(shared, name, revision or None))
 
 
 def _absolute(name: str) -> str:
     if name.startswith(("models:/", "package://", "hf://")):
         return ""
-    return command_line.left(name, Path.cwd()).rstrip("/")
+    return command_line.job_path(name).rstrip("/")
 
 
 def _readable(name: str, path: str) -> bool:

@@ -3,8 +3,9 @@
 The self-test (train/self_test.py) checks whether an implementation computes the same as the model's own.
 """
 
-import importlib
+import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Model as ModelConfig
+from olora_ray.config.section import is_auto
 
 # Attention inside segments by torch's own kernel for variable lengths: on GPUs, without another package.
 
@@ -28,7 +30,10 @@ VARLEN = "varlen"
 NO_BORDERS = "model.attention: the model's code does not say where an example ends; set model.attention: sdpa"
 _TAKES = frozenset({"scale", "window_size"})
 # Segments, heads, head size and window of the trial; some segments are longer than the window.
-_LENGTHS, _HEADS, _SIZE, _WINDOW = (3, 17, 40), (4, 2), 64, 5
+_LENGTHS = (3, 17, 40)
+_HEADS = (4, 2)
+_SIZE = 64
+_WINDOW = 5
 # Relative. bfloat16 explains less than a fifth of it, and a window of one token too many gives ten times as much.
 _TOLERANCE = 0.03
 
@@ -56,12 +61,24 @@ def varlen_attention(
     if cu_seq_lens_q is None or max_length_q is None:
         raise UserError(NO_BORDERS)
     if softcap is not None or s_aux is not None:
-        raise UserError("model.attention: the model has a softcap or attention sinks; set model.attention: eager")
-    size, narrow = query.shape[-1], value.shape[-1]
-    if size % 8 or size > 256 or 192 < size <= 224 or narrow > size:  # 200 to 224: no backward on some GPUs
-        raise UserError(f"model.attention: the kernel takes no heads of {size} and {narrow}; set model.attention: sdpa")
-    left = -1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, F.pad(value, (0, size - narrow)) if narrow < size else value))
+        raise UserError(
+            "model.attention: the model has a softcap or attention sinks; set model.attention: eager"
+        )
+    size = query.shape[-1]
+    narrow = value.shape[-1]
+    # Heads of 200 to 224 have no backward pass on some GPUs.
+    if size % 8 or size > 256 or 192 < size <= 224 or narrow > size:
+        raise UserError(
+            f"model.attention: the kernel takes no heads of {size} and {narrow}; set model.attention: sdpa"
+        )
+    left = -1
+    if sliding_window is not None and sliding_window < max_length_q:
+        left = sliding_window - 1
+    if narrow < size:
+        value = F.pad(value, (0, size - narrow))
+    if scaling is None:
+        scaling = size**-0.5
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     attend = kernel()
     assert attend is not None
     output = attend(
@@ -72,7 +89,7 @@ def varlen_attention(
         cu_seq_lens_q,
         max_length_q,
         max_length_q,
-        scale=scaling if scaling is not None else size**-0.5,
+        scale=scaling,
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
@@ -92,7 +109,8 @@ def kernel() -> Callable[..., Tensor] | None:
         return None
     if "enable_gqa" in takes:
         return function  # type: ignore[no-any-return]
-    return lambda *given, enable_gqa, **named: function(*given, **named)  # torch 2.11 takes grouped heads without it
+    # torch 2.11 takes grouped heads without it.
+    return lambda *given, enable_gqa, **named: function(*given, **named)
 
 
 @lru_cache(maxsize=8)
@@ -104,32 +122,48 @@ def trial(dtype: torch.dtype, device: torch.device) -> str | None:
     """
     try:
         worst = max(_difference(dtype, device, window) for window in (None, _WINDOW))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         return f"its kernel fails here: {first_line(error)}"
-    return None if worst <= _TOLERANCE else f"its kernel has a relative error of {worst:.2g} here"
+    if worst <= _TOLERANCE:
+        return None
+    return f"its kernel has a relative error of {worst:.2g} here"
 
 
 def _difference(dtype: torch.dtype, device: torch.device, window: int | None) -> float:
     generator = torch.Generator().manual_seed(0)
-    total, (ours, theirs) = sum(_LENGTHS), _HEADS
-    drawn = [torch.randn(1, heads, total, _SIZE, generator=generator) for heads in (ours, theirs, theirs, ours)]
+    total = sum(_LENGTHS)
+    ours, theirs = _HEADS
+    drawn = [
+        torch.randn(1, heads, total, _SIZE, generator=generator)
+        for heads in (ours, theirs, theirs, ours)
+    ]
     q, k, v, weights = (x.to(device, dtype).requires_grad_() for x in drawn)
     borders = torch.tensor([0, *_LENGTHS]).cumsum(0).to(device, torch.int32)
     output, _ = varlen_attention(
-        nn.Module(), q, k, v, None, cu_seq_lens_q=borders, max_length_q=max(_LENGTHS), sliding_window=window
+        nn.Module(),
+        q,
+        k,
+        v,
+        None,
+        cu_seq_lens_q=borders,
+        max_length_q=max(_LENGTHS),
+        sliding_window=window,
     )
-    exact = q_, k_, v_ = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
+    exact = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
+    q_, k_, v_ = exact
     expected = _definition(q_, k_, v_, window)
     w = weights.detach().transpose(1, 2)
-    pairs = zip(
-        (output, *torch.autograd.grad(output, (q, k, v), w)),
-        (expected, *torch.autograd.grad(expected, exact, w.float())),
-        strict=True,
-    )
-    parts = [float((got.detach().float() - right.detach()).norm() / right.detach().norm()) for got, right in pairs]
-    return max(part if part == part else float("inf") for part in parts)
+    gradients = torch.autograd.grad(output, (q, k, v), w)
+    expected_gradients = torch.autograd.grad(expected, exact, w.float())
+    worst = 0.0
+    for got, right in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        error = float((got.detach().float() - right.detach()).norm() / right.detach().norm())
+        if math.isnan(error):
+            return math.inf
+        worst = max(worst, error)
+    return worst
 
 
 def _definition(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
@@ -155,26 +189,39 @@ _SUPPORT = {
 }
 
 
-def candidates(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+def candidates(
+    model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[str, ...]:
     """Return the implementations to be tried, in this order; if the config names one, only that one.
 
     Raise UserError if the config names one that the family, the precision or the device does not have.
     """
-    if config.attention != "auto":
-        if problem := _unusable(model, config.attention, dtype, device):
-            raise UserError(f"model.attention={config.attention}: {problem}; set model.attention: auto")
+    if not is_auto(config.attention):
+        problem = _unusable(model, config.attention, dtype, device)
+        if problem:
+            raise UserError(
+                f"model.attention={config.attention}: {problem}; set model.attention: auto"
+            )
         return (config.attention,)
-    return tuple(name for name, problem in _in_order(model, dtype, device).items() if problem is None)
+    return tuple(
+        name for name, problem in _in_order(model, dtype, device).items() if problem is None
+    )
 
 
-def left_out(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def left_out(
+    model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, str]:
     """Return the faster implementations that are no candidates on a GPU, and why; none if the config names one."""
-    problems = _in_order(model, dtype, device) if config.attention == "auto" and device.type != "cpu" else {}
+    if not is_auto(config.attention) or device.type == "cpu":
+        return {}
+    problems = _in_order(model, dtype, device)
     return {name: problem for name, problem in problems.items() if problem is not None}
 
 
 def _in_order(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
-    wanted = ("segments", "sdpa", "eager") if device.type == "cpu" else (FLASH, VARLEN, "sdpa", "eager")
+    wanted: tuple[str, ...] = (FLASH, VARLEN, "sdpa", "eager")
+    if device.type == "cpu":
+        wanted = ("segments", "sdpa", "eager")
     return {name: _unusable(model, name, dtype, device) for name in wanted}
 
 
@@ -187,32 +234,30 @@ def _unusable(model: nn.Module, name: str, dtype: torch.dtype, device: torch.dev
     if not getattr(model, _SUPPORT.get(name, ""), True):
         return f"{type(model).__name__} does not support it"
     # transformers would replace it by a kernel that it downloads from the hub, or fails to download.
-    if name == FLASH and FLASH not in (getattr(model, "_compatible_flash_implementations", None) or (FLASH,)):
+    kernels = getattr(model, "_compatible_flash_implementations", None)
+    if name == FLASH and kernels and FLASH not in kernels:
         return f"{type(model).__name__} supports only other kernels"
-    if name not in (FLASH, VARLEN):
+    if not needs_gpu(name):
         return None
     if device.type != "cuda":
         return "it needs a GPU"
-    if missing := _missing(name):
-        return missing
+    if name == VARLEN and not kernel():
+        return f"it needs torch 2.12 or later, this is {torch.__version__}"
+    if name == FLASH:
+        from transformers.utils.import_utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            return "the package flash-attn is not installed"
+        try:  # it is built for one version of torch, but can be installed beside any
+            importlib.import_module("flash_attn.flash_attn_interface")
+        except Exception as error:  # ImportError of a library, or any error of its own code
+            return f"the package flash-attn does not import: {first_line(error)}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it does not compute in {str(dtype).removeprefix('torch.')}; set model.dtype to bfloat16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of the Ampere generation or later"
-    return trial(dtype, device) if name == VARLEN else None
-
-
-def _missing(name: str) -> str | None:
-    from transformers.utils.import_utils import is_flash_attn_2_available
-
     if name == VARLEN:
-        return None if kernel() else f"it needs torch 2.12 or later, this is {torch.__version__}"
-    if not is_flash_attn_2_available():
-        return "the package flash-attn is not installed"
-    try:  # it is built for one version of torch, but can be installed beside any
-        importlib.import_module("flash_attn.flash_attn_interface")
-    except Exception as error:  # ImportError of a library, or any error of its own code
-        return f"the package flash-attn does not import: {first_line(error)}"
+        return trial(dtype, device)
     return None
 
 
@@ -263,20 +308,33 @@ def segment_attention(
     one. Raise UserError for what a family asks for and this does not do, and if neither arrives: some families do not
     pass them on.
     """
-    borders = cu_seq_lens_q.tolist() if cu_seq_lens_q is not None else _borders(position_ids)
+    if cu_seq_lens_q is not None:
+        borders = cu_seq_lens_q.tolist()
+    else:
+        borders = _borders(position_ids)
     lengths = [stop - start for start, stop in pairwise(borders)]
-    if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < max(lengths)):
-        raise UserError("model.attention: the model has a softcap, window or sinks; set model.attention: eager")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if (
+        softcap is not None
+        or s_aux is not None
+        or (sliding_window is not None and sliding_window < max(lengths))
+    ):
+        raise UserError(
+            "model.attention: the model has a softcap, window or sinks; set model.attention: eager"
+        )
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     batched = _products.get() and query.device.type == "cpu" and query.dtype == torch.bfloat16
-    parts, offset = [], 0
+    parts = []
+    offset = 0
     for short, run in groupby(lengths, lambda length: batched and length <= SHORT):
         sizes = tuple(run)
         q, k, v = (x.narrow(2, offset, sum(sizes)) for x in (query, key, value))
         batch: Any = _Batched.apply if short else _fused
-        parts.append(batch(q, k, v, sizes, scale))
+        parts.append(batch(q, k, v, sizes, scaling))
         offset += sum(sizes)
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+    if len(parts) == 1:
+        return parts[0], None
+    return torch.cat(parts, dim=1), None
 
 
 def _borders(positions: Tensor | None) -> list[int]:
@@ -284,6 +342,27 @@ def _borders(positions: Tensor | None) -> list[int]:
         raise UserError(NO_BORDERS)
     starts = (positions[0].diff() != 1).nonzero().flatten() + 1
     return [0, *starts.tolist(), positions.shape[1]]
+
+
+def needs_gpu(name: str) -> bool:
+    return name in (FLASH, VARLEN)
+
+
+def stand_in(wanted: str, dtype: torch.dtype, flat: bool) -> str:
+    """Return the implementation that fake tensors run instead of the one that the workers' GPU would have.
+
+    `flat`: the model can have all examples of a micro-batch in one row.
+    """
+    # The workers' GPU may be on another machine, so it is not asked. The choice follows what is installed here.
+    if is_auto(wanted):
+        installed = importlib.util.find_spec("flash_attn") or kernel()
+        half = dtype in (torch.bfloat16, torch.float16)
+        wanted = FLASH if installed and flat and half else "sdpa"
+    if not needs_gpu(wanted):
+        return wanted
+    # Flash attention keeps the same tensors as torch's kernel for variable lengths, which fake tensors can run. Both
+    # return one tensor, token by token. "segments" stands in for them in an older torch; it also keeps a copy.
+    return VARLEN if kernel() else "segments"
 
 
 @contextmanager
@@ -300,11 +379,15 @@ def on_fake_tensors(gpu: bool) -> Iterator[None]:
         _causal.cache_clear()
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float
+) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
+    sizes = list(lengths)
+    segments = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-        for q, k, v in zip(*(x.split(list(lengths), 2) for x in (query, key, value)), strict=True)
+        for q, k, v in segments
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -318,10 +401,16 @@ class _Batched(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-        ours, theirs = _layout(lengths, query.shape[1]), _layout(lengths, key.shape[1])
-        q, k, v = ours.gather(query), theirs.gather(key), theirs.gather(value)
-        out = q.new_empty(q.shape[0], v.shape[1])  # heads of values may have another size (DeepSeek)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
+        ours = _layout(lengths, query.shape[1])
+        theirs = _layout(lengths, key.shape[1])
+        q = ours.gather(query)
+        k = theirs.gather(key)
+        v = theirs.gather(value)
+        # Heads of values may have another size (DeepSeek).
+        out = q.new_empty(q.shape[0], v.shape[1])
         saved = []
         for q_, k_, v_, out_ in _blocks(theirs, q, k, v, out):
             mask = _causal(k_.shape[1], ours.heads // theirs.heads, q.device)
@@ -329,19 +418,25 @@ class _Batched(torch.autograd.Function):
             saved.append(torch.softmax(scores, dim=-1).to(q.dtype))
             torch.bmm(saved[-1], v_, out=out_)
         ctx.save_for_backward(q, k, v, *saved)
-        ctx.ours, ctx.theirs, ctx.scale = ours, theirs, scale
+        ctx.ours = ours
+        ctx.theirs = theirs
+        ctx.scale = scale
         return ours.scatter(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
-        ours, theirs = ctx.ours, ctx.theirs
+        ours = ctx.ours
+        theirs = ctx.theirs
         g = ours.gather(grads[0].transpose(1, 2)).index_fill_(0, ours.padding, 0)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq = torch.empty_like(q)
+        dk = torch.empty_like(k)
+        dv = torch.empty_like(v)
         blocks = _blocks(theirs, q, k, v, g, dq, dk, dv)
         for weights, (q_, k_, v_, g_, dq_, dk_, dv_) in zip(saved, blocks, strict=True):
             torch.bmm(weights.transpose(1, 2), g_, out=dv_)
-            p, dp = weights.float(), torch.bmm(g_.float(), v_.float().transpose(1, 2))
+            p = weights.float()
+            dp = torch.bmm(g_.float(), v_.float().transpose(1, 2))
             dp -= (dp * p).sum(-1, keepdim=True)
             ds = dp.mul_(p).mul_(ctx.scale).to(q.dtype)
             torch.bmm(ds, k_, out=dq_)
@@ -378,7 +473,9 @@ def _layout(lengths: tuple[int, ...], heads: int) -> _Layout:
     padded = [-(-length // STEP) * STEP for length in lengths]
     by_size = sorted(range(len(lengths)), key=lambda i: padded[i])
     head = np.arange(heads)[:, None]
-    source, padding, base = [], [], 0
+    source = []
+    padding = []
+    base = 0
     target = np.empty((sum(lengths), heads), dtype=np.int64)
     for i in by_size:
         position = np.arange(padded[i])
@@ -388,7 +485,7 @@ def _layout(lengths: tuple[int, ...], heads: int) -> _Layout:
         padding.append(row[:, lengths[i] :])
         base += row.size
     return _Layout(
-        groups=tuple((len(list(same)), size) for size, same in groupby(padded[i] for i in by_size)),
+        groups=tuple((len(list(same)), size) for size, same in groupby(sorted(padded))),
         heads=heads,
         source=_flat(source),
         target=_flat([target]),
@@ -403,11 +500,15 @@ def _flat(parts: "list[np.ndarray[Any, np.dtype[np.int64]]]") -> Tensor:
 def _blocks(keys: _Layout, *tensors: Tensor) -> "list[tuple[Tensor, ...]]":
     tokens = [count * size for count, size in keys.groups]
     total = sum(tokens)
-    parts = [x.split([n * (len(x) // total) for n in tokens]) for x in tensors]
-    return [
-        tuple(x.view(count * keys.heads, -1, x.shape[-1]) for x in group)
-        for (count, _), *group in zip(keys.groups, *parts, strict=True)
-    ]
+    parts = []
+    for x in tensors:
+        per_token = len(x) // total
+        parts.append(x.split([count * per_token for count in tokens]))
+    blocks = []
+    for (count, _), *group in zip(keys.groups, *parts, strict=True):
+        heads = count * keys.heads
+        blocks.append(tuple(x.view(heads, -1, x.shape[-1]) for x in group))
+    return blocks
 
 
 @lru_cache(maxsize=64)

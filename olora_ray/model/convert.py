@@ -5,8 +5,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,10 @@ import torch
 
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error
-from olora_ray.config.schema import AnyConfig, Model
+from olora_ray.config.schema import AnyConfig
 from olora_ray.model.folder import (
     foreign,
-    is_unknown_bias,
-    of_folder,
     of_weights,
-    unsupported_bias,
-    unsupported_packing,
-    unused_tensors,
     whole_model,
 )
 
@@ -35,7 +30,8 @@ logger = logging.getLogger(__name__)
 _LARGEST_NUMBER = 2**31
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # Tensors that divide the frequencies of rotary positions.
-_DIVISORS, _OTHER_DIVISORS = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
+_DIVISORS = "rope_freqs.weight"
+_OTHER_DIVISORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 # The architecture whose scaled positions transformers reads.
 _READS_SCALING = "gpt-oss"
 # Architectures whose base of the frequencies transformers ignores: it then takes 10,000, but StarCoder 2 has up to a
@@ -46,9 +42,12 @@ _PASSES_BASE_BY = ("starcoder2", "stablelm")
 _PASSES_WINDOW_BY = ("phi3",)
 # Architectures whose attention transformers divides by the root of this number, because no GGUF file has the divisor.
 # It is the size of a head, except in the 27B models: 144 and 168, with heads of 128.
-_GUESSES_SCALE, _SCALE = ("gemma2", "gemma3"), 256
+_GUESSES_SCALE = ("gemma2", "gemma3")
+_SCALE = 256
 # Of Llama 3.1 to 3.3, whose files have the divisors that follow from these numbers and a factor.
-_LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
+_LOW = 1.0
+_HIGH = 4.0
+_ORIGINAL = 8192
 _INSTEAD = "name the folder or hub id with its original safetensors"
 
 
@@ -59,7 +58,31 @@ def check_gguf(file: Path) -> dict[str, Any]:
     set. Raise UserError also if these cannot be determined.
     """
     with foreign(f"model.name: {file} cannot be loaded as a GGUF model"):
-        return _passed_by(_reader(file))
+        reader = _reader(file)
+        values = {}
+        for name, field in reader.fields.items():
+            if len(field.types) == 1:  # no lists
+                values[name] = field.contents()
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        _check_sizes(values, tensors)
+        architecture = values["general.architecture"]
+        scale = values.get(f"{architecture}.attention.key_length", _SCALE)
+        if architecture in _GUESSES_SCALE and scale != _SCALE:
+            raise ValueError(
+                f"a GGUF file does not contain this model's attention scale; {_INSTEAD}"
+            )
+        rope = {}
+        theta = values.get(f"{architecture}.rope.freq_base")
+        if architecture in _PASSES_BASE_BY and isinstance(theta, int | float):
+            rope["rope_theta"] = theta
+        rope |= _scaling(values, tensors)
+        fields: dict[str, Any] = {}
+        if rope:
+            fields["rope_parameters"] = rope
+        window = values.get(f"{architecture}.attention.sliding_window")
+        if architecture in _PASSES_WINDOW_BY and type(window) is int and window > 0:
+            fields["sliding_window"] = window
+        return fields
 
 
 def _reader(file: Path) -> Any:
@@ -69,28 +92,12 @@ def _reader(file: Path) -> Any:
     class Bounded(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-                raise ValueError(f"it is cut off: its header counts more than its {len(self.data):,} bytes")
+                raise ValueError(
+                    f"it is cut off: its header counts more than its {len(self.data):,} bytes"
+                )
             return super()._get(offset, dtype, count, *more, **named)
 
     return Bounded(file)
-
-
-def _passed_by(reader: Any) -> dict[str, Any]:
-    values = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}  # no lists
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _check_sizes(values, tensors)
-    architecture = values["general.architecture"]
-    if architecture in _GUESSES_SCALE and values.get(f"{architecture}.attention.key_length", _SCALE) != _SCALE:
-        raise ValueError(f"a GGUF file does not contain this model's attention scale; {_INSTEAD}")
-    fields: dict[str, Any] = {}
-    theta = values.get(f"{architecture}.rope.freq_base")
-    rope = {"rope_theta": theta} if isinstance(theta, int | float) and architecture in _PASSES_BASE_BY else {}
-    if rope := rope | (_scaling(values, tensors) or {}):
-        fields["rope_parameters"] = rope
-    window = values.get(f"{architecture}.attention.sliding_window")
-    if architecture in _PASSES_WINDOW_BY and type(window) is int and window > 0:
-        fields["sliding_window"] = window
-    return fields
 
 
 def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
@@ -99,9 +106,13 @@ def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     if not isinstance(architecture, str):
         raise ValueError("it has no general.architecture")
     for key, value in values.items():
-        if key.startswith(f"{architecture}.") and isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        if (
+            key.startswith(f"{architecture}.")
+            and isinstance(value, int)
+            and abs(value) > _LARGEST_NUMBER
+        ):
             raise ValueError(f"{key[:60]} cannot be {value}")
-    blocks = {match[1] for name in tensors if (match := _BLOCK.match(name))}
+    blocks = {match[1] for match in map(_BLOCK.match, tensors) if match}
     largest = max((int(tensor.shape.max()) for tensor in tensors.values()), default=0)
     for name, most, unit in (
         ("block_count", len(blocks), "blocks"),
@@ -110,10 +121,12 @@ def _check_sizes(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     ):
         value = values.get(f"{architecture}.{name}", 0)
         if not isinstance(value, int) or value > most:
-            raise ValueError(f"{architecture}.{name} is {str(value)[:40]}, but its tensors have {most} {unit}")
+            raise ValueError(
+                f"{architecture}.{name} is {str(value)[:40]}, but its tensors have {most} {unit}"
+            )
 
 
-def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     architecture = values["general.architecture"]
     rope = f"{architecture}.rope"
     kind = values.get(f"{rope}.scaling.type", "linear")  # as llama.cpp takes it
@@ -121,15 +134,24 @@ def _scaling(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str,
     unsupported = next((name for name in _OTHER_DIVISORS if name in tensors), None)
     if architecture != _READS_SCALING and kind != "none" and factor not in (0, 1):
         unsupported = str(kind)[:40]
-    divisors = np.ones(1, np.float32) if _DIVISORS not in tensors else tensors[_DIVISORS].data
-    theta, largest = values.get(f"{rope}.freq_base", 10_000.0), float(divisors.max())
+    divisors = np.ones(1, np.float32)
+    if _DIVISORS in tensors:
+        divisors = tensors[_DIVISORS].data
+    theta = values.get(f"{rope}.freq_base", 10_000.0)
+    largest = float(divisors.max())
     scaled = not bool((divisors == 1).all())
-    if scaled and unsupported is None and not (architecture == "llama" and _are_of_llama3(divisors, theta, largest)):
+    if (
+        scaled
+        and unsupported is None
+        and not (architecture == "llama" and _are_of_llama3(divisors, theta, largest))
+    ):
         unsupported = _DIVISORS
     if unsupported is not None:
-        raise ValueError(f"scaled rotary positions ({unsupported}) are not read from a GGUF file; {_INSTEAD}")
+        raise ValueError(
+            f"scaled rotary positions ({unsupported}) are not read from a GGUF file; {_INSTEAD}"
+        )
     if not scaled:
-        return None
+        return {}
     return {
         "rope_type": "llama3",
         "factor": largest,
@@ -154,41 +176,21 @@ def _are_of_llama3(divisors: Any, theta: Any, factor: float) -> bool:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PICKLES = "pytorch_model*.bin"
-# Files of a tokenizer, a generation config or, if it is allowed, code.
-TEXTS = (".json", ".jinja", ".model", ".txt", ".py")
 
 
 def gguf(file: Path, config: AnyConfig) -> Path:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
-    announcement = f"model: dequantising {file.name} to {dtype}, once on this machine"
-    write = partial(_dequantise, file, DTYPES[dtype])
-    return _converted(write, file.stem, f"{of_weights([file])}/{dtype}", config, announcement)
-
-
-def pickled(folder: Path, config: AnyConfig) -> Path:
-    """Return the folder with the converted weights of a folder without safetensors.
-
-    Raise UserError if `model.allow_pickle` is not set, or if there are no such weights.
-    """
-    files = _pickles(folder, config.model)
-    announcement = f"model: converting {files[0].name} to safetensors, once on this machine"
-    trusted = config.model.trust_remote_code
-    # The key includes the copied files, because a config or a template that was fixed later makes another model.
-    key = f"{of_weights(files)}/{of_folder(folder, trusted)}"
-    return _converted(partial(_unpickle, folder, trusted), folder.name, key, config, announcement)
-
-
-def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyConfig, announcement: str) -> Path:
-    cache, remote = Path(node_cache.CACHE) / "models", storage.is_uri(config.run.storage)
-    target = (cache if remote else Path(config.run.storage) / "models") / f"{name}-{storage.digest(key, length=16)}"
+    key = storage.digest(f"{of_weights([file])}/{dtype}", length=16)
+    cache = Path(node_cache.CACHE) / "models"
+    remote = storage.is_uri(config.run.storage)
+    models = cache if remote else Path(config.run.storage) / "models"
+    target = models / f"{file.stem}-{key}"
     if (target / "config.json").exists():
         return target
 
     def convert(unfinished: Path) -> None:
-        logger.info(announcement)
-        write(unfinished)
+        logger.info(f"model: dequantising {file.name} to {dtype}, once on this machine")
+        _dequantise(file, DTYPES[dtype], unfinished)
 
     if remote:
         node_cache.cached(target, convert)
@@ -197,12 +199,14 @@ def _converted(write: Callable[[Path], None], name: str, key: str, config: AnyCo
     # there, and the cache removes its own when it needs room.
     with storage.staged(target) as unfinished:
         try:
-            entry = node_cache.cached(cache / f"{target.name}-{storage.digest(node_cache.code(), length=8)}", convert)
+            entry = node_cache.cached(
+                cache / f"{target.name}-{storage.digest(node_cache.code(), length=8)}", convert
+            )
         except OSError:  # the home folder cannot be written
             convert(unfinished)
         else:
             shutil.copytree(entry, unfinished, copy_function=_link)
-            node_cache.make_room(cache, (each for each in cache.iterdir() if not each.name.startswith(".")))
+            node_cache.make_room(cache)
     return target
 
 
@@ -214,17 +218,6 @@ def _link(source: str, target: str) -> None:
         storage.open_up(Path(target))
 
 
-def _pickles(folder: Path, config: Model) -> list[Path]:
-    if not config.allow_pickle:
-        raise UserError(
-            f"model.name: {folder} has no usable weights: no *.safetensors; use a model with safetensors, or set"
-            f" model.allow_pickle: true to have the tensors of its {PICKLES} converted, which are pickles"
-        )
-    if not (weights := sorted(folder.glob(PICKLES))):
-        raise UserError(f"model.name: {folder} has no usable weights: neither *.safetensors nor {PICKLES}")
-    return weights
-
-
 def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     from tqdm import tqdm
     from transformers import AutoTokenizer, modeling_gguf_pytorch_utils
@@ -232,7 +225,10 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     # transformers' progress bar is for a terminal, not for a log. None: enabled only on a terminal.
     vars(modeling_gguf_pytorch_utils)["tqdm"] = partial(tqdm, disable=None)
     what = f"model.name: {file} cannot be loaded as a GGUF model"
-    with as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError), foreign(what):
+    with (
+        as_user_error(f"model.name: reading {file.name} needs the package gguf", ImportError),
+        foreign(what),
+    ):
         passed_by = check_gguf(file)
         model, _ = whole_model(what, file.parent, gguf_file=file.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -241,14 +237,18 @@ def _dequantise(file: Path, dtype: torch.dtype, out: Path) -> None:
     # refuse to save it.
     plain: Any = model
     for name, value in passed_by.items():
-        setattr(plain.config, name, {**getattr(plain.config, name), **value} if isinstance(value, dict) else value)
+        if isinstance(value, dict):
+            value = {**getattr(plain.config, name), **value}
+        setattr(plain.config, name, value)
     plain.config.__dict__.pop("quantization_config", None)
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+    marks = {"hf_quantizer": None, "quantization_method": None, "is_quantized": False}
+    for mark, unset in marks.items():
         if hasattr(plain, mark):
-            setattr(plain, mark, None if mark != "is_quantized" else False)
+            setattr(plain, mark, unset)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    _readable(out)
+    for written in out.iterdir():
+        storage.open_up(written)
 
 
 def _check_biases(file: Path, model: Any) -> None:
@@ -261,83 +261,13 @@ def _check_biases(file: Path, model: Any) -> None:
     known: Any = get_gguf_hf_weights_map(model, TensorProcessor())
     for tensor in _reader(file).tensors:
         layer, _, last = tensor.name.rpartition(".")
-        if last == "bias" and tensor.name not in known and f"{layer}.weight" in known and tensor.data.any():
+        if (
+            last == "bias"
+            and tensor.name not in known
+            and f"{layer}.weight" in known
+            and tensor.data.any()
+        ):
             raise UserError(
                 f"model.name: {file} has {tensor.name}, which transformers ignores for {type(model).__name__};"
                 f" {_INSTEAD}"
             )
-
-
-def _unpickle(folder: Path, trust_remote_code: bool, out: Path) -> None:
-    """Convert the pytorch_model*.bin of a model folder; copy its other files.
-
-    Only tensors are unpickled (`weights_only`, the default of transformers): raise UserError for a file that holds
-    anything else, and run nothing in it.
-    """
-    what = f"model.name: {folder} does not load"
-    with foreign(what):
-        precision = _precision(folder, trust_remote_code)
-    model, unused = whole_model(
-        what,
-        folder,
-        dtype=precision,
-        use_safetensors=False,
-        weights_only=True,
-        trust_remote_code=trust_remote_code,
-    )
-    _check_left_out(folder, model, unused)
-    model.save_pretrained(out)
-    for file in folder.iterdir():
-        if file.suffix in TEXTS and not (out / file.name).exists() and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
-    _readable(out)
-
-
-# Ends of names of tensors that earlier versions of transformers stored in float32, although they follow from the
-# config.
-_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
-
-
-def _precision(folder: Path, trust_remote_code: bool) -> torch.dtype | str:
-    """Return the widest precision of config and weights: config.json may name another than that of the weights.
-
-    Raise UserError for numbers of 8 bits or less without a quantization_config that says how they are meant.
-    """
-    from transformers import AutoConfig
-
-    shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if getattr(shape, "quantization_config", None) is not None:
-        return "auto"
-    dtypes = {declared} if isinstance(declared := getattr(shape, "dtype", None), torch.dtype) else set()
-    for name, tensor in _tensors(folder, "meta"):
-        if tensor.dtype in _FLOATS:
-            if tensor.dim() and not name.endswith(_COMPUTED):
-                dtypes.add(tensor.dtype)
-        elif name.endswith("weight"):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"model.name: {folder} {unsupported_packing(name, kind)}")
-    return reduce(torch.promote_types, dtypes) if dtypes else "auto"
-
-
-def _check_left_out(folder: Path, model: Any, names: Sequence[str]) -> None:
-    biases = tuple(name for name in names if is_unknown_bias(model, name))
-    for name, tensor in _tensors(folder, "cpu") if biases else ():
-        if name.endswith(biases) and bool(tensor.any()):
-            raise UserError(f"model.name: {folder} {unsupported_bias(model, name)}")
-    if names:
-        logger.warning(unused_tensors(model, names, str(folder)))
-
-
-def _tensors(folder: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
-    # A file in torch's present format is mapped: its tensors are not read all at once.
-    from transformers.modeling_utils import load_state_dict
-
-    for file in sorted(folder.glob(PICKLES)):
-        for name, tensor in load_state_dict(file, map_location=device).items():
-            if isinstance(tensor, torch.Tensor):
-                yield name, tensor
-
-
-def _readable(folder: Path) -> None:
-    for file in folder.iterdir():
-        storage.open_up(file)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +16,10 @@ from safetensors import safe_open
 
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
-from olora_ray.common.text import plural
 
-CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 SINGLE = "model.safetensors"
 _LARGEST_JSON = 200 * 2**20
 _LARGEST_NUMBER = 2**31
@@ -51,11 +51,18 @@ def indexed(folder: Path) -> list[str]:
     if not (folder / INDEX).exists():
         return []
     file_of = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(file_of, dict) or not all(isinstance(name, str) and name for name in file_of.values()):
-        raise UserError(f"model.name: {folder / INDEX}: weight_map does not name a file for each tensor")
+    if not isinstance(file_of, dict) or not all(
+        isinstance(name, str) and name for name in file_of.values()
+    ):
+        raise UserError(
+            f"model.name: {folder / INDEX}: weight_map does not name a file for each tensor"
+        )
     names = sorted(set(file_of.values()))
-    if outside := [name for name in names if name != os.path.basename(name) or name in (".", "..") or "\0" in name]:
-        raise UserError(f"model.name: {folder / INDEX} names {outside[0][:200]!r}, which is not a file in that folder")
+    for name in names:
+        if name != os.path.basename(name) or name in (".", "..") or "\0" in name:
+            raise UserError(
+                f"model.name: {folder / INDEX} names {name[:200]!r}, which is not a file in that folder"
+            )
     return names
 
 
@@ -70,7 +77,8 @@ def loaded_files(folder: Path) -> list[Path]:
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    return [folder / name for name in indexed(folder) if (folder / name).is_file()] or weight_files(folder)
+    listed = [folder / name for name in indexed(folder) if (folder / name).is_file()]
+    return listed or weight_files(folder)
 
 
 def parameters(folder: str | Path) -> int:
@@ -78,14 +86,18 @@ def parameters(folder: str | Path) -> int:
 
     Raise UserError if a header does not fit its file, and as `indexed`.
     """
-    return sum(math.prod(shape) for file in loaded_files(Path(folder)) for _, shape in _header(file))
+    return sum(sum(map(math.prod, _header(file))) for file in loaded_files(Path(folder)))
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model; raise UserError for anything else."""
-    with as_user_error(f"model.name: {file}", OSError, ValueError, RecursionError, reason=short_reason):
+    with as_user_error(
+        f"model.name: {file}", OSError, ValueError, RecursionError, reason=short_reason
+    ):
         if file.stat().st_size > _LARGEST_JSON:
-            raise UserError(f"model.name: {file} is larger than {_LARGEST_JSON >> 20} MB, too large for a model's file")
+            raise UserError(
+                f"model.name: {file} is larger than {_LARGEST_JSON >> 20} MB, too large for a model's file"
+            )
         tree = json.loads(file.read_bytes())
     if not isinstance(tree, dict):
         raise UserError(f"model.name: {file}: expected a JSON object, found {type(tree).__name__}")
@@ -101,26 +113,32 @@ def _check_numbers(tree: dict[str, Any], where: str) -> None:
             waiting.extend((str(key), item) for key, item in value.items())
         elif isinstance(value, list):
             waiting.extend((name, item) for item in value if isinstance(item, dict | list | int))
-        elif isinstance(value, int) and abs(value) > (_MOST_LAYERS if _COUNTS_LAYERS.search(name) else _LARGEST_NUMBER):
-            raise UserError(f"model.name: {where}: {name} cannot be {value:.0e}")
+        elif isinstance(value, int):
+            most = _MOST_LAYERS if _COUNTS_LAYERS.search(name) else _LARGEST_NUMBER
+            if abs(value) > most:
+                raise UserError(f"model.name: {where}: {name} cannot be {value:.0e}")
 
 
-def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
-    # safetensors compares the header with the file.
-    with foreign(f"model.name: {file} is not a safetensors file, or is cut off"), safe_open(file, "pt") as stored:
-        return [(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
+def _header(file: Path) -> list[list[int]]:
+    # The shapes of the tensors; safetensors compares the header with the file.
+    with (
+        foreign(f"model.name: {file} is not a safetensors file, or is cut off"),
+        safe_open(file, "pt") as stored,
+    ):
+        return [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118
 
 
 # Identity of a model: digests of its weights and of the other files that decide what it computes.
 
 
 # Pieces of a weight file that a glance reads, and the bytes of each.
-PIECES, PIECE = 64, 4096
+PIECES = 64
+PIECE = 4096
 # Bytes from which the digest of a weight file is kept, so that a retraining without a change says so within seconds.
 KEPT_FROM = 2**30
 # Config, generation config, index, tokenizer, chat templates.
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
-_CODE = "*.py"
+
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 # Fields that change when the same model is saved again, or at another path.
 _UNIMPORTANT = ("transformers_version", "_name_or_path", "name_or_path")
@@ -137,7 +155,17 @@ def look(folder: Path, code: bool) -> str:
 
     Another model has another one, and so has a folder in which files are missing; `code` as in `of_folder`.
     """
-    weights = "".join(f"{file.name}:{_pieces(file)}\n" for file in weight_files(folder))
+    weights = ""
+    for file in weight_files(folder):
+        # Pieces from the start to the end of the file: all of a small one.
+        size = file.stat().st_size
+        read = []
+        with file.open("rb") as stream:
+            for offset in (*range(0, size, max(PIECE, size // PIECES)), max(0, size - PIECE)):
+                stream.seek(offset)
+                read.append(stream.read(PIECE))
+        pieces = storage.digest(size, storage.digest_bytes(b"".join(read)))
+        weights += f"{file.name}:{pieces}\n"
     return storage.digest(_others(folder, code), weights)
 
 
@@ -149,41 +177,45 @@ def weights(identity: str) -> str:
     return identity.partition(_SEPARATOR)[0]
 
 
+def has_weights(folder: Path, identity: str) -> bool:
+    """True if a folder has the weights of a model with this identity, whatever its other files are."""
+    # A copy from the hub may have the weights a second time, in a form of their maker.
+    return weights(identity) in map(of_weights, (weight_files(folder), loaded_files(folder)))
+
+
 def _others(folder: Path, code: bool) -> str:
-    patterns = (*_PATTERNS, _CODE) if code else _PATTERNS
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    return "".join(f"{file.relative_to(folder).as_posix()}:{_digest_of_text(file)}\n" for file in files)
-
-
-def _pieces(file: Path) -> str:
-    # Pieces from the start to the end of the file: all of a small one.
-    size, read = file.stat().st_size, []
-    with file.open("rb") as stream:
-        for offset in (*range(0, size, max(PIECE, size // PIECES)), max(0, size - PIECE)):
-            stream.seek(offset)
-            read.append(stream.read(PIECE))
-    return storage.digest(size, storage.digest_bytes(b"".join(read)))
+    patterns = [*_PATTERNS]
+    if code:
+        patterns.append("*.py")
+    files: set[Path] = set()
+    for pattern in patterns:
+        files.update(file for file in folder.glob(pattern) if file.is_file())
+    lines = []
+    for file in sorted(files):
+        digest = storage.digest_file(file)
+        tree = None
+        if file.name in _CONFIGS:  # of a damaged file the loading will say so
+            tree = records.parsed(file.read_bytes(), dict[str, Any])
+        if tree is not None:
+            for name in _UNIMPORTANT:
+                tree.pop(name, None)
+            digest = storage.digest_json(tree)
+        lines.append(f"{file.relative_to(folder).as_posix()}:{digest}\n")
+    return "".join(lines)
 
 
 def _digest_of_weights(file: Path) -> str:
     # For a large file the digest is kept on this node while size and modification time are the same.
     info = file.stat()
+    if info.st_size < KEPT_FROM:
+        return storage.digest_file(file)
     key = storage.digest(file.resolve(), info.st_size, info.st_mtime_ns, length=32)
     path = storage.join(node_cache.CACHE, "digests", key)
-    if info.st_size >= KEPT_FROM and (known := node_cache.read(path)):
-        return known
-    digest = storage.digest_file(file)
-    if info.st_size >= KEPT_FROM:
+    digest = node_cache.read(path)
+    if not digest:
+        digest = storage.digest_file(file)
         node_cache.keep(path, digest)  # a home that is read-only or full must not stop a run
     return digest
-
-
-def _digest_of_text(file: Path) -> str:
-    if file.name in _CONFIGS:
-        tree = records.parsed(file.read_bytes(), dict[str, Any])
-        if tree is not None:  # of a damaged file the loading will say so
-            return storage.digest_json({name: value for name, value in tree.items() if name not in _UNIMPORTANT})
-    return storage.digest_file(file)
 
 
 # Errors of libraries that read other people's files.
@@ -210,10 +242,12 @@ def whole_model(what: str, path: Path, **options: Any) -> tuple[Any, list[str]]:
 
     Raise a UserError that begins with `what` if it does not load, or has no weights for a part of it.
     """
-    from_pretrained: Any = text_class(path).from_pretrained  # its type does not know output_loading_info
+    # Any, because its type does not know output_loading_info.
+    from_pretrained: Any = text_class(path).from_pretrained
     with foreign(what):
         model, report = from_pretrained(path, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise UserError(f"{what}: it has no weights for {', '.join(missing[:3])}")
     return model, sorted(report["unexpected_keys"])
 
@@ -226,7 +260,8 @@ def text_class(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    shape = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}  # the folder of a GGUF file has none
+    # The folder of a GGUF file has no config.
+    shape = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     kind = shape.get("model_type")
     if shape.get("is_encoder_decoder") is True:
         raise UserError(
@@ -235,7 +270,9 @@ def text_class(folder: Path) -> Any:
         )
     causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in shape
     sees = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if sees and not causal else AutoModelForCausalLM
+    if sees and not causal:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def why(error: BaseException) -> str:
@@ -247,10 +284,9 @@ def why(error: BaseException) -> str:
             "it needs its own Python code, which is not run; read that code, and if you trust it set"
             " model.trust_remote_code: true"
         )
-    if isinstance(error, pickle.UnpicklingError):
-        return "its pickled weights hold more than tensors, or are damaged: they are not loaded"
-    known = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        return first_line(error)
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 # Messages about tensors that a model's files may have and its config does not describe.
@@ -282,12 +318,4 @@ def unsupported_packing(name: str, kind: str) -> str:
     return (
         f"has {name} as {kind}, but its config.json has no quantization_config that explains these numbers; name a"
         " model in bfloat16, float16 or float32"
-    )
-
-
-def unused_tensors(model: Any, names: Sequence[str], files: str) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (
-        f"model.name: {type(model).__name__} does not use {plural(len(names), 'tensor')} in the files of {files},"
-        f" so they are ignored: {', '.join(names[:3])}{more}"
     )

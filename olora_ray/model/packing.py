@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import AnyConfig
+from olora_ray.config.decided import AnyDecided
 
 # The two parts of a causal language model: the backbone, which computes hidden states, and the head, for logits.
 
@@ -29,7 +29,7 @@ def _backbone_name(model: nn.Module) -> str:
     prefix = getattr(model, "base_model_prefix", "")
     parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
     for name in (prefix, *parts[:1]):
-        if isinstance(getattr(model, name, None) if name else None, nn.Module):
+        if name and isinstance(getattr(model, name, None), nn.Module):
             return str(name)
     raise UserError(
         f"model.name: {type(model).__name__} has no backbone with an output head; name a causal language model"
@@ -69,7 +69,9 @@ class _Given(nn.Module):
         from transformers import PreTrainedModel
 
         part = getattr(self.__dict__["real"], name)
-        return self if isinstance(part, PreTrainedModel) else part
+        if isinstance(part, PreTrainedModel):
+            return self
+        return part
 
 
 class _Output:
@@ -88,24 +90,34 @@ class _Output:
 
 
 # Types of layers, in configs of transformers, that pass something between tokens by attention only.
-_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe")
+_ATTENTION = (
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+    "dense",
+    "sparse",
+    "moe",
+)
 # The function of transformers by which a family keeps padding out of everything that is not attention.
 _MASKS_PADDING = "apply_mask_to_padding_states"
 
 
 def why_apart(model: Any) -> str | None:
     """Return why each example needs its own row, in words that follow "the model", or None."""
-    config = model.config.get_text_config()
-    if why := _carries_over(model):
+    why = _carries_over(model)
+    if why:
         return why
-    if "position_ids" not in inspect.signature(backbone(model).forward).parameters or getattr(config, "alibi", False):
+    takes = inspect.signature(backbone(model).forward).parameters
+    if "position_ids" not in takes or getattr(model.config.get_text_config(), "alibi", False):
         return "takes no positions, so it cannot know where an example begins"
     return None
 
 
 def _carries_over(model: Any) -> str | None:
     """Return what, beside attention, passes something between tokens, in words that follow "the model", or None."""
-    kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(_ATTENTION))
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    kinds = sorted(set(types).difference(_ATTENTION))
     if getattr(model, "_is_stateful", False) or kinds:
         return f"keeps a state from token to token ({', '.join(kinds) or type(model).__name__})"
     if any(isinstance(module, nn.Conv1d) for module in _language(model).modules()):
@@ -119,7 +131,9 @@ def takes_padding(model: Any) -> bool:
     Attention leaves padding out; a state or convolution does so only if the family's code handles it (not RWKV's or
     xLSTM's).
     """
-    return _carries_over(model) is None or hasattr(sys.modules.get(type(model).__module__), _MASKS_PADDING)
+    if _carries_over(model) is None:
+        return True
+    return hasattr(sys.modules.get(type(model).__module__), _MASKS_PADDING)
 
 
 def why_scaled(model: Any, tokens: int) -> str | None:
@@ -139,21 +153,19 @@ def why_not_in_one_row(model: Any, tokens: int) -> str | None:
     return why_apart(model) or why_scaled(model, tokens)
 
 
-def shares_sequences(model: Any, config: AnyConfig) -> bool:
-    return config.data.packing is True or (config.data.packing == "auto" and why_apart(model) is None)
-
-
-def check_lengths(model: Any, config: AnyConfig) -> None:
+def check_lengths(model: Any, config: AnyDecided) -> None:
     """Raise UserError if sequences may exceed the model's positions, or make a loss depend on neighbours.
 
     The self-test has too few tokens to detect this.
     """
-    family, most = type(model).__name__, config.data.length()
-    if (rows := positions(model)) is not None and most > rows:
+    family = type(model).__name__
+    most = config.data.max_length
+    rows = positions(model)
+    if rows is not None and most > rows:
         raise UserError(
             f"data.max_length={most}: {family} has positions for {rows} tokens; set data.max_length to {rows} at most"
         )
-    packed = shares_sequences(model, config)
+    packed = config.data.packing
     for kind, limit in _limits_of_positions(model.config.get_text_config()):
         if most <= limit:
             continue
@@ -163,13 +175,14 @@ def check_lengths(model: Any, config: AnyConfig) -> None:
                 f"data.max_length={most}: once a sequence has more than {limit} tokens, {family} changes the positions"
                 f" of all later ones ({kind}), so a loss would depend on earlier sequences; {shorter}"
             )
-        if packed or config.train.micro() > 1:
+        if packed or config.train.micro_batch > 1:
             raise UserError(
                 f"data.max_length={most}: above {limit} tokens {family} changes the positions ({kind}) of the whole"
                 f" micro-batch, so one long example would change the loss of the others; {shorter}, or"
                 " train.micro_batch to 1 and data.packing to false"
             )
-    if packed and (why := why_scaled(model, most)):
+    why = why_scaled(model, most)
+    if packed and why:
         raise UserError(
             f"data.packing: {family} {why}, so a loss would depend on how many examples precede it; set"
             " data.packing: false"
@@ -183,30 +196,38 @@ def positions(model: Any) -> int | None:
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     language = _language(model)
-    tables: list[Any] = []
+    tables = []
     for name, part in language.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(part, nn.Embedding) and ("pos" in last or last == "wpe"):
             tables.append(part.weight)
     tables += [kept for name, kept in language.named_buffers() if name.endswith("embed_positions")]
     # The tables of OPT and BioGPT have two more rows.
-    return most if type(most) is int and any(most <= table.shape[0] <= most + 2 for table in tables) else None
+    if type(most) is int and any(most <= table.shape[0] <= most + 2 for table in tables):
+        return most
+    return None
 
 
 def most_tokens(model: Any) -> int:
     """Return the tokens of the longest example that a model is made for; 131,072 if nothing says so."""
     shape = model.config.get_text_config()
     most = getattr(shape, "max_position_embeddings", None)
-    return min(most if type(most) is int else 2**17, *(limit for _, limit in _limits_of_positions(shape)), 2**17)
+    limits = [2**17, *(limit for _, limit in _limits_of_positions(shape))]
+    if type(most) is int:
+        limits.append(most)
+    return min(limits)
 
 
 def _limits_of_positions(shape: Any) -> list[tuple[str, int]]:
     """Return (type, tokens) of rotary positions whose frequencies depend on the longest example above so many."""
     stored = getattr(shape, "rope_parameters", None)
-    stored = stored if isinstance(stored, dict) else {}
-    limits = []
+    limits: list[tuple[str, int]] = []
+    if not isinstance(stored, dict):
+        return limits
     for each in (stored, *stored.values()):  # of the model, or of each type of its layers
-        kind = str(each.get("rope_type")) if isinstance(each, dict) else ""
+        if not isinstance(each, dict):
+            continue
+        kind = str(each.get("rope_type"))
         if kind == "longrope":
             limits.append((kind, int(each["original_max_position_embeddings"])))
         elif "dynamic" in kind:
@@ -216,5 +237,9 @@ def _limits_of_positions(shape: Any) -> list[tuple[str, int]]:
 
 def _language(model: Any) -> nn.Module:
     # A tower for sounds or images may have convolutions, which do not matter for text.
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if isinstance(decoder, nn.Module) else model
+    language: nn.Module = model
+    if hasattr(model, "get_decoder"):
+        decoder = model.get_decoder()
+        if isinstance(decoder, nn.Module):
+            language = decoder
+    return language

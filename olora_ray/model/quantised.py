@@ -54,7 +54,14 @@ class Kind:
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    *(
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
 )
 
 
@@ -66,18 +73,25 @@ def _nf4(weight: Tensor) -> Packed:
     # Counting the borders below a number is ten times as fast as a search, on CPUs with numpy's comparison.
     nearest = torch.zeros_like(scaled, dtype=torch.uint8)
     for border in ((codes[:-1] + codes[1:]) / 2).unbind():
-        on_cpu = scaled.device.type == "cpu"
-        above = torch.from_numpy(scaled.numpy() > border.numpy()) if on_cpu else scaled > border
+        if scaled.device.type == "cpu":
+            above = torch.from_numpy(scaled.numpy() > border.numpy())
+        else:
+            above = scaled > border
         nearest += above.view(torch.uint8)
     return (nearest[::2] << 4 | nearest[1::2])[:, None], scales
 
 
 def _from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    library, count = _functional(), shape.numel()
+    library = _functional()
+    count = shape.numel()
     # On CPUs bitsandbytes (0.50) begins a new block with each row when it unpacks, but not when it packs. So the weight
     # is unpacked as rows of one block, or as a single row.
-    rows = torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
-    state = library.QuantState(absmax=scales, shape=rows, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    rows = torch.Size((1, count))
+    if count % BLOCK == 0:
+        rows = torch.Size((count // BLOCK, BLOCK))
+    state = library.QuantState(
+        absmax=scales, shape=rows, dtype=dtype, blocksize=BLOCK, quant_type="nf4"
+    )
     weight: Tensor = library.dequantize_4bit(codes, state)
     return weight.view(shape)
 
@@ -87,19 +101,10 @@ def _int8(weight: Tensor) -> Packed:
     return torch.round(weight * (127.0 / scales.clamp(min=1e-30)[:, None])).to(torch.int8), scales
 
 
-def _from_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    weight: Tensor = _functional().int8_vectorwise_dequant(codes, scales)
-    return weight.to(dtype)
-
-
 def _fp8(weight: Tensor) -> Packed:
     # A row of zeros has the scale 0, by which nothing can be divided.
     scales = (weight.abs().amax(dim=1) / LARGEST_FP8).clamp_(min=torch.finfo(torch.float32).tiny)
     return (weight / scales[:, None]).to(torch.float8_e4m3fn), scales
-
-
-def _from_fp8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return codes.float().mul_(scales[:, None]).to(dtype)
 
 
 def _by_rows(m: int, n: int) -> int:
@@ -109,10 +114,27 @@ def _by_rows(m: int, n: int) -> int:
 # By the values of `model.quantization`.
 KINDS = {
     "nf4": Kind(
-        _nf4, _from_nf4, lambda m, n: -(-m * n // 2) + 4 * -(-m * n // BLOCK), lambda width: width, "bitsandbytes"
+        _nf4,
+        _from_nf4,
+        lambda m, n: -(-m * n // 2) + 4 * -(-m * n // BLOCK),
+        lambda width: width,
+        "bitsandbytes",
     ),
-    "int8": Kind(_int8, _from_int8, _by_rows, lambda width: 8, "bitsandbytes"),
-    "fp8": Kind(_fp8, _from_fp8, _by_rows, lambda width: 4 if width == 4 else 4 + width),
+    "int8": Kind(
+        _int8,
+        lambda codes, scales, shape, dtype: (
+            _functional().int8_vectorwise_dequant(codes, scales).to(dtype)
+        ),
+        _by_rows,
+        lambda width: 8,
+        "bitsandbytes",
+    ),
+    "fp8": Kind(
+        _fp8,
+        lambda codes, scales, shape, dtype: codes.float().mul_(scales[:, None]).to(dtype),
+        _by_rows,
+        lambda width: 4 if width == 4 else 4 + width,
+    ),
 }
 
 
@@ -141,9 +163,14 @@ def _functional() -> Any:
 def pack(weight: Tensor, kind: str, device: torch.device | None = None) -> Packed:
     """Return codes and scales of a weight (m x n), computed on `device` (by default the weight's) and left there."""
     rows = BLOCK * max(1, AT_ONCE // (BLOCK * max(1, weight.shape[1])))
-    parts = [KINDS[kind].pack(part.to(device).float().contiguous()) for part in weight.detach().split(rows)]
+    parts = [
+        KINDS[kind].pack(part.to(device).float().contiguous())
+        for part in weight.detach().split(rows)
+    ]
+    if len(parts) == 1:
+        return parts[0]
     codes, scales = zip(*parts, strict=True)
-    return (codes[0], scales[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scales))
+    return torch.cat(codes), torch.cat(scales)
 
 
 class QuantisedLinear(nn.Linear):
@@ -166,7 +193,8 @@ class QuantisedLinear(nn.Linear):
         """
         nn.Module.__init__(self)  # not Linear's, which would create a weight
         self.out_features, self.in_features = weight.shape
-        self.kind, self.dtype = kind, weight.dtype
+        self.kind = kind
+        self.dtype = weight.dtype
         codes, scales = packed or pack(weight, kind, device)
         self.register_buffer("codes", codes.to(device), persistent=False)
         self.register_buffer("scales", scales.to(device), persistent=False)

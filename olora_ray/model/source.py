@@ -13,7 +13,7 @@ from pathlib import Path
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line, short_reason
 from olora_ray.common.logs import quiet_transformers
-from olora_ray.common.patience import is_temporary
+from olora_ray.common.retry import is_temporary
 from olora_ray.config import command_line
 from olora_ray.config.schema import AnyConfig
 from olora_ray.config.schema import Model as ModelConfig
@@ -38,11 +38,23 @@ class BaseModel:
     def commit(self) -> str | None:
         """Return the commit of a model in the hub client's cache (models--ORG--NAME/snapshots/COMMIT), else None."""
         parts = Path(self.folder).parts
-        return parts[-1] if parts[-3:-1] == (f"models--{self.name.replace('/', '--')}", "snapshots") else None
+        if parts[-3:-1] == (f"models--{self.name.replace('/', '--')}", "snapshots"):
+            return parts[-1]
+        return None
 
     def shown(self) -> str:
         """Return the name, of a model of the hub with its commit."""
-        return f"{self.name}@{commit}" if (commit := self.commit()) else self.name
+        commit = self.commit()
+        if commit is None:
+            return self.name
+        return f"{self.name}@{commit}"
+
+
+CONVERT = (
+    "a model with pickled weights alone (pytorch_model*.bin) is not loaded; convert a model of the hub at"
+    " https://huggingface.co/spaces/safetensors/convert and set model.revision to the pull request that it opens"
+    " (refs/pr/N), or name another model"
+)
 
 
 def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
@@ -58,10 +70,10 @@ def obtain(config: AnyConfig, registered: Path | None = None) -> BaseModel:
     source = registered or _source_folder(config)
     if source.suffix == ".gguf":
         source = convert.gguf(source, config)
-    elif not command_line.is_there(source / folder.CONFIG, "model.name"):
+    elif not command_line.is_there(source / folder.CONFIG):
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
     elif not folder.weight_files(source):
-        source = convert.pickled(source, config)
+        raise UserError(f"model.name: {source} has no usable weights: no *.safetensors; {CONVERT}")
     folder.check_model(source)
     _keep(source)
     code = config.model.trust_remote_code
@@ -75,7 +87,9 @@ def glance(config: AnyConfig) -> str | None:
     source = _source_folder(config)
     if source.is_file():
         return folder.of_weights([source])
-    return folder.of_folder(source, code=False) if folder.weight_files(source) else None
+    if not folder.weight_files(source):
+        return None
+    return folder.of_folder(source, code=False)
 
 
 def is_found(config: AnyConfig) -> bool:
@@ -88,8 +102,10 @@ def is_found(config: AnyConfig) -> bool:
     name = config.model.name
     if name.startswith("models:/") or (storage.is_uri(name) and not name.startswith("package://")):
         return False
-    if (source := _here(name)) is None:
-        with _asking_the_hub(config.model) as ask, contextlib.suppress(LocalEntryNotFoundError):  # it is unreachable
+    source = _here(name)
+    if source is None:
+        # Suppressed where the hub is unreachable.
+        with _asking_the_hub(config.model) as ask, contextlib.suppress(LocalEntryNotFoundError):
             source = ask(allow_patterns=[folder.CONFIG])
     if source and source.is_dir() and not (source / folder.CONFIG).is_file():
         raise UserError(f"model.name: {source} has no config.json, so {_what_it_is(source)}")
@@ -97,7 +113,7 @@ def is_found(config: AnyConfig) -> bool:
 
 
 def _what_it_is(source: Path) -> str:
-    if not command_line.is_there(source / folder.ADAPTER, "model.name"):
+    if not command_line.is_there(source / folder.ADAPTER):
         return "it is not a model folder"
     return (
         "it is an adapter, not a model; name its base model, or its merged model (export/merged of a run), or set"
@@ -110,7 +126,7 @@ def _keep(source: Path) -> None:
     root = Path(node_cache.CACHE) / "models"
     if root in source.parents:
         node_cache.hold(root / source.relative_to(root).parts[0])
-        node_cache.make_room(root, (entry for entry in root.iterdir() if not entry.name.startswith(".")))
+        node_cache.make_room(root)
 
 
 def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
@@ -120,12 +136,20 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     another version. Raise UserError if it cannot be fetched here, or is not the same here.
     """
     path = Path(base.folder)
-    if _is_same(path, base, config):
+    same = False
+    with contextlib.suppress(OSError):  # a file that was removed, or that this user may not read
+        looks = ("", folder.look(path, config.model.trust_remote_code))
+        same = path.is_dir() and base.look in looks
+    if same:
         _keep(path)
         return base
     if base.name.startswith("models:/") or Path(base.name).is_absolute():
-        problem = "has other files on this node than on the driver's node" if path.is_dir() else "is not on every node"
-        raise UserError(f"model.name: {base.folder} {problem}; put it, or run.storage, where all nodes see it")
+        problem = "is not on every node"
+        if path.is_dir():
+            problem = "has other files on this node than on the driver's node"
+        raise UserError(
+            f"model.name: {base.folder} {problem}; put it, or run.storage, where all nodes see it"
+        )
     fetched = obtain(config)
     if fetched.digest != base.digest:
         raise UserError(
@@ -134,21 +158,23 @@ def on_this_node(base: BaseModel, config: AnyConfig) -> BaseModel:
     return fetched
 
 
-def _is_same(path: Path, base: BaseModel, config: AnyConfig) -> bool:
-    try:
-        return path.is_dir() and base.look in ("", folder.look(path, config.model.trust_remote_code))
-    except OSError:  # a file that was removed meanwhile, or that this user may not read
-        return False
-
-
 def _source_folder(config: AnyConfig) -> Path:
     name = config.model.name
     if storage.is_uri(name) and not name.startswith("package://"):
         with as_user_error(f"model.name: {name}", OSError, reason=short_reason):
-            # One folder per address and version, because the model at an address may be replaced.
-            key = storage.digest(name, storage.version(name), length=16)
-            return node_cache.local_copy(name, f"{node_cache.CACHE}/models/{key}")
-    return _here(name) or _from_hub(config.model)
+            return node_cache.kept_copy(name, "models")
+    source = _here(name)
+    if source is not None:
+        return source
+    # README.md: the card has the license.
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    if config.model.trust_remote_code:
+        patterns.append("*.py")
+    # A pattern's * matches folders too, which may have the same weights in other forms (gpt-oss: original/).
+    # Mistral has its own form beside the weights.
+    others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
+    with _asking_the_hub(config.model) as ask:
+        return ask(allow_patterns=patterns, ignore_patterns=others)
 
 
 def _here(name: str) -> Path | None:
@@ -156,24 +182,11 @@ def _here(name: str) -> Path | None:
     if name.startswith("package://"):
         return command_line.package_file(name)
     path = command_line.at_home(name, "model.name")
-    if command_line.is_there(path, "model.name"):
+    if command_line.is_there(path):
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"model.name: {name}: no such file or folder, and not a hub id (ORG/NAME)")
     return None
-
-
-def _from_hub(config: ModelConfig) -> Path:
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # the card has the license
-    if config.trust_remote_code:
-        patterns.append("*.py")
-    if config.allow_pickle:
-        patterns += ["pytorch_model*.bin"]
-    # A pattern's * matches folders too, which may have the same weights in other forms (gpt-oss: original/).
-    # Mistral has its own form beside the weights.
-    others = ["*/*.safetensors", "*/*.bin", "consolidated*.safetensors"]
-    with _asking_the_hub(config) as ask:
-        return ask(allow_patterns=patterns, ignore_patterns=others)
 
 
 @contextlib.contextmanager
@@ -184,7 +197,9 @@ def _asking_the_hub(config: ModelConfig) -> Iterator[Callable[..., Path]]:
     what = f"model.name: {config.name}: not a folder here"
     # Exception: its client's errors about a broken connection are of no type of the standard library.
     with as_user_error(what, Exception, reason=_hub_problem, passes=is_temporary):
-        yield lambda **files: Path(snapshot_download(config.name, revision=config.revision, **files))
+        yield lambda **files: Path(
+            snapshot_download(config.name, revision=config.revision, **files)
+        )
 
 
 def _hub_problem(error: BaseException) -> str:
@@ -195,7 +210,8 @@ def _hub_problem(error: BaseException) -> str:
             return "the model hub grants access to it on request: request it on the model's page, then set HF_TOKEN"
         case errors.RevisionNotFoundError():
             return "the model hub has the model, but not this model.revision"
-        case errors.HfHubHTTPError() if error.response.status_code in (401, 404):  # 401: the answer without a token
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 404):
+            # 401 is the answer without a token.
             return "the model hub has no model of this name, or it is private: correct the name, or set HF_TOKEN"
         case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
             why = first_line(error.__cause__)

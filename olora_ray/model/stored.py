@@ -5,6 +5,7 @@ it.
 """
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -20,7 +21,15 @@ import torch
 from torch import Tensor
 
 from olora_ray.common.errors import UserError
-from olora_ray.model.folder import INDEX, SINGLE, indexed, is_unknown_bias, unsupported_bias, unsupported_packing
+from olora_ray.common.text import plural, some
+from olora_ray.model.folder import (
+    INDEX,
+    SINGLE,
+    indexed,
+    is_unknown_bias,
+    unsupported_bias,
+    unsupported_packing,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,17 +56,24 @@ class Stored:
 
     def read(self, folder: Path, first: int = 0, last: int | None = None) -> Tensor:
         """Return rows first..last (all by default), in memory of their own."""
-        rows = self._rows(first, last)
-        rows_read = torch.empty(rows, dtype=DTYPES[self.dtype])
+        shape = self.shape
+        if shape:
+            if last is None:
+                last = shape[0]
+            shape = (last - first, *shape[1:])
+        rows_read = torch.empty(shape, dtype=DTYPES[self.dtype])
         with (folder / self.file).open("rb") as file:
             file.seek(self.start + first * self._row_bytes())
             if file.readinto(_bytes(rows_read)) != rows_read.nbytes:
-                raise UserError(f"{folder / self.file} is cut off within {self.name}: download the file again")
+                raise UserError(
+                    f"{folder / self.file} is cut off within {self.name}: download the file again"
+                )
         return rows_read
 
     def mapped(self, folder: Path) -> Tensor | None:
         """Return the whole tensor as mapped pages of the file; None if it is misaligned or cut off."""
-        file, dtype = folder / self.file, DTYPES[self.dtype]
+        file = folder / self.file
+        dtype = DTYPES[self.dtype]
         if self.start % dtype.itemsize or not self.size or file.stat().st_size < self.end:
             return None
         pages = np.memmap(file, np.uint8, mode="c", offset=self.start, shape=(self.size,))
@@ -70,26 +86,40 @@ class Stored:
             file.seek(self.start + first * self._row_bytes())
             file.write(_bytes(tensor.contiguous()))
 
-    def _rows(self, first: int, last: int | None) -> tuple[int, ...]:
-        if not self.shape:
-            return ()
-        return ((self.shape[0] if last is None else last) - first, *self.shape[1:])
-
     def _row_bytes(self) -> int:
-        return self.size // self.shape[0] if self.shape and self.shape[0] else 0
+        if not self.shape or not self.shape[0]:
+            return 0
+        return self.size // self.shape[0]
 
 
 def tensors(folder: Path) -> dict[str, Stored]:
     """Return all stored tensors by name; raises UserError for a folder without safetensors."""
-    return {entry.name: entry for file in weight_files(folder) for entry in _header(folder / file)}
+    found = {}
+    for name in weight_files(folder):
+        # The format: 8 bytes with the header's length, the header (JSON), the tensors (huggingface/safetensors).
+        with (folder / name).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for tensor, entry in header.items():
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            start = 8 + length + begin
+            found[tensor] = Stored(tensor, name, entry["dtype"], shape, start, end - begin)
+    return found
 
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the weight files; raises UserError if one is missing, or lies in another folder."""
     # If a single file lies beside an index, transformers reads the single file and ignores the index.
-    files = [SINGLE] if (folder / SINGLE).is_file() else indexed(folder) or [SINGLE]
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise UserError(f"{folder}: no {missing[0]}; merging needs the base model's weights as safetensors")
+    files = [SINGLE]
+    if not (folder / SINGLE).is_file():
+        files = indexed(folder) or files
+    for name in files:
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder}: no {name}; merging needs the base model's weights as safetensors"
+            )
     return files
 
 
@@ -98,21 +128,11 @@ def is_stale_index(folder: Path, name: str) -> bool:
     return name == INDEX and (folder / SINGLE).is_file() and indexed(folder) not in ([], [SINGLE])
 
 
-def _header(path: Path) -> Iterator[Stored]:
-    # The format: 8 bytes with the header's length, the header (JSON), the tensors (huggingface/safetensors).
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            yield Stored(name, path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-
-
 def _bytes(tensor: Tensor) -> memoryview:
     # A scalar has no view as bytes, so it becomes a tensor of one dimension; an empty tensor has no view at all.
-    flat = tensor.reshape(-1).view(torch.uint8) if math.prod(tensor.shape) else torch.empty(0, dtype=torch.uint8)
-    return flat.numpy().data
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 # Stored tensors and the parameters that transformers converts them to, in both directions.
@@ -141,7 +161,7 @@ class Group:
 
     @property
     def stored(self) -> list[Stored]:
-        return [entry for entries in self.parts.values() for entry in entries]
+        return list(itertools.chain(*self.parts.values()))
 
     @property
     def odd(self) -> Stored | None:
@@ -159,18 +179,25 @@ class Group:
     def steps(self) -> Iterator[tuple[int, int]]:
         """Yield ranges first..last of rows that are worked on together: some experts of a stack, or all rows."""
         rows = self._rows
-        each = sum(math.prod(shape[1:]) for shape in self.shapes.values())
-        count = rows if self._way == "whole" else max(1, AT_ONCE // max(each, 1))
+        count = rows
+        if self._way != "whole":
+            each = sum(math.prod(shape[1:]) for shape in self.shapes.values())
+            count = max(1, AT_ONCE // max(each, 1))
         for first in range(0, rows, count):
             yield first, min(first + count, rows)
 
     def read(self, folder: Path, first: int, last: int) -> Tensor:
-        parts = [piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = [
+            piece.stored.read(folder, *piece.rows).view(-1) for piece in self._pieces(first, last)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)
 
     def write(self, folder: Path, numbers: Tensor, first: int, last: int) -> None:
         pieces = self._pieces(first, last)
-        for piece, part in zip(pieces, numbers.split([piece.size for piece in pieces]), strict=True):
+        parts = numbers.split([piece.size for piece in pieces])
+        for piece, part in zip(pieces, parts, strict=True):
             piece.stored.write(folder, part.view(piece.shape), piece.rows[0])
 
     def rows(self, numbers: Tensor, parameter: str, first: int, last: int) -> Tensor:
@@ -189,37 +216,52 @@ class Group:
         """True if some rows of a parameter can be read without the others."""
         return self.converter is None or self._way != "whole"
 
-    def take(self, folder: Path, parameter: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def take(
+        self, folder: Path, parameter: str, first: int, last: int, dtype: torch.dtype
+    ) -> Tensor:
         """Return rows first..last of a parameter in `dtype`, as from_pretrained computes them: rounded, then converted.
 
         For a stack only experts first..last are read; other conversions read all their tensors.
         """
         if self.converter is None:
             return self.stored[0].read(folder, first, last).to(dtype)
-        read_all = not self.in_parts
+        if not self.in_parts:
+            return self._converted(folder, 0, self._rows, dtype)[parameter][first:last]
         count = max(1, AT_ONCE // max(math.prod(self.shapes[parameter][1:]), 1))
-        spans = [(0, self._rows)] if read_all else [(at, min(at + count, last)) for at in range(first, last, count)]
         parts = []
-        for span in spans:
-            pieces = self._pieces(*span)
-            named = [(piece.pattern, piece.stored.read(folder, *piece.rows).to(dtype)) for piece in pieces]
-            parts.append(convert(self.converter, self.key, named, self.model)[parameter])
-        return parts[0][first:last] if read_all else torch.cat(parts)
+        for start in range(first, last, count):
+            stop = min(start + count, last)
+            parts.append(self._converted(folder, start, stop, dtype)[parameter])
+        return torch.cat(parts)
+
+    def _converted(
+        self, folder: Path, first: int, last: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        named = [
+            (piece.pattern, piece.stored.read(folder, *piece.rows).to(dtype))
+            for piece in self._pieces(first, last)
+        ]
+        return convert(self.converter, self.key, named, self.model)
 
     def problem(self) -> str | None:
         """Return the reason why a change cannot be written into the stored tensors; None if it can."""
         if self.converter is None:
             return None
-        first, last = 0, self._rows if self._way == "whole" else 1
-        size = sum(piece.size for piece in self._pieces(first, last))
+        last = self._rows if self._way == "whole" else 1
+        size = sum(piece.size for piece in self._pieces(0, last))
         # A large group that can only be converted as a whole is not tried: it would take too much memory.
         if size > 2**27:
             return None
         try:
-            positions = torch.cat([part.reshape(-1) for part in self._find_positions(first, last)])
+            positions = torch.cat([part.reshape(-1) for part in self._find_positions(0, last)])
         except Exception as error:  # transformers' operations raise all kinds of errors
             return f"it is not known how transformers converts its stored tensors ({type(error).__name__})"
-        return None if _is_permutation(positions, size) else "transformers does more than rearrange its stored numbers"
+        if positions.numel() == size and positions.min() >= 0 and positions.max() < size:
+            seen = torch.zeros(size, dtype=torch.bool)
+            seen[positions] = True
+            if seen.all():
+                return None
+        return "transformers does more than rearrange its stored numbers"
 
     @cached_property
     def _rows(self) -> int:
@@ -232,18 +274,24 @@ class Group:
             return "whole"
         operations = [] if self.converter is None else list(self.converter.operations)
         stored = self.stored
+        way = "whole"
         if len(stored) == 1 and len(stored[0].shape) == 3 and stored[0].shape[0] == self._rows:
-            return "rows" if _within_experts(operations) else "whole"
-        is_list = bool(operations) and type(operations[0]).__name__ == "MergeModulelist" and operations[0].dim == 0
-        if is_list and all(len(part) == self._rows for part in self.parts.values()):
-            return "tensors" if _within_experts(operations[1:]) else "whole"
-        return "whole"
+            way = "rows"
+        elif operations and type(operations[0]).__name__ == "MergeModulelist":
+            merge = operations.pop(0)
+            if merge.dim == 0 and all(len(part) == self._rows for part in self.parts.values()):
+                way = "tensors"
+        return way if _within_experts(operations) else "whole"
 
     def _pieces(self, first: int, last: int) -> list["_Piece"]:
         pieces = []
         for pattern, part in self.parts.items():
-            for stored in part[first:last] if self._way == "tensors" else part:
-                rows = (first, last) if self._way == "rows" else (0, stored.shape[0])
+            if self._way == "tensors":
+                part = part[first:last]
+            for stored in part:
+                rows = (0, stored.shape[0])
+                if self._way == "rows":
+                    rows = (first, last)
                 pieces.append(_Piece(pattern, stored, rows))
         return pieces
 
@@ -260,7 +308,8 @@ class Group:
 
     def _find_positions(self, first: int, last: int) -> list[Tensor]:
         # transformers converts numbers that count the stored ones, so its result says where each number came from.
-        start, named = 0, []
+        start = 0
+        named = []
         for piece in self._pieces(first, last):
             named.append((piece.pattern, torch.arange(start, start + piece.size).view(piece.shape)))
             start += piece.size
@@ -288,34 +337,31 @@ class _Piece:
         return math.prod(self.shape)
 
 
-def convert(converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], model: Any) -> dict[str, Tensor]:
+def convert(
+    converter: Any, key: str, tensors: Sequence[tuple[str, Tensor]], model: Any
+) -> dict[str, Tensor]:
     fresh = copy.deepcopy(converter)
     for pattern, tensor in tensors:
         fresh.add_tensor(key, key, pattern, tensor)
     converted = fresh.convert(key, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+    return {
+        name: value[0] if isinstance(value, list) else value for name, value in converted.items()
+    }
 
 
 _positions: dict[tuple[str, ...], list[Tensor]] = {}
 
 
-def _is_permutation(positions: Tensor, size: int) -> bool:
-    if positions.numel() != size or int(positions.min()) < 0 or int(positions.max()) >= size:
-        return False
-    seen = torch.zeros(size, dtype=torch.bool)
-    seen[positions] = True
-    return bool(seen.all())
-
-
 def _within_experts(operations: Sequence[Any]) -> bool:
     """True if these operations of transformers do not mix experts: they leave the first dimension alone."""
-    known = ("Concatenate", "Transpose", "Chunk", "Interleave")
-    return all(
-        type(operation).__name__ in known
-        and not getattr(operation, "check_dims", False)
-        and all(getattr(operation, name, 1) >= 1 for name in ("dim", "dim0", "dim1"))
-        for operation in operations
-    )
+    for operation in operations:
+        if type(operation).__name__ not in ("Concatenate", "Transpose", "Chunk", "Interleave"):
+            return False
+        if getattr(operation, "check_dims", False):
+            return False
+        if min(getattr(operation, name, 1) for name in ("dim", "dim0", "dim1")) < 1:
+            return False
+    return True
 
 
 # The stored tensors of a model folder that hold an adapted layer, found by transformers' own rules for reading them.
@@ -333,15 +379,18 @@ def groups(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> list[
     return group_list
 
 
-def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
+def find(
+    base: Path, model: "PreTrainedModel", layers: Iterable[str]
+) -> tuple[list[Group], dict[str, str]]:
     """Return the groups of stored tensors that hold these layers, and layer -> reason if one cannot be merged."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # A stack of experts has the name of its parameter, a linear layer that of its module.
     wanted = {layer if layer in parameters else f"{layer}.weight": layer for layer in layers}
-    stored, problems = tensors(base), _tied(model, parameters, wanted)
+    stored = tensors(base)
+    problems = _tied(model, parameters, wanted)
     read_from = as_transformers_reads(stored, model)
     by_tensor: dict[str, Group] = {}
-    problem_of_kind: dict[tuple[str, ...], str | None] = {}
+    problem_of_kind = {}
     for parameter, layer in wanted.items():
         if layer in problems:
             continue
@@ -351,41 +400,58 @@ def find(base: Path, model: "PreTrainedModel", layers: Iterable[str]) -> tuple[l
             _check(first, parameter, group)
             if group.kind not in problem_of_kind:
                 problem_of_kind[group.kind] = group.problem()
-            if problem := problem_of_kind[group.kind]:
-                raise UserError(f"{problem} ({group.stored[0].name}, ...)")
-            by_tensor[group.stored[0].name] = replace(first, layers={**first.layers, layer: parameter})
+            problem = problem_of_kind[group.kind]
+            name = group.stored[0].name
+            if problem:
+                raise UserError(f"{problem} ({name}, ...)")
+            by_tensor[name] = replace(first, layers={**first.layers, layer: parameter})
         except UserError as error:
             problems[layer] = str(error)
     return [group for group in by_tensor.values() if group.layers], problems
 
 
-def _tied(model: "PreTrainedModel", parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, str]:
+def _tied(
+    model: "PreTrainedModel", parameters: Mapping[str, Tensor], wanted: Mapping[str, str]
+) -> dict[str, str]:
     # A tied weight has no change of its own: merging the adapter would change the other layer as well.
     owners = Counter(id(parameter) for parameter in parameters.values())
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return {
         layer: f"its weight is tied to another layer; {_LEAVE_OUT}"
         for name, layer in wanted.items()
-        if (name in parameters and owners[id(parameters[name])] > 1) or (tied and layer.rpartition(".")[2] in _HEADS)
+        if (name in parameters and owners[id(parameters[name])] > 1)
+        or (tied and layer.rpartition(".")[2] in _HEADS)
     }
 
 
-def as_transformers_reads(places: Mapping[str, Stored], model: "PreTrainedModel") -> dict[str, Group]:
+def as_transformers_reads(
+    places: Mapping[str, Stored], model: "PreTrainedModel"
+) -> dict[str, Group]:
     return follow(places, model)[0]
 
 
-def follow(stored: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict[str, Group], dict[str, str]]:
+def follow(
+    stored: Mapping[str, Stored], model: "PreTrainedModel"
+) -> tuple[dict[str, Group], dict[str, str]]:
     """Return parameter -> the group it is read from, and unused tensor -> its name in the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    known, prefix = model.state_dict(), model.base_model_prefix
+    by_pattern: dict[str, Any] = {}
+    for converter in converters:
+        by_pattern |= dict.fromkeys(converter.source_patterns, converter)
+    known = model.state_dict()
+    prefix = model.base_model_prefix
     parts: dict[str, dict[str | None, list[Stored]]] = {}
-    unread: dict[str, str] = {}
+    unread = {}
     for name in sorted(stored, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, known)
         # Some renamings of transformers match names that the model already has.
@@ -395,7 +461,7 @@ def follow(stored: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict
             parts.setdefault(key, {}).setdefault(pattern, []).append(stored[name])
         else:
             unread[name] = key
-    group_of: dict[str, Group] = {}
+    group_of = {}
     for key, part in parts.items():
         group = _group(key, part, by_pattern, model)
         group_of.update(dict.fromkeys(group.shapes, group))
@@ -403,23 +469,30 @@ def follow(stored: Mapping[str, Stored], model: "PreTrainedModel") -> tuple[dict
 
 
 def _group(
-    key: str, part: Mapping[str | None, list[Stored]], by_pattern: Mapping[str, Any], model: "PreTrainedModel"
+    key: str,
+    part: Mapping[str | None, list[Stored]],
+    by_pattern: Mapping[str, Any],
+    model: "PreTrainedModel",
 ) -> Group:
     named = {pattern or key: tuple(entries) for pattern, entries in part.items()}
     converters = [by_pattern[pattern] for pattern in part if pattern is not None]
     if not converters:
         return Group(named, key, {key: named[key][0].shape}, None, model, {})
-    whole = [
-        (pattern, torch.empty(entry.shape, device="meta")) for pattern, entries in named.items() for entry in entries
-    ]
+    whole = []
+    for pattern, entries in named.items():
+        whole += [(pattern, torch.empty(entry.shape, device="meta")) for entry in entries]
     try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in convert(converters[0], key, whole, model).items()}
-    except Exception:  # transformers' operations failed, so the shapes are not known; _check refuses the layer
+        converted = convert(converters[0], key, whole, model)
+        shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
+    except Exception:
+        # transformers' operations failed, so the shapes are not known; _check refuses the layer.
         shapes = {key: ()}
     return Group(named, key, shapes, converters[0], model, {})
 
 
-def _by_suffix(parameter: str, stored: Mapping[str, Stored], base: Path, model: "PreTrainedModel") -> Group:
+def _by_suffix(
+    parameter: str, stored: Mapping[str, Stored], base: Path, model: "PreTrainedModel"
+) -> Group:
     # A file may have the names without the model's prefix, or with another prefix.
     parts = parameter.split(".")
     shorter = [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
@@ -442,18 +515,25 @@ def _check(first: Group, parameter: str, group: Group) -> None:
         raise UserError(f"its weight is tied to another layer; {_LEAVE_OUT}")
     if group.converter is None and len(names) > 1:
         raise UserError(f"its weight is stored twice, as {names[0]} and {names[1]}; {_LEAVE_OUT}")
-    if odd := group.odd:
+    odd = group.odd
+    if odd:
         raise UserError(
             f"{odd.name} is stored as {odd.dtype}, which a merge cannot change; use a base model in bfloat16, float16"
             " or float32"
         )
     if len({entry.dtype for entry in group.stored}) > 1:
-        raise UserError(f"its parts are stored in several precisions ({names[0]}, ...); {_LEAVE_OUT}")
+        raise UserError(
+            f"its parts are stored in several precisions ({names[0]}, ...); {_LEAVE_OUT}"
+        )
     own = tuple(group.model.get_parameter(parameter).shape)
     if not group.shapes.get(parameter):
-        raise UserError(f"it is not known how transformers converts its tensors ({names[0]}, ...); {_LEAVE_OUT}")
+        raise UserError(
+            f"it is not known how transformers converts its tensors ({names[0]}, ...); {_LEAVE_OUT}"
+        )
     if group.shapes[parameter] != own:
-        raise UserError(f"{names[0]} has the shape {group.shapes[parameter]}, config.json says {own}")
+        raise UserError(
+            f"{names[0]} has the shape {group.shapes[parameter]}, config.json says {own}"
+        )
 
 
 # The check of a model folder: do its stored tensors fit the model that its config describes?
@@ -468,6 +548,12 @@ class Fit:
     left_out: tuple[str, ...]
     """Tensors that the model does not use, such as layers that predict further tokens, or a vision part."""
 
+    def warning(self, model: Any, files: str) -> str:
+        return (
+            f"model.name: {type(model).__name__} does not use {plural(len(self.left_out), 'tensor')} in the files of"
+            f" {files}, so they are ignored: {some(self.left_out)}"
+        )
+
 
 def fit(folder: Path, model: "PreTrainedModel") -> Fit:
     """Compare the folder's headers with the model without weights; a quantised model is not compared."""
@@ -476,48 +562,49 @@ def fit(folder: Path, model: "PreTrainedModel") -> Fit:
     try:
         stored = tensors(folder)
         groups, unread = follow(stored, model)
-    except (UserError, AttributeError, ImportError, KeyError, TypeError):  # loading the model will name the problem
+    except (UserError, AttributeError, ImportError, KeyError, TypeError):
+        # Loading the model will name the problem.
         return Fit(None, ())
-    ignored = _ignored(model)
-    left_out = {name: key for name, key in unread.items() if not ignored.search(key)}
-    problem = _packed(groups, model) or _missing(groups, model) or _biased(folder, stored, left_out, model)
-    return Fit(problem, tuple(left_out))
-
-
-def _ignored(model: Any) -> re.Pattern[str]:
     # transformers leaves these out with good reason (PreTrainedModel._adjust_missing_and_unexpected_keys).
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
-    return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns)))
-
-
-def _packed(groups: Mapping[str, Group], model: "PreTrainedModel") -> str | None:
+    ignored = re.compile("|".join(f"({pattern})" for pattern in sorted(patterns)))
+    left_out = {name: key for name, key in unread.items() if not ignored.search(key)}
     for name, parameter in model.named_parameters():
-        if name in groups and parameter.is_floating_point() and (odd := groups[name].odd):
-            return unsupported_packing(odd.name, odd.dtype)
-    return None
+        odd = groups[name].odd if name in groups else None
+        if odd and parameter.is_floating_point():
+            return Fit(unsupported_packing(odd.name, odd.dtype), tuple(left_out))
+    problem = _missing(groups, model)
+    if problem is None:
+        # transformers would silently drop a bias that the config does not have. One of zeros changes nothing.
+        for name, key in left_out.items():
+            entry = stored[name]
+            known = is_unknown_bias(model, key) and entry.dtype in DTYPES
+            if known and bool(entry.read(folder).any()):
+                problem = unsupported_bias(model, name)
+                break
+    return Fit(problem, tuple(left_out))
 
 
 def _missing(groups: Mapping[str, Group], model: Any) -> str | None:
-    if any(group.converter is not None and () in group.shapes.values() for group in groups.values()):
+    if any(
+        group.converter is not None and () in group.shapes.values() for group in groups.values()
+    ):
         return None  # the parameters of a conversion that cannot be followed are not known
-    present = {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in groups}
+    present = {
+        id(tensor)
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if name in groups
+    }
     not_needed = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["$^"]))
     for name, parameter in model.named_parameters():
-        if id(parameter) not in present and name not in model.all_tied_weights_keys and not not_needed.search(name):
+        if (
+            id(parameter) not in present
+            and name not in model.all_tied_weights_keys
+            and not not_needed.search(name)
+        ):
             return (
                 f"has no weight {name}, which {type(model).__name__} needs by its config.json: download the model's"
                 " files again, or correct config.json"
             )
-    return None
-
-
-def _biased(
-    folder: Path, stored: Mapping[str, Stored], left_out: Mapping[str, str], model: "PreTrainedModel"
-) -> str | None:
-    # transformers would silently drop a bias that the config does not have. One of zeros changes nothing.
-    for name, key in left_out.items():
-        entry = stored[name]
-        if is_unknown_bias(model, key) and entry.dtype in DTYPES and bool(entry.read(folder).any()):
-            return unsupported_bias(model, name)
     return None

@@ -31,7 +31,12 @@ class Sample:
 def answered(result: TrainResult, tokenizer: Any) -> list[Sample]:
     text = partial(as_text, tokenizer)
     return [
-        Sample(text(item.prompt, special=True), text(item.reference), text(item.before), text(item.after))
+        Sample(
+            text(item.prompt, special=True),
+            text(item.reference),
+            text(item.before),
+            text(item.after),
+        )
         for item in result.answers
     ]
 
@@ -43,8 +48,7 @@ def score(config: Config, answers: Sequence[Sample]) -> Scores:
     judge = scoring.Judge(config.evaluation.scorer)
     before = [judge(item.before, item.reference) for item in answers]
     after = [judge(item.after, item.reference) for item in answers]
-    for line in scoring.partial_scores(after):
-        logger.info(line)
+    judge.tell_partial(after)
     return {"before": scoring.means(before), "after": scoring.means(after)}
 
 
@@ -64,18 +68,22 @@ def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any
     judge = scoring.Judge(config.evaluation.scorer)
     asked = wanted_questions(config.evaluation, held_out)
     names: set[str] = set()
-    why = "" if asked else "no held-out row has a question and an answer"
-    if why and config.evaluation.rows:
-        logger.warning(f"evaluation.scorer: no answers are scored, because {why}")
+    why = ""
+    if not asked:
+        why = "no held-out row has a question and an answer"
+        if config.evaluation.rows:
+            logger.warning(f"evaluation.scorer: no answers are scored, because {why}")
     most = config.evaluation.max_new_tokens
     lengths = [len(question.reference) - 1 for question in asked]  # without the end token
-    if longer := [length for length in lengths if length > most]:
+    longer = [length for length in lengths if length > most]
+    if longer:
         logger.warning(
             f"evaluation.max_new_tokens={most}: {len(longer)} of {plural(len(asked), 'reference')} are longer, so"
             f" answers to these rows are cut off and score lower; set it to {max(longer) + 1}"
         )
     references = [as_text(tokenizer, question.reference) for question in asked]
-    if empty := references.count(""):
+    empty = references.count("")
+    if empty:
         logger.warning(
             f"evaluation.scorer: {empty} of {plural(len(asked), 'reference')} consist of special tokens only, which"
             " scoring leaves out, so an empty answer counts as correct; use references in plain text"
@@ -84,7 +92,10 @@ def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any
         try:
             names |= judge(reference, reference).keys()
         except UserError as error:
-            raise UserError(f"{_origin(held_out, question.row)}: {error}") from error
+            origins = [
+                origin for index in range(len(held_out)) for origin in held_out.origins(index)
+            ]
+            raise UserError(f"{origins[question.row]}: {error}") from error
     if config.evaluation.rows and isinstance(config, Config):
         _check_gate(config, names, why)
     return frozenset(names)
@@ -96,16 +107,9 @@ def as_text(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
 
 
 def _check_gate(config: Config, names: Collection[str], why: str) -> None:
+    measured = {"eval/loss", "eval/perplexity", *(f"eval/{name}" for name in names)}
     for metric in (config.gate.metric, *(condition.metric for condition in config.gate.conditions)):
-        if metric not in ("eval/loss", "eval/perplexity") and metric.removeprefix("eval/") not in names:
+        if metric not in measured:
             scores = ", ".join(f"eval/{name}" for name in sorted(names)) or "nothing"
-            raise UserError(f"gate: {metric} is not measured: {why or f'{config.evaluation.scorer} returns {scores}'}")
-
-
-def _origin(store: TokenStore, row: int) -> str:
-    for index in range(len(store)):
-        origins = store.origins(index)
-        if row < len(origins):
-            return origins[row]
-        row -= len(origins)
-    raise IndexError(row)
+            why = why or f"{config.evaluation.scorer} returns {scores}"
+            raise UserError(f"gate: {metric} is not measured: {why}")

@@ -20,20 +20,32 @@ from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.schema import Config
+from olora_ray.config.tables import EXPORTERS
+from olora_ray.data.formats import format_named
 from olora_ray.data.tokenizer_spec import plain_template
-from olora_ray.model.folder import parameters, read_json, text_class
+from olora_ray.model.folder import read_json, text_class
 from olora_ray.model.load import end_tokens, tokenizer_in, too_large
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_gguf, export_losses, merge, portable
-from olora_ray.pipeline.export_losses import Compressed, OnOriginal, Work
-from olora_ray.pipeline.parity import Folders, Logits, MergedFolder, Parity, check_adapter, measure_logits
+from olora_ray.pipeline import export_losses, exporter, merge, model_card, model_files
+from olora_ray.pipeline.export_losses import Compressed, OnOriginal
+from olora_ray.pipeline.exporter import Work
+from olora_ray.pipeline.parity import (
+    Folders,
+    Logits,
+    MergedFolder,
+    Parity,
+    check_adapter,
+    measure_logits,
+)
 from olora_ray.pipeline.peft_folder import CONFIG, compress, new_adapter, replacing
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
 from olora_ray.train import checkpoints
 from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.objectives.objective import objective_named
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +55,10 @@ logger = logging.getLogger(__name__)
 def give_template(config: Config, tokenizer: Any, folder: Path, chosen: str | None = None) -> None:
     """Write the training's chat template into `folder`: `chosen`, or the default one if the base model has none."""
     chats = any(
-        source.format not in ("text", "tokens", "prompt_completion") or source.chat is True
-        for source in config.data.train
+        format_named(source.format).is_chat(source.chat is True) for source in config.data.train
     )
     if chosen or (chats and not models.has_chat_template(folder)):
-        portable.put_template(folder, chosen or plain_template(tokenizer))
+        model_files.put_template(folder, chosen or plain_template(tokenizer))
 
 
 def more_ends(ends: Collection[int], base: BaseModel, tokenizer: Any) -> str:
@@ -67,7 +78,7 @@ def keep_tokenizer(config: Config, name: str, own: Any, folder: Path) -> None:
     wanted = own.backend_tokenizer.to_str()
     for class_name in ("", "PreTrainedTokenizerFast", type(own).__name__):
         if class_name:
-            portable.name_class(folder, class_name)
+            model_files.name_class(folder, class_name)
         with contextlib.suppress(Exception):  # a class may fail with any exception
             read: Any = tokenizer_in(folder, config.model.trust_remote_code)
             if read.backend_tokenizer.to_str() == wanted:
@@ -117,16 +128,18 @@ def run_export(spec: TrainSpec, folder: RunFolder, result: TrainResult) -> Expor
     """
     assert result.state is not None
     step = result.state.step
-    if (parity := folder.exported(spec.config, step)) is not None:
+    parity = folder.exported(spec.config, step)
+    if parity is not None:
         return Exported(spec, folder, result, parity)
     wanted = worker_resources(spec.config)
     cpus = wanted["CPU"]
     # The workers have ended, so a merge on CPUs may use the cores of all of them, as far as they are on one node.
     if "GPU" not in wanted:
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-        cpus = min(cpus * spec.config.cluster.max_workers(), largest)
+        cpus = min(cpus * spec.config.cluster.most, largest)
     logger.info("exporting and checking the adapter and the merged model")
-    channel, done = make_channel(ray.get_runtime_context().get_node_id()), list[Any]()
+    channel = make_channel()
+    done: list[Any] = []
     with user_errors():
         job: Any = ray.remote(_export_aloud).options(
             num_cpus=cpus, num_gpus=wanted.get("GPU", 0), max_retries=3, retry_exceptions=[OSError]
@@ -146,14 +159,14 @@ def _export_aloud(channel: Any, *arguments: Any) -> dict[str, Any]:
 
 
 def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
-    """Write export/adapter, export/merged, export/gguf and export/parity.json from the best adapter up to `step`.
+    """Write the folder export/ of the best adapter up to `step`: adapter, merged, those of export.also, parity.json.
 
     Raises UserError if the checkpoint is missing, a weight cannot be merged, or the exports disagree with the trained
     model.
     """
     quiet_transformers()
     checkpoint = storage.join(folder.checkpoints, checkpoints.name_of(step))
-    work = export_losses.prepare(spec, checkpoint)
+    work = exporter.prepare(spec, checkpoint)
     with ExitStack() as stack:
         plain = stack.enter_context(node_cache.local_folder(folder.adapter))
         merged = merged_check = None
@@ -164,9 +177,15 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
             storage.remove(folder.merged)  # an earlier attempt may have had export.merged: true
         quantised = export_losses.loss_on_original(work)
         parity, compressed = _write_adapter(work, plain, merged, merged_check, quantised)
-        storage.remove(folder.gguf)  # of an earlier attempt, with another merged model
-        if spec.config.export.gguf and merged is not None and parity.ok:
-            _write_gguf(work, merged, stack.enter_context(node_cache.local_folder(folder.gguf)))
+        for name in EXPORTERS.names():
+            storage.remove(folder.export(name))  # of an earlier attempt, with another adapter
+        if parity.ok:
+            sources = {"adapter": plain}
+            if merged is not None:
+                sources["merged"] = merged
+            for name in spec.config.export.also:
+                out = stack.enter_context(node_cache.local_folder(folder.export(name)))
+                exporter.write(work, name, sources, out)
     measured = {"step": step, **parity.to_json()}
     if quantised is not None:
         measured["quantised"] = quantised.to_json()
@@ -176,25 +195,42 @@ def export_run(spec: TrainSpec, folder: RunFolder, step: int) -> dict[str, Any]:
         logger.info(f"adapter of rank {compressed.rank}: {compressed.in_words()}")
     folder.write_parity(spec.config, measured)
     if not parity.ok:
-        raise UserError(f"export: {'; '.join(parity.problems())}; the model is not registered, see {folder.parity}")
+        raise UserError(
+            f"export: {'; '.join(parity.problems())}; the model is not registered, see {folder.parity}"
+        )
     return measured
 
 
 def _write_adapter(
-    work: Work, out: Path, merged: Path | None, merged_check: MergedFolder | None, quantised: OnOriginal | None
+    work: Work,
+    out: Path,
+    merged: Path | None,
+    merged_check: MergedFolder | None,
+    quantised: OnOriginal | None,
 ) -> tuple[Parity, Compressed | None]:
     # The check comes before the model card, which contains its result. All comparisons use the original weights: the
     # export is for them, even if training used quantised ones.
-    config, limit = work.spec.config, work.spec.config.export.rank
-    written, lost = compress(work.adapter, limit) if limit else (work.adapter, 0.0)
-    name, revision = public_name(work.base), _revision(config, work.base)
+    config = work.spec.config
+    written = work.adapter
+    compressed = None
+    if config.export.rank:
+        written, lost = compress(work.adapter, config.export.rank)
+        loss = export_losses.compressed_loss(work, written) if lost else None
+        compressed = Compressed(config.export.rank, lost, loss)
+    name = public_name(work.base)
+    revision = _revision(config, work.base)
+    card = about_data(work.spec)
     logger.info("export: writing the adapter, and loading it with PEFT")
     with new_adapter(written, config.adapter, name, out, work.model, revision) as (folder, rank):
         peft = check_adapter(folder, work.model, written, config.adapter.scale())
-        logits = "compression of the adapter changes the logits" if lost else _logits(work, merged, folder)
+        if compressed and compressed.lost:
+            logits: Logits | str = "compression of the adapter changes the logits"
+            card["compressed"] = compressed.in_words(reasons=False)
+        else:
+            logits = _logits(work, merged, folder)
+        if quantised:
+            card["quantised"] = quantised.in_words(reasons=False)
         parity = Parity(merged_check, peft, logits)
-        loss = export_losses.compressed_loss(work, written) if lost else None
-        compressed = Compressed(limit, lost, loss) if limit else None
         complete(
             config,
             work.base,
@@ -204,10 +240,8 @@ def _write_adapter(
             work.tokenizer,
             work.spec.template,
             merged,
-            **about_data(work.spec),
+            **card,
             checked=parity.in_words(quantised is not None),
-            compressed=compressed.in_words(reasons=False) if compressed and lost else "",
-            quantised=quantised.in_words(reasons=False) if quantised else "",
             ends=more_ends(work.spec.eos, work.base, work.tokenizer),
             stacked="target_parameters" in read_json(folder / CONFIG),
         )
@@ -216,45 +250,51 @@ def _write_adapter(
 
 def _write_merged(work: Work, out: Path) -> MergedFolder:
     """Write the merged folder and check it; the folder of a stopped attempt is kept if its bytes are right."""
-    if out.is_dir() and not (kept := _check_merged(work, out)).problems():
-        logger.info("export: keeping the merged model of an earlier attempt, which has the right bytes")
-        return kept
-    base, scale = Path(work.base.folder), work.spec.config.adapter.scale()
+    if out.is_dir():
+        kept = _check_merged(work, out)
+        if not kept.problems():
+            logger.info(
+                "export: keeping the merged model of an earlier attempt, which has the right bytes"
+            )
+            return kept
+    base = Path(work.base.folder)
+    scale = work.spec.config.adapter.scale()
     with replacing(out) as partial_folder:
         size = sum(group.size for group in work.groups) / 2**30
-        logger.info(f"export: merging the adapter into {plural(len(work.groups), 'weight')}, {size:.2f} GiB")
+        logger.info(
+            f"export: merging the adapter into {plural(len(work.groups), 'weight')}, {size:.2f} GiB"
+        )
         merge.copy_files(base, partial_folder)
         merge.merge(base, partial_folder, work.groups, work.adapter, scale, assigned_device())
         give_template(work.spec.config, work.tokenizer, partial_folder, work.spec.template)
         if more_ends(work.spec.eos, work.base, work.tokenizer):
-            portable.end_with(partial_folder, work.spec.eos)
+            model_files.end_with(partial_folder, work.spec.eos)
     logger.info("export: checking the merged weights")
     return _check_merged(work, out)
 
 
 def _check_merged(work: Work, folder: Path) -> MergedFolder:
-    base, scale = Path(work.base.folder), work.spec.config.adapter.scale()
-    if changed := merge.changed(base, folder, work.groups):
+    base = Path(work.base.folder)
+    changed = merge.changed(base, folder, work.groups)
+    if changed:
         return MergedFolder(merge.Worst(0.0, "", "float32"), tuple(changed))
-    return MergedFolder(merge.check_weights(base, folder, work.groups, work.adapter, scale, assigned_device()), ())
-
-
-def _write_gguf(work: Work, merged: Path, out: Path) -> None:
-    config = work.spec.config
-    assert config.export.gguf is not None
-    with replacing(out) as partial_folder:
-        file = partial_folder / f"{config.run.name}-{config.export.gguf.upper()}.gguf"
-        logger.info(f"writing {file.name}")
-        export_gguf.write_gguf(merged, file, work.model, config, work.spec.eos)
+    scale = work.spec.config.adapter.scale()
+    device = assigned_device()
+    return MergedFolder(
+        merge.check_weights(base, folder, work.groups, work.adapter, scale, device), ()
+    )
 
 
 def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
-    spec, device = work.spec, assigned_device()
-    if why := too_large(parameters(work.base.folder), torch.float32, device):
+    spec = work.spec
+    device = assigned_device()
+    why = too_large(work.base.folder, torch.float32, device)
+    if why:
         return why
     logger.info("export: comparing logits with the trained model's")
     folders = Folders(Path(work.base.folder), merged, plain, spec.config.model.trust_remote_code)
-    tokens, scale = first_examples(spec.eval or spec.train), spec.config.adapter.scale()
+    tokens = first_examples(spec.eval or spec.train)
+    scale = spec.config.adapter.scale()
     logits = measure_logits(folders, work.model, work.groups, work.adapter, scale, tokens, device)
     if isinstance(logits, str):
         logger.info(f"export: cannot compare logits: {logits}")
@@ -263,8 +303,10 @@ def _logits(work: Work, merged: Path | None, plain: Path) -> Logits | str:
 
 def public_name(base: BaseModel) -> str:
     """Return the name by which PEFT and vLLM open the base model: a hub id, otherwise its folder in this cluster."""
-    elsewhere = storage.is_uri(base.name) or base.name.startswith("models:/") or Path(base.name).exists()
-    return base.folder if elsewhere else base.name
+    name = base.name
+    if storage.is_uri(name) or name.startswith("models:/") or Path(name).exists():
+        return base.folder
+    return name
 
 
 def _revision(config: Config, base: BaseModel) -> str | None:
@@ -272,7 +314,7 @@ def _revision(config: Config, base: BaseModel) -> str | None:
 
 
 def complete(
-    config: Config,
+    config: DecidedConfig,
     base: BaseModel,
     state: TrainState,
     adapter: Path,
@@ -286,11 +328,11 @@ def complete(
 
     `card_fields` are further fields of `Card`.
     """
-    portable.copy_tokenizer(Path(base.folder), adapter)
+    model_files.copy_tokenizer(Path(base.folder), adapter)
     keep_tokenizer(config, base.name, tokenizer, adapter)
     had = models.has_chat_template(adapter)
     give_template(config, tokenizer, adapter, template)
-    card = portable.Card(
+    card = model_card.Card(
         base_name=public_name(base),
         base_digest=base.digest,
         revision=_revision(config, base),
@@ -298,27 +340,32 @@ def complete(
         rank=rank,
         sources=config.data.train,
         batch=config.train.global_batch,
-        max_length=config.data.length(),
+        max_length=config.data.max_length,
         steps=step_of_best(state),
         eval_loss=state.best_loss,
+        unit=objective_named(config.train.objective).unit,
         own_template=template is not None or had != models.has_chat_template(adapter),
         loader=text_class(Path(base.folder)).__name__,
         license=license_of(config, base),
-        place=config.export.push or portable.Card.place,
+        place=config.export.push or model_card.Card.place,
         **card_fields,
     )
-    (adapter / "README.md").write_text(portable.model_card(card), encoding="utf-8")
+    (adapter / "README.md").write_text(model_card.model_card(card), encoding="utf-8")
     if merged:
         whole = replace(card, merged=True, ends="", compressed="")
-        (merged / "README.md").write_text(portable.model_card(whole), encoding="utf-8")
+        (merged / "README.md").write_text(model_card.model_card(whole), encoding="utf-8")
 
 
 def about_data(spec: TrainSpec) -> dict[str, Any]:
     """Return the fields of `Card` about the data of a run."""
-    data, held_out = spec.config.data, ""
+    data = spec.config.data
+    held_out = ""
     if spec.eval is not None:
         held_out = _rows(spec.eval)
-        held_out += portable.in_words(data.eval) if data.eval else f"{data.eval_fraction:g} of the training rows"
+        if data.eval:
+            held_out += model_card.in_words(data.eval)
+        else:
+            held_out += f"{data.eval_fraction:g} of the training rows"
     return {"rows": _rows(spec.train), "held_out": held_out, "continued": bool(spec.start)}
 
 
@@ -333,7 +380,7 @@ def _rows(store: TokenStore) -> str:
 def license_of(config: Config, base: BaseModel) -> dict[str, Any]:
     """Return the license's fields of the model cards; empty if neither the config nor the base model's card has one."""
     hub_id = None if Path(public_name(base)).is_absolute() else base.name
-    return portable.license_of(Path(base.folder), hub_id, config.export.license)
+    return model_card.license_of(Path(base.folder), hub_id, config.export.license)
 
 
 def first_examples(store: TokenStore) -> list[torch.Tensor]:
@@ -342,12 +389,15 @@ def first_examples(store: TokenStore) -> list[torch.Tensor]:
     # 32,768 tokens would need a hundred gigabytes.
     examples: list[torch.Tensor] = []
     room = PARITY_TOKENS
-    for index in range(store.available):
-        pack, offset = store[index], 0
+    for index in range(len(store)):
+        pack = store[index]
+        offset = 0
         for size in pack.segments:
             if size > room and examples:
                 return examples
             taken = min(size, room)
-            examples.append(torch.tensor(pack.input_ids[offset : offset + taken], dtype=torch.int64)[None])
-            offset, room = offset + size, room - taken
+            ids = pack.input_ids[offset : offset + taken]
+            examples.append(torch.tensor(ids, dtype=torch.int64)[None])
+            offset += size
+            room -= taken
     return examples

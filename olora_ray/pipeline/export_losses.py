@@ -1,65 +1,28 @@
-"""The opened base model and adapter of an export, and the losses that an export may change."""
+"""The losses that an export may change."""
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from olora_ray.adapter.inject import inject, remove
-from olora_ray.adapter.layer import AdapterWeights
-from olora_ray.cluster.spec import TrainSpec
+from olora_ray.adapter.inject import remove
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import first_line
-from olora_ray.config.load import override
-from olora_ray.config.schema import Config
-from olora_ray.model.folder import parameters
-from olora_ray.model.load import load_tokenizer, pick_dtype, skeleton, too_large
-from olora_ray.model.source import BaseModel, on_this_node
-from olora_ray.model.stored import Group, groups
-from olora_ray.tokens.collate import collate
+from olora_ray.model.load import pick_dtype, too_large
+from olora_ray.pipeline.exporter import Work
+from olora_ray.pipeline.parity import with_adapter
+from olora_ray.pipeline.peft_folder import Adapters
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train import checkpoints
-from olora_ray.train.checkpoint import TrainState
+from olora_ray.train.held_out import held_out
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.objectives.objective import objective_named
 from olora_ray.train.parallel import load_frozen
 from olora_ray.train.self_test import choose_attention
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Work:
-    """The opened base model and adapter on this node."""
-
-    spec: TrainSpec
-    base: BaseModel
-    model: "PreTrainedModel"
-    """The base model without weights."""
-    adapter: dict[str, AdapterWeights]
-    state: TrainState
-    groups: list[Group]
-    """The adapted weights of the whole model."""
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.base, self.spec.config.model)
-
-
-def prepare(spec: TrainSpec, checkpoint: str) -> Work:
-    """Open base model and adapter; raise UserError if export.merged is set and a weight cannot be merged."""
-    base, read = on_this_node(spec.base, spec.config), checkpoints.read(checkpoint)
-    model, adapter = skeleton(base, spec.config.model), read.best_adapter()
-    adapted = groups(Path(base.folder), model, adapter) if spec.config.export.merged else []
-    return Work(spec, base, model, adapter, read.state, adapted)
-
 
 # The loss of a finished adapter before and after a change by the export (compression, original weights).
 
@@ -67,14 +30,13 @@ def prepare(spec: TrainSpec, checkpoint: str) -> Work:
 LOSS_TOKENS = 2**14
 """Largest number of tokens for a loss, because only one process measures it."""
 
-Adapter = Mapping[str, AdapterWeights]
-Side = tuple[str, Adapter]
+Side = tuple[str, Adapters]
 """(model.quantization of the base model, adapter on it)."""
 
 
 @dataclass(frozen=True)
 class LossPair:
-    """Mean losses per supervised token on the same rows."""
+    """The objective's mean losses on the same rows."""
 
     tokens: int
     """Number of supervised tokens."""
@@ -86,68 +48,62 @@ class LossPair:
     def in_words(self, before: str, after: str) -> str:
         """Return `1.2345 BEFORE, 1.2300 AFTER (-0.0045, on 1,234 tokens)`."""
         return (
-            f"{self.before:.4f} {before}, {self.after:.4f} {after} ({self.difference:+.4f}, on {self.tokens:,} tokens)"
+            f"{self.before:.4f} {before}, {self.after:.4f} {after} "
+            f"({self.difference:+.4f}, on {self.tokens:,} tokens)"
         )
 
 
 def held_out_loss(work: Work, store: TokenStore, sides: Sequence[Side]) -> LossPair | str:
     """Return the losses of both sides on the first rows of a token store, or the reason why they are not measured."""
-    config, device = work.spec.config, assigned_device()
-    if why := too_large(parameters(work.base.folder), pick_dtype(config.model, device), device):
+    config = work.spec.config
+    device = assigned_device()
+    why = too_large(work.base.folder, pick_dtype(config.model, device), device)
+    if why:
         return why
-    packs, losses, tokens = _first(store), [], 0
+    # The first sequences, with at most LOSS_TOKENS in total, but at least one.
+    packs: list[Pack] = []
+    size = 0
+    for number in range(len(store)):
+        pack = store[number]
+        size += len(pack.input_ids)
+        if packs and size > LOSS_TOKENS:
+            break
+        packs.append(pack)
+    losses: list[float] = []
     try:
         for quantization, some in itertools.groupby(sides, lambda side: side[0]):
-            own = override(config, {"model.quantization": quantization})
-            tokens, side_losses = _on_one_base(own, work, [adapter for _, adapter in some], packs, device)
+            adapters = [adapter for _, adapter in some]
+            tokens, side_losses = _on_one_base(quantization, work, adapters, packs, device)
             losses += side_losses
-    except Exception as error:  # the model's own code may fail on this device, and the export may still be right
+    except Exception as error:
+        # The model's own code may fail on this device, and the export may still be right.
         return f"the model does not run here: {first_line(error)}"
     before, after = losses
-    return (
-        LossPair(tokens, before, after, after - before) if math.isfinite(after - before) else "the loss is not finite"
-    )
+    if not math.isfinite(after - before):
+        return "the loss is not finite"
+    return LossPair(tokens, before, after, after - before)
 
 
 def _on_one_base(
-    config: Config, work: Work, adapters: Sequence[Adapter], packs: Sequence[Pack], device: torch.device
+    quantization: str,
+    work: Work,
+    adapters: Sequence[Adapters],
+    packs: Sequence[Pack],
+    device: torch.device,
 ) -> tuple[int, list[float]]:
-    model: Any = load_frozen(Path(work.base.folder), config.model, device)
+    config = work.spec.config
+    settings = config.model.model_copy(update={"quantization": quantization})
+    model: Any = load_frozen(Path(work.base.folder), settings, device)
     loss = SupervisedLoss(model).to(device)
     attention = choose_attention(loss, packs[:8], config, device).attention
-    width = config.train.micro()
-    batches = [collate(packs[start : start + width], attention) for start in range(0, len(packs), width)]
-    tokens, losses = sum(len(batch.labels) for batch in batches), []
+    objective = objective_named(config.train.objective)
+    losses = []
     for adapter in adapters:
-        with _adapted(loss, adapter, config.adapter.scale(), device), torch.no_grad():
-            losses.append(sum(float(loss(batch.to(device)).double()) for batch in batches) / tokens)
-    return tokens, losses
-
-
-@contextmanager
-def _adapted(loss: SupervisedLoss, adapter: Adapter, scale: float, device: torch.device) -> Iterator[None]:
-    layers = inject(loss.model, {name: weights.factors for name, weights in adapter.items()}, scale)
-    for name, layer in layers.items():
-        layer.da.data.copy_(adapter[name].da)
-        layer.db.data.copy_(adapter[name].db)
-        layer.to(device)
-    try:
-        yield
-    finally:
+        with_adapter(loss.model, adapter, config.adapter.scale())
+        found = held_out(loss, packs, objective, attention, config.train.micro_batch)
+        losses.append(found.loss)
         remove(loss.model)
-
-
-def _first(store: TokenStore) -> list[Pack]:
-    """Return the first sequences, with at most LOSS_TOKENS in total, but at least one."""
-    packs: list[Pack] = []
-    tokens = 0
-    for number in range(store.available):
-        pack = store[number]
-        tokens += len(pack.input_ids)
-        if packs and tokens > LOSS_TOKENS:
-            break
-        packs.append(pack)
-    return packs
+    return found.whole.supervised, losses
 
 
 # The change of the loss when an adapter of a quantised base model is used with the original weights.
@@ -169,19 +125,24 @@ class OnOriginal:
 
     def in_words(self, reasons: bool = True) -> str:
         # The model card is public: without `reasons` the sentence has no paths or errors of this machine.
-        start = f"trained on the base model as {self.quantization}, exported for the original weights"
+        start = (
+            f"trained on the base model as {self.quantization}, exported for the original weights"
+        )
         name = "held-out loss" if self.rows == "held-out" else "loss on training rows"
         if isinstance(self.loss, str):
-            return f"{start}; the {name} was not compared{f': {self.loss}' if reasons else ''}"
+            why = f": {self.loss}" if reasons else ""
+            return f"{start}; the {name} was not compared{why}"
         return f"{start}: {name} {self.loss.in_words('on the quantised base model', 'on the original weights')}"
 
 
 def loss_on_original(work: Work) -> OnOriginal | None:
     """Return the loss of the adapter on both base models; None if training used no quantisation."""
-    spec, quantization = work.spec, work.spec.config.model.quantization
+    spec = work.spec
+    quantization = spec.config.model.quantization
     if quantization == "none":
         return None
-    loss = held_out_loss(work, spec.eval or spec.train, [(quantization, work.adapter), ("none", work.adapter)])
+    sides = [(quantization, work.adapter), ("none", work.adapter)]
+    loss = held_out_loss(work, spec.eval or spec.train, sides)
     return OnOriginal(quantization, "held-out" if spec.eval else "training", loss)
 
 
@@ -205,11 +166,12 @@ class Compressed:
         if self.loss is None:
             return share
         if isinstance(self.loss, str):
-            return f"{share}; the held-out loss is not measured{f': {self.loss}' if reasons else ''}"
+            why = f": {self.loss}" if reasons else ""
+            return f"{share}; the held-out loss is not measured{why}"
         return f"{share}; held-out loss {self.loss.in_words('before compression', 'after')}"
 
 
-def compressed_loss(work: Work, smaller: Adapter) -> LossPair | str:
+def compressed_loss(work: Work, smaller: Adapters) -> LossPair | str:
     """Return held-out losses with the trained and the smaller adapter on the stored weights, or why there are none."""
     if work.spec.eval is None:
         return "no rows are held out"

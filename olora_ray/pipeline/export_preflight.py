@@ -21,7 +21,7 @@ from olora_ray.config.schema import Config
 from olora_ray.model import stored
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline import export_gguf
+from olora_ray.pipeline import exporter
 from olora_ray.pipeline.parity import BOUND, check_adapter
 from olora_ray.pipeline.peft_folder import write_adapter
 
@@ -36,38 +36,37 @@ _RANK = 1
 
 
 def problems(base: BaseModel, config: Config, targets: Iterable[str]) -> list[str]:
-    """Return one line per type of layer that can be trained but not exported, with the setting to change.
-
-    `targets` are the full names of the layers to adapt. A result without problems is cached on this node.
-    """
-    names = list(targets)
-    entry = node_cache.result_path(
-        "export-trials", *map(repr, (base, config.model, config.adapter, config.export)), *names
-    )
-    if base.digest and node_cache.read(entry) == _PASSED:
-        return []
-    lines = _lines(base, config, names)
-    if base.digest and not lines:
-        node_cache.keep(entry, _PASSED)
+    """Return one line per type of layer that can be trained but not exported, with the setting to change."""
+    lines = _of_adapter(base, config, list(targets))
+    if config.export.also and not lines:
+        lines = [*exporter.problems(base, skeleton(base, config.model), config)]
     return lines
 
 
-def _lines(base: BaseModel, config: Config, names: Sequence[str]) -> list[str]:
+def _of_adapter(base: BaseModel, config: Config, names: Sequence[str]) -> list[str]:
+    # `names` are the full names of the layers to adapt. A result without problems is cached on this node.
+    tried = (base, config.model, config.adapter, config.export.merged)
+    entry = node_cache.result_path("export-trials", *map(repr, tried), *names)
+    if base.digest and node_cache.read(entry) == _PASSED:
+        return []
+    folder = Path(base.folder)
     model = skeleton(base, config.model)
-    if packed := _packed(Path(base.folder), model, names):
-        return packed
-    lines = _unreadable(model, config, names)
-    if config.export.merged:
-        lines += _unmergeable(Path(base.folder), model, names)
-    if line := export_gguf.problem(Path(base.folder), model, config):
-        lines.append(line)
+    lines = _packed(folder, model, names)
+    if not lines:
+        lines = _unreadable(model, config, names)
+        if config.export.merged:
+            lines += _unmergeable(folder, model, names)
+    if base.digest and not lines:
+        node_cache.keep(entry, _PASSED)
     return lines
 
 
 def _packed(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
     # Without this check the workers would fail on these layers, after Ray has started and the tokens are prepared.
     settings: Any = getattr(model.config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = getattr(settings, "quant_method", None)
+    if isinstance(settings, dict):
+        method = settings.get("quant_method")
     method_name = str(getattr(method, "value", method))
     if method_name not in _STAY_PACKED:
         return []
@@ -93,12 +92,18 @@ def _unmergeable(folder: Path, model: "PreTrainedModel", names: Sequence[str]) -
         return [f"export: {error}; or set export.merged: false"]
     lines: dict[tuple[str, str], str] = {}
     for name, why in refused.items():
-        lines.setdefault((generic(name), generic(why)), f"adapter.targets: {name} cannot be merged: {why}")
+        lines.setdefault(
+            (generic(name), generic(why)), f"adapter.targets: {name} cannot be merged: {why}"
+        )
     return [f"{line}; or set export.merged: false" for line in lines.values()]
 
 
 def _unreadable(model: "PreTrainedModel", config: Config, names: Sequence[str]) -> list[str]:
-    chosen = _chosen(model, names)
+    # All linear layers, and of each type of expert stack the first and the last, because stacks are large. PEFT wraps a
+    # module for all of its stacks together.
+    stacks = {name: name.rpartition(".")[0] for name in names if is_stack(model, name)}
+    modules = {stacks[name] for name in _ends(stacks)}
+    chosen = [name for name in names if name not in stacks or stacks[name] in modules]
     adapter = {name: _stand_in(model, name, number) for number, name in enumerate(chosen)}
     settings = config.adapter.model_copy(update={"rank": _RANK})
     with tempfile.TemporaryDirectory(prefix="olora-trial-") as temporary:
@@ -112,30 +117,25 @@ def _unreadable(model: "PreTrainedModel", config: Config, names: Sequence[str]) 
             f"adapter.targets: PEFT computes another change of {report.layer} (relative error {report.error:.2g}, limit"
             f" {BOUND:g}); leave {_last(report.layer)} out of adapter.targets"
         ]
-    return [
-        f"adapter.targets: the adapter could not be exported: {line}; {_remedy(line, chosen)}"
-        for line in report.problems
-    ]
-
-
-def _remedy(line: str, names: Sequence[str]) -> str:
-    words = set(re.split(r"[^\w.]+", line))
-    blamed = sorted({_last(name) for name in names if {name, _last(name)} & words})
-    return f"leave {' and '.join(blamed)} out of adapter.targets" if blamed else "name other layers in adapter.targets"
-
-
-def _chosen(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
-    """Return all linear layers, and of each type of expert stack the first and the last, because stacks are large."""
-    stacks = {name: name.rpartition(".")[0] for name in names if is_stack(model, name)}
-    modules = {stacks[name] for name in _ends(stacks)}  # PEFT wraps a module for all of its stacks together
-    return [name for name in names if name not in stacks or stacks[name] in modules]
+    lines = []
+    for line in report.problems:
+        words = set(re.split(r"[^\w.]+", line))
+        blamed = sorted({_last(name) for name in chosen if {name, _last(name)} & words})
+        remedy = "name other layers in adapter.targets"
+        if blamed:
+            remedy = f"leave {' and '.join(blamed)} out of adapter.targets"
+        lines.append(f"adapter.targets: the adapter could not be exported: {line}; {remedy}")
+    return lines
 
 
 def _ends(names: Iterable[str]) -> list[str]:
     types: dict[str, list[str]] = {}
     for name in names:
         types.setdefault(generic(name), []).append(name)
-    return list(dict.fromkeys(end for members in types.values() for end in (members[0], members[-1])))
+    ends: list[str] = []
+    for members in types.values():
+        ends += dict.fromkeys([members[0], members[-1]])
+    return ends
 
 
 def generic(name: str) -> str:
@@ -152,8 +152,8 @@ def _stand_in(model: "PreTrainedModel", name: str, seed: int) -> AdapterWeights:
     if stored_transposed(model, name):
         m, n = n, m
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*experts, *shape, generator=generator)
-
-    return AdapterWeights(Factors(draw(_RANK, n), draw(m, _RANK)), draw(_RANK, n), draw(m, _RANK))
+    a0, b0, da, db = (
+        torch.randn(*experts, *shape, generator=generator)
+        for shape in ((_RANK, n), (m, _RANK), (_RANK, n), (m, _RANK))
+    )
+    return AdapterWeights(Factors(a0, b0), da, db)

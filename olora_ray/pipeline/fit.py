@@ -4,29 +4,33 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError, RayError
 
-from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Message, Saved, Started, make_channel
-from olora_ray.cluster.failures import cause, counts, passes, user_errors
-from olora_ray.cluster.group import Fit, Group, answer, end_hung, ray_trainer
-from olora_ray.cluster.resources import PlacementRequest, free_abandoned, free_workers, worker_resources
+from olora_ray.cluster.connection import Stop
+from olora_ray.cluster.failures import Failure, user_errors
+from olora_ray.cluster.group import Fit, Group, ray_trainer
+from olora_ray.cluster.resources import (
+    PlacementRequest,
+    free_abandoned,
+    free_workers,
+    worker_resources,
+)
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.text import plural
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.progress import Progress, batch_split
 from olora_ray.pipeline.prometheus import Telemetry
-from olora_ray.pipeline.run_folder import RunFolder, RunState
-from olora_ray.tokens.prepare import CompleteStore, StoreBuild
+from olora_ray.pipeline.run_folder import RunFolder, RunState, by_step
+from olora_ray.tokens.prepare import StoreBuild
 from olora_ray.tracking.run import Tracker
 from olora_ray.train import checkpoint, checkpoints
-from olora_ray.train.loader import Schedule
+from olora_ray.train.loader import known_steps
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +38,16 @@ OnRow = Callable[[int, dict[str, float]], None]
 """Receives the metrics of every step; after a restart also those of earlier steps again."""
 
 
+@dataclass
 class Monitor:
-    def __init__(
-        self, channel: Any, tracker: Tracker, progress: Progress, telemetry: Telemetry, on_row: OnRow | None = None
-    ) -> None:
-        self.channel, self.tracker, self.progress, self.telemetry = channel, tracker, progress, telemetry
-        self.on_row = on_row
-        self.highest = tracker.last_step("train/loss") or 0
+    channel: Any
+    tracker: Tracker
+    progress: Progress
+    telemetry: Telemetry
+    on_row: OnRow | None = None
+
+    def __post_init__(self) -> None:
+        self.highest = self.tracker.last_step("train/loss") or 0
         """The last step that a worker has reported as done."""
 
     def collect(self, on_start: Callable[[Started], None]) -> None:
@@ -57,10 +64,10 @@ class Monitor:
                 case Saved():
                     self.telemetry.saved(message.seconds)
                 case Started():
-                    rows |= {int(row["step"]): _without_step(row) for row in message.history}
+                    rows |= by_step(message.history)
                     on_start(message)
                 case dict():
-                    rows[int(message["step"])] = _without_step(message)
+                    rows |= by_step([message])
                     self.highest = max(self.highest, int(message["step"]))
                     self.progress.row(message)
                     self.telemetry.row(message)
@@ -69,10 +76,6 @@ class Monitor:
         if self.on_row:
             for step, row in sorted(rows.items()):
                 self.on_row(step, row)
-
-
-def _without_step(row: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "step"}
 
 
 # Groups of workers of one training: choose the number of workers for each, and decide whether another one follows.
@@ -90,7 +93,7 @@ KEEP = 600.0
 """Seconds between two writes of the resources that were used. A killed driver loses the count of this time."""
 
 
-class Attempts:
+class Supervisor:
     """Starts one group of workers after the other, until one finishes the training."""
 
     # We choose the number of workers instead of Ray's elastic policy. To grow, that policy restarts from whatever
@@ -100,7 +103,7 @@ class Attempts:
     def __init__(
         self,
         spec: TrainSpec,
-        build: StoreBuild | CompleteStore,
+        build: StoreBuild | None,
         monitor: Monitor,
         stop: Stop,
         worker: Mapping[str, float],
@@ -112,99 +115,119 @@ class Attempts:
 
         `keep_used` gets the resource seconds of this process's groups, now and then and at the end.
         """
-        self.spec, self.build, self.monitor, self.stop = spec, build, monitor, stop
-        self.channel, self.progress, self.fit = monitor.channel, monitor.progress, fit
-        self.worker, self.placed = worker, placed
-        self.schedule = Schedule(spec.config.train, build.store)
+        self.spec = spec
+        self.cluster = spec.config.cluster
+        self.build = build
+        self.monitor = monitor
+        self.channel = monitor.channel
+        self.progress = monitor.progress
+        self.stop = stop
+        self.worker = worker
+        self.fit = fit
+        self.placed = placed
+        self.keep_used = keep_used
         self.workers: int | None = None
         """Size of the group that trains or that trained last."""
         self.failures = 0
         """Failures that count against cluster.max_failures."""
         self.cause: str | None = None
         """Reason why a new group starts; None once it has started."""
-        self._asked = self._warned = self._running = self._silent = False
+        self._asked = self._running = self._silent = False
         self._hung: str | None = None
         """Why the driver has ended the group; None if it has not."""
         self._waited_since = self._looked = self._counted = self._kept = time.monotonic()
         self._room = 0
-        self.used, self.keep_used = dict.fromkeys(worker, 0.0), keep_used
+        self.used = dict.fromkeys(worker, 0.0)
 
     def run(self) -> TrainResult:
         """Train until done; raise UserError with the last failure, and Stopped after a signal."""
-        cluster = self.spec.config.cluster
         # A trial must not wait for room: processes that trials share hold their resources until the search ends.
-        at_once = self.placed or not cluster.is_elastic()
+        at_once = self.placed or not self.cluster.is_elastic
         while True:
-            group = Group(self.fit, cluster.max_workers() if at_once else self._wait_for_room(), self.channel)
+            workers = self.cluster.most if at_once else self._wait_for_room()
+            group = Group(self.fit, workers, self.channel)
             try:
                 result = self._follow(group)
             except (RayActorError, ray.train.TrainingFailedError) as error:
-                self._failed(error)
+                if self.build and error is self.build.problem:
+                    raise
+                failure = Failure(error)
+                self.failures += failure.counts
+                reason = self._hung or failure.cause
+                if 0 <= self.cluster.max_failures < self.failures:
+                    error_type = TryAgain if failure.passes else UserError
+                    raise error_type(
+                        f"training failed after {self.failures - 1} restarts: {reason}"
+                    ) from error
+                # If another group fails before it trains, the first reason is the cause, and later ones are
+                # consequences.
+                self.cause = self.cause or reason
+                self._announce("starting the workers again" if failure.counts else "retrying")
             else:
                 if self._is_final(result):
                     return result
-            answer(self.channel.begin.remote())
+            group.begin()
             at_once = self.placed
-
-    def _failed(self, error: Exception) -> None:
-        self.failures += counts(error)
-        reason = self._hung or cause(error)
-        if 0 <= self.spec.config.cluster.max_failures < self.failures:
-            error_type = TryAgain if passes(error) else UserError
-            raise error_type(f"training failed after {self.failures - 1} restarts: {reason}") from error
-        # If another group fails before it trains, the first reason is the cause, and later ones are consequences.
-        self.cause = self.cause or reason
-        self._announce("starting the workers again" if counts(error) else "retrying")
 
     def _is_final(self, result: TrainResult) -> bool:
         """False if another group resumes this training; raises UserError and Stopped as `run`."""
-        with user_errors():
-            if self.build.problem is not None or self.build.store.total is not None:
+        if self.build and (self.build.problem or self.build.store.total is not None):
+            with user_errors():
                 self.build.join()  # the last rows may exceed data.max_rejected
         if result.problem:
-            raise (TryAgain if result.passes else UserError)(result.problem)
+            error_type = TryAgain if result.passes else UserError
+            raise error_type(result.problem)
         if not result.interrupted:
             return True
         assert result.state is not None
         if self.stop.asked:
-            raise self.stop.stopped(f"stopped after step {result.state.step} of {self.progress.total or '?'}")
+            raise self.stop.stopped(
+                f"stopped after step {result.state.step} of {self.progress.total or '?'}"
+            )
         self.cause = self.cause or result.interrupted
         return False
 
     def _wait_for_room(self) -> int:
         """Wait until cluster.workers' minimum fits, and return how many workers fit."""
-        fewest, most = self.spec.config.cluster.min_workers(), self.spec.config.cluster.max_workers()
-        free, since, told = -1, time.monotonic(), False
+        fewest = self.cluster.fewest
+        most = self.cluster.most
+        free = -1
+        since = time.monotonic()
+        told = False
         with PlacementRequest(self.worker, fewest, after=3 * SETTLE) as request:
             while True:
                 free_abandoned()
-                if (now := min(free_workers(self.worker), most)) != free:
-                    free, since = now, time.monotonic()
+                now = min(free_workers(self.worker), most)
+                if now != free:
+                    free = now
+                    since = time.monotonic()
                 if free == most or (free >= fewest and time.monotonic() - since >= SETTLE):
                     return free
                 if request.look() and not told:
                     told = True
-                    self._announce(f"waiting for room for {fewest} workers, but only {free} fit now")
+                    self._announce(
+                        f"waiting for room for {fewest} workers, but only {free} fit now"
+                    )
                 if self.stop.asked:
                     raise self.stop.stopped("stopped while waiting for room in the cluster")
                 time.sleep(0.5)
 
     def _follow(self, group: Group) -> TrainResult:
         self._asked = self._running = self._silent = False
-        self._hung, self._waited_since = None, time.monotonic()
-        self._counted = self._waited_since
-        collected, result = time.monotonic(), None
+        self._hung = None
+        self._waited_since = self._counted = collected = time.monotonic()
+        result = None
         try:
             while not group.ended() and result is None:
                 self._look()
-                result = answer(self.channel.result.remote())
+                result = group.answered()
                 if time.monotonic() - collected >= 1.0:
                     self.monitor.collect(self._started)
                     self._await_workers(group.workers)
-                    self._watch()
+                    self._watch(group)
                     collected = time.monotonic()
             self.monitor.collect(self._started)
-            return result or answer(self.channel.result.remote()) or group.result()
+            return result or group.answered() or group.result()
         finally:
             self.keep_used(self.used)
             self.monitor.telemetry.ended()
@@ -217,25 +240,24 @@ class Attempts:
                 f"{self.stop.asked}: stopping after the current step or evaluation, with a checkpoint; press Ctrl+C"
                 " to stop at once, which loses the steps since the last checkpoint"
             )
-        if self.build.problem is not None and not self._warned:
-            self._warned = True
-            self.channel.report_data_failure.remote()
-            self._ask("the preparation of the training data failed")
+        if self.build and self.build.problem:
+            # Workers that wait for a shard do not know that it never comes. So the driver ends the group.
+            with user_errors():
+                self.build.join()
         if self.progress.total is None:
-            self.progress.set_total(self.schedule.total())
-        if time.monotonic() - self._looked >= (1.0 if self._room else ROOM):
-            self._looked = time.monotonic()
-            self._grow()
-
-    def _grow(self) -> None:
-        """End the group if more workers fit, so that a larger one resumes."""
-        most = self.spec.config.cluster.max_workers()
-        missing = most - (self.workers or most)
-        quiet = self._running and not self._asked  # otherwise starting workers are about to take the free room
-        if missing and quiet:
+            self.progress.set_total(known_steps(self.spec.config.train, self.spec.train))
+        if time.monotonic() - self._looked < (1.0 if self._room else ROOM):
+            return
+        # End the group if more workers fit, so that a larger one resumes.
+        self._looked = time.monotonic()
+        missing = self.cluster.most - (self.workers or self.cluster.most)
+        room = 0
+        # Otherwise starting workers are about to take the free room.
+        if missing and self._running and not self._asked:
             free_abandoned()
-        room = min(missing, free_workers(self.worker)) if missing and quiet else 0
-        if room and self._room:  # seen twice, because room may be free for a moment between two uses
+            room = min(missing, free_workers(self.worker))
+        # Seen twice, because room may be free for a moment between two uses.
+        if room and self._room:
             self._ask("the cluster has grown")
         self._room = room
 
@@ -253,10 +275,10 @@ class Attempts:
                 f"waiting for {plural(workers, 'worker')} to start or to load the model; {free} more would fit"
             )
 
-    def _watch(self) -> None:
+    def _watch(self, group: Group) -> None:
         """Handle what Ray does not: workers that hang, and nodes that will be taken away."""
-        silence = self.spec.config.cluster.silence
-        members, silent = answer(self.channel.members.remote(silence))
+        silence = self.cluster.silence
+        members, silent = group.members(silence)
         now = time.monotonic()
         for name, amount in self.worker.items():
             self.used[name] += amount * len(members) * (now - self._counted)
@@ -265,13 +287,12 @@ class Attempts:
             self._kept = now
             self.keep_used(self.used)
         if silent:
-            ranks = " and ".join(f"worker {rank}" for rank in sorted(member.rank for member in silent))
-            self._hung = f"{ranks} gave no sign of life for {silence:g} s"
-            for member in silent:
-                end_hung(member)
-            ray_internals.end_train_controllers()
+            silent = sorted(silent, key=lambda member: member.rank)
+            names = " and ".join(f"worker {member.rank}" for member in silent)
+            self._hung = f"{names} gave no sign of life for {silence:g} s"
+            group.end_hung(silent)
         elif self._running and not self._asked:
-            leaving = ray_internals.draining_nodes() & {member.node for member in members}
+            leaving = group.leaving(members)
             if leaving:
                 self._ask(f"node {', '.join(sorted(node[:8] for node in leaving))} is preempted")
 
@@ -280,7 +301,8 @@ class Attempts:
         self.channel.request_stop.remote(why)
 
     def _started(self, event: Started) -> None:
-        workers, step = event.workers, event.resumed_from or 0
+        workers = event.workers
+        step = event.resumed_from or 0
         again = max(0, self.monitor.highest - step)
         first = self.workers is None and self.cause is None
         self.monitor.telemetry.started(workers, again=not first)
@@ -288,24 +310,29 @@ class Attempts:
             reason = self.cause or ("resumed" if first else "restarted")
             if self.workers not in (None, workers):
                 reason = f"{self.cause or 'the cluster has changed'}, {workers} instead of {self.workers} workers"
-            total = self.progress.total or self.schedule.total()
+            total = self.progress.total
             self.progress.line(
                 f"{reason}: training continues after step {step} of {total or '?'} with {plural(workers, 'worker')};"
                 f" {plural(again, 'step')} done again{self._split(workers)}"
             )
             self.progress.back_to(step)
-        elif workers != self.spec.config.cluster.max_workers():
-            self.progress.line(f"training starts with {plural(workers, 'worker')}{self._split(workers)}")
-        self.workers, self.cause, self._running = workers, None, True
+        elif workers != self.cluster.most:
+            self.progress.line(
+                f"training starts with {plural(workers, 'worker')}{self._split(workers)}"
+            )
+        self.workers = workers
+        self.cause = None
+        self._running = True
 
     def _split(self, workers: int) -> str:
-        config = self.spec.config
-        if workers == (self.workers or config.cluster.max_workers()):
+        if workers == (self.workers or self.cluster.most):
             return ""
-        return f"; {batch_split(config, workers)}"
+        return f"; {batch_split(self.spec.config, workers)}"
 
     def _announce(self, text: str) -> None:
-        self.progress.line(f"{self.cause}: {text}" if self.cause else text)
+        if self.cause:
+            text = f"{self.cause}: {text}"
+        self.progress.line(text)
 
 
 FitOn = Callable[[Any, int], TrainResult]
@@ -315,7 +342,7 @@ FitOn = Callable[[Any, int], TrainResult]
 def train(
     spec: TrainSpec,
     folder: RunFolder,
-    build: StoreBuild | CompleteStore,
+    build: StoreBuild | None,
     tracker: Tracker,
     stop: Stop,
     on_row: OnRow | None = None,
@@ -327,22 +354,34 @@ def train(
     Raises UserError with the last failure, and Stopped after a signal.
     """
     config = spec.config
-    channel = make_channel(ray.get_runtime_context().get_node_id())
+    channel = make_channel()
     worker = worker_resources(config)
     stop.gentle = True
     try:
-        with Progress(Schedule(config.train, build.store).total(), config.train.log_every) as progress:
+        with Progress(known_steps(config.train, spec.train), config.train.log_every) as progress:
             monitor = Monitor(channel, tracker, progress, Telemetry(config.run.name), on_row)
             if fit_on is None:
                 progress.line("starting the workers; each imports torch and transformers")
-            fit = partial(fit_on or partial(_fit, spec, folder, worker), channel)
             before = folder.used()
 
-            def keep_used(used: dict[str, float]) -> None:
-                with contextlib.suppress(OSError):  # a store that does not answer must not end a training
-                    folder.keep_used({name: before.get(name, 0.0) + used.get(name, 0.0) for name in before | used})
+            def fit(workers: int) -> TrainResult:
+                if fit_on is not None:
+                    return fit_on(channel, workers)
+                trainer = ray_trainer(spec, folder.root, worker, channel, workers)
+                result: TrainResult = trainer.fit().return_value
+                return result
 
-            result = Attempts(spec, build, monitor, stop, worker, fit, fit_on is not None, keep_used).run()
+            def keep_used(used: dict[str, float]) -> None:
+                total = {
+                    name: before.get(name, 0.0) + used.get(name, 0.0) for name in before | used
+                }
+                # A store that does not answer must not end a training.
+                with contextlib.suppress(OSError):
+                    folder.keep_used(total)
+
+            result = Supervisor(
+                spec, build, monitor, stop, worker, fit, fit_on is not None, keep_used
+            ).run()
     finally:
         stop.gentle = False
     folder.write_training(result)
@@ -364,10 +403,7 @@ def finished_training(spec: TrainSpec, folder: RunFolder, state: RunState) -> Tr
     result = state.trained(spec.config)
     if result is None or result.state is None or result.state.step != newest.state.step:
         return None  # the last checkpoint is lost: train again from an earlier one, with the same result
-    logger.info(f"training is already finished, at step {result.state.step}; continuing with the export")
-    return result
-
-
-def _fit(spec: TrainSpec, folder: RunFolder, worker: Mapping[str, float], channel: Any, workers: int) -> TrainResult:
-    result: TrainResult = ray_trainer(spec, folder.root, worker, channel, workers).fit().return_value
+    logger.info(
+        f"training is already finished, at step {result.state.step}; continuing with the export"
+    )
     return result

@@ -7,8 +7,9 @@ the model.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.model.folder import INDEX
 from olora_ray.model.stored import Group, groups, is_stale_index, tensors, weight_files
-from olora_ray.pipeline import portable
-from olora_ray.pipeline.peft_folder import replacing
+from olora_ray.pipeline import model_files
+from olora_ray.pipeline.peft_folder import Adapters, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,13 +50,15 @@ class Change:
     def shape(self) -> tuple[int, ...]:
         *experts, m, _ = self.weights.db.shape
         n = self.weights.da.shape[-1]
-        return (*experts, n, m) if self.transposed else (*experts, m, n)
+        if self.transposed:
+            return (*experts, n, m)
+        return (*experts, m, n)
 
     def expert(self, number: int) -> "Change":
         return replace(self, weights=_each(self.weights, lambda a: a[number], lambda b: b[number]))
 
     def outputs(self, first: int, last: int) -> "Change":
-        return replace(self, weights=_each(self.weights, b_part=lambda b: b[first:last]))
+        return replace(self, weights=_each(self.weights, lambda a: a, lambda b: b[first:last]))
 
     def merged(self, first: int, last: int, device: torch.device) -> Tensor:
         """Return rows first..last in float32: the numbers that are added to the base."""
@@ -64,9 +67,11 @@ class Change:
     def exact(self, first: int, last: int, device: torch.device) -> Tensor:
         """Return rows first..last in float64 by the paper's form s (B A - B0 A0): it shares no step with `merged`."""
         part = self._part(first, last, device, torch.float64)
-        a0, b0 = part.factors.a0, part.factors.b0
-        start = torch.zeros_like(part.db) if b0 is None else b0
-        return self._turned(self.scale * ((start + part.db) @ (a0 + part.da) - start @ a0))
+        a0 = part.factors.a0
+        b0 = part.factors.b0
+        if b0 is None:
+            b0 = torch.zeros_like(part.db)
+        return self._turned(self.scale * ((b0 + part.db) @ (a0 + part.da) - b0 @ a0))
 
     def slack(self, first: int, last: int, device: torch.device) -> Tensor:
         """Return the largest error of `merged` that float32 explains: (k + 6) u |B| |A| for an inner dimension of k.
@@ -74,36 +79,46 @@ class Change:
         Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.5: holds for any order of the sums.
         """
         part = self._part(first, last, device, torch.float32)
-        a0, b0 = part.factors.a0.abs(), part.factors.b0
-        b = part.db.abs() if b0 is None else b0.abs() + part.db.abs()
+        a0 = part.factors.a0.abs()
+        b = db = part.db.abs()
+        if part.factors.b0 is not None:
+            b = part.factors.b0.abs() + db
         terms = 2 * part.da.shape[-2] + 6
-        return self._turned(abs(self.scale) * terms * UNIT * (part.db.abs() @ a0 + b @ part.da.abs()))
+        return self._turned(abs(self.scale) * terms * UNIT * (db @ a0 + b @ part.da.abs()))
 
     def _turned(self, change: Tensor) -> Tensor:
         return change.mT if self.transposed else change
 
-    def _part(self, first: int, last: int, device: torch.device, dtype: torch.dtype) -> AdapterWeights:
+    def _part(
+        self, first: int, last: int, device: torch.device, dtype: torch.dtype
+    ) -> AdapterWeights:
         stack = self.weights.da.ndim == 3
 
         def a_part(a: Tensor) -> Tensor:
-            part = a[first:last] if stack else a[:, first:last] if self.transposed else a
-            return part.to(device).to(dtype)
+            if stack:
+                a = a[first:last]
+            elif self.transposed:
+                a = a[:, first:last]
+            return a.to(device).to(dtype)
 
         def b_part(b: Tensor) -> Tensor:
-            return (b[first:last] if stack or not self.transposed else b).to(device).to(dtype)
+            if stack or not self.transposed:
+                b = b[first:last]
+            return b.to(device).to(dtype)
 
         return _each(self.weights, a_part, b_part)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _each(
-    weights: AdapterWeights, a_part: Callable[[Tensor], Tensor] = _whole, b_part: Callable[[Tensor], Tensor] = _whole
+    weights: AdapterWeights,
+    a_part: Callable[[Tensor], Tensor],
+    b_part: Callable[[Tensor], Tensor],
 ) -> AdapterWeights:
     start = weights.factors
-    factors = replace(start, a0=a_part(start.a0), b0=None if start.b0 is None else b_part(start.b0))
+    b0 = start.b0
+    if b0 is not None:
+        b0 = b_part(b0)
+    factors = replace(start, a0=a_part(start.a0), b0=b0)
     return AdapterWeights(factors, a_part(weights.da), b_part(weights.db))
 
 
@@ -111,12 +126,26 @@ def _each(
 
 
 # Files that are not copied: weights in other formats would be the base's, and its model card describes another model.
-_LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", "README.md")
+_LEFT_OUT = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    "README.md",
+)
 _CPU = torch.device("cpu")
 
 
 def write_merged(
-    base: Path, adapter: Mapping[str, AdapterWeights], scale: float, out: Path, model: "PreTrainedModel"
+    base: Path,
+    adapter: Adapters,
+    scale: float,
+    out: Path,
+    model: "PreTrainedModel",
 ) -> None:
     """Write the base folder with the adapter merged into its weights; replaces `out` when complete.
 
@@ -135,12 +164,16 @@ def write_merged(
 def copy_files(base: Path, folder: Path) -> None:
     """Copy the base's files into a merged folder: weights unchanged, config and tokenizer in portable form."""
     for entry in base.iterdir():
-        left_out = entry.name.endswith(_LEFT_OUT) or entry.name.startswith(".") or is_stale_index(base, entry.name)
+        left_out = (
+            entry.name.endswith(_LEFT_OUT)
+            or entry.name.startswith(".")
+            or is_stale_index(base, entry.name)
+        )
         if entry.is_file() and not left_out:
             shutil.copyfile(entry, folder / entry.name)
-        elif entry.is_dir() and entry.name == portable.TEMPLATES:
+        elif entry.is_dir() and entry.name == model_files.TEMPLATES:
             shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile)
-    portable.make_portable(folder)
+    model_files.make_portable(folder)
     for name in weight_files(base):
         shutil.copyfile(base / name, folder / name)
 
@@ -150,7 +183,7 @@ def merge(
     base: Path,
     folder: Path,
     share: Sequence[Group],
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     device: torch.device = _CPU,
 ) -> None:
@@ -168,7 +201,7 @@ def merge(
 
 
 def changes_of(
-    share: Sequence[Group], adapter: Mapping[str, AdapterWeights], scale: float
+    share: Sequence[Group], adapter: Adapters, scale: float
 ) -> list[tuple[Group, dict[str, Change]]]:
     group_changes = []
     for group in share:
@@ -193,7 +226,7 @@ AT_ONCE = 2**20
 """Numbers compared at once: in float64 they fit in a processor's cache."""
 _EXPONENT = 0x7FF0000000000000
 """The exponent bits of a float64; alone they are the number rounded down to a power of two."""
-_OF_ENDS = (portable.ENDS, "bos_token_id", "pad_token_id")
+_OF_ENDS = (model_files.ENDS, "bos_token_id", "pad_token_id")
 """Fields that an export may write into generation_config.json."""
 
 
@@ -211,7 +244,7 @@ def check_weights(
     base: Path,
     merged: Path,
     share: Sequence[Group],
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     device: torch.device = _CPU,
 ) -> Worst:
@@ -220,38 +253,48 @@ def check_weights(
         stored = str(group.dtype).removeprefix("torch.")
         names = {parameter: layer for layer, parameter in group.layers.items()}
         for first, last in group.steps():
-            before, after = group.read(base, first, last), group.read(merged, first, last)
-            for parameter, change in changes.items():
+            before = group.read(base, first, last)
+            after = group.read(merged, first, last)
+            for parameter in group.shapes:
                 old = group.rows(before, parameter, first, last)
                 new = group.rows(after, parameter, first, last)
-                errors.append(Worst(_error(old, new, change, first, device), names[parameter], stored))
-            # Parameters that share a stored tensor with adapted ones must keep their bytes.
-            for parameter in group.shapes.keys() - changes.keys():
-                parts = (group.rows(part, parameter, first, last).contiguous() for part in (before, after))
-                if not torch.equal(*(part.view(torch.uint8) for part in parts)):
+                if parameter in changes:
+                    error = _error(old, new, changes[parameter], first, device)
+                    errors.append(Worst(error, names[parameter], stored))
+                # Parameters that share a stored tensor with adapted ones must keep their bytes.
+                elif not torch.equal(_bytes(old), _bytes(new)):
                     errors.append(Worst(float("inf"), parameter, stored))
-    largest = max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
-    coarsest = max((worst.stored for worst in errors), key=lambda stored: torch.finfo(getattr(torch, stored)).eps)
+    largest = max(errors, key=lambda worst: (math.isnan(worst.error), worst.error))
+    coarsest = max(
+        (worst.stored for worst in errors),
+        key=lambda stored: torch.finfo(getattr(torch, stored)).eps,
+    )
     return Worst(largest.error, largest.layer, coarsest)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.device) -> float:
     if old.ndim == 3:
-        errors = [_error(old[i], new[i], change.expert(first + i), 0, device) for i in range(len(old))]
-        return max(errors, key=lambda error: (error != error, error))
-    # NaN is returned at once: it compares as neither larger nor smaller.
-    worst, count = 0.0, max(1, AT_ONCE // max(1, old.shape[1]))
+        errors = [
+            _error(old[i], new[i], change.expert(first + i), 0, device) for i in range(len(old))
+        ]
+        return float(np.max(errors))  # NaN, if one of them is
+    worst = 0.0
+    count = max(1, AT_ONCE // max(1, old.shape[1]))
     precision = torch.finfo(new.dtype)
     for begin in range(0, len(old), count):
         end = min(begin + count, len(old))
-        weight, merged = (part[begin:end].to(device).double() for part in (old, new))
-        exact = weight + change.exact(begin, end, device)
+        merged = new[begin:end].to(device).double()
+        exact = old[begin:end].to(device).double() + change.exact(begin, end, device)
         # The size of one rounding follows from the largest power of two that is not above the number.
         power = (exact.view(torch.int64) & _EXPONENT).view(torch.float64)
         unit = power.clamp_(min=precision.tiny).mul_(precision.eps / 2)
         slack = change.slack(begin, end, device).double() + 2 * UNIT * exact.abs()
         ratio = float((merged - exact).abs_().div_(unit.add_(slack)).max())
-        if ratio != ratio:
+        if math.isnan(ratio):
             return ratio
         worst = max(worst, ratio)
     return worst
@@ -259,58 +302,63 @@ def _error(old: Tensor, new: Tensor, change: Change, first: int, device: torch.d
 
 def changed(base: Path, merged: Path, share: Sequence[Group]) -> list[str]:
     """Return one line for each difference between a merged folder and its base that no adapter explains."""
-    return _changed_files(base, merged) or _changed_bytes(base, merged, share)
-
-
-def _changed_files(base: Path, merged: Path) -> list[str]:
-    """Return one line for each weight file (name, size) or config that differs from the base's."""
-    files, theirs = weight_files(base), sorted(file.name for file in merged.glob("*.safetensors"))
+    files = weight_files(base)
+    theirs = sorted(file.name for file in merged.glob("*.safetensors"))
     if theirs != files:
-        return [f"its weight files are {', '.join(theirs) or 'missing'}; the base model has {', '.join(files)}"]
+        return [
+            f"its weight files are {', '.join(theirs) or 'missing'}; the base model has {', '.join(files)}"
+        ]
     lines = []
-    for name in (INDEX, "config.json", "generation_config.json"):
+    for name in (INDEX, "config.json", model_files.GENERATION):
         before = None if is_stale_index(base, name) else _json(base / name)
         after = _json(merged / name)
-        if _but_ends(name, portable.portable_config(before)) != _but_ends(name, after):
+        if _but_ends(name, model_files.portable_config(before)) != _but_ends(name, after):
             lines.append(f"{name} differs from the base model's")
-    sizes = [name for name in files if (base / name).stat().st_size != (merged / name).stat().st_size]
-    return lines + [f"{name} differs in size from the base model's" for name in sizes]
+    for name in files:
+        if (base / name).stat().st_size != (merged / name).stat().st_size:
+            lines.append(f"{name} differs in size from the base model's")
+    if lines:
+        return lines
+    # Each file that differs outside of the adapted weights, with its first such byte.
+    adapted: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
+    for group in share:
+        for entry in group.stored:
+            adapted[entry.file].append((entry.start, entry.end))
+    for name, ranges in adapted.items():
+        offset = _first_difference(base / name, merged / name, sorted(ranges))
+        if offset is not None:
+            within = "its header"
+            for entry in tensors(base).values():
+                if entry.file == name and entry.start <= offset < entry.end:
+                    within = entry.name
+            lines.append(f"{name}: byte {offset} ({within}) differs from the base model's")
+    return lines
 
 
 def _but_ends(name: str, tree: Any) -> Any:
     # An export may write the tokens that end an answer into generation_config.json, or create that file for them.
-    if name != portable.GENERATION:
+    if name != model_files.GENERATION:
         return tree
     return {field: value for field, value in (tree or {}).items() if field not in _OF_ENDS}
 
 
-def _changed_bytes(base: Path, merged: Path, share: Sequence[Group]) -> list[str]:
-    """Return one line for each file that differs outside of the adapted weights, with its first such byte."""
-    lines = []
-    for name in weight_files(base):
-        adapted = sorted((entry.start, entry.end) for group in share for entry in group.stored if entry.file == name)
-        if (offset := _first_difference(base / name, merged / name, adapted)) is not None:
-            entries = tensors(base).values()
-            within = [entry.name for entry in entries if entry.file == name and entry.start <= offset < entry.end]
-            lines.append(
-                f"{name}: byte {offset} ({within[0] if within else 'its header'}) differs from the base model's"
-            )
-    return lines
-
-
 def _json(file: Path) -> object:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _first_difference(before: Path, after: Path, left_out: Sequence[tuple[int, int]]) -> int | None:
-    if (size := before.stat().st_size) != (size_after := after.stat().st_size):
-        return min(size, size_after)
+    # Both files have the same size.
+    size = before.stat().st_size
     offset = 0
     for start, end in [*left_out, (size, size)]:
         for first in range(offset, start, 2**22):
             count = min(2**22, start - first)
-            old, new = (np.fromfile(file, np.uint8, count, offset=first) for file in (before, after))
-            if len(differing := np.flatnonzero(old != new)):
+            old = np.fromfile(before, np.uint8, count, offset=first)
+            new = np.fromfile(after, np.uint8, count, offset=first)
+            differing = np.flatnonzero(old != new)
+            if len(differing):
                 return first + int(differing[0])
         offset = max(offset, end)
     return None

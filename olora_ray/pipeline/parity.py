@@ -13,26 +13,29 @@ less than the rounding that every model of that precision has.
 
 import copy
 import gc
+import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from olora_ray.adapter.candidates import parameter_of, stored_transposed
 from olora_ray.adapter.inject import inject
-from olora_ray.adapter.layer import AdapterWeights
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common.errors import first_line
+from olora_ray.common.text import some
 from olora_ray.model import attention
 from olora_ray.model.folder import foreign, text_class
 from olora_ray.model.stored import Group
 from olora_ray.pipeline.merge import AT_ONCE, Change, Worst, changes_of
-from olora_ray.pipeline.peft_folder import WEIGHTS
+from olora_ray.pipeline.peft_folder import WEIGHTS, Adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +67,7 @@ class AsPeftReads:
 def check_adapter(
     folder: Path,
     model: "PreTrainedModel",
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     sample: Iterable[str] | None = None,
 ) -> AsPeftReads:
@@ -73,21 +76,33 @@ def check_adapter(
     With `sample`, the changes of these layers alone are computed, and only their first outputs.
     """
     try:
-        wrapped = _load(folder, model)
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # low_cpu_mem_usage: without it PEFT first fills random matrices, which the folder's then replace.
+            wrapped: Any = PeftModel.from_pretrained(
+                weightless(model),
+                str(folder),
+                torch_device="cpu",
+                low_cpu_mem_usage=True,
+                use_safetensors=True,
+            )
     except Exception as error:  # PEFT raises all kinds of errors for what it does not support
         return AsPeftReads(float("inf"), "", (f"PEFT does not load it: {first_line(error)}",))
     layers = adapted_layers(wrapped.get_base_model(), model)
-    if problems := _other_layers(folder, layers, adapter):
+    problems = _other_layers(folder, layers, adapter)
+    if problems:
         return AsPeftReads(float("inf"), "", tuple(problems))
-    worst_layer, worst = "", 0.0
-    for name in adapter if sample is None else sample:
+    worst = AsPeftReads(0.0, "", ())
+    for name in sample or adapter:
         change = Change(adapter[name], scale, stored_transposed(model, name))
         relative = _error(layers[name], change, sample is not None)
-        if relative != relative or relative > worst:
-            worst_layer, worst = name, relative
-        if worst != worst:
+        if not relative <= worst.error:
+            worst = AsPeftReads(relative, name, ())
+        if math.isnan(relative):
             break
-    return AsPeftReads(worst, worst_layer, ())
+    return worst
 
 
 def adapted_layers(base: nn.Module, model: nn.Module) -> dict[str, Any]:
@@ -102,17 +117,6 @@ def adapted_layers(base: nn.Module, model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def _load(folder: Path, model: "PreTrainedModel") -> Any:
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # low_cpu_mem_usage: without it PEFT first fills random matrices, which the folder's then replace.
-        return PeftModel.from_pretrained(
-            weightless(model), str(folder), torch_device="cpu", low_cpu_mem_usage=True, use_safetensors=True
-        )
-
-
 def weightless(model: "PreTrainedModel") -> "PreTrainedModel":
     """Return a copy of the model whose parameters are on the CPU and take no memory."""
     # On the CPU, not on meta: PEFT moves an adapter to the device of its parameter.
@@ -124,46 +128,64 @@ def weightless(model: "PreTrainedModel") -> "PreTrainedModel":
     return copied
 
 
-def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Mapping[str, AdapterWeights]) -> list[str]:
+def _other_layers(folder: Path, layers: Mapping[str, Any], adapter: Adapters) -> list[str]:
     problems = []
-    if missing := [name for name in adapter if name not in layers]:
-        problems.append(f"PEFT does not adapt {_some(missing)}")
-    if more := [name for name in layers if name not in adapter]:
-        problems.append(f"PEFT adapts {_some(more)}, which the run did not")
-    empty = [name for name in adapter if name in layers and any(part.is_meta for part in _matrices(layers[name]))]
+    missing = [name for name in adapter if name not in layers]
+    if missing:
+        problems.append(f"PEFT does not adapt {some(missing)}")
+    more = [name for name in layers if name not in adapter]
+    if more:
+        problems.append(f"PEFT adapts {some(more)}, which the run did not")
+    empty = []
+    for name, layer in layers.items():
+        a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        if name in adapter and (a.is_meta or b.is_meta):
+            empty.append(name)
     if empty:
-        problems.append(f"PEFT finds no matrices for {_some(empty)}")
+        problems.append(f"PEFT finds no matrices for {some(empty)}")
     with safe_open(folder / WEIGHTS, "pt") as file:
         spare = len(list(file.keys())) - 2 * len(adapter)
     if spare and not problems:
-        problems.append(f"{WEIGHTS} has {abs(spare)} matrices {'more' if spare > 0 else 'fewer'} than the layers need")
+        kind = "more" if spare > 0 else "fewer"
+        problems.append(f"{WEIGHTS} has {abs(spare)} matrices {kind} than the layers need")
     return problems
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
 
 
 def _error(layer: Any, change: Change, sample: bool) -> float:
     if len(change.shape) == 2:
-        return _of_linear(layer, change, sample)
+        return _relative(_of_linear(layer, change, sample))
     if layer.num_experts == 1:
-        return _of_linear(layer, change.expert(0), sample)
+        return _relative(_of_linear(layer, change.expert(0), sample))
     left, right, scale = layer.get_delta_factors(_ADAPTER)
     numbers = {0, 1, layer.num_experts - 1} if sample else range(layer.num_experts)
-    # NaN is the largest error: it sorts after all numbers.
-    errors = [_of_expert(left[number], right[number] * scale, change.expert(number), sample) for number in numbers]
-    return max(errors, key=lambda error: (error != error, error))
+    errors = [
+        _relative(_of_expert(left[number], right[number] * scale, change.expert(number), sample))
+        for number in numbers
+    ]
+    return float(np.max(errors))  # NaN, if one of them is
 
 
-def _of_linear(layer: Any, change: Change, sample: bool) -> float:
+Parts = Iterator[tuple[Tensor, Tensor]]
+"""Some rows at a time: the change in PEFT, and the trained one."""
+
+
+def _relative(parts: Parts) -> float:
+    wrong = size = 0.0
+    for part, exact in parts:
+        if part.shape != exact.shape:
+            wrong = float("inf")
+            continue
+        wrong += float((part.double() - exact).square().sum())
+        size += float(exact.square().sum())
+    if size:
+        wrong /= size
+    return float(wrong**0.5)
+
+
+def _of_linear(layer: Any, change: Change, sample: bool) -> Parts:
     # PEFT computes the change of the outputs that lora_B has rows for, so it gets some rows at a time: a whole change
     # in float64 would take several times the memory of the weight.
-    up, total = layer.lora_B[_ADAPTER], _Total()
+    up = layer.lora_B[_ADAPTER]
     whole = up.weight
     count = max(1, AT_ONCE // change.weights.da.shape[-1])
     try:
@@ -171,33 +193,16 @@ def _of_linear(layer: Any, change: Change, sample: bool) -> float:
             last = min(first + count, len(whole))
             up.weight = nn.Parameter(whole[first:last], requires_grad=False)
             part = change.outputs(first, last)
-            total.add(layer.get_delta_weight(_ADAPTER), part.exact(0, part.shape[0], _CPU))
+            yield layer.get_delta_weight(_ADAPTER), part.exact(0, part.shape[0], _CPU)
     finally:
         up.weight = whole
-    return total.error()
 
 
-def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> float:
-    total, count = _Total(), max(1, AT_ONCE // right.shape[1])
+def _of_expert(left: Tensor, right: Tensor, change: Change, sample: bool) -> Parts:
+    count = max(1, AT_ONCE // right.shape[1])
     for first in range(0, count if sample else len(left), count):
         last = min(first + count, len(left))
-        total.add(left[first:last] @ right, change.exact(first, last, _CPU))
-    return total.error()
-
-
-class _Total:
-    def __init__(self) -> None:
-        self.wrong = self.size = 0.0
-
-    def add(self, part: Tensor, exact: Tensor) -> None:
-        if part.shape != exact.shape:
-            self.wrong = float("inf")
-            return
-        self.wrong += float((part.double() - exact).square().sum())
-        self.size += float(exact.square().sum())
-
-    def error(self) -> float:
-        return float((self.wrong / self.size) ** 0.5) if self.size else float(self.wrong**0.5)
+        yield left[first:last] @ right, change.exact(first, last, _CPU)
 
 
 # Logits of the adapted, the merged and the PEFT-loaded model side by side, if the model fits in memory.
@@ -273,7 +278,7 @@ def measure_logits(
     folders: Folders,
     model: "PreTrainedModel",
     merged_groups: Sequence[Group],
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     scale: float,
     batches: Sequence[Tensor],
     device: torch.device,
@@ -285,83 +290,76 @@ def measure_logits(
     """
     load = partial(_load_base, folders=folders, attention=attention.own(model), device=device)
     try:
-        own = _own(_Adapted(load(folders.base), adapter, scale), folders.merged, merged_groups, adapter, batches)
-    except Exception as error:  # the model's own code failed here, which says nothing about the export
+        ours = _Adapted(load(folders.base), adapter, scale)
+        before = ours.logits(batches, on=False)
+        reference = ours.logits(batches)
+        if folders.merged is not None:
+            ours.move(folders.merged, merged_groups, adapter)
+        # With base weights moved by the merge's rounding; the reference if there is no merged folder.
+        moved = ours.logits(batches)
+        ours.shake()
+        effect = _median(reference, before)
+        noise = _median(moved, ours.logits(batches))
+        del ours, before
+    except Exception as error:
+        # The model's own code failed here, which says nothing about the export.
         return f"the adapted model does not run here: {first_line(error)}"
-    if not bool(own.reference.isfinite().all()):
+    if not bool(reference.isfinite().all()):
         return "the adapted model's logits are not finite"
     gc.collect()
-    bound, merged = max(MARGIN * own.noise, SHARE * own.effect), None
+    bound = max(MARGIN * noise, SHARE * effect)
+    merged = rounding = peft = None
     if folders.merged is not None:
         with foreign("export: the merged model does not run"):
-            merged = Difference(_median(own.moved, _logits(load(folders.merged), batches)), bound)
+            merged = Difference(_median(moved, _logits(load(folders.merged), batches)), bound)
+        rounding = _median(reference, moved)
         gc.collect()
-    peft, note = None, ""
+    note = ""
     try:
         from peft import PeftModel
 
-        wrapped: Any = PeftModel.from_pretrained(load(folders.base), str(folders.adapter), torch_device=str(device))
-        theirs = _logits(wrapped.eval(), batches)
-        peft = Difference(_median(own.reference, theirs), bound)
-    except Exception as error:  # check_adapter has already compared the weights, so this is a note and no problem
+        wrapped: Any = PeftModel.from_pretrained(
+            load(folders.base), str(folders.adapter), torch_device=str(device)
+        )
+        peft = Difference(_median(reference, _logits(wrapped.eval(), batches)), bound)
+    except Exception as error:
+        # check_adapter has already compared the weights, so this is a note and no problem.
         note = f"PEFT does not run the adapter: {first_line(error)}"
-    return Logits(
-        tokens=sum(batch.numel() for batch in batches),
-        largest=float(own.reference.abs().max()),
-        effect=own.effect,
-        noise=own.noise,
-        rounding=None if merged is None else _median(own.reference, own.moved),
-        merged=merged,
-        peft=peft,
-        note=note,
-    )
+    tokens = sum(batch.numel() for batch in batches)
+    largest = float(reference.abs().max())
+    return Logits(tokens, largest, effect, noise, rounding, merged, peft, note)
 
 
-@dataclass(frozen=True)
-class _Own:
-    reference: Tensor
-    moved: Tensor
-    """With base weights moved by the merge's rounding; the reference if there is no merged folder."""
-    effect: float
-    noise: float
-
-
-def _own(
-    ours: "_Adapted",
-    merged: Path | None,
-    merged_groups: Sequence[Group],
-    adapter: Mapping[str, AdapterWeights],
-    batches: Sequence[Tensor],
-) -> _Own:
-    before, reference = ours.logits(batches, on=False), ours.logits(batches)
-    if merged is not None:
-        ours.move(merged, merged_groups, adapter)
-    moved = ours.logits(batches)
-    ours.shake()
-    return _Own(reference, moved, _median(reference, before), _median(moved, ours.logits(batches)))
+def with_adapter(model: nn.Module, adapter: Adapters, scale: float) -> dict[str, AdaptedWeight]:
+    """Put a trained adapter into the model, on its device; return the adapted layers by name."""
+    device = next(model.parameters()).device
+    factors = {name: weights.factors for name, weights in adapter.items()}
+    layers = inject(model, factors, scale)
+    for name, layer in layers.items():
+        layer.da.data.copy_(adapter[name].da)
+        layer.db.data.copy_(adapter[name].db)
+        layer.to(device)
+    return layers
 
 
 class _Adapted:
     """The base in float32, with the trained adapter in its layers."""
 
-    def __init__(self, model: "PreTrainedModel", adapter: Mapping[str, AdapterWeights], scale: float) -> None:
+    def __init__(self, model: "PreTrainedModel", adapter: Adapters, scale: float) -> None:
         self.model: Any = model
         self.scale = scale
         # Looked up before the layers are wrapped, which renames the parameters.
-        self.weights = {name: model.get_parameter(parameter_of(model, name)).data for name in adapter}
-        device = next(model.parameters()).device
-        self.wrapped = inject(model, {name: weights.factors for name, weights in adapter.items()}, scale)
-        for name, layer in self.wrapped.items():
-            layer.da.data.copy_(adapter[name].da)
-            layer.db.data.copy_(adapter[name].db)
-            layer.to(device)
+        self.weights = {
+            name: model.get_parameter(parameter_of(model, name)).data for name in adapter
+        }
+        self.wrapped = with_adapter(model, adapter, scale)
 
     def logits(self, batches: Sequence[Tensor], on: bool = True) -> Tensor:
         for layer in self.wrapped.values():
             layer.scale = self.scale if on else 0.0
         return _logits(self.model, batches)
 
-    def move(self, merged: Path, merged_groups: Sequence[Group], adapter: Mapping[str, AdapterWeights]) -> None:
+    def move(self, merged: Path, merged_groups: Sequence[Group], adapter: Adapters) -> None:
         """Move each base weight by the merge's rounding: to merged weight - change."""
         for group, changes in changes_of(merged_groups, adapter, self.scale):
             layers = {parameter: layer for layer, parameter in group.layers.items()}
@@ -369,7 +367,7 @@ class _Adapted:
                 numbers = group.read(merged, first, last)
                 for parameter, change in changes.items():
                     rows = group.rows(numbers, parameter, first, last)
-                    exact = change.exact(first, last, torch.device("cpu"))
+                    exact = change.exact(first, last, _CPU)
                     self.weights[layers[parameter]][first:last].copy_(rows.double() - exact)
 
     def shake(self) -> None:
@@ -379,10 +377,13 @@ class _Adapted:
         for name, layer in self.wrapped.items():
             for part in (self.weights[name], layer.da.data, layer.db.data, layer.a0, layer.b0):
                 if part is not None:
-                    part.mul_((1 + eps * (torch.rand(part.shape, generator=generator) - 0.5)).to(part.device))
+                    noise = torch.rand(part.shape, generator=generator) - 0.5
+                    part.mul_((1 + eps * noise).to(part.device))
 
 
-def _load_base(folder: Path, folders: Folders, attention: str, device: torch.device) -> "PreTrainedModel":
+def _load_base(
+    folder: Path, folders: Folders, attention: str, device: torch.device
+) -> "PreTrainedModel":
     model: Any = text_class(folder).from_pretrained(
         folder,
         dtype=torch.float32,
@@ -396,7 +397,9 @@ def _load_base(folder: Path, folders: Folders, attention: str, device: torch.dev
 
 def _logits(model: Any, batches: Sequence[Tensor]) -> Tensor:
     device = next(model.parameters()).device
-    parts = [model(input_ids=batch.to(device), use_cache=False).logits.float().cpu() for batch in batches]
+    parts = [
+        model(input_ids=batch.to(device), use_cache=False).logits.float().cpu() for batch in batches
+    ]
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
@@ -436,15 +439,18 @@ class Parity:
         return not self.problems()
 
     def problems(self) -> list[str]:
-        lines = [] if self.merged is None else self.merged.problems()
-        lines += [f"adapter folder: {line}" for line in self.peft.problems]
+        lines = [f"adapter folder: {line}" for line in self.peft.problems]
+        if self.merged is not None:
+            lines = self.merged.problems() + lines
         if not self.peft.problems and not self.peft.error <= BOUND:
             lines.append(
                 f"PEFT computes the change of {self.peft.layer} with a relative error of {self.peft.error:.3g};"
                 f" at most {BOUND:g} is allowed"
             )
         # The logits of a folder that is known to be wrong would only repeat it.
-        return lines or ([] if isinstance(self.logits, str) else self.logits.problems())
+        if lines or isinstance(self.logits, str):
+            return lines
+        return self.logits.problems()
 
     def in_words(self, quantised: bool = False) -> str:
         """Return the result for a reader of the adapter: the bounds that hold, because figures differ by machine.
@@ -459,18 +465,19 @@ class Parity:
                 f"each merged weight is base + change, rounded to {self.merged.weights.stored}, and all other weights"
                 " are the base model's"
             )
-        return "; ".join([*results, _logits_in_words(self.logits, quantised)])
+        models = []
+        if not isinstance(self.logits, str):
+            if self.logits.merged:
+                models.append("the merged model")
+            if self.logits.peft:
+                models.append("the adapter in PEFT")
+        if not models:
+            return "; ".join([*results, "logits were not compared"])
+        theirs = "the trained adapter on the original weights" if quantised else "the training"
+        results.append(
+            f"the logits of {' and of '.join(models)} equal those of {theirs}, up to rounding errors"
+        )
+        return "; ".join(results)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
-
-
-def _logits_in_words(logits: Logits | str, quantised: bool) -> str:
-    compared = (
-        {} if isinstance(logits, str) else {"the merged model": logits.merged, "the adapter in PEFT": logits.peft}
-    )
-    models = [name for name, item in compared.items() if item]
-    if not models:
-        return "logits were not compared"
-    theirs = "the trained adapter on the original weights" if quantised else "the training"
-    return f"the logits of {' and of '.join(models)} equal those of {theirs}, up to rounding errors"

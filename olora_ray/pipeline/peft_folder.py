@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,11 @@ def replacing(out: Path) -> Iterator[Path]:
             shutil.rmtree(out)
 
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+Adapters = Mapping[str, AdapterWeights]
+"""Full name of a layer -> its adapter."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Names:
 
 
 def write_adapter(
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     config_adapter: Adapter,
     base_name: str,
     out: Path,
@@ -79,7 +82,7 @@ def write_adapter(
 
 @contextmanager
 def new_adapter(
-    adapter: Mapping[str, AdapterWeights],
+    adapter: Adapters,
     config_adapter: Adapter,
     base_name: str,
     out: Path,
@@ -99,30 +102,36 @@ def new_adapter(
     for layer, weights in adapter.items():
         lora_a, lora_b = weights.plain_lora()
         spare = rank - weights.plain_rank()  # rows and columns of zeros add nothing
-        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, spare)), F.pad(lora_b, (0, spare))
+        lora_a = F.pad(lora_a, (0, 0, 0, spare))
+        lora_b = F.pad(lora_b, (0, spare))
         if lora_a.ndim == 3:
             if _other_way_round(model, layer):
                 lora_a, lora_b = lora_b.mT, lora_a.mT
-            lora_a, lora_b = lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1)
+            lora_a = lora_a.flatten(0, 1)
+            lora_b = lora_b.permute(1, 2, 0).flatten(1)
         key = _PREFIX + names.keys[layer]
         tensors[f"{key}.lora_A.weight"] = lora_a.float().cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = lora_b.float().cpu().contiguous()
-    fields = _peft_fields(
-        config_adapter, rank, names, base_name, any(stored_transposed(model, layer) for layer in names.modules)
-    )
+    fields = _peft_fields(config_adapter, rank, names, base_name, model)
+    fields["revision"] = revision
     with replacing(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        fields["revision"] = revision
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         yield folder, rank
 
 
-def _read(fields: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, AdapterWeights]:
+def _read(
+    fields: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+) -> dict[str, AdapterWeights]:
     parameters = fields.get("target_parameters") or []
     # A stack has its parameter's name, which may also end in "weight" (JetMoE); a linear layer has its module's.
-    layers = [name if model.get_parameter(name).ndim == 3 else name.removesuffix(".weight") for name in parameters]
+    layers = [
+        name if model.get_parameter(name).ndim == 3 else name.removesuffix(".weight")
+        for name in parameters
+    ]
     layers += fields["target_modules"]
-    keys, found = names_of(model, layers).keys, {}
+    keys = names_of(model, layers).keys
+    found = {}
     for layer in layers:
         lora_a, lora_b = (tensors[f"{_PREFIX}{keys[layer]}.lora_{part}.weight"] for part in "AB")
         if is_stack(model, layer):
@@ -142,11 +151,15 @@ def _other_way_round(model: nn.Module, layer: str) -> bool:
     return stored_transposed(model, layer) != declared
 
 
-def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_in_fan_out: bool) -> dict[str, object]:
+def _peft_fields(
+    config: Adapter, rank: int, names: Names, base_name: str, model: nn.Module
+) -> dict[str, object]:
     # alpha grows with the stacked rank, so that s = alpha / r (or alpha / sqrt(r)) stays the same.
     growth = rank / config.rank
-    alpha = config.alpha * (math.sqrt(growth) if config.rank_stabilized else growth)
-    fields = {
+    if config.rank_stabilized:
+        growth = math.sqrt(growth)
+    alpha = config.alpha * growth
+    fields: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -157,24 +170,30 @@ def _peft_fields(config: Adapter, rank: int, names: Names, base_name: str, fan_i
         "use_rslora": config.rank_stabilized,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": any(stored_transposed(model, layer) for layer in names.modules),
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": names.modules,
     }
-    return fields | ({"target_parameters": names.parameters} if names.parameters else {})
+    if names.parameters:
+        fields["target_parameters"] = names.parameters
+    return fields
 
 
 def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
     layers = list(layers)
     mistaken = _mistaken(model)
-    modules, parameters, keys = [], [], {}
+    modules = []
+    parameters = []
+    keys = {}
     for layer in layers:
         if is_stack(model, layer):
             parameters.append(layer)
             # PEFT wraps a module once for each of its parameters, in their order: the last wrapper is the outermost.
             module, _, own = layer.rpartition(".")
-            beside = [name for name, _ in model.get_submodule(module).named_parameters(recurse=False)]
+            beside = [
+                name for name, _ in model.get_submodule(module).named_parameters(recurse=False)
+            ]
             adapted = [name for name in beside if f"{module}.{name}" in layers]
             keys[layer] = module + ".base_layer" * (len(adapted) - 1 - adapted.index(own))
         else:
@@ -192,14 +211,16 @@ def _mistaken(model: Any) -> frozenset[str]:
     except ImportError:  # PEFT's versions for transformers 4 have no such table
         return frozenset()
     tables: Any = conversion
-    family = tables._MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
+    family = tables._MODEL_TO_CONVERSION_PATTERN.get(
+        getattr(getattr(model, "config", None), "model_type", None)
+    )
     return frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(family, ()))
 
 
 # Compression of an adapter to a smaller rank, for servers with a limit: the best approximation in the Frobenius norm.
 
 
-def compress(adapter: Mapping[str, AdapterWeights], rank: int) -> tuple[dict[str, AdapterWeights], float]:
+def compress(adapter: Adapters, rank: int) -> tuple[dict[str, AdapterWeights], float]:
     """Return the adapter with at most `rank` directions per layer, and the share of its change that is lost.
 
     The share is the Frobenius norm of the lost part divided by the norm of the change, over all layers together. An
@@ -208,28 +229,28 @@ def compress(adapter: Mapping[str, AdapterWeights], rank: int) -> tuple[dict[str
     """
     if all(weights.plain_rank() <= rank for weights in adapter.values()):
         return dict(adapter), 0.0
-    compressed, lost, whole = {}, 0.0, 0.0
+    compressed = {}
+    lost = whole = 0.0
     for name, weights in adapter.items():
-        lora_a, lora_b, values = _truncated(weights, rank)
+        lora_a, lora_b = weights.plain_lora()
+        q_up, r_up = torch.linalg.qr(lora_b.double())
+        q_down, r_down = torch.linalg.qr(lora_a.double().mT)
+        left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+        root = values[..., :rank].sqrt()
+        up = q_up @ (left[..., :rank] * root.unsqueeze(-2))
+        down = (root.unsqueeze(-1) * right[..., :rank, :]) @ q_down.mT
+        # A small matrix may have fewer than `rank` directions. Zeros give all layers the same rank.
+        spare = rank - root.shape[-1]
+        da = F.pad(down, (0, 0, 0, spare)).float().contiguous()
+        db = F.pad(up, (0, spare)).float().contiguous()
         # With B0 = 0 the whole change is dB dA, so that export, merge and checks treat it like any other adapter.
-        compressed[name] = AdapterWeights(Factors(torch.zeros_like(lora_a), None), lora_a, lora_b)
+        compressed[name] = AdapterWeights(Factors(torch.zeros_like(da), None), da, db)
         squares = values.square()
-        lost, whole = lost + float(squares[..., rank:].sum()), whole + float(squares.sum())
-    return compressed, (lost / whole) ** 0.5 if whole else 0.0
-
-
-def _truncated(weights: AdapterWeights, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    lora_a, lora_b = (part.double() for part in weights.plain_lora())
-    q_up, r_up = torch.linalg.qr(lora_b)
-    q_down, r_down = torch.linalg.qr(lora_a.mT)
-    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    root = values[..., :rank].sqrt()
-    up = q_up @ (left[..., :rank] * root.unsqueeze(-2))
-    down = (root.unsqueeze(-1) * right[..., :rank, :]) @ q_down.mT
-    # A small matrix may have fewer than `rank` directions. Zeros give all layers the same rank.
-    spare = rank - root.shape[-1]
-    up, down = F.pad(up, (0, spare)), F.pad(down, (0, 0, 0, spare))
-    return down.float().contiguous(), up.float().contiguous(), values
+        lost += float(squares[..., rank:].sum())
+        whole += float(squares.sum())
+    if not whole:
+        return compressed, 0.0
+    return compressed, (lost / whole) ** 0.5
 
 
 # Reading an adapter folder that this project exported, to merge it into its base.
@@ -246,17 +267,21 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeigh
     PEFT may load these, but they cannot be merged here.
     """
     fields = read_json(folder / CONFIG)
-    if fields.get("peft_type") != "LORA" or fields.get("bias", "none") != "none" or any(map(fields.get, _MORE)):
+    if (
+        fields.get("peft_type") != "LORA"
+        or fields.get("bias", "none") != "none"
+        or any(map(fields.get, _MORE))
+    ):
         raise UserError(
             f"model.name: {folder} is not a plain LoRA, so it cannot be merged here; evaluate it unmerged, or register"
             " it with export.merged: true to train on top of it"
         )
     tensors = load_file(folder / WEIGHTS)
-    try:
-        adapter, rank = _read(fields, tensors, model), fields["r"]
+    adapter = {}
+    with suppress(KeyError, AttributeError, ValueError, RuntimeError, TypeError):
+        rank = fields["r"]
         scale = fields["lora_alpha"] / (math.sqrt(rank) if fields["use_rslora"] else rank)
-    except (KeyError, AttributeError, ValueError, RuntimeError, TypeError):
-        adapter, scale = {}, 0.0
+        adapter = _read(fields, tensors, model)
     if not adapter or len(tensors) != 2 * len(adapter):
         raise UserError(
             f"model.name: {folder / WEIGHTS} must have a lora_A and a lora_B for each layer of {CONFIG}, and no more"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from olora_ray.common import logs
 from olora_ray.common.collectives import share
 from olora_ray.common.text import plural
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,23 @@ class Progress:
     A line follows every `every` steps, steps that took 30 s together, and each evaluation.
     """
 
-    def __init__(self, total: int | None, every: int, bar: bool | None = None) -> None:
-        self.total, self.every = total, every
+    def __init__(self, total: int | None, every: int) -> None:
+        self.total = total
+        self.every = every
         self.tokens = self.supervised = self.seconds = self.waited = 0.0
-        self._steps, self._trained, self._began = 0, 0.0, 0.0
-        """Since the workers started: steps, seconds in steps, and the time at which the first of them began."""
-        wanted = sys.stderr.isatty() if bar is None else bar
-        self.bar = tqdm(total=total, bar_format=BAR, dynamic_ncols=True, leave=True, disable=not wanted)
+        self._steps = 0
+        """Steps since the workers started."""
+        self._trained = 0.0
+        """Seconds in these steps."""
+        self._began = 0.0
+        """Time at which the first of these steps began."""
+        self.bar = tqdm(
+            total=total,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            leave=True,
+            disable=not sys.stderr.isatty(),
+        )
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Progress":
@@ -65,7 +75,8 @@ class Progress:
 
     def back_to(self, step: int) -> None:
         self.tokens = self.supervised = self.seconds = self.waited = 0.0
-        self._steps, self._trained = 0, 0.0
+        self._steps = 0
+        self._trained = 0.0
         self.bar.n = step
         self.bar.refresh()
 
@@ -74,7 +85,10 @@ class Progress:
         if "train/loss" in row:
             self._step(step, row)
         if "eval/loss" in row:
-            self.line(f"{self._of(step)} | eval loss {row['eval/loss']:.4f} | perplexity {row['eval/perplexity']:.2f}")
+            text = f"{self._of(step)} | eval loss {row['eval/loss']:.4f}"
+            if "eval/perplexity" in row:
+                text += f" | perplexity {row['eval/perplexity']:.2f}"
+            self.line(text)
 
     def _step(self, step: int, row: dict[str, float]) -> None:
         seconds = row["train/step_seconds"]
@@ -84,52 +98,57 @@ class Progress:
         self.waited += row["data/wait_fraction"] * seconds
         if not self._steps:
             self._began = time.monotonic() - seconds
-        self._steps, self._trained = self._steps + 1, self._trained + seconds
+        self._steps += 1
+        self._trained += seconds
         self.bar.update(step - self.bar.n)
-        left = self._left(step)
-        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left")
+        left = "?"
+        if self.total is not None:
+            # The clock counts evaluations too, but the rows of several steps may arrive together.
+            spent = max(self._trained, time.monotonic() - self._began)
+            left = clock((self.total - step) * spent / self._steps)
+        self.bar.set_postfix_str(
+            f"loss {row['train/loss']:.3f}, lr {row['train/lr']:.1e}, {left} left"
+        )
         if step % self.every == 0 or step == self.total or self.seconds >= 30.0:
-            self.line(
+            text = (
                 f"{self._of(step)} | loss {row['train/loss']:.4f} | lr {row['train/lr']:.2e}"
                 f" | {self.tokens / self.seconds:.0f} tok/s, {self.supervised / self.seconds:.0f} supervised"
-                + (f", {row['train/share_of_peak']:.0%} of the GPUs' peak" if "train/share_of_peak" in row else "")
-                + f" | data wait {self.waited / self.seconds:.0%} | ETA about {left}"
             )
+            if "train/mfu" in row:
+                text += f", {row['train/mfu']:.0%} of the GPUs' peak"
+            self.line(f"{text} | data wait {self.waited / self.seconds:.0%} | ETA about {left}")
             self.tokens = self.supervised = self.seconds = self.waited = 0.0
 
     def _of(self, step: int) -> str:
         return f"step {step}/{'?' if self.total is None else self.total}"
-
-    def _left(self, step: int) -> str:
-        if self.total is None:
-            return "?"
-        # The clock counts evaluations too, but the rows of several steps may arrive together.
-        spent = max(self._trained, time.monotonic() - self._began)
-        return clock((self.total - step) * spent / self._steps)
 
 
 def clock(seconds: float) -> str:
     """Return a remaining time as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"
 
 
-def batch_split(config: Config, workers: int) -> str:
+def batch_split(config: DecidedConfig, workers: int) -> str:
     """Return `16 sequences per step = 2 workers x 8 (4 at once, 2 accumulated)`, with advice if workers are idle."""
-    size, micro, count = config.train.global_batch, config.train.micro(), config.train.micro_batches()
+    size = config.train.global_batch
+    micro = config.train.micro_batch
+    count = config.train.micro_batches()
     parts = [share(count, worker, workers) for worker in range(workers)]
-    shares = sorted({min(part.stop * micro, size) - min(part.start * micro, size) for part in parts})
-    idle = workers - count
-    return (
+    shares = sorted(
+        {min(part.stop * micro, size) - min(part.start * micro, size) for part in parts}
+    )
+    text = (
         f"{plural(size, 'sequence')} per step = {plural(workers, 'worker')} x {' or '.join(map(str, shares))}"
         f" ({min(micro, size)} at once, {config.accumulation(workers)} accumulated)"
-        + (f"; {_idle(config, workers, idle)}" if idle > 0 else "")
     )
-
-
-def _idle(config: Config, workers: int, idle: int) -> str:
-    advice = f"train.micro_batch={config.train.global_batch // workers}"
-    if config.train.global_batch < workers:
-        advice = f"train.global_batch={workers} and train.micro_batch=1"
-    return f"{plural(idle, 'worker')} without a micro-batch: use fewer workers, or {advice}"
+    if workers > count:
+        advice = f"train.micro_batch={size // workers}"
+        if size < workers:
+            advice = f"train.global_batch={workers} and train.micro_batch=1"
+        idle = plural(workers - count, "worker")
+        text += f"; {idle} without a micro-batch: use fewer workers, or {advice}"
+    return text

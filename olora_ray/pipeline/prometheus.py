@@ -10,11 +10,17 @@ from typing import Any
 TAG = "run"
 """Label of every metric, with the name of the run."""
 GAUGES = {
-    "olora_supervised_tokens_per_second": ("train/tokens_per_second", "Supervised tokens per second, all workers"),
+    "olora_supervised_tokens_per_second": (
+        "train/tokens_per_second",
+        "Supervised tokens per second, all workers",
+    ),
     "olora_loss": ("train/loss", "Training loss of the last step"),
     "olora_eval_loss": ("eval/loss", "Loss on the held-out rows, last evaluation"),
     "olora_learning_rate": ("train/lr", "Learning rate of the last step"),
-    "olora_data_wait_fraction": ("data/wait_fraction", "Share of the last step spent waiting for data"),
+    "olora_data_wait_fraction": (
+        "data/wait_fraction",
+        "Share of the last step spent waiting for data",
+    ),
 }
 """Gauge -> (key in a row of metrics, description)."""
 WORKERS = "olora_workers"
@@ -25,23 +31,21 @@ BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-2, 4) for digit in
 """Upper bounds of histograms in seconds. Ray sums the middles of buckets, so read quantiles, not means."""
 
 
-def exported() -> dict[str, str]:
-    """Return name in Prometheus -> metric type; a histogram also has _bucket, _sum and _count."""
-    gauges = {f"ray_{name}": "gauge" for name in [*GAUGES, WORKERS]}
-    histograms = {f"ray_{name}": "histogram" for name in [STEP_SECONDS, CHECKPOINT_SECONDS]}
-    return gauges | histograms | {f"ray_{RESTARTS}_total": "counter"}
-
-
 class Telemetry:
     """The metrics of one run; create it in the driver, after ray.init."""
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        self._metrics: dict[str, Any] = {name: Gauge(name, text, (TAG,)) for name, (_, text) in GAUGES.items()}
+        self._metrics: dict[str, Any] = {
+            name: Gauge(name, text, (TAG,)) for name, (_, text) in GAUGES.items()
+        }
         self._metrics[WORKERS] = Gauge(WORKERS, "Workers that are training", (TAG,))
         self._metrics[RESTARTS] = Counter(RESTARTS, "Restarts of the workers", (TAG,))
-        times = {STEP_SECONDS: "Seconds per step", CHECKPOINT_SECONDS: "Seconds to write a checkpoint"}
+        times = {
+            STEP_SECONDS: "Seconds per step",
+            CHECKPOINT_SECONDS: "Seconds to write a checkpoint",
+        }
         for name, text in times.items():
             self._metrics[name] = Histogram(name, text, list(BUCKETS), (TAG,))
         for metric in self._metrics.values():

@@ -4,27 +4,25 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
-from olora_ray.common.patience import is_temporary
-from olora_ray.common.secrets import mask
-from olora_ray.config.load import flatten, override
+from olora_ray.common.retry import is_temporary
+from olora_ray.config.load import flatten, with_model
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores, score
 from olora_ray.pipeline.export import Exported, license_of
-from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, settings_digest
+from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, by_step, settings_digest
 from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import checksums, client, models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import BASE, CPU_SECONDS, GPU_SECONDS, PRICE, RUN
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
-from olora_ray.train.checkpoint import perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,11 @@ def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> It
     `parent` is the id of the search's MLflow run if this run is a trial.
     """
     config = spec.config
-    tags = {"olora.base_digest": spec.base.digest, "olora.method": config.adapter.method}
+    tags = {
+        "olora.base_digest": spec.base.digest,
+        "olora.method": config.adapter.method,
+        "olora.auto": ",".join(sorted(spec.auto)),
+    }
     later = "nothing is lost; once MLflow answers, run the same command again to finish logging and registration"
     with mlflow_run(config, tags, folder, flatten(config), parent=parent, advice=later) as tracker:
         log_data(tracker, spec)
@@ -61,7 +63,10 @@ def tracked(spec: TrainSpec, folder: RunFolder, parent: str | None = None) -> It
 
 
 def log_data(tracker: Tracker, spec: TrainSpec) -> None:
-    sources = {"training": (spec.train, spec.config.data.train), "evaluation": (spec.eval, spec.config.data.eval)}
+    sources = {
+        "training": (spec.train, spec.config.data.train),
+        "evaluation": (spec.eval, spec.config.data.eval),
+    }
     for context, (store, named) in sources.items():
         if store is not None and store.complete:  # an incomplete store is logged after training
             paths = ", ".join(source.path for source in named) or "held out from training"
@@ -79,76 +84,37 @@ def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) 
     """
     scores = score(exported.spec.config, answers)
     for step, when in ((exported.state.step, "after"), (0, "before")):
-        tracker.metrics({step: {f"score/{name}": value for name, value in scores.get(when, {}).items()}})
+        tracker.metrics(
+            {step: {f"score/{name}": value for name, value in scores.get(when, {}).items()}}
+        )
     columns = ("prompt", "reference", "before", "after")
-    tracker.table("samples", columns, [[getattr(item, name) for name in columns] for item in answers])
+    tracker.table("samples", columns, [astuple(item) for item in answers])
     return scores
 
 
-def publish(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores) -> dict[str, Any]:
+def publish(
+    exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores
+) -> dict[str, Any]:
     """Register a run and log its results; return the content of result.json. Safe to repeat.
 
     Raises TrackingUnavailable if MLflow does not answer; then do not write result.json, so that a retry logs the rest.
     """
-    content = _result(exported, tracker, scores, register(exported, tracker, tags, scores))
-    tracker.text(json.dumps(content, indent=2) + "\n", "result.json")
-    return content
-
-
-def register(exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores | None = None) -> int | None:
-    """Log missing metrics, the parity report and the model; register the model if registry.model is set.
-
-    `tags` override the version's own tags. Returns the version. Safe to repeat; raises TrackingUnavailable if MLflow
-    does not answer.
-    """
-    spec, state = exported.spec, exported.state
-    config, registry = spec.config, spec.config.registry
-    tracker.metrics({int(row["step"]): {k: v for k, v in row.items() if k != "step"} for row in state.history})
-    log_data(tracker, spec)
-    tracker.text(json.dumps(exported.parity, indent=2), "parity.json")
-    made_of = Fingerprint(
-        spec.base.digest, spec.train.digest, spec.eval.digest if spec.eval else "", settings_digest(config)
-    )
-    own: dict[str, object] = {
-        **made_of.tags(),
-        **_cost(config, exported.folder),
-        BASE: mask(spec.base.shown()),
-        RUN: exported.folder.root,
-        "olora.method": config.adapter.method,
-        "olora.rank": config.adapter.rank,
-        "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",
-        "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
-        **tags,
-    }
-    content = "merged model" if config.export.merged else "adapter, without its base model,"
-    with contents_of(exported, scores or {}) as contents, client.reachable(tracker.uri, upload=True):
-        if registry.model is None:
-            logger.info(f"logging the {content}")
-            models.log_model(tracker, contents, own)
-            return None
-        logger.info(f"registering the {content} as {registry.model}@{registry.alias}")
-        version = models.register(tracker, contents, registry.model, registry.alias, own)
-        if registry.key:
-            Aliases(tracker.uri, registry.model).sign(str(version), registry.key)
-        return version
-
-
-def _cost(config: Config, folder: RunFolder) -> dict[str, str]:
-    used = folder.used()
-    gpus, price = used.get("GPU", 0.0), config.cluster.price
-    seconds = {GPU_SECONDS: f"{gpus:.0f}", CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}"}
-    return seconds | ({PRICE: f"{gpus / 3600 * price:.2f}"} if price is not None else {})
-
-
-def _result(exported: Exported, tracker: Tracker, scores: Scores, version: int | None) -> dict[str, Any]:
-    spec, state, registry = exported.spec, exported.state, exported.spec.config.registry
+    version = register(exported, tracker, tags, scores)
+    spec = exported.spec
+    state = exported.state
     last: dict[str, float] = {}
     for row in state.history:
-        last |= {name: value for name, value in row.items() if name != "step"}
-    if state.best_loss is not None:  # the last evaluation may be of a worse adapter than the exported one
-        last |= {"eval/loss": state.best_loss, "eval/perplexity": perplexity(state.best_loss)}
-    registered = {"model": registry.model, "version": version, "alias": registry.alias}
-    return {
+        last |= row
+    # The last evaluation may be of a worse adapter than the exported one.
+    for row in state.history:
+        if row["step"] == state.best_step and "eval/loss" in row:
+            last |= {name: value for name, value in row.items() if name.startswith("eval/")}
+    last.pop("step", None)
+    registered = None
+    if version is not None:
+        registry = spec.config.registry
+        registered = {"model": registry.model, "version": version, "alias": registry.alias}
+    content = {
         "run": spec.config.run.name,
         "steps": state.step,
         "automatic_lr": state.lr,
@@ -162,8 +128,57 @@ def _result(exported: Exported, tracker: Tracker, scores: Scores, version: int |
         "self_test": exported.result.self_test,
         "parity": exported.parity,
         "mlflow": {"uri": client.shown_uri(tracker.uri), "run_id": tracker.run_id},
-        "registered": None if version is None else registered,
+        "registered": registered,
     }
+    tracker.text(json.dumps(content, indent=2) + "\n", "result.json")
+    return content
+
+
+def register(
+    exported: Exported, tracker: Tracker, tags: Mapping[str, str], scores: Scores | None = None
+) -> int | None:
+    """Log missing metrics, the parity report and the model; register the model if registry.model is set.
+
+    `tags` override the version's own tags. Returns the version. Safe to repeat; raises TrackingUnavailable if MLflow
+    does not answer.
+    """
+    spec = exported.spec
+    state = exported.state
+    config = spec.config
+    registry = config.registry
+    tracker.metrics(by_step(state.history))
+    log_data(tracker, spec)
+    tracker.text(json.dumps(exported.parity, indent=2), "parity.json")
+    made_of = Fingerprint(
+        spec.base.digest,
+        spec.train.digest,
+        spec.eval.digest if spec.eval else "",
+        settings_digest(config),
+    )
+    folder = exported.folder
+    own: dict[str, object] = {
+        **made_of.tags(),
+        **checksums.origin_tags(folder.root, spec.base.shown(), folder.used()),
+        "olora.method": config.adapter.method,
+        "olora.rank": config.adapter.rank,
+        "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",
+        "olora.eval_loss": "" if state.best_loss is None else f"{state.best_loss:.6f}",
+        **tags,
+    }
+    content = "merged model" if config.export.merged else "adapter, without its base model,"
+    with (
+        contents_of(exported, scores or {}) as contents,
+        tracker.reachable(upload=True),
+    ):
+        if registry.model is None:
+            logger.info(f"logging the {content}")
+            models.log_model(tracker, contents, own)
+            return None
+        logger.info(f"registering the {content} as {registry.model}@{registry.alias}")
+        version = models.register(tracker, contents, registry.model, registry.alias, own)
+        if registry.key:
+            Aliases(tracker.uri, registry.model).sign(str(version), registry.key)
+        return version
 
 
 # The push of the exports to the Hugging Face hub.
@@ -186,9 +201,13 @@ def check_hub(repo: str) -> None:
     places = [user, *(each for each in user.get("orgs") or () if each.get("roleInOrg") != "read")]
     owners = [str(each.get("name")) for each in places]
     if role == "read":
-        raise UserError(f"export.push: {repo}: the hub's token here may only read; set HF_TOKEN to one that may write")
+        raise UserError(
+            f"export.push: {repo}: the hub's token here may only read; set HF_TOKEN to one that may write"
+        )
     if role == "write" and repo.partition("/")[0] not in owners:
-        raise UserError(f"export.push: {repo}: the hub's token here writes only for {', '.join(owners)}; set HF_TOKEN")
+        raise UserError(
+            f"export.push: {repo}: the hub's token here writes only for {', '.join(owners)}; set HF_TOKEN"
+        )
 
 
 def check_license(config: Config, base: BaseModel) -> None:
@@ -206,8 +225,12 @@ PUSHED = "olora.pushed"
 
 def push(config: Config) -> None:
     """Push the config's finished run to export.push, unless that is done; raise UserError and TryAgain as `_upload`."""
-    folder, repo = RunFolder(config.folder()), config.export.push
-    if repo and (result := folder.state().finished(config)) and result.get("pushed") != repo:
+    repo = config.export.push
+    if not repo:
+        return
+    folder = RunFolder(config.folder())
+    result = folder.state().finished(config)
+    if result and result.get("pushed") != repo:
         is_merged = storage.exists(storage.join(folder.merged, "config.json"))
         with node_cache.fetched(folder.merged if is_merged else folder.adapter) as files:
             _upload(config, repo, files, f"run {config.run.name}")
@@ -219,12 +242,14 @@ def push_version(config: Config, number: str) -> None:
 
     Raises UserError for a file that is not as it was registered, and as `_upload`.
     """
-    uri, name, what = resolve_uri(config), str(config.registry.model), f"version {number}"
-    with client.reachable(uri):
-        last = client.connect(uri).get_registered_model(name).tags.get(PUSHED)
-    if (repo := config.export.push) and last != f"{repo} {what}":
+    uri = resolve_uri(config)
+    name = str(config.registry.model)
+    what = f"version {number}"
+    last = Aliases(uri, name).tags().get(PUSHED)
+    repo = config.export.push
+    if repo and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
-        found = models.of_config(override(config, {"model.name": f"models:/{name}/{number}", "model.revision": None}))
+        found = models.of_config(with_model(config, f"models:/{name}/{number}"))
         if found is None or not found.version.checksum:
             raise UserError(
                 f"export.push: {name} {what} has no checksums, so its files are not pushed; delete export.push"
@@ -239,23 +264,29 @@ def _upload(config: Config, repo: str, files: Path, what: str) -> None:
     """
     from huggingface_hub import HfApi
 
-    hub, subject = HfApi(), f"export.push: {repo}: {what} is not pushed; the same command only pushes"
+    hub = HfApi()
+    subject = f"export.push: {repo}: {what} is not pushed; the same command only pushes"
     logger.info(f"pushing {what} to {repo}")
-    _note_push(config, f"{repo} unfinished")  # after a crash in the upload, nobody knows what the repository has
+    # After a crash in the upload, nobody knows what the repository has.
+    _note_push(config, f"{repo} unfinished")
     with as_user_error(subject, Exception, reason=_hub_problem, passes=is_temporary):
         hub.create_repo(repo, private=True, exist_ok=True)
         message = f"olora_ray: {config.registry.model or ''} {what}"
-        done = hub.upload_folder(repo_id=repo, folder_path=files, commit_message=message, delete_patterns=_STALE)
+        done = hub.upload_folder(
+            repo_id=repo, folder_path=files, commit_message=message, delete_patterns=_STALE
+        )
     _note_push(config, f"{repo} {what}")
     logger.info(f"pushed: {done.commit_url}")
 
 
 def _note_push(config: Config, state: str) -> None:
-    uri, name = resolve_uri(config), config.registry.model
+    name = config.registry.model
+    if name is None:
+        return
+    aliases = Aliases(resolve_uri(config), name)
     # A run may have been registered elsewhere, or not at all; then no retraining reads the tag.
-    if name and Aliases(uri, name).versions():
-        with client.reachable(uri):
-            client.connect(uri).set_registered_model_tag(name, PUSHED, state)
+    if aliases.versions():
+        aliases.tag(PUSHED, state)
 
 
 def _hub_problem(error: BaseException) -> str:

@@ -7,26 +7,30 @@ has written, so a run that was stopped resumes with the same command.
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from olora_ray.cluster import address
+from olora_ray.cluster.connection import Stop, connect
+from olora_ray.cluster.decide import DataDecisions, decide
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import TakenOver, TryAgain
 from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
 from olora_ray.pipeline import export, fit, prepare, publish, report
 from olora_ray.pipeline.answers import answered
 from olora_ray.pipeline.base import Base, open_base
-from olora_ray.pipeline.connection import Stop, connect
 from olora_ray.pipeline.run_folder import RunFolder, RunState
 
 
+@dataclass(frozen=True)
 class Driver:
     """The only process that works on a run; `only_driver` creates it."""
 
-    def __init__(self, lease: lock.Lock) -> None:
-        self._lease = lease
+    lease: lock.Lock
 
     def check(self) -> None:
         """Raise TakenOver if another process has taken the lock of the run, or if the lock cannot be read.
@@ -34,10 +38,11 @@ class Driver:
         Call it before an action that must not happen twice, such as a registration.
         """
         try:
-            self._lease.check()
+            self.lease.check()
         except TryAgain as error:
-            unreadable = isinstance(error, lock.LockUnreadable)
-            how = "run the same command again to resume" if unreadable else "the other process resumes the run"
+            how = "the other process resumes the run"
+            if isinstance(error, lock.LockUnreadable):
+                how = "run the same command again to resume"
             raise TakenOver(f"{error}; {how}", error.exit_code) from error
 
     @contextlib.contextmanager
@@ -73,54 +78,86 @@ def only_driver(config: Config) -> Iterator[Driver]:
         yield Driver(lease)
 
 
-def run(config: Config, tags: Mapping[str, str] | None = None, base: Base | None = None) -> dict[str, Any]:
+def run(
+    config: Config,
+    tags: Mapping[str, str] | None = None,
+    base: Base | None = None,
+    found: Mapping[str, Source] | None = None,
+) -> dict[str, Any]:
     """Fine-tune, export, check and register as the config says; return the content of result.json.
 
     `tags` are set on the registered version, and override its own tags. `base` is the config's base model if the
-    caller has opened it. A finished run is only reported. Raises UserError for a problem that the user can fix,
-    TryAgain for one that passes (another driver works on the run, MLflow does not answer), and Stopped after a signal.
+    caller has opened it, `found` the result of `detect.check_data`. A finished run is only reported. Raises
+    UserError for a problem that the user can fix, TryAgain for one that passes (another driver works on the run, MLflow
+    does not answer), and Stopped after a signal.
     """
     folder = RunFolder(config.folder())
-    config, state = folder.check(config)
-    if done := _finished(config, state):
+    done = _finished(config, folder.check(config))
+    if done:
         return done
     publish.check_tracking(config, folder)
     address.find()
     with only_driver(config) as driver:
-        config, state = folder.check(config)  # another driver may have finished it before this one got the lock
-        return _finished(config, state) or _run(config, folder, state, driver, tags or {}, base or open_base(config))
+        # Another driver may have finished it before this one got the lock.
+        state = folder.check(config)
+        done = _finished(config, state)
+        if done:
+            return done
+        base = base or open_base(config)
+        publish.check_license(config, base.model)
+        prepare.check_settings(config)
+        data = prepare.read_data(config, base, state.kept, found)
+        return _run(config, data, folder, state, driver, tags or {}, base)
 
 
 def _finished(config: Config, state: RunState) -> dict[str, Any] | None:
-    if done := state.finished(config):
-        if state.moved(config):  # other paths may have other contents, and this result would not be theirs
-            state.require_same(config, prepare.contents(config, open_base(config)))
+    done = state.finished(config)
+    if done:
+        # Other paths may have other contents, and this result would not be theirs.
+        if state.moved(config):
+            base = open_base(config)
+            data = prepare.read_data(config, base, state.kept)
+            state.require_same(config, prepare.contents(data.config, base))
         report.already_finished(config, state, done)
     return done
 
 
 def _run(
-    config: Config, folder: RunFolder, state: RunState, driver: Driver, tags: Mapping[str, str], base: Base
+    config: Config,
+    data: DataDecisions,
+    folder: RunFolder,
+    state: RunState,
+    driver: Driver,
+    tags: Mapping[str, str],
+    base: Base,
 ) -> dict[str, Any]:
-    publish.check_license(config, base.model)
-    config = prepare.with_length(config, base)
     state.require_same(config, {"base model": base.model.digest, "tokenizer": base.spec.digest})
-    prepare.plan(config, base.model)
+    # The first checks come before Ray starts, so what this machine would decide is enough.
+    here = ClusterFacts.here(config.cluster)
+    prepare.plan(decide(config, data, base.model, here, state.kept), base.model)
 
-    with connect(config, base.model) as (stop, config), driver.watch(stop):
-        prepared = prepare.prepare_tokens(config, base, check=partial(state.require_same, config))
+    with connect(config, trains=True) as (stop, cluster), driver.watch(stop):
+        decided = prepare.decided(config, data, base.model, cluster, state.kept)
+        prepared = prepare.prepare_tokens(
+            decided.config,
+            base,
+            decided.size.total_bytes(),
+            decided.decisions,
+            check=partial(state.require_same, config),
+        )
         spec = prepared.spec
         with prepared.build as build:
             prepare.say_steps(spec)
             result = fit.finished_training(spec, folder, state)
-            folder.claim(config, state)
+            folder.write_config(config, decided.decisions, state)
             with publish.tracked(spec, folder) as tracker:
                 result = result or fit.train(spec, folder, build, tracker, stop)
                 exported = export.run_export(spec, folder, result)
                 answers = answered(result, base.tokenizer)
                 scores = publish.log_scores(exported, tracker, answers)
                 driver.check()
-                content, url = publish.publish(exported, tracker, tags, scores), tracker.url()
+                content = publish.publish(exported, tracker, tags, scores)
+                url = tracker.url()
                 report.write_page(exported, answers, content, tracker)
                 driver.check()
             # Last: result.json marks the run as finished, so an earlier failure is retried by the next attempt.
@@ -130,7 +167,11 @@ def _run(
 
 
 def register(
-    spec: TrainSpec, folder: RunFolder, result: TrainResult, tags: Mapping[str, str], parent: str | None = None
+    spec: TrainSpec,
+    folder: RunFolder,
+    result: TrainResult,
+    tags: Mapping[str, str],
+    parent: str | None = None,
 ) -> int | None:
     """Export, check and register a finished training, such as a trial of a search; return the version.
 

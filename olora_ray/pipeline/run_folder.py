@@ -6,15 +6,24 @@ A run is identified by its settings and by the contents of its model and data. T
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.secrets import mask
-from olora_ray.config.load import FREE_TO_CHANGE, LENGTH, dump, flatten, override, read_config
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import KEPT, NOTHING, Decision, Decisions, Kept, lasting_settings
+from olora_ray.config.load import (
+    LENGTH,
+    at,
+    dump,
+    flatten,
+    override,
+    read_config,
+)
+from olora_ray.config.schema import Config, Export
+from olora_ray.config.section import is_auto
 from olora_ray.tracking.checksums import SETTINGS
 
 if TYPE_CHECKING:
@@ -22,41 +31,59 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLACES = re.compile(r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start")
+PATH_FIELDS = re.compile(
+    r"model\.(name|revision)|data\.(train|eval)\.\d+\.(path|only)|data\.chat_template|train\.start"
+)
 """Fields with paths and names of contents; a resumed run compares the contents instead."""
+DELIVERY = re.compile(r"(export|registry)\.(?!push$).+")
+"""Fields of export and registration. `publish.push` needs no new export, and sees by itself whether it is done."""
 
 
-def bound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that must not change in a run folder: neither free to change nor paths of contents."""
+LEFT_OUT = re.compile(r"data\.(train|eval)\.\d+\.fields\..+")
+"""Columns of sources."""
+DECIDED = "decided.json"
+"""File with each field that was asked for as auto, its value, and why."""
+Settings = dict[str, Any]
+"""Dotted fields of a config, and their values."""
+
+
+def identity_settings(settings: Settings) -> Settings:
+    """Return the settings that must not change in a run folder: neither free to change nor paths of contents.
+
+    search.json has them, and the name of a retrained run is made of them, so all releases must give the same.
+    """
     bound = {
         field: value
-        for field, value in settings.items()
-        if not field.startswith(FREE_TO_CHANGE) and not PLACES.fullmatch(field)
+        for field, value in lasting_settings(settings).items()
+        if not PATH_FIELDS.fullmatch(field)
     }
     return bound | {"train.start": "a checkpoint" if settings.get("train.start") else None}
 
 
-def _all_but_length(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in bound_settings(settings).items() if field not in LENGTH}
+def _compared(settings: Settings) -> Settings:
+    # A column that is left out (`fields: {NAME: none}`) changes no token.
+    return {
+        field: value
+        for field, value in identity_settings(settings).items()
+        if not (LEFT_OUT.fullmatch(field) and value == "none")
+    }
 
 
-def _all_but_evaluation(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in _all_but_length(settings).items() if not field.startswith("evaluation.")}
-
-
-def _length(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _length(settings: Settings) -> Settings:
     field = "train.epochs" if settings["train.steps"] is None else "train.steps"
     return {field: settings[field]}
 
 
-def _places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in settings.items() if PLACES.fullmatch(field)}
+Part = Callable[[Settings], Settings]
+"""Returns the settings that count for a comparison."""
 
 
-def _delivery(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {field: value for field, value in settings.items() if field.startswith(("export.", "registry."))}
-    kept.pop("export.push", None)  # `publish.push` needs no new export, and sees by itself whether it is done
-    return kept
+def _fields(wanted: Callable[[str], object], part: Part = dict) -> Part:
+    return lambda settings: {name: value for name, value in part(settings).items() if wanted(name)}
+
+
+ALL_BUT_LENGTH = _fields(lambda field: field not in LENGTH, _compared)
+ALL_BUT_EVALUATION = _fields(lambda field: not field.startswith("evaluation."), ALL_BUT_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,11 @@ class RunState:
 
     root: str
     config: Config | None
-    """The content of config.yaml."""
+    """The content of config.yaml, with the values of decided.json."""
+    decisions: Decisions
+    """The content of decided.json."""
+    precision: str | None
+    """The precision in which the run started, from the newest checkpoint."""
     step: int | None
     """Step of the newest checkpoint, which may be damaged; None without checkpoints."""
     identity: Mapping[str, str]
@@ -75,48 +106,69 @@ class RunState:
     result: dict[str, Any] | None
     """The content of result.json; None if it is missing or damaged."""
 
+    @property
+    def kept(self) -> Kept:
+        """The decisions that the next attempt keeps; none without a checkpoint or result."""
+        if self.config is None or (self.step is None and self.result is None):
+            return NOTHING
+        return Kept(flatten(self.config), self.decisions, self.precision)
+
     def finished(self, config: Config) -> dict[str, Any] | None:
         """Return the result if the run is finished and has the length of `config`."""
-        return None if self.changes(config, _length) else self.result
+        if self.changes(config, _length):
+            return None
+        return self.result
 
     def trained(self, config: Config) -> "TrainResult | None":
         """Return the result of the training if it is finished and has the length of `config`."""
-        return None if self.changes(config, _length) else self.training
+        if self.changes(config, _length):
+            return None
+        return self.training
 
     def other_settings(self, config: Config) -> str:
         """Return the changed settings that affect the result, with both values."""
-        return self.changes(config, bound_settings)
+        return self.changes(config, _compared)
 
     def moved(self, config: Config) -> str:
         """Return the changed paths of model and data, with both values; empty if there are none."""
-        return self.changes(config, _places)
+        return self.changes(config, _fields(PATH_FIELDS.fullmatch))
 
     def delivered_otherwise(self, config: Config) -> str:
-        return self.changes(config, _delivery)
+        return self.changes(config, _fields(DELIVERY.fullmatch))
 
-    def changes(self, config: Config, part: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
+    def changes(self, config: Config, part: Part) -> str:
         """Return up to four fields of `part` in which `config` differs from config.yaml, with both values."""
         if self.config is None:
             return ""
-        old, new = part(flatten(self.config)), part(flatten(config))
-        changed = [field for field in sorted(old.keys() | new.keys()) if old.get(field) != new.get(field)]
-        return ", ".join(f"{field} was {old.get(field)!r}, is {new.get(field)!r}" for field in changed[:4])
+        old = part(flatten(self.config))
+        new = part(flatten(config))
+        changed = []
+        for field in sorted(old.keys() | new.keys()):
+            before = old.get(field)
+            now = new.get(field)
+            # A version without decided.json left auto where the decision follows from the contents.
+            if before != now and not (is_auto(before) and KEPT.fullmatch(field)):
+                changed.append(f"{field} was {before!r}, is {now!r}")
+        return ", ".join(changed[:4])
 
     def problem(self, config: Config) -> str:
         """Return why `config` cannot resume the run with its name; empty if it can, or if there is no run."""
         if self.config is None or (self.step is None and self.result is None):
             return ""
         run = f"{config.run.name!r}"
-        if self.changes(config, _all_but_length):
+        if self.changes(config, ALL_BUT_LENGTH):
             problem = f"run.name: {run} exists with other settings ({self.other_settings(config)})"
-            if self.result is not None and not self.changes(config, _all_but_evaluation):
+            if self.result is not None and not self.changes(config, ALL_BUT_EVALUATION):
                 problem += f"; to evaluate its model so, run olora-ray evaluate {self.root} evaluation.FIELD=VALUE"
             return problem
-        if not (shown := self.changes(config, _length)):
+        shown = self.changes(config, _length)
+        if not shown:
             return ""
         if self.step is None:
             return f"run.name: {run} has another length ({shown}), but no checkpoint to resume from"
-        train, kept, done = config.train, self.config.train, self.step
+        train = config.train
+        kept = self.config.train
+        done = self.step
         ended = self.training and self.training.state
         if train.early_stop and ended and ended.stale >= train.early_stop:
             return f"train.early_stop: {run} has stopped early, after step {done}, and is not trained longer ({shown})"
@@ -135,8 +187,43 @@ class RunState:
         from olora_ray.train import checkpoint
 
         if any(self.identity.get(name, digest) != digest for name, digest in contents.items()):
-            location = f"{self.root} ({shown})" if (shown := self.moved(config)) else self.root
+            shown = self.moved(config)
+            location = f"{self.root} ({shown})" if shown else self.root
             checkpoint.require_same({**contents, **self.identity}, contents, location)
+
+
+OF_MODEL = re.compile(r"data\.packing|data\.(train|eval)\.\d+\.chat")
+"""Decisions that another model would not share."""
+
+
+def read_settings(root: str) -> tuple[Config, Decisions]:
+    """Return config.yaml of a run folder with the values of decided.json, and the latter; raises ValueError."""
+    decisions = read_decisions(root)
+    return _with_decisions(root, decisions), decisions
+
+
+def read_for_others(root: str) -> Config:
+    """Return config.yaml of a run folder for evaluations, also of other models: with its formats and numbers."""
+    decisions = {
+        name: decision
+        for name, decision in read_decisions(root).items()
+        if not name.startswith("cluster.") and not OF_MODEL.fullmatch(name)
+    }
+    return _with_decisions(root, decisions)
+
+
+def _with_decisions(root: str, decisions: Decisions) -> Config:
+    config = read_config(storage.join(root, "config.yaml"))
+    values = {
+        name: decision.value
+        for name, decision in decisions.items()
+        if at(config, name) == decision.asked
+    }
+    return override(config, values)
+
+
+def read_decisions(root: str) -> Decisions:
+    return records.read(storage.join(root, DECIDED), dict[str, Decision]) or {}
 
 
 class RunFolder:
@@ -144,34 +231,37 @@ class RunFolder:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.settings = storage.join(self.root, "config.yaml")
-        self.checkpoints = storage.join(self.root, "checkpoints")
-        self.adapter = storage.join(self.root, "export", "adapter")
-        self.merged = storage.join(self.root, "export", "merged")
-        self.gguf = storage.join(self.root, "export", "gguf")
-        self.parity = storage.join(self.root, "export", "parity.json")
-        self.training = storage.join(self.root, "training.json")
-        self.result = storage.join(self.root, "result.json")
-        self._tracking = storage.join(self.root, "tracking.json")
-        self._used = storage.join(self.root, "used.json")
+        self.settings = storage.join(root, "config.yaml")
+        self.checkpoints = storage.join(root, "checkpoints")
+        self.adapter = self.export("adapter")
+        self.merged = self.export("merged")
+        self.parity = self.export("parity.json")
+        self.training = storage.join(root, "training.json")
+        self.result = storage.join(root, "result.json")
+        self._tracking = storage.join(root, "tracking.json")
+        self._used = storage.join(root, "used.json")
 
-    def check(self, config: Config) -> tuple[Config, RunState]:
+    def export(self, name: str) -> str:
+        """Return the folder of an export, such as gguf."""
+        return storage.join(self.root, "export", name)
+
+    def check(self, config: Config) -> RunState:
         """Check that the storage is writable and that no run with other settings has this name; write nothing.
 
-        Return the config with the existing run's numbers for `data.max_length: auto` and `train.micro_batch: auto`, and
-        the state of that run.
-        Another length is allowed. Raises UserError if a check fails, and TryAgain if an object store does not answer.
+        Return the state of that run. Another length is allowed. Raises UserError if a check fails, and TryAgain if an
+        object store does not answer.
         """
         storage.check_storage(config.run.storage, "run.storage")
-        with as_user_error(f"run.storage: {self.root} cannot be read", OSError, reason=short_reason):
+        with as_user_error(
+            f"run.storage: {self.root} cannot be read", OSError, reason=short_reason
+        ):
             state = self.state()
-        if state.config and (state.step is not None or state.result):
-            old, new = flatten(state.config), flatten(config)
-            decided = ("data.max_length", "train.micro_batch")
-            config = override(config, {field: old[field] for field in decided if new[field] == "auto"})
-        if problem := state.problem(config):
-            raise UserError(f"{problem}; set another run.name, remove run.name, or delete {self.root}")
-        return config, state
+        problem = state.problem(state.kept.filled(config))
+        if problem:
+            raise UserError(
+                f"{problem}; set another run.name, remove run.name, or delete {self.root}"
+            )
+        return state
 
     def state(self) -> RunState:
         """Read what earlier attempts have left; raises OSError, and UserError for a config.yaml that does not read."""
@@ -179,29 +269,38 @@ class RunFolder:
         from olora_ray.cluster.spec import TrainResult
         from olora_ray.train import checkpoints
 
-        config, (step, kept) = self._config(), checkpoints.newest(self.checkpoints)
+        config = None
+        decisions: Decisions = {}
+        if storage.exists(self.settings):
+            try:
+                config, decisions = read_settings(self.root)
+            except ValueError as error:
+                # Never "delete these fields": the numbers of the run may depend on them.
+                raise UserError(
+                    f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
+                    f" ({str(error).replace(self.settings, 'config.yaml')[:200]}); set another run.name, or delete the"
+                    " folder"
+                ) from None
+        step, kept = checkpoints.newest(self.checkpoints)
         result = records.read(self.result, dict[str, Any])
-        metrics = result.get("metrics", {}) if result else None
-        if not isinstance(metrics, dict) or not all(isinstance(each, int | float | None) for each in metrics.values()):
+        metrics = (result or {}).get("metrics", {})
+        if not isinstance(metrics, dict) or not all(
+            isinstance(each, int | float | None) for each in metrics.values()
+        ):
             result = None
         identity = kept.identity or _identity_in(result or {})
-        return RunState(self.root, config, step, identity, records.read(self.training, TrainResult), result)
+        training = records.read(self.training, TrainResult)
+        return RunState(
+            self.root, config, decisions, kept.precision, step, identity, training, result
+        )
 
-    def _config(self) -> Config | None:
-        if not storage.exists(self.settings):
-            return None
-        try:
-            return read_config(self.settings)
-        except ValueError as error:  # never "delete these fields": the numbers of the run may depend on them
-            raise UserError(
-                f"{self.root} was written by another version of olora_ray, or its config.yaml was changed"
-                f" ({str(error).replace(self.settings, 'config.yaml')[:200]}); set another run.name, or delete the"
-                " folder"
-            ) from None
+    def write_config(self, config: Config, decisions: Decisions, state: RunState) -> None:
+        """Write decided.json and config.yaml, which claims the name for this run.
 
-    def claim(self, config: Config, state: RunState) -> None:
-        """Write config.yaml, which claims the name for this run; after a change of length, delete the old results."""
-        if shown := state.changes(config, _length):
+        After a change of length, delete the old results.
+        """
+        shown = state.changes(config, _length)
+        if shown:
             if state.step:
                 logger.info(
                     f"{shown}: training continues after step {state.step} with the optimizer's state and the schedule"
@@ -214,7 +313,18 @@ class RunFolder:
             if state.result:  # `olora-ray runs` shows it until the longer run ends
                 records.write(storage.join(self.root, "earlier.json"), state.result)
             storage.remove(self.result)
+        self.write_decisions(decisions)
         storage.write_text(self.settings, dump(config))
+
+    def decisions(self) -> Decisions:
+        return read_decisions(self.root)
+
+    def write_decisions(self, decisions: Decisions) -> None:
+        tree = {
+            name: {"asked": decision.asked, "value": decision.value, "why": decision.why}
+            for name, decision in decisions.items()
+        }
+        records.write(storage.join(self.root, DECIDED), tree, indent=2, end="\n")
 
     def exported(self, config: Config, step: int) -> dict[str, Any] | None:
         """Return the parity report of complete exports of the best adapter after `step` steps.
@@ -224,11 +334,20 @@ class RunFolder:
         report = records.read(self.parity, dict[str, Any])
         if not report or report.get("ok") is not True or report.get("step") != step:
             return None
-        # A change of export.merged, export.rank or export.gguf since then needs other exports.
-        return report if report.pop("export", None) == config.export.model_dump() else None
+        # A change of the settings of the export since then needs other exports. Fields that have come since are at
+        # their defaults in an older report, and `also` was `gguf`.
+        before = report.pop("export", None)
+        try:
+            if Export.model_validate(before) == config.export:
+                return report
+        except ValueError:
+            pass
+        return None
 
     def write_parity(self, config: Config, measured: dict[str, Any]) -> None:
-        records.write(self.parity, {**measured, "export": config.export.model_dump()}, indent=2, end="\n")
+        records.write(
+            self.parity, {**measured, "export": config.export.model_dump()}, indent=2, end="\n"
+        )
 
     def write_training(self, result: "TrainResult") -> None:
         records.write(self.training, result)
@@ -250,7 +369,9 @@ class RunFolder:
     def tracking_run(self, uri: str, storage_root: str) -> str | None:
         """Return the id of the MLflow run at `uri`, if an earlier attempt has created it."""
         kept = records.read(self._tracking, dict[str, Any]) or {}
-        return str(kept["run_id"]) if kept.get("uri") == _shown(uri, storage_root) and kept.get("run_id") else None
+        if kept.get("uri") == _shown(uri, storage_root) and kept.get("run_id"):
+            return str(kept["run_id"])
+        return None
 
     def keep_tracking_run(self, uri: str, storage_root: str, run_id: str) -> None:
         """Write tracking.json, so that a later attempt resumes this MLflow run; passwords in `uri` are masked."""
@@ -259,20 +380,29 @@ class RunFolder:
 
 def _shown(uri: str, storage_root: str) -> str:
     # A database inside the storage is written relative to it, so that a moved storage still finds its MLflow run.
-    return mask(uri).replace(f"sqlite:///{os.path.abspath(storage_root)}/", "sqlite:///<run.storage>/")
+    return mask(uri).replace(
+        f"sqlite:///{os.path.abspath(storage_root)}/", "sqlite:///<run.storage>/"
+    )
 
 
 def _identity_in(result: Mapping[str, Any]) -> dict[str, str]:
     """Return the identity of a finished run whose checkpoints are gone."""
-    base, data = result.get("base") or {}, result.get("data") or {}
-    known = {"base model": base.get("digest"), "training data": data.get("train"), "held-out data": data.get("eval")}
+    base = result.get("base") or {}
+    data = result.get("data") or {}
+    known = {
+        "base model": base.get("digest"),
+        "training data": data.get("train"),
+        "held-out data": data.get("eval"),
+    }
     return {what: str(digest) for what, digest in known.items() if digest is not None}
 
 
 # The fingerprint of a model: digests of its four inputs. Equal fingerprints mean equal models.
 
 
-NEUTRAL = frozenset({"activation_checkpointing", "micro_batch", "keep", "log_every", "checkpoint_every", "start"})
+RESULT_NEUTRAL = frozenset(
+    {"activation_checkpointing", "micro_batch", "keep", "log_every", "checkpoint_every", "start"}
+)
 """Fields of the train section that do not change the result, or only by rounding, or are paths."""
 MODEL = frozenset({"dtype", "attention", "quantization"})
 """Fields of the model section that change the result, in addition to the base model itself."""
@@ -282,7 +412,12 @@ TAGS = {
     "held_out": "olora.held_out_digest",
     "settings": SETTINGS,
 }
-WORDS = {"base": "base model", "data": "training data", "held_out": "held-out data", "settings": "settings"}
+WORDS = {
+    "base": "base model",
+    "data": "training data",
+    "held_out": "held-out data",
+    "settings": "settings",
+}
 
 
 @dataclass(frozen=True)
@@ -306,7 +441,17 @@ class Fingerprint:
         return cls(**{name: tags.get(tag, "") for name, tag in TAGS.items()})
 
     def changes(self, before: "Fingerprint") -> list[str]:
-        return [word for name, word in WORDS.items() if getattr(self, name) != getattr(before, name)]
+        return [
+            word for name, word in WORDS.items() if getattr(self, name) != getattr(before, name)
+        ]
+
+
+def by_step(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """Return the metrics of rows by their field `step`."""
+    found = {}
+    for row in rows:
+        found[int(row["step"])] = {name: value for name, value in row.items() if name != "step"}
+    return found
 
 
 def settings_digest(config: Config) -> str:
@@ -317,7 +462,9 @@ def settings_digest(config: Config) -> str:
     """
     sections = {
         "adapter": config.adapter.model_dump(mode="json", exclude_defaults=True),
-        "train": config.train.model_dump(mode="json", exclude_defaults=True, exclude=set(NEUTRAL)),
+        "train": config.train.model_dump(
+            mode="json", exclude_defaults=True, exclude=set(RESULT_NEUTRAL)
+        ),
         "model": config.model.model_dump(mode="json", exclude_defaults=True, include=set(MODEL)),
         "seed": config.run.seed,
     }

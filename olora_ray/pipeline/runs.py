@@ -1,14 +1,16 @@
-"""List the runs, searches and comparisons of a storage. This command writes and starts nothing.
+"""List the runs, searches and comparisons of a storage, or show what one decided. Writes and starts nothing.
 
     olora-ray runs [STORAGE]        a folder or URI as in run.storage; the default is ./runs
+    olora-ray runs show RUN         its name in ./runs, or its folder: each field that was decided (decided.json),
+                                    set or measured, with its value, and why
 
-Each line has the name, the state, the steps done / all steps, the held-out loss before > after training, the registered
-version, the base model, the data, and the time of the last change. The newest line is the last. Until a run that is
-trained longer ends, its loss and version are those of the shorter training.
+Each line of the list has the name, the state, the steps done / all steps, the held-out loss before > after training,
+the registered version, the base model, the data, and the time of the last change. The newest line is the last. Until a
+run that is trained longer ends, its loss and version are those of the shorter training.
 """
 
 import json
-import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,19 @@ import yaml
 
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
-from olora_ray.common.text import aligned
+from olora_ray.common.text import aligned, minute
 from olora_ray.config import command_line
-from olora_ray.config.schema import IN_STORAGE
+from olora_ray.config.load import leaves
+from olora_ray.config.schema import IN_STORAGE, Config
+from olora_ray.pipeline.run_folder import RunFolder, read_decisions
 
 HEAD = ("name", "state", "steps", "loss", "version", "model", "data", "changed")
-KINDS = {"search.json": "search", "compare.json": "comparison", "config.yaml": "run", "checkpoints": "run"}
+KINDS = {
+    "search.json": "search",
+    "compare.json": "comparison",
+    "config.yaml": "run",
+    "checkpoints": "run",
+}
 """File or folder -> type of the folder that contains it."""
 ENDS = {"search": "best.yaml", "comparison": "comparison.json", "run": "result.json"}
 """Type of folder -> its last file, which marks it as finished."""
@@ -33,6 +42,9 @@ EARLIER = "earlier.json"
 
 def main(argv: list[str]) -> None:
     arguments = command_line.parse(argv, usage=__doc__ or "").words
+    if arguments[:1] == ("show",):
+        show(arguments[1:])
+        return
     if len(arguments) > 1:
         raise UserError(f"arguments {' '.join(arguments)}: name one storage")
     storage_root = command_line.absolute(arguments[0] if arguments else "runs", Path.cwd())
@@ -43,11 +55,61 @@ def main(argv: list[str]) -> None:
     print("\n".join(lines) or f"no runs in {storage_root}")
 
 
+def show(arguments: Sequence[str]) -> None:
+    """Print what a run or search has decided, and why."""
+    if len(arguments) != 1:
+        raise UserError(f"arguments show {' '.join(arguments)}: name one run")
+    name = arguments[0]
+    place = command_line.absolute(storage.join("runs", name), Path.cwd())
+    with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
+        if "/" in name or not _is_run(place):
+            place = command_line.absolute(name, Path.cwd())
+            if not _is_run(place):
+                raise UserError(
+                    f"{name}: no run has this name in ./runs, and no run lies in this folder"
+                )
+        decisions = read_decisions(place)
+        state = RunFolder(place).state()
+    rows = [
+        (field, json.dumps(decision.value), decision.why) for field, decision in decisions.items()
+    ]
+    result = state.result or {}
+    measured = {
+        "model.dtype": state.precision,
+        "model.attention": result.get("self_test", {}).get("attention"),
+        "train.lr": result.get("automatic_lr"),
+    }
+    for field, value in _set(state.config).items():
+        measured.pop(field, None)
+        if not field.startswith(tuple(decisions)):
+            rows.append((field, json.dumps(value), "set in the config"))
+    for field, value in measured.items():
+        if value is not None:
+            rows.append((field, json.dumps(value), "the workers measured it"))
+    print("\n".join(aligned([("field", "value", "why"), *rows])))
+
+
+def _set(config: Config | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    return dict(leaves(config.model_dump(mode="json", exclude_defaults=True), ""))
+
+
+def _is_run(folder: str) -> bool:
+    return any(name in KINDS for name in storage.names(folder))
+
+
 def table(storage_root: str) -> list[str]:
-    names = [name for name in storage.names(storage_root) if name not in IN_STORAGE and not name.startswith(".")]
+    names = [
+        name
+        for name in storage.names(storage_root)
+        if name not in IN_STORAGE and not name.startswith(".")
+    ]
     with ThreadPoolExecutor(16) as pool:  # each run needs several requests to an object store
         rows = sorted(filter(None, pool.map(partial(_row, storage_root), names)))
-    return aligned([HEAD, *(cells for _, cells in rows)]) if rows else []
+    if not rows:
+        return []
+    return aligned([HEAD, *(cells for _, cells in rows)])
 
 
 def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
@@ -60,13 +122,19 @@ def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
     folder_type = next((folder_type for file, folder_type in KINDS.items() if file in times), None)
     if folder_type is None:
         return None
-    changed, state = max(times.values()), "finished" if ENDS[folder_type] in times else "interrupted"
+    changed = max(times.values())
     # A lock alone does not mean "running": a killed driver leaves its lock behind, and is_held checks the holder.
-    if state == "interrupted" and lock.is_held(storage.join(root, "locks", "runs", f"{name}.json")):
+    if ENDS[folder_type] in times:
+        state = "finished"
+    elif lock.is_held(storage.join(root, "locks", "runs", f"{name}.json")):
         state = "running"
-    cells = _of_run(folder, state, EARLIER in times) if folder_type == "run" else [f"{folder_type}, {state}"]
+    else:
+        state = "interrupted"
+    cells = [f"{folder_type}, {state}"]
+    if folder_type == "run":
+        cells = _of_run(folder, state, EARLIER in times)
     cells += ["-"] * (len(HEAD) - 2 - len(cells))
-    return changed, (name, *cells, time.strftime("%Y-%m-%d %H:%M", time.localtime(changed)))
+    return changed, (name, *cells, minute(changed))
 
 
 def _of_run(folder: str, state: str, longer: bool) -> list[str]:
@@ -74,28 +142,45 @@ def _of_run(folder: str, state: str, longer: bool) -> list[str]:
 
     `longer`: the run had finished before it was trained longer, and its folder has the result of that time.
     """
+    finished = state == "finished"
     file = "config.yaml"
     try:
         text = storage.read_text(storage.join(folder, file))
         # Not `load_config`, which is ten times slower: a storage may have thousands of runs.
         config: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are
-        train, (first, *more) = config["train"], config["data"]["train"]
+        train = config["train"]
         length = f"/{train['steps']}" if train["steps"] else f" ({train['epochs']:g} epochs)"
-        where = [_last(config["model"]["name"]), _last(first["path"]) + (f" +{len(more)}" if more else "")]
-        prefix = "retraining, " if config["registry"]["alias"] == "challenger" else ""
-        finished = state == "finished"
+        model = _last(config["model"]["name"])
+        first, *more = config["data"]["train"]
+        data = _last(first["path"])
+        if more:
+            data += f" +{len(more)}"
+        if config["registry"]["alias"] == "challenger":
+            state = f"retraining, {state}"
         file = ENDS["run"] if finished else EARLIER
-        result = json.loads(storage.read_text(storage.join(folder, file))) if finished or longer else {}
+        result = {}
+        if finished or longer:
+            result = json.loads(storage.read_text(storage.join(folder, file)))
         losses = (result.get("eval_loss_before"), result.get("metrics", {}).get("eval/loss"))
         shown = " > ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
-        version = f"{made['model']}/{made['version']}" if (made := result.get("registered")) else "-"
-        names = storage.names(storage.join(folder, "checkpoints"))
-        ended = result if finished else {}
-        done = ended.get("steps") or max((int(each[5:]) for each in names if each[5:].isdecimal()), default=0)
+        version = "-"
+        made = result.get("registered")
+        if made:
+            version = f"{made['model']}/{made['version']}"
+        done = 0
+        if finished:
+            done = result.get("steps") or 0
+            if result.get("stopped_early"):
+                state += " early"
+        if not done:
+            names = storage.names(storage.join(folder, "checkpoints"))
+            done = max((int(each[5:]) for each in names if each[5:].isdecimal()), default=0)
     except Exception:  # another program may have written anything here
         return [f"damaged: {file}"]
-    return [f"{prefix}{state}{' early' * bool(ended.get('stopped_early'))}", f"{done}{length}", shown, version, *where]
+    return [state, f"{done}{length}", shown, version, model, data]
 
 
 def _last(path: str) -> str:
-    return path.rpartition("/")[2] if path.startswith("/") else path
+    if path.startswith("/"):
+        return path.rpartition("/")[2]
+    return path

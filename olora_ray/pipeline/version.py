@@ -7,13 +7,14 @@ from pathlib import Path
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache
 from olora_ray.common.secrets import mask
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, shortened
 from olora_ray.config.load import flatten
 from olora_ray.pipeline.answers import Scores
 from olora_ray.pipeline.export import Exported
-from olora_ray.pipeline.portable import facts_of
+from olora_ray.pipeline.model_card import facts_of
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Contents, has_chat_template
+from olora_ray.train.objectives.objective import objective_named
 
 # The description of a version, in the Markdown that MLflow's page shows.
 
@@ -32,24 +33,30 @@ def describe(exported: Exported, scores: Scores, base: BaseOfAdapter | None, fil
 
     `files` is the export; its model card has the same facts.
     """
-    elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"' if base and not base.on_hub else ""
-    needed = f"This version is only the adapter. Loading it needs its base model, {_name(base)}." if base else ""
-    blocks = [facts_of(files), "\n".join(_table(exported, scores)), LOAD.replace("ELSEWHERE", elsewhere), needed]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _table(exported: Exported, scores: Scores) -> Iterator[str]:
-    state, rows = exported.state, []
-    if losses := exported.losses():
-        best = losses[-1] if state.best_loss is None else state.best_loss
-        rows.append(("loss per held-out token", f"{losses[0]:.4f}", f"{best:.4f}"))
+    blocks = [facts_of(files)]
+    rows = []
+    losses = exported.losses()
+    if losses:
+        best = exported.state.best_loss
+        if best is None:
+            best = losses[-1]
+        rows.append(f"| loss per held-out token | {losses[0]:.4f} | **{best:.4f}** |")
     answers = plural(len(exported.result.answers), "row")
     for name, after in scores.get("after", {}).items():
         before = scores.get("before", {}).get(name)
-        rows.append((f"{_clean(name)} ({answers})", "-" if before is None else f"{before:.3f}", f"{after:.3f}"))
+        shown = "-" if before is None else f"{before:.3f}"
+        rows.append(f"| {_clean(name)} ({answers}) | {shown} | **{after:.3f}** |")
     if rows:
-        yield from ("| | before | after |", "|---|---|---|")
-        yield from (f"| {name} | {before} | **{after}** |" for name, before, after in rows)
+        blocks.append("\n".join(["| | before | after |", "|---|---|---|", *rows]))
+    elsewhere = ""
+    if base and not base.on_hub:
+        elsewhere = ', base_model_path="FOLDER_OF_THE_BASE"'
+    blocks.append(LOAD.replace("ELSEWHERE", elsewhere))
+    if base:
+        blocks.append(
+            f"This version is only the adapter. Loading it needs its base model, {_name(base)}."
+        )
+    return "\n\n".join(blocks)
 
 
 def _name(base: BaseOfAdapter) -> str:
@@ -62,8 +69,8 @@ def _name(base: BaseOfAdapter) -> str:
 
 def _clean(text: str) -> str:
     # Backticks and bars are syntax of Markdown tables, and a path or a column name may contain them.
-    flat = " ".join(mask(text).replace("`", "'").replace("|", "/").split())
-    return flat if len(flat) <= 80 else f"{flat[:77]}..."
+    flat = mask(text).replace("`", "'").replace("|", "/").split()
+    return shortened(" ".join(flat), 80)
 
 
 # The registered files: the merged model, or the adapter with a reference to its base model.
@@ -72,31 +79,32 @@ def _clean(text: str) -> str:
 @contextmanager
 def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
     """Yield the files that a finished run registers, on this machine for the duration of the block."""
-    spec, folder, config = exported.spec, exported.folder, exported.spec.config
-    with node_cache.fetched(folder.merged if config.export.merged else folder.adapter) as files:
-        base = None if config.export.merged else _reference(spec, files)
+    spec = exported.spec
+    config = spec.config
+    measured = [(exported.step, ["train/loss"], ("training", spec.train.digest))]
+    if spec.eval:
+        held_out = ("evaluation", spec.eval.digest)
+        losses = [*objective_named(config.train.objective).measures()]
+        names = [f"score/{name}" for name in scores.get("after", {})]
+        measured.append((exported.step, losses, held_out))
+        measured.append((exported.state.step, names, held_out))
+    location = exported.folder.merged if config.export.merged else exported.folder.adapter
+    with node_cache.fetched(location) as files:
+        base = None
+        if not config.export.merged:
+            base = _reference(spec, files)
         yield Contents(
             files,
             base,
             answers_as=config.registry.model or config.run.name,
             description=describe(exported, scores, base, files),
             params=flatten(config),
-            measured=_measured(exported, scores),
+            measured=measured,
         )
 
 
-def _measured(exported: Exported, scores: Scores) -> list[tuple[int, list[str], tuple[str, str]]]:
-    spec, step = exported.spec, exported.step
-    found = [(step, ["train/loss"], ("training", spec.train.digest))]
-    if spec.eval:
-        held_out = ("evaluation", spec.eval.digest)
-        names = [f"score/{name}" for name in scores.get("after", {})]
-        found += [(step, ["eval/loss", "eval/perplexity"], held_out), (exported.state.step, names, held_out)]
-    return found
-
-
 def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
-    base, revision = spec.base, spec.config.model.revision
+    base = spec.base
     commit = base.commit()
     # MLflow loads the tokenizer from where it loads the base model. If the run added a chat template, the hub's
     # tokenizer lacks it, so the base model must not be loaded from the hub.
@@ -106,4 +114,6 @@ def _reference(spec: TrainSpec, adapter: Path) -> BaseOfAdapter:
         and has_chat_template(adapter) == has_chat_template(Path(base.folder))
     )
     name = models.pinned(base.name, spec.config)
-    return BaseOfAdapter(name, base.digest, base.folder, commit or revision, on_hub)
+    return BaseOfAdapter(
+        name, base.digest, base.folder, commit or spec.config.model.revision, on_hub
+    )

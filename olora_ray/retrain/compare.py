@@ -9,23 +9,27 @@ from typing import Any
 
 import torch
 
+from olora_ray.cluster import connection, preflight
+from olora_ray.cluster.decide import decide_evaluation
 from olora_ray.cluster.failures import user_errors
-from olora_ray.cluster.worker_context import kind_of
+from olora_ray.cluster.preflight import ClusterFacts
+from olora_ray.cluster.worker_context import platform_of
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest, digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import override
-from olora_ray.config.schema import NO_GATE, AnyConfig, Config, Source
-from olora_ray.evaluation import lm_eval_tasks
+from olora_ray.config.decided import DataConfig
+from olora_ray.config.load import override, with_model
+from olora_ray.config.schema import NO_GATE, AnyConfig, Config
+from olora_ray.config.section import Source
+from olora_ray.evaluation import lm_eval_tasks, targets
 from olora_ray.evaluation.groups import group_names
+from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.lm_eval_tasks import Tasks, load_tasks
-from olora_ray.evaluation.results import measure
 from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.load import pick_dtype
-from olora_ray.pipeline import connection
-from olora_ray.pipeline.base import Base, find_model, parts, with_tokenizer
+from olora_ray.pipeline.base import Base, find_model, with_tokenizer
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import gate, recipe
 from olora_ray.retrain.gate import Decision, HeldOut
@@ -33,17 +37,22 @@ from olora_ray.retrain.recipe import Inputs
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import RUN, Version
+from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import scoring
+from olora_ray.train.objectives.objective import objective_named
 
 logger = logging.getLogger(__name__)
 
 
-ANCHOR, GUARD = "olora.anchor", "olora.guard"
-"""Tags of a version: the champion that is best on the held-out rows, or on the guard rows, if this one is promoted."""
-YEAR, STALE = 365 * 86400.0, 90 * 86400.0
-"""Seconds in which different sets of held-out rows are counted, and after which unchanged rows count as stale."""
+ANCHOR = "olora.anchor"
+"""Tag of a version: the champion that is best on the held-out rows if this one is promoted."""
+GUARD = "olora.guard"
+"""Tag of a version: the champion that is best on the guard rows if this one is promoted."""
+YEAR = 365 * 86400.0
+"""Seconds in which different sets of held-out rows are counted."""
+STALE = 90 * 86400.0
+"""Seconds after which unchanged held-out rows count as stale."""
 ANSWERED = 500
 """Rows of each of lm-eval's tasks in a guard."""
 TEXT = Path(__file__).with_name("guard.jsonl")
@@ -54,7 +63,7 @@ class RowSet:
     """Rows on which versions are measured: the held-out rows, or those of the guard."""
 
     name: str
-    config: Config
+    config: DataConfig
     """Its data.eval and data.eval_fraction are these rows."""
     digest: str
     tasks: Tasks | None = None
@@ -66,13 +75,26 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
     wanted = config.gate.guard
     if not wanted:
         return None
-    plain = {"evaluation.scorer": None, "gate.group": None, "data.eval_fraction": None, "data.max_rejected": 1.0}
-    plain |= NO_GATE
-    if names := [each for each in wanted if isinstance(each, str)] if wanted != "text" else []:
-        digest = digest_json([names, ANSWERED])
-        return RowSet("the guard's tasks", override(config, plain), digest, load_tasks(names, None))
-    sources = [each.model_dump(mode="json") for each in wanted if isinstance(each, Source)]
-    changed = override(config, {**plain, "data.eval": sources or [{"path": str(TEXT), "format": "text"}]})
+    plain: dict[str, Any] = {
+        "evaluation.scorer": None,
+        "gate.group": None,
+        "data.eval_fraction": None,
+        "data.max_rejected": 1.0,
+        **NO_GATE,
+    }
+    names: list[str] = []
+    if wanted == "text":
+        plain["data.eval"] = [{"path": str(TEXT), "format": "text"}]
+    else:
+        names = [each for each in wanted if isinstance(each, str)]
+        if not names:
+            plain["data.eval"] = [
+                each.model_dump(mode="json") for each in wanted if isinstance(each, Source)
+            ]
+    changed = override(inputs.data, plain)
+    if names:
+        key = digest_json([names, ANSWERED])
+        return RowSet("the guard's tasks", changed, key, load_tasks(names, None))
     try:
         plan = plan_here(changed, inputs.base.spec, "eval")
     except UserError as error:
@@ -81,89 +103,135 @@ def guard(config: Config, inputs: Inputs) -> RowSet | None:
 
 
 def decision(
-    inputs: Inputs, guard: RowSet | None, challenger: Version, champion: Version | None, versions: Sequence[Version]
+    inputs: Inputs,
+    guard: RowSet | None,
+    challenger: Version,
+    champion: Version | None,
+    versions: Sequence[Version],
 ) -> Decision:
     """Measure what is not measured yet, and return the gate's decision on the challenger.
 
     `versions` are all versions of the model. The tags of the decision name the best champions for the next one.
     """
-    config, there = inputs.config, {version.number: version for version in versions if not version.rolled_back}
-    held_out = RowSet("the held-out rows", config, inputs.fingerprint.held_out)
+    config = inputs.config
+    there = {version.number: version for version in versions if not version.rolled_back}
+    held_out = RowSet("the held-out rows", inputs.data, inputs.fingerprint.held_out)
     best: dict[str, Version] = {}
+    wanted = [(challenger, held_out)]
     if champion is not None:
         best = {tag: there.get(champion.tags.get(tag, ""), champion) for tag in (ANCHOR, GUARD)}
-    wanted = [(challenger, held_out)] + ([(champion, held_out)] if champion else [])
-    if best and config.gate.anchor is not None:
-        wanted.append((best[ANCHOR], held_out))
-    if guard:
-        wanted += [(version, guard) for version in (challenger, *([best[GUARD]] if best else []))]
+        wanted.append((champion, held_out))
+        if config.gate.anchor is not None:
+            wanted.append((best[ANCHOR], held_out))
+    if guard is not None:
+        wanted.append((challenger, guard))
+        if best:
+            wanted.append((best[GUARD], guard))
     try:
         done = measured(inputs, wanted)
     except NotComparable as error:
         return Decision(False, f"{error}; promote the challenger by hand if it is good", {})
-    found = {(version.number, rows.name): rows_ for (version, rows), rows_ in zip(wanted, done, strict=True)}
+    found = {}
+    for (version, rows), results in zip(wanted, done, strict=True):
+        found[version.number, rows.name] = results
 
     def of(version: Version | None, rows: RowSet | None = held_out) -> RowResults | None:
-        return found.get((version.number, rows.name)) if version and rows else None
+        if version is None or rows is None:
+            return None
+        return found.get((version.number, rows.name))
 
-    ours, theirs = of(challenger), of(champion)
+    ours = of(challenger)
+    theirs = of(champion)
     assert ours is not None
-    anchor, own, best_guard = of(best.get(ANCHOR)), of(challenger, guard), of(best.get(GUARD), guard)
+    anchor = of(best.get(ANCHOR))
+    own = of(challenger, guard)
+    best_guard = of(best.get(GUARD), guard)
     uses = uses_of_rows(challenger, champion, versions)
-    age = f"; the champion is {plural(uses['champion_days'], 'day')} old" if champion else ""
-    logger.info(f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}{age}")
+    told = f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}"
+    if champion is not None:
+        told += f"; the champion is {plural(uses['champion_days'], 'day')} old"
+    logger.info(told)
     about = replace(about_rows(config, inputs, ours, champion), sets=uses["sets"])
-    both = (own, best_guard) if own and best_guard else None
-    tags = {GUARD: _best(LOSS, challenger, own, best.get(GUARD), best_guard)} if own else {}
+    tags = {}
+    both = None
+    if own is not None:
+        tags[GUARD] = _best(LOSS, challenger, own, best.get(GUARD), best_guard)
+        if best_guard is not None:
+            both = (own, best_guard)
     if config.gate.anchor is not None:
         tags[ANCHOR] = _best(config.gate.metric, challenger, ours, best.get(ANCHOR), anchor)
     decided = gate.decide(config.gate, ours, theirs, about, anchor, both)
-    return replace(
-        decided,
-        reason=decided.reason + (f"; {uses['stale']}" if uses["stale"] else ""),
-        details={**decided.details, "uses": uses, "lost": lost_rows(inputs, ours, theirs)},
-        tags=tags,
-    )
+    reason = decided.reason
+    if uses["stale"]:
+        reason += f"; {uses['stale']}"
+    details = {**decided.details, "uses": uses, "lost": lost_rows(inputs, ours, theirs)}
+    return Decision(decided.passed, reason, details, tags)
 
 
-def _best(metric: str, challenger: Version, ours: RowResults, best: Version | None, theirs: RowResults | None) -> str:
+def _best(
+    metric: str,
+    challenger: Version,
+    ours: RowResults,
+    best: Version | None,
+    theirs: RowResults | None,
+) -> str:
     """Return the version that is the best champion if the challenger is promoted."""
     if best is None or theirs is None:
         return challenger.number
-    new, old = ours.metric(metric), theirs.metric(metric)
-    return best.number if (new >= old if lower_is_better(metric) else new <= old) else challenger.number
+    new = ours.metric(metric)
+    old = theirs.metric(metric)
+    stays = new >= old if lower_is_better(metric) else new <= old
+    if stays:
+        return best.number
+    return challenger.number
 
 
-def uses_of_rows(challenger: Version, champion: Version | None, versions: Sequence[Version]) -> dict[str, Any]:
+def uses_of_rows(
+    challenger: Version, champion: Version | None, versions: Sequence[Version]
+) -> dict[str, Any]:
     """Return how often versions were judged on held-out rows: on these rows, and on how many sets within a year."""
-    now, rows = challenger.created, {each.number: Fingerprint.from_tags(each.tags).held_out for each in versions}
-    judged = [each for each in versions if each.number == challenger.number or recipe.AGAINST in each.tags]
-    same = [each for each in judged if rows[each.number] == rows.get(challenger.number)]
-    since = min((each.created for each in same), default=now)
-    day, age = time.strftime("%Y-%m-%d", time.gmtime(since)), int((now - since) / 86400)
-    stale = f"the held-out rows are stale: the same since {day}, so no drift of {age} days shows; add newer ones"
+    now = challenger.created
+    rows = {each.number: Fingerprint.from_tags(each.tags).held_out for each in versions}
+    judged = [
+        each for each in versions if each.number == challenger.number or recipe.AGAINST in each.tags
+    ]
+    same = [each.created for each in judged if rows[each.number] == rows.get(challenger.number)]
+    sets = {rows[each.number] for each in judged if each.created > now - YEAR}
+    since = min(same, default=now)
+    day = time.strftime("%Y-%m-%d", time.gmtime(since))
+    stale = ""
+    if now - since > STALE:
+        age = int((now - since) / 86400)
+        stale = f"the held-out rows are stale: the same since {day}, so no drift of {age} days shows; add newer ones"
     return {
         "versions": len(same),
         "since": day,
-        "sets": max(1, len({rows[each.number] for each in judged if each.created > now - YEAR})),
+        "sets": max(1, len(sets)),
         "champion_days": None if champion is None else int((now - champion.created) / 86400),
-        "stale": stale if now - since > STALE else "",
+        "stale": stale,
     }
 
 
 def lost_rows(inputs: Inputs, ours: RowResults, theirs: RowResults | None) -> dict[str, Any]:
     """Return the rows that the champion answered right and the challenger wrong, for each score of 0 or 1."""
     lost: dict[str, Any] = {}
-    for name, scores in (theirs.scores if theirs else {}).items():
-        rows = [row for row, score in scores.items() if score == 1 and ours.scores.get(name, {}).get(row) == 0]
+    if theirs is None:
+        return lost
+    for name, scores in theirs.scores.items():
+        answered = ours.scores.get(name, {})
+        rows = [row for row, score in scores.items() if score == 1 and answered.get(row) == 0]
+        examples = []
+        for row in rows[:5]:
+            file, position = ours.origins[row]
+            examples.append(f"{inputs.held_out.files[file].file.uri}:{position + 1}")
         if rows:
-            places = [ours.origins[row] for row in rows[:5]]
-            shown = [f"{inputs.held_out.files[file].file.uri}:{position + 1}" for file, position in places]
-            lost[name] = {"rows": len(rows), "examples": shown}
+            lost[name] = {"rows": len(rows), "examples": examples}
     return lost
 
 
-def about_rows(config: Config, inputs: Inputs, rows: RowResults, champion: Version | None) -> HeldOut:
+def about_rows(
+    config: Config, inputs: Inputs, rows: RowResults, champion: Version | None
+) -> HeldOut:
     """Return the groups of the held-out rows, and the rows that the champion was not trained on."""
     groups = group_names(config.gate.group, inputs.held_out, rows.origins)
     if champion is None:
@@ -183,42 +251,59 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
 
     Starts Ray and opens versions only if a result is missing. Raises NotComparable if the tokenizers differ.
     """
-    wanted = list(wanted)
     notes = [note_file(rows, version) for version, rows in wanted]
-    known = {note: records.read(note, Measured) for note in notes}
-    _same_tokens([each.tokenizer for each in known.values() if each])
-    if None in known.values():
-        with connection.connect(inputs.config):
-            missing = {note: pair for note, pair in zip(notes, wanted, strict=True) if known[note] is None}
-            opened = {note: _opened(rows.config, version) for note, (version, rows) in missing.items()}
-            digests = (base.spec.digest for _, base, _ in opened.values())
-            _same_tokens([*(each.tokenizer for each in known.values() if each), *digests])
+    known: dict[str, Compared] = {}
+    missing = {}
+    for note, pair in zip(notes, wanted, strict=True):
+        kept = records.read(note, Compared)
+        if kept is None:
+            missing[note] = pair
+        else:
+            known[note] = kept
+    tokenizers = [each.tokenizer for each in known.values()]
+    _same_tokens(tokenizers)
+    if missing:
+        with connection.connect(inputs.config) as (_, cluster):
+            preflight.require(decide_evaluation(inputs.config, cluster), cluster)
+            opened = {}
+            for note, (version, rows) in missing.items():
+                opened[note] = _opened(rows.config, version)
+            _same_tokens([*tokenizers, *(base.spec.digest for _, base, _ in opened.values())])
             for note, (named, own, adapter) in opened.items():
                 version, rows = missing[note]
                 logger.info(f"measuring version {version.number} on {rows.name}")
+                # The answers of both versions end at the same tokens, which the config's base model defines.
+                base = replace(inputs.base, model=own.model)
                 with user_errors():
-                    # The answers of both versions end at the same tokens, which the config's base model defines.
-                    results = results_on(rows, replace(inputs.base, model=own.model), adapter, named)
-                known[note] = done = Measured(own.spec.digest, results)
-                records.write(note, done)
-    return [each.rows for note in notes if (each := known[note]) is not None]
+                    results = results_on(rows, base, adapter, named, cluster)
+                known[note] = Compared(own.spec.digest, results)
+                records.write(note, known[note])
+    return [known[note].rows for note in notes]
 
 
-def results_on(rows: RowSet, base: Base, adapter: str | None, named: AnyConfig) -> RowResults:
+def results_on(
+    rows: RowSet, base: Base, adapter: str | None, named: AnyConfig, cluster: ClusterFacts
+) -> RowResults:
+    config = decide_evaluation(named, cluster, base.spec)
     if rows.tasks is None:
         held_out = prepare(rows.config, base.spec, "eval", tell=False)  # the training has told it
-        return measure(base, adapter, held_out, named)[0]
-    done = lm_eval_tasks.run(rows.tasks, ANSWERED, base.model, adapter, named)
-    if without := [name for name, task in done.items() if "acc" not in task.values]:
-        raise UserError(f"gate.guard: {without[0]} has no accuracy (acc) per row; use another of lm-eval's tasks")
+        return measure(base, adapter, held_out, config)[0]
+    done = lm_eval_tasks.run(rows.tasks, ANSWERED, base.model, adapter, config)
+    without = [name for name, task in done.items() if "acc" not in task.values]
+    if without:
+        raise UserError(
+            f"gate.guard: {without[0]} has no accuracy (acc) per row; use another of lm-eval's tasks"
+        )
     # The share of wrong answers is a loss: the mean over all rows of all tasks.
-    right = [value for task in done.values() for value in task.values["acc"]]
-    origins = tuple((0, row) for row in range(len(right)))
-    return RowResults(rows.digest, (1,) * len(right), tuple(1.0 - value for value in right), {}, origins)
+    wrong: list[float] = []
+    for task in done.values():
+        wrong += [1.0 - value for value in task.values["acc"]]
+    origins = tuple((0, row) for row in range(len(wrong)))
+    return RowResults(rows.digest, (1,) * len(wrong), tuple(wrong), {}, origins)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Compared:
     tokenizer: str
     """Digest of the version's tokenizer, so that stored results can be compared without opening the version."""
     rows: RowResults
@@ -226,33 +311,25 @@ class Measured:
 
 def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | None]:
     """Return (config whose `model` names the model of the base, base, adapter's folder of an adapter-only version)."""
-    named = _with_model(config, f"models:/{version.name}/{version.number}")
-    if storage.is_uri(config.run.storage) and not version.adapter_only:
-        # The nodes read the model from the storage. Only the driver reads from MLflow.
-        named = _with_model(config, _in_run_folder(config, version) or _copied(named, version))
-        base = with_tokenizer(find_model(named), named)
-        if version.checksum:
-            Aliases(resolve_uri(config), version.name).verify_copy(version.number, Path(base.model.folder))
-        return named, base, None
-    registered = models.of_config(named)
-    if registered is not None and registered.base is not None:
-        own, model, adapter = parts(registered, registered.base, named)
-        return own, with_tokenizer(model, own), adapter
-    return named, with_tokenizer(find_model(named, registered), named), None
+    name = f"models:/{version.name}/{version.number}"
+    if not storage.is_uri(config.run.storage) or version.adapter_only:
+        target = targets.resolve(name, config)
+        return target.config, with_tokenizer(target.base, target.config), target.adapter
+    # The nodes read the model from the storage. Only the driver reads from MLflow.
+    named = with_model(config, _in_storage(with_model(config, name), version))
+    base = with_tokenizer(find_model(named), named)
+    if version.checksum:
+        aliases = Aliases(resolve_uri(config), version.name)
+        aliases.verify_copy(version.number, Path(base.model.folder))
+    return named, base, None
 
 
-def _with_model(config: Config, name: str) -> Config:
-    return override(config, {"model.name": name, "model.revision": None})
-
-
-def _in_run_folder(config: Config, version: Version) -> str | None:
-    """Return the address of a merged version in its run folder; None if that folder was deleted."""
-    folder = recipe.where_now(version.tags.get(RUN, ""), config.run.storage)
+def _in_storage(named: Config, version: Version) -> str:
+    """Return the address of a merged version in its run folder, or of a copy if that folder was deleted."""
+    folder = recipe.where_now(version.folder, named.run.storage)
     merged = storage.join(folder, "export", "merged")
-    return merged if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)) else None
-
-
-def _copied(named: Config, version: Version) -> str:
+    if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)):
+        return merged
     # The copy is made once, under a name that identifies the version.
     key = digest(resolve_uri(named), version.name, version.number, version.checksum, length=16)
     copy = storage.join(named.run.storage, "models", key)
@@ -265,29 +342,35 @@ def _copied(named: Config, version: Version) -> str:
 
 def _same_tokens(tokenizers: Sequence[str]) -> None:
     if len(set(tokenizers)) > 1:
-        raise NotComparable("the champion has another tokenizer, so the two losses cannot be compared")
+        raise NotComparable(
+            "the champion has another tokenizer, so the two losses cannot be compared"
+        )
 
 
 def note_file(rows: RowSet, version: Version) -> str:
     """Return the file of a version's results; its name is a hash of everything that the results depend on."""
-    config, scorer = rows.config, rows.config.evaluation.scorer
+    config = rows.config
+    scorer = config.evaluation.scorer
+    gpus = config.cluster.gpus_per_worker
+    device = torch.device("cpu")
+    if gpus and torch.cuda.is_available():
+        device = torch.device("cuda", 0)
     parts = [
         [version.name, version.number, version.run_id, version.checksum or None],
         rows.digest,
         config.evaluation.model_dump_json(),
         scoring.source_digest(scorer) if scorer else None,
         node_cache.code(),
-        _computed_by(config),
+        # Precision, attention and device, as far as they are known without Ray: a result in bfloat16 on a GPU cannot be
+        # compared with one in float32 on a CPU. attention=auto needs no resolution here: it depends only on device,
+        # precision, libraries and files.
+        [
+            str(pick_dtype(config.model, device)),
+            config.model.attention,
+            str(gpus),
+            *(text for name, text in platform_of(device).items() if name != "threads"),
+        ],
+        *objective_named(config.train.objective).identity().values(),
     ]
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")
-
-
-def _computed_by(config: Config) -> list[str]:
-    """Return precision, attention and device of the measurement, as far as they are known without Ray."""
-    # These are part of the key, because a result in bfloat16 on a GPU cannot be compared with one in float32 on a CPU.
-    gpus = config.cluster.gpus_per_worker
-    device = torch.device("cuda", 0) if gpus and torch.cuda.is_available() else torch.device("cpu")
-    hardware = {name: text for name, text in kind_of(device).items() if name != "threads"}
-    # attention=auto needs no resolution here: it depends only on device, precision, libraries and files.
-    return [str(pick_dtype(config.model, device)), config.model.attention, str(gpus), *hardware.values()]

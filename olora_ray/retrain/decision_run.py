@@ -12,10 +12,10 @@ from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import notify
-from olora_ray.retrain.recipe import AGAINST, CHANGED, ToBeat
-from olora_ray.tracking.aliases import CHAMPION, SINCE, Aliases
+from olora_ray.retrain.recipe import AGAINST, CHANGED, Baseline
+from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.checksums import Version
-from olora_ray.tracking.client import connect, reachable
+from olora_ray.tracking.run import newest_runs
 from olora_ray.tracking.start import resolve_uri, start_run
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,28 @@ def write_decision(config: Config, entry: Entry) -> str:
         "olora.reason": entry.reason,
         "mlflow.note.content": _note(name, entry),
     }
-    tags |= {f"olora.{role}": f"{name}/{number}" for role, number in _roles(entry) if number}
+    for role, number in _roles(entry):
+        if number:
+            tags[f"olora.{role}"] = f"{name}/{number}"
     if interval:
-        tags["olora.interval"] = f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
+        tags["olora.interval"] = (
+            f"{interval['mean']:.6f} [{interval['low']:.6f}, {interval['high']:.6f}]"
+        )
     tracker = start_run(config, f"{name} {entry.decision}", tags)
-    tracker.metrics({0: _metrics(entry.details)})
-    shown = {"decision": entry.decision, "reason": entry.reason, **dict(_roles(entry)), **entry.details}
+    metrics = {}
+    for part in ("challenger", CHAMPION, "improvement", "anchor", "guard"):
+        for measure, value in (entry.details.get(part) or {}).items():
+            metrics[f"{part}/{measure}"] = float(value)
+    for use, value in entry.details.get("uses", {}).items():
+        if isinstance(value, int):
+            metrics[f"rows/{use}"] = float(value)
+    tracker.metrics({0: metrics})
+    shown = {
+        "decision": entry.decision,
+        "reason": entry.reason,
+        **dict(_roles(entry)),
+        **entry.details,
+    }
     tracker.text(json.dumps(shown, indent=2) + "\n", "decision.json")
     tracker.end("FAILED" if entry.decision == "failed" else "FINISHED")
     return tracker.run_id
@@ -62,35 +78,42 @@ def write_decision(config: Config, entry: Entry) -> str:
 
 def of_version(config: Config, version: Version) -> None:
     """Write and tell the gate's decision on a version once; it is read from its tags, so a crash loses nothing."""
-    tags, verdict = version.tags, version.verdict
+    tags = version.tags
+    verdict = version.verdict
     if not verdict or AGAINST not in tags or tags.get(RECORDED):
         return
-    decision: What = "refused" if verdict.startswith("refused") else "promoted"
+    decision: What = "promoted"
+    if verdict.startswith("refused"):
+        decision = "refused"
     reason = verdict.partition(": ")[2] or verdict
-    reason += f"; {tags[CHANGED]}" if tags.get(CHANGED) else ""
+    if tags.get(CHANGED):
+        reason += f"; {tags[CHANGED]}"
     details = json.loads(tags.get(DETAILS, "{}"))
     entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
     run_id = write_decision(config, entry)
-    uri = resolve_uri(config)
     # Before the tag: a call that is killed here tells again, instead of never.
     notify.tell(config, entry.decision, entry.reason, entry.challenger, entry.champion)
-    with reachable(uri):
-        connect(uri).set_model_version_tag(version.name, version.number, RECORDED, run_id)
+    Aliases(resolve_uri(config), version.name).tag_version(version.number, RECORDED, run_id)
 
 
-def moved(config: Config, now: ToBeat) -> None:
+def moved(config: Config, now: Baseline) -> None:
     """Write and tell, once, that the champion is not the one of the latest decision: a person has moved the alias."""
-    last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)}, but="failed")
+    last = _latest(config, but="failed")
     if last is None or now.version is None:
         return
-    tags, number = last.data.tags, now.version.number
-    role = "challenger" if tags.get("olora.decision") in ("promoted", "moved") else CHAMPION
-    left = tags.get(f"olora.{role}", "").rpartition("/")[2]
+    number = now.version.number
+    role = CHAMPION
+    if last.data.tags.get("olora.decision") in ("promoted", "moved"):
+        role = "challenger"
+    left = last.data.tags.get(f"olora.{role}", "").rpartition("/")[2]
     if left == number:
         return
     verdicts = {version.number: version.verdict for version in now.versions if version.rolled_back}
-    by_gate = now.version.verdict.startswith(("passed", "refused")) or not now.version.verdict
-    how = verdicts.get(left) or ("its alias was set or deleted in MLflow" if by_gate else now.version.verdict)
+    how = verdicts.get(left)
+    if not how:
+        how = now.version.verdict
+        if not how or how.startswith(("passed", "refused")):  # by the gate
+            how = "its alias was set or deleted in MLflow"
     before = f"version {left}" if left else "none"
     reason = f"the champion is version {number}, but the latest decision left {before}: {how}"
     notify.tell(config, "moved", reason, number, left or None)
@@ -99,23 +122,24 @@ def moved(config: Config, now: ToBeat) -> None:
 
 def unchanged(config: Config, entry: Entry) -> None:
     """Write that nothing has changed, unless the latest run says the same: a scheduler may call every minute."""
-    last = _latest(config, {"olora.kind": "retraining", "olora.model": str(config.registry.model)})
-    tags = last.data.tags if last is not None else {}
-    if (tags.get("olora.decision"), tags.get("olora.reason")) != (entry.decision, entry.reason):
-        write_decision(config, entry)
+    last = _latest(config)
+    if last is not None:
+        tags = last.data.tags
+        if (tags.get("olora.decision"), tags.get("olora.reason")) == (entry.decision, entry.reason):
+            return
+    write_decision(config, entry)
 
 
-def _latest(config: Config, wanted: Mapping[str, str], but: str | None = None) -> Any:
-    words = " and ".join(f"tags.`{tag}` = '{text}'" for tag, text in wanted.items())
-    words += f" and tags.`olora.decision` != '{but}'" if but else ""
-    with reachable(uri := resolve_uri(config)):
-        client = connect(uri)
-        experiment = client.get_experiment_by_name(config.tracking.experiment)
-        if experiment is None:
-            return None
-        newest = ["attributes.start_time DESC"]
-        runs = client.search_runs([experiment.experiment_id], words, max_results=1, order_by=newest)
-        return runs[0] if runs else None
+def _of_model(name: str) -> str:
+    return f"tags.`olora.kind` = 'retraining' and tags.`olora.model` = '{name}'"
+
+
+def _latest(config: Config, but: str | None = None) -> Any:
+    words = _of_model(str(config.registry.model))
+    if but is not None:
+        words += f" and tags.`olora.decision` != '{but}'"
+    runs = newest_runs(resolve_uri(config), words, 1, config.tracking.experiment)
+    return next(iter(runs), None)
 
 
 def _roles(entry: Entry) -> list[tuple[str, str | None]]:
@@ -123,31 +147,16 @@ def _roles(entry: Entry) -> list[tuple[str, str | None]]:
 
 
 def _note(name: str, entry: Entry) -> str:
-    links = [
-        f"{role}: [{name} version {number}](#/models/{name}/versions/{number})"
-        for role, number in _roles(entry)
-        if number
-    ]
-    lost = [
-        f"{name}: {rows['rows']} right answers of the champion are wrong now, such as {', '.join(rows['examples'])}"
-        for name, rows in entry.details.get("lost", {}).items()
-    ]
-    return "\n\n".join([f"**{entry.decision}**: {entry.reason}", *links, *lost])
-
-
-def _metrics(details: Mapping[str, Any]) -> dict[str, float]:
-    roles = {
-        f"{role}/{metric}": float(value)
-        for role in ("challenger", CHAMPION)
-        for metric, value in (details.get(role) or {}).items()
-    }
-    intervals = {
-        f"{name}/{bound}": float(value)
-        for name in ("improvement", "confirmation", "anchor", "guard")
-        for bound, value in (details.get(name) or {}).items()
-    }
-    uses = {f"rows/{name}": float(value) for name, value in details.get("uses", {}).items() if isinstance(value, int)}
-    return roles | intervals | uses
+    parts = [f"**{entry.decision}**: {entry.reason}"]
+    for role, number in _roles(entry):
+        if number:
+            parts.append(f"{role}: [{name} version {number}](#/models/{name}/versions/{number})")
+    for score, rows in entry.details.get("lost", {}).items():
+        examples = ", ".join(rows["examples"])
+        parts.append(
+            f"{score}: {rows['rows']} right answers of the champion are wrong now, such as {examples}"
+        )
+    return "\n\n".join(parts)
 
 
 # Nights, as MLflow alone tells of them.
@@ -176,30 +185,35 @@ class Nights:
 
 def nights(aliases: Aliases) -> Nights:
     """Ask MLflow alone about the nights of a model that is registered; this writes nothing."""
-    versions, client = aliases.versions(), aliases.client
-    with reachable(aliases.uri):
-        model = client.get_registered_model(aliases.name)
-        experiments = [each.experiment_id for each in client.search_experiments()]
-        mine = f"tags.`olora.kind` = 'retraining' and tags.`olora.model` = '{aliases.name}'"
-        runs = client.search_runs(experiments, mine, max_results=30, order_by=["attributes.start_time DESC"])
-    champion = next((each for each in versions if each.number == str(model.aliases.get(CHAMPION))), None)
-    number, _, moved = model.tags.get(SINCE, "").partition(" ")
-    since = 0.0 if champion is None else float(moved) if number == champion.number else champion.created
+    versions = aliases.versions()
+    runs = newest_runs(aliases.uri, _of_model(aliases.name), 30)
+    alias = aliases.current().get(CHAMPION)
+    champion = next((each for each in versions if each.number == alias), None)
+    since = 0.0
+    if champion is not None:
+        since = aliases.champion_since(champion)
+    good = aliases.tags().get(GOOD)
     told = [{**run.data.tags, "when": str(run.info.start_time / 1000)} for run in runs]
-    decided = [float(run["when"]) for run in told if run["olora.decision"] in ("promoted", "refused")]
+    decided = [
+        float(run["when"]) for run in told if run["olora.decision"] in ("promoted", "refused")
+    ]
     judged = [version for version in versions if version.verdict and AGAINST in version.tags]
     rows = [Fingerprint.from_tags(version.tags).held_out for version in judged]
-    same = [version for version, digest in zip(judged, rows, strict=True) if digest == rows[-1]]
-    good = float(model.tags[GOOD]) if GOOD in model.tags else None
-    used_since = min((version.created for version in same), default=0.0)
-    return Nights(good, champion, since, max(decided, default=0.0), told, len(same), used_since)
+    same = [each.created for each, digest in zip(judged, rows, strict=True) if digest == rows[-1]]
+    return Nights(
+        None if good is None else float(good),
+        champion,
+        since,
+        max(decided, default=0.0),
+        told,
+        len(same),
+        min(same, default=0.0),
+    )
 
 
-def good_night(config: Config) -> None:
+def good_night(config: Config, aliases: Aliases) -> None:
     """Record the end of a good night in MLflow, and write the metrics of nights to the config's retrain.metrics."""
-    aliases = Aliases(resolve_uri(config), str(config.registry.model))
-    with reachable(aliases.uri):
-        aliases.client.set_registered_model_tag(aliases.name, GOOD, f"{time.time():.0f}")
+    aliases.tag(GOOD, f"{time.time():.0f}")
     if config.retrain.metrics:
         try:
             _export(aliases, looked_up(config.retrain.metrics, "its address"))
@@ -219,10 +233,12 @@ METRICS = {
 def _export(aliases: Aliases, target: str) -> None:
     from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
 
-    registry, found = CollectorRegistry(), nights(aliases)
+    registry = CollectorRegistry()
+    found = nights(aliases)
     for metric, (name, text) in METRICS.items():
         gauge = Gauge(metric, text, ["model"], registry=registry)
-        if value := getattr(found, name):  # no sample is better than an age since 1970
+        value = getattr(found, name)
+        if value:  # no sample is better than an age since 1970
             gauge.labels(aliases.name).set(value)
     if target.startswith("/"):
         write_to_textfile(target, registry)

@@ -8,26 +8,35 @@
 
 One wrong promotion in 40 nights would be nine in a year that nobody watches, so the interval is stricter than 95%. Rows
 that are used again hardly add to the error: the champion's luck on them is a bar for the others. New rows do add, so
-each set of rows in a year gets its share of the error. benchmarks/gate_years.py simulates years, and chose the numbers.
+each set of rows in a year gets its share of the error. benchmarks/gate_years.py, at the tag before-open, simulates
+years, and chose the numbers.
 
 With `gate.confident: false` the improvement itself decides. Without a champion only the conditions count. A
 challenger's value that is not a number never passes, and fewer than gate.min_rows independent rows are not compared.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from olora_ray.common.text import plural
-from olora_ray.config.schema import Condition, Gate
-from olora_ray.evaluation.rows import LOSS, SCORE, Comparison, RowResults, improvement, lower_is_better, numbered
+from olora_ray.config.nights import Condition, Gate
+from olora_ray.evaluation.rows import (
+    LOSS,
+    SCORE,
+    RowResults,
+    lower_is_better,
+)
 
 LEVEL = 0.95
 """Confidence of the intervals against anchor and guard."""
 SETS = 20
 """Up to this many different sets of held-out rows in a year, each interval has the level 1 - 0.05 / 20."""
+
+
+Checked = tuple[bool, str, dict[str, Any]]
+"""True if a check holds, what it found, and the numbers behind it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ def decide(
     gate: Gate,
     challenger: RowResults,
     champion: RowResults | None,
-    held_out: HeldOut | None = None,
+    held_out: HeldOut = HeldOut(),
     anchor: RowResults | None = None,
     guard: tuple[RowResults, RowResults] | None = None,
 ) -> Decision:
@@ -70,8 +79,8 @@ def decide(
     checks = [_check(condition, challenger) for condition in gate.conditions]
     details: dict[str, Any] = {
         "metric": gate.metric,
-        "challenger": {name: challenger.metric(name) for name in challenger.names()},
-        "champion": {name: champion.metric(name) for name in champion.names()} if champion else None,
+        "challenger": _metrics(challenger),
+        "champion": champion and _metrics(champion),
         "rows": len(challenger.column(gate.metric).rows),
         "conditions": [{"holds": holds, "text": text} for holds, text in checks],
     }
@@ -79,125 +88,132 @@ def decide(
         value = f"{gate.metric} {challenger.metric(gate.metric):.4f}, no champion to compare with"
         checks.insert(0, (True, value))
     else:
-        held_out = held_out or HeldOut()
         holds, text, numbers = _compared(gate, challenger, champion, held_out)
         checks.insert(0, (holds, text))
         details |= numbers
         if holds and gate.anchor is not None:
             best = anchor or champion
-            holds, text, details["anchor"] = _not_worse(gate.metric, challenger, best, held_out, gate, "anchor")
+            holds, text, details["anchor"] = _not_worse(
+                gate.metric, challenger, best, held_out, gate, "anchor"
+            )
             checks.append((holds, text))
     if guard:
         holds, text, details["guard"] = _not_worse(LOSS, *guard, HeldOut(), gate, "guard_margin")
         checks.append((holds, f"guard: {text}"))
     passed = all(holds for holds, _ in checks)
-    shown = [text for holds, text in checks if holds is passed]  # a refusal names only the failed checks
+    # A refusal names only the failed checks.
+    shown = [text for holds, text in checks if holds is passed]
     return Decision(passed, "; ".join(shown), details)
+
+
+def _metrics(results: RowResults) -> dict[str, float]:
+    return {name: results.metric(name) for name in results.names()}
+
+
+def _considered(results: RowResults, held_out: HeldOut) -> RowResults:
+    """Return the results on the rows that count, in the groups of the rows."""
+    if held_out.groups is not None:
+        results = results.grouped(held_out.groups)
+    if held_out.unseen is not None:
+        results = results.only(held_out.unseen)
+    return results
 
 
 def _compared(
     gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
-) -> tuple[bool, str, dict[str, Any]]:
-    groups, unseen, left_out = held_out.groups, held_out.unseen, ""
-
-    def keep(rows: Sequence[int]) -> None:
-        nonlocal challenger, champion, groups
-        challenger, champion = challenger.only(rows), champion.only(rows)
-        groups = [groups[row] for row in rows] if groups is not None else None
-
-    if unseen is not None and len(unseen) < len(challenger.losses):
-        left_out = f" (left out: {len(challenger.losses) - len(unseen)} that the champion may have been trained on)"
-        keep(unseen)
-    if unseen is not None and not _shared_rows(gate.metric, challenger, champion):
-        of_those = "" if lower_is_better(gate.metric) else " among the answered rows (evaluation.rows)"
-        return False, f"{gate.metric}: no held-out row{of_those} is left to compare on{left_out}", {"groups": 0}
-    if not lower_is_better(gate.metric):
+) -> Checked:
+    total = len(challenger.losses)
+    challenger = _considered(challenger, held_out)
+    champion = _considered(champion, held_out)
+    unseen = len(challenger.losses)
+    left_out = ""
+    if unseen < total:
+        left_out = f" (left out: {total - unseen} that the champion may have been trained on)"
+    if held_out.unseen is not None and not _shared_rows(gate.metric, challenger, champion):
+        where = ""
+        if not lower_is_better(gate.metric):
+            where = " among the answered rows (evaluation.rows)"
+        why = f"{gate.metric}: no held-out row{where} is left to compare on{left_out}"
+        return False, why, {"groups": 0}
+    broken = []
+    if lower_is_better(gate.metric):
+        broken = [row for row, loss in enumerate(champion.losses) if not math.isfinite(loss)]
+    else:
         challenger, champion, counted = _scored_alike(gate.metric, challenger, champion)
         left_out += counted
-    elif broken := [row for row, loss in enumerate(champion.losses) if not math.isfinite(loss)]:
+    if broken:
         # Otherwise no challenger could ever replace it. A challenger must have a finite loss on these rows, too.
         told = f"the champion's loss is not finite on {plural(len(broken), 'row')}"
-        if any(not math.isfinite(loss) for loss in challenger.losses):
-            return False, f"{gate.metric}: {told}, and the challenger's is not finite either", {"groups": 0}
-        keep([row for row in range(len(champion.losses)) if row not in broken])
+        if not all(map(math.isfinite, challenger.losses)):
+            why = f"{gate.metric}: {told}, and the challenger's is not finite either"
+            return False, why, {"groups": 0}
+        rest = [row for row in range(unseen) if row not in broken]
+        challenger = challenger.only(rest)
+        champion = champion.only(rest)
         if len(champion.losses) < gate.min_rows:
-            return True, f"{gate.metric}: {told}, so any finite loss is better{left_out}", {"groups": 0}
+            why = f"{gate.metric}: {told}, so any finite loss is better{left_out}"
+            return True, why, {"groups": 0}
         left_out += f" (left out: {told})"
     both = sorted(_shared_rows(gate.metric, challenger, champion))
-    ours, theirs = (each.only(both).metric(gate.metric) for each in (challenger, champion))
-    text = f"{gate.metric} {ours:.4f}, the champion's {theirs:.4f}"
-    names = groups if groups is not None else challenger.origins
-    numbers: dict[str, Any] = {}
-    for part, rows, level in _parts(gate, names, both, held_out.sets):
-        group = numbered([names[row] for row in rows])
-        gain = improvement(gate.metric, challenger.only(rows), champion.only(rows), level, group)
-        interval = gain.interval
-        numbers |= {part: asdict(interval)} | ({} if numbers else {"level": level, "groups": gain.groups})
-        text += f"{'; confirmed' if part == CONFIRMATION else ''}: {_shown(gain, level)}"
-        if gain.groups < gate.min_rows:
-            return False, f"{text}{left_out}, but gate.min_rows={gate.min_rows} needs more independent rows", numbers
-        if not (interval.low if gate.confident else interval.mean) > gate.must_improve_by:
-            missed = "interval must begin" if gate.confident else "improvement must be"
-            return False, f"{text}{left_out}, but the {missed} above {gate.must_improve_by:g}", numbers
-    alone = " (too few rows for gate.confirm)" if gate.confirm and CONFIRMATION not in numbers else ""
-    return True, f"{text}{left_out}{alone}", numbers
-
-
-PART, CONFIRMATION = "improvement", "confirmation"
-
-
-def _parts(gate: Gate, names: Sequence[object], rows: list[int], sets: int) -> Iterator[tuple[str, list[int], float]]:
-    """Yield name, rows and level of each part of the rows, in the order in which the gate looks at them."""
-    # By a hash of their names, groups are in the same part every night and on every machine.
-    order = sorted({names[row] for row in rows}, key=lambda name: hashlib.sha256(repr(name).encode()).digest())
-    second = set(order[: round(gate.confirm * len(order))])
-    if min(len(second), len(order) - len(second)) < gate.min_rows:
-        yield PART, rows, 1 - 0.05 / max(SETS, sets)
-        return
-    # An equal challenger passes both parts as rarely as two sets of rows at once: 0.05 x 0.05 = 2 x 0.025 / 20.
-    yield PART, [row for row in rows if names[row] not in second], 0.9
-    yield CONFIRMATION, [row for row in rows if names[row] in second], 1 - 0.1 / max(1.0, 2 * sets / SETS)
-
-
-def _shown(gain: Comparison, level: float) -> str:
-    interval = gain.interval
-    rows = plural(gain.rows, "row") + (f" in {plural(gain.groups, 'group')}" if gain.groups < gain.rows else "")
-    change = f"{'worse' if interval.mean < 0 else 'improved'} by {abs(interval.mean):.4f} ({100 * level:.4g}% interval"
-    return f"{change} of the improvement {interval.low:.4f} to {interval.high:.4f}, {rows})"
+    ours = challenger.only(both)
+    theirs = champion.only(both)
+    text = f"{gate.metric} {ours.metric(gate.metric):.4f}, the champion's {theirs.metric(gate.metric):.4f}"
+    level = 1 - 0.05 / max(SETS, held_out.sets)
+    gain = ours.gain(theirs, gate.metric, level)
+    numbers = {"improvement": asdict(gain.interval), "level": level, "groups": gain.groups}
+    text += f": {gain.shown(level)}{left_out}"
+    if gain.groups < gate.min_rows:
+        problem = f"gate.min_rows={gate.min_rows} needs more independent rows"
+        return False, f"{text}, but {problem}", numbers
+    if gate.confident:
+        passed = gain.interval.low > gate.must_improve_by
+        needed = "interval must begin"
+    else:
+        passed = gain.interval.mean > gate.must_improve_by
+        needed = "improvement must be"
+    if not passed:
+        return False, f"{text}, but the {needed} above {gate.must_improve_by:g}", numbers
+    return True, text, numbers
 
 
 def _not_worse(
     metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, gate: Gate, field: str
-) -> tuple[bool, str, dict[str, Any]]:
+) -> Checked:
     """Check that the challenger is worse than the best champion by at most the margin `field`, with confidence."""
-    value, margin = best.metric(metric), getattr(gate, field)
+    value = best.metric(metric)
     if not math.isfinite(value):
         return True, f"{metric}: the best champion's is not finite", {}
-    groups, rows = held_out.groups or ours.origins, held_out.unseen or range(len(ours.losses))
-    ours, best = ours.only(rows), best.only(rows)
+    ours = _considered(ours, held_out)
+    best = _considered(best, held_out)
     if not lower_is_better(metric):
         ours, best, _ = _scored_alike(metric, ours, best)
-    gain = improvement(metric, ours, best, LEVEL, numbered([groups[row] for row in rows]))
-    holds, limit = gain.interval.low > -margin, f", but gate.{field}={margin:g} allows less"
-    text = f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {_shown(gain, LEVEL)}"
-    return holds, text + ("" if holds else limit), asdict(gain.interval)
+    gain = ours.gain(best, metric, LEVEL)
+    text = (
+        f"{metric} {ours.metric(metric):.4f}, the best champion's {value:.4f}: {gain.shown(LEVEL)}"
+    )
+    margin = getattr(gate, field)
+    holds = gain.interval.low > -margin
+    if not holds:
+        text += f", but gate.{field}={margin:g} allows less"
+    return holds, text, asdict(gain.interval)
 
 
-def _scored_alike(metric: str, challenger: RowResults, champion: RowResults) -> tuple[RowResults, RowResults, str]:
+def _scored_alike(
+    metric: str, challenger: RowResults, champion: RowResults
+) -> tuple[RowResults, RowResults, str]:
     """Give the lowest score of both to a row that only one of them has; return both, and how often that was done."""
     # A scorer may leave out an answer that it cannot read. On the other rows alone, a model that answers only easy
     # questions would win.
     name = metric.removeprefix(SCORE)
-    ours, theirs = challenger.scores.get(name, {}), champion.scores.get(name, {})
+    ours = challenger.scores.get(name, {})
+    theirs = champion.scores.get(name, {})
     both = ours.keys() | theirs.keys()
     if ours.keys() == theirs.keys() or not ours.keys() & theirs.keys():
         return challenger, champion, ""
     lowest = min(*ours.values(), *theirs.values())
-    filled = ({**dict.fromkeys(both, lowest), **scores} for scores in (ours, theirs))
-    challenger, champion = (
-        replace(each, scores={**each.scores, name: scores})
-        for each, scores in zip((challenger, champion), filled, strict=True)
-    )
+    blank = dict.fromkeys(both, lowest)
+    challenger = replace(challenger, scores={**challenger.scores, name: {**blank, **ours}})
+    champion = replace(champion, scores={**champion.scores, name: {**blank, **theirs}})
     missing = f"{plural(len(both - ours.keys()), 'row')} of the challenger, {len(both - theirs.keys())} of the champion"
     return challenger, champion, f" (no score, counted as {lowest:g}: {missing})"
 
@@ -208,7 +224,8 @@ def _shared_rows(metric: str, ours: RowResults, theirs: RowResults) -> set[int]:
 
 
 def _check(condition: Condition, results: RowResults) -> tuple[bool, str]:
-    value, name = results.metric(condition.metric), condition.metric
+    name = condition.metric
+    value = results.metric(name)
     if condition.at_least is not None and not value >= condition.at_least:
         return False, f"{name} {value:.4f} is below {condition.at_least:g}"
     if condition.at_most is not None and not value <= condition.at_most:

@@ -15,7 +15,7 @@ from functools import partial
 
 import requests
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
@@ -26,9 +26,12 @@ SENT = "the event {!r} was sent"
 """Text of a log line: by it deploy/night.py knows what was told, also where the command runs elsewhere, as a job."""
 
 
-def tell(config: Config, event: str, reason: str, version: str | None = None, champion: str | None = None) -> None:
+def tell(
+    config: Config, event: str, reason: str, version: str | None = None, champion: str | None = None
+) -> None:
     """Send an event to the config's webhook and command; on failure log a warning and raise nothing."""
     reason = " ".join(mask(reason).split())
+    name = config.registry.model or config.run.name
     subject = f"version {version} " if version else ""
     message = {
         "event": event,
@@ -38,18 +41,30 @@ def tell(config: Config, event: str, reason: str, version: str | None = None, ch
         "champion": champion,
         "run": config.run.name,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "text": f"{config.registry.model or config.run.name}: {subject}{event}: {reason}",
+        "text": f"{name}: {subject}{event}: {reason}",
     }
-    body, what = json.dumps(message), f"the event {event!r}"
-    for field, value, send in (("url", config.notify.url, _post), ("command", config.notify.command, _run)):
-        if value and _sent(f"notify.{field}", what, partial(send, value, body)):
+    body = json.dumps(message)
+    for field, value, send in (
+        ("url", config.notify.url, _post),
+        ("command", config.notify.command, _run),
+    ):
+        if value and _sent(f"notify.{field}", f"the event {event!r}", partial(send, value, body)):
             logger.info(f"notify.{field}: {SENT.format(event)}")
 
 
 def ping(config: Config, signal: str, text: str = "") -> None:
     """Call the config's retrain.ping: `signal` is /start, empty for a good end, or /fail. Never raises, as `tell`."""
-    if address := config.retrain.ping:
-        _sent("retrain.ping", f"the signal {signal or 'success'!r}", partial(_ping, address, signal, mask(text)))
+    reference = config.retrain.ping
+    if not reference:
+        return
+
+    def send() -> None:
+        retry.follow_certificates()
+        address = looked_up(reference, "its address").rstrip("/")
+        data = mask(text).encode()
+        requests.post(f"{address}{signal}", data=data, timeout=5.0).raise_for_status()
+
+    _sent("retrain.ping", f"the signal {signal or 'success'!r}", send)
 
 
 def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
@@ -58,7 +73,8 @@ def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
         try:
             send()
             return True
-        except Exception as error:  # a failed notification must not change the result of the retraining
+        except Exception as error:
+            # A failed notification must not change the result of the retraining.
             if pause is None or isinstance(error, UserError):
                 logger.warning(f"{field}: {what} was not sent: {_failure_reason(error)}")
                 break
@@ -66,14 +82,8 @@ def _sent(field: str, what: str, send: Callable[[], None]) -> bool:
     return False
 
 
-def _ping(reference: str, signal: str, text: str) -> None:
-    patience.follow_certificates()
-    address = looked_up(reference, "its address").rstrip("/")
-    requests.post(f"{address}{signal}", data=text.encode(), timeout=5.0).raise_for_status()
-
-
 def _post(url: str, body: str) -> None:
-    patience.follow_certificates()
+    retry.follow_certificates()
     headers = {"Content-Type": "application/json"}
     address = looked_up(url, "its address")
     requests.post(address, data=body, headers=headers, timeout=5.0).raise_for_status()

@@ -23,17 +23,19 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import digest_json
 from olora_ray.common.text import plural
-from olora_ray.config.load import flatten, read_config
-from olora_ray.config.schema import Config, Source, extended
+from olora_ray.config.decided import DataConfig
+from olora_ray.config.load import flatten, override, read_config
+from olora_ray.config.schema import Config
+from olora_ray.config.section import Source, extended
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import lower_is_better
 from olora_ray.model.source import glance
-from olora_ray.pipeline.run_folder import Fingerprint, bound_settings, settings_digest
+from olora_ray.pipeline.run_folder import Fingerprint, identity_settings, settings_digest
 from olora_ray.tokens import prepare
-from olora_ray.tokens.plan import Plan, Split, as_found, sources_of
+from olora_ray.tokens.plan import Plan, Split, sources_of
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, PREVIOUS, Aliases
-from olora_ray.tracking.checksums import BASE, RUN, Version
+from olora_ray.tracking.checksums import Version
 
 if TYPE_CHECKING:
     from olora_ray.pipeline.base import Base
@@ -53,51 +55,74 @@ class Inputs:
     held_out: Plan
     fingerprint: Fingerprint
     config: Config
-    """The user's config, with the formats that were recognised in the sources."""
+    """The user's config, with the formats that were recognised in the sources, and with the length of sequences."""
+    data: DataConfig
+    """The config with which rows become tokens."""
 
 
-def look(config: Config) -> Inputs:
+def read_inputs(config: Config) -> Inputs:
     """Read base model and data as far as their digests need it. Files that were scanned before are not read again.
 
     Raises UserError for problems that would stop the training: missing files, an invalid model, no held-out rows.
     """
     if not config.data.holds_out():
-        raise UserError("data.eval: retraining compares on held-out rows; set data.eval or data.eval_fraction")
+        raise UserError(
+            "data.eval: retraining compares on held-out rows; set data.eval or data.eval_fraction"
+        )
     from olora_ray.pipeline.base import open_base
-    from olora_ray.pipeline.prepare import with_length
+    from olora_ray.pipeline.prepare import read_data
 
-    model, base, seen = glance(config), open_base(config), prepare.look_here(config)
-    long = with_length(config, base)
-    plan = prepare.plan_here(long, base.spec, "train", seen)
-    held_out = prepare.plan_here(long, base.spec, "eval", seen)
-    made_of = Fingerprint(base.model.digest, plan.digest(), held_out.digest(), settings_digest(config))
+    model = glance(config)
+    base = open_base(config)
+    seen = prepare.look_here(config)
+    data = read_data(config, base).config
+    plan = prepare.plan_here(data, base.spec, "train", seen)
+    held_out = prepare.plan_here(data, base.spec, "eval", seen)
+    made_of = Fingerprint(
+        base.model.digest, plan.digest(), held_out.digest(), settings_digest(config)
+    )
     files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
     if model:
         node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
-    return Inputs(base, plan, held_out, made_of, as_found(long, plan, held_out))
+    found: dict[str, Any] = {"data.max_length": data.data.max_length}
+    for each in (plan, held_out):
+        setting, _ = sources_of(config, each.split)
+        found[setting] = [source.model_dump(mode="json") for source in each.sources]
+    return Inputs(base, plan, held_out, made_of, override(config, found), data)
 
 
-def look_again(config: Config) -> Fingerprint | None:
-    """Return the fingerprint that an earlier `look` on this node stored for the same config and files; else None."""
+def cached_fingerprint(config: Config) -> Fingerprint | None:
+    """Return the fingerprint that `read_inputs` stored on this node for the same config and files; else None."""
     # Without opening the base model: its imports are most of the time of a night without changes.
-    if not config.data.holds_out() or not (model := glance(config)):
+    if not config.data.holds_out():
         return None
-    seen, files = prepare.look_here(config), []
+    model = glance(config)
+    if not model:
+        return None
+    seen = prepare.look_here(config)
+    files = []
     for split in get_args(Split):
         _, listed, scanned = seen(*sources_of(config, split))
         for matches, scans in zip(listed, scanned, strict=True):
             files += [(file.uri, scan.sha256) for file, scan in zip(matches, scans, strict=True)]
     kept = node_cache.read(_kept_at(config, model, files))
-    return Fingerprint.from_tags(json.loads(kept)) if kept else None
+    if not kept:
+        return None
+    return Fingerprint.from_tags(json.loads(kept))
 
 
 def _kept_at(config: Config, model: str, files: Sequence[tuple[str, str]]) -> str:
     template = config.data.chat_template or ""
-    text = storage.read_text(template) if template and storage.exists(template) else template
-    return node_cache.result_path("fingerprints", config.model_dump_json(), model, text, json.dumps(files))
+    if template and storage.exists(template):
+        template = storage.read_text(template)
+    return node_cache.result_path(
+        "fingerprints", config.model_dump_json(), model, template, json.dumps(files)
+    )
 
 
-def find_decision(versions: Sequence[Version], champion: Version | None, now: Fingerprint) -> Version | None:
+def find_decision(
+    versions: Sequence[Version], champion: Version | None, now: Fingerprint
+) -> Version | None:
     """Return the version that makes another training with the same inputs useless; None if there is none.
 
     That is the champion or its substitute if it has the same inputs. Otherwise it is a version with the same inputs
@@ -119,7 +144,7 @@ def find_decision(versions: Sequence[Version], champion: Version | None, now: Fi
 
 
 @dataclass(frozen=True)
-class ToBeat:
+class Baseline:
     """The version that a challenger must beat, and the state of the registry."""
 
     version: Version | None
@@ -132,39 +157,41 @@ class ToBeat:
     """All versions of the model, the oldest first."""
 
 
-def version_to_beat(aliases: Aliases) -> ToBeat:
+def version_to_beat(aliases: Aliases) -> Baseline:
     """Return the version that a challenger must beat; raise UserError if the champion and all substitutes are lost."""
-    last, named, versions = aliases.last_champion(), aliases.current(), aliases.versions()
-    there, champion = {version.number: version for version in versions}, named.get(CHAMPION, "")
+    last = aliases.last_champion()
+    named = aliases.current()
+    versions = aliases.versions()
+    there = {version.number: version for version in versions}
+    champion = named.get(CHAMPION, "")
     if champion in there:
-        return ToBeat(there[champion], "the champion", champion, versions)
-    passed = [version for version in versions if _passed(version)]
+        return Baseline(there[champion], "the champion", champion, versions)
+    # These have been champions: the gate's verdict says passed, or they were promoted by hand.
+    passed = [each for each in versions if each.verdict and not each.verdict.startswith("refused")]
+    newest = (version for version in reversed(passed) if not version.rolled_back)
     substitutes = {
         "the last champion": there.get(last or ""),
         "the previous champion": there.get(named.get(PREVIOUS, "")),
-        "the newest that passed": next((version for version in reversed(passed) if not version.rolled_back), None),
+        "the newest that passed": next(newest, None),
     }
-    deleted = last is not None and last not in there
-    gone = f"the champion, version {last}, was deleted" if deleted else "the alias champion is missing"
+    gone = "the alias champion is missing"
+    if last is not None and last not in there:
+        gone = f"the champion, version {last}, was deleted"
     for role, version in substitutes.items():
         if version is not None and not version.rolled_back:
             logger.warning(
                 f"registry: {aliases.name}: {gone}; a new version must beat version {version.number}, {role};"
                 f" set a champion with: olora-ray registry promote {aliases.name} VERSION"
             )
-            return ToBeat(version, role, champion, versions)
-    if last or PREVIOUS in named or passed or any(version.tags.get(AGAINST) for version in versions):
+            return Baseline(version, role, champion, versions)
+    against = any(version.tags.get(AGAINST) for version in versions)
+    if last or PREVIOUS in named or passed or against:
         raise UserError(
             f"registry.model={aliases.name}: {gone}, and no other version that passed is left to compare with; set a"
             f" champion with: olora-ray registry promote {aliases.name} VERSION, or delete the registered model to"
             " start again"
         )
-    return ToBeat(None, "no champion", champion, versions)
-
-
-def _passed(version: Version) -> bool:
-    """True if the version has been a champion, by its verdict: it passed, or was promoted by hand."""
-    return bool(version.verdict) and not version.verdict.startswith("refused")
+    return Baseline(None, "no champion", champion, versions)
 
 
 # The training data of a version: its files, by digest, and how the held-out rows were drawn from them.
@@ -181,22 +208,28 @@ def note(config: Config, plan: Plan) -> None:
     # Continuing the champion later trains only on the files that are not in this note.
     path = _note(config, plan.digest())
     if not storage.exists(path):
-        content = {"files": sorted({each.sha256 for each in plan.files}), "draw": [plan.seed, plan.eval_fraction]}
+        content = {
+            "files": sorted({each.sha256 for each in plan.files}),
+            "draw": [plan.seed, plan.eval_fraction],
+        }
         records.write(path, content, indent=1, sealed=True)
 
 
 def of_version(config: Config, version: Version) -> KnownFiles | None:
     """Return the files behind a version's data digest, from an earlier note or from its token store; else None."""
     digest = Fingerprint.from_tags(version.tags).data
-    if noted := records.read(_note(config, digest), KnownFiles, sealed=True):
+    noted = records.read(_note(config, digest), KnownFiles, sealed=True)
+    if noted is not None:
         return noted
     # No note in this storage: the version does not come from a retraining. Its token store may still exist.
     try:
         inputs = TokenStore.open(storage.join(config.run.storage, "tokens", digest)).manifest.inputs
     except UserError:
         return None
-    files = frozenset(sha256 for source in inputs["sources"] for _, sha256 in source["files"])
-    return KnownFiles(files, (inputs["seed"], inputs["eval_fraction"]))
+    files: set[str] = set()
+    for source in inputs["sources"]:
+        files.update(sha256 for _, sha256 in source["files"])
+    return KnownFiles(frozenset(files), (inputs["seed"], inputs["eval_fraction"]))
 
 
 def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> frozenset[int] | None:
@@ -211,7 +244,9 @@ def unseen_rows(config: Config, held_out: Plan, known: KnownFiles | None) -> fro
     if known.files <= {each.sha256 for each in held_out.files}:
         return None  # files were only added, so the old files hold out the same rows as before
     # A file was changed, renamed or deleted. Any new file may be its successor, so only unchanged files count.
-    return frozenset(number for number, each in enumerate(held_out.files) if each.sha256 in known.files)
+    return frozenset(
+        number for number, each in enumerate(held_out.files) if each.sha256 in known.files
+    )
 
 
 def _note(config: Config, digest: str) -> str:
@@ -229,12 +264,16 @@ CHANGED = "olora.changed"
 def changed(inputs: Inputs, champion: Version) -> str:
     """Return the changes since a version, with both names of a base model that has changed."""
     words = inputs.fingerprint.changes(Fingerprint.from_tags(champion.tags))
-    was, now = champion.tags.get(BASE), mask(inputs.base.model.shown())
-    named = f"base model ({was} is now {now})" if was and was != now else "base model"
-    return ", ".join(named if word == "base model" else word for word in words)
+    was = champion.base
+    now = mask(inputs.base.model.shown())
+    if "base model" in words and was and was != now:
+        words[words.index("base model")] = f"base model ({was} is now {now})"
+    return ", ".join(words)
 
 
-def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Config, dict[str, str]]:
+def training_config(
+    config: Config, inputs: Inputs, champion: Version | None
+) -> tuple[Config, dict[str, str]]:
     """Return the config of the training, and the tags of its version, which describe all its data.
 
     The run name is a hash of the training's inputs, so that an interrupted run is resumed.
@@ -242,48 +281,47 @@ def make(config: Config, inputs: Inputs, champion: Version | None) -> tuple[Conf
     Raises UserError for a gate that nothing could pass or that does not fit the held-out rows, and if many rows of the
     champion's data are missing.
     """
-    check_column(config.gate.group, inputs.held_out)  # otherwise the gate would say so only after the training
+    # Otherwise the gate would say so only after the training.
+    check_column(config.gate.group, inputs.held_out)
     note(config, inputs.plan)
     if champion is not None:
         _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
-        unseen = _unseen(config, inputs, champion)
-        _refuse_if_too_few(config, inputs, unseen)
-    start = None  # None: from the base model
+        _check_held_out(config, inputs, champion)
+    changes: dict[str, Any] = {"registry.alias": CHALLENGER}
+    origin = None  # None: from the base model
     if config.retrain.origin == "champion" and champion is not None:
-        result = _continued(config, inputs, champion)
-        if isinstance(result, str):
+        start = _continued(config, inputs, champion)
+        if isinstance(start, str):
             logger.info(
-                f"retrain.from=champion: version {champion.number} is not continued, because {result};"
+                f"retrain.from=champion: version {champion.number} is not continued, because {start};"
                 " using the base model"
             )
         else:
-            start = result
-    wanted = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": CHALLENGER})})
-    origin = None
-    if start and champion:
-        checkpoint, sources = start
-        train = config.train.model_copy(update={"start": checkpoint})
-        data = config.data.model_copy(update={"train": sources})
-        wanted, origin = wanted.model_copy(update={"train": train, "data": data}), champion.number
+            changes["train.start"], sources = start
+            changes["data.train"] = [source.model_dump(mode="json") for source in sources]
+            origin = champion.number
+    wanted = override(config, changes)
     # The name depends on the contents, the start version, and all settings that a run folder is bound to.
-    parts = [inputs.fingerprint.tags(), origin, bound_settings(flatten(wanted))]
+    parts = [inputs.fingerprint.tags(), origin, identity_settings(flatten(wanted))]
     name = extended(config.run.name, digest_json(parts, length=8))
     tags = {ROWS: str(inputs.plan.file_rows), ORIGIN: f"{_CONTINUED}{origin}" if origin else "base"}
     if champion is not None:
         tags[CHANGED] = f"changed since version {champion.number}: {changed(inputs, champion)}"
-    named = wanted.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return named, {**inputs.fingerprint.tags(), **tags}
+    return override(wanted, {"run.name": name}), {**inputs.fingerprint.tags(), **tags}
 
 
 def continued_version(version: Version) -> str | None:
     """Return the version whose adapter this version continues; None if it started from the base model."""
     origin = version.tags.get(ORIGIN, "")
-    return origin.removeprefix(_CONTINUED) if origin.startswith(_CONTINUED) else None
+    if not origin.startswith(_CONTINUED):
+        return None
+    return origin.removeprefix(_CONTINUED)
 
 
 def _refuse_if_shrunk(config: Config, rows: int, champion: Version) -> None:
     # Many missing rows are usually a failed copy or export of the data.
-    if not (had := champion.tags.get(ROWS)):
+    had = champion.tags.get(ROWS)
+    if not had:
         return  # the champion does not come from a retraining
     if rows < int(had) * (1 - config.retrain.may_shrink):
         raise UserError(
@@ -293,45 +331,43 @@ def _refuse_if_shrunk(config: Config, rows: int, champion: Version) -> None:
         )
 
 
-def _unseen(config: Config, inputs: Inputs, champion: Version) -> frozenset[int] | None:
-    """Return the numbers of the held-out files on which the gate compares; None: all.
-
-    Raises UserError if none is left, because the gate would then refuse every version.
-    """
+def _check_held_out(config: Config, inputs: Inputs, champion: Version) -> None:
+    """Raise UserError if the gate could pass no version, because it has too few held-out rows to compare on."""
     unseen = unseen_rows(config, inputs.held_out, of_version(config, champion))
-    why = (
-        f"data.eval_fraction: the champion, version {champion.number}, may have been trained on rows that are held out"
-        " now, because a file of its training data, run.seed or the fraction has changed or is unknown"
-    )
-    if unseen is not None and not unseen:
-        raise UserError(
-            f"{why}; no row is left to compare on: restore what has changed and put new rows into other files of"
-            " data.train, or hold out rows in a file of their own (data.eval instead of data.eval_fraction)"
-        )
     if unseen is not None:
-        logger.warning(f"{why}; the gate uses only the held-out rows of {plural(len(unseen), 'unchanged file')}")
-    return unseen
-
-
-def _refuse_if_too_few(config: Config, inputs: Inputs, unseen: frozenset[int] | None) -> None:
-    """Raise UserError if gate.min_rows needs more independent held-out rows than there are."""
-    gate, scored = config.gate, not lower_is_better(config.gate.metric)
-    asked = f"gate.min_rows needs {gate.min_rows}"
+        why = (
+            f"data.eval_fraction: the champion, version {champion.number}, may have been trained on rows that are held"
+            " out now, because a file of its training data, run.seed or the fraction has changed or is unknown"
+        )
+        if not unseen:
+            raise UserError(
+                f"{why}; no row is left to compare on: restore what has changed and put new rows into other files of"
+                " data.train, or hold out rows in a file of their own (data.eval instead of data.eval_fraction)"
+            )
+        logger.warning(
+            f"{why}; the gate uses only the held-out rows of {plural(len(unseen), 'unchanged file')}"
+        )
+    gate = config.gate
+    scored = not lower_is_better(gate.metric)
     if scored and config.evaluation.rows < gate.min_rows:
         raise UserError(
-            f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but {asked}, so nothing"
-            " could be promoted; set evaluation.rows higher or gate.min_rows lower"
+            f"evaluation.rows: {plural(config.evaluation.rows, 'row')} with {gate.metric}, but gate.min_rows needs"
+            f" {gate.min_rows}, so nothing could be promoted; set evaluation.rows higher or gate.min_rows lower"
         )
     rows = count_planned(gate.group, inputs.held_out, gate.min_rows, unseen)
     if rows < gate.min_rows:
-        what = plural(rows, "held-out row") if gate.group is None else f"{plural(rows, 'group')} of held-out rows"
+        what = plural(rows, "held-out row")
+        if gate.group is not None:
+            what = f"{plural(rows, 'group')} of held-out rows"
         raise UserError(
             f"gate.min_rows: the comparison with the champion has {what}, but needs {gate.min_rows}, so nothing could"
             " be promoted; hold out more rows, or set it lower"
         )
 
 
-def _continued(config: Config, inputs: Inputs, champion: Version) -> tuple[str, tuple[Source, ...]] | str:
+def _continued(
+    config: Config, inputs: Inputs, champion: Version
+) -> tuple[str, tuple[Source, ...]] | str:
     """Return the checkpoint from which training continues, and its sources; or why the champion is not continued."""
     if Fingerprint.from_tags(champion.tags).base != inputs.base.model.digest:
         return "it has another base model"
@@ -340,48 +376,56 @@ def _continued(config: Config, inputs: Inputs, champion: Version) -> tuple[str, 
         return f"its training files are not recorded in {config.run.storage}"
     if unseen_rows(config, inputs.held_out, known) is not None:
         return "it may have been trained on rows that are held out now"
-    folder = where_now(champion.tags.get(RUN, ""), config.run.storage)
+    folder = where_now(champion.folder, config.run.storage)
     from olora_ray.train import checkpoints
 
-    latest = checkpoints.latest_good(storage.join(folder, "checkpoints")) if folder else None
+    latest = None
+    if folder:
+        latest = checkpoints.latest_good(storage.join(folder, "checkpoints"))
     if latest is None:
         return f"{folder or 'its run folder'} has no checkpoint"
     path, checkpoint = latest
     if checkpoint.identity.get("adapter") != config.adapter.identity():
         return "its adapter has other settings"
-    if _trained_on(folder, champion):
-        return f"{folder} was trained longer since"
-    sources = _split(config, inputs.plan, known.files)
-    return (path, sources) if sources else "there is no new file"
-
-
-def _trained_on(folder: str, version: Version) -> bool:
-    """True if a longer training with the same run.name, which is another version, has written in the run folder."""
-    # Not from the checkpoint's config: there a worker has written the precision for `auto`.
+    # A longer training with the same run.name, which is another version, may have written in the run folder. Not from
+    # the checkpoint's config: there a worker has written the precision for `auto`.
     with contextlib.suppress(UserError, FileNotFoundError):  # settings of another release
-        before = Fingerprint.from_tags(version.tags).settings
-        return settings_digest(read_config(storage.join(folder, "config.yaml"))) != before
-    return False
+        now = settings_digest(read_config(storage.join(folder, "config.yaml")))
+        if now != Fingerprint.from_tags(champion.tags).settings:
+            return f"{folder} was trained longer since"
+    sources = _split(config, inputs.plan, known.files)
+    if not sources:
+        return "there is no new file"
+    return path, sources
 
 
 def where_now(folder: str, storage_root: str) -> str:
     """Return `folder`, or the folder of the same name in `storage_root` if the whole storage was moved."""
     moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
-    return moved if folder and not storage.exists(folder) and storage.exists(moved) else folder
+    if folder and not storage.exists(folder) and storage.exists(moved):
+        return moved
+    return folder
 
 
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:
     """Split each source into its new files and, at a lower weight, its known files; empty if no file is new."""
-    parts, replay, some = [], config.retrain.replay, False
-    # `only` is set for split sources. A source whose files are all new, or all known, keeps its own `only`.
+    replay = config.retrain.replay
+    parts = []
+    some = False
     for number, source in enumerate(config.data.train):
         files = [each for each in plan.files if each.source == number]
         new = tuple(each.file.uri for each in files if each.sha256 not in known)
         old = tuple(each.file.uri for each in files if each.sha256 in known)
+        added = source
+        replayed = source
+        if new and old:  # a source whose files are all new, or all known, keeps its own `only`
+            added = source.model_copy(update={"only": new})
+            replayed = source.model_copy(update={"only": old})
         if new:
             some = True
-            parts.append(source.model_copy(update={"only": new if old else source.only}))
+            parts.append(added)
         if old and replay > 0:
-            only = old if new else source.only
-            parts.append(source.model_copy(update={"only": only, "weight": source.weight * replay}))
-    return tuple(parts) if some else ()
+            parts.append(replayed.model_copy(update={"weight": source.weight * replay}))
+    if not some:
+        return ()
+    return tuple(parts)

@@ -16,7 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from olora_ray.common import lock, storage
-from olora_ray.common.errors import StoreError, StoreUnavailable, TryAgain, UserError, of_the_machine
+from olora_ray.common.errors import (
+    StoreError,
+    StoreUnavailable,
+    TryAgain,
+    UserError,
+    of_the_machine,
+)
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.retrain import decision_run, notify, recipe
@@ -36,15 +42,20 @@ logger = logging.getLogger(__name__)
 Decide = Callable[[Version, Version | None], Decision]
 
 
-def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callable[[], None]) -> None:
+def apply_decision(
+    aliases: Aliases, number: str, decide: Decide, check: Callable[[], None]
+) -> None:
     """Decide on version `number`, then set aliases and tags; `check` raises if another process has taken over.
 
     A decision by hand on this version is kept. Raises TryAgain if the champion is moved during every attempt.
     """
     for _ in range(5):
-        challenger, to_beat = aliases.version(number), version_to_beat(aliases)
+        challenger = aliases.version(number)
+        to_beat = version_to_beat(aliases)
         if to_beat.version is not None and to_beat.version.number == number:
-            logger.info(f"version {number} was promoted by hand meanwhile: nothing is left to decide")
+            logger.info(
+                f"version {number} was promoted by hand meanwhile: nothing is left to decide"
+            )
             return
         if challenger.rolled_back:
             logger.info(f"version {number} was rolled back by hand meanwhile: it stays rolled back")
@@ -55,7 +66,8 @@ def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callabl
         if parent is not None and parent != against and parent in back:
             # The champion has changed: the next call trains a version that continues the current champion.
             why = f"it continues version {parent}, which was rolled back meanwhile; promote it by hand if it is good"
-            against, decision = parent, Decision(False, why, {})
+            against = parent
+            decision = Decision(False, why, {})
         else:
             decision = decide(challenger, to_beat.version)
         check()
@@ -64,27 +76,36 @@ def apply_decision(aliases: Aliases, number: str, decide: Decide, check: Callabl
             return
         except Overtaken as overtaken:
             logger.info(f"{overtaken}: the gate decides again")
-    raise TryAgain(f"{aliases.name}: the champion was moved 5 times while the gate decided; try again later")
+    raise TryAgain(
+        f"{aliases.name}: the champion was moved 5 times while the gate decided; try again later"
+    )
 
 
-def _move_aliases(aliases: Aliases, number: str, champion: str, against: str, decision: Decision) -> None:
+def _move_aliases(
+    aliases: Aliases, number: str, champion: str, against: str, decision: Decision
+) -> None:
     tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: "", **decision.tags}
-    verdict = f"{'passed' if decision.passed else 'refused'}: {decision.reason}"
     if decision.passed:
+        verdict = f"passed: {decision.reason}"
         old = aliases.promote(number, verdict, tags, instead_of=champion, beaten=against or None)
-        before = f", version {old} is previous" if old else ""
-        after = f"version {number} is the champion of {aliases.name}{before}"
+        after = f"version {number} is the champion of {aliases.name}"
+        if old:
+            after += f", version {old} is previous"
+        for line in models.uses(aliases.uri, f"models:/{aliases.name}@{CHAMPION}"):
+            logger.info(line)
     else:
+        verdict = f"refused: {decision.reason}"
         aliases.refuse(number, verdict, tags, instead_of=champion)
         still = f"version {champion} the champion" if champion else "no champion"
         after = f"version {number} stays challenger, {still}"
-    uses = models.uses(aliases.uri, f"models:/{aliases.name}@{CHAMPION}") if decision.passed else []
-    for line in (*uses, verdict, after):
-        logger.info(line)
+    logger.info(verdict)
+    logger.info(after)
 
 
 NOTHING_LEARNED = Decision(
-    False, "no step on the new rows lowered the held-out loss, so this is the champion's adapter again", {}
+    False,
+    "no step on the new rows lowered the held-out loss, so this is the champion's adapter again",
+    {},
 )
 
 
@@ -96,18 +117,23 @@ def run(config: Config) -> None:
     """
     try:
         _locked(config)
-        _push_champion(config)
-        decision_run.good_night(config)
+        # The hub's readers load the repository as they load @champion, so it also follows a promotion or rollback by
+        # hand.
+        aliases = Aliases(resolve_uri(config), str(config.registry.model))
+        if config.export.push is not None:
+            number = aliases.current().get(CHAMPION)
+            if number is not None:
+                from olora_ray.pipeline import publish
+
+                publish.push_version(config, number)
+        decision_run.good_night(config, aliases)
     except Exception as error:
         if not isinstance(error, TryAgain | StoreUnavailable):
-            notify.tell(config, "failed", _reason(error))
+            reason = of_the_machine(error) or f"{type(error).__name__}: {error}"
+            if isinstance(error, UserError | StoreError):
+                reason = str(error)
+            notify.tell(config, "failed", reason)
         raise
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UserError | StoreError):
-        return str(error)
-    return of_the_machine(error) or f"{type(error).__name__}: {error}"
 
 
 def _locked(config: Config) -> None:
@@ -121,29 +147,34 @@ def _locked(config: Config) -> None:
             _retrain(config, Aliases(resolve_uri(config), name), lease)
         except Exception as error:
             if not isinstance(error, TryAgain | StoreUnavailable):
-                with contextlib.suppress(Exception):  # the error itself matters more than a failure to record it
-                    decision_run.write_decision(config, Entry("failed", f"{type(error).__name__}: {error}"))
+                entry = Entry("failed", f"{type(error).__name__}: {error}")
+                # The error itself matters more than a failure to record it.
+                with contextlib.suppress(Exception):
+                    decision_run.write_decision(config, entry)
             raise
 
 
 def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     aliases.repair()
     inputs = None
-    if (now := recipe.look_again(config)) is None:
-        inputs = recipe.look(config)
+    now = recipe.cached_fingerprint(config)
+    if now is None:
+        inputs = recipe.read_inputs(config)
         now = inputs.fingerprint
     to_beat = version_to_beat(aliases)
-    for version in to_beat.versions:  # a call that decided may have been killed before it wrote and told the decision
+    # A call that decided may have been killed before it wrote and told the decision.
+    for version in to_beat.versions:
         decision_run.of_version(config, version)
     decision_run.moved(config, to_beat)
-    if (done := recipe.find_decision(to_beat.versions, to_beat.version, now)) is not None:
+    done = recipe.find_decision(to_beat.versions, to_beat.version, now)
+    if done is not None:
         which = to_beat.role if done is to_beat.version else done.verdict
         reason = f"nothing changed since version {done.number} of {done.name} ({which})"
         logger.info(reason)
         champion = to_beat.version.number if to_beat.version else None
         decision_run.unchanged(config, Entry("unchanged", reason, champion=champion))
         return
-    inputs = inputs or recipe.look(config)
+    inputs = inputs or recipe.read_inputs(config)
     config = inputs.config
     if to_beat.version is None:
         logger.info("no champion yet: training the first version")
@@ -152,7 +183,8 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         logger.info(f"changed since {to_beat.role}, version {to_beat.version.number}: {changes}")
     from olora_ray.retrain import compare  # imports Ray, which a call without changes does not need
 
-    guard = compare.guard(config, inputs)  # before the training, so that a mistake in gate.guard costs nothing
+    # Before the training, so that a mistake in gate.guard costs nothing.
+    guard = compare.guard(config, inputs)
     version, learned = _trained(config, aliases, inputs, to_beat.version)
 
     def decide(challenger: Version, against: Version | None) -> Decision:
@@ -160,19 +192,25 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
             return NOTHING_LEARNED
         return compare.decision(inputs, guard, challenger, against, aliases.versions())
 
-    apply_decision(aliases, version.number, decide, lease.check)  # if another process has taken the lock, it decides
+    # If another process has taken the lock, that process decides.
+    apply_decision(aliases, version.number, decide, lease.check)
     decision_run.of_version(config, aliases.version(version.number))
 
 
-def _trained(config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None) -> tuple[Version, bool]:
+def _trained(
+    config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None
+) -> tuple[Version, bool]:
     """Train, export and register, or resume that. Return the version, and False if training improved nothing."""
     # Imported here, because it imports Ray, which a call without changes does not need.
     from olora_ray.pipeline import run as pipeline
 
-    wanted, tags = recipe.make(config, inputs, champion)
+    wanted, tags = recipe.training_config(config, inputs, champion)
     folder = RunFolder(wanted.folder())
-    if (done := folder.state().finished(wanted)) and _version_of(aliases, done) is None:
-        logger.info(f"the finished run {done.get('run')} has no version in this registry: it is registered again")
+    done = folder.state().finished(wanted)
+    if done and _version_of(aliases, done) is None:
+        logger.info(
+            f"the finished run {done.get('run')} has no version in this registry: it is registered again"
+        )
         folder.drop_result()
     result = pipeline.run(wanted, tags, inputs.base)
     # The best adapter is exported. If no step was better, that is the champion's adapter, from which it started.
@@ -186,15 +224,6 @@ def _version_of(aliases: Aliases, result: Mapping[str, Any]) -> Version | None:
     # Not by its number in result.json: after a change of tracking.uri or registry.model, that number may belong to
     # another model.
     run_id = (result.get("mlflow") or {}).get("run_id")
-    return aliases.of_run(str(run_id)) if run_id else None
-
-
-def _push_champion(config: Config) -> None:
-    # The hub's readers load the repository as they load @champion, so it also follows a promotion or rollback by hand.
-    if config.export.push is None:
-        return
-    number = Aliases(resolve_uri(config), str(config.registry.model)).current().get(CHAMPION)
-    if number is not None:
-        from olora_ray.pipeline import publish
-
-        publish.push_version(config, number)
+    if not run_id:
+        return None
+    return aliases.of_run(str(run_id))

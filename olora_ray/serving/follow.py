@@ -59,7 +59,12 @@ from olora_ray.tracking.client import reason
 logger = logging.getLogger(__name__)
 
 # Option -> another one that it needs.
-NEEDS = {"--listen": "--engine", "--challenger": "--listen", "--share": "--challenger", "--rows": "--challenger"}
+NEEDS = {
+    "--listen": "--engine",
+    "--challenger": "--listen",
+    "--share": "--challenger",
+    "--rows": "--challenger",
+}
 OPTIONS = ["--engine", "--base", "--key", *NEEDS, "--mirror", "--cache", "--tracking-uri"]
 
 
@@ -67,13 +72,16 @@ def main(argv: list[str]) -> None:
     parsed = command_line.parse(argv or ["--help"], __doc__ or "", options=OPTIONS)
     options = parsed.options
     if len(parsed.words) != 1 or not options.keys() & {"--engine", "--mirror"}:
-        raise UserError("usage: olora-ray follow NAME@ALIAS --engine URL, or --mirror PLACE, or both; see --help")
-    if missing := [f"{each}: needs {NEEDS[each]}" for each in options if NEEDS.get(each, each) not in options]:
-        raise UserError(f"argument {missing[0]}; see --help")
+        raise UserError(
+            "usage: olora-ray follow NAME@ALIAS --engine URL, or --mirror PLACE, or both; see --help"
+        )
+    for option in options:
+        if option in NEEDS and NEEDS[option] not in options:
+            raise UserError(f"argument {option}: needs {NEEDS[option]}; see --help")
     quiet_environment()  # before MLflow is imported
     (name,) = parsed.words
     uri = start.chosen_uri(options.get("--tracking-uri"))
-    cache = Path(command_line.absolute(options.get("--cache", str(CACHE)), Path.cwd()))
+    cache = Path(command_line.absolute(options.get("--cache", str(CACHE))))
     watches = [Watch(each, uri, cache) for each in (name, options.get("--challenger")) if each]
     given = list[tuple[Watch, Callable[[str, Adapter], None], Attempts]]()
     if "--engine" in options:
@@ -86,9 +94,11 @@ def main(argv: list[str]) -> None:
     def follow() -> None:
         while not stop.is_set():
             for watch, give, attempts in given:
-                if (adapter := watch.look()) and not attempts.resting(str(adapter)):
-                    with attempts.attempt(str(adapter)):
-                        give(watch.name, adapter)
+                adapter = watch.look()
+                if adapter is None or attempts.resting(str(adapter)):
+                    continue
+                with attempts.attempt(str(adapter)):
+                    give(watch.name, adapter)
             stop.wait(SECONDS)
 
     if "--listen" in options:
@@ -107,11 +117,17 @@ class Engine:
     """The HTTP interface of a vLLM or SGLang server."""
 
     def __init__(self, url: str, base: str | None, key: str | None) -> None:
-        self.url, self._base = url.rstrip("/").removesuffix("/v1"), base
-        self._headers = {"Authorization": f"Bearer {looked_up(key, '--key')}"} if key else {}
-        # The NAME@NUMBER that answers as each model, the model whose adapter is being replaced, and the time of the
-        # engine's last answer.
-        self.served, self.replacing, self.answered = dict[str, str](), "", time.time()
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._base = base
+        self._headers = {}
+        if key:
+            self._headers["Authorization"] = f"Bearer {looked_up(key, '--key')}"
+        self.served: dict[str, str] = {}
+        """The NAME@NUMBER that answers as each model."""
+        self.replacing = ""
+        """The model whose adapter is being replaced."""
+        self.answered = time.time()
+        """The time of the engine's last answer."""
 
     def serve(self, name: str, adapter: Adapter) -> None:
         """Let the engine answer as the model `name` with this adapter; do nothing if it already does.
@@ -120,77 +136,103 @@ class Engine:
         """
         with as_user_error(f"{self.url} is not vLLM or SGLang", LookupError, ValueError):
             own, *others = self.ask("/v1/models").json()["data"]
-        before, folder = next((each["root"] for each in others if each["id"] == name), None), str(adapter.folder)
-        self.replacing = name if before != folder else ""  # the engine answers with the new one before it says so
+        before = next((each["root"] for each in others if each["id"] == name), None)
+        folder = str(adapter.folder)
+        if before == folder:
+            self.served[name] = adapter.name
+            return
+        self.replacing = name  # the engine answers with the new one before it says so
         try:
-            if self.replacing:
-                adapter.check_base(self._base or own["root"])
-                # SGLang replaces no adapter, and lets running requests end before it unloads one.
-                if own.get("owned_by") == "sglang":
-                    load = partial(self.ask, "/load_lora_adapter", lora_name=name)
-                    if before:
-                        self.ask("/unload_lora_adapter", lora_name=name)
-                    try:
-                        load(lora_path=folder)
-                    except UserError:
-                        with suppress(UserError):
-                            if before:
-                                load(lora_path=before)
-                        raise
-                else:
-                    self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=folder, load_inplace=before is not None)
-                logger.info(f"{name}: {adapter} answers at {self.url}")
+            adapter.check_base(self._base or own["root"])
+            # SGLang replaces no adapter, and lets running requests end before it unloads one.
+            if own.get("owned_by") == "sglang":
+                load = partial(self.ask, "/load_lora_adapter", lora_name=name)
+                if before:
+                    self.ask("/unload_lora_adapter", lora_name=name)
+                try:
+                    load(lora_path=folder)
+                except UserError:
+                    with suppress(UserError):
+                        if before:
+                            load(lora_path=before)
+                    raise
+            else:
+                self.ask(
+                    "/v1/load_lora_adapter",
+                    lora_name=name,
+                    lora_path=folder,
+                    load_inplace=before is not None,
+                )
+            logger.info(f"{name}: {adapter} answers at {self.url}")
             self.served[name] = adapter.name
         finally:
             self.replacing = ""
 
     def ask(self, path: str, **body: Any) -> requests.Response:
-        method, url, headers = "POST" if body else "GET", f"{self.url}{path}", self._headers
+        method = "POST" if body else "GET"
+        url = f"{self.url}{path}"
         try:
             # Loading an adapter waits for the step that the engine computes.
-            answer = requests.request(method, url, json=body or None, headers=headers, timeout=120)
+            answer = requests.request(
+                method, url, json=body or None, headers=self._headers, timeout=120
+            )
         except requests.RequestException as error:
             raise TryAgain(f"the engine {self.url} does not answer ({reason(error)})") from None
         self.answered = time.time()
-        if answer.status_code >= 400:
-            advice = "; start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" if answer.status_code == 404 else ""
-            text = f"the engine {self.url} refuses {path}: {answer.status_code} {' '.join(answer.text[:500].split())}"
-            raise (TryAgain if answer.status_code in (502, 503, 504) else UserError)(f"{text}{advice}")
-        return answer
+        code = answer.status_code
+        if code < 400:
+            return answer
+        text = f"the engine {self.url} refuses {path}: {code} {' '.join(answer.text[:500].split())}"
+        if code == 404:
+            text += "; start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+        if code in (502, 503, 504):
+            raise TryAgain(text)
+        raise UserError(text)
 
 
 class Mirror:
     """A folder or bucket of adapters for Ray Serve LLM, which loads a folder once, so each version has its own."""
 
     def __init__(self, place: str) -> None:
-        self._place, self._written = command_line.absolute(place, Path.cwd()), ""
+        self._place = command_line.absolute(place)
+        self._written = ""
 
     def write(self, name: str, adapter: Adapter) -> None:
         folder = adapter.name
         if folder == self._written:
             return
+        copy = storage.join(self._place, folder)
         # Ray Serve LLM asks for this file first.
-        node_cache.upload(adapter.folder, storage.join(self._place, folder), last="adapter_config.json")
+        node_cache.upload(adapter.folder, copy, last="adapter_config.json")
         storage.write_text(storage.join(self._place, name), f"{folder}\n")
         self._written = folder
-        logger.info(f"{name}: {adapter} lies in {storage.join(self._place, folder)}")
+        logger.info(f"{name}: {adapter} lies in {copy}")
 
 
 class Proxy:
     """Passes requests on to the engine, and a share of those for the champion to the challenger."""
 
-    def __init__(self, engine: Engine, watches: Sequence[Watch], options: Mapping[str, str]) -> None:
-        self._engine, self._champion, self._challenger = engine, watches[0], watches[-1]
-        self._rows, (host, _, port) = options.get("--rows", ""), options["--listen"].rpartition(":")
+    def __init__(
+        self, engine: Engine, watches: Sequence[Watch], options: Mapping[str, str]
+    ) -> None:
+        self._engine = engine
+        self._champion = watches[0]
+        self._challenger = watches[-1]
+        self._rows = options.get("--rows", "")
+        host, _, port = options["--listen"].rpartition(":")
         with as_user_error("arguments --listen HOST:PORT and --share", OSError, ValueError):
             self._share = float(options.get("--share", "0.1"))
             self._socket = socket.create_server((host, int(port)))
         self._asking = Attempts(f"{self._challenger.name}: no row")
         # This opens a connection for each request: the engine may close a kept one just when it is used.
-        self._ask = partial(aiohttp.request, allow_redirects=False, timeout=aiohttp.ClientTimeout(sock_connect=10))
+        self._ask = partial(
+            aiohttp.request, allow_redirects=False, timeout=aiohttp.ClientTimeout(sock_connect=10)
+        )
         self._requests = Counter("olora_follow_requests", "Requests", ["model", "version", "code"])
         self._version = Gauge("olora_follow_version", "Version that the engine has", ["model"])
-        self._answered = Gauge("olora_follow_last_answer_timestamp_seconds", "Last answer of MLflow and engine", ["of"])
+        self._answered = Gauge(
+            "olora_follow_last_answer_timestamp_seconds", "Last answer of MLflow and engine", ["of"]
+        )
 
     def run(self) -> None:
         app = web.Application(client_max_size=0)
@@ -210,62 +252,98 @@ class Proxy:
         if "lora_adapter" in request.path or "/.." in request.path:
             raise web.HTTPForbidden(text="adapters are loaded at the engine's own address")
         if request.path == "/health" and self._champion.name not in self._engine.served:
-            raise web.HTTPServiceUnavailable(text=f"{self._champion.name}: the engine has no version of it")
-        content, body, response, failure = await request.read(), dict[str, Any](), None, ""
+            raise web.HTTPServiceUnavailable(
+                text=f"{self._champion.name}: the engine has no version of it"
+            )
+        content = await request.read()
+        body: dict[str, Any] = {}
         with suppress(ValueError, RecursionError, TypeError):
             body = {**json.loads(content)}
-        name, url = str(body.get("model")), f"{self._engine.url}{request.path_qs}"
+        name = str(body.get("model"))
+        url = f"{self._engine.url}{request.path_qs}"
         drawn = name == self._champion.name and random.random() < self._share and self._challenged()
-        for model in [self._challenger.name, name] if drawn and not self._rows else [name]:
-            before, told = self._engine.served.get(model, ""), bytearray()
-            data = content if model == name else json.dumps({**body, "model": model})
+        models = [name]
+        if drawn and not self._rows:
+            models.insert(0, self._challenger.name)
+        response = None
+        failure = ""
+        for model in models:
+            before = self._engine.served.get(model, "")
+            told = bytearray()
+            data = content
+            if model != name:
+                data = json.dumps({**body, "model": model}).encode()
             headers = [*_passing(request.headers), ("Accept-Encoding", "identity")]
             try:
                 async with self._ask(request.method, url, data=data, headers=headers) as answer:
                     version = self._count(model, before, answer.status)
                     if answer.status >= 400 and model != name:
                         continue
-                    headers = [*_passing(answer.headers), *([("x-olora-version", version)] if version else [])]
-                    response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
+                    headers = _passing(answer.headers)
+                    if version:
+                        headers.append(("x-olora-version", version))
+                    response = web.StreamResponse(
+                        status=answer.status, reason=answer.reason, headers=headers
+                    )
                     await response.prepare(request)
                     async for chunk in answer.content.iter_any():
                         await response.write(chunk)
-                        told += chunk if drawn and self._rows else b""
+                        if drawn and self._rows:
+                            told += chunk
                     await response.write_eof()
                 if told and answer.ok and request.path == "/v1/chat/completions":
-                    threading.Thread(target=self._shadow, args=(body, bytes(told), version), daemon=True).start()
+                    threading.Thread(
+                        target=self._shadow, args=(body, bytes(told), version), daemon=True
+                    ).start()
                 return response
             except ClientError as error:
                 failure = f"the engine {self._engine.url} does not answer: {first_line(error)}"
                 self._count(model, before, 502)
-                if response and request.transport:  # the client must see that its answer is not whole
+                # The client must see that its answer is not whole.
+                if response and request.transport:
                     request.transport.abort()
                     return response
         raise web.HTTPBadGateway(text=failure)
 
     def _shadow(self, body: dict[str, Any], told: bytes, champion: str) -> None:
         """Append a row with the champion's answer to a chat, and the challenger's."""
-        model, types = self._challenger.name, (LookupError, TypeError, ValueError)
-        with self._asking.attempt(), as_user_error("an answer is not that of an OpenAI chat", *types):
+        model = self._challenger.name
+        wrong = (LookupError, TypeError, ValueError)
+        with (
+            self._asking.attempt(),
+            as_user_error("an answer is not that of an OpenAI chat", *wrong),
+        ):
             text, end = _text(told)
             if end == "stop":  # neither a call of a tool nor a part of an answer
                 before = self._engine.served.get(model, "")
                 asked = body | {"model": model, "stream": False, "stream_options": None}
                 answer = self._engine.ask("/v1/chat/completions", **asked)
-                version, (other, end) = self._count(model, before, answer.status_code), _text(answer.content)
-                both = {"champion": champion, "challenger": version, "answer": other, "finish_reason": end}
+                version = self._count(model, before, answer.status_code)
+                other, end = _text(answer.content)
+                both = {
+                    "champion": champion,
+                    "challenger": version,
+                    "answer": other,
+                    "finish_reason": end,
+                }
                 chat = [*body["messages"], {"role": "assistant", "content": text}]
                 row = json.dumps({"messages": chat, "tools": body.get("tools"), "olora_ray": both})
-                with open(self._rows, "ab", buffering=0) as file:  # one write for a line: others append, too
+                # One write for a line: others append, too.
+                with open(self._rows, "ab", buffering=0) as file:
                     file.write(f"{row}\n".encode())
 
     def _challenged(self) -> bool:
-        ours, theirs = (self._engine.served.get(watch.name, "") for watch in (self._challenger, self._champion))
-        return "" != ours == self._challenger.meant != theirs and time.time() - self._challenger.answered < 5 * SECONDS
+        ours = self._engine.served.get(self._challenger.name, "")
+        theirs = self._engine.served.get(self._champion.name, "")
+        recent = time.time() - self._challenger.answered < 5 * SECONDS
+        return recent and "" != ours == self._challenger.meant != theirs
 
     def _count(self, model: str, before: str, code: int) -> str:
         """Count an answer; return its version, or nothing if the version was replaced since `before`."""
-        version = before if before == self._engine.served.get(model, "") and model != self._engine.replacing else ""
+        served = self._engine.served.get(model, "")
+        version = ""
+        if before == served and model != self._engine.replacing:
+            version = before
         self._requests.labels(model if model in self._engine.served else "", version, code).inc()
         return version
 
@@ -279,6 +357,9 @@ def _passing(headers: Mapping[str, str]) -> list[tuple[str, str]]:
 def _text(told: bytes) -> tuple[str, str]:
     # The text of a chat's first answer, whole or streamed, and why it ended.
     parts = [line[5:] for line in told.splitlines() if line.startswith(b"data: {")] or [told]
-    choices = [each for part in parts for each in json.loads(part)["choices"] if each["index"] == 0]
+    choices = []
+    for part in parts:
+        choices += [each for each in json.loads(part)["choices"] if each["index"] == 0]
     texts = [(each.get("message") or each["delta"]).get("content") or "" for each in choices]
-    return "".join(texts), [each["finish_reason"] for each in choices if each.get("finish_reason")][-1]
+    ends = [each["finish_reason"] for each in choices if each.get("finish_reason")]
+    return "".join(texts), ends[-1]

@@ -55,13 +55,18 @@ class Resolver:
 async def _follow(vllm: Any, watch: Watch, attempts: Attempts) -> None:
     while True:
         await asyncio.sleep(SECONDS)
-        adapter, now = await asyncio.to_thread(watch.look), vllm.lora_requests.get(watch.name)
-        if not adapter or not now or now.lora_path == str(adapter.folder) or attempts.resting(str(adapter)):
+        adapter = await asyncio.to_thread(watch.look)
+        now = vllm.lora_requests.get(watch.name)
+        if not adapter or not now or now.lora_path == str(adapter.folder):
+            continue
+        if attempts.resting(str(adapter)):
             continue
         with attempts.attempt(str(adapter)):
-            await asyncio.to_thread(adapter.check_base, vllm.model_config.model, vllm.model_config.revision)
+            model = vllm.model_config
+            await asyncio.to_thread(adapter.check_base, model.model, model.revision)
             request = _request(watch.name, adapter)
-            await vllm.engine_client.add_lora(request)  # raises if vLLM refuses it, for example because of its rank
+            # Raises if vLLM refuses it, for example because of its rank.
+            await vllm.engine_client.add_lora(request)
             vllm.lora_requests[watch.name] = request
             logger.info(f"{watch.name}: {adapter} answers")
 
@@ -75,7 +80,8 @@ def _request(name: str, adapter: Adapter) -> Any:
 
 @cache
 def _log_as_vllm() -> None:
-    ours, handlers = logging.getLogger("olora_ray"), logging.getLogger("vllm").handlers
+    ours = logging.getLogger("olora_ray")
+    handlers = logging.getLogger("vllm").handlers
     ours.setLevel(logging.INFO)
     ours.propagate = not handlers
     for handler in handlers:

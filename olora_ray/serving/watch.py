@@ -53,20 +53,23 @@ class Adapter:
 
         place = Path(name)
         if not place.is_dir():
-            with as_user_error(f"the engine's base model {name} is not on this machine", OSError, ValueError):
+            failure = f"the engine's base model {name} is not on this machine"
+            with as_user_error(failure, OSError, ValueError):
                 place = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        # An engine's copy from the hub may have the weights a second time, in a form of their maker.
-        files = (folder.weight_files(place), folder.loaded_files(place))
-        if folder.weights(self.base.digest) not in map(folder.of_weights, files):
-            raise UserError(f"{self}: the engine's base model {place} has other weights than its own, {self.base.name}")
+        if not folder.has_weights(place, self.base.digest):
+            raise UserError(
+                f"{self}: the engine's base model {place} has other weights than its own, {self.base.name}"
+            )
 
 
 class Attempts:
     """Work that is attempted again and again: logs each new reason of a failure once, and `again` when it succeeds."""
 
     def __init__(self, about: str, again: str = "") -> None:
-        self._about, self._again, self._said = about, again, ""
-        self._refused = dict[str, float]()
+        self._about = about
+        self._again = again
+        self._said = ""
+        self._refused: dict[str, float] = {}
 
     def resting(self, what: str) -> bool:
         """True if this was refused less than REST seconds ago."""
@@ -95,23 +98,31 @@ class Watch:
         model, _, which = name.rpartition("@")
         if not model or not which:
             raise UserError(f"{name}: expected NAME@ALIAS or NAME@VERSION of a registered model")
-        self.name, self.is_alias = name, not which.isdecimal()
-        self._uri = f"{models.SCHEME}{model}{'@' if self.is_alias else '/'}{which}"
-        self._tracking_uri, self._cache = tracking_uri, cache
-        self._asking, self._fetching = Attempts(name, f"{name}: MLflow names a version again"), Attempts(name)
+        self.name = name
+        self.is_alias = not which.isdecimal()
+        separator = "@" if self.is_alias else "/"
+        self._uri = f"{models.SCHEME}{model}{separator}{which}"
+        self._tracking_uri = tracking_uri
+        self._cache = cache
+        self._asking = Attempts(name, f"{name}: MLflow names a version again")
+        self._fetching = Attempts(name)
         self._current: Adapter | None = None
-        # MLflow's last answer: its time, and the NAME@NUMBER.
-        self.answered, self.meant = time.time(), ""
+        self.answered = time.time()
+        """The time of MLflow's last answer."""
+        self.meant = ""
+        """The NAME@NUMBER of that answer."""
 
     def look(self) -> Adapter | None:
         """Return the current adapter; None if none could be loaded since the start. Log what is wrong."""
         with self._asking.attempt():
             version = models.resolve(self._uri, self._tracking_uri)
-            self.answered, self.meant = time.time(), f"{version.name}@{version.number}"
+            self.answered = time.time()
+            self.meant = f"{version.name}@{version.number}"
+            key = f"{version.number} {version.checksum}"
             current = self._current
-            if current and (version.number, version.checksum) == (current.version.number, current.version.checksum):
+            if current and key == f"{current.version.number} {current.version.checksum}":
                 node_cache.used(current.folder.parent)
-            elif not self._fetching.resting(key := f"{version.number} {version.checksum}"):
+            elif not self._fetching.resting(key):
                 with self._fetching.attempt(key):
                     self._current = self._fetched(version)
         return self._current
@@ -124,5 +135,6 @@ class Watch:
             )
         found = models.fetch(version, self._tracking_uri, self._cache, copy=True)
         assert found.base
-        node_cache.make_room(self._cache, (each for each in self._cache.iterdir() if not each.name.startswith(".")))
+        kept = (each for each in self._cache.iterdir() if not each.name.startswith("."))
+        node_cache.make_room(self._cache, kept)
         return Adapter(version, found.base, found.folder)

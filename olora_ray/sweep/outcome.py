@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from olora_ray.cluster.spec import TrainResult
@@ -32,10 +31,15 @@ MEASURE = "evaluation."
 
 
 def record(sweep_spec: SweepSpec) -> SearchRecord:
-    space, progress = sweep_spec.space, search_folder.progress(sweep_spec.folder)
-    trials = tuple(
-        _with_reason(trial, progress, space.scheduler.kind) for _, trial in sorted(read_all(sweep_spec.folder).items())
-    )
+    space = sweep_spec.space
+    progress = search_folder.progress(sweep_spec.folder)
+    records = sorted(read_all(sweep_spec.folder).items())
+    trials = tuple(_with_reason(trial, progress, space.scheduler.kind) for _, trial in records)
+    unchanged = [trial.number for trial in trials if trial.number == 0]
+    if not space.has_default():
+        draws = space.as_draws(sweep_spec.train_spec.config)
+        values = draws and space.values(draws)
+        unchanged = [trial.number for trial in trials if trial.params == values]
     return SearchRecord(
         name=sweep_spec.name,
         metric=space.metric,
@@ -45,21 +49,23 @@ def record(sweep_spec: SweepSpec) -> SearchRecord:
         seconds=progress.seconds,
         trials=trials,
         fields=tuple(space.search),
-        default=_default(sweep_spec, trials),
+        default=next(iter(unchanged), None),
         notes=(progress.note,) if progress.note else (),
     )
 
 
 def _with_reason(trial: TrialRecord, progress: Progress, scheduler: str) -> TrialRecord:
     # A stopped trial does not know who stopped it, and a killed process writes no reason: the reason is added here.
-    if trial.status == "stopped" and trial.total and trial.step >= trial.total:  # it ended before the stop reached it
-        return replace(trial, status="finished")
+    if trial.status == "stopped" and trial.total and trial.step >= trial.total:
+        return replace(trial, status="finished")  # it ended before the stop reached it
     if trial.status in ("stopped", "unfinished") and trial.number in progress.cut:
         return replace(trial, status="unfinished", reason="the search ended before the trial did")
     if trial.status != "stopped":
         return trial
-    share = f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}" if trial.total else ""
-    return replace(trial, reason=f"{scheduler}{share}")
+    reason = scheduler
+    if trial.total:
+        reason += f" after {trial.step / trial.total:.0%} of its {plural(trial.total, 'step')}"
+    return replace(trial, reason=reason)
 
 
 def conclude(config: Config, sweep_spec: SweepSpec, search: SearchRecord, tracker: Tracker) -> None:
@@ -79,13 +85,17 @@ def conclude(config: Config, sweep_spec: SweepSpec, search: SearchRecord, tracke
     logger.info(f"best config: {path}")
 
 
-def best_config(config: Config, sweep_spec: SweepSpec, best: TrialRecord, refit: bool = False) -> Config:
+def best_config(
+    config: Config, sweep_spec: SweepSpec, best: TrialRecord, refit: bool = False
+) -> Config:
     """Return the user's config with the values of the best trial, and with what the space sets for all trials.
 
     The space's `evaluation.*` is left out, and for a `refit` also its settings of the length.
     """
     left = (MEASURE, *LENGTH) if refit else MEASURE
-    common = {field: value for field, value in sweep_spec.space.set.items() if not field.startswith(left)}
+    common = {
+        field: value for field, value in sweep_spec.space.set.items() if not field.startswith(left)
+    }
     name = f"{sweep_spec.name}-{'refit' if refit else 'best'}"
     return override(config, {**common, **best.params, "run.name": name})
 
@@ -98,16 +108,21 @@ def register(sweep_spec: SweepSpec, search: SearchRecord) -> int:
     best = search.best()
     assert best is not None
     trial = override(
-        sweep_spec.train_spec.config, {**best.params, "run.name": f"{sweep_spec.name}-{trial_name(best.number)}"}
+        sweep_spec.train_spec.config,
+        {**best.params, "run.name": f"{sweep_spec.name}-{trial_name(best.number)}"},
     )
     spec = trial_spec(sweep_spec, trial)
     folder = RunFolder(best.folder)
-    result = fit.finished_training(spec, folder, folder.state()) or _stopped(folder, best, search.metric)
+    result = fit.finished_training(spec, folder, folder.state()) or _stopped(
+        folder, best, search.metric
+    )
     tags = {"olora.search": sweep_spec.name, "olora.trial": str(best.number)}
     version = run.register(spec, folder, result, tags, sweep_spec.parent)
     assert version is not None
-    name, alias = trial.registry.model, trial.registry.alias
-    logger.info(f"registered: {name} version {version} (models:/{name}@{alias}), trial {best.number}")
+    name = trial.registry.model
+    logger.info(
+        f"registered: {name} version {version} (models:/{name}@{trial.registry.alias}), trial {best.number}"
+    )
     return version
 
 
@@ -121,25 +136,21 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
         raise UserError(
             f"{folder.checkpoints}: the best trial has no checkpoint left; pass --refit to train best.yaml instead"
         )
-    checkpoint, state = latest[0], latest[1].state
-    step, value = next((each for each in best.curve if each[0] and each[1] == best.value), (best.step, math.nan))
+    path, checkpoint = latest
+    state = checkpoint.state
+    value = best.value
+    assert value is not None
+    steps = (step for step, measured in best.curve if step and measured == value)
+    step = next(steps, best.step)
     # A failed trial keeps the checkpoint before its failure. After a restart, other workers may have measured the same
     # adapter again, and their loss differs a little.
     same = state.best_loss is not None and math.isclose(state.best_loss, value, rel_tol=1e-3)
     if step > state.step or (metric == "eval/loss" and not same):
-        kept = "" if state.best_loss is None else f" with the best loss {state.best_loss:.4f} of step {state.best_step}"
+        kept = ""
+        if state.best_loss is not None:
+            kept = f" with the best loss {state.best_loss:.4f} of step {state.best_step}"
         raise UserError(
-            f"{checkpoint}: trial {best.number} has its best value {value:.4f} at step {step}, but its last checkpoint"
+            f"{path}: trial {best.number} has its best value {value:.4f} at step {step}, but its last checkpoint"
             f" is of step {state.step}{kept}; pass --refit to train best.yaml instead"
         )
     return TrainResult(state=state, stopped_early=True)
-
-
-def _default(sweep_spec: SweepSpec, trials: Sequence[TrialRecord]) -> int | None:
-    space = sweep_spec.space
-    if space.has_default():
-        return next((trial.number for trial in trials if trial.number == 0), None)
-    if (draws := space.as_draws(sweep_spec.train_spec.config)) is None:
-        return None
-    wanted = space.values(draws)
-    return next((trial.number for trial in trials if trial.params == wanted), None)

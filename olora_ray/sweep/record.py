@@ -13,6 +13,8 @@ from olora_ray.common.errors import as_user_error, short_reason
 
 logger = logging.getLogger(__name__)
 
+Curve = tuple[tuple[int, float], ...]
+"""(step, value), in order of steps."""
 Mode = Literal["min", "max"]
 # stopped: by the scheduler, because other trials did better; unfinished: the search ended before the trial did.
 Status = Literal["finished", "stopped", "failed", "unfinished"]
@@ -32,7 +34,7 @@ class TrialRecord:
     step: int = 0
     total: int = 0
     """Steps of the complete training; 0 if unknown."""
-    curve: tuple[tuple[int, float], ...] = ()
+    curve: Curve = ()
     """(step, metric), in order of steps."""
     seconds: float = 0.0
     """From start to end, over all attempts."""
@@ -45,7 +47,7 @@ class TrialRecord:
     folder: str = ""
     """Its run folder."""
     mlflow_run: str = ""
-    compared: tuple[tuple[int, float], ...] = ()
+    compared: Curve = ()
     """(step, training loss) by which the scheduler compared the trial with others, in order of steps."""
 
     def measured(self) -> bool:
@@ -71,11 +73,17 @@ class SearchRecord:
     notes: tuple[str, ...] = field(default=())
     """Sentences about the search as a whole, e.g. why it ended early."""
 
+    def sign(self) -> int:
+        """Return the factor that makes a lower value of the metric the better one."""
+        return 1 if self.mode == "min" else -1
+
     def ranked(self) -> list[TrialRecord]:
         """Return the trials that have a value, the best first; failed ones come last, whatever their value."""
-        sign = 1 if self.mode == "min" else -1
-        measured = [trial for trial in self.trials if trial.measured()]
-        return sorted(measured, key=lambda trial: (trial.status == "failed", sign * (trial.value or 0.0), trial.number))
+
+        def place(trial: TrialRecord) -> tuple[bool, float, int]:
+            return trial.status == "failed", self.sign() * (trial.value or 0.0), trial.number
+
+        return sorted([trial for trial in self.trials if trial.measured()], key=place)
 
     def ordered(self) -> list[TrialRecord]:
         """Return all trials: the ranked ones, then those without a value in the order of the search."""
@@ -85,8 +93,9 @@ class SearchRecord:
     def best(self) -> TrialRecord | None:
         return next(iter(self.ranked()), None)
 
-    def of(self, number: int | None) -> TrialRecord | None:
-        return next((trial for trial in self.trials if trial.number == number), None)
+    def unchanged(self) -> TrialRecord | None:
+        """Return the trial with the unchanged config."""
+        return next((trial for trial in self.trials if trial.number == self.default), None)
 
     def to_json(self) -> str:
         """Return the text of leaderboard.json, the best trial first; NaN and infinity become null."""
@@ -95,11 +104,14 @@ class SearchRecord:
 
 
 def finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    """Return a plain value with None in place of NaN and infinity."""
     if isinstance(value, dict):
         return {str(name): finite(item) for name, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 # trial.json: the trial writes its record so far into its folder, and the driver reads it.
@@ -111,13 +123,15 @@ class TrialFile:
     def __init__(self, folder: str, record: TrialRecord, mode: Mode) -> None:
         # Nothing is written before `begin`: Tune starts a process for a trial, but may run the trial in another process
         # that became free earlier. If the late process wrote here, it would overwrite the progress of the trial.
-        self.path, self.mode = storage.join(folder, FILE), mode
+        self.path = storage.join(folder, FILE)
+        self.mode = mode
+        self.record = replace(record, folder=folder)
         self._began = time.monotonic()
         self._previous = read_record(folder)
-        self._seconds = self._previous.seconds if self._previous else 0.0
-        if self._previous and self._previous.first_step is not None:
-            record = replace(record, first_step=self._previous.first_step)
-        self.record = replace(record, folder=folder)
+        self._seconds = 0.0
+        if self._previous:
+            self._seconds = self._previous.seconds
+            self.record = replace(self.record, first_step=self._previous.first_step)
 
     def begin(self) -> None:
         self._write()
@@ -136,24 +150,31 @@ class TrialFile:
         self._write()
 
     def compared(self, step: int, loss: float) -> None:
-        self.record = replace(self.record, step=step, compared=(*self.record.compared, (step, loss)))
+        self.record = replace(
+            self.record, step=step, compared=(*self.record.compared, (step, loss))
+        )
         self._write()
 
     def ended(self, status: Status, reason: str = "") -> None:
         self.record = replace(self.record, status=status, reason=reason)
         self._write()
 
-    def _take(self, curve: tuple[tuple[int, float], ...]) -> None:
+    def _take(self, curve: Curve) -> None:
+        values = [value for step, value in curve if step]  # at step 0 it is the base model's
         choose = min if self.mode == "min" else max
-        best = choose((value for step, value in curve if step), default=None)  # at step 0 every trial is the base model
-        self.record = replace(self.record, curve=curve, step=curve[-1][0] if curve else 0, value=best)
+        last = curve[-1][0] if curve else 0
+        best = choose(values, default=None)
+        self.record = replace(self.record, curve=curve, step=last, value=best)
 
     def _write(self) -> None:
         self.record = replace(self.record, seconds=self._seconds + time.monotonic() - self._began)
         try:
             records.write(self.path, self.record)
-        except OSError as error:  # the next write has everything; the training does not need the file
-            logger.warning(f"{self.path}: cannot be written now ({short_reason(error)}); the trial continues")
+        except OSError as error:
+            # The next write has everything. The training does not need the file.
+            logger.warning(
+                f"{self.path}: cannot be written now ({short_reason(error)}); the trial continues"
+            )
 
 
 def read_record(folder: str) -> TrialRecord | None:
@@ -176,5 +197,7 @@ def read_all(folder: str) -> dict[int, TrialRecord]:
     failure = f"{trials}: cannot read the records of the trials"
     # In parallel: an object store answers slowly, and a search may have thousands of records.
     with as_user_error(failure, OSError, reason=short_reason), ThreadPoolExecutor(16) as pool:
-        found = pool.map(read_record, [storage.join(trials, name) for name in storage.names(trials)])
+        found = pool.map(
+            read_record, [storage.join(trials, name) for name in storage.names(trials)]
+        )
         return {record.number: record for record in found if record}

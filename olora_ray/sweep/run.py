@@ -11,18 +11,20 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from olora_ray.cluster import preflight, resources, shared_base
+from olora_ray.cluster import resources, shared_base
+from olora_ray.cluster.decide import Decided, with_room_for
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.resources import PlacementRequest, free_workers, worker_resources
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.load import flatten, override
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import Decisions
+from olora_ray.config.load import flatten
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder
@@ -36,49 +38,39 @@ from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
 
-MICRO = "train.micro_batch"
 
-
-def train_spec(config: Config, space: Space, base: Base) -> tuple[TrainSpec, float]:
+def train_spec(
+    decided: Decided, space: Space, base: Base, cluster: ClusterFacts
+) -> tuple[TrainSpec, float]:
     """Return the specification that all trials vary, and the seconds of preparing its tokens.
 
     Raises UserError if the metric is a score that no trial would have: otherwise only a finished trial would say so.
     """
     began = time.monotonic()
-    prepared = prepare_tokens(config, base, wait=True)
-    spec, seconds = prepared.spec, time.monotonic() - began
-    _check_score(config, space, prepared.scores)
-    largest = max(space.possible(MICRO, config.train.micro()))
-    if spec.recompute or largest <= config.train.micro():
-        return spec, seconds
-    # One choice for all trials, because recomputing changes no result. In a trial that has memory enough it only costs
-    # time.
-    if again := preflight.planned(override(config, {MICRO: largest}), base.model).recompute:
-        logger.info(
-            "train.activation_checkpointing=auto: on for all trials, because a trial with"
-            f" {MICRO}={largest} would not fit in memory without it"
-        )
-    return replace(spec, recompute=again), seconds
-
-
-def _check_score(config: Config, space: Space, names: Collection[str]) -> None:
-    wanted = space.metric.removeprefix("score/")
-    if wanted == space.metric or wanted in names:
-        return
-    given = ", ".join(f"score/{name}" for name in sorted(names)) or "nothing"
-    raise UserError(
-        f"metric: {space.metric} is not measured: {config.evaluation.scorer} returns {given} for the answers to the"
-        " held-out rows; set another metric"
+    largest = max(space.possible("train.micro_batch", decided.config.train.micro_batch))
+    decided = with_room_for(decided, largest, base.model, cluster)
+    prepared = prepare_tokens(
+        decided.config, base, decided.size.total_bytes(), decided.decisions, wait=True
     )
+    wanted = space.metric.removeprefix("score/")
+    if wanted != space.metric and wanted not in prepared.scores:
+        given = ", ".join(f"score/{name}" for name in sorted(prepared.scores)) or "nothing"
+        raise UserError(
+            f"metric: {space.metric} is not measured: {decided.config.evaluation.scorer} returns {given} for the"
+            " answers to the held-out rows; set another metric"
+        )
+    return prepared.spec, time.monotonic() - began
 
 
-def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, float]:
+def share(
+    spec: TrainSpec, space: Space, seconds: float, decisions: Decisions
+) -> tuple[TrainSpec, float]:
     """Make what the trials share. Return the spec that points to it, and the seconds saved per trial.
 
     `seconds` is the time of the tokens. Raises UserError for a rank or targets that the model does not have, and for a
     search that started with another model or other data.
     """
-    search_folder.begin(spec.config, space, spec.base_identity())
+    search_folder.begin(spec.config, space, spec.base_identity(), decisions)
     folder = storage.join(spec.config.folder(), "shared")
     kinds = shared_work.factor_keys(spec.config, space)
     work = shared_work.made(spec, folder, kinds, "what all trials share")
@@ -95,34 +87,45 @@ def share(spec: TrainSpec, space: Space, seconds: float) -> tuple[TrainSpec, flo
 def tracked(spec: TrainSpec, space: Space) -> Iterator[Tracker]:
     config = spec.config
     tags = {"olora.kind": "search", "olora.base_digest": spec.base.digest}
-    params = flatten(config) | {f"space.{name}": str(value) for name, value in space.model_dump().items()}
-    with start.mlflow_run(config, tags, RunFolder(config.folder()), params, after_error="KILLED") as tracker:
+    params = flatten(config) | {
+        f"space.{name}": str(value) for name, value in space.model_dump().items()
+    }
+    with start.mlflow_run(
+        config, tags, RunFolder(config.folder()), params, after_error="KILLED"
+    ) as tracker:
         yield tracker
 
 
-def run(spec: TrainSpec, space: Space, spared: float, tracker: Tracker) -> tuple[SweepSpec, SearchRecord]:
+def run(
+    spec: TrainSpec, space: Space, spared: float, tracker: Tracker, decisions: Decisions
+) -> tuple[SweepSpec, SearchRecord]:
     """Run the search until all trials have ended or a limit of the space is reached; resume an interrupted one.
 
     Raises UserError if not even one trial fits in the cluster, or if no trial has measured the metric.
     """
     config = spec.config
-    sweep_spec = SweepSpec(config.run.name, config.folder(), spec, space, tracker.run_id, spared)
+    sweep_spec = SweepSpec(
+        config.run.name,
+        config.folder(),
+        spec,
+        space,
+        tracker.run_id,
+        spared,
+        decisions=decisions,
+    )
     search(sweep_spec)
     record = outcome.record(sweep_spec)
     if record.best() is None:
+        causes = Counter(trial.reason for trial in record.trials if trial.reason).most_common()
+        shown = [f"{cause} ({plural(number, 'trial')})" for cause, number in causes[:3]]
+        if len(causes) > 3:
+            shown.append(f"{len(causes) - 3} other reasons")
+        reasons = "; ".join(shown) or f"{plural(len(record.trials), 'trial')} ran"
         raise UserError(
-            f"metric: no trial has measured {space.metric}: {_reasons(record)}; remove the cause, then set another"
-            f" run.name or delete {sweep_spec.folder}"
+            f"metric: no trial has measured {space.metric}: {reasons}; remove the cause, then set another run.name or"
+            f" delete {sweep_spec.folder}"
         )
     return sweep_spec, record
-
-
-def _reasons(search: SearchRecord) -> str:
-    counts = Counter(trial.reason for trial in search.trials if trial.reason).most_common()
-    if not counts:
-        return f"{plural(len(search.trials), 'trial')} ran"
-    shown = [f"{reason} ({plural(number, 'trial')})" for reason, number in counts[:3]]
-    return "; ".join([*shown, *([f"{len(counts) - 3} other reasons"] if len(counts) > 3 else [])])
 
 
 def search(sweep_spec: SweepSpec) -> None:
@@ -130,7 +133,8 @@ def search(sweep_spec: SweepSpec) -> None:
 
     Raises UserError if not even one trial fits in the cluster, or if Tune cannot resume.
     """
-    folder, space = sweep_spec.folder, sweep_spec.space
+    folder = sweep_spec.folder
+    space = sweep_spec.space
     if search_folder.progress(folder).complete:
         logger.info("search: already complete; no trial runs, the report is written again")
         return
@@ -143,9 +147,13 @@ def search(sweep_spec: SweepSpec) -> None:
     # do, which is no failure.
     if len(results) < space.count() and not callback.stop_all():
         raise search_folder.not_resumed(folder)
-    note = f"The search ended early: {callback.over}." if callback.over else ""
-    cut = tuple(sorted(callback.cut))
-    search_folder.keep(folder, Progress(callback.seconds(), callback.complete(), note, cut))
+    progress = Progress(
+        callback.seconds(),
+        callback.complete(),
+        f"The search ended early: {callback.over}." if callback.over else "",
+        tuple(sorted(callback.cut)),
+    )
+    search_folder.keep(folder, progress)
     # Not after an error or a signal: the trials would lose their shared base model, and be recorded as failed before
     # this process ends them.
     shared_base.end_actors(shared_bases)
@@ -153,22 +161,28 @@ def search(sweep_spec: SweepSpec) -> None:
 
 def _concurrent_trials(sweep_spec: SweepSpec) -> tuple[int, tuple[Any, ...]]:
     """Return how many trials run at the same time, and the actors for trials that share one base model."""
-    spec, space = sweep_spec.train_spec, sweep_spec.space
-    config, count = spec.config, space.count()
-    wanted, workers = worker_resources(config), config.cluster.min_workers()
-    fitting, trials = _fitting(wanted, workers), space.in_words()
-    each, asked = min(space.trials_per_worker, count), min(space.concurrency or count, count)
-    if config.cluster.max_workers() > 1 or not sweep_spec.shares_data():
+    space = sweep_spec.space
+    config = sweep_spec.train_spec.config
+    wanted = worker_resources(config)
+    workers = config.cluster.fewest
+    fitting = _fitting(wanted, workers)
+    count = space.count()
+    asked = min(space.concurrency or count, count)
+    if config.cluster.most > 1 or not sweep_spec.shares_data():
         concurrent = min(fitting // workers, asked)
-        logger.info(f"search: {trials}, {concurrent} at the same time, {plural(workers, 'worker')} per trial")
+        logger.info(
+            f"search: {space.in_words()}, {concurrent} at the same time, {plural(workers, 'worker')} per trial"
+        )
         return concurrent, ()
     # The actors serve trials that run one after another, too: they save the start of each trial, which takes longer
     # than a short training.
+    each = min(space.trials_per_worker, count)
     number = min(fitting, -(-asked // each))
     side = f"up to {each} side by side" if each > 1 else "one after the other"
     copies = "one copy" if number == 1 else f"each of {number} copies"
-    logger.info(f"search: {trials}, {side} on {copies} of the base model")
-    return min(number * each, asked), shared_base.start_actors(spec, wanted, number, each)
+    logger.info(f"search: {space.in_words()}, {side} on {copies} of the base model")
+    actors = shared_base.start_actors(sweep_spec.train_spec, wanted, number, each)
+    return min(number * each, asked), actors
 
 
 def _fitting(wanted: Mapping[str, float], workers: int) -> int:
@@ -179,12 +193,14 @@ def _fitting(wanted: Mapping[str, float], workers: int) -> int:
     fitting = room(wanted)
     if fitting >= workers:
         return fitting
-    now, most = (resources.room(wanted, nodes) for nodes in (resources.present(), resources.maximum()))
+    now, most = resources.rooms(wanted)
     if not now < workers <= most:
         raise UserError(
             f"cluster.workers={workers}: a trial needs {workers}, but the cluster has room for {fitting}; set it lower"
         )
-    logger.info(f"search: waiting for more nodes: a trial needs {workers} workers, the cluster has room for {fitting}")
+    logger.info(
+        f"search: waiting for more nodes: a trial needs {workers} workers, the cluster has room for {fitting}"
+    )
     with PlacementRequest(wanted, workers, after=3.0) as request:
         while (fitting := free_workers(wanted)) < workers:
             request.look()

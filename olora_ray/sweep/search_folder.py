@@ -15,10 +15,14 @@ from typing import Any
 from olora_ray.cluster import address
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
+from olora_ray.config.decided import NOTHING, DecidedConfig, Decisions, Kept
 from olora_ray.config.load import flatten, leaves, override
 from olora_ray.config.schema import NO_GATE, Config
 from olora_ray.pipeline import publish
-from olora_ray.pipeline.run_folder import RunFolder, bound_settings
+from olora_ray.pipeline.run_folder import (
+    RunFolder,
+    identity_settings,
+)
 from olora_ray.sweep.space import Space
 from olora_ray.train import checkpoint
 
@@ -34,25 +38,37 @@ def search_config(config: Config, space: Space, space_file: str | Path, register
     UserError if `registers` is true and registry.model is not set.
     """
     if registers and config.registry.model is None:
-        raise UserError("registry.model: not set; set the name under which the best model is registered")
+        raise UserError(
+            "registry.model: not set; set the name under which the best model is registered"
+        )
     workers = 1 if space.trials_per_worker > 1 else config.cluster.each_trial()
     own = {"run.name": f"{config.run.name}-{Path(space_file).stem}", "cluster.workers": workers}
     return override(config, {**NO_GATE, **space.set, **own})
 
 
-def check_search(config: Config, space: Space) -> None:
-    """Raise UserError if storage, MLflow or Ray cannot be used, or if the folder holds a different search."""
+def check_search(config: Config, space: Space) -> Kept:
+    """Return what earlier attempts have decided.
+
+    Raise UserError if storage, MLflow or Ray cannot be used, or if the folder holds a different search."""
     folder = RunFolder(config.folder())
     folder.check(config)
     publish.check_tracking(config, folder)
     path = storage.join(folder.root, _BEGUN_WITH)
-    if storage.exists(path) and (changed := _changes(records.read(path, Begun), description(config, space))):
-        shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-        raise UserError(
-            f"run.name: {folder.root} holds a search with different settings ({shown}); set another run.name, use"
-            " another space file, or delete the folder"
-        )
+    begun = records.read(path, Begun)
+    kept = NOTHING
+    if begun is not None:
+        kept = Kept(begun.config, folder.decisions())
+    if storage.exists(path):
+        changes = _changes(begun, description(kept.filled(config), space))
+        if len(changes) > 3:
+            changes[3:] = ["..."]
+        if changes:
+            raise UserError(
+                f"run.name: {folder.root} holds a search with different settings ({', '.join(changes)}); set another"
+                " run.name, use another space file, or delete the folder"
+            )
     address.find()
+    return kept
 
 
 @dataclass(frozen=True)
@@ -70,16 +86,25 @@ def _changes(kept: Begun | None, described: Begun) -> list[str]:
         return [f"{_BEGUN_WITH} cannot be read"]
     read_back = records.parsed(described.text(), Begun)  # tuples are lists in JSON
     assert read_back is not None
-    before, after = (dict(leaves({"config": each.config, "space": each.space}, "")) for each in (kept, read_back))
+    before = dict(leaves({"config": kept.config, "space": kept.space}, ""))
+    after = dict(leaves({"config": read_back.config, "space": read_back.space}, ""))
     changes = []
-    for field in sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-        was, now = (repr(values[field]) if field in values else "not set" for values in (before, after))
-        changes.append(f"{field} was {was}, is {now}" if len(was + now) <= 120 else f"{field} differs")
+    for field in sorted(before.keys() | after.keys()):
+        if before.get(field) == after.get(field):
+            continue
+        was = repr(before[field]) if field in before else "not set"
+        now = repr(after[field]) if field in after else "not set"
+        if len(was + now) <= 120:
+            changes.append(f"{field} was {was}, is {now}")
+        else:
+            changes.append(f"{field} differs")
     return changes
 
 
-def begin(config: Config, space: Space, contents: Mapping[str, str]) -> None:
-    """Write search.json: from now on the folder belongs to this search.
+def begin(
+    config: DecidedConfig, space: Space, contents: Mapping[str, str], decisions: Decisions
+) -> None:
+    """Write decided.json and search.json: from now on the folder belongs to this search.
 
     `contents` are the digests of model and data, under their names in a checkpoint's identity. Raises UserError if the
     search started with other contents.
@@ -87,14 +112,16 @@ def begin(config: Config, space: Space, contents: Mapping[str, str]) -> None:
     folder = config.folder()
     path = storage.join(folder, _BEGUN_WITH)
     kept = records.read(path, Begun)
-    checkpoint.require_same({**contents, **(kept.contents if kept else {})}, contents, folder)
+    if kept is not None:
+        checkpoint.require_same({**contents, **kept.contents}, contents, folder)
+    RunFolder(folder).write_decisions(decisions)
     storage.write_text(path, description(config, space, contents).text())
 
 
 def description(config: Config, space: Space, contents: Mapping[str, str] | None = None) -> Begun:
     # The number of concurrent trials and the limits of the search may change between two attempts.
     chosen = space.model_dump(exclude={"concurrency", "time_budget", "patience", "min_improvement"})
-    return Begun(bound_settings(flatten(config)), chosen, dict(contents or {}))
+    return Begun(identity_settings(flatten(config)), chosen, dict(contents or {}))
 
 
 @dataclass(frozen=True)
@@ -126,12 +153,15 @@ def tune_place(folder: str) -> str:
 
 def lost(folder: str) -> bool:
     """True if Tune started this search and has no usable state: it was killed too early, or during a write."""
-    names = storage.names(place := tune_place(folder))
+    place = tune_place(folder)
+    names = storage.names(place)
     if "tuner.pkl" not in names:  # without it Tune starts a new search
         return False
     # Each attempt writes its own file; Tune resumes from the one whose name sorts last.
     states = fnmatch.filter(names, "experiment_state-*.json")
-    state = records.read(storage.join(place, max(states)), dict[str, Any]) if states else None
+    if not states:
+        return True
+    state = records.read(storage.join(place, max(states)), dict[str, Any])
     return not (state or {}).get("trial_data")
 
 

@@ -7,15 +7,14 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
 
-from olora_ray.adapter import initialise as factor_cache
 from olora_ray.adapter.initialise import check_rank, initialise
 from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods import method_named
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.shared_base import self_test
@@ -24,12 +23,13 @@ from olora_ray.cluster.worker_context import SharedBase, assigned_device, on_cpu
 from olora_ray.common import storage
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import duration
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
-from olora_ray.config.schema import Config
 from olora_ray.sweep.space import Space
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.generate import answer, wanted_questions
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.scoring import Baseline
 
 logger = logging.getLogger(__name__)
@@ -46,19 +46,23 @@ class Shared:
     """Seconds of the base model's evaluation on the held-out rows; 0 if the result existed."""
 
 
-def factor_keys(config: Config, space: Space) -> list[FactorKey]:
+def factor_keys(config: DecidedConfig, space: Space) -> list[FactorKey]:
     """Return the factors that all trials share: for each method, the factors of the largest rank."""
     # Smaller ranks are a prefix of the largest for most methods. Other methods need factors of every rank. If the space
     # has a range of ranks, each trial makes these itself.
     ranks = sorted(space.possible("adapter.rank", config.adapter.rank))
-    every = [] if space.is_range("adapter.rank") else ranks
-    methods = dict.fromkeys(space.listed("adapter.method", config.adapter.method))
-    return [(name, rank) for name in methods for rank in (ranks[-1:] if METHODS[name].prefix else dict.fromkeys(every))]
+    keys = []
+    for method in dict.fromkeys(space.possible("adapter.method", config.adapter.method)):
+        if method_named(method).prefix:
+            keys.append((method, ranks[-1]))
+        elif not space.is_range("adapter.rank"):
+            keys += [(method, rank) for rank in dict.fromkeys(ranks)]
+    return keys
 
 
-def check_ranks(config: Config, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_ranks(config: DecidedConfig, space: Space, shapes: Mapping[str, tuple[int, ...]]) -> None:
     rank = max(space.possible("adapter.rank", config.adapter.rank))
-    for method in space.listed("adapter.method", config.adapter.method):
+    for method in space.possible("adapter.method", config.adapter.method):
         check_rank(shapes, method, rank)
 
 
@@ -74,11 +78,20 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
         return Shared()  # the trials continue the adapter of another run, with its factors
     # With fsdp the base model may be too large for one GPU.
     sharded = spec.config.cluster.strategy == "fsdp"
-    spec = replace(on_cpu(spec) if sharded else spec, shared=folder)
-    missing = [factors for factors in _specs_of(spec, wanted) if not _exists(factors)]
+    if sharded:
+        spec = on_cpu(spec)
+    spec = replace(spec, shared=folder)
+    missing = []
+    for method, rank in wanted:
+        changes = {"adapter.method": method, "adapter.rank": rank}
+        factors = replace(spec, config=override(spec.config, changes))
+        if not factors.stored_factors().exist():
+            missing.append(factors)
     asked = wanted_questions(spec.config.evaluation, spec.eval)
-    known = Baseline.read(storage.join(folder, "baseline.json"), spec.baseline_identity(), len(asked))
-    if not missing and (known or sharded):
+    baseline = storage.join(folder, "baseline.json")
+    known = Baseline.read(baseline, spec.baseline_identity(), len(asked))
+    measures = known is None and not sharded
+    if not missing and not measures:
         return Shared()
     device = torch.device("cpu") if sharded else assigned_device()
     shared = SharedBase.of(spec, device)
@@ -86,44 +99,39 @@ def make(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey]) -> Shared:
     for factors in missing:
         _make_factors(factors, shared)
     between = time.perf_counter()
-    if not known and not sharded:
+    if measures:
         self_test(shared, spec)  # with the attention that the trials will have
-        _measure(spec, shared, folder)
+        _measure(spec, shared).write(baseline, spec.baseline_identity())
     return Shared(between - began, time.perf_counter() - between)
-
-
-def _specs_of(spec: TrainSpec, wanted: Sequence[FactorKey]) -> Iterator[TrainSpec]:
-    for method, rank in wanted:
-        yield replace(spec, config=override(spec.config, {"adapter.method": method, "adapter.rank": rank}))
-
-
-def _exists(spec: TrainSpec) -> bool:
-    return factor_cache.has(spec.factor_place(), spec.factor_origin(), spec.config.adapter.rank)
 
 
 def _make_factors(spec: TrainSpec, shared: SharedBase) -> None:
     adapter = spec.config.adapter
     targets = find_targets(shared.loss.model, adapter.targets, adapter.rank)
-    if adapter.method not in FROM_WEIGHTS:
+    if method_named(adapter.method).needs != "weight":
         self_test(shared, spec)
     factors, _, _ = new_factors(shared.loss, targets, spec.config, spec.train, shared.device)
-    prefix = METHODS[adapter.method].prefix
-    factor_cache.write_factors(spec.factor_place(), factors, spec.factor_origin(), adapter.rank, prefix)
+    spec.stored_factors().write(factors, method_named(adapter.method).prefix)
 
 
-def _measure(spec: TrainSpec, shared: SharedBase, folder: str) -> None:
-    config, model = spec.config, shared.loss.model
+def _measure(spec: TrainSpec, shared: SharedBase) -> Baseline:
+    config = spec.config
+    model = shared.loss.model
     # An adapter changes nothing at its start. So the smallest adapter gives the results of the base model.
     targets = find_targets(model, config.adapter.targets, 1)
     factors, _ = initialise(targets, "lora", 1, 0, shared.device)
     adapted = inject(model, factors, 1.0)
     shared.loss.to(shared.device)
     trainer = Trainer(shared.loss, adapted, config, shared.device)
-    attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
+    loss = None
+    if spec.eval:
+        attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
+        loss = evaluate(trainer, spec.eval, attention).loss
+    answers = None
     asked = wanted_questions(config.evaluation, spec.eval)
-    loss = evaluate(trainer, spec.eval, attention) if spec.eval else None
-    answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos) if asked else None
-    Baseline(loss, answers).write(storage.join(folder, "baseline.json"), spec.baseline_identity())
+    if asked:
+        answers = answer(trainer, asked, config.evaluation.max_new_tokens, spec.eos)
+    return Baseline(loss, answers)
 
 
 def made(spec: TrainSpec, folder: str, wanted: Sequence[FactorKey], what: str) -> Shared:

@@ -12,28 +12,21 @@ searches draw with a generator seeded by (seed, number of the trial). So a resum
 
 import itertools
 import math
-from collections.abc import Container, Iterator, Mapping
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Container, Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from olora_ray.common.text import plural
 from olora_ray.config.load import at, override
-from olora_ray.config.schema import Config, PositiveInt, Section
+from olora_ray.config.schema import Config
+from olora_ray.config.section import PositiveInt, Section
 
 # `FIELD:times` is the draw of the factor for a field with `of`.
 TIMES = ":times"
 # Returned by `Domain.draw_of` for a value that the domain does not have. None cannot say this: it is a valid value.
 MISSING = object()
-
-
-class Chooser(Protocol):
-    """The source of a trial's draws: the searchers differ in this only."""
-
-    def choice(self, name: str, options: tuple[Any, ...]) -> Any: ...
-
-    def number(self, name: str, domain: "Domain") -> Any: ...
 
 
 # An int or float; strict, so that a text like '1e-3' is refused.
@@ -64,8 +57,31 @@ class Domain(Section):
         forms = [name for name in FORMS if getattr(self, name) is not None]
         if len(forms) != 1:
             raise ValueError(f"needs exactly one of {', '.join(FORMS)}")
-        for problem in _problems(self, forms[0]):
-            raise ValueError(problem)
+        form = forms[0]
+        if self.of is None and "times" in self.model_fields_set:
+            raise ValueError("times: set without of; set of too, or leave times out")
+        for name, values in ((form, self.options()), ("times", self.factors())):
+            seen = set[str]()
+            for value in values:
+                # 8 and 8.0 are the same training, 1 and true are not.
+                same = repr(float(value) if _is_number(value) else value)
+                if same in seen:
+                    raise ValueError(f"{name} has {value!r} twice; leave one out")
+                seen.add(same)
+        interval = self.interval()
+        if interval is None:
+            return self
+        low, high = interval
+        if not low < high:
+            raise ValueError(
+                f"{form} {[low, high]} is an empty range; the first number must be smaller than the second"
+            )
+        if self.loguniform and low <= 0:
+            raise ValueError("loguniform needs numbers greater than 0")
+        if self.quniform and not 0 < self.quniform[2] <= high - low:
+            raise ValueError(
+                f"quniform {list(self.quniform)}: the step must be positive, and at most high - low"
+            )
         return self
 
     def options(self) -> tuple[Any, ...]:
@@ -73,7 +89,9 @@ class Domain(Section):
 
     def interval(self) -> tuple[float, float] | None:
         bounds = self.uniform or self.loguniform or self.quniform
-        return (bounds[0], bounds[1]) if bounds else None
+        if bounds is None:
+            return None
+        return bounds[0], bounds[1]
 
     def steps(self) -> int:
         if self.quniform is None:
@@ -95,31 +113,40 @@ class Domain(Section):
             return self.at(0), self.at(self.steps() - 1)
         return self.options() or self.interval() or ()
 
-    def draw(self, field: str, chooser: Chooser) -> dict[str, Any]:
-        if self.of is not None:
-            return {field + TIMES: chooser.choice(field + TIMES, self.factors())}
-        if options := self.options():
-            return {field: chooser.choice(field, options)}
-        return {field: chooser.number(field, self)}
+    def draw_name(self, field: str) -> str:
+        return field if self.of is None else field + TIMES
+
+    def draw(self, name: str, chooser: "Seeded | Suggested") -> Any:
+        if self.interval() is not None:
+            return chooser.number(name, self)
+        return chooser.choice(name, self.options() or self.factors())
 
     def draw_of(self, value: Any) -> Any:
         """Return the draw that gives `value`, for a field without `of`; MISSING if there is none."""
-        if options := self.options():
-            return value if value in options else MISSING
         interval = self.interval()
-        assert interval is not None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not interval[0] <= value <= interval[1]:
+        if interval is None:
+            return value if value in self.options() else MISSING
+        low, high = interval
+        if not _is_number(value) or not low <= value <= high:
             return MISSING
         if self.quniform is None:
             return value
-        step = round((value - self.quniform[0]) / self.quniform[2])
-        return self.at(step) if step < self.steps() and math.isclose(self.at(step), value, abs_tol=0) else MISSING
+        step = round((value - low) / self.quniform[2])
+        if step < self.steps() and math.isclose(self.at(step), value, abs_tol=0):
+            return self.at(step)
+        return MISSING
 
     def factors(self) -> tuple[float, ...]:
-        return self.times if isinstance(self.times, tuple) else (self.times,)
+        if isinstance(self.times, tuple):
+            return self.times
+        return (self.times,)
 
 
 FORMS = ("choice", "grid", "uniform", "loguniform", "quniform", "of")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def rounded(value: float, low: float, high: float) -> float:
@@ -127,27 +154,6 @@ def rounded(value: float, low: float, high: float) -> float:
     beside = max(abs(low), abs(high)) / (high - low)  # large for a narrow range far from 0
     digits = min(17, 4 + max(0, math.floor(math.log10(beside))))
     return min(max(float(f"{value:.{digits}g}"), low), high)
-
-
-def _problems(domain: Domain, form: str) -> Iterator[str]:
-    if domain.of is None and "times" in domain.model_fields_set:
-        yield "times: set without of; set of too, or leave times out"
-    for name, values in ((form, domain.options()), ("times", domain.factors())):
-        seen = set[str]()
-        for value in values:
-            # 8 and 8.0 are the same training, 1 and true are not.
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            same = repr(float(value) if number else value)
-            if same in seen:
-                yield f"{name} has {value!r} twice; leave one out"
-            seen.add(same)
-    if interval := domain.interval():
-        if not interval[0] < interval[1]:
-            yield f"{form} {list(interval)} is an empty range; the first number must be smaller than the second"
-        if form == "loguniform" and interval[0] <= 0:
-            yield "loguniform needs numbers greater than 0"
-        if domain.quniform and not 0 < domain.quniform[2] <= interval[1] - interval[0]:
-            yield f"quniform {list(domain.quniform)}: the step must be positive, and at most high - low"
 
 
 # Two sources of draws: a generator with a seed, and an Optuna trial.
@@ -158,7 +164,9 @@ class Seeded:
 
     def __init__(self, seed: tuple[int, ...], turn: int = 0, in_turn: Container[str] = ()) -> None:
         # `turn` counts the combinations of the fields `in_turn`, from 0.
-        self.random, self.rest, self.in_turn = np.random.default_rng(seed), turn, in_turn
+        self.random = np.random.default_rng(seed)
+        self.rest = turn
+        self.in_turn = in_turn
 
     def choice(self, name: str, options: tuple[Any, ...]) -> Any:
         if name.removesuffix(TIMES) in self.in_turn:
@@ -193,6 +201,8 @@ class Suggested:
 
 
 Draws = Mapping[str, Any]
+Values = dict[str, Any]
+"""Dotted config field, or the name of a draw -> its value."""
 # Trials that vary only these can share one base model and its data.
 SAME_BASE = ("adapter.", "train.")
 LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "train/loss")
@@ -217,8 +227,9 @@ class Scheduler(Section):
 
     @model_validator(mode="after")
     def _only_its_settings(self) -> "Scheduler":
-        for name in sorted(self.model_fields_set - {"kind"} if self.kind == "none" else ()):
-            raise ValueError(f"{name}: not used by kind: {self.kind}; leave it out")
+        unused = sorted(self.model_fields_set - {"kind"})
+        if self.kind == "none" and unused:
+            raise ValueError(f"{unused[0]}: not used by kind: none; leave it out")
         return self
 
 
@@ -227,7 +238,7 @@ class Space(Section):
 
     search: Annotated[dict[str, Domain], Field(min_length=1)]
     """Dotted config field -> its values."""
-    set: Annotated[dict[str, Any], Field(default_factory=dict)]
+    set: Annotated[Values, Field(default_factory=dict)]
     """Changes of the config that all trials share, e.g. {train.steps: 40}."""
     metric: str = "eval/loss"
     """eval/loss, eval/perplexity, train/loss, or score/NAME of the config's scorer (measured at the end only)."""
@@ -254,158 +265,194 @@ class Space(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Space":
-        for problem in _contradictions(self):
-            raise ValueError(problem)
+        _check_fields(self)
+        for field, domain in self.search.items():
+            if domain.of is not None:
+                base = self.search.get(domain.of)
+                if base is None or base.of is not None:
+                    raise ValueError(
+                        f"search.{field}: of: {domain.of} must be searched too, with values of its own"
+                    )
+                if not all(_is_number(value) for value in base.extremes()):
+                    raise ValueError(
+                        f"search.{field}: of: {domain.of} has values that are not numbers"
+                    )
+            if domain.grid and self.searcher == "tpe":
+                raise ValueError(f"search.{field}: searcher: tpe has no grid; use choice")
+            if domain.interval() and self.searcher == "grid":
+                raise ValueError(
+                    f"search.{field}: searcher: grid needs listed values; use choice or grid instead of a range"
+                )
+        if self.mode == "max" and self.metric in LOWER_IS_BETTER:
+            raise ValueError(f"mode: max searches for the worst {self.metric}; leave it out")
+        if self.searcher == "grid":
+            _check_grid(self)
         return self
 
     def better(self) -> Literal["min", "max"]:
-        return self.mode or ("min" if self.metric in LOWER_IS_BETTER else "max")
+        if self.mode is not None:
+            return self.mode
+        return "min" if self.metric in LOWER_IS_BETTER else "max"
 
     def paired(self) -> bool:
         """True if trials are compared by their training losses, because all of them see the same rows in each step."""
-        comparable = all(field.startswith(SAME_BASE) and field not in OTHER_LOSSES for field in self.search)
+        comparable = all(
+            field.startswith(SAME_BASE) and field not in OTHER_LOSSES for field in self.search
+        )
         return self.scheduler.kind == "asha" and self.metric in LOWER_IS_BETTER and comparable
 
     def cells(self) -> int:
         """Return the number of combinations of the grids; 1 without grids."""
-        listed = [domain for domain in self.search.values() if domain.grid or self.searcher == "grid"]
-        return math.prod(len(domain.options() or domain.factors()) for domain in listed)
+        return math.prod(
+            len(domain.options() or domain.factors()) for domain in self._in_turn().values()
+        )
+
+    def _in_turn(self) -> dict[str, Domain]:
+        """Return the fields that take their listed values one after another."""
+        return {
+            field: domain
+            for field, domain in self.search.items()
+            if domain.grid or self.searcher == "grid"
+        }
 
     def has_default(self) -> bool:
         """True if trial 0 is the unchanged config."""
         return self.include_default and self.searcher != "tpe"
 
     def count(self) -> int:
-        return self.trials or (self.cells() + self.has_default() if self.searcher == "grid" else 16)
+        if self.trials is not None:
+            return self.trials
+        if self.searcher == "grid":
+            return self.cells() + self.has_default()
+        return 16
 
     def in_words(self) -> str:
-        return plural(self.count(), "trial") + ", of which trial 0 is the unchanged config" * self.has_default()
+        words = plural(self.count(), "trial")
+        if self.has_default():
+            words += ", of which trial 0 is the unchanged config"
+        return words
 
     def own_name(self, number: int) -> str | None:
         """Return the name of a trial's folder if it does not follow from the number."""
         return None
 
-    def drawn(self, number: int) -> dict[str, Any]:
+    def drawn(self, number: int) -> Values:
         """Return the draws of a trial of a random or grid search; empty for the default."""
         position = number - self.has_default()
         if position < 0:
             return {}
-        in_turn = {name for name, domain in self.search.items() if domain.grid or self.searcher == "grid"}
-        return self.draw(Seeded((self.seed, position), position % self.cells(), in_turn))
+        return self.draw(Seeded((self.seed, position), position % self.cells(), self._in_turn()))
 
-    def draw(self, chooser: Chooser) -> dict[str, Any]:
-        draws: dict[str, Any] = {}
+    def draw(self, chooser: "Seeded | Suggested") -> Values:
+        draws: Values = {}
         for field, domain in self.search.items():
-            draws |= domain.draw(field, chooser)
+            name = domain.draw_name(field)
+            draws[name] = domain.draw(name, chooser)
         return draws
 
     def draw_names(self) -> list[str]:
-        return [field if domain.of is None else field + TIMES for field, domain in self.search.items()]
+        return [domain.draw_name(field) for field, domain in self.search.items()]
 
-    def values(self, draws: Draws) -> dict[str, Any]:
+    def values(self, draws: Draws) -> Values:
         if not any(name in draws for name in self.draw_names()):
             return {}
-        values = {field: _settled(domain, draws[field]) for field, domain in self.search.items() if field in draws}
+        values: Values = {}
+        for field, domain in self.search.items():
+            values[field] = draws[domain.draw_name(field)]  # with `of`: the factor
+            if domain.quniform:  # Optuna gives 16.0, or 0.30000000000000004
+                settled = domain.draw_of(values[field])
+                if settled is not MISSING:
+                    values[field] = settled
         for field, domain in self.search.items():
             if domain.of is not None:
-                values[field] = multiple(values[domain.of], draws[field + TIMES])
-        return {field: values[field] for field in self.search}
+                values[field] = multiple(values[domain.of], values[field])
+        return values
 
-    def possible(self, field: str, configured: float) -> list[Any]:
-        """Return the extreme values of a numeric field; `configured` is the value in the config."""
+    def trial_values(self, number: int, draws: Draws) -> Values:
+        """Return the values of a trial; empty for the unchanged config."""
+        if number == 0 and self.has_default():
+            return {}
+        return self.values(draws)
+
+    def possible(self, field: str, configured: Any) -> list[Any]:
+        """Return the listed values of a field, or the ends of its range; `configured` is the value in the config."""
         domain = self.search.get(field)
         if domain is None:
             return [configured]
-        base = domain if domain.of is None else self.search[domain.of]
-        # Without `of` the only factor is 1.
-        values = [multiple(value, factor) for value in base.extremes() for factor in domain.factors()]
-        return [*values, configured] if self.has_default() else values
-
-    def listed(self, field: str, configured: Any) -> list[Any]:
-        """Return the values of a field without a range; `configured` is the value in the config."""
-        domain = self.search.get(field)
-        if domain is None:
-            return [configured]
-        return [*domain.options(), *([configured] if self.has_default() else [])]
+        values = list(domain.extremes())
+        if domain.of is not None:
+            for value in self.search[domain.of].extremes():
+                values += [multiple(value, factor) for factor in domain.factors()]
+        if self.has_default():
+            values.append(configured)
+        return values
 
     def is_range(self, field: str) -> bool:
         domain = self.search.get(field)
-        base = self.search[domain.of] if domain and domain.of else domain
-        return base is not None and base.interval() is not None
+        if domain is not None and domain.of is not None:
+            domain = self.search[domain.of]
+        return domain is not None and domain.interval() is not None
 
-    def as_draws(self, config: Config) -> dict[str, Any] | None:
+    def as_draws(self, config: Config) -> Values | None:
         """Return the draws that give the unchanged config; None if the space does not contain it."""
-        draws: dict[str, Any] = {}
+        draws: Values = {}
         for field, domain in self.search.items():
             value: Any = at(config, field, MISSING)
+            parts = value if isinstance(value, list) else [value]
             if domain.of is not None:
                 base = at(config, domain.of)
                 # A field that is null (train.clip) has no multiple.
-                fitting = (factor for factor in domain.factors() if base is not None and base * factor == value)
-                draws[field + TIMES] = next(fitting, MISSING)
+                factors = domain.factors() if _is_number(base) else ()
+                draw = next((factor for factor in factors if base * factor == value), MISSING)
+            elif any(isinstance(part, dict) for part in parts):
+                # An option that is a section may leave out what is at its default. So it is compared after the config
+                # has completed it.
+                options = domain.options()
+                same = (
+                    each for each in options if at(override(config, {field: each}), field) == value
+                )
+                draw = next(same, MISSING)
             else:
-                draws[field] = _draw_of(domain, config, field, value)
-        return None if any(value is MISSING for value in draws.values()) else draws
-
-
-def _draw_of(domain: Domain, config: Config, field: str, value: Any) -> Any:
-    # An option that is a section may leave out what is at its default. So it is compared after the config has completed
-    # it.
-    parts = value if isinstance(value, list) else [value]
-    if not domain.options() or not any(isinstance(part, dict) for part in parts):
-        return domain.draw_of(value)
-    same = (option for option in domain.options() if at(override(config, {field: option}), field) == value)
-    return next(same, MISSING)
+                draw = domain.draw_of(value)
+            if draw is MISSING:
+                return None
+            draws[domain.draw_name(field)] = draw
+        return draws
 
 
 def multiple(base: float, factor: float) -> float:
     """Return base times factor; a whole result is an int, because fields such as adapter.rank need one."""
     product = base * factor
-    return int(product) if float(product).is_integer() else product
+    if float(product).is_integer():
+        return int(product)
+    return product
 
 
-def _settled(domain: Domain, value: Any) -> Any:
-    # Optuna gives 16.0, or 0.30000000000000004, for a step of a quniform.
-    settled = domain.draw_of(value) if domain.quniform else value
-    return value if settled is MISSING else settled
-
-
-def _contradictions(space: Space) -> Iterator[str]:
-    yield from _field_problems(space)
-    for field, domain in space.search.items():
-        if domain.of is not None:
-            yield from _base_problems(space, field, domain.of)
-        if domain.grid and space.searcher == "tpe":
-            yield f"search.{field}: searcher: tpe has no grid; use choice"
-        if space.searcher == "grid" and domain.of is None and not domain.options():
-            yield f"search.{field}: searcher: grid needs listed values; use choice or grid instead of a range"
-    if space.mode == "max" and space.metric in LOWER_IS_BETTER:
-        yield f"mode: max searches for the worst {space.metric}; leave it out"
-    if space.searcher == "grid":
-        yield from _grid_problems(space)
-
-
-def _field_problems(space: Space) -> Iterator[str]:
-    settings = [("search", field) for field in space.search] + [("set", field) for field in space.set]
+def _check_fields(space: Space) -> None:
+    searched = [("search", field) for field in space.search]
+    settings = searched + [("set", field) for field in space.set]
     for section, field in settings:
         if not all(field.split(".")):
-            yield f"{section}: {field!r} is not a config field; olora-ray finetune --help all lists the fields"
+            raise ValueError(
+                f"{section}: {field!r} is not a config field; olora-ray finetune --help all lists the fields"
+            )
     for (section, field), (other_section, other) in itertools.permutations(settings, 2):
         if other == field or other.startswith(f"{field}."):
-            yield f"{other_section}.{other}: {section}.{field} sets it too; leave one out"
+            raise ValueError(
+                f"{other_section}.{other}: {section}.{field} sets it too; leave one out"
+            )
 
 
-def _base_problems(space: Space, field: str, base: str) -> Iterator[str]:
-    if base not in space.search or space.search[base].of is not None:
-        yield f"search.{field}: of: {base} must be searched too, with values of its own"
-    elif any(isinstance(value, bool) or not isinstance(value, int | float) for value in space.search[base].extremes()):
-        yield f"search.{field}: of: {base} has values that are not numbers"
-
-
-def _grid_problems(space: Space) -> Iterator[str]:
+def _check_grid(space: Space) -> None:
     needed = space.cells() + space.has_default()
-    also = ", including the unchanged config" if space.has_default() else ""
+    combinations = " combinations"
+    if space.has_default():
+        combinations += ", including the unchanged config"
     if needed > MOST_TRIALS:
-        yield f"search: the grid has {needed:,} combinations{also}, more than {MOST_TRIALS:,}; list fewer values"
-    elif space.trials not in (None, needed):
-        yield f"trials: {space.trials}, but the grid has {needed} combinations{also}; leave it out to run each once"
+        raise ValueError(
+            f"search: the grid has {needed:,}{combinations}, more than {MOST_TRIALS:,}; list fewer values"
+        )
+    if space.trials not in (None, needed):
+        raise ValueError(
+            f"trials: {space.trials}, but the grid has {needed}{combinations}; leave it out to run each once"
+        )

@@ -1,18 +1,20 @@
 """Specification of a search: what all trials have in common, and the config and folder of each trial."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from olora_ray.cluster.decide import PACKING
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import storage
+from olora_ray.config.decided import DecidedConfig, Decisions, with_values
 from olora_ray.config.load import at, override
-from olora_ray.config.schema import Config, extended
+from olora_ray.config.schema import Config
+from olora_ray.config.section import extended
 from olora_ray.pipeline.run_folder import RunFolder
-from olora_ray.sweep.space import SAME_BASE, Space
+from olora_ray.sweep.space import SAME_BASE, Draws, Space, Values
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.loader import Schedule
+from olora_ray.train.loader import known_steps
 
 # Key of a trial's number in its Tune config. The other keys are draws.
 NUMBER = "number"
@@ -49,20 +51,40 @@ class SweepSpec:
     """Actors that train several adapters on one base model; empty if every trial has its own workers."""
     tracking: str | None = None
     """The search's MLflow address, valid in every process of a trial; None: the config's."""
+    decisions: Decisions = field(default_factory=dict)
+    """The decisions of the search, which hold for all trials."""
 
-    def values(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
-        return {} if number == 0 and self.space.has_default() else self.space.values(draws)
-
-    def shown(self, number: int, draws: Mapping[str, Any]) -> dict[str, Any]:
+    def shown(self, number: int, draws: Draws) -> Values:
         """Return dotted field -> value of everything that is searched, for people; for the default trial too."""
-        return self.values(number, draws) or {field: at(self.train_spec.config, field) for field in self.space.search}
+        values = self.space.trial_values(number, draws)
+        return values or {field: at(self.train_spec.config, field) for field in self.space.search}
 
-    def config(self, number: int, draws: Mapping[str, Any]) -> Config:
-        return override(self.train_spec.config, self.values(number, draws) | self._own(number))
+    def config(self, number: int, draws: Draws) -> DecidedConfig:
+        name = self.space.own_name(number) or trial_name(number)
+        own = {"run.name": extended(self.name, name), "registry.model": None}
+        return override(self.train_spec.config, self.space.trial_values(number, draws) | own)
 
-    def spec_of(self, config: Config) -> TrainSpec:
+    def spec_of(self, config: DecidedConfig) -> TrainSpec:
         """Return the specification of a trial, if all trials have the same base model and tokens."""
         return replace(self.train_spec, config=config)
+
+    def asked(self, config: DecidedConfig) -> Config:
+        """Return the config of a trial with sources or a model of its own, with auto where the search has decided."""
+        drawn = {*self.space.search, *self.space.set}
+        known = {}
+        for name, decision in self.decisions.items():
+            once = name == PACKING or name.endswith(".chat")
+            if once and name not in drawn and at(config, name) is not None:
+                known[name] = decision.asked
+        return with_values(config, Config, known)
+
+    def decided(self, config: DecidedConfig) -> Decisions:
+        """Return the decisions that hold in a trial."""
+        return {
+            name: decision
+            for name, decision in self.decisions.items()
+            if at(config, name) == decision.value
+        }
 
     def tracked(self, spec: TrainSpec) -> TrainSpec:
         # Tune runs each trial in its own folder, where a relative path would lead elsewhere, and its process has the
@@ -80,8 +102,8 @@ class SweepSpec:
     def total(self) -> int:
         return self.steps(self.train_spec.config)
 
-    def steps(self, config: Config, store: TokenStore | None = None) -> int:
-        total = Schedule(config.train, store or self.train_spec.train).total()
+    def steps(self, config: DecidedConfig, store: TokenStore | None = None) -> int:
+        total = known_steps(config.train, store or self.train_spec.train)
         assert total is not None, "a search starts with complete tokens"
         return total
 
@@ -95,28 +117,24 @@ class SweepSpec:
 
     def rungs(self) -> list[int]:
         """Return the steps after which a trial's training losses are compared; empty if they are not."""
-        steps, step, settings = list[int](), float(self.grace()), self.space.scheduler
+        settings = self.space.scheduler
         # In the second half a stop saves little, and leaves a trial without a value. A grace that is set may be there.
         last = self.total() - 1 if settings.grace else self.total() // 2
+        steps: list[int] = []
+        step = float(self.grace())
         while self.space.paired() and math.ceil(step) <= last:
             steps.append(math.ceil(step))
             step *= settings.reduction
         return steps
-
-    def _own(self, number: int) -> dict[str, Any]:
-        return {
-            "run.name": extended(self.name, self.space.own_name(number) or trial_name(number)),
-            "registry.model": None,
-        }
 
 
 def trial_name(number: int) -> str:
     return f"trial-{number:03d}"
 
 
-def number_of(name: str | None) -> int:
-    assert name
-    return int(name.rpartition("-")[2])
+def number_of(trial: Any) -> int:
+    """Return the number of Tune's trial."""
+    return int(str(trial).rpartition("-")[2])
 
 
 def trial_path(folder: str, number: int, space: Space | None = None) -> str:

@@ -12,36 +12,41 @@ from typing import Any
 import ray
 
 from olora_ray.cluster import shared_base
+from olora_ray.cluster.connection import Stop
 from olora_ray.cluster.failures import reason
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.common import logs, storage
 from olora_ray.common.errors import Stopped, UserError
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig, with_values
 from olora_ray.model import load
 from olora_ray.pipeline import fit, publish
 from olora_ray.pipeline.base import open_base
-from olora_ray.pipeline.connection import Stop
-from olora_ray.pipeline.prepare import prepare_tokens
+from olora_ray.pipeline.prepare import prepare_tokens, read_data
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
+from olora_ray.sweep.space import Draws
 from olora_ray.sweep.spec import SweepSpec
-from olora_ray.tokens.prepare import CompleteStore
 from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
 
 
-def trial_spec(sweep_spec: SweepSpec, config: Config, cpus_held: float = 0.0) -> TrainSpec:
+def trial_spec(sweep_spec: SweepSpec, config: DecidedConfig, cpus_held: float = 0.0) -> TrainSpec:
     """Return the specification of a trial; raise UserError as `open_base` and `prepare_tokens` do.
 
-    If the search varies `model.*` or `data.*`, missing tokens are made while other trials hold their CPUs.
+    If the search varies `model.*` or `data.*`, the trial decides for itself what follows from them: formats, chats and
+    packing. Missing tokens are made while other trials hold their CPUs.
     """
     if sweep_spec.shares_data():
         return sweep_spec.spec_of(config)
-    return prepare_tokens(config, open_base(config), wait=True, cpus_held=cpus_held).spec
+    base = open_base(config)
+    data = read_data(sweep_spec.asked(config), base)
+    own = with_values(data.config, DecidedConfig, {})
+    planned = sweep_spec.train_spec.planned
+    return prepare_tokens(own, base, planned, wait=True, cpus_held=cpus_held).spec
 
 
 @dataclass(frozen=True)
-class Measured:
+class TrialLosses:
     step: int
     value: float | None
     """The metric; None if the step was not evaluated."""
@@ -58,7 +63,7 @@ class Ended:
 
 
 class TrialRun:
-    def __init__(self, sweep_spec: SweepSpec, number: int, draws: dict[str, Any]) -> None:
+    def __init__(self, sweep_spec: SweepSpec, number: int, draws: Draws) -> None:
         self.sweep_spec = sweep_spec
         self.config = sweep_spec.config(number, draws)
         self.folder = sweep_spec.trial_folder(number)
@@ -68,7 +73,7 @@ class TrialRun:
         self._losses: dict[int, float] = {}
         """Training loss of each step, as far as a comparison needs them."""
         self._rungs = sweep_spec.rungs()
-        self._items: queue.Queue[Measured | Ended] = queue.Queue()
+        self._items: queue.Queue[TrialLosses | Ended] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._stop = Stop()
         begun = TrialRecord(
@@ -80,7 +85,7 @@ class TrialRun:
         )
         self._file = TrialFile(self.folder.root, begun, sweep_spec.space.better())
 
-    def next(self) -> Measured | Ended:
+    def next(self) -> TrialLosses | Ended:
         """Return the next evaluation or the end. The first call starts the training."""
         if self._thread is None:
             self._file.begin()
@@ -100,9 +105,10 @@ class TrialRun:
             ended = Ended("finished")
         except Stopped:
             ended = Ended("stopped")
+        except UserError as error:
+            ended = Ended("failed", str(error))
         except Exception as error:
-            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
-            ended = Ended("failed", why)
+            ended = Ended("failed", f"{type(error).__name__}: {reason(error)}")
         try:
             self._file.ended(ended.status, ended.reason)
         finally:  # otherwise `next` would wait for ever
@@ -110,18 +116,21 @@ class TrialRun:
 
     def _train(self) -> None:
         others = self._drop_other_values()
-        spec = trial_spec(self.sweep_spec, self.config, cpus_held=ray.cluster_resources().get("CPU", 0.0))
-        self.total = self.sweep_spec.steps(self.config, spec.train)
+        search = self.sweep_spec
+        spec = trial_spec(search, self.config, ray.cluster_resources().get("CPU", 0.0))
+        self.total = search.steps(self.config, spec.train)
         self._file.record = replace(self._file.record, total=self.total)
         with (
-            publish.tracked(self.sweep_spec.tracked(spec), self.folder, self.sweep_spec.parent) as tracker,
+            publish.tracked(search.tracked(spec), self.folder, search.parent) as tracker,
             _log_file(self.folder.root),
         ):
             self._file.record = replace(self._file.record, mlflow_run=tracker.run_id)
             if others:
-                logger.warning(f"the resumed search gave this trial other values, so the trial restarts: {others}")
+                logger.warning(
+                    f"the resumed search gave this trial other values, so the trial restarts: {others}"
+                )
             state = self.folder.state()
-            self.folder.claim(self.config, state)
+            self.folder.write_config(spec.config, search.decided(spec.config), state)
             result = fit.finished_training(spec, self.folder, state)
             if result is None:
                 self._file.keep_curve(state.step or 0)
@@ -135,42 +144,50 @@ class TrialRun:
         """Remove the files of a trial that had this number and other values; return which values differ."""
         # A killed Tune forgets the latest draws of Optuna. After the restart Optuna draws again, from the results so
         # far, and the training must not resume from a checkpoint of the old values.
-        if self.sweep_spec.space.searcher != "tpe" or not (others := self.folder.state().other_settings(self.config)):
+        if self.sweep_spec.space.searcher != "tpe":
+            return ""
+        others = self.folder.state().other_settings(self.config)
+        if not others:
             return ""
         storage.remove(self.folder.root)
         self._file.begin()
         return others
 
     def _fitted(self, spec: TrainSpec, tracker: Tracker) -> TrainResult:
-        actors, adapters = self.sweep_spec.shared_bases, self.sweep_spec.space.trials_per_worker
+        search = self.sweep_spec
 
         def on_shared_base(channel: Any, workers: int) -> TrainResult:
-            return shared_base.train_on(actors, adapters, spec, self.folder.checkpoints, channel)
+            adapters = search.space.trials_per_worker
+            return shared_base.train_on(
+                search.shared_bases, adapters, spec, self.folder.checkpoints, channel
+            )
 
-        fit_on = on_shared_base if actors else None
-        return fit.train(spec, self.folder, CompleteStore(spec.train), tracker, self._stop, self._on_row, fit_on)
+        fit_on = on_shared_base if search.shared_bases else None
+        return fit.train(spec, self.folder, None, tracker, self._stop, self._on_row, fit_on)
 
     def _on_row(self, step: int, row: dict[str, float]) -> None:
         if step and "train/loss" in row:
             self._file.started()
             if step <= max(self._rungs, default=0):
                 self._losses[step] = row["train/loss"]
-        every = self.config.train.eval_every
-        due = step == self.total or step % every == 0
         metric = self.sweep_spec.space.metric
-        value = row.get(metric) if metric != "train/loss" or due else None
+        value = row.get(metric)
+        due = step == self.total or step % self.config.train.eval_every == 0
+        if metric == "train/loss" and not due:
+            value = None
         if step == 0 and value is not None and not self._file.record.curve:
             self._file.measured(step, value)
         if step <= self._reported or (value is None and step not in self._rungs):
             return
-        self._reported, paired = step, None
+        self._reported = step
         if value is not None:
             self._file.measured(step, value)
+        paired = None
         if step in self._rungs:
             latest = [loss for other, loss in self._losses.items() if step / 2 < other <= step]
             paired = sum(latest) / len(latest)
             self._file.compared(step, paired)
-        self._items.put(Measured(step, value, row, paired))
+        self._items.put(TrialLosses(step, value, row, paired))
 
     def _score(self, spec: TrainSpec, result: TrainResult) -> None:
         from olora_ray.pipeline import answers
@@ -180,25 +197,30 @@ class TrialRun:
             return
         tokenizer = load.load_tokenizer(spec.base, spec.config.model)
         scores = answers.scores_after(spec.config, result, tokenizer)
-        if (value := scores.get(metric.removeprefix("score/"))) is None:
-            raise UserError(f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}")
-        step = result.state.step if result.state else 0
+        value = scores.get(metric.removeprefix("score/"))
+        if value is None:
+            raise UserError(
+                f"metric: the scorer does not return {metric}, only {', '.join(scores) or 'nothing'}"
+            )
+        assert result.state is not None
+        step = result.state.step
         self._file.measured(step, value)
-        self._items.put(Measured(step, value))
+        self._items.put(TrialLosses(step, value))
 
 
 @contextlib.contextmanager
 def _log_file(root: str) -> Iterator[None]:
     """Write log lines into the trial's log.txt: at once in a local folder, at the end if the storage is a URI."""
-    path, lines = storage.join(root, "log.txt"), io.StringIO()
+    path = storage.join(root, "log.txt")
+    lines = io.StringIO()
     handler: logging.Handler = logging.StreamHandler(lines)
     if not storage.is_uri(root):
         handler = logging.FileHandler(path, encoding="utf-8", delay=True)
-    handler.setFormatter(logs.LineFormatter())
     try:
         with logs.handled_by(handler):
             yield
     finally:
-        if text := lines.getvalue():
+        text = lines.getvalue()
+        if text:
             with contextlib.suppress(OSError):  # losing the lines must not end the trial
                 storage.write_text(path, text)

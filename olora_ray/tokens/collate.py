@@ -7,8 +7,8 @@ and chunks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Batch:
     """Flat positions (int64) whose hidden state predicts a supervised token, in order."""
     labels: Tensor
     """The supervised tokens (int64), one per entry of `predicts`."""
+    examples: tuple[int, ...]
+    """Number of supervised tokens of each example; they sum up to the length of `labels`."""
     tokens: int
     """Without padding."""
 
@@ -35,15 +37,24 @@ class Batch:
         if device.type == "cpu":
             return self
         named = {name: value for name, value in self.inputs.items() if isinstance(value, Tensor)}
-        each = {id(part): part for part in (*named.values(), self.predicts, self.labels)}  # the borders are in it twice
+        each = {
+            id(part): part for part in (*named.values(), self.predicts, self.labels)
+        }  # the borders are in it twice
         moved = dict(zip(each, _moved(list(each.values()), device), strict=True))
         inputs = self.inputs | {name: moved[id(part)] for name, part in named.items()}
-        return Batch(inputs, moved[id(self.predicts)], moved[id(self.labels)], self.tokens)
+        return replace(
+            self,
+            inputs=inputs,
+            predicts=moved[id(self.predicts)],
+            labels=moved[id(self.labels)],
+        )
 
 
 def _moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy integer tensors to a device, each with its own type, through one buffer; for CUDA, in pinned memory."""
-    whole = torch.empty(sum(part.numel() for part in parts), dtype=torch.int64, pin_memory=device.type == "cuda")
+    whole = torch.empty(
+        sum(part.numel() for part in parts), dtype=torch.int64, pin_memory=device.type == "cuda"
+    )
     torch.cat([part.reshape(-1) for part in parts], out=whole)
     cut = whole.to(device, non_blocking=True).split([part.numel() for part in parts])
     return [piece.view(part.shape).to(part.dtype) for piece, part in zip(cut, parts, strict=True)]
@@ -51,13 +62,15 @@ def _moved(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 def collate(packs: Sequence[Pack], attention: str) -> Batch:
     """Return the batch of `packs` in the layout that the attention implementation takes."""
-    return _flat(packs) if attention in FLAT_ATTENTION else _padded(packs)
+    if attention in FLAT_ATTENTION:
+        return _flat(packs)
+    return _padded(packs)
 
 
 def _flat(packs: Sequence[Pack]) -> Batch:
     ids = np.concatenate([pack.input_ids for pack in packs]).astype(np.int64)
     supervised = np.concatenate([pack.supervised for pack in packs])
-    lengths = [length for pack in packs for length in pack.segments]
+    lengths = list(chain.from_iterable(pack.segments for pack in packs))
     borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     chosen = np.flatnonzero(supervised)
     return Batch(
@@ -71,6 +84,7 @@ def _flat(packs: Sequence[Pack]) -> Batch:
         },
         predicts=torch.from_numpy(chosen - 1),
         labels=torch.from_numpy(ids[chosen]),
+        examples=_supervised(packs),
         tokens=len(ids),
     )
 
@@ -96,8 +110,14 @@ def _padded(packs: Sequence[Pack]) -> Batch:
         inputs=inputs,
         predicts=torch.from_numpy(chosen - 1),
         labels=torch.from_numpy(ids.reshape(-1)[chosen]),
+        examples=_supervised(packs),
         tokens=sum(len(pack.input_ids) for pack in packs),
     )
+
+
+def _supervised(packs: Sequence[Pack]) -> tuple[int, ...]:
+    examples = chain.from_iterable(pack.examples() for pack in packs)
+    return tuple(each.supervised for each in examples)
 
 
 def _positions(lengths: Sequence[int]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

@@ -6,6 +6,7 @@ accepted, even if it still parses.
 
 import base64
 import hashlib
+import heapq
 import itertools
 import json
 import logging
@@ -25,8 +26,9 @@ from pydantic import Field
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.tokenize import form_line, unanswered
-from olora_ray.tokens.plan import Plan, RowDigests, Split, sources_of
+from olora_ray.data.columns import left_out, unresolved_error
+from olora_ray.data.tokenize import form_line
+from olora_ray.tokens.plan import NO_ROWS, Plan, RowDigests, Split, sources_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,9 @@ class ShardInfo:
 
     @classmethod
     def of(cls, sidecar: dict[str, Any]) -> "ShardInfo":
-        return cls(*(sidecar[name] for name in ("packs", "tokens", "supervised", "bytes", "sha256")))
+        return cls(
+            *(sidecar[name] for name in ("packs", "tokens", "supervised", "bytes", "sha256"))
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,9 @@ POSITION_BITS = 40
 def origin_name(files: Sequence[str], origin: int) -> str:
     """Return an origin as file:line, counted from 1."""
     if not 0 <= origin >> POSITION_BITS < len(files):
-        raise UserError(f"token store: an example names file {origin >> POSITION_BITS}, but {len(files)} are listed")
+        raise UserError(
+            f"token store: an example names file {origin >> POSITION_BITS}, but {len(files)} are listed"
+        )
     return f"{files[origin >> POSITION_BITS]}:{(origin & (2**POSITION_BITS - 1)) + 1}"
 
 
@@ -159,7 +165,11 @@ class RejectedRows:
             self._file.seek(start)
             chunk = self._file.read(end - start)
             if self._repeats:  # otherwise the set would hold each row of a large corpus for nothing
-                lines = [line for line in dict.fromkeys(chunk.splitlines(keepends=True)) if line not in seen]
+                lines = [
+                    line
+                    for line in dict.fromkeys(chunk.splitlines(keepends=True))
+                    if line not in seen
+                ]
                 seen.update(lines)
                 chunk = b"".join(lines)
             yield chunk
@@ -194,10 +204,14 @@ def rejection_remedy(reasons: Mapping[str, int], rows: int, where: str, longest:
     `where` names the setting of their sources; `longest` ends the remedy for rows that are too long.
     """
     most = max(reasons, key=lambda reason: reasons[reason])
-    first = REMEDIES.get(most, "fix or remove them").format(where=where.removeprefix("held out of "), longest=longest)
+    first = REMEDIES.get(most, "fix or remove them").format(
+        where=where.removeprefix("held out of "), longest=longest
+    )
     share = sum(reasons.values()) / rows
     # Allowing most rows to be rejected would mean training on other data than intended.
-    return first if share > 0.5 else f"{first}, or allow them with data.max_rejected={math.ceil(share * 1000) / 1000}"
+    if share > 0.5:
+        return first
+    return f"{first}, or allow them with data.max_rejected={math.ceil(share * 1000) / 1000}"
 
 
 # Totals over a store's shards: manifest, rejected rows, periodic progress.
@@ -207,31 +221,64 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Rows that `data.max_rejected` applies to."""
+
+    rows: int
+    """Rejected ones included."""
+    reasons: Mapping[str, int]
+    """Rejected rows by reason."""
+    listed: Callable[[], Iterable[dict[str, Any]]]
+    """Returns the rejected rows."""
+
+    def with_more(self, other: "Judged") -> "Judged":
+        return Judged(
+            self.rows + other.rows,
+            Counter(self.reasons) + Counter(other.reasons),
+            lambda: itertools.chain(self.listed(), other.listed()),
+        )
+
+    def check(self, limits: "Limits") -> None:
+        limits.check(self.reasons, self.rows, self.listed)
+
+
+NOT_JUDGED = Judged(0, {}, tuple)
+
+
+@dataclass(frozen=True)
 class Limits:
     setting: str
     """The sources of the rows, as messages name them."""
     share: float
     """`data.max_rejected`."""
     too_long: str = "reject"
+    part: bool = False
+    """True for rows of `data.eval_fraction`: they are judged together with the training rows of the same sources."""
 
     @classmethod
     def of(cls, config: AnyConfig, split: Split) -> "Limits":
         # Held-out rows of `data.eval_fraction` come from data.train, so messages call them held out of it.
-        setting, _ = sources_of(config, split)
-        drawn = split == "eval" and config.data.eval_fraction is not None
-        where = f"held out of {setting}" if drawn else setting
-        return cls(where, config.data.max_rejected, config.data.too_long)
+        where, _ = sources_of(config, split)
+        part = split == "eval" and config.data.eval_fraction is not None
+        if part:
+            where = f"held out of {where}"
+        return cls(where, config.data.max_rejected, config.data.too_long, part)
 
     def allowed(self, rows: float) -> float:
         """Return how many of `rows` may be rejected: the share of them, and a single one of ten rows or more."""
-        return max(self.share * rows, float(self.share > 0 and rows >= 10))  # one bad row among few is tolerated
+        return max(
+            self.share * rows, float(self.share > 0 and rows >= 10)
+        )  # one bad row among few is tolerated
 
     def exceeded(self, reasons: Mapping[str, int], rows: float) -> bool:
-        """True if more than the allowed number of `rows` was rejected."""
-        return sum(reasons.values()) > self.allowed(rows)
+        """True if more than the allowed number of `rows` was rejected; never for a part of the rows."""
+        return not self.part and sum(counted(reasons).values()) > self.allowed(rows)
 
-    def check(self, reasons: Mapping[str, int], rows: int, listed: Callable[[], Iterable[dict[str, Any]]]) -> None:
+    def check(
+        self, reasons: Mapping[str, int], rows: int, listed: Callable[[], Iterable[dict[str, Any]]]
+    ) -> None:
         """Raise UserError, with counts, some of the rows `listed` and a remedy, if too many rows were rejected."""
+        reasons = counted(reasons)
         bad = sum(reasons.values())
         if rows and bad == rows:
             problem = f"none of the {rows:,} rows can be used"
@@ -239,16 +286,35 @@ class Limits:
             problem = f"{bad:,} of {rows:,} rows cannot be used, more than data.max_rejected = {self.share:g} allows"
         else:
             return
-        shown = itertools.islice(listed(), 3)
+        listed_rows = (each for each in listed() if each["reason"] in reasons)
+        shown = heapq.nsmallest(3, listed_rows, key=lambda e: (e["source"], e["file"], e["line"]))
         first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
         sources = {entry["source"] for entry in listed()}
-        counts = (re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long")
+        counts = (
+            re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long"
+        )
         longest = max((int(count[0]) for count in counts if count), default=0)
-        where = f"{self.setting}.{sources.pop()}" if len(sources) == 1 else self.setting
-        shorter = {"reject": " or set data.too_long to drop_turns or cut", "drop_turns": " or set data.too_long to cut"}
-        most = f" (up to {longest:,}, as far as the model has positions)" if longest else ""
+        where = self.setting
+        if len(sources) == 1:
+            where += f".{sources.pop()}"
+        shorter = {
+            "reject": " or set data.too_long to drop_turns or cut",
+            "drop_turns": " or set data.too_long to cut",
+        }
+        most = ""
+        if longest:
+            most = f" (up to {longest:,}, as far as the model has positions)"
         remedy = rejection_remedy(reasons, rows, where, most + shorter.get(self.too_long, ""))
         raise UserError(f"{where}: {problem} ({reason_counts(reasons)}); {first}; {remedy}")
+
+
+NOTHING = {"empty_text", "no_messages"}
+"""Reasons of rejected rows that hold nothing: they are counted, but do not count against `data.max_rejected`."""
+
+
+def counted(reasons: Mapping[str, int]) -> dict[str, int]:
+    """Return the reasons without those of rows that hold nothing."""
+    return {reason: count for reason, count in reasons.items() if reason not in NOTHING}
 
 
 def reason_counts(reasons: Mapping[str, int]) -> str:
@@ -259,6 +325,8 @@ def reason_counts(reasons: Mapping[str, int]) -> str:
 class Totals:
     plan: Plan
     rejected: RejectedRows
+    held_out: Judged = NOT_JUDGED
+    """The rows that `data.eval_fraction` holds out of the same sources."""
     infos: list[ShardInfo] = field(default_factory=list)
     total: "Counter[str]" = field(default_factory=Counter)
     reasons: "Counter[str]" = field(default_factory=Counter)
@@ -277,18 +345,25 @@ class Totals:
         if fresh:
             self.rejected.put(len(self.infos), sidecar["rejected"])
         self.infos.append(ShardInfo.of(sidecar))
-        self.total.update({name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")})
+        self.total.update(
+            {name: sidecar[name] for name in ("rows", "examples", "packs", "tokens", "supervised")}
+        )
         self.reasons.update(sidecar["reasons"])
         self.notes.update(sidecar["notes"])
         self.fresh_rows += sidecar["rows"] * fresh
         now = time.monotonic()
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            logger.info(self._line(now))
+            speed = self.fresh_rows / max(now - self.started, 1e-3)
+            left = max(self.plan.rows - self.rows, 0) / max(speed, 1e-3)
+            logger.info(
+                f"tokens: {self.rows:,} rows, {len(self.infos):,} of {len(self.plan.shards):,} shards,"
+                f" fill {self._fill():.2f}, {speed:,.0f} rows/s, ETA {left:,.0f} s"
+            )
 
     def check(self, limits: Limits) -> None:
         """Raise UserError if too many of all the rows were rejected, or none is left, or a column needs an answer."""
-        limits.check(self.reasons, self.rows, lambda: self.rejected)
+        self.judged().check(limits)
         if error := self._unanswered(limits):
             raise error
         if self._mostly_copies(self.rows):
@@ -297,17 +372,30 @@ class Totals:
                 " keep each row once and repeat them with the source's weight, or set data.eval to other rows"
             )
         if not self.total["packs"]:
-            cause = f" (data.eval_fraction = {self.plan.eval_fraction:g})" if self.plan.eval_fraction else ""
+            cause = ""
+            if self.plan.eval_fraction:
+                cause = f" (data.eval_fraction = {self.plan.eval_fraction:g})"
             raise UserError(f"{limits.setting}: no row is left for {self.plan.split}{cause}")
 
     def hopeless(self, limits: Limits) -> bool:
         """True if the rows so far suffice for `check` to refuse the data."""
         rows = max(int(self.plan.rows), self.rows)
-        few = limits.exceeded(self.reasons, rows) or self._mostly_copies(rows)
+        judged = self.judged()
+        few = limits.exceeded(judged.reasons, rows + self.held_out.rows)
+        few = few or self._mostly_copies(rows)
         return few or self._unanswered(limits) is not None
 
+    def judged(self) -> Judged:
+        """Return the rows so far, with those that are held out of the same sources."""
+        own = Judged(self.rows, self.reasons, lambda: self.rejected)
+        return own.with_more(self.held_out)
+
     def _unanswered(self, limits: Limits) -> UserError | None:
-        return unanswered(self.notes, dict(enumerate(self.plan.sources)), limits.setting.removeprefix("held out of "))
+        return unresolved_error(
+            self.notes,
+            dict(enumerate(self.plan.sources)),
+            limits.setting.removeprefix("held out of "),
+        )
 
     def _mostly_copies(self, rows: int) -> bool:
         # Rows that are repeated many times are all held out once, and little else would be left to train on.
@@ -325,26 +413,23 @@ class Totals:
             shards=tuple(self.infos),
             inputs=self.plan.inputs(),
             notes=dict(sorted(self.notes.items())),
-            **{name: self.total[name] for name in ("rows", "examples", "packs", "tokens", "supervised")},
+            **{
+                name: self.total[name]
+                for name in ("rows", "examples", "packs", "tokens", "supervised")
+            },
         )
 
     def _fill(self) -> float:
         return self.total["tokens"] / max(1, self.total["packs"] * self.plan.max_length)
 
-    def _line(self, now: float) -> str:
-        speed = self.fresh_rows / max(now - self.started, 1e-3)
-        left = max(self.plan.rows - self.rows, 0) / max(speed, 1e-3)
-        return (
-            f"tokens: {self.rows:,} rows, {len(self.infos):,} of {len(self.plan.shards):,} shards,"
-            f" fill {self._fill():.2f}, {speed:,.0f} rows/s, ETA {left:,.0f} s"
-        )
-
 
 def summary(manifest: Manifest) -> str:
+    rows = f"{manifest.rows:,} rows"
     rejected = sum(manifest.rejected.values())
+    if rejected:
+        rows += f" ({rejected:,} rejected: {reason_counts(manifest.rejected)})"
     return (
-        f"{manifest.rows:,} rows{f' ({rejected:,} rejected: {reason_counts(manifest.rejected)})' if rejected else ''},"
-        f" {manifest.packs:,} sequences, {manifest.tokens:,} tokens, {manifest.supervised:,} supervised,"
+        f"{rows}, {manifest.packs:,} sequences, {manifest.tokens:,} tokens, {manifest.supervised:,} supervised,"
         f" fill {manifest.fill:.2f}"
     )
 
@@ -386,6 +471,8 @@ def lines(notes: Mapping[str, int]) -> list[str]:
             f"shards made again, because fastokens gave other tokens than the tokenizer: {unlike:,}; other shards may"
             " have such rows, too: uninstall fastokens, delete this folder and run the command again"
         )
+    if left := left_out(notes):
+        texts.append(f"left out of the rows, because nothing reads it: {left}")
     return texts
 
 
@@ -394,7 +481,9 @@ def form_lines(plan: Plan) -> list[str]:
     if plan.split == "eval" and plan.eval_fraction is not None:
         return []
     setting = f"data.{plan.split}"
-    forms = (form_line(source, plan.spec, f"{setting}.{n}") for n, source in enumerate(plan.sources))
+    forms = (
+        form_line(source, plan.spec, f"{setting}.{n}") for n, source in enumerate(plan.sources)
+    )
     return [line for line in forms if line]
 
 
@@ -409,12 +498,17 @@ class HeldOut:
     def meet(self, rows: RowDigests) -> None:
         """Look for the held-out rows among these training rows; raise UserError as soon as too many match."""
         self._met |= np.isin(self._rows, rows)
-        if self._met.sum() > max(0.01 * len(self._rows), float(len(self._rows) >= 10)):  # one match may be a greeting
-            raise UserError(self.line(" or more" * (not self._met.all())))
+        if self._met.sum() > max(
+            0.01 * len(self._rows), float(len(self._rows) >= 10)
+        ):  # one match may be a greeting
+            more = "" if self._met.all() else " or more"
+            raise UserError(self.line(more))
 
     def line(self, more: str = "") -> str:
         """Return the matches in a line, "" if there are none; `more` follows the number of the rows."""
-        return bool(self._met.any()) * (
+        if not self._met.any():
+            return ""
+        return (
             f"data.eval: {self._met.sum():,}{more} of {len(self._rows):,} held-out rows are training rows too, so"
             " the held-out loss, the best step and the gate look better than they are; remove them from data.train,"
             " where a folder or a glob includes all its files"
@@ -422,4 +516,6 @@ class HeldOut:
 
 
 def row_digests(sidecar: Mapping[str, Any] | None) -> RowDigests:
-    return np.frombuffer(base64.b64decode(sidecar["digests"] if sidecar else ""), dtype=np.uint64)
+    if sidecar is None:
+        return NO_ROWS
+    return np.frombuffer(base64.b64decode(sidecar["digests"]), dtype=np.uint64)

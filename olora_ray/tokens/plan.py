@@ -16,13 +16,31 @@ from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
-from olora_ray.config.load import override
-from olora_ray.config.schema import AnyConfig, Config, Source
-from olora_ray.data.formats import FIELDS
-from olora_ray.data.reader import FileScan, Table, Unit, Units
+from olora_ray.config.decided import AnyData
+from olora_ray.config.schema import AnyConfig
+from olora_ray.config.section import Source
+from olora_ray.data.formats import format_named
+from olora_ray.data.reader import FileScan, Table, Unit, Units, read_unit
 from olora_ray.data.sources import File, grouped, list_files
 from olora_ray.data.tokenize import digest_inputs
 from olora_ray.data.tokenizer_spec import TokenizerSpec
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The size of some examples, in the units over which the mean of a loss can be taken."""
+
+    tokens: int = 0
+    examples: int = 0
+    supervised: int = 0
+    """Number of supervised ones among the tokens."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.tokens + other.tokens,
+            self.examples + other.examples,
+            self.supervised + other.supervised,
+        )
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,11 @@ class Pack:
     """(tokens,) True for tokens that count in the loss; never the first of a segment."""
     segments: tuple[int, ...]
     """Tokens of each example; they sum up to the length of the sequence."""
+
+    def examples(self) -> list[Counts]:
+        """Return the counts of each example."""
+        parts = np.split(self.supervised, np.cumsum(self.segments)[:-1])
+        return [Counts(len(part), 1, int(part.sum())) for part in parts]
 
 
 # Pseudo-random numbers as functions of a key and a counter: the same on every machine, with every numpy and Ray.
@@ -82,8 +105,11 @@ def permute_at(positions: Indices, size: int, seed: int) -> Indices:
 
 def _feistel(words: Words, half: np.uint64, seed: int) -> Words:
     mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = words >> half, words & mask
-    for turn in range(8):  # four rounds make a pseudo-random permutation, and four more cost nothing
+    left = words >> half
+    right = words & mask
+    for turn in range(
+        8
+    ):  # four rounds make a pseudo-random permutation, and four more cost nothing
         left, right = right, left ^ (mix(key(seed, turn), right) & mask)
     return (left << half) | right
 
@@ -94,7 +120,7 @@ def _feistel(words: Words, half: np.uint64, seed: int) -> Words:
 
 # The part of a unit to use: number of the pass over its source (in a `sample` -1 - the rows before), and share of the
 # rows.
-Take = tuple[int, float]
+Repeat = tuple[int, float]
 Floats = NDArray[np.float64]
 
 
@@ -112,9 +138,18 @@ class Piece:
 
 
 class Pieces(Sequence[Piece]):
-    def __init__(self, units: Table, unit: NDArray[np.uint32], take: NDArray[np.uint32], takes: Sequence[Take]) -> None:
+    def __init__(
+        self,
+        units: Table,
+        unit: NDArray[np.uint32],
+        take: NDArray[np.uint32],
+        takes: Sequence[Repeat],
+    ) -> None:
         """Store the pieces: piece k is `units[unit[k]]`, of which `takes[take[k]]` is used."""
-        self.units, self.unit, self.take, self.takes = units, unit, take, tuple(takes)
+        self.units = units
+        self.unit = unit
+        self.take = take
+        self.takes = tuple(takes)
 
     @property
     def files(self) -> NDArray[np.uint32]:
@@ -155,14 +190,21 @@ class Pieces(Sequence[Piece]):
         if isinstance(index, slice | np.ndarray):
             return Pieces(self.units, self.unit[index], self.take[index], self.takes)
         number = int(self.unit[index])
-        return Piece(int(self.units["file"][number]), Units(self.units)[number], *self.takes[self.take[index]])
+        return Piece(
+            int(self.units["file"][number]),
+            Units(self.units)[number],
+            *self.takes[self.take[index]],
+        )
 
 
-def turns(weight: float) -> list[float]:
+def repeats(weight: float) -> list[float]:
     """Return the share of the rows in each pass, for weight 2.5: 1, 1, 0.5."""
     whole = int(weight)
     rest = weight - whole
-    return [1.0] * whole + ([rest] if rest > 1e-9 or not whole else [])
+    shares = [1.0] * whole
+    if rest > 1e-9 or not whole:
+        shares.append(rest)
+    return shares
 
 
 def in_turn(units: Table, borders: Sequence[int], weights: Sequence[float]) -> Pieces:
@@ -170,7 +212,9 @@ def in_turn(units: Table, borders: Sequence[int], weights: Sequence[float]) -> P
 
     Source k has the units `borders[k]` to `borders[k + 1]`, and is used as often as `weights[k]` says.
     """
-    return _together(units, [_source(units, low, high, w, None) for low, high, w in _each(borders, weights)])
+    return _together(
+        units, [_source(units, low, high, w, None) for low, high, w in _each(borders, weights)]
+    )
 
 
 def mixed(units: Table, borders: Sequence[int], weights: Sequence[float], seed: int) -> Pieces:
@@ -179,39 +223,51 @@ def mixed(units: Table, borders: Sequence[int], weights: Sequence[float], seed: 
         _source(units, low, high, weight, (seed, number))
         for number, (low, high, weight) in enumerate(_each(borders, weights))
     ]
-    middles = np.concatenate([_middles(pieces.rows) for pieces in sources])
-    numbers = np.repeat(np.arange(len(sources), dtype=np.uint32), [len(pieces) for pieces in sources])
-    return _together(units, sources)[np.lexsort((numbers, middles))]
+    middles = []
+    for pieces in sources:
+        rows = pieces.rows
+        # From 0 to 1, so that sources of different sizes can be interleaved evenly.
+        middles.append((np.cumsum(rows) - rows / 2) / rows.sum())
+    numbers = np.repeat(
+        np.arange(len(sources), dtype=np.uint32), [len(pieces) for pieces in sources]
+    )
+    return _together(units, sources)[np.lexsort((numbers, np.concatenate(middles)))]
 
 
 def _each(borders: Sequence[int], weights: Sequence[float]) -> list[tuple[int, int, float]]:
-    return [(low, high, weight) for (low, high), weight in zip(itertools.pairwise(borders), weights, strict=True)]
+    return [
+        (low, high, weight)
+        for (low, high), weight in zip(itertools.pairwise(borders), weights, strict=True)
+    ]
 
 
-def _source(units: Table, low: int, high: int, weight: float, seed: tuple[int, int] | None) -> Pieces:
-    takes = list(enumerate(turns(weight)))
-    orders = [_order(high - low, seed, turn) + np.uint32(low) for turn, _ in takes]
-    return Pieces(units, np.concatenate(orders), np.repeat(np.arange(len(takes), dtype=np.uint32), high - low), takes)
-
-
-def _order(count: int, seed: tuple[int, int] | None, turn: int) -> NDArray[np.uint32]:
-    if seed is None:
-        return np.arange(count, dtype=np.uint32)
-    return permutation(count, key("units", *seed, turn)).astype(np.uint32)
-
-
-def _middles(rows: Floats) -> Floats:
-    # From 0 to 1, so that sources of different sizes can be interleaved evenly.
-    return (np.cumsum(rows) - rows / 2) / rows.sum()  # type: ignore[no-any-return]
+def _source(
+    units: Table, low: int, high: int, weight: float, seed: tuple[int, int] | None
+) -> Pieces:
+    takes = list(enumerate(repeats(weight)))
+    count = high - low
+    orders = []
+    for turn, _ in takes:
+        order = np.arange(count, dtype=np.uint32)
+        if seed is not None:
+            order = permutation(count, key("units", *seed, turn)).astype(np.uint32)
+        orders.append(order + np.uint32(low))
+    return Pieces(
+        units,
+        np.concatenate(orders),
+        np.repeat(np.arange(len(takes), dtype=np.uint32), count),
+        takes,
+    )
 
 
 def _together(units: Table, sources: Sequence[Pieces]) -> Pieces:
-    firsts = np.cumsum([0, *[len(pieces.takes) for pieces in sources]]).astype(np.uint32)
+    takes: list[Repeat] = []
+    numbers = []
+    for pieces in sources:
+        numbers.append(pieces.take + np.uint32(len(takes)))
+        takes += pieces.takes
     return Pieces(
-        units,
-        np.concatenate([pieces.unit for pieces in sources]),
-        np.concatenate([pieces.take + first for pieces, first in zip(sources, firsts, strict=False)]),
-        [take for pieces in sources for take in pieces.takes],
+        units, np.concatenate([pieces.unit for pieces in sources]), np.concatenate(numbers), takes
     )
 
 
@@ -255,6 +311,8 @@ class Rules:
     packing: bool
     seed: int
     eval_fraction: float | None
+    shares: Mapping[int, float] = field(default_factory=dict)
+    """Larger shares than `eval_fraction`, for the sources that would have no held-out row."""
     last_turn_only: bool = False
     too_long: str = "reject"
     draw: str = ""
@@ -273,13 +331,19 @@ class Rules:
         positions = np.arange(piece.unit.first, piece.unit.first + piece.unit.rows, dtype=np.int64)
         keep = np.ones(len(positions), dtype=bool)
         if self.eval_fraction is not None:
-            held_out = bernoulli_mask(self.eval_fraction, key("eval", self.seed, planned.sha256), positions)
+            share = self.shares.get(planned.source, self.eval_fraction)
+            held_out = held_out_mask(share, self.seed, planned.sha256, positions)
             keep = held_out if self.split == "eval" else ~held_out
         if piece.turn < 0:
             # A sample has one random row of each run of so many rows: independent draws might take too many long rows.
             low = (positions - piece.unit.first - 1 - piece.turn) * piece.share
-            points = [whole + mix(0, whole.astype(np.uint64)) / 2.0**64 for whole in (np.floor(low), np.floor(low) + 1)]
-            keep = keep & np.any([(low <= point) & (point < low + piece.share) for point in points], axis=0)
+            points = [
+                whole + mix(0, whole.astype(np.uint64)) / 2.0**64
+                for whole in (np.floor(low), np.floor(low) + 1)
+            ]
+            keep = keep & np.any(
+                [(low <= point) & (point < low + piece.share) for point in points], axis=0
+            )
         elif piece.share < 1.0:
             drawn = key("share", self.seed, self.draw, piece.file, planned.sha256, piece.turn)
             if self.split == "eval":
@@ -287,6 +351,11 @@ class Rules:
                 drawn = key("share", planned.sha256, piece.turn)
             keep = keep & bernoulli_mask(piece.share, drawn, positions)
         return keep
+
+
+def held_out_mask(share: float, seed: int, sha256: str, positions: Indices) -> NDArray[np.bool_]:
+    """Return the mask of the rows that `data.eval_fraction` holds out of a file, by the digest of its content."""
+    return bernoulli_mask(share, key("eval", seed, sha256), positions)
 
 
 @dataclass(frozen=True)
@@ -311,7 +380,9 @@ class Plan(Rules):
 
     def part(self, number: int) -> Part:
         pieces = self.shards[number].compact()
-        return Part(number, pieces, {file: self.files[file] for file in np.unique(pieces.files).tolist()})
+        return Part(
+            number, pieces, {file: self.files[file] for file in np.unique(pieces.files).tolist()}
+        )
 
     def rules(self) -> Rules:
         return Rules(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Rules)})
@@ -335,31 +406,39 @@ class Plan(Rules):
 
     def inputs(self) -> dict[str, object]:
         """Return the inputs of the store's digest: contents, no paths."""
-        return {
+        seeded = self.split == "train" or self.eval_fraction is not None
+        inputs: dict[str, object] = {
             "version": VERSION,
             "split": self.split,
-            "sources": [
-                {
-                    "format": source.format,
-                    # Without the columns that are left out: they change no token.
-                    "fields": {name: source.fields[name] for name in FIELDS[source.format] if name in source.fields},
-                    "weight": source.weight,
-                    **({} if source.weight == int(source.weight) else {"drawn_by": "hash"}),
-                    "files": [[each.file.form, each.sha256] for each in self.files if each.source == number],
-                    **digest_inputs(
-                        source, self.spec, {each.file.kind for each in self.files if each.source == number}
-                    ),
-                }
-                for number, source in enumerate(self.sources)
-            ],
+            "sources": [self._source_inputs(n, source) for n, source in enumerate(self.sources)],
             "tokenizer": self.spec.digest,
             "max_length": self.max_length,
             "packing": self.packing,
-            "seed": self.seed if self.split == "train" or self.eval_fraction is not None else None,
+            "seed": self.seed if seeded else None,
             "eval_fraction": self.eval_fraction,
-            **({"last_turn_only": True} if self.last_turn_only else {}),
-            **({"too_long": self.too_long} if self.too_long != "reject" else {}),
         }
+        # Later settings are left out at their defaults, so that older stores keep their digests.
+        if self.last_turn_only:
+            inputs["last_turn_only"] = True
+        if self.too_long != "reject":
+            inputs["too_long"] = self.too_long
+        if self.shares:
+            inputs["shares"] = {str(number): share for number, share in self.shares.items()}
+        return inputs
+
+    def _source_inputs(self, number: int, source: Source) -> dict[str, object]:
+        files = [each for each in self.files if each.source == number]
+        # Without the columns that are left out: they change no token.
+        fields = [name for name in format_named(source.format).names if name in source.fields]
+        inputs: dict[str, object] = {
+            "format": source.format,
+            "fields": {name: source.fields[name] for name in fields},
+            "weight": source.weight,
+        }
+        if source.weight != int(source.weight):
+            inputs["drawn_by"] = "hash"
+        inputs["files"] = [[each.file.form, each.sha256] for each in files]
+        return inputs | digest_inputs(source, self.spec, {each.file.kind for each in files})
 
     def digest(self) -> str:
         return digest_json(self.inputs(), length=32)
@@ -371,19 +450,18 @@ def sources_of(config: AnyConfig, split: Split) -> tuple[str, tuple[Source, ...]
     return "data.eval", grouped(config, config.data.eval)
 
 
-def as_found(config: Config, *plans: Plan) -> Config:
-    sources = {
-        sources_of(config, plan.split)[0]: [source.model_dump(mode="json") for source in plan.sources] for plan in plans
-    }
-    return override(config, sources)
-
-
-def looking(storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]) -> Look:
+def looking(
+    storage_root: str, scan: Scanner, read_as: Callable[[Source, str, str], Source]
+) -> Look:
     """Return a Look at the files as they are now; `read_as` detects the formats that sources do not set."""
 
     def look(setting: str, sources: Sequence[Source]) -> Found:
-        known = tuple(read_as(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources))
-        listed = [list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(known)]
+        known = tuple(
+            read_as(source, f"{setting}.{n}", storage_root) for n, source in enumerate(sources)
+        )
+        listed = [
+            list_files(source, f"{setting}.{n}", storage_root) for n, source in enumerate(known)
+        ]
         return known, listed, scan(listed)
 
     return look
@@ -397,49 +475,128 @@ def once(look: Look) -> Look:
     kept: dict[str, Found] = {}
 
     def kept_look(setting: str, sources: Sequence[Source]) -> Found:
-        return kept.pop(setting) if setting in kept else kept.setdefault(setting, look(setting, sources))
+        if setting in kept:
+            return kept.pop(setting)
+        kept[setting] = look(setting, sources)
+        return kept[setting]
 
     return kept_look
 
 
-def make_plan(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look) -> Plan:
+def make_plan(config: AnyData, spec: TokenizerSpec, split: Split, look: Look) -> Plan:
     """List the files of a split and lay out the shards; raise UserError for missing or empty sources."""
     setting, sources = sources_of(config, split)
     if not sources:
         raise UserError(f"{setting}: no source is set")
-    files, units, borders = list[PlannedFile](), list[Units](), [0]
+    files = list[PlannedFile]()
+    units = list[Units]()
+    borders = [0]
     sources, listed, scanned = look(setting, sources)
     for number, (found, scans) in enumerate(zip(listed, scanned, strict=True)):
-        pairs = zip(found, scans, strict=True)
-        files += [PlannedFile(each.file or file, number, each.sha256, each.columns) for file, each in pairs]
-        units += [each.units for each in scans]
-        borders.append(borders[-1] + sum(len(each.units) for each in scans))
-    for number, (low, high) in enumerate(itertools.pairwise(borders)):
-        if low == high:
-            raise UserError(f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows")
-    table, weights = Units.joined(units), [source.weight for source in sources]
-    del listed, scanned, found, scans, units  # for a billion rows they take as much memory as everything else
-    pieces = mixed(table, borders, weights, config.run.seed) if split == "train" else in_turn(table, borders, weights)
-    return Plan(
+        count = 0
+        for file, each in zip(found, scans, strict=True):
+            files.append(PlannedFile(each.file or file, number, each.sha256, each.columns))
+            units.append(each.units)
+            count += len(each.units)
+        if not count:
+            raise UserError(
+                f"{setting}.{number}.path: {sources[number].path} is empty: it has no rows"
+            )
+        borders.append(borders[-1] + count)
+    table = Units.joined(units)
+    weights = [source.weight for source in sources]
+    # For a billion rows these take as much memory as everything else.
+    del listed, scanned, found, scans, each, units
+    draw = ""
+    if split == "train":
+        pieces = mixed(table, borders, weights, config.run.seed)
+        draw = digest_json([each.sha256 for each in files], length=16)
+    else:
+        pieces = in_turn(table, borders, weights)
+    plan = Plan(
         split=split,
         spec=spec,
         sources=sources,
         files=tuple(files),
         pieces=pieces,
         shards=_shards(pieces),
-        max_length=config.data.length(),
-        packing=spec.packing(config.data.packing),
+        max_length=config.data.max_length,
+        packing=config.data.packing,
         seed=config.run.seed,
         eval_fraction=config.data.eval_fraction,
         last_turn_only=config.data.last_turn_only,
         too_long=config.data.too_long,
-        draw=digest_json([each.sha256 for each in files], length=16) if split == "train" else "",
+        draw=draw,
     )
+    return dataclasses.replace(plan, shares=_shares(plan))
+
+
+FEWEST = 10
+"""Rows of a source from which `data.eval_fraction` holds out one or more of them."""
+
+
+def _shares(plan: Plan) -> dict[int, float]:
+    """Return the shares that hold out one row of each source that has FEWEST rows, but none held out by chance.
+
+    A single source keeps its share, so that a store without rows is an error. So does one of which only a part is
+    used: a retraining must not hold out rows on which an earlier one was trained.
+    """
+    shares: dict[int, float] = {}
+    if plan.eval_fraction is None or len(plan.sources) == 1:
+        return shares
+    table = plan.pieces.units
+    source_of = np.array([each.source for each in plan.files])[table["file"]]
+    for number, source in enumerate(plan.sources):
+        units = table[source_of == number]
+        if source.weight >= 1 and not _has_held_out(plan, units):
+            share = _share_of_one(plan, units)
+            if share is not None:
+                shares[number] = share
+    return shares
+
+
+def _has_held_out(plan: Plan, units: Table) -> bool:
+    """True if a row of the units is held out; reads those that may have one, until there is one."""
+    assert plan.eval_fraction is not None
+    for file, unit in zip(units["file"].tolist(), Units(units), strict=True):
+        planned = plan.files[file]
+        # An unknown digest: a dry run reads only a part of large data, which has enough rows.
+        if not planned.sha256:
+            return True
+        positions = np.arange(unit.first, unit.first + unit.rows, dtype=np.int64)
+        mask = held_out_mask(plan.eval_fraction, plan.seed, planned.sha256, positions)
+        if mask.any() and np.isin(positions[mask], _positions(planned, unit)).any():
+            return True
+    return False
+
+
+def _share_of_one(plan: Plan, units: Table) -> float | None:
+    """Return the share that holds out a single row; None if there are fewer rows than FEWEST."""
+    words = [NO_ROWS]
+    for file, unit in zip(units["file"].tolist(), Units(units), strict=True):
+        planned = plan.files[file]
+        positions = _positions(planned, unit).astype(np.uint64)
+        words.append(mix(key("eval", plan.seed, planned.sha256), positions))
+    drawn = np.concatenate(words)
+    if len(drawn) < FEWEST:
+        return None
+    # A little more than the lowest word, because a share has fewer digits.
+    return (int(drawn.min()) + 2**12) / 2.0**64
+
+
+def _positions(planned: PlannedFile, unit: Unit) -> Indices:
+    # The positions at which a unit has a row: a line may be empty, or belong to the row before it.
+    if planned.file.kind in ("text", "json", "parquet", "arrow"):
+        return np.arange(unit.first, unit.first + unit.rows, dtype=np.int64)
+    read = read_unit(planned.file, unit, planned.columns, ())
+    return np.array([position for position, _ in read], dtype=np.int64)
 
 
 def _shards(pieces: Pieces) -> tuple[Pieces, ...]:
-    rows, size = pieces.rows, pieces.sizes
-    all_rows, all_bytes = rows.sum(), size.sum()
+    rows = pieces.rows
+    size = pieces.sizes
+    all_rows = rows.sum()
+    all_bytes = size.sum()
     wanted = float(np.clip(all_rows / 512, *SHARD_ROWS))
     count = max(1, round(float(max(all_rows / wanted, all_bytes / (64 * 2**20)))))
     rows /= all_rows  # in place: for a billion rows each array takes 31 MB
@@ -457,22 +614,30 @@ def sample(plan: Plan, limit: int) -> tuple[Plan, Floats]:
 
     A file may be sorted: the rows are a few of each of many pieces, which are spread evenly over the files.
     """
-    pieces, kept_share = plan.pieces, plan.kept_share
+    pieces = plan.pieces
+    kept_share = plan.kept_share
     # About 64 MB or 131,072 rows are read.
     count = max(8, int(len(pieces) * min(2**26 / max(pieces.bytes, 1), 2**17 / pieces.rows.sum())))
     by_file = np.lexsort((pieces.units["first"][pieces.unit], pieces.files))
-    chosen = np.unique(np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64))
+    chosen = np.unique(
+        np.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().astype(np.int64)
+    )
     kept = pieces[by_file[chosen]]
-    rows, size = float(kept.rows.sum()) * kept_share, float(kept.sizes.sum()) * kept_share
+    rows = float(kept.rows.sum()) * kept_share
+    size = float(kept.sizes.sum()) * kept_share
     # Fewer rows if they are long, because 4 MB take some seconds; but not too few, because other columns may be long.
     share = min(limit, max(limit / 20, 2**22 * rows / max(size, 1.0))) / max(rows, 1.0)
     if share < 1.0:
         before = np.cumsum([0, *kept.units["rows"][kept.unit][:-1].tolist()]).tolist()
-        takes = [(-1 - done, kept.takes[take][1] * share) for done, take in zip(before, kept.take, strict=True)]
+        takes = [
+            (-1 - done, kept.takes[take][1] * share)
+            for done, take in zip(before, kept.take, strict=True)
+        ]
         kept = Pieces(kept.units, kept.unit, np.arange(len(kept), dtype=np.uint32), takes)
     drawn = np.zeros((len(plan.sources), 2))
     for piece in kept:
-        unit, planned = piece.unit, plan.files[piece.file]
+        unit = piece.unit
+        planned = plan.files[piece.file]
         lines = plan.taken(planned, piece).sum()
         drawn[planned.source] += lines, lines * unit.size / unit.rows
     return dataclasses.replace(plan, pieces=kept, shards=(kept,)), drawn

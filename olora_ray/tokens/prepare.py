@@ -16,18 +16,22 @@ from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.common.node_cache import fetched
+from olora_ray.config.decided import AnyData
 from olora_ray.config.schema import AnyConfig
-from olora_ray.data.first_look import read_as
+from olora_ray.data.detect import read_as
 from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import forget_changed, kept_scans, scan
 from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest as notes
 from olora_ray.tokens import shard as shards
+from olora_ray.tokens.arrival import Arrival
 from olora_ray.tokens.manifest import (
     MANIFEST,
+    NOT_JUDGED,
     REJECTED,
     HeldOut,
+    Judged,
     Limits,
     Manifest,
     Outline,
@@ -42,8 +46,18 @@ from olora_ray.tokens.manifest import (
     sidecar_name,
     summary,
 )
-from olora_ray.tokens.plan import Look, Part, Plan, RowDigests, Rules, Split, looking, make_plan, once
-from olora_ray.tokens.spread import Lazy, by_processes, cores, map_ordered
+from olora_ray.tokens.plan import (
+    Look,
+    Part,
+    Plan,
+    RowDigests,
+    Rules,
+    Split,
+    looking,
+    make_plan,
+    once,
+)
+from olora_ray.tokens.spread import Lazy, cores, map_ordered, parallel_map
 from olora_ray.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -95,30 +109,40 @@ def store_status(job: StoreSpec) -> StoreStatus:
     sizes = storage.files_below(job.uri)
     if MANIFEST in sizes:
         manifest = read_manifest(job.uri)
-        if manifest and (manifest.digest, len(manifest.shards)) == (job.plan.digest(), len(job.plan.shards)):
-            status.manifest, shards = manifest, enumerate(manifest.shards)
+        if manifest and (manifest.digest, len(manifest.shards)) == (
+            job.plan.digest(),
+            len(job.plan.shards),
+        ):
+            status.manifest = manifest
+            shards = enumerate(manifest.shards)
             listed = REJECTED in sizes and storage.digest_of(storage.join(job.uri, REJECTED))
             status.complete = listed == manifest.rejected_sha256 and all(
                 sizes.get(shard_name(number)) == shard.bytes for number, shard in shards
             )
     if status.complete:
         return status
+
+    def sidecar_of(number: int) -> dict[str, Any] | None:
+        if sidecar_name(number) not in sizes:
+            return None
+        return read_sidecar(job.uri, number)
+
     # 32 sidecars are read and held at a time, not all of them, because each may list many rejected rows.
     with ThreadPoolExecutor(32) as pool:
         numbers = range(len(job.plan.shards))
         for start in numbers[::32]:
             batch = numbers[start : start + 32]
-            read = pool.map(
-                lambda number: read_sidecar(job.uri, number) if sidecar_name(number) in sizes else None, batch
-            )
-            for number, sidecar in zip(batch, read, strict=True):
-                if sidecar is None or sizes.get(shard_name(number)) != sidecar["bytes"]:
+            for number, sidecar in zip(batch, pool.map(sidecar_of, batch), strict=True):
+                if sidecar is None:
                     status.missing.append(number)
-                else:
+                    status.rejected.put(number, ())
+                    continue
+                del sidecar["digests"]  # there may be a billion, too many to hold
+                status.rejected.put(number, sidecar.pop("rejected"))
+                if sizes.get(shard_name(number)) == sidecar["bytes"]:
                     status.done[number] = sidecar
-                if sidecar:
-                    del sidecar["digests"]  # there may be a billion, too many to hold
-                status.rejected.put(number, sidecar.pop("rejected") if sidecar else ())
+                else:
+                    status.missing.append(number)
     return status
 
 
@@ -129,19 +153,31 @@ def make(
     stopped: Callable[[], bool],
     cpus_held: float = 0.0,
     apart: HeldOut | None = None,
+    held_out: Judged = NOT_JUDGED,
 ) -> bool:
     """Build what `status` lacks, in the order of the shards; return False if `stopped` ended it between two.
 
-    `cpus_held` are CPUs of the cluster that others hold meanwhile. Raise UserError for data that cannot be used, for
-    rows that must be `apart`, and for a shard that cannot be rebuilt as it was.
+    `cpus_held` are CPUs of the cluster that others hold meanwhile. The limits apply to the rows of this plan and those
+    `held_out` of the same sources together. Raise UserError for data that cannot be used, for rows that must be
+    `apart`, and for a shard that cannot be rebuilt as it was.
     """
-    totals = Totals(job.plan, status.rejected)
+    totals = Totals(job.plan, status.rejected, held_out)
     with contextlib.closing(_made(job, status, cpus_held)) as made:
         for number in range(len(job.plan.shards)):
             if stopped():
                 return False
-            fresh = number not in status.done
-            sidecar = _checked(job, status.manifest, number, next(made) if fresh else status.done[number])
+            sidecar = status.done.get(number)
+            fresh = sidecar is None
+            if sidecar is None:
+                sidecar = next(made)
+            if "error" in sidecar:
+                raise UserError(sidecar["error"])
+            before = status.manifest
+            if before and before.shards[number] != ShardInfo.of(sidecar):
+                raise UserError(
+                    f"token store {job.uri}: the rebuilt {shard_name(number)} differs from the original (were"
+                    " libraries updated?); delete the folder to rebuild all shards"
+                )
             totals.add(sidecar, fresh)
             if apart:
                 apart.meet(row_digests(sidecar if fresh else read_sidecar(job.uri, number)))
@@ -150,7 +186,9 @@ def make(
                 break
     totals.rejected.write(storage.join(job.uri, REJECTED))
     if totals.reasons:
-        logger.info(f"tokens: {job.plan.split}: rejected rows are listed in {storage.join(job.uri, REJECTED)}")
+        logger.info(
+            f"tokens: {job.plan.split}: rejected rows are listed in {storage.join(job.uri, REJECTED)}"
+        )
     totals.check(limits)
     records.write(storage.join(job.uri, MANIFEST), totals.manifest(), indent=1, sealed=True)
     return True
@@ -161,7 +199,8 @@ def make_shard(job: tuple[Rules, str, str], part: Part) -> dict[str, Any]:
 
     A shard that another preparation has finished meanwhile is used as it is.
     """
-    (rules, uri, storage_root), number = job, part.number
+    rules, uri, storage_root = job
+    number = part.number
     reached("shard", number)
     sidecar = read_sidecar(uri, number)
     if sidecar is not None and file_size(uri, shard_name(number)) == sidecar["bytes"]:
@@ -179,31 +218,21 @@ def make_shard(job: tuple[Rules, str, str], part: Part) -> dict[str, Any]:
     return sidecar
 
 
-def _made(job: StoreSpec, status: StoreStatus, cpus_held: float) -> Generator[dict[str, Any], None, None]:
+def _made(
+    job: StoreSpec, status: StoreStatus, cpus_held: float
+) -> Generator[dict[str, Any], None, None]:
     shared = job.for_tasks()
     if small(job, status):
         return (make_shard(shared, job.plan.part(number)) for number in status.missing)
     parts = Lazy(job.plan.part, status.missing)
     if status.size(job.plan) <= 8 * MAKE_HERE * cores():
-        return by_processes(make_shard, shared, parts)
+        return parallel_map(make_shard, shared, parts)
     return map_ordered(make_shard, shared, parts, cpus_held)
 
 
 def small(job: StoreSpec, status: StoreStatus) -> bool:
     """True if the missing shards are built in this process, without Ray."""
     return len(status.missing) <= 1 or status.size(job.plan) <= MAKE_HERE
-
-
-def _checked(job: StoreSpec, manifest: Manifest | None, number: int, sidecar: dict[str, Any]) -> dict[str, Any]:
-    """Return the sidecar; raise UserError if it is an error, or differs from an earlier manifest."""
-    if "error" in sidecar:
-        raise UserError(sidecar["error"])
-    if manifest and manifest.shards[number] != ShardInfo.of(sidecar):
-        raise UserError(
-            f"token store {job.uri}: the rebuilt {shard_name(number)} differs from the original (were libraries"
-            " updated?); delete the folder to rebuild all shards"
-        )
-    return sidecar
 
 
 def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
@@ -215,15 +244,6 @@ def rejected_rows(job: StoreSpec) -> Iterator[dict[str, Any]]:
 SCAN_HERE = 64 * 2**20
 
 
-@dataclass(frozen=True)
-class CompleteStore:
-    store: TokenStore
-    problem: None = None
-
-    def join(self) -> None:
-        """Return at once: there is nothing to wait for."""
-
-
 class StoreBuild:
     """A token store and the work that is left to complete it.
 
@@ -232,11 +252,14 @@ class StoreBuild:
 
     def __init__(self, job: StoreSpec, status: StoreStatus, limits: Limits) -> None:
         """Call `begin` instead."""
-        self.store = TokenStore.growing(job.uri, job.outline())
+        self.store = Arrival(job.uri, job.outline())
+        self.store.look()
         # The exception that ended the work of `start`.
         self.problem: Exception | None = None
-        self._job, self._status, self._limits = job, status, limits
-        self._stop, self._ended = threading.Event(), threading.Event()
+        self._job = job
+        self._status = status
+        self._limits = limits
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._held_out: StoreBuild | None = None
 
@@ -257,7 +280,15 @@ class StoreBuild:
         self._held_out = held_out
 
     def _rows(self) -> Iterator[RowDigests]:
-        return (row_digests(read_sidecar(self._job.uri, number)) for number in range(len(self._job.plan.shards)))
+        return (
+            row_digests(read_sidecar(self._job.uri, number))
+            for number in range(len(self._job.plan.shards))
+        )
+
+    def _judged(self) -> Judged:
+        """Return the rows of the store, which is complete."""
+        manifest = self.store.manifest
+        return Judged(manifest.rows, manifest.rejected, lambda: rejected_rows(self._job))
 
     @property
     def plan(self) -> Plan:
@@ -273,47 +304,56 @@ class StoreBuild:
         """True if `run` takes a moment and needs no Ray."""
         return small(self._job, self._status)
 
-    @property
-    def done(self) -> bool:
-        """True if the work has ended, in whatever way, or there was none."""
-        return self.complete or self._ended.is_set()
-
     def run(self, cpus_held: float = 0.0) -> None:
         """Build what is missing, in this thread; return early after `stop`.
 
         `cpus_held` are CPUs of the cluster that others hold meanwhile: if they hold almost all, the work continues
         without asking Ray for any. Raise UserError for data that cannot be used.
         """
-        try:
-            # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
-            apart, line, held_out = None, None, self._held_out
-            if self.plan.split == "train" and self.plan.eval_fraction is not None:
-                assert held_out, "call check_against first"
-                rows = np.unique(np.concatenate(list(held_out._rows())))
-                self._job = replace(self._job, plan=replace(self.plan, held_out=rows))
-            elif held_out:
-                # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
-                kept = node_cache.result_path("held-apart", self.store.uri, held_out.store.uri)
-                line = node_cache.read(kept) if self.complete else None
-                if line is None:
-                    apart = HeldOut(np.concatenate(list(held_out._rows())))
-            if not self.complete:
-                if not make(self._job, self._status, self._limits, self._stop.is_set, cpus_held, apart):
-                    return
-                _say(self._job.plan.split, self.store.manifest)
-            elif apart:
+        # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
+        apart = None
+        line = None
+        held_out = self._held_out
+        judged = NOT_JUDGED
+        if self.plan.split == "train" and self.plan.eval_fraction is not None:
+            assert held_out, "call check_against first"
+            judged = held_out._judged()
+            rows = np.unique(np.concatenate(list(held_out._rows())))
+            self._job = replace(self._job, plan=replace(self.plan, held_out=rows))
+        elif held_out:
+            # The node keeps the result, because reading the rows of both stores, maybe a billion, takes long.
+            kept = node_cache.result_path("held-apart", self.store.uri, held_out.store.uri)
+            if self.complete:
+                line = node_cache.read(kept)
+            if line is None:
+                apart = HeldOut(np.concatenate(list(held_out._rows())))
+        if self.complete:
+            self._judged().with_more(judged).check(self._limits)
+            if apart:
                 for rows in self._rows():
                     apart.meet(rows)
-            if apart:
-                node_cache.keep(kept, line := apart.line())
-            if line:
-                logger.warning(line)
-        finally:
-            self._ended.set()
+        else:
+            stopped = self._stop.is_set
+            made = make(self._job, self._status, self._limits, stopped, cpus_held, apart, judged)
+            if not made:
+                return
+            _say(self._job.plan.split, self.store.manifest)
+        if apart:
+            line = apart.line()
+            node_cache.keep(kept, line)
+        if line:
+            logger.warning(line)
 
     def start(self, cpus_held: float = 0.0) -> None:
         assert self._thread is None
-        self._thread = threading.Thread(target=self._work, args=(cpus_held,), name="tokens", daemon=True)
+
+        def work() -> None:
+            try:
+                self.run(cpus_held)
+            except Exception as error:  # for `join`
+                self.problem = error
+
+        self._thread = threading.Thread(target=work, name="tokens", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -327,12 +367,6 @@ class StoreBuild:
         if self.problem:
             raise self.problem
 
-    def _work(self, cpus_held: float) -> None:
-        try:
-            self.run(cpus_held)
-        except Exception as error:  # for `join`
-            self.problem = error
-
 
 def look_there(config: AnyConfig) -> Look:
     """Return a Look that reads the data that was not read before, with Ray if it is large."""
@@ -345,7 +379,11 @@ def look_here(config: AnyConfig) -> Look:
 
 
 def begin(
-    config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None, tell: bool = True
+    config: AnyData,
+    spec: TokenizerSpec,
+    split: Split,
+    look: Look | None = None,
+    tell: bool = True,
 ) -> StoreBuild:
     """List the data and the existing parts of its token store; return the StoreBuild that builds the rest.
 
@@ -358,13 +396,14 @@ def begin(
     limits = Limits.of(config, split)
     status = store_status(job)
     count = len(plan.shards)
-    known = [f"tokens: {count - len(status.missing):,} of {count:,} shards exist already"]
-    for line in (*notes.form_lines(plan), *known * (0 < len(status.missing) < count)) if tell else ():
-        logger.info(line)
-    if status.manifest and status.complete:
-        limits.check(status.manifest.rejected, status.manifest.rows, lambda: rejected_rows(job))
-        if tell:
-            _say(split, status.manifest, " (built earlier)")
+    if tell:
+        for line in notes.form_lines(plan):
+            logger.info(line)
+        if 0 < len(status.missing) < count:
+            known = count - len(status.missing)
+            logger.info(f"tokens: {known:,} of {count:,} shards exist already")
+    if status.manifest and status.complete and tell:
+        _say(split, status.manifest, " (built earlier)")
     return StoreBuild(job, status, limits)
 
 
@@ -374,7 +413,7 @@ def _say(split: Split, manifest: Manifest, when: str = "") -> None:
         logger.info(f"tokens: {split}: {line}")
 
 
-def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split, tell: bool = True) -> TokenStore:
+def prepare(config: AnyData, spec: TokenizerSpec, split: Split, tell: bool = True) -> TokenStore:
     """Return the complete token store of a split; first build what is missing or damaged.
 
     `tell` logs the existing parts. Needs ray.init unless the data is small. Raise UserError for data that cannot be
@@ -390,7 +429,7 @@ def prepare(config: AnyConfig, spec: TokenizerSpec, split: Split, tell: bool = T
     return TokenStore.open(preparation.store.uri)
 
 
-def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look | None = None) -> Plan:
+def plan_here(config: AnyData, spec: TokenizerSpec, split: Split, look: Look | None = None) -> Plan:
     """Return the plan of a split's store; its digest identifies the content.
 
     For both splits, pass the same `look` (by default `look_here`) to both calls. Raise UserError for missing or empty
@@ -402,7 +441,9 @@ def plan_here(config: AnyConfig, spec: TokenizerSpec, split: Split, look: Look |
 def _look(config: AnyConfig, scan_files: Callable[[Sequence[File], str], "Results"]) -> Look:
     root = config.run.storage
     look = looking(root, lambda found: _scan_all(found, root, scan_files), read_as)
-    return look if config.data.eval_fraction is None else once(look)
+    if config.data.eval_fraction is None:
+        return look
+    return once(look)
 
 
 def scan_file(storage_root: str, file: File) -> FileScan | str:
@@ -421,19 +462,24 @@ def _scan_here(files: Sequence[File], storage_root: str) -> Results:
 
 
 def _scan_there(files: Sequence[File], storage_root: str) -> Results:
-    if (size := sum(file.size for file in files)) <= SCAN_HERE:
+    size = sum(file.size for file in files)
+    if size <= SCAN_HERE:
         return _scan_here(files, storage_root)
     logger.info(f"tokens: scanning {len(files):,} files, {size / 1e9:,.1f} GB")
     return map_ordered(scan_file, storage_root, files)
 
 
 def _scan_all(
-    sources: Sequence[Sequence[File]], storage_root: str, scan_files: Callable[[Sequence[File], str], Results]
+    sources: Sequence[Sequence[File]],
+    storage_root: str,
+    scan_files: Callable[[Sequence[File], str], Results],
 ) -> list[list[FileScan]]:
-    files = [file for source in sources for file in source]
+    files = list(itertools.chain.from_iterable(sources))
     scans = kept_scans(files, storage_root)
     missing = [number for number, found in enumerate(scans) if found is None]
-    with contextlib.closing(scan_files([files[number] for number in missing], storage_root)) as results:
+    with contextlib.closing(
+        scan_files([files[number] for number in missing], storage_root)
+    ) as results:
         for number, result in zip(missing, results, strict=True):
             if isinstance(result, str):
                 raise UserError(result)

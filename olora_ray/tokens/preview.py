@@ -5,7 +5,9 @@ the results are scaled up. Of data that is too large to be scanned some files ar
 only: a file that is sorted by length then misleads, and the preview says so.
 """
 
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -14,16 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config, Source
-from olora_ray.data.first_look import read_as
+from olora_ray.config.decided import DataConfig
+from olora_ray.config.section import Source
+from olora_ray.data.detect import read_as
+from olora_ray.data.formats import format_named
 from olora_ray.data.reader import FileScan, Units
 from olora_ray.data.scan import head, scan
 from olora_ray.data.sources import File
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens import manifest
 from olora_ray.tokens import shard as shards
-from olora_ray.tokens.manifest import Limits, RejectedRows, Totals
-from olora_ray.tokens.plan import NO_ROWS, Floats, Pack, Plan, RowDigests, Split, looking, make_plan, sample
+from olora_ray.tokens.manifest import NOT_JUDGED, Judged, Limits, RejectedRows, Totals
+from olora_ray.tokens.plan import (
+    Floats,
+    Pack,
+    Plan,
+    RowDigests,
+    Split,
+    looking,
+    make_plan,
+    sample,
+)
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -73,6 +86,8 @@ class Preview:
     """Rows that were read: all, if `exact`."""
     rejected: dict[str, int]
     """Rejected ones of the rows that were read, by reason."""
+    judged: Judged
+    """The rows to which the limit on rejected rows applies."""
     exact: bool
     """False: rows, packs, tokens and supervised are estimates."""
     note: str
@@ -95,7 +110,7 @@ class Preview:
         return manifest.reason_counts(self.rejected)
 
 
-def describe_splits(config: Config, spec: TokenizerSpec) -> tuple[Preview, Preview | None]:
+def describe_splits(config: DataConfig, spec: TokenizerSpec) -> tuple[Preview, Preview | None]:
     """Preview the training rows, and the held-out rows if there are any; log held-out rows that are training rows too.
 
     Raise UserError as the preparation would.
@@ -105,51 +120,67 @@ def describe_splits(config: Config, spec: TokenizerSpec) -> tuple[Preview, Previ
     # 500 held-out rows are enough for their lengths, and are read within seconds.
     held_out = describe(config, spec, "eval", 500)
     if config.data.eval_fraction is not None:
-        return describe(config, spec, held_out=held_out.digests), held_out
-    train, apart = describe(config, spec), manifest.HeldOut(held_out.digests)
+        return describe(config, spec, held_out=held_out), held_out
+    train = describe(config, spec)
+    apart = manifest.HeldOut(held_out.digests)
     apart.meet(train.digests)
-    if line := apart.line():
+    line = apart.line()
+    if line:
         logger.warning(line)
     return train, held_out
 
 
 def describe(
-    config: Config,
+    config: DataConfig,
     spec: TokenizerSpec,
     split: Split = "train",
     limit: int = 2000,
     tell: bool = True,
-    held_out: RowDigests = NO_ROWS,
+    held_out: Preview | None = None,
 ) -> Preview:
     """Preview a split, of large data from about `limit` rows; `tell` logs notes about unusual rows.
 
-    Copies of the rows `held_out` are left out.
+    `held_out` are the rows that data.eval_fraction holds out: their copies are left out, and the limit on rejected rows
+    applies to both together.
 
     Raise UserError as the preparation would. For large data, the limit on rejected rows applies to the rows that were
     read.
     """
     look = _Look(config.run.storage)
     plan = make_plan(config, spec, split, looking(config.run.storage, look, read_as))
-    plan = replace(plan, held_out=np.unique(held_out))
+    judged = NOT_JUDGED
+    if held_out:
+        plan = replace(plan, held_out=np.unique(held_out.digests))
+        judged = held_out.judged
     exact = look.complete and plan.pieces.bytes <= READ_ALL
-    part, drawn = (plan, look.sizes) if exact else sample(plan, limit)
+    part = plan
+    drawn = look.sizes
+    weights = [1.0] * len(plan.sources)
+    which = ""
+    if not exact:
+        part, drawn = sample(plan, limit)
+        weights = [source.weight * plan.kept_share for source in plan.sources]
+        noted = ["of the rows that a dry run reads of large data", *sorted(look.notes)]
+        which = f" ({'; '.join(noted)})"
     limits = Limits.of(config, split)
     if tell and (split == "train" or config.data.eval):
         for line in manifest.form_lines(plan):
             logger.info(line)
-    note = "; ".join(sorted(look.notes))
-    which = "; ".join(["of the rows that a dry run reads of large data", *sorted(look.notes)])
-    made, totals = _made(part, limits, "" if exact else f" ({which})")
-    for line in manifest.lines(totals.notes) if tell else ():
-        logger.info(f"of the rows read, {line}")
-    weights = np.array([[1.0 if exact else source.weight * plan.kept_share] for source in plan.sources])
-    preview = _preview(part, limits, made, totals, look.sizes * weights / np.maximum(drawn, 1.0))
-    return replace(preview, exact=exact, note=note)
+    made, totals = _made(part, limits, judged, which)
+    if tell:
+        for line in manifest.lines(totals.notes):
+            logger.info(f"of the rows read, {line}")
+    times = look.sizes * np.array(weights)[:, None] / np.maximum(drawn, 1.0)
+    preview = _preview(part, limits, made, totals, times)
+    return replace(preview, exact=exact, note="; ".join(sorted(look.notes)))
 
 
-def _made(plan: Plan, limits: Limits, which: str) -> tuple[list[shards.Shard], Totals]:
+def _made(
+    plan: Plan, limits: Limits, held_out: Judged, which: str
+) -> tuple[list[shards.Shard], Totals]:
     # As `prepare.make` does it, but in memory; `which` ends the error, because only some rows may have been read.
-    totals, made = Totals(plan, RejectedRows(plan)), []
+    totals = Totals(plan, RejectedRows(plan), held_out)
+    made = []
     for number in range(len(plan.shards)):
         made.append(shards.build(plan, plan.part(number)))
         totals.add(made[-1].sidecar(b""), fresh=True)
@@ -162,60 +193,82 @@ def _made(plan: Plan, limits: Limits, which: str) -> tuple[list[shards.Shard], T
     return made, totals
 
 
-def _preview(plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: Totals, times: Floats) -> Preview:
+def _preview(
+    plan: Plan, limits: Limits, made: Sequence[shards.Shard], totals: Totals, times: Floats
+) -> Preview:
     """Return the preview; `times` (sources, 2) are the factors that scale up rows and bytes of each source."""
     total = totals.total
-    examples = [example for shard in made for example in shard.examples]
-    counts = np.array([(len(example.ids), np.count_nonzero(example.supervised)) for example in examples])
-    source = [plan.files[origin >> manifest.POSITION_BITS].source for shard in made for origin in shard.origins]
-    tokens, supervised = times[source, 1] @ counts
-    first = next(shard for shard in made if shard.packs)  # the first of all may have no held-out row
+    counts = []
+    source = []
+    read = Counter[int]()
+    rejected = Counter[int]()
+    digests = []
+    for shard in made:
+        for example in shard.examples:
+            counts.append((len(example.ids), np.count_nonzero(example.supervised)))
+        source += [_source_of(plan, origin) for origin in shard.origins]
+        read.update(shard.rows_of)
+        rejected.update(entry["source"] for entry in shard.rejected)
+        digests += shard.digests
+    tokens, supervised = times[source, 1] @ np.array(counts)
+    lengths = [length for length, _ in counts]
+    first = next(shard for shard in made if shard.packs)  # some shard may have no held-out row
+    whole_rows = [
+        length
+        for length, number in zip(lengths, source, strict=True)
+        if format_named(plan.sources[number].format).makes != "text"
+    ]
+    some_packs = []
+    for members in first.packs[:8]:
+        chosen = [first.examples[number] for number in members]
+        ids = np.concatenate([example.ids for example in chosen])
+        marked = np.concatenate([example.supervised for example in chosen])
+        some_packs.append(Pack(ids, marked, tuple(len(example.ids) for example in chosen)))
     return Preview(
         limits=limits,
-        rows=round(sum(count * times[number, 0] for shard in made for number, count in shard.rows_of.items())),
+        rows=round(sum(count * times[number, 0] for number, count in read.items())),
         packs=round(total["packs"] * tokens / total["tokens"]),
         tokens=round(tokens),
         supervised=round(supervised),
         fill=total["tokens"] / (total["packs"] * plan.max_length),
         read=total["rows"],
         rejected=dict(sorted(totals.reasons.items())),
+        judged=totals.judged(),
         exact=True,
         note="",
-        lengths=tuple(int(n) for n in np.quantile(counts[:, 0], QUANTILES, method="closest_observation")),
-        longest=max(counts[[plan.sources[number].format != "text" for number in source], 0], default=0),
+        lengths=tuple(
+            int(n) for n in np.quantile(lengths, QUANTILES, method="closest_observation")
+        ),
+        longest=max(whole_rows, default=0),
         too_long=totals.reasons["too_long"] + totals.notes["cut"] + totals.notes["drop_turns"],
-        sources=tuple(_source(limits, plan, made, number) for number in range(len(plan.sources))),
+        sources=tuple(
+            SourceRows(f"{limits.setting}.{number}", each, read[number], rejected[number])
+            for number, each in enumerate(plan.sources)
+        ),
         examples=_examples(plan, first),
-        digests=np.frombuffer(b"".join(digest for shard in made for digest in shard.digests), dtype=np.uint64),
-        some_packs=tuple(_pack(first, members) for members in first.packs[:8]),
+        digests=np.frombuffer(b"".join(digests), dtype=np.uint64),
+        some_packs=tuple(some_packs),
     )
 
 
-def _source(limits: Limits, plan: Plan, made: Sequence[shards.Shard], number: int) -> SourceRows:
-    rejected = sum(entry["source"] == number for shard in made for entry in shard.rejected)
-    rows = sum(shard.rows_of[number] for shard in made)
-    return SourceRows(f"{limits.setting}.{number}", plan.sources[number], rows, rejected)
+def _source_of(plan: Plan, origin: int) -> int:
+    return plan.files[origin >> manifest.POSITION_BITS].source
 
 
 def _examples(plan: Plan, shard: shards.Shard) -> tuple[Example, ...]:
-    first, *rest = (number for members in shard.packs for number in members)
-
-    def source(number: int) -> int:
-        return plan.files[shard.origins[number] >> manifest.POSITION_BITS].source
-
-    others = [number for number in rest if source(number) != source(first)] or rest
-    files, examples = [each.file.uri for each in plan.files], list[Example]()
+    first, *rest = itertools.chain.from_iterable(shard.packs)
+    source = [_source_of(plan, origin) for origin in shard.origins]
+    others = [number for number in rest if source[number] != source[first]] or rest
+    files = [each.file.uri for each in plan.files]
+    examples = list[Example]()
     for number in (first, *others[:1]):
         tokens = shard.examples[number]
-        examples.append(Example(manifest.origin_name(files, shard.origins[number]), tokens.ids, tokens.supervised))
+        examples.append(
+            Example(
+                manifest.origin_name(files, shard.origins[number]), tokens.ids, tokens.supervised
+            )
+        )
     return tuple(examples)
-
-
-def _pack(shard: shards.Shard, members: Sequence[int]) -> Pack:
-    chosen = [shard.examples[number] for number in members]
-    ids = np.concatenate([example.ids for example in chosen])
-    supervised = np.concatenate([example.supervised for example in chosen])
-    return Pack(ids, supervised, tuple(len(example.ids) for example in chosen))
 
 
 class _Look:
@@ -230,10 +283,13 @@ class _Look:
         self.notes: set[str] = set()
 
     def __call__(self, sources: Sequence[Sequence[File]]) -> list[list[FileScan]]:
-        every = [file for files in sources for file in files]
-        self.complete = sum(file.size * _cost(file) for file in every) <= SCAN_ALL
+        cost = 0
+        for file in itertools.chain.from_iterable(sources):
+            cost += file.size * SLOW.get(file.kind, 4 if file.compression else 1)
+        self.complete = cost <= SCAN_ALL
         scans = [self._source(files) for files in sources]
-        self.sizes = np.array([np.sum([_size(each) for each in found], axis=0) for found in scans])
+        sizes = [np.sum(list(map(_size, found)), axis=0) for found in scans]
+        self.sizes = np.array(sizes)
         return scans
 
     def _source(self, files: Sequence[File]) -> list[FileScan]:
@@ -244,14 +300,18 @@ class _Look:
         times = sum(file.size for file in files) / size
         scans = [FileScan("", 0, (), Units.of(()))] * len(files)
         for number in seen:
-            scanned = self._start(files[number], max(1, FILES_LOOKED_AT * files[number].size // size))
+            scanned = self._start(
+                files[number], max(1, FILES_LOOKED_AT * files[number].size // size)
+            )
             scans[number] = replace(scanned, rows=round(scanned.rows * times))
         return scans
 
     def _start(self, file: File, count: int) -> FileScan:
         found = head(file)
         if file.kind != "parquet":
-            self.notes.add(f"only the beginnings of {file.compression or file.kind} files, so sorted files mislead")
+            self.notes.add(
+                f"only the beginnings of {file.compression or file.kind} files, so sorted files mislead"
+            )
             return replace(found, units=Units.of(_spread(found.units, count)))
         units = []
         for first in _spread(range(found.rows), count):
@@ -259,10 +319,6 @@ class _Look:
             rows = min(256, unit.first + unit.rows - first)
             units.append(replace(unit, first=first, rows=rows, size=unit.size * rows // unit.rows))
         return replace(found, units=Units.of(units))
-
-
-def _cost(file: File) -> int:
-    return SLOW.get(file.kind, 4 if file.compression else 1)
 
 
 def _size(scan: FileScan) -> tuple[float, float]:

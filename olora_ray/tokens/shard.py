@@ -4,6 +4,7 @@ import base64
 import gc
 import hashlib
 import io
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 from pyarrow import ipc
 
 from olora_ray.common.storage import digest_bytes
-from olora_ray.data.formats import Rejected, columns_of
+from olora_ray.data.encoder import Unlike
+from olora_ray.data.formats import columns_of
+from olora_ray.data.formats.format import Rejected
 from olora_ray.data.reader import read_unit
-from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens, Unlike
+from olora_ray.data.tokenize import Begun, ExampleTokenizer, Tokens
 from olora_ray.tokens.manifest import COPIES, POSITION_BITS
 from olora_ray.tokens.plan import Part, Piece, PlannedFile, RowDigests, Rules, key, permutation
 
@@ -37,7 +40,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     packs: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         assert 1 <= lengths[index] <= capacity, (lengths[index], capacity)
-        node, length = 1, lengths[index]
+        node = 1
+        length = lengths[index]
         while node < leaves:
             node *= 2
             if free[node] < length:
@@ -48,8 +52,11 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         free[node] -= length
         while node > 1:
             node //= 2
-            left, right = free[2 * node], free[2 * node + 1]
-            if free[node] == (most := left if left > right else right):
+            most = free[2 * node]
+            right = free[2 * node + 1]
+            if right > most:
+                most = right
+            if free[node] == most:
                 break
             free[node] = most
     return packs
@@ -88,23 +95,32 @@ class Shard:
 
     def table(self) -> pa.Table:
         """Return the columns of the shard's file, one row per pack."""
-        packs = [[self.examples[number] for number in chosen] for chosen in self.packs]
-        flat = [example for members in packs for example in members]
+        numbers = list(itertools.chain.from_iterable(self.packs))
+        flat = [self.examples[number] for number in numbers]
         ids = np.concatenate([np.zeros(0, np.int32), *[example.ids for example in flat]])
         supervised = np.concatenate([np.zeros(0, bool), *[example.supervised for example in flat]])
         lengths = np.array([len(example.ids) for example in flat], dtype=np.int32)
-        origins = np.array([self.origins[number] for chosen in self.packs for number in chosen], dtype=np.int64)
-        by_segment = _borders([len(members) for members in packs])
+        origins = np.array([self.origins[number] for number in numbers], dtype=np.int64)
+        by_segment = _borders([len(members) for members in self.packs])
         by_token = _borders(lengths)[by_segment]
         counts = np.diff(_borders(supervised)[by_token])
-        lists = ((by_token, ids), (by_token, supervised), (by_segment, lengths), (by_segment, origins))
-        columns = [pa.ListArray.from_arrays(_array(borders), _array(values)) for borders, values in lists]
+        lists = (
+            (by_token, ids),
+            (by_token, supervised),
+            (by_segment, lengths),
+            (by_segment, origins),
+        )
+        columns = [
+            pa.ListArray.from_arrays(_array(borders), _array(values)) for borders, values in lists
+        ]
         return pa.Table.from_arrays([*columns, _array(counts)], schema=SCHEMA)
 
     def sidecar(self, content: bytes) -> dict[str, Any]:
         """Describe the shard for readers that do not open it; `content` is the content of the file."""
-        chosen = [self.examples[number] for members in self.packs for number in members]
-        supervised = np.concatenate([np.zeros(0, bool), *[example.supervised for example in chosen]])
+        chosen = [self.examples[number] for number in itertools.chain.from_iterable(self.packs)]
+        supervised = np.concatenate(
+            [np.zeros(0, bool), *[example.supervised for example in chosen]]
+        )
         return {
             "rows": self.rows,
             "examples": len(chosen),
@@ -113,7 +129,9 @@ class Shard:
             "supervised": int(np.count_nonzero(supervised)),
             "bytes": len(content),
             "sha256": digest_bytes(content),
-            "reasons": dict(sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())),
+            "reasons": dict(
+                sorted(Counter(str(entry["reason"]) for entry in self.rejected).items())
+            ),
             "rejected": self.rejected,
             "digests": base64.b64encode(b"".join(self.digests)).decode(),
             "notes": dict(sorted(self.notes.items())),
@@ -153,7 +171,9 @@ def file_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer) -> None:
+def _add(
+    shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
+) -> None:
     for group in _begun(shard, rules, planned, piece, tokenize):
         tokenize.ahead([begun for _, begun in group if isinstance(begun, Begun)])
         shard.rows += len(group)
@@ -174,7 +194,9 @@ def _add(shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokeniz
                     }
                 )
                 continue
-            digest = hashlib.blake2b(b"".join([each.ids.tobytes() for each in tokens]), digest_size=8).digest()
+            digest = hashlib.blake2b(
+                b"".join([each.ids.tobytes() for each in tokens]), digest_size=8
+            ).digest()
             if len(rules.held_out) and _among(rules.held_out, digest):
                 shard.notes[COPIES] += 1
                 continue
@@ -194,9 +216,18 @@ def _begun(
     shard: Shard, rules: Rules, planned: PlannedFile, piece: Piece, tokenize: ExampleTokenizer
 ) -> Iterator[list[tuple[int, Begun | Rejected]]]:
     source = rules.sources[planned.source]
+    wanted = columns_of(source.format, source.fields)
+    columns = dict.fromkeys(planned.columns)
+    first = piece.unit.first
+    keep = rules.taken(planned, piece).tolist()
     group: list[tuple[int, Begun | Rejected]] = []
     size = 0
-    for position, row in _rows(rules, planned, piece):
+    for position, row in read_unit(planned.file, piece.unit, planned.columns, wanted):
+        if not keep[position - first]:
+            continue
+        # Columns that were not read count as existing, so that a message can name them.
+        if columns and isinstance(row, Mapping) and len(row) != len(columns):
+            row = {**columns, **row}
         try:
             begun = tokenize.begin_row(row, source, planned.source, shard.notes)
             size += begun.size
@@ -205,26 +236,9 @@ def _begun(
             group.append((position, why))
         if size >= TOGETHER:
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
     yield group
-
-
-def _rows(rules: Rules, planned: PlannedFile, piece: Piece) -> Iterator[tuple[int, Any]]:
-    source = rules.sources[planned.source]
-    wanted = columns_of(source.format, source.fields)
-    rows = read_unit(planned.file, piece.unit, planned.columns, wanted)
-    first = piece.unit.first
-    keep = rules.taken(planned, piece).tolist()
-    for position, row in rows:
-        if keep[position - first]:
-            yield position, _with_columns(row, planned.columns)
-
-
-def _with_columns(row: Any, columns: Sequence[str]) -> Any:
-    # Columns that were not read count as existing, so that a message can name them.
-    if not columns or not isinstance(row, Mapping) or len(row) == len(columns):
-        return row
-    return {**dict.fromkeys(columns), **row}
 
 
 def _arrange(shard: Shard, rules: Rules, number: int) -> None:
@@ -239,10 +253,12 @@ def _arrange(shard: Shard, rules: Rules, number: int) -> None:
     else:
         chosen = [[index] for index in range(count)]
     chosen.sort()
-    packs = [[int(order[index]) for index in members] for members in chosen]
+    packs = [order[members].tolist() for members in chosen]
     if rules.split == "train":
         # Packing filled the packs from the longest example down, so their order still follows the lengths: shuffle.
-        packs = [packs[index] for index in permutation(len(packs), key("packs", rules.seed, number))]
+        packs = [
+            packs[index] for index in permutation(len(packs), key("packs", rules.seed, number))
+        ]
     shard.packs = packs
 
 
@@ -252,5 +268,9 @@ def _borders(lengths: ArrayLike) -> NDArray[np.int32]:
 
 def _array(values: NDArray[Any]) -> pa.Array:
     # `pa.array` imports pandas, which takes longer than to write a shard.
-    bits = np.packbits(values, bitorder="little") if values.dtype == bool else values
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(bits)])
+    bits = values
+    if values.dtype == bool:
+        bits = np.packbits(values, bitorder="little")
+    return pa.Array.from_buffers(
+        pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(bits)]
+    )

@@ -23,7 +23,8 @@ TASKS = 4000
 
 class Lazy(Sequence[Item]):
     def __init__(self, make: Callable[[Any], Item], sources: Sequence[Any]) -> None:
-        self._make, self._sources = make, sources
+        self._make = make
+        self._sources = sources
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -54,9 +55,17 @@ def map_ordered(
     task.__name__ = task.__qualname__ = name = getattr(work, "__name__", "work")
     # Ray packs them block by block, so that the driver never holds all of them.
     packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
-    _quiet_stream()
+    # In this process Ray Data runs in order, without progress bars and logs.
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     blocks = min(len(items), TASKS)
-    results = ray.data.from_items(packed, override_num_blocks=blocks).map(task, **_resources(cpus_held))
+    results = ray.data.from_items(packed, override_num_blocks=blocks).map(
+        task, **_resources(cpus_held)
+    )
     results.set_name(name)
     # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
     stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
@@ -95,18 +104,6 @@ def _resources(cpus_held: float) -> dict[str, Any]:
     return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
 
 
-def _quiet_stream() -> None:
-    """Run Ray Data of this process in order, without progress bars and logs."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
 def cores() -> int:
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
@@ -115,19 +112,22 @@ def cores() -> int:
     return cores
 
 
-def by_processes(
+def parallel_map(
     work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item]
 ) -> Generator[Result, None, None]:
     """Yield what `map_ordered` does, computed by processes of this one, which end with it or with the generator.
 
     Raise what `work` raises, and TryAgain if one of the processes was killed.
     """
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy the threads' locks
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # a fork of this process would copy the threads' locks
     context.set_forkserver_preload([work.__module__])
     count = min(len(items), cores())
     # Each process has its own pipe, which ends with it. What all share would stay locked, or half written, if one is
     # killed in its message, and the driver would wait forever.
-    pipes, processes = [], []
+    pipes = []
+    processes = []
     try:
         for first in range(count):
             results, theirs = context.Pipe(duplex=False)
@@ -156,14 +156,18 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError):  # its pipe ended before a message, or in it
-        raise TryAgain("a process that tokenised rows was killed; run the same command again to resume") from None
+        raise TryAgain(
+            "a process that tokenised rows was killed; run the same command again to resume"
+        ) from None
 
 
 @contextlib.contextmanager
 def _nameless_main() -> Iterator[None]:
     # multiprocessing would import the user's script in each process, and run what it does without a guard again.
     main: dict[str, Any] = vars(sys.modules["__main__"])
-    names: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    names: dict[str, Any] = {
+        name: main.pop(name) for name in ("__file__", "__spec__") if name in main
+    }
     main["__spec__"] = None
     try:
         yield
@@ -171,8 +175,12 @@ def _nameless_main() -> Iterator[None]:
         main.update(names)
 
 
-def _work(work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], results: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal; the driver ends these
+def _work(
+    work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], results: Connection
+) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl+C reaches all processes of a terminal; the driver ends these
     result: Result | Exception
     with contextlib.suppress(BrokenPipeError):  # the driver wants no more, or was killed
         for item in items:

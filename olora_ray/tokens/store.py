@@ -6,14 +6,10 @@
         manifest.json        written last: the store is complete
         rejected.jsonl       the rows that could not be used, with the reason
 
-A store can be read while it grows: shards are built in order, and the first ones exist long before the
-last. Reading needs neither Ray nor the tokenizer.
+Reading needs neither Ray nor the tokenizer. A store that is still being written is an `Arrival` (tokens/arrival.py).
 """
 
-import itertools
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -31,13 +27,11 @@ from olora_ray.tokens.manifest import (
     Manifest,
     Outline,
     ShardInfo,
-    file_size,
     origin_name,
     read_manifest,
-    read_sidecar,
     shard_name,
 )
-from olora_ray.tokens.plan import Pack, key, permutation, permute_at
+from olora_ray.tokens.plan import Counts, Pack, key, permute_at
 
 
 @dataclass(frozen=True)
@@ -51,21 +45,18 @@ class Front:
         """(shards + 1,) sequences before each shard, and in all."""
         return np.cumsum([0, *(shard.packs for shard in self.shards)], dtype=np.int64)
 
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
 
 # The order of a training over the sequences of a store: a function of the seed and the position, without state.
 
-
-# Shards up to which every pass permutes the whole store. Changing this number or the next one changes the order in
-# which resumed runs train.
-FEW_SHARDS = 512
-# Most shards of a window.
-WINDOW = 256
 
 Places = NDArray[np.int64]
 
 
 def order(num_packs: int, seed: int, start: int, stop: int) -> Places:
-    """Return the sequences start..stop-1 of the endless order over a store of few shards, (stop - start,).
+    """Return the sequences start..stop-1 of the endless order over a store, (stop - start,).
 
     Any range costs only its own length.
     """
@@ -76,50 +67,17 @@ def order(num_packs: int, seed: int, start: int, stop: int) -> Places:
     return position
 
 
-@dataclass(frozen=True, eq=False)
-class WindowedPass:
-    ends: Places
-    """(shards + 1,) sequences before each shard, and in all."""
-    seed: int
-    number: int
-    """Number of the pass, from 1."""
-
-    @cached_property
-    def shards(self) -> Places:
-        """(shards,) in the order of the pass."""
-        return permutation(len(self.ends) - 1, key("shards", self.seed, self.number))
-
-    @cached_property
-    def starts(self) -> Places:
-        """(shards + 1,) positions at which these shards begin, and the end."""
-        return np.concatenate([[0], np.cumsum(np.diff(self.ends)[self.shards])])
-
-    @cached_property
-    def windows(self) -> Places:
-        """(windows + 1,) positions at which windows begin, and the end."""
-        shards = len(self.shards)
-        count = -(-shards // WINDOW)
-        return self.starts[np.arange(count + 1) * shards // count]
-
-    def at(self, positions: Places) -> Places:
-        """Return the sequences at positions of the pass, each below the number of sequences of the store."""
-        window = np.searchsorted(self.windows, positions, side="right") - 1
-        inside = np.empty_like(positions)
-        for number in np.unique(window).tolist():
-            start, end = self.windows[number : number + 2].tolist()
-            own = window == number
-            seed = key("window", self.seed, self.number, number)
-            inside[own] = start + permute_at(positions[own] - start, end - start, seed)
-        shard = np.searchsorted(self.starts, inside, side="right") - 1
-        return self.ends[self.shards[shard]] + inside - self.starts[shard]
-
-
 # Files of a store's shards on this node: fetched if the store is not local, verified, and mapped into memory.
+
+
+MAPPED_SHARDS = 512
+"""Shards that a process keeps mapped; each takes an open file."""
 
 
 class ShardFiles:
     def __init__(self, uri: str, digest: str) -> None:
-        self.uri, self.digest = uri, digest
+        self.uri = uri
+        self.digest = digest
         # Shards that this process has hashed.
         self._verified = set[int]()
 
@@ -143,7 +101,9 @@ class ShardFiles:
         self._verified.add(number)
         batch = ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         if batch.num_rows != info.packs:
-            raise UserError(f"token store {self.uri}: {shard_name(number)} does not match its manifest.json")
+            raise UserError(
+                f"token store {self.uri}: {shard_name(number)} does not match its manifest.json"
+            )
         return batch
 
     def _local(self, number: int, info: ShardInfo, again: bool = False) -> Path:
@@ -165,122 +125,96 @@ class ShardFiles:
 
 
 class TokenStore:
-    """A store, read by the number of the sequence; created by `open` or `growing`.
+    """A store, read by the number of the sequence. Threads may share it.
 
-    Of a growing store the sequences of the first shards are known, and `refresh` looks for more. It pickles as its
-    address and what is known. Threads may share it.
+    Its length is the number of known sequences: all, except of an `Arrival` (tokens/arrival.py).
     """
 
     def __init__(
-        self, uri: str, outline: Outline, shards: tuple[ShardInfo, ...] = (), manifest: Manifest | None = None
+        self,
+        uri: str,
+        outline: Outline,
+        shards: tuple[ShardInfo, ...],
+        manifest: Manifest | None,
     ) -> None:
-        """Use `open` or `growing`; `shards` are the known ones at the front."""
-        self.uri, self.digest, self.shard_count = uri, outline.digest, outline.shards
-        self.max_length, self.files = outline.max_length, outline.files
-        self._outline, self._manifest = outline, manifest
-        self._known = Front(manifest.shards if manifest else shards)
-        self._lock = threading.Lock()
+        """Use `open` instead; `shards` are the known ones at the front."""
+        self.uri = uri
+        self.digest = outline.digest
+        self.shard_count = outline.shards
+        self.max_length = outline.max_length
+        self.files = outline.files
+        self.front = Front(shards)
+        self._outline = outline
+        self._manifest = manifest
         self._files = ShardFiles(uri, outline.digest)
-        self._map = lru_cache(max(FEW_SHARDS, 2 * WINDOW))(self._opened)
-        self._pass = lru_cache(2)(self._windowed)  # a step may cover two passes
+        self._map = lru_cache(MAPPED_SHARDS)(self._opened)
 
     @classmethod
     def open(cls, uri: str) -> "TokenStore":
         """Open a complete store; raise UserError if it is incomplete, or a shard's size is not the manifest's."""
-        if (manifest := read_manifest(uri)) is None:
+        manifest = read_manifest(uri)
+        if manifest is None:
             raise UserError(
                 f"token store {uri}: missing or incomplete, or its manifest.json is damaged; run the same command again"
                 " to rebuild it"
             )
-        if problem := _wrong_size(uri, manifest):
-            raise UserError(f"token store {uri}: {problem}; run the same command again to rebuild it")
-        return cls(uri, manifest.outline(), (), manifest)
-
-    @classmethod
-    def growing(cls, uri: str, outline: Outline) -> "TokenStore":
-        """Open a store of which any part may exist, or nothing."""
-        store = cls(uri, outline)
-        store.refresh()
-        return store
+        problem = wrong_size(uri, manifest)
+        if problem:
+            raise UserError(
+                f"token store {uri}: {problem}; run the same command again to rebuild it"
+            )
+        return TokenStore(uri, manifest.outline(), manifest.shards, manifest)
 
     def __reduce__(self) -> tuple[Callable[..., "TokenStore"], tuple[Any, ...]]:
-        # Memory maps do not travel: shards are mapped again on arrival.
-        shards = () if self._manifest else self._known.shards
-        return TokenStore, (self.uri, self._outline, shards, self._manifest)
+        # Memory maps do not travel: each process maps the shards again.
+        return type(self), (self.uri, self._outline, self.front.shards, self._manifest)
 
     @property
     def complete(self) -> bool:
-        """True if the manifest existed at the last `refresh`."""
+        """True if the manifest is known."""
         return self._manifest is not None
 
     @property
-    def available_shards(self) -> int:
-        """Number of shards at the front that existed at the last `refresh`."""
-        return len(self._known.shards)
-
-    @property
-    def available(self) -> int:
-        return int(self._known.ends[-1])
+    def manifest(self) -> Manifest:
+        """The manifest; raises UserError if the store is not complete."""
+        if self._manifest is None:
+            raise UserError(
+                f"token store {self.uri}: incomplete; run the same command again to complete it"
+            )
+        return self._manifest
 
     @property
     def total(self) -> int | None:
         """Number of sequences of the store; None while shards are missing."""
-        known = self._known
-        return int(known.ends[-1]) if len(known.shards) == self.shard_count else None
+        front = self.front
+        return len(front) if len(front.shards) == self.shard_count else None
 
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest; looks for it, and raises UserError if the store is not complete."""
-        self.refresh()
-        if self._manifest is None:
-            raise UserError(f"token store {self.uri}: incomplete; run the same command again to complete it")
-        return self._manifest
+    def has(self, sequences: int) -> bool:
+        """Return True if so many sequences are known, or the whole of a shorter store."""
+        return self.total is not None or sequences <= len(self)
 
-    def refresh(self) -> None:
-        """Look for the manifest and for more shards; two requests to the storage when there is nothing new.
-
-        A new shard costs two or three requests, of which many run at the same time.
-        """
-        with self._lock:
-            if self._manifest is None and (manifest := self._found_manifest()):
-                self._known, self._manifest = Front(manifest.shards), manifest
-            found_all, width = self._manifest is not None, 1
-            while not found_all:
-                infos = self._next_shards(width)
-                self._known = Front((*self._known.shards, *infos))
-                found_all, width = len(infos) < width, min(2 * width, 32)
+    def wait(self, sequences: int) -> int:
+        """Return the number of sequences; an `Arrival` first waits until `has(sequences)`."""
+        return len(self)
 
     def order(self, seed: int, start: int, stop: int) -> NDArray[np.int64]:
         """Return the sequences start..stop-1 of the endless training order, (stop - start,).
 
         Any range costs about its own length. While shards are missing only the first pass is known.
         """
-        if self.total is None:
+        total = self.total
+        if total is None:
             return np.arange(start, stop, dtype=np.int64)
-        if not self.windowed:
-            return order(self.total, seed, start, stop)
-        epoch, position = np.divmod(np.arange(start, stop, dtype=np.int64), self.total)
-        for number in np.unique(epoch[epoch > 0]).tolist():
-            inside = epoch == number
-            position[inside] = self._pass(seed, number).at(position[inside])
-        return position
-
-    @property
-    def windowed(self) -> bool:
-        return self.shard_count > FEW_SHARDS
+        return order(total, seed, start, stop)
 
     def _opened(self, number: int) -> Any:
-        return self._files.open(number, self._known.shards[number])
-
-    def _windowed(self, seed: int, number: int) -> WindowedPass:
-        return WindowedPass(self._known.ends, seed, number)
+        return self._files.open(number, self.front.shards[number])
 
     def __len__(self) -> int:
-        assert self.total is not None, "a growing store has no length yet"
-        return self.total
+        return len(self.front)
 
     def __getitem__(self, index: int) -> Pack:
-        """Return sequence `index`, 0 <= index < available; a copy, so that it may be changed."""
+        """Return sequence `index`, 0 <= index < len; a copy, so that it may be changed."""
         batch, row = self._find(index)
         return Pack(
             input_ids=_slice(batch, "input_ids", row).to_numpy().copy(),
@@ -288,55 +222,40 @@ class TokenStore:
             segments=tuple(_slice(batch, "segments", row).to_pylist()),
         )
 
-    def supervised(self, indices: Iterable[int]) -> int:
-        total = 0
+    def counts(self, indices: Iterable[int]) -> Counts:
+        """Return the size of these sequences together; reads none of their tokens."""
+        total = Counts()
         for index in indices:
             batch, row = self._find(int(index))
-            total += batch.column("supervised_count")[row].as_py()
+            total += Counts(
+                tokens=len(_slice(batch, "input_ids", row)),
+                examples=len(_slice(batch, "segments", row)),
+                supervised=batch.column("supervised_count")[row].as_py(),
+            )
         return total
-
-    def tokens(self, indices: Iterable[int]) -> int:
-        found = (self._find(int(index)) for index in indices)
-        return sum(len(_slice(batch, "input_ids", row)) for batch, row in found)
 
     def origins(self, index: int) -> list[str]:
         """Return the origins of a sequence's examples as file:line (a row number if there are no lines)."""
         batch, row = self._find(index)
-        return [origin_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()]
+        return [
+            origin_name(self.files, origin) for origin in _slice(batch, "origin", row).to_pylist()
+        ]
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Return the number of the shard of sequence `index`, its position in it, and the sequences of the shard."""
-        known = self._known  # read once, because `refresh` in another thread may replace it
-        if not 0 <= index < known.ends[-1]:
-            raise IndexError(f"sequence {index} of {known.ends[-1]}")
-        number = int(np.searchsorted(known.ends, index, side="right")) - 1
-        return number, int(index - known.ends[number]), known.shards[number].packs
+        front = self.front  # read once, because another thread may replace it
+        if not 0 <= index < len(front):
+            raise IndexError(f"sequence {index} of {len(front)}")
+        number = int(np.searchsorted(front.ends, index, side="right")) - 1
+        return number, int(index - front.ends[number]), front.shards[number].packs
 
     def _find(self, index: int) -> tuple[Any, int]:
         number, row, _ = self.locate(index)
         return self._map(number), row
 
-    def _found_manifest(self) -> Manifest | None:
-        """Return the manifest if the store matches it; a store under repair counts as growing."""
-        manifest = read_manifest(self.uri)
-        fits = manifest and manifest.digest == self.digest and len(manifest.shards) == self.shard_count
-        return manifest if manifest and fits and not _wrong_size(self.uri, manifest) else None
 
-    def _next_shards(self, width: int) -> list[ShardInfo]:
-        front = self.available_shards
-        numbers = range(front, min(front + width, self.shard_count))
-        with ThreadPoolExecutor(width) as pool:
-            infos = list(pool.map(self._shard_info, numbers))
-        return [info for info in itertools.takewhile(lambda info: info is not None, infos) if info]
-
-    def _shard_info(self, number: int) -> ShardInfo | None:
-        sidecar = read_sidecar(self.uri, number)
-        if sidecar is None or file_size(self.uri, shard_name(number)) != sidecar["bytes"]:
-            return None
-        return ShardInfo.of(sidecar)
-
-
-def _wrong_size(uri: str, wanted: Manifest) -> str | None:
+def wrong_size(uri: str, wanted: Manifest) -> str | None:
+    """Return which shard is missing or has another size than in the manifest; None if none."""
     sizes = storage.files_below(uri)
     for number, shard in enumerate(wanted.shards):
         size = sizes.get(shard_name(number))
@@ -349,5 +268,6 @@ def _wrong_size(uri: str, wanted: Manifest) -> str | None:
 
 def _slice(batch: Any, column: str, row: int) -> Any:
     lists = batch.column(column)
-    start, stop = lists.offsets[row].as_py(), lists.offsets[row + 1].as_py()
+    start = lists.offsets[row].as_py()
+    stop = lists.offsets[row + 1].as_py()
     return lists.values.slice(start, stop - start)

@@ -7,7 +7,6 @@ own wherever it finds them.
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, first_line
-from olora_ray.common.secrets import looked_up
+from olora_ray.common.secrets import looked_up, mask
 from olora_ray.common.storage import size_and_digest
 from olora_ray.tracking.client import refused
+from olora_ray.tracking.moved_storage import advice
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 # Tag of a version: the folder of the run that made it.
 RUN = "olora.run_folder"
-# Tags of a version: its base model, of the hub with the commit; the time of the training's workers, and its price.
-BASE, CPU_SECONDS, GPU_SECONDS, PRICE = "olora.base", "olora.cpu_seconds", "olora.gpu_seconds", "olora.price"
+# Tags of a version: its base model, of the hub with the commit, and the time of the training's workers.
+BASE = "olora.base"
+CPU_SECONDS = "olora.cpu_seconds"
+GPU_SECONDS = "olora.gpu_seconds"
 # Tag of a version: digest of its training settings. If a run is resumed with more steps, each length has its own
 # version.
 SETTINGS = "olora.settings_digest"
@@ -35,7 +37,8 @@ SETTINGS = "olora.settings_digest"
 GATE = "olora.gate"
 ROLLED_BACK = "rolled back"
 # Tag of a version, and its value for one that needs its base model.
-EXPORT, ADAPTER_ONLY = "olora.export", "adapter only"
+EXPORT = "olora.export"
+ADAPTER_ONLY = "adapter only"
 # Tag of a version: digest of its checksums.json.
 TAG = "olora.checksums"
 
@@ -45,7 +48,9 @@ TAG = "olora.checksums"
 def name_filter(name: str) -> str:
     """Return MLflow's filter for the versions of a model; raise UserError for a name that MLflow cannot have."""
     if not name.strip() or "/" in name or ":" in name or ("'" in name and '"' in name):
-        raise UserError(f"{name!r} cannot be the name of a registered model: remove '/', ':', or one type of quotes")
+        raise UserError(
+            f"{name!r} cannot be the name of a registered model: remove '/', ':', or one type of quotes"
+        )
     return f'name = "{name}"' if "'" in name else f"name = '{name}'"
 
 
@@ -60,6 +65,16 @@ class Version:
     run_id: str | None = None  # the MLflow run that registered it
     created: float = 0.0
     """Seconds since 1970."""
+
+    @property
+    def folder(self) -> str:
+        """The run folder of its run; empty if another program registered it."""
+        return self.tags.get(RUN, "")
+
+    @property
+    def base(self) -> str:
+        """Name of its base model, with the commit; empty in versions of older releases."""
+        return self.tags.get(BASE, "")
 
     @property
     def verdict(self) -> str:
@@ -85,6 +100,16 @@ class Version:
         return cls(version.name, str(version.version), dict(version.tags), version.run_id, seconds)
 
 
+def origin_tags(folder: str, base: str, used: Mapping[str, float]) -> dict[str, str]:
+    """Return the tags that say what made a version: its run folder, its base model, and the resource seconds."""
+    return {
+        RUN: folder,
+        BASE: mask(base),
+        CPU_SECONDS: f"{used.get('CPU', 0.0):.0f}",
+        GPU_SECONDS: f"{used.get('GPU', 0.0):.0f}",
+    }
+
+
 FILE = "checksums.json"
 # MLflow itself adds these beside the MLmodel when it loads a version. No model is read from them.
 FROM_MLFLOW = frozenset({"registered_model_meta"})
@@ -99,12 +124,12 @@ Files = Mapping[str, Mapping[str, Any]]
 
 def of_folders(folders: dict[str, Path]) -> str:
     """Return the text of checksums.json; `folders` maps a path in the model ("" for its root) to a local folder."""
-    files = {
-        f"{path}/{file.relative_to(folder)}".lstrip("/"): size_and_digest(file)
-        for path, folder in folders.items()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    files = {}
+    for path, folder in folders.items():
+        for file in folder.rglob("*"):
+            if file.is_file():
+                name = f"{path}/{file.relative_to(folder)}".lstrip("/")
+                files[name] = size_and_digest(file)
     return json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
 
 
@@ -121,9 +146,13 @@ def read_checksums(version: Version, place: str, tracking_uri: str) -> Files:
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         content = _local(FILE, version, place, tracking_uri, Path(folder)).read_bytes()
     if storage.digest_bytes(content) != version.checksum:
-        raise UserError(f"{_name(version)}: {FILE} was changed after the registration; register the model again")
+        raise UserError(
+            f"{_name(version)}: {FILE} was changed after the registration; register the model again"
+        )
     files = (records.parsed(content, dict[str, dict[str, dict[str, Any]]]) or {}).get("files")
-    if files is None or not all(each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()):
+    if files is None or not all(
+        each.keys() == {"bytes", "sha256"} and _inside(name) for name, each in files.items()
+    ):
         raise UserError(f"{_name(version)}: {FILE} is not a list of files with bytes and sha256")
     return files
 
@@ -134,10 +163,12 @@ def verify(version: Version, place: str, tracking_uri: str) -> int:
     Reads all files, one at a time. Raises UserError that names the first added, missing or changed file.
     """
     files = read_checksums(version, place, tracking_uri)
-    _refuse_added(version, _listed(version, place, tracking_uri), files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW)
+    known = files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW
+    _refuse_added(version, _listed(version, place, tracking_uri), known)
     for name, wanted in files.items():
         with tempfile.TemporaryDirectory(prefix="olora-") as folder:
-            if size_and_digest(_local(name, version, place, tracking_uri, Path(folder))) != wanted:
+            file = _local(name, version, place, tracking_uri, Path(folder))
+            if size_and_digest(file) != wanted:
                 raise UserError(
                     f"{_name(version)}: {name} was changed after the registration; register the model again"
                 )
@@ -152,11 +183,14 @@ def verify_copy(version: Version, place: str, tracking_uri: str, folder: Path) -
     _refuse_added(version, _below(folder), files)
     for name, wanted in files.items():
         if not (folder / name).is_file() or size_and_digest(folder / name) != wanted:
-            raise UserError(f"{_name(version)}: {folder / name} is not the registered file; delete its folder")
+            raise UserError(
+                f"{_name(version)}: {folder / name} is not the registered file; delete its folder"
+            )
 
 
 def _refuse_added(version: Version, present: Iterable[str], known: Iterable[str]) -> None:
-    if added := sorted(set(present) - set(known)):
+    added = sorted(set(present) - set(known))
+    if added:
         raise UserError(
             f"{_name(version)}: {added[0]} was added after the registration; remove it, or register the model again"
         )
@@ -165,38 +199,47 @@ def _refuse_added(version: Version, present: Iterable[str], known: Iterable[str]
 def _listed(version: Version, place: str, tracking_uri: str) -> list[str]:
     from mlflow.artifacts import list_artifacts
 
-    if (root := _root(place)) is not None:
+    root = _root(place)
+    if root is not None:
         return _below(root)
-    files, folders = list[str](), [""]
+    files = []
+    folders = [""]
     with refused(f"{_name(version)}: its files at {place} cannot be listed"):
         while folders:
             folder = folders.pop()
             address = f"{place.rstrip('/')}/{folder}".rstrip("/")
             for item in list_artifacts(artifact_uri=address, tracking_uri=tracking_uri):
                 name = f"{folder}/{item.path.rstrip('/').rpartition('/')[2]}".lstrip("/")
-                (folders if item.is_dir else files).append(name)
+                if item.is_dir:
+                    folders.append(name)
+                else:
+                    files.append(name)
     return files
 
 
 def _below(root: Path) -> list[str]:
+    # Links to folders count as files, because their content is not listed.
     return [
-        str((Path(folder) / name).relative_to(root))
-        for folder, folders, files in os.walk(root)
-        for name in [*files, *(each for each in folders if (Path(folder) / each).is_symlink())]
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
     ]
 
 
 def _local(name: str, version: Version, place: str, tracking_uri: str, folder: Path) -> Path:
     from mlflow.artifacts import download_artifacts
 
-    if (root := _root(place)) is not None:
+    root = _root(place)
+    if root is not None:
         file = root / name
     else:
+        source = f"{place.rstrip('/')}/{name}"
         with refused(f"{_name(version)}: {name} cannot be read"):
-            source = f"{place.rstrip('/')}/{name}"
-            file = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
+            file = Path(download_artifacts(source, dst_path=str(folder), tracking_uri=tracking_uri))
     if not file.is_file():
-        raise UserError(f"{_name(version)}: {name} is missing at {place}")
+        raise UserError(
+            f"{_name(version)}: {name} is missing at {place}{advice(place, tracking_uri)}"
+        )
     return file
 
 
@@ -231,7 +274,8 @@ def sign(version: Version, place: str, tracking_uri: str, key: str) -> None:
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         signer = _signer(key, folder).set_hashing_config(_known(version, place, tracking_uri))
         signer.sign(f"{version.name}-{version.number}", Path(folder) / SIGNATURE)
-        get_artifact_repository(place, tracking_uri=tracking_uri).log_artifact(f"{folder}/{SIGNATURE}")
+        repository = get_artifact_repository(place, tracking_uri=tracking_uri)
+        repository.log_artifact(f"{folder}/{SIGNATURE}")
 
 
 def verify_signature(version: Version, place: str, tracking_uri: str, key: str) -> int:
@@ -244,9 +288,13 @@ def verify_signature(version: Version, place: str, tracking_uri: str, key: str) 
         signature = _local(SIGNATURE, version, place, tracking_uri, Path(folder))
         # The package raises what its parts raise: ValueError, InvalidSignature, KeyError, ...
         subject = f"{_name(version)}: the signature is not valid for {key}"
-        with as_user_error(subject, Exception, reason=lambda error: first_line(error).partition(": [")[0]):
-            config = _package().verifying.Config().use_elliptic_key_verifier(public_key=_pem(key, folder))
-            config.set_hashing_config(_known(version, place, tracking_uri)).verify(folder, signature)
+        with as_user_error(
+            subject, Exception, reason=lambda error: first_line(error).partition(": [")[0]
+        ):
+            config = _package().verifying.Config()
+            config.use_elliptic_key_verifier(public_key=_pem(key, folder))
+            config.set_hashing_config(_known(version, place, tracking_uri))
+            config.verify(folder, signature)
     return count
 
 
@@ -257,7 +305,8 @@ def check_key(key: str) -> None:
 
 
 def _signer(key: str, folder: str) -> Any:
-    signing, pem = _package().signing, _pem(key, folder)
+    signing = _package().signing
+    pem = _pem(key, folder)
     wanted = f"{key}: expected a private EC key in PEM, without a password (openssl ecparam -name prime256v1 -genkey)"
     with as_user_error(wanted, Exception):
         return signing.Config().use_elliptic_key_signer(private_key=pem)
@@ -272,7 +321,9 @@ def _pem(key: str, folder: str) -> Path:
 
 
 def _package() -> Any:
-    with as_user_error("signatures need a package, pip install 'olora-ray[sign]'", ModuleNotFoundError):
+    with as_user_error(
+        "signatures need a package, pip install 'olora-ray[sign]'", ModuleNotFoundError
+    ):
         import model_signing
     return model_signing
 
@@ -285,11 +336,18 @@ def _known(version: Version, place: str, tracking_uri: str) -> Any:
     files = read_checksums(version, place, tracking_uri)
     digests = {name: each["sha256"] for name, each in files.items()} | {FILE: version.checksum}
     items = [
-        manifest.FileManifestItem(path=PurePosixPath(name), digest=Digest("sha256", bytes.fromhex(text)))
+        manifest.FileManifestItem(
+            path=PurePosixPath(name), digest=Digest("sha256", bytes.fromhex(text))
+        )
         for name, text in digests.items()
     ]
     ignored = sorted({SIGNATURE, *FROM_MLFLOW})  # verifiers read this list from the signature
-    by_file = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": ignored}
+    by_file = {
+        "method": "files",
+        "hash_type": "sha256",
+        "allow_symlinks": False,
+        "ignore_paths": ignored,
+    }
     made = manifest.Manifest(version.name, items, manifest.SerializationType.from_args(by_file))
     config: Any = hashing.Config()
     config.hash = lambda *_, **__: made

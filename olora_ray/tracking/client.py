@@ -12,14 +12,14 @@ import socket
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 from olora_ray.common.errors import TryAgain, UserError, first_line
-from olora_ray.common.patience import untrusted
+from olora_ray.common.retry import untrusted
 from olora_ray.common.secrets import mask
 
 if TYPE_CHECKING:
@@ -38,13 +38,16 @@ _OF_DATABASES = re.compile(
     re.IGNORECASE,
 )
 # Texts of SQLite, PostgreSQL and the operating system, direct or inside a server's answer.
-_FULL = re.compile(r"database or disk is full|No space left on device|disk quota exceeded", re.IGNORECASE)
+_FULL = re.compile(
+    r"database or disk is full|No space left on device|disk quota exceeded", re.IGNORECASE
+)
 
 
 def remedy(error: BaseException) -> str | None:
     """Return the cause of an error and what to do; None for an error that may pass or is unknown."""
     for cause in causes(error):
-        if trust := untrusted(cause):
+        trust = untrusted(cause)
+        if trust:
             return trust
         # An error with an errno is about the disk of this machine, not about MLflow's.
         if _FULL.search(str(cause)) and getattr(cause, "errno", None) is None:
@@ -70,7 +73,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     import requests
 
-    status = getattr(error.response, "status_code", None) if isinstance(error, requests.HTTPError) else None
+    if not isinstance(error, requests.HTTPError):
+        return None
+    status = getattr(error.response, "status_code", None)
     return status if isinstance(status, int) else None
 
 
@@ -89,7 +94,8 @@ def _is_denial(error: BaseException) -> bool:
         if isinstance(error, exceptions.ClientError):
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = error.response.get("Error", {}).get("Code")
-            return status in _STATUS or code in ("ExpiredToken", "InvalidToken")  # these have another HTTP status
+            # These codes have another HTTP status.
+            return status in _STATUS or code in ("ExpiredToken", "InvalidToken")
         if isinstance(error, exceptions.NoCredentialsError):
             return True
     return _status(error) in _STATUS
@@ -98,7 +104,8 @@ def _is_denial(error: BaseException) -> bool:
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PROBE_SECONDS = 5.0
 _asked: set[str] = set()
-_TIMEOUT, _SHORT = "MLFLOW_HTTP_REQUEST_TIMEOUT", "8"
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_SHORT = "8"
 _SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # One retry, because the server may have closed a kept connection meanwhile.
@@ -106,7 +113,12 @@ _SETTINGS = {
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     _TIMEOUT: _SHORT,
 }
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
+_REFUSALS = (
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "BAD_REQUEST",
+)
 
 
 class TrackingUnavailable(TryAgain):
@@ -124,20 +136,24 @@ def check_uri(uri: str) -> None:
     try:
         _ask(uri)
     except ModuleNotFoundError as error:
-        install = ": pip install 'olora-ray[postgresql]'" if urlsplit(uri).scheme == "postgresql" else ""
-        raise UserError(f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}{install}") from None
+        problem = f"tracking.uri={shown_uri(uri)}: needs the Python package {error.name}"
+        if urlsplit(uri).scheme == "postgresql":
+            problem += ": pip install 'olora-ray[postgresql]'"
+        raise UserError(problem) from None
     # ValueError: an address such as [::1
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        error_type = TrackingUnavailable if is_unavailable(error) and remedy(error) is None else UserError
+        error_type = (
+            TrackingUnavailable if is_unavailable(error) and remedy(error) is None else UserError
+        )
         raise error_type(f"tracking.uri={shown_uri(uri)}: {_reason(uri, error)}") from None
 
 
 @cache
 def connect(uri: str) -> "MlflowClient":
     """Return MLflow's client for a server or database, with short timeouts; settings of the user stay."""
-    patience.follow_certificates()
+    retry.follow_certificates()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -161,12 +177,20 @@ def reachable(uri: str, *, upload: bool = False) -> Iterator[None]:
     """
     try:
         _ask(uri)
-        with _time_for_uploads() if upload else nullcontext():
+        # MLflow reads the environment variable at each request. Other requests get more time, too, which is harmless.
+        longer = upload and os.environ.get(_TIMEOUT) == _SHORT
+        if longer:
+            os.environ[_TIMEOUT] = "120"
+        try:
             yield
+        finally:
+            if longer:
+                os.environ[_TIMEOUT] = _SHORT
     except Exception as error:
         # Before is_unavailable: an untrusted certificate and a database's denial have the error types of an unreachable
         # server.
-        if not isinstance(error, UserError) and (text := remedy(error)):
+        text = None if isinstance(error, UserError) else remedy(error)
+        if text:
             raise UserError(f"tracking.uri={shown_uri(uri)}: {text} ({reason(error)})") from None
         if is_unavailable(error):
             raise unavailable(uri, reason(error)) from None
@@ -186,9 +210,12 @@ def probe(uri: str) -> None:
     scheme = parts.scheme.partition("+")[0]
     port = _DATABASE_PORTS.get(scheme)
     if port and parts.hostname:
-        socket.create_connection((parts.hostname, parts.port or port), timeout=_PROBE_SECONDS).close()
-    if scheme == "sqlite" and (path := make_url(uri).database) and os.path.isfile(path):
-        with closing(sqlite3.connect(path, timeout=_PROBE_SECONDS, isolation_level=None)) as database:
+        address = (parts.hostname, parts.port or port)
+        socket.create_connection(address, timeout=_PROBE_SECONDS).close()
+    path = make_url(uri).database if scheme == "sqlite" else None
+    if path and os.path.isfile(path):
+        opened = sqlite3.connect(path, timeout=_PROBE_SECONDS, isolation_level=None)
+        with closing(opened) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
 
@@ -228,7 +255,10 @@ def is_unavailable(error: BaseException) -> bool:
     local = (ConnectionError, TimeoutError, socket.gaierror, sqlite3.OperationalError)
     remote = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
     broken = (requests.exceptions.ChunkedEncodingError, exc.OperationalError, exc.TimeoutError)
-    return any(isinstance(cause, local + remote + broken) or _store_is_unreachable(cause) for cause in causes(error))
+    return any(
+        isinstance(cause, local + remote + broken) or _store_is_unreachable(cause)
+        for cause in causes(error)
+    )
 
 
 def _store_is_unreachable(error: BaseException) -> bool:
@@ -265,11 +295,15 @@ def is_answer(error: Exception) -> bool:
 def reason(error: BaseException) -> str:
     """Return an error's first line without passwords; of nested MLflow and urllib3 errors only the innermost."""
     text = mask(first_line(error)).partition(" Response text: ")[0]
-    if broken := re.search(r"""(['"])(Connection broken: .*?)\1, """, text):  # urllib3 repeats the rest
+    broken = re.search(r"""(['"])(Connection broken: .*?)\1, """, text)
+    if broken:  # urllib3 repeats the rest
         return broken[2][:300]
     core = text.rpartition("(Caused by ")[2]
     if core == text:
-        core = re.sub(r"^API request to \S+ failed with (timeout )?exception |\. To increase the timeout, .*", "", text)
+        around = (
+            r"^API request to \S+ failed with (timeout )?exception |\. To increase the timeout, .*"
+        )
+        core = re.sub(around, "", text)
         return re.sub(r"^HTTPS?ConnectionPool\(.*?\): ", "", core)[:300]
     return re.sub(r"^\w+\(.*?\): |^\w+\(.*?, '|^\w+\(['\"]|['\"]?\)+$", "", core)[:300]
 
@@ -279,37 +313,20 @@ def shown_uri(uri: str) -> str:
 
 
 def _ask(uri: str) -> None:
-    with nullcontext() if uri in _asked else _alone(uri):
-        probe(uri)
-        connect(uri).search_experiments(max_results=1)
-    _asked.add(uri)
-
-
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Let one process at a time open a SQLite file: MLflow creates its tables in steps that collide."""
-    # MLflow's own lock covers only some of the steps. This lock is on the file's folder, so no lock file stays behind.
-    # On a file system without such locks there is no lock.
     with ExitStack() as held:
-        with suppress(OSError):
-            if uri.startswith("sqlite:////"):
+        # One process at a time opens a SQLite file, because MLflow creates its tables in steps that collide. MLflow's
+        # own lock covers only some of the steps. This lock is on the file's folder, so no lock file stays behind. On a
+        # file system without such locks there is no lock.
+        if uri not in _asked and uri.startswith("sqlite:////"):
+            with suppress(OSError):
                 folder = os.path.dirname(uri.removeprefix("sqlite:///"))
                 os.makedirs(folder, exist_ok=True)  # as MLflow does
                 descriptor = os.open(folder, os.O_RDONLY)
                 held.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _time_for_uploads() -> Iterator[None]:
-    # MLflow reads the environment variable at each request. Other requests get more time, too, which is harmless.
-    ours = os.environ.get(_TIMEOUT) == _SHORT
-    os.environ.update({_TIMEOUT: "120"} if ours else {})
-    try:
-        yield
-    finally:
-        os.environ.update({_TIMEOUT: _SHORT} if ours else {})
+        probe(uri)
+        connect(uri).search_experiments(max_results=1)
+    _asked.add(uri)
 
 
 def _reason(uri: str, error: Exception) -> str:
@@ -323,7 +340,8 @@ def _reason(uri: str, error: Exception) -> str:
         return f"the MLflow server refuses the host name {host}; start it with --allowed-hosts '{host}'"
     if uri.startswith("http") and ("error code 401" in text or "error code 403" in text):
         return "the server refuses access; set MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    if fix := remedy(error):
+    fix = remedy(error)
+    if fix:
         return f"{fix} ({reason(error)})"
     if uri.startswith("http") and ("error code" in text or "response body" in text):
         return f"a server answers, but not an MLflow server with this path: {reason(error)}"

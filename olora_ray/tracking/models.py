@@ -9,6 +9,7 @@ The weights are copied once, from the folder to the artifact store, and no model
     checksums.json           size and SHA-256 of all of these; see checksums.py
 """
 
+import contextlib
 import json
 import logging
 import platform
@@ -32,6 +33,7 @@ from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.checksums import ADAPTER_ONLY, EXPORT, SETTINGS, Version, name_filter
 from olora_ray.tracking.client import connect, existing, is_unavailable, reachable, refused
+from olora_ray.tracking.moved_storage import advice
 from olora_ray.tracking.run import PARAM_LENGTH, Tracker
 from olora_ray.tracking.start import resolve_uri
 
@@ -46,7 +48,8 @@ logger = logging.getLogger(__name__)
 # Contents of a version: the registered folder, and its description.
 
 # Folders of a merged model and of an adapter in a logged model. The names are MLflow's.
-MODEL_FOLDER, ADAPTER_FOLDER = "model", "peft"
+MODEL_FOLDER = "model"
+ADAPTER_FOLDER = "peft"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ class Contents:
     def artifact_folder(self) -> str:
         return MODEL_FOLDER if self.base is None else ADAPTER_FOLDER
 
+    @property
+    def config(self) -> Path:
+        """The config.json of the base model."""
+        folder = self.folder if self.base is None else Path(self.base.folder)
+        return folder / "config.json"
+
 
 # The files that MLflow reads beside a model: MLmodel, requirements, tokenizer, input example.
 
@@ -97,19 +106,37 @@ BASE = "base_model"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _NOT_OF_A_TOKENIZER = ("adapter_config.json", "README.md")
 _PACKAGES = ("mlflow", "torch", "transformers")
-_EXAMPLE, _SERVED = "input_example.json", "serving_input_example.json"
+_EXAMPLE = "input_example.json"
+_SERVED = "serving_input_example.json"
 
 
 def write_model(folder: Path, contents: Contents, logged: "LoggedModel", run_id: str) -> None:
     """Write all files except the model itself into `folder`, the root of the logged model."""
     _write_tokenizer(folder / "components" / "tokenizer", contents)
-    packages = (*_PACKAGES, *(("peft",) if contents.base else ()))
-    lines = [f"{name}=={installed(name).partition('+')[0]}" for name in packages]
-    (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    env = {"python": platform.python_version(), "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
-    (folder / "python_env.yaml").write_text(json.dumps(env) + "\n", encoding="utf-8")  # JSON is YAML
+    packages = [*_PACKAGES]
+    if contents.base:
+        packages.append("peft")
+    lines = [f"{name}=={installed(name).partition('+')[0]}\n" for name in packages]
+    (folder / "requirements.txt").write_text("".join(lines), encoding="utf-8")
+    env = {
+        "python": platform.python_version(),
+        "build_dependencies": ["pip"],
+        "dependencies": ["-r requirements.txt"],
+    }
+    # JSON is YAML.
+    (folder / "python_env.yaml").write_text(json.dumps(env) + "\n", encoding="utf-8")
+    # A request to the served model, which MLflow shows on the version's page.
+    example: dict[str, Any] = {"prompt": "Hello", "max_tokens": 64}
+    if has_chat_template(contents.folder):
+        example = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+    (folder / _EXAMPLE).write_text(json.dumps(example), encoding="utf-8")
+    (folder / _SERVED).write_text(json.dumps(example, indent=2), encoding="utf-8")
     model = _mlmodel(contents, logged, run_id)
-    model.saved_input_example_info = _write_example(folder, contents)
+    model.saved_input_example_info = {
+        "artifact_path": _EXAMPLE,
+        "type": "json_object",
+        "serving_input_path": _SERVED,
+    }
     model.save(str(folder / FILE))
 
 
@@ -117,26 +144,19 @@ def has_chat_template(folder: Path) -> bool:
     """True if the folder's tokenizer has a chat template: then the model is served as a chat, else as completions."""
     # chat_template.json does not count: it belongs to processors of images and text, and no tokenizer reads it.
     settings = folder / "tokenizer_config.json"
-    inside = settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-    return inside or (folder / "chat_template.jinja").is_file()
+    stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    return bool(stored.get("chat_template")) or (folder / "chat_template.jinja").is_file()
 
 
 def _write_tokenizer(tokenizer: Path, contents: Contents) -> None:
     tokenizer.mkdir(parents=True)
     for file in contents.folder.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _NOT_OF_A_TOKENIZER:
+        other = file.name.endswith(_WEIGHTS) or file.name in _NOT_OF_A_TOKENIZER
+        if file.is_file() and not other:
             shutil.copyfile(file, tokenizer / file.name)
-    if contents.base:  # transformers reads the tokenizer's class there if the tokenizer does not name it
-        shutil.copyfile(_config(contents), tokenizer / "config.json")
-
-
-def _write_example(folder: Path, contents: Contents) -> dict[str, str]:
-    # A request to the served model, which MLflow shows on the version's page.
-    hello = {"messages": [{"role": "user", "content": "Hello"}]}
-    example = {**(hello if has_chat_template(contents.folder) else {"prompt": "Hello"}), "max_tokens": 64}
-    (folder / _EXAMPLE).write_text(json.dumps(example), encoding="utf-8")
-    (folder / _SERVED).write_text(json.dumps(example, indent=2), encoding="utf-8")
-    return {"artifact_path": _EXAMPLE, "type": "json_object", "serving_input_path": _SERVED}
+    # transformers reads the tokenizer's class there if the tokenizer does not name it.
+    if contents.base:
+        shutil.copyfile(contents.config, tokenizer / "config.json")
 
 
 def _mlmodel(contents: Contents, logged: "LoggedModel", run_id: str) -> "Model":
@@ -144,21 +164,27 @@ def _mlmodel(contents: Contents, logged: "LoggedModel", run_id: str) -> "Model":
     from mlflow.models import Model, ModelSignature
     from mlflow.types import llm
 
-    chat = has_chat_template(contents.folder)
-    task = "llm/v1/chat" if chat else "llm/v1/completions"
-    signature = (
-        ModelSignature(inputs=llm.CHAT_MODEL_INPUT_SCHEMA, outputs=llm.CHAT_MODEL_OUTPUT_SCHEMA)
-        if chat
-        else ModelSignature(inputs=llm.COMPLETIONS_MODEL_INPUT_SCHEMA, outputs=llm.COMPLETIONS_MODEL_OUTPUT_SCHEMA)
-    )
+    if has_chat_template(contents.folder):
+        task = "llm/v1/chat"
+        signature = ModelSignature(llm.CHAT_MODEL_INPUT_SCHEMA, llm.CHAT_MODEL_OUTPUT_SCHEMA)
+    else:
+        task = "llm/v1/completions"
+        signature = ModelSignature(
+            llm.COMPLETIONS_MODEL_INPUT_SCHEMA, llm.COMPLETIONS_MODEL_OUTPUT_SCHEMA
+        )
+    metadata: dict[str, Any] = {"task": task}
+    if contents.base:
+        metadata[BASE] = asdict(contents.base)
     model = Model(
         artifact_path=logged.artifact_location,
         run_id=run_id,
         model_uuid=logged.model_id,
         model_id=logged.model_id,
         signature=signature,
-        metadata={"task": task} | ({BASE: asdict(contents.base)} if contents.base else {}),
-        model_size_bytes=sum(file.stat().st_size for file in contents.folder.rglob("*") if file.is_file()),
+        metadata=metadata,
+        model_size_bytes=sum(
+            file.stat().st_size for file in contents.folder.rglob("*") if file.is_file()
+        ),
     )
     model.add_flavor(
         "transformers",
@@ -176,40 +202,30 @@ def _mlmodel(contents: Contents, logged: "LoggedModel", run_id: str) -> "Model":
 
 
 def _of_the_model(contents: Contents) -> dict[str, str]:
-    config: dict[str, Any] = json.loads(_config(contents).read_text(encoding="utf-8"))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config: dict[str, Any] = json.loads(contents.config.read_text(encoding="utf-8"))
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    # Not simply the folder's `architectures`: some folders name the model without its head there.
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
+    own = config.get("architectures")
+    # A model with its own code may use a model_type that transformers knows, but has its own class.
+    if own and ("auto_map" in config or not isinstance(model_class, str)):
+        model_class = own[0]
     fields = {
-        "pipeline_model_type": _class(config),
+        "pipeline_model_type": str(model_class),
         "torch_dtype": f"torch.{dtype}",
         "source_model_name": contents.answers_as,
     }
-    if (base := contents.base) is None:
-        return {**fields, "model_binary": contents.artifact_folder}
+    base = contents.base
+    if base is None:
+        fields["model_binary"] = contents.artifact_folder
+        return fields
     fields["peft_adaptor"] = contents.artifact_folder
     if base.on_hub and base.revision:
         hub = {"source_model_name": base.name, "source_model_revision": base.revision}
         return {**fields, **hub, "tokenizer_name": base.name, "tokenizer_revision": base.revision}
     return {**fields, "local_base_model_path": base.folder}
-
-
-def _class(config: dict[str, Any]) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    # Not simply the folder's `architectures`: some folders name the model without its head there.
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
-    own: list[str] = config.get("architectures") or []
-    # A model with its own code may use a model_type that transformers knows, but has its own class.
-    return str(own[0] if own and ("auto_map" in config or not isinstance(known, str)) else known)
-
-
-def _architecture(contents: Contents) -> str | None:
-    """Return the model_type of the base model's config.json, such as llama; it is MLflow's model_type, too."""
-    config: dict[str, Any] = json.loads(_config(contents).read_text(encoding="utf-8"))
-    return config.get("model_type")
-
-
-def _config(contents: Contents) -> Path:
-    return (Path(contents.base.folder) if contents.base else contents.folder) / "config.json"
 
 
 # Tag that MLflow shows as the description of a run or a logged model.
@@ -225,7 +241,9 @@ ABOUT = """olora_ray trained the versions of this model. The description of each
 """
 
 
-def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: Mapping[str, object]) -> int:
+def register(
+    tracker: Tracker, contents: Contents, name: str, alias: str, tags: Mapping[str, object]
+) -> int:
     """Log `contents` as a model of the tracker's run, register it under `name`, set `alias`; return the version.
 
     Safe to repeat: a registration of this run with the same settings is resumed. An alias never moves from a newer to
@@ -243,15 +261,20 @@ def register(tracker: Tracker, contents: Contents, name: str, alias: str, tags: 
         # Not models:/ID as source: MLflow would look it up in its global tracking store.
         location = model.artifact_location
         texts |= {checksums.TAG: model.tags[checksums.TAG]}
-        version = client.create_model_version(name, location, tracker.run_id, texts, model_id=model.model_id)
+        version = client.create_model_version(
+            name, location, tracker.run_id, texts, model_id=model.model_id
+        )
         reached("register")
         link = json.dumps([{"name": name, "version": version.version}])
-        client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})  # for the link on the page
+        # For the link on the page.
+        client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
     for key, text in texts.items():
         client.set_model_version_tag(name, version.version, key, text)
     number = str(version.version)
-    if contents.description and not version.description:  # an existing one may have been edited by hand
-        client.update_model_version(name, number, _description(contents, f"models:/{name}/{number}"))
+    # An existing description may have been edited by hand.
+    if contents.description and not version.description:
+        text = _description(contents, f"models:/{name}/{number}")
+        client.update_model_version(name, number, text)
     _set_alias(Aliases(tracker.uri, name), alias, number)
     return int(number)
 
@@ -264,18 +287,23 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
     from mlflow.entities import LoggedModelOutput
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    client, run_id = tracker.client(), tracker.run_id
+    client = tracker.client()
+    run_id = tracker.run_id
     experiment = client.get_run(run_id).info.experiment_id
     texts = _texts(contents, tags)
-    of_run = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'")
-    existing = [each for each in of_run if _is_of(each, texts)]
-    if existing and str(existing[0].status) == "READY" and checksums.TAG in existing[0].tags:
-        return str(existing[0].model_id)
-    if existing:
-        model = existing[0]
-    else:
+    of_run = client.search_logged_models(
+        [experiment], f"source_run_id = '{run_id}' AND name = '{contents.name}'"
+    )
+    model = next((each for each in of_run if _is_of(each, texts)), None)
+    if model is not None and str(model.status) == "READY" and checksums.TAG in model.tags:
+        return str(model.model_id)
+    if model is None:
         params = {name: str(value)[:PARAM_LENGTH] for name, value in contents.params.items()}
-        model = client.create_logged_model(experiment, contents.name, run_id, texts, params, _architecture(contents))
+        # Such as llama, in config.json and in MLflow.
+        model_type = json.loads(contents.config.read_text(encoding="utf-8")).get("model_type")
+        model = client.create_logged_model(
+            experiment, contents.name, run_id, texts, params, model_type
+        )
     outputs = client.get_run(run_id).outputs
     if model.model_id not in {item.model_id for item in (outputs.model_outputs if outputs else ())}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -289,9 +317,10 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
         files.log_artifacts(folder)
     for step, names, dataset in contents.measured:
         tracker.of_model(model.model_id, step, names, dataset)
-    texts |= {checksums.TAG: storage.digest(text)}
-    note = {NOTE: _description(contents, f"models:/{model.model_id}")} if contents.description else {}
-    client.set_logged_model_tags(model.model_id, texts | note)
+    texts[checksums.TAG] = storage.digest(text)
+    if contents.description:
+        texts[NOTE] = _description(contents, f"models:/{model.model_id}")
+    client.set_logged_model_tags(model.model_id, texts)
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
 
@@ -300,10 +329,12 @@ def of_run(tracking_uri: str, run_id: str) -> str | None:
     """Return the id of the newest model that an MLflow run has logged; None if there is no such model or run."""
     client = connect(tracking_uri)
     with reachable(tracking_uri):
-        if (run := existing(client.get_run, run_id)) is None:
+        run = existing(client.get_run, run_id)
+        if run is None:
             return None
         found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
-        return max(found, key=lambda model: model.creation_timestamp).model_id if found else None
+        newest = max(found, key=lambda model: model.creation_timestamp, default=None)
+        return None if newest is None else newest.model_id
 
 
 def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
@@ -330,7 +361,9 @@ def _is_of(made: "ModelVersion | LoggedModel", texts: Mapping[str, str]) -> bool
 
 def _texts(contents: Contents, tags: Mapping[str, object]) -> dict[str, str]:
     texts = {key: str(value) for key, value in {**start.lineage(), **tags}.items() if str(value)}
-    return texts | ({EXPORT: ADAPTER_ONLY} if contents.base else {})
+    if contents.base:
+        texts[EXPORT] = ADAPTER_ONLY
+    return texts
 
 
 def _description(contents: Contents, uri: str) -> str:
@@ -376,8 +409,35 @@ def find(uri: str, tracking_uri: str, cache: Path) -> Registered:
 
 
 def resolve(uri: str, tracking_uri: str) -> Version:
+    from mlflow.exceptions import MlflowException
+
+    words = uri.removeprefix(SCHEME).strip("/")
+    name, at, alias = words.partition("@")
+    number = ""
+    if not at:
+        name, _, number = words.rpartition("/")
+    if not uri.startswith(SCHEME) or not name or not (alias or number.isdigit()):
+        raise UserError(f"model.name: {uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    client = connect(tracking_uri)
     with reachable(tracking_uri):
-        return Version.of(_resolve(connect(tracking_uri), uri))
+        try:
+            if alias:
+                return Version.of(client.get_model_version_by_alias(name, alias))
+            return Version.of(client.get_model_version(name, number))
+        except MlflowException as error:
+            if is_unavailable(error):
+                raise
+        model = existing(client.get_registered_model, name)
+        if model is None:
+            raise UserError(
+                f"model.name: {uri}: no model {name!r} is registered in the tracking server"
+            )
+        numbers = [str(each.version) for each in client.search_model_versions(name_filter(name))]
+    aliases = [f"@{each} = {version}" for each, version in model.aliases.items()]
+    raise UserError(
+        f"model.name: {uri}: not registered; {name} has versions {', '.join(sorted(numbers, key=int)) or 'none'} and"
+        f" aliases {', '.join(aliases) or 'none'}"
+    )
 
 
 def fetch(version: Version, tracking_uri: str, cache: Path, copy: bool = False) -> Registered:
@@ -387,7 +447,9 @@ def fetch(version: Version, tracking_uri: str, cache: Path, copy: bool = False) 
     UserError for files that were changed after the registration.
     """
     with reachable(tracking_uri, upload=True):
-        place = str(connect(tracking_uri).get_model_version_download_uri(version.name, version.number))
+        place = str(
+            connect(tracking_uri).get_model_version_download_uri(version.name, version.number)
+        )
         uri = f"{SCHEME}{version.name}/{version.number}"
         return _inside(uri, version, _checked(version, place, tracking_uri, cache, copy))
 
@@ -396,14 +458,14 @@ def of_config(config: AnyConfig) -> Registered | None:
     """Return the registered version that a config names as its model (models:/...); else None."""
     if not config.model.name.startswith(SCHEME):
         return None
-    start.follow(config.run.storage)
     return find(config.model.name, resolve_uri(config), cache_folder(config))
 
 
 def cache_folder(config: AnyConfig) -> Path:
     """Return the folder for copies of registered models: under the storage, where workers see it, too."""
-    place = config.run.storage
-    return (Path.home() / ".cache" / "olora_ray" if storage.is_uri(place) else Path(place)) / "models"
+    if storage.is_uri(config.run.storage):
+        return Path.home() / ".cache" / "olora_ray" / "models"
+    return Path(config.run.storage) / "models"
 
 
 def pinned(name: str, config: AnyConfig) -> str:
@@ -432,34 +494,29 @@ def _checked(version: Version, place: str, tracking_uri: str, cache: Path, alway
 
 
 def _inside(uri: str, version: Version, folder: Path) -> Registered:
+    from mlflow.models import Model
+
+    # From the MLmodel, because MLflow's registry of versions does not store these. Another program may have written
+    # anything there.
+    model_id = None
+    base = None
+    with contextlib.suppress(Exception):
+        model = Model.load(str(folder / FILE))
+        model_id = model.model_id
+        base = _BASE.validate_python((model.metadata or {})[BASE])
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
-            return Registered(version, candidate, None, _model_id(folder))
+            return Registered(version, candidate, None, model_id)
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
-        raise UserError(f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model")
-    return Registered(version, folder / ADAPTER_FOLDER, _base(uri, folder), _model_id(folder))
-
-
-def _model_id(folder: Path) -> str | None:
-    # From the MLmodel, because MLflow's registry of versions does not store it.
-    from mlflow.models import Model
-
-    try:
-        return Model.load(str(folder / FILE)).model_id
-    except Exception:  # another program may have written anything here
-        return None
-
-
-def _base(uri: str, folder: Path) -> BaseOfAdapter:
-    from mlflow.models import Model
-
-    try:
-        return _BASE.validate_python((Model.load(str(folder / FILE)).metadata or {})[BASE])
-    except Exception:  # another program may have written anything here
+        raise UserError(
+            f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model"
+        )
+    if base is None:
         raise UserError(
             f"model.name: {uri} is an adapter that another program registered, so its base model cannot be checked;"
             " register it with this project, or register the merged model"
-        ) from None
+        )
+    return Registered(version, folder / ADAPTER_FOLDER, base, model_id)
 
 
 def _verify(version: Version, folder: Path, tracking_uri: str) -> None:
@@ -472,44 +529,24 @@ def _verify(version: Version, folder: Path, tracking_uri: str) -> None:
         )
 
 
-def _resolve(client: "MlflowClient", uri: str) -> "ModelVersion":
-    from mlflow.exceptions import MlflowException
-
-    words = uri.removeprefix(SCHEME).strip("/")
-    name, at, alias = words.partition("@")
-    if not at:
-        name, _, number = words.rpartition("/")
-    if not uri.startswith(SCHEME) or not name or not (alias if at else number.isdigit()):
-        raise UserError(f"model.name: {uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
-    try:
-        return client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
-    except MlflowException as error:
-        if is_unavailable(error):
-            raise
-        raise UserError(f"model.name: {uri}: {_known_names(client, name)}") from None
-
-
-def _known_names(client: "MlflowClient", name: str) -> str:
-    if (model := existing(client.get_registered_model, name)) is None:
-        return f"no model {name!r} is registered in the tracking server"
-    versions = [str(item.version) for item in client.search_model_versions(name_filter(name))]
-    named = ", ".join(f"@{alias} = {version}" for alias, version in model.aliases.items()) or "none"
-    return f"not registered; {name} has versions {', '.join(sorted(versions, key=int)) or 'none'} and aliases {named}"
-
-
 def _fetch(place: str, tracking_uri: str, target: Path, always: bool) -> Path:
     from mlflow.artifacts import download_artifacts
 
     local = Path(place.removeprefix("file://"))
     if local.is_absolute():
         if not local.is_dir():
-            raise UserError(f"model.name: the registered model's folder {local} is missing on this machine")
+            raise UserError(
+                f"model.name: the registered model's folder {local} is missing on this machine"
+                f"{advice(place, tracking_uri)}"
+            )
         if not always:
             return local
 
     def download(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".olora-", dir=target.parent) as parts:
-            files = download_artifacts(artifact_uri=place, dst_path=f"{parts}/files", tracking_uri=tracking_uri)
+            files = download_artifacts(
+                artifact_uri=place, dst_path=f"{parts}/files", tracking_uri=tracking_uri
+            )
             Path(files).replace(folder)
 
     with refused(f"model.name: cannot download {place}"):

@@ -5,7 +5,6 @@ import getpass
 import logging
 import os
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from olora_ray.common import node_cache, patience, storage
+from olora_ray.common import node_cache, retry, storage
 from olora_ray.common.errors import TakenOver, TryAgain, UserError
 from olora_ray.common.secrets import in_uri, looked_up
 from olora_ray.config import command_line
@@ -30,59 +29,13 @@ from olora_ray.tracking.client import (
     remedy,
     shown_uri,
 )
+from olora_ray.tracking.moved_storage import DATABASE, FOLDER, refuse_moved
 from olora_ray.tracking.run import TAG_LENGTH, Status, Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
-
-# The SQLite database of a moved run.storage. MLflow keeps absolute paths of artifacts in it.
-
-FOLDER = "mlartifacts"
-DATABASE = "mlflow.db"
-# The columns in which MLflow 3.17 stores paths of artifacts. It has no call to change them.
-COLUMNS = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
-
-
-def follow(folder: str) -> None:
-    """Correct the artifact paths in the storage's SQLite database after the storage was moved or copied.
-
-    Artifacts that lie in another folder on purpose keep their paths. Call it before files are read, because the first
-    run in the new place may start from a registered model.
-    """
-    file, now = Path(folder) / DATABASE, os.path.join(os.path.abspath(folder), FOLDER)
-    if storage.is_uri(folder) or not file.is_file():
-        return
-    moved: list[str] = []
-    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as database:
-        try:
-            with database:
-                for (before,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
-                    if not before or before == now or not before.startswith("/") or os.path.basename(before) != FOLDER:
-                        continue
-                    if os.path.isdir(before) and not os.path.isfile(os.path.join(os.path.dirname(before), DATABASE)):
-                        continue
-                    moved.append(before)
-                    for table, column in COLUMNS:
-                        database.execute(
-                            f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608  # names of ours
-                            f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                            (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
-                        )
-        except sqlite3.DatabaseError as error:
-            if moved:  # otherwise MLflow itself reports the broken database better
-                logger.warning(f"run.storage was moved, but MLflow still expects its artifacts in {moved[0]}: {error}")
-            return
-    for before in moved:
-        logger.info(f"run.storage was moved: MLflow's artifacts are now in {now}, no longer in {before}")
-
 
 # MLflow's artifact store: before a training, a test file is written to it.
 
@@ -91,12 +44,6 @@ PROBE = ".probe"
 PROBE_BYTES = 4 * 2**20
 PROBE_SECONDS = 30.0
 FIELD = "MLflow's artifact store"
-
-
-def default_place(config: AnyConfig) -> str:
-    """Return the folder of a new experiment's files if MLflow is a database: beside the storage."""
-    root = config.run.storage
-    return storage.join(root if storage.is_uri(root) else os.path.abspath(root), FOLDER)
 
 
 def probe(place: str, uri: str) -> None:
@@ -125,16 +72,20 @@ def probe(place: str, uri: str) -> None:
         if isinstance(error, UserError):
             raise error
         if isinstance(error, ModuleNotFoundError):
-            raise UserError(f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}")
+            raise UserError(
+                f"{FIELD}: {place} needs the Python package {error.name}: pip install {error.name}"
+            )
+        problem = f"{FIELD}: {place} at {shown_uri(uri)} cannot be written"
         text = remedy(error)
-        error_type = TrackingUnavailable if text is None and is_unavailable(error) else UserError
-        why = f"{text} ({reason(error)})" if text else reason(error)
-        raise error_type(f"{FIELD}: {place} at {shown_uri(uri)} cannot be written: {why}")
+        if text:
+            raise UserError(f"{problem}: {text} ({reason(error)})")
+        error_type = TrackingUnavailable if is_unavailable(error) else UserError
+        raise error_type(f"{problem}: {reason(error)}")
 
 
 def use_paths() -> None:
     """Let MLflow address buckets by path if the S3 store is not AWS, like the rest of this project."""
-    if patience.s3_endpoint():
+    if retry.s3_endpoint():
         os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
 
 
@@ -173,8 +124,10 @@ def resolve_uri(config: AnyConfig) -> str:
     Makes a relative SQLite path absolute (see `absolute`). The address may contain a password: show it with `shown_uri`
     only. Raises UserError if nothing is set and the storage is a URI, or if env:NAME or file:/PATH cannot be read.
     """
-    named = looked_up(config.tracking.uri, "tracking.uri") if config.tracking.uri else None
-    if uri := named or os.environ.get(VARIABLE):
+    uri = os.environ.get(VARIABLE)
+    if config.tracking.uri:
+        uri = looked_up(config.tracking.uri, "tracking.uri") or uri
+    if uri:
         return absolute(uri)
     if storage.is_uri(config.run.storage):
         raise UserError(
@@ -191,7 +144,9 @@ def everywhere(config: AnyConfig) -> str:
     `resolve_uri` does.
     """
     uri = resolve_uri(config)
-    return (config.tracking.uri or f"env:{VARIABLE}") if in_uri(uri) else uri
+    if in_uri(uri):
+        return config.tracking.uri or f"env:{VARIABLE}"
+    return uri
 
 
 def absolute(uri: str) -> str:
@@ -210,12 +165,18 @@ def absolute(uri: str) -> str:
 def chosen_uri(given: str | None) -> str:
     """Return MLflow's address for a command without a config; `given` is the value of --tracking-uri."""
     if given and in_uri(given):
-        raise UserError("--tracking-uri: its secret is visible to all on this machine; use env:NAME or file:/PATH")
-    if uri := given if given is not None else os.environ.get(VARIABLE):
+        raise UserError(
+            "--tracking-uri: its secret is visible to all on this machine; use env:NAME or file:/PATH"
+        )
+    uri = os.environ.get(VARIABLE) if given is None else given
+    if uri:
         return absolute(looked_up(uri, "--tracking-uri"))
-    if given is None and (database := Path("runs", DATABASE)).is_file():
+    database = Path("runs", DATABASE)
+    if given is None and database.is_file():
         return f"sqlite:///{database.resolve()}"
-    raise UserError("--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI")
+    raise UserError(
+        "--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI"
+    )
 
 
 def check_artifacts(config: Config, uri: str) -> None:
@@ -223,30 +184,28 @@ def check_artifacts(config: Config, uri: str) -> None:
 
     Creates the experiment at `uri` if it is missing. Raises TrackingUnavailable if MLflow or the store does not answer.
     """
+    from mlflow.exceptions import MlflowException
+
     with reachable(uri):
         client = connect(uri)
         experiment = _experiment(client, config, uri)
-        _refuse_older(client, experiment, uri)
+        # A server of MLflow 2 accepts runs, but refuses the model at their end.
+        try:
+            client.search_logged_models([experiment], max_results=1)
+        except MlflowException as error:
+            if error.error_code != "ENDPOINT_NOT_FOUND":
+                raise
+            raise UserError(
+                f"tracking.uri={shown_uri(uri)}: this server is older than MLflow 3 and cannot store models;"
+                " upgrade it, or set another server"
+            ) from None
         location = str(client.get_experiment(experiment).artifact_location)
     probe(location, uri)
 
 
-def _refuse_older(client: "MlflowClient", experiment: str, uri: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    # A server of MLflow 2 accepts runs, but refuses the model at their end.
-    try:
-        client.search_logged_models([experiment], max_results=1)
-    except MlflowException as error:
-        if error.error_code != "ENDPOINT_NOT_FOUND":
-            raise
-        raise UserError(
-            f"tracking.uri={shown_uri(uri)}: this server is older than MLflow 3 and cannot store models;"
-            " upgrade it, or set another server"
-        ) from None
-
-
-def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id: str | None = None) -> "Tracker":
+def start_run(
+    config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id: str | None = None
+) -> "Tracker":
     """Create the run (and its experiment if needed), or resume `run_id` if it still exists.
 
     Call it in one process, the driver: processes that open a new database at the same time collide. Raises UserError
@@ -255,11 +214,23 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
     """
     uri = resolve_uri(config)
     use_paths()
-    follow(config.run.storage)
     try:
         check_uri(uri)
         with reachable(uri):
-            return _start(connect(uri), uri, config, run_name, {**_context_tags(), **tags}, run_id)
+            client = connect(uri)
+            experiment = _experiment(client, config, uri)
+            if run_id is not None:
+                former = existing(client.get_run, run_id)
+                if former is not None and former.info.lifecycle_stage == "active":
+                    client.update_run(run_id, status="RUNNING")
+                    return Tracker(uri, run_id)
+                logger.warning(
+                    f"MLflow run {run_id} no longer exists: the rest of this run is logged to a new MLflow run"
+                )
+            every = {**_context_tags(), **tags}
+            texts = {name: text[:TAG_LENGTH] for name, text in every.items()}
+            run = client.create_run(experiment, tags=texts, run_name=run_name)
+            return Tracker(uri, run.info.run_id, fresh=True)
     except TrackingUnavailable:
         if run_id is None:
             raise
@@ -268,45 +239,39 @@ def start_run(config: AnyConfig, run_name: str, tags: Mapping[str, str], run_id:
     return tracker
 
 
-def _start(
-    client: "MlflowClient", uri: str, config: AnyConfig, run_name: str, tags: Mapping[str, object], run_id: str | None
-) -> Tracker:
-    experiment = _experiment(client, config, uri)
-    if run_id is not None and _reopen(client, run_id):
-        return Tracker(uri, run_id)
-    texts = {name: str(value)[:TAG_LENGTH] for name, value in tags.items()}
-    return Tracker(uri, client.create_run(experiment, tags=texts, run_name=run_name).info.run_id, fresh=True)
-
-
 def _experiment(client: "MlflowClient", config: AnyConfig, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server has its own place for artifacts. Without a server MLflow would use the current folder.
-        served = uri.startswith(("http://", "https://", "databricks"))
+        # A server has its own place for artifacts. A database has it beside the storage: without one, MLflow would use
+        # the current folder.
+        place = None
+        if not uri.startswith(("http://", "https://", "databricks")):
+            root = config.run.storage
+            place = storage.join(root if storage.is_uri(root) else os.path.abspath(root), FOLDER)
         try:
-            return str(client.create_experiment(name, artifact_location=None if served else default_place(config)))
+            return str(client.create_experiment(name, artifact_location=place))
         except MlflowException as error:
-            experiment = client.get_experiment_by_name(name)  # another driver may have created it meanwhile
+            # Another driver may have created it meanwhile.
+            experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise UserError(f"tracking.experiment={name}: {reason(error)}") from None
     if experiment.lifecycle_stage == "deleted":
-        raise UserError(f"tracking.experiment: {name!r} was deleted in MLflow; restore it there, or set another name")
+        raise UserError(
+            f"tracking.experiment: {name!r} was deleted in MLflow; restore it there, or set another name"
+        )
+    if uri == f"sqlite:///{os.path.abspath(config.run.storage)}/{DATABASE}":
+        refuse_moved(str(experiment.artifact_location), uri)
     return str(experiment.experiment_id)
 
 
-def _reopen(client: "MlflowClient", run_id: str) -> bool:
-    if (run := existing(client.get_run, run_id)) and run.info.lifecycle_stage == "active":
-        client.update_run(run_id, status="RUNNING")
-        return True
-    logger.warning("MLflow run %s no longer exists: the rest of this run is logged to a new MLflow run", run_id)
-    return False
-
-
 # Tags of a run and of a version: a digest of this project's code, its commit, the image, and who started it where.
-CODE, COMMIT, IMAGE, SUBMITTER = "olora.code", "olora.commit", "olora.image", "olora.submitted_by"
+CODE = "olora.code"
+COMMIT = "olora.commit"
+IMAGE = "olora.image"
+SUBMITTER = "olora.submitted_by"
 # Suffix of a commit whose checkout has changes that are not committed.
 CHANGED = "+changes"
 
@@ -314,9 +279,10 @@ CHANGED = "+changes"
 def commit(folder: Path) -> str:
     """Return the commit of the git checkout that contains `folder`, with CHANGED if it has changes; else empty."""
     # From git itself, because GitPython, which MLflow uses, warns if git is missing.
-    git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={CHANGED}"]
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", f"--dirty={CHANGED}"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
+        silent = subprocess.DEVNULL
+        return subprocess.check_output(git, cwd=folder, text=True, stderr=silent).strip()
     return ""  # no git, or no checkout: an image, or a submitted job
 
 
@@ -331,9 +297,10 @@ def submitter() -> str:
 def lineage() -> dict[str, str]:
     """Return the tags that say which code runs here, and for whom; what is unknown is missing."""
     script = Path(sys.argv[0] or ".").absolute()
+    folder = script if script.is_dir() else script.parent
     tags = {
         CODE: node_cache.project(),
-        COMMIT: os.environ.get("OLORA_COMMIT") or commit(script if script.is_dir() else script.parent),
+        COMMIT: os.environ.get("OLORA_COMMIT") or commit(folder),
         IMAGE: os.environ.get("OLORA_IMAGE", ""),
         SUBMITTER: submitter(),
     }
@@ -342,11 +309,16 @@ def lineage() -> dict[str, str]:
 
 def _context_tags() -> dict[str, str]:
     # With the tags that mlflow.start_run would add.
-    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": Path(sys.argv[0] or ".").absolute().name} | lineage()
+    tags = {
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": Path(sys.argv[0] or ".").absolute().name,
+    } | lineage()
     with contextlib.suppress(OSError, KeyError):
         tags["mlflow.user"] = getpass.getuser()
     known = tags.get(COMMIT, "").removesuffix(CHANGED)
-    return tags | ({"mlflow.source.git.commit": known} if known else {})
+    if known:
+        tags["mlflow.source.git.commit"] = known
+    return tags
 
 
 # The MLflow run around a piece of work: created or resumed before it, closed as FINISHED, FAILED or KILLED after it.
@@ -380,8 +352,10 @@ def mlflow_run(
     """
     from mlflow.exceptions import MlflowException
 
-    uri, root = resolve_uri(config), config.run.storage
-    tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
+    uri = resolve_uri(config)
+    root = config.run.storage
+    if parent:
+        tags = {**tags, "mlflow.parentRunId": parent}
     tracker = start_run(config, config.run.name, tags, ids.tracking_run(uri, root))
     ids.keep_tracking_run(uri, root, tracker.run_id)
     tracker.params(params)
@@ -389,9 +363,11 @@ def mlflow_run(
         try:
             yield tracker
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                after_error = "KILLED"
             if not isinstance(error, TakenOver):  # otherwise the run belongs to another driver now
                 with contextlib.suppress(TrackingUnavailable):
-                    tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else after_error, seconds=5)
+                    tracker.end(after_error, seconds=5)
             raise
         tracker.end("FINISHED")
     except TrackingUnavailable as error:

@@ -6,6 +6,7 @@ lost, MLflow stores the same rows and keeps them once. The complete history of a
 given again when a training resumes and when it ends, and the queue lets through only the points that MLflow lacks.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -120,7 +121,11 @@ class WriteQueue:
     # The methods below run in the thread.
 
     def _run(self) -> None:
-        while self._wait_for_work():
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._queue)
+                if self._closed:
+                    return
             try:
                 probe(self._uri)
                 client = connect(self._uri)
@@ -133,31 +138,30 @@ class WriteQueue:
             else:
                 self._note_sent(batch)
 
-    def _wait_for_work(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._queue)
-            return not self._closed
-
     def _load(self, client: "MlflowClient") -> None:
         run = existing(client.get_run, self._run_id)
         if run is None or run.info.lifecycle_stage != "active":
             self._note_gone()
             return
-        stored = {
-            name: {item.step for item in client.get_metric_history(self._run_id, name)}
-            for name in run.data.metrics
-            if not name.startswith(SYSTEM)
-        }
+        stored: defaultdict[str, set[int]] = defaultdict(set)
+        for name in run.data.metrics:
+            if not name.startswith(SYSTEM):
+                history = client.get_metric_history(self._run_id, name)
+                stored[name] = {item.step for item in history}
         with self._changed:
             for name, steps in stored.items():
                 self._accepted[name] |= steps
-            self._queue = deque(
-                item for item in self._queue if isinstance(item, Write) or item.step not in stored.get(item.name, ())
-            )
+            waiting = self._queue
+            self._queue = deque()
+            for item in waiting:
+                if isinstance(item, Write) or item.step not in stored[item.name]:
+                    self._queue.append(item)
             self._loaded = True
 
     def _note_gone(self) -> None:
-        logger.warning("MLflow run %s no longer exists: nothing more is logged to MLflow", self._run_id)
+        logger.warning(
+            "MLflow run %s no longer exists: nothing more is logged to MLflow", self._run_id
+        )
         with self._changed:
             self._closed = True
             self._queue.clear()
@@ -165,20 +169,18 @@ class WriteQueue:
 
     def _next_batch(self) -> list[Point | Write]:
         with self._changed:
-            batch: list[Point | Write] = []
-            for item in self._queue:
-                if len(batch) == METRICS_PER_BATCH or (batch and isinstance(item, Write)):
-                    break
-                batch.append(item)
-                if isinstance(item, Write):
-                    break
-            return batch
+            if self._queue and isinstance(self._queue[0], Write):
+                return [self._queue[0]]
+            points = itertools.takewhile(lambda item: isinstance(item, Point), self._queue)
+            return list(itertools.islice(points, METRICS_PER_BATCH))
 
     def _send(self, client: "MlflowClient", batch: Sequence[Point | Write]) -> None:
         """Send a batch; drop what MLflow refuses for good, with a warning. Raise errors that may pass."""
         from mlflow.entities import Metric
 
-        points = [item for item in batch if isinstance(item, Point) and item.name not in self._refused]
+        points = [
+            item for item in batch if isinstance(item, Point) and item.name not in self._refused
+        ]
         writes = [item for item in batch if isinstance(item, Write)]
         try:
             for item in writes:
@@ -186,7 +188,8 @@ class WriteQueue:
             if points:
                 client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
         except Exception as error:
-            if not (is_refusal(error) or self._always_fails(client, points[0] if points else writes[0], error)):
+            first = points[0] if points else writes[0]
+            if not is_refusal(error) and not self._always_fails(client, first, error):
                 raise
             names = dict.fromkeys(point.name for point in points)
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
@@ -196,7 +199,7 @@ class WriteQueue:
                     self._send(client, [point for point in points if point.name == name])
             else:
                 self._refused.update(names)
-                what = f"the metric {points[0].name}" if points else writes[0].what
+                what = first.what if isinstance(first, Write) else f"the metric {first.name}"
                 logger.warning("MLflow refuses %s: %s", what, reason(error))
 
     def _always_fails(self, client: "MlflowClient", first: Point | Write, error: Exception) -> bool:
@@ -213,7 +216,9 @@ class WriteQueue:
     def _wait_for_mlflow(self, why: str) -> None:
         with self._changed:
             if not self._away:
-                logger.warning("MLflow does not answer (%s); metrics wait and training continues", why)
+                logger.warning(
+                    "MLflow does not answer (%s); metrics wait and training continues", why
+                )
             self._away = why
             before = self._flushing
             seconds = 1.0 if before else 10.0  # shorter, because a caller of flush waits
@@ -224,8 +229,10 @@ class WriteQueue:
         with self._changed:
             for _ in range(min(len(batch), len(self._queue))):
                 self._queue.popleft()
-            self._written_late += sum(isinstance(item, Point) for item in batch) if self._away else 0
-            if self._away and not self._queue:
-                logger.warning("MLflow answers again, %d values written", self._written_late)
-                self._away, self._written_late = "", 0
+            if self._away:
+                self._written_late += sum(isinstance(item, Point) for item in batch)
+                if not self._queue:
+                    logger.warning("MLflow answers again, %d values written", self._written_late)
+                    self._away = ""
+                    self._written_late = 0
             self._changed.notify_all()

@@ -61,7 +61,7 @@ class TrainState:
     precision: str | None = None
     """Precision of the base by torch's name: the meaning of `model.dtype: auto` when the run started."""
     self_test: dict[str, Any] | None = None
-    """Result of the model's self-test, and its inputs (cluster/resume.py)."""
+    """Result of the model's self-test, and its inputs (cluster/start.py)."""
     examples: list[float] | None = None
     """Loss of each held-out example at the last evaluation; None unless `TrainSpec.each_example`."""
     before: list[list[int]] | None = None
@@ -76,25 +76,21 @@ class TrainState:
         """Record a held-out loss; return True if it is the best so far, which a loss that is not finite never is."""
         best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else self.best_loss
         if loss < best:
-            self.best_loss, self.best_step, self.stale = loss, self.step, 0
+            self.best_loss = loss
+            self.best_step = self.step
+            self.stale = 0
             return True
         self.stale += 1
         return False
 
 
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 80.0))
-
-
 FORMAT = 1
-ADAPTER, BEST, OPTIMIZER, STATE, CONFIG, MANIFEST = (
-    "adapter.safetensors",
-    "best.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.yaml",
-    "manifest.json",
-)
+ADAPTER = "adapter.safetensors"
+BEST = "best.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
 
 _NAMES = {ADAPTER, BEST, OPTIMIZER, STATE, CONFIG}
 
@@ -161,7 +157,9 @@ def save(
     save_file(dict(optimizer), folder / OPTIMIZER)
     if best is not None:
         save_file(dict(best), folder / BEST)
-    (folder / STATE).write_text(json.dumps({"format": FORMAT, "identity": dict(identity), **vars(state)}))
+    (folder / STATE).write_text(
+        json.dumps({"format": FORMAT, "identity": dict(identity), **vars(state)})
+    )
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
     files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
     for name in files:
@@ -172,14 +170,25 @@ def save(
 
 def load(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint; raises UserError with the name of the file that is wrong."""
-    if problem := damage(folder):
+    problem = damage(folder)
+    if problem:
         raise UserError(problem)
-    if (kept := records.read(str(folder / STATE), _StateFile)) is None:
-        raise UserError(f"checkpoint {folder}: cannot be loaded: {STATE} is damaged, or of another version")
+    kept = records.read(str(folder / STATE), _StateFile)
+    if kept is None:
+        raise UserError(
+            f"checkpoint {folder}: cannot be loaded: {STATE} is damaged, or of another version"
+        )
     state = TrainState(**{each.name: getattr(kept, each.name) for each in fields(TrainState)})
     try:
         best = load_file(folder / BEST) if (folder / BEST).exists() else None
-        adapter, optimizer = _weights(load_file(folder / ADAPTER)), load_file(folder / OPTIMIZER)
+        parts = load_file(folder / ADAPTER)
+        adapter = {}
+        for key in parts:
+            if key.endswith(".da"):
+                name = key.removesuffix(".da")
+                factors = Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0"))
+                adapter[name] = AdapterWeights(factors, parts[key], parts[f"{name}.db"])
+        optimizer = load_file(folder / OPTIMIZER)
         loaded = Checkpoint(adapter, best, optimizer, state, kept.identity)
         loaded.best_adapter()  # KeyError if a layer is missing in BEST
         return loaded
@@ -189,21 +198,31 @@ def load(folder: Path) -> Checkpoint:
 
 def require_same(saved: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
     """Raise UserError if another model, data, adapter or optimizer is `wanted` than a checkpoint has (`saved`)."""
-    saved = {"optimizer": "adamw", **saved}  # older checkpoints know no other
+    # Older checkpoints know no other optimizer, and an identity names no objective but others than `tokens`.
+    saved = {"optimizer": "adamw", "objective": "tokens", **saved}
+    wanted = {"objective": "tokens", **wanted}
     changed = [part for part in wanted if saved.get(part) != wanted[part]]
     # Another tokenizer makes other tokens, so the digest of the data differs too. Only the cause is reported.
     if "tokenizer" in changed:
         changed = [part for part in changed if not part.endswith("data")]
     if changed:
-        shown = "; ".join(f"another {part} ({_difference(saved.get(part, ''), wanted[part])})" for part in changed)
-        raise UserError(f"run.name: {where} was trained with {shown}; set another run.name, or undo the change")
+        shown = "; ".join(
+            f"another {part} ({_difference(saved.get(part, ''), wanted[part])})" for part in changed
+        )
+        raise UserError(
+            f"run.name: {where} was trained with {shown}; set another run.name, or undo the change"
+        )
 
 
 def _difference(old: str, new: str) -> str:
     before, now = (records.parsed(each, dict[str, Any]) for each in (old, new))
     if before is not None and now is not None:  # of the adapter; all others are digests
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        return ", ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
+        changed = sorted(
+            key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
+        )
+        return ", ".join(
+            f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed
+        )
     if old and model_identity.weights(old) == model_identity.weights(new):
         return "same weights, but its config.json, tokenizer or another file has changed"
     return f"was {old[:12] or 'none'}, is now {new[:12] or 'none'}"
@@ -214,7 +233,8 @@ def damage(folder: Path) -> str:
 
     Raises OSError if the storage cannot read a file now; the checkpoint may still be good.
     """
-    if (manifest := Manifest.of(str(folder))) is None:
+    manifest = Manifest.of(str(folder))
+    if manifest is None:
         return f"{folder}: not a complete checkpoint ({MANIFEST} is missing or damaged)"
     files = manifest.files
     complete = manifest.format == FORMAT and files.keys() >= {ADAPTER, OPTIMIZER, STATE, CONFIG}
@@ -230,7 +250,8 @@ def _tensors(adapter: Mapping[str, AdapterWeights]) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for name, weights in adapter.items():
         parts[f"{name}.a0"] = weights.factors.a0
-        parts[f"{name}.da"], parts[f"{name}.db"] = weights.da, weights.db
+        parts[f"{name}.da"] = weights.da
+        parts[f"{name}.db"] = weights.db
         if weights.factors.b0 is not None:
             parts[f"{name}.b0"] = weights.factors.b0
     return parts
@@ -241,16 +262,6 @@ def _publish(file: Path) -> None:
     # manifest, which says that they are complete.
     storage.open_up(file)
     storage.flush_to_disk(file)
-
-
-def _weights(parts: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
-    names = [key.removesuffix(".da") for key in parts if key.endswith(".da")]
-    return {
-        name: AdapterWeights(
-            Factors(parts[f"{name}.a0"], parts.get(f"{name}.b0")), parts[f"{name}.da"], parts[f"{name}.db"]
-        )
-        for name in names
-    }
 
 
 def _fingerprint(file: Path) -> File:

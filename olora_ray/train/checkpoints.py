@@ -25,7 +25,13 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from olora_ray.common import node_cache, records, storage
-from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, as_user_error, short_reason
+from olora_ray.common.errors import (
+    StoreUnavailable,
+    TryAgain,
+    UserError,
+    as_user_error,
+    short_reason,
+)
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import Checkpoint
 
@@ -112,7 +118,9 @@ def read(folder: str) -> Checkpoint:
         raise Closed(f"checkpoint {folder}: cannot be read: {short_reason(error)}") from None
     except OSError as error:
         why = short_reason(error)
-        raise TryAgain(f"checkpoint {folder}: cannot be read: {why}; if this persists, remove it") from None
+        raise TryAgain(
+            f"checkpoint {folder}: cannot be read: {why}; if this persists, remove it"
+        ) from None
 
 
 def put(write: Callable[[Path], object], target: str) -> None:
@@ -178,7 +186,9 @@ class CheckpointManager:
 
         `keep` checkpoints stay.
         """
-        self.root, self.keep, self.saved = root, keep, saved
+        self.root = root
+        self.keep = keep
+        self.saved = saved
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[None] | None = None
         self._problem: OSError | SafetensorError | None = None
@@ -201,7 +211,10 @@ class CheckpointManager:
         """
         self._join()
         if self._problem is not None:
-            unreachable = isinstance(self._problem, StoreUnavailable) or getattr(self._problem, "errno", 0) in AWAY
+            unreachable = (
+                isinstance(self._problem, StoreUnavailable)
+                or getattr(self._problem, "errno", 0) in AWAY
+            )
             raise (TryAgain if unreachable else UserError)(
                 f"run.storage: the last checkpoint cannot be written to {self.root}: {short_reason(self._problem)};"
                 " free space or repair the storage, and run the same command again to resume"
@@ -220,17 +233,11 @@ class CheckpointManager:
             logger.warning(
                 f"the checkpoint of step {step} cannot be written ({short_reason(error)}); training continues"
             )
-        else:
-            self.saved(step, time.perf_counter() - began)
-            self._retire(step)
-
-    def _retire(self, step: int) -> None:
-        """Remove the checkpoints that are not needed now that `step` is written.
-
-        Up to `step`, the newest `keep` stay. One of a later step stays: it may be good, with the bytes that this
-        training will write again. Or this process was given up without knowing it, and the process that resumed the run
-        has written the checkpoint.
-        """
+            return
+        self.saved(step, time.perf_counter() - began)
+        # Up to `step`, the newest `keep` checkpoints stay. One of a later step stays: it may be good, with the bytes
+        # that this training will write again. Or this process was given up without knowing it, and the process that
+        # resumed the run has written the checkpoint.
         try:
             earlier = [name for name in names(self.root) if name <= name_of(step)]
             for name in earlier[: -self.keep]:

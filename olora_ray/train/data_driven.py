@@ -1,10 +1,11 @@
-"""Factors from the training data, made by all workers together: EVA's and LoRA-GA's (adapter/methods/).
+"""Factors from the training data, made by all workers together: EVA's (adapter/methods/eva.py).
 
 EVA looks at the first T supervised tokens of the store, for T = L / 4, L / 2 and L, where L is adapter.init_tokens, or
 all tokens if there are fewer. It stops as soon as the spaces of two successive T agree, or at L. The number of workers
 changes the time only: the bytes of the factors are the same for any number.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,37 +14,40 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olora_ray.adapter.candidates import Target, candidates, parameter_of
-from olora_ray.adapter.initialise import InitReport, assign, exchange, initialise, options_of, weight_sizes
+from olora_ray.adapter.initialise import (
+    InitReport,
+    assign,
+    exchange,
+    initialise,
+    options_of,
+    weight_sizes,
+)
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS, Components, principal
+from olora_ray.adapter.methods import method_named
+from olora_ray.adapter.methods.eva import Components, principal
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
-from olora_ray.config.schema import Adapter, Config
+from olora_ray.config.decided import DecidedConfig
+from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
-from olora_ray.train.calibration import (
+from olora_ray.train.layer_inputs import (
+    Activations,
     LayerInput,
-    Piece,
-    RowExchange,
-    Rows,
+    RowPart,
     first_tokens,
-    in_parts,
     inputs_of,
-    rows_of,
 )
-from olora_ray.train.loader import Waiting
-from olora_ray.train.loss import SupervisedLoss, watched
+from olora_ray.train.loss import SupervisedLoss
 
 Value = TypeVar("Value")
 AGREEMENT = 0.99
 """Share of an input's space from which on more tokens are taken to give the same space."""
-GRADIENTS_AT_ONCE = 2**30
-"""Bytes of gradients that a worker holds at once, about; for the layers beyond it the model runs again."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,22 @@ class DataReport:
     sent: int
     """Bytes sent between workers, over all of them."""
     ranks: Mapping[str, int]
-    what: str = "activations"
-    """The tensors counted in `held`: activations or gradients."""
 
     def line(self, method: str) -> str:
-        low, high = min(self.ranks.values()), max(self.ranks.values())
+        line = f"{method}: {plural(self.tokens, 'supervised token')} of {plural(self.sequences, 'sequence')}"
+        if self.agreement:
+            mean, least = self.agreement
+            line += f"; half of the tokens give {mean:.0%} of the same directions (at least {least:.0%} in each layer)"
+        low = min(self.ranks.values())
+        high = max(self.ranks.values())
+        if low < high:
+            line += f"; ranks {low} to {high}"
         without = [name for name, rank in self.ranks.items() if rank == 0]
-        agree = self.agreement and f"; half of the tokens give {self.agreement[0]:.0%} of the same directions ("
-        return (
-            f"{method}: {plural(self.tokens, 'supervised token')} of {plural(self.sequences, 'sequence')}"
-            + (f"{agree}at least {self.agreement[1]:.0%} in each layer)" if self.agreement else "")
-            + (f"; ranks {low} to {high}" if low < high else "")
-            + (f", none for {', '.join(without[:3])}{' ...' * (len(without) > 3)}" if without else "")
-            + f"; {self.what} {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
-        )
+        if without:
+            line += f", none for {', '.join(without[:3])}"
+        if len(without) > 3:
+            line += " ..."
+        return f"{line}; activations {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
 
 
 def refuse(targets: Mapping[str, Target], method: str) -> None:
@@ -83,11 +89,12 @@ def refuse(targets: Mapping[str, Target], method: str) -> None:
             )
 
 
-def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | None) -> list[Piece]:
-    def read() -> list[Piece]:
-        pieces = first_tokens(store, adapter.init_tokens, waiting)
+def _pieces(store: TokenStore, adapter: Adapter, count: int) -> list[RowPart]:
+    def read() -> list[RowPart]:
+        pieces = first_tokens(store, adapter.init_tokens)
         # `count` components and the mean need more than `count` tokens.
-        if (total := pieces[-1].end if pieces else 0) <= count:
+        total = pieces[-1].end if pieces else 0
+        if total <= count:
             raise UserError(
                 f"adapter.method={adapter.method}: the training data has {plural(total, 'supervised token')}, but"
                 f" {count} components (rho x rank) need more than {count}; use more data, lower adapter.rank or"
@@ -100,38 +107,23 @@ def _pieces(store: TokenStore, adapter: Adapter, count: int, waiting: Waiting | 
 
 def probe(loss: SupervisedLoss, pack: Pack) -> Batch:
     length = min(8, pack.segments[0])  # a few tokens are enough to see which layers share an input
-    return collate([Pack(pack.input_ids[:length], np.arange(length) > 0, (length,))], _attention(loss))
-
-
-def _attention(loss: SupervisedLoss) -> str:
+    start = Pack(pack.input_ids[:length], np.arange(length) > 0, (length,))
     model: Any = loss.model
-    return str(model.config._attn_implementation)
+    return collate([start], model.config._attn_implementation)
 
 
-def _owners(inputs: Sequence[LayerInput], targets: Mapping[str, Target], adapter: Adapter) -> list[int]:
-    shapes = {each.name: (sum(targets[name].shape[0] for name in each.layers), each.size) for each in inputs}
+def _owners(
+    inputs: Sequence[LayerInput], targets: Mapping[str, Target], adapter: Adapter
+) -> list[int]:
+    shapes = {}
+    for each in inputs:
+        rows = sum(targets[name].shape[0] for name in each.layers)
+        shapes[each.name] = (rows, each.size)
+    owner: dict[str, int] = {}
     shares = assign(shapes, adapter.rank, collectives.world_size(), adapter.method)
-    owner = {name: worker for worker, share in enumerate(shares) for name in share}
+    for worker, share in enumerate(shares):
+        owner |= dict.fromkeys(share, worker)
     return [owner[each.name] for each in inputs]
-
-
-def _shared(
-    own: Mapping[str, Factors],
-    targets: Mapping[str, Target],
-    shares: Sequence[list[str]],
-    seconds: float,
-    device: torch.device,
-) -> tuple[dict[str, Factors], InitReport]:
-    began = time.perf_counter()
-    merged, digest = exchange(own, shares, device)
-    every = {name: merged[name] for name in targets}
-    return every, InitReport(
-        layers=tuple(map(len, shares)),
-        seconds=tuple(collectives.gather(seconds)),
-        exchange_seconds=time.perf_counter() - began,
-        deficient=tuple(name for name, item in every.items() if not item.full_rank),
-        digest=digest,
-    )
 
 
 # EVA's factors: from the activations of each input, on the worker that owns the input.
@@ -143,94 +135,68 @@ def eva_factors(
     adapter: Adapter,
     store: TokenStore,
     device: torch.device,
-    waiting: Waiting | None = None,
 ) -> tuple[dict[str, Factors], InitReport, DataReport]:
     """Return A0 of every target, with ranks redistributed; a layer may get rank 0.
 
     All workers must call it together. `loss` is the base on `device`, without adapters, with the attention of the
-    training. `waiting` is as in StepLoader. Raises UserError for too few supervised tokens, for layers that do not see
-    every token, and for activations that are not finite.
+    training. Raises UserError for too few supervised tokens, for layers that do not see every token, and for
+    activations that are not finite.
     """
     refuse(targets, adapter.method)
-    began, count = time.perf_counter(), adapter.largest_rank()
-    pieces = _pieces(store, adapter, count, waiting)
+    began = time.perf_counter()
+    count = adapter.largest_rank()
+    pieces = _pieces(store, adapter, count)
     inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
     owners = _owners(inputs, targets, adapter)
-    activations = _Activations(loss, targets, inputs, owners, store, device)
+    activations = Activations(loss, targets, inputs, owners, store, device)
     own, tokens, agreement = _until_stable(activations, pieces, count, adapter.rank)
     seconds = time.perf_counter() - began
 
     # The ranks of all layers sum up to targets x adapter.rank, unless the inputs vary in fewer directions.
     shares_of = _gathered({number: item.shares for number, item in own.items()})
-    of_layer = {name: shares_of[number] for number, each in enumerate(inputs) for name in each.layers}
+    of_layer: dict[str, tuple[float, ...]] = {}
+    for number, each in enumerate(inputs):
+        of_layer |= dict.fromkeys(each.layers, shares_of[number])
     offers = {name: of_layer[name][: min(count, *target.shape)] for name, target in targets.items()}
     ranks = redistributed(offers, len(targets) * adapter.rank)
 
-    made = {
-        name: Factors(item.vectors[: ranks[name]].to("cpu", torch.float32), None)
-        for number, item in own.items()
-        for name in inputs[number].layers
-    }
+    made = {}
+    for number, item in own.items():
+        for name in inputs[number].layers:
+            vectors = item.vectors[: ranks[name]]
+            made[name] = Factors(vectors.to("cpu", torch.float32), None)
     shares: list[list[str]] = [[] for _ in range(collectives.world_size())]
     for each, owner in zip(inputs, owners, strict=True):
         shares[owner].extend(each.layers)
-    every, report = _shared(made, targets, shares, seconds, device)
+    every, report = exchange(made, targets, shares, seconds, device)
     used = [piece for piece in pieces if piece.first < tokens]
     held, sent = zip(*collectives.gather((activations.held(), activations.sent)), strict=True)
     data_report = DataReport(tokens, len(used), agreement, max(held), sum(sent), ranks)
     return every, report, data_report
 
 
-class _Activations(RowExchange):
-    def __init__(
-        self,
-        loss: SupervisedLoss,
-        targets: Mapping[str, Target],
-        inputs: Sequence[LayerInput],
-        owners: Sequence[int],
-        store: TokenStore,
-        device: torch.device,
-    ) -> None:
-        super().__init__([Rows(x.size, x.dtype, owner) for x, owner in zip(inputs, owners, strict=True)], device)
-        self.loss, self.targets, self.inputs, self.store = loss, targets, inputs, store
-        self._rows: dict[int, dict[int, Tensor]] = {number: {} for number in self.own}
-
-    def rows(self, number: int, count: int) -> Tensor:
-        pieces = self._rows[number]
-        return torch.cat([pieces[first] for first in sorted(pieces)])[:count]
-
-    def held(self) -> int:
-        return sum(part.nbytes for pieces in self._rows.values() for part in pieces.values())
-
-    def count(self, piece: Piece) -> int:
-        return piece.count
-
-    def make(self, piece: Piece) -> list[Tensor]:
-        batch = collate([self.store[piece.sequence]], _attention(self.loss))
-        # As in PEFT's label mask: the positions of the supervised tokens themselves, not those that predict them.
-        positions = batch.predicts[: piece.count] + 1
-        return rows_of(self.loss, self.targets, self.inputs, batch.to(self.device), positions.to(self.device))
-
-    def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
-        self._rows[number][piece.first] = rows
-
-
 def _until_stable(
-    acts: _Activations, pieces: Sequence[Piece], count: int, rank: int
+    acts: Activations, pieces: Sequence[RowPart], count: int, rank: int
 ) -> tuple[dict[int, Components], int, tuple[float, float] | None]:
     """Return the components of the own inputs, the number of tokens used, and the agreement with half as many."""
     total = pieces[-1].end
     # L / 4, L / 2 and L, rounded down, without stages that have too few tokens for `count` components.
     stages = [tokens for tokens in (total // 4, total // 2, total) if tokens > count]
     before: dict[int, Components] | None = None
-    agreement, done = None, 0
+    agreement = None
+    done = 0
     for tokens in stages:
         needed = [piece for piece in pieces if piece.first < tokens]
         acts.run(needed[done:])
         done = len(needed)
-        now = {number: principal(acts.rows(number, tokens).to(acts.device), count) for number in acts.own}
+        now = {
+            number: principal(acts.rows(number, tokens).to(acts.device), count)
+            for number in acts.own
+        }
         if before is not None:
-            every = _gathered({number: overlap(now[number], before[number], rank) for number in now})
+            every = _gathered(
+                {number: overlap(now[number], before[number], rank) for number in now}
+            )
             # Summed in the order of the inputs, so that every worker gets the same bits and stops at the same stage.
             values = [every[number] for number in sorted(every)]
             agreement = sum(values) / len(values), min(values)
@@ -246,11 +212,10 @@ def redistributed(shares: Mapping[str, Sequence[float]], budget: int) -> dict[st
     `shares` has each layer's shares, falling, in the order of the layers. Among equal shares the earlier component
     comes first, then the earlier layer.
     """
-    offers = [
-        (-share, index, layer_index, name)
-        for layer_index, (name, layer) in enumerate(shares.items())
-        for index, share in enumerate(layer)
-    ]
+    offers = []
+    for layer_index, (name, layer) in enumerate(shares.items()):
+        for index, share in enumerate(layer):
+            offers.append((-share, index, layer_index, name))
     kept = dict.fromkeys(shares, 0)
     for *_, name in sorted(offers)[:budget]:
         kept[name] += 1
@@ -259,129 +224,13 @@ def redistributed(shares: Mapping[str, Sequence[float]], budget: int) -> dict[st
 
 def overlap(now: Components, before: Components, rank: int) -> float:
     """Return the part, 0 to 1, of the space of the first `rank` components of `now` that those of `before` span."""
-    new, old = now.vectors[:rank], before.vectors[:rank]
+    new = now.vectors[:rank]
+    old = before.vectors[:rank]
     return float((new @ old.mT).square().sum()) / max(1, len(new))
 
 
 def _gathered(own: Mapping[int, Value]) -> dict[int, Value]:
-    return dict(pair for part in collectives.gather(list(own.items())) for pair in part)
-
-
-# LoRA-GA's factors (adapter/methods/lora_ga.py): from the gradient of each weight, on the worker that owns the input.
-
-
-def gradient_factors(
-    loss: SupervisedLoss,
-    targets: Mapping[str, Target],
-    adapter: Adapter,
-    store: TokenStore,
-    device: torch.device,
-    waiting: Waiting | None = None,
-) -> tuple[dict[str, Factors], InitReport, DataReport]:
-    """Return A0 and B0 of every target; arguments and errors are as in `eva_factors`."""
-    refuse(targets, adapter.method)
-    began = time.perf_counter()
-    pieces = _pieces(store, adapter, 0, waiting)
-    inputs = inputs_of(loss, targets, probe(loss, store[0]).to(device))
-    method, options = METHODS[adapter.method].factors, options_of(adapter)
-    own: dict[str, Factors] = {}
-    shares: list[list[str]] = [[] for _ in range(collectives.world_size())]
-    held = sent = 0
-
-    def size(each: LayerInput) -> int:
-        return sum(4 * targets[name].shape[0] * each.size for name in each.layers)
-
-    for part in in_parts(inputs, size, GRADIENTS_AT_ONCE * collectives.world_size()):
-        owners = _owners(part, targets, adapter)
-        grads = _Gradients(loss, targets, part, owners, store, device)
-        grads.run(pieces)
-        held, sent = max(held, sum(gradient.nbytes for gradient in grads.sums.values())), sent + grads.sent
-        for name, gradient in grads.sums.items():
-            item = method(gradient, adapter.rank, 0, options)
-            own[name] = Factors(item.a0.cpu(), None if item.b0 is None else item.b0.cpu(), item.full_rank)
-        for each, owner in zip(part, owners, strict=True):
-            shares[owner].extend(each.layers)
-    every, report = _shared(own, targets, shares, time.perf_counter() - began, device)
-    most, total = zip(*collectives.gather((held, sent)), strict=True)
-    ranks = dict.fromkeys(targets, adapter.rank)
-    data_report = DataReport(pieces[-1].end, len(pieces), None, max(most), sum(total), ranks, "gradients")
-    return every, report, data_report
-
-
-class _Gradients(RowExchange):
-    def __init__(
-        self,
-        loss: SupervisedLoss,
-        targets: Mapping[str, Target],
-        inputs: Sequence[LayerInput],
-        owners: Sequence[int],
-        store: TokenStore,
-        device: torch.device,
-    ) -> None:
-        self.loss, self.inputs, self.store = loss, inputs, store
-        self.modules = {name: targets[name].module for each in inputs for name in each.layers}
-        self._names: list[tuple[int, str | None]] = []
-        """For each type of rows, the index of the input, and the layer whose gradient it is; None: the input itself."""
-        types = []
-        for number, (each, owner) in enumerate(zip(inputs, owners, strict=True)):
-            for name in (None, *each.layers):
-                self._names.append((number, name))
-                types.append(Rows(each.size if name is None else targets[name].shape[0], each.dtype, owner))
-        super().__init__(types, device)
-        self.sums: dict[str, Tensor] = {}
-        """Name of an own layer -> gradient (m x n), float32."""
-        self._x: dict[tuple[int, int], Tensor] = {}
-
-    def count(self, piece: Piece) -> int:
-        # All tokens of a sequence: the loss of a supervised token has a gradient at every token that it attends to.
-        return len(self.store[piece.sequence].input_ids)
-
-    def make(self, piece: Piece) -> list[Tensor]:
-        whole = collate([self.store[piece.sequence]], _attention(self.loss)).to(self.device)
-        batch = replace(whole, predicts=whole.predicts[: piece.count], labels=whole.labels[: piece.count])
-        x, g = _flows(self.loss, self.modules, {each.name for each in self.inputs}, batch)
-        return [x[self.inputs[number].name] if name is None else g[name] for number, name in self._names]
-
-    def keep(self, number: int, piece: Piece, rows: Tensor) -> None:
-        source, name = self._names[number]
-        if name is None:
-            self._x[source, piece.first] = rows
-            return
-        x = self._x[source, piece.first]
-        part = rows.to(self.device, torch.float32).mT @ x.to(self.device, torch.float32)
-        self.sums[name] = part if name not in self.sums else self.sums[name].add_(part)
-        if name == self.inputs[source].layers[-1]:
-            del self._x[source, piece.first]
-
-
-def _flows(
-    loss: SupervisedLoss, modules: Mapping[str, nn.Module], wanted: set[str], batch: Batch
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    x: dict[str, Tensor] = {}
-    g: dict[str, Tensor] = {}
-
-    def see(name: str, entered: Tensor, output: Tensor) -> None:
-        if name in wanted:
-            x[name] = entered.detach().reshape(-1, entered.shape[-1]).cpu()
-        output.register_hook(partial(note, name))
-
-    def note(name: str, gradient: Tensor) -> None:
-        g[name] = gradient.reshape(-1, gradient.shape[-1]).cpu()
-
-    model: Any = loss.model
-    # The base is frozen, so autograd would build no graph. It does if the first hidden states require a gradient.
-    start = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    try:
-        with torch.enable_grad(), watched(modules, see):
-            loss(batch).backward()
-    finally:
-        start.remove()
-    for name in modules:
-        if name not in g:
-            raise UserError(f"adapter.method: no gradient reaches {name}; leave it out of adapter.targets")
-        if not torch.isfinite(g[name]).all():
-            raise UserError(f"model.name: the gradient at {name} has NaN or infinite values on the training data")
-    return x, g
+    return dict(itertools.chain.from_iterable(collectives.gather(list(own.items()))))
 
 
 # New factors for a training: from the weights or from the training data, as the method needs.
@@ -390,22 +239,23 @@ def _flows(
 def new_factors(
     loss: SupervisedLoss,
     targets: Mapping[str, Target],
-    config: Config,
+    config: DecidedConfig,
     store: TokenStore,
     device: torch.device,
-    waiting: Waiting | None = None,
 ) -> tuple[dict[str, Factors], InitReport, DataReport | None]:
     """Return A~ and B~ of every target; all workers must call it together.
 
-    See `initialise`, `eva_factors` and `gradient_factors`. For a data-driven method, the base must be on the device
-    where it will be trained, must have passed its self-test, and must have no adapters yet.
+    See `initialise` and `eva_factors`. For a data-driven method, the base must be on the device where it will be
+    trained, must have passed its self-test, and must have no adapters yet.
     """
     adapter = config.adapter
-    if adapter.method not in FROM_WEIGHTS:
-        make = gradient_factors if METHODS[adapter.method].needs == "gradients" else eva_factors
-        return make(loss, targets, adapter, store, device, waiting)
-    seed, options = config.run.seed, options_of(adapter)
-    return *initialise(_whole(loss, targets), adapter.method, adapter.rank, seed, device, options), None
+    if method_named(adapter.method).needs != "weight":
+        return eva_factors(loss, targets, adapter, store, device)
+    seed = config.run.seed
+    options = options_of(adapter)
+    return *initialise(
+        _whole(loss, targets), adapter.method, adapter.rank, seed, device, options
+    ), None
 
 
 def sizes_of(loss: SupervisedLoss, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
@@ -415,7 +265,8 @@ def sizes_of(loss: SupervisedLoss, names: Iterable[str], device: torch.device) -
 
 
 def _whole(loss: SupervisedLoss, targets: Mapping[str, Target]) -> dict[str, Target]:
-    if (read := loss.read_rows) is None:
+    read = loss.read_rows
+    if read is None:
         return dict(targets)
     # No worker holds all rows of a sharded layer, so the worker that computes with it reads the layer's files.
     names = {name: parameter_of(loss.model, name) for name in targets}

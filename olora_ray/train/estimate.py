@@ -3,7 +3,6 @@
 All but the pace need no weights. Nothing here needs Ray.
 """
 
-import importlib.util
 import inspect
 import math
 import time
@@ -22,33 +21,34 @@ from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
 from olora_ray.adapter.inject import Selection, find_targets, inject, select
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.adapter.methods import FROM_WEIGHTS, METHODS
+from olora_ray.adapter.methods import method_named
 from olora_ray.common.errors import UserError, first_line
+from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.config.load import override
-from olora_ray.config.schema import Adapter, Config
+from olora_ray.config.schema import Adapter
 from olora_ray.model import attention
 from olora_ray.model.folder import parameters
-from olora_ray.model.load import pick_dtype, skeleton
+from olora_ray.model.load import skeleton
 from olora_ray.model.packing import check_lengths, why_scaled
 from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import base_files, first_step, parallel
-from olora_ray.train.base_files import blocks_to_shard
+from olora_ray.train import first_step, parallel, sharded_reader
 from olora_ray.train.data_driven import refuse
 from olora_ray.train.fake_model import FakeModel, GroupedProducts, LiveBytes, at_blocks
 from olora_ray.train.generate import AT_ONCE, decoding, wanted
 from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss, chunk_rows
 from olora_ray.train.parallel import load_frozen, packed_size
+from olora_ray.train.sharded_reader import blocks_to_shard
 from olora_ray.train.tree import most_held
 
 # Memory beside the base and the adapter: measured by running a step, and answers, with fake tensors.
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStep:
     """Peak bytes of a run on fake tensors."""
 
     step: int
@@ -58,31 +58,39 @@ class Measured:
     """The part that is not counted, and the reason: the model's code does not run on fake tensors."""
 
 
-def measure(model: Any, targets: Mapping[str, Target], config: Config, dtype: torch.dtype, gpu: bool) -> Measured:
+def measure(
+    model: Any, targets: Mapping[str, Target], config: DecidedConfig, expected: Expected
+) -> MeasuredStep:
     """Run a step and answers on fake tensors; the model must be on the meta device, and is unusable afterwards."""
     config, times = _small_enough(config)
+    gpu = expected.gpu
+    dtype = getattr(torch, expected.dtype)
     problem = "activations (no attention can be tried)"
     with attention.on_fake_tensors(gpu):
         fake = FakeModel(model, targets, config.adapter, dtype)
-        rows = chunk_rows(int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu"))
+        rows = chunk_rows(
+            int(model.config.get_text_config().vocab_size), torch.device("cuda" if gpu else "cpu")
+        )
         # Fake tensors claim to be on a CPU, where the head's chunks are smaller than on a GPU.
         fake.loss.__dict__["chunk"] = lambda _: rows
         for layer in fake.adapted.values():
             if gpu and config.adapter.dropout:
                 layer.__dict__["dropped_out"] = partial(_dropped_out, layer)
-        for name in _implementations(model, config, dtype, gpu):
+        for name in _implementations(model, config, expected):
             try:
                 model.set_attn_implementation(name)
-                step = _step_bytes(fake, _batch(config, name), config.train.activation_checkpointing is True)
+                step = _step_bytes(
+                    fake, _batch(config, name), config.train.activation_checkpointing
+                )
             except Exception as error:  # the family's code may raise anything on fake tensors
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
                 continue
             try:
-                return Measured(int(times * step), int(times * _answer_bytes(fake, config)))
+                return MeasuredStep(int(times * step), int(times * _answer_bytes(fake, config)))
             except Exception as error:
                 why = f"answers to held-out prompts ({type(error).__name__}: {first_line(error)})"
-                return Measured(int(times * step), 0, why)
-    return Measured(0, 0, problem)
+                return MeasuredStep(int(times * step), 0, why)
+    return MeasuredStep(0, 0, problem)
 
 
 def _dropped_out(layer: AdaptedWeight, x: Tensor) -> Tensor:
@@ -90,49 +98,45 @@ def _dropped_out(layer: AdaptedWeight, x: Tensor) -> Tensor:
     return torch.native_dropout(x, layer.dropout, True)[0] if layer.training else x
 
 
-def _small_enough(config: Config) -> tuple[Config, float]:
+def _small_enough(config: DecidedConfig) -> tuple[DecidedConfig, float]:
     """Return the config with a micro-batch that is small enough to try, and the factor to the tokens of the real one.
 
     Token ids and segment borders are not fake: they take memory and time.
     """
-    length, most = config.data.length(), 2**16
-    tokens = config.train.micro() * length
+    length = config.data.max_length
+    most = 2**16
+    tokens = config.train.micro_batch * length
     if tokens <= most:
         return config, 1.0
-    small = override(config, {"train.micro_batch": max(1, most // length), "data.max_length": min(length, most)})
-    return small, tokens / (small.train.micro() * small.data.length())
+    small = override(
+        config, {"train.micro_batch": max(1, most // length), "data.max_length": min(length, most)}
+    )
+    return small, tokens / (small.train.micro_batch * small.data.max_length)
 
 
-def _implementations(model: Any, config: Config, dtype: torch.dtype, gpu: bool) -> tuple[str, ...]:
-    wanted: str = config.model.attention
-    apart = why_scaled(model, config.train.micro() * config.data.length())
-    if not gpu:
+def _implementations(model: Any, config: DecidedConfig, expected: Expected) -> tuple[str, ...]:
+    dtype = getattr(torch, expected.dtype)
+    flat = not why_scaled(model, config.train.micro_batch * config.data.max_length)
+    if not expected.gpu:
         try:
             names = attention.candidates(model, config.model, dtype, torch.device("cpu"))
         except UserError:  # raised again when the workers load the model
             names = ()
-        return tuple(name for name in names if not apart or name not in FLAT_ATTENTION) or (attention.own(model),)
-    # The workers' GPU may be on another machine, so it is not asked. The choice follows what is installed here.
-    if wanted == "auto":
-        installed = importlib.util.find_spec("flash_attn") or attention.kernel()
-        flat = installed and not apart and dtype in (torch.bfloat16, torch.float16)
-        wanted = attention.FLASH if flat else "sdpa"
-    # Flash attention keeps the same tensors as torch's kernel for variable lengths, which fake tensors can run. Both
-    # return one tensor, token by token. "segments" stands in for them in an older torch; it also keeps a copy.
-    stand_in = attention.VARLEN if attention.kernel() else "segments"
-    first = stand_in if wanted in (attention.FLASH, attention.VARLEN) else wanted
-    return (first, attention.own(model))
+        return tuple(name for name in names if flat or name not in FLAT_ATTENTION) or (
+            attention.own(model),
+        )
+    return (attention.stand_in(expected.attention, dtype, flat), attention.own(model))
 
 
-def _batch(config: Config, name: str) -> Batch:
-    length = config.data.length()
+def _batch(config: DecidedConfig, name: str) -> Batch:
+    length = config.data.max_length
     # Short segments need the most memory, because their attention is computed by products (model/attention.py).
     size = min(length, attention.SHORT)
     segments = (*[size] * (length // size), *([rest] if (rest := length % size) else []))
     supervised = np.ones(length, dtype=bool)
     supervised[np.cumsum((0, *segments[:-1]))] = False
     pack = Pack(np.zeros(length, dtype=np.int32), supervised, segments)
-    return collate([pack] * config.train.micro(), name)
+    return collate([pack] * config.train.micro_batch, name)
 
 
 def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
@@ -159,19 +163,22 @@ def _of_skipped(fake: FakeModel, before: Sequence[int]) -> int:
     return sum(more * kept[position] for position, more in fake.more.items())
 
 
-def answers_at_once(config: Config) -> int:
+def answers_at_once(config: DecidedConfig) -> int:
     """Return the largest number of held-out prompts that a worker answers together."""
     return min(AT_ONCE, wanted(config.evaluation)) if config.data.holds_out() else 0
 
 
-def _answer_bytes(fake: FakeModel, config: Config) -> int:
-    rows, prompt = answers_at_once(config), config.data.length()
+def _answer_bytes(fake: FakeModel, config: DecidedConfig) -> int:
+    rows = answers_at_once(config)
+    prompt = config.data.max_length
     if not rows:
         return 0
     train_mode(fake.adapted, False)
     whole = prompt + config.evaluation.max_new_tokens
     with decoding(fake.loss.model), fake.mode, torch.no_grad():
-        return max(_most(fake, rows, prompt, decode=False), _most(fake, rows, whole - 1, decode=True))
+        return max(
+            _most(fake, rows, prompt, decode=False), _most(fake, rows, whole - 1, decode=True)
+        )
 
 
 def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
@@ -180,10 +187,14 @@ def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
     live = LiveBytes(fake.tensors())
     takes = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    name = "cache" if "cache" in takes else "past_key_values"  # families name this argument differently
+    name = (
+        "cache" if "cache" in takes else "past_key_values"
+    )  # families name this argument differently
     with at_blocks(fake.blocks, live) as before, live, GroupedProducts():
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **last).past_key_values
+        cache = model(
+            ids, attention_mask=torch.ones_like(ids), use_cache=True, **last
+        ).past_key_values
         if decode:
             live.most = live.now
             mask = torch.ones(rows, tokens + 1, dtype=torch.int64)
@@ -222,10 +233,6 @@ def peak_of(name: str) -> float | None:
 COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
 so far. Three more exist while AdamW computes, or while a checkpoint is written on a CPU."""
-PROCESS_BYTES = 2**30
-"""Approximate bytes of Python, torch and Ray in a worker, or of CUDA on its GPU."""
-PEER_BYTES = 2**24
-"""Approximate bytes of NCCL's connection to one other worker."""
 
 
 @dataclass(frozen=True)
@@ -249,31 +256,32 @@ class MemoryEstimate:
     """Bytes of gathered blocks of a sharded base; for a packed base, bytes of its largest unpacked layer."""
     problem: str | None = None
     """The part that is not counted, and the reason (`Measured.problem`)."""
-    offloaded_bytes: int = 0
-    """Bytes of a sharded base in the node's memory instead of the GPU's; not in `base_bytes`."""
     by_rows: bool = False
     """True if no worker ever holds the whole base: each reads only its shard, or packs layer by layer."""
 
     def total_bytes(self) -> int:
-        """Return the bytes on the device of the model, without `PROCESS_BYTES`."""
+        """Return the bytes on the device of the model, without those of the process (cluster/preflight.py)."""
         return (
-            self.base_bytes + self.gathered_bytes + self.adapter_bytes + max(self.activation_bytes, self.answer_bytes)
+            self.base_bytes
+            + self.gathered_bytes
+            + self.adapter_bytes
+            + max(self.activation_bytes, self.answer_bytes)
         )
 
 
-def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> MemoryEstimate:
-    """Estimate a run; raises UserError if targets, rank or sequence length do not fit the model.
-
-    `gpu` is True if the workers have GPUs; None: as this machine.
-    """
-    gpu = torch.cuda.is_available() if gpu is None else gpu
-    asked = (config.model, config.adapter, config.data.length(), config.data.packing, config.train.micro())
-    answers = (answers_at_once(config), config.evaluation.max_new_tokens)
-    again = config.train.activation_checkpointing is True
-    key = (
-        f"{base} {gpu} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)} {config.cluster.fsdp_offload}"
+def estimate(config: DecidedConfig, base: BaseModel, expected: Expected) -> MemoryEstimate:
+    """Estimate a run; raises UserError if targets, rank or sequence length do not fit the model."""
+    asked = (
+        config.model,
+        config.adapter,
+        config.data.max_length,
+        config.data.packing,
+        config.train.micro_batch,
     )
-    question = _Question(key, config, base, gpu)
+    answers = (answers_at_once(config), config.evaluation.max_new_tokens)
+    again = config.train.activation_checkpointing
+    key = f"{base} {expected} {asked!r} {answers} {again} {_shards(config)} {_set_aside(config)}"
+    question = _Question(key, config, base, expected)
     return _estimate(question) if base.digest else _estimate.__wrapped__(question)
 
 
@@ -281,32 +289,35 @@ def estimate(config: Config, base: BaseModel, gpu: bool | None = None) -> Memory
 @dataclass(frozen=True)
 class _Question:
     key: str
-    config: Config = field(compare=False)
+    config: DecidedConfig = field(compare=False)
     base: BaseModel = field(compare=False)
-    gpu: bool = field(compare=False)
+    expected: Expected = field(compare=False)
 
 
-@lru_cache(maxsize=16)  # a run estimates itself several times: for the report, the preflight and the workers
+@lru_cache(
+    maxsize=16
+)  # a run estimates itself several times: for the report, the preflight and the workers
 def _estimate(question: _Question) -> MemoryEstimate:
-    config, base = question.config, question.base
+    config = question.config
+    base = question.base
+    expected = question.expected
     model: Any = skeleton(base, config.model)
     check_lengths(model, config)
     selection = select(model, config.adapter.targets, config.adapter.rank)
     targets = {name: target.whole_shape for name, target in selection.targets.items()}
     check_rank(targets, config.adapter.method, config.adapter.rank)
-    if config.adapter.method not in FROM_WEIGHTS:
+    if method_named(config.adapter.method).needs != "weight":
         refuse(selection.targets, config.adapter.method)
     trainable = _trainable(targets.values(), config.adapter)
-    # GPUs are assumed to be fast at bfloat16 (cluster/preflight.py: as_loaded). Asking a GPU of this machine would make
-    # torch take memory on it that the workers need, and the workers' GPUs may be on other machines.
-    fast = question.gpu and config.model.dtype == "auto"
-    dtype = torch.bfloat16 if fast else pick_dtype(config.model, torch.device("cpu"))
+    # The workers' GPUs are not asked. Asking a GPU of this machine would make torch take memory on it that the workers
+    # need, and the workers' GPUs may be on other machines.
+    dtype = getattr(torch, expected.dtype)
     count = parameters(base.folder)
-    stored = 2 if METHODS[config.adapter.method].has_b0 else 1
+    stored = 2 if method_named(config.adapter.method).has_b0 else 1
     in_parts = _shards(config) > 1 or config.model.quantization != "none"
-    by_rows = in_parts and not isinstance(base_files.find(Path(base.folder), model), str)
-    base_bytes, gathered, offloaded = _base_bytes(config, model, count, dtype, question.gpu)
-    taken = measure(model, selection.targets, config, dtype, question.gpu)
+    by_rows = in_parts and not isinstance(sharded_reader.find(Path(base.folder), model), str)
+    base_bytes, gathered = _base_bytes(config, model, count, dtype)
+    taken = measure(model, selection.targets, config, expected)
     return MemoryEstimate(
         targets,
         trainable,
@@ -316,46 +327,53 @@ def _estimate(question: _Question) -> MemoryEstimate:
         activation_bytes=taken.step,
         answer_bytes=taken.answers,
         selection=selection,
-        recompute=config.train.activation_checkpointing is True,
+        recompute=config.train.activation_checkpointing,
         gathered_bytes=gathered,
         problem=taken.problem,
-        offloaded_bytes=offloaded,
         by_rows=by_rows,
     )
 
 
-def _base_bytes(config: Config, model: Any, count: int, dtype: torch.dtype, gpu: bool) -> tuple[int, int, int]:
-    """Return MemoryEstimate's (base_bytes, gathered_bytes, offloaded_bytes); `count` is the numbers in the files."""
-    quantization, width, shards = config.model.quantization, dtype.itemsize, _shards(config)
+def _base_bytes(
+    config: DecidedConfig, model: Any, count: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Return MemoryEstimate's (base_bytes, gathered_bytes); `count` is the numbers in the files."""
+    quantization = config.model.quantization
+    width = dtype.itemsize
+    shards = _shards(config)
     if quantization != "none":
         require(quantization)
         numbers, size, unpacked = packed_size(model, quantization, dtype)
-        return (count - numbers) * width + size, unpacked, 0
+        return (count - numbers) * width + size, unpacked
     if shards == 1:
-        return count * width, 0, 0
-    sizes = [sum(weight.numel() for weight in block.parameters()) * width for block in blocks_to_shard(model)]
-    root, block = sum(weight.numel() for weight in model.parameters()) * width - sum(sizes), max(sizes, default=0)
+        return count * width, 0
+    sizes = [
+        sum(weight.numel() for weight in block.parameters()) * width
+        for block in blocks_to_shard(model)
+    ]
+    root = sum(weight.numel() for weight in model.parameters()) * width - sum(sizes)
     # A gathered block exists twice for a moment: as received, and copied into its weights. The third copy is the next
     # block, which FSDP gathers while this one is used.
-    part = (count * width - root) // shards
-    if not (config.cluster.fsdp_offload and gpu):
-        return root + part, 3 * block, 0
-    return root, 3 * block + 2 * block // shards, part
+    return root + (count * width - root) // shards, 3 * max(sizes, default=0)
 
 
-def _set_aside(config: Config) -> int:
-    return most_held(config.train.micro_batches(), config.cluster.min_workers())
+def _set_aside(config: DecidedConfig) -> int:
+    return most_held(config.train.micro_batches(), config.cluster.fewest)
 
 
-def _shards(config: Config) -> int:
+def _shards(config: DecidedConfig) -> int:
     cluster = config.cluster
-    return max(1, cluster.min_workers() // cluster.fsdp_replicas) if cluster.strategy == "fsdp" else 1
+    return max(1, cluster.fewest // cluster.fsdp_replicas) if cluster.strategy == "fsdp" else 1
 
 
 def _trainable(shapes: Iterable[tuple[int, ...]], adapter: Adapter) -> int:
     # An upper bound: if the method moves ranks between layers, the widest layers get the largest ranks.
-    sizes = [(math.prod(experts) * (m + n), min(m, n, adapter.largest_rank())) for *experts, m, n in shapes]
-    left, total = adapter.rank * len(sizes), 0
+    sizes = [
+        (math.prod(experts) * (m + n), min(m, n, adapter.largest_rank()))
+        for *experts, m, n in shapes
+    ]
+    left = adapter.rank * len(sizes)
+    total = 0
     for size, most in sorted(sizes, reverse=True):
         total += size * min(most, left)
         left -= min(most, left)
@@ -369,18 +387,20 @@ MOST_WORK = 5e11
 """Largest weights x tokens of a micro-batch that is measured: half a minute on a slow core, and it runs twice."""
 
 
-def not_measured(config: Config, size: MemoryEstimate, elsewhere: bool) -> str | None:
+def not_measured(config: DecidedConfig, size: MemoryEstimate, elsewhere: bool) -> str | None:
     """Return the reason why the pace is not measured here, or None. `elsewhere`: the run is on other machines."""
     if elsewhere:
         return "the workers run on another machine"
     if torch.cuda.is_available():
         return "only CPUs are measured"
-    if size.parameters * config.train.micro() * config.data.length() > MOST_WORK:
+    if size.parameters * config.train.micro_batch * config.data.max_length > MOST_WORK:
         return "one micro-batch of this model and length would take a minute or more"
     return None
 
 
-def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack], steps: int) -> tuple[float, float | None]:
+def micro_batch(
+    config: DecidedConfig, base: BaseModel, packs: Sequence[Pack], steps: int
+) -> tuple[float, float | None]:
     """Train on these sequences, forward and backward, in one process with a worker's threads.
 
     Return the seconds that takes, and the automatic learning rate of `steps` steps; None for a data-driven method.
@@ -393,15 +413,22 @@ def micro_batch(config: Config, base: BaseModel, packs: Sequence[Pack], steps: i
         targets = find_targets(model, config.adapter.targets, config.adapter.rank)
         adapter = config.adapter
         # Steps take the same time with any method, and a data-driven one would need training data for its factors.
-        method = adapter.method if adapter.method in FROM_WEIGHTS else "lora"
-        factors, _ = initialise(targets, method, adapter.rank, config.run.seed, device, options_of(adapter))
+        method = adapter.method if method_named(adapter.method).needs == "weight" else "lora"
+        factors, _ = initialise(
+            targets, method, adapter.rank, config.run.seed, device, options_of(adapter)
+        )
         adapted = inject(model, at_scale(factors, adapter), adapter.scale())
-        loss, batch = SupervisedLoss(model), collate(packs, model.config._attn_implementation)
-        loss.recompute = config.train.activation_checkpointing is True
+        loss = SupervisedLoss(model)
+        batch = collate(packs, model.config._attn_implementation)
+        loss.recompute = config.train.activation_checkpointing
         parallel.install(loss)
         short = collate(first_step.examples(packs), model.config._attn_implementation)
-        moves = first_step.moves(loss, adapted, short, config.train.lr_ratio) if method == adapter.method else {}
-        rate = first_step.best_rate(moves, adapter.scale(), steps) if moves else None
+        moves = (
+            first_step.output_shift(loss, adapted, short, config.train.lr_ratio)
+            if method == adapter.method
+            else {}
+        )
+        rate = first_step.peak_lr(moves, adapter.scale(), steps) if moves else None
         times = []
         for _ in range(2):  # the first pass is slower, because it allocates its memory
             began = time.perf_counter()

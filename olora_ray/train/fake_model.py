@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods import METHODS
+from olora_ray.adapter.methods import method_named
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch
 from olora_ray.train import parallel
-from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.sharded_reader import decoder_layers
 
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"})
 """Attributes with the index of a block in the families' code; equal blocks differ in it."""
@@ -35,15 +35,27 @@ _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "b
 class FakeModel:
     """A model from the meta device that trains with fake tensors; the original is unusable afterwards."""
 
-    def __init__(self, model: Any, targets: Mapping[str, Target], adapter: Adapter, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, targets: Mapping[str, Target], adapter: Adapter, dtype: torch.dtype
+    ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         self.loss = SupervisedLoss(model.requires_grad_(False).eval())
         self.blocks = decoder_layers(model)
-        self._choose(model)
-        hidden = {id(part) for index in self.skipped for part in self.blocks[index].modules()}
+        # One block of each type runs, and also the first block, which differs because its input needs no gradient.
+        types = [_type(model, index, block) for index, block in enumerate(self.blocks)]
+        first: dict[Any, int] = {}
+        for index, block_type in enumerate(types[1:], 1):
+            first.setdefault(block_type, index)
+        counts = Counter(types[1:])
+        self.more = {index: counts[block_type] - 1 for block_type, index in first.items()}
+        """Index of a block that runs -> number of skipped blocks of its type."""
+        self.skipped = sorted(set(range(1, len(self.blocks))) - set(self.more))
+        hidden = set[int]()
+        for index in self.skipped:
+            hidden.update(map(id, self.blocks[index].modules()))
         run = {name for name, module in model.named_modules() if id(module) not in hidden}
         with self.mode:
             for name in run:
@@ -59,17 +71,6 @@ class FakeModel:
                     part.grad = torch.empty_like(part)
         train_mode(self.adapted, True)
 
-    def _choose(self, model: Any) -> None:
-        # One block of each type runs, and also the first block, which differs because its input needs no gradient.
-        types = [_type(model, index, block) for index, block in enumerate(self.blocks)]
-        first: dict[Any, int] = {}
-        for index, block_type in enumerate(types[1:], 1):
-            first.setdefault(block_type, index)
-        counts = Counter(types[1:])
-        self.more = {index: counts[block_type] - 1 for block_type, index in first.items()}
-        """Index of a block that runs -> number of skipped blocks of its type."""
-        self.skipped = sorted(set(range(1, len(self.blocks))) - set(self.more))
-
     def tensors(self) -> list[Tensor]:
         tensors = [*self.loss.parameters(), *self.loss.buffers()]
         return tensors + [part.grad for part in tensors if part.grad is not None]
@@ -80,10 +81,10 @@ class FakeModel:
         transformers checks their values only if they are not fake. The borders of segments stay real, because segment
         attention runs by their values.
         """
-        inputs = {
-            name: torch.empty_like(value) if isinstance(value, Tensor) and value.dtype == torch.int64 else value
-            for name, value in batch.inputs.items()
-        }
+        inputs = dict(batch.inputs)
+        for name, value in batch.inputs.items():
+            if isinstance(value, Tensor) and value.dtype == torch.int64:
+                inputs[name] = torch.empty_like(value)
         return replace(batch, inputs=inputs)
 
     def run_again(self, on: bool) -> None:
@@ -106,9 +107,10 @@ def _materialise(module: nn.Module) -> None:
 
 
 def _factors(target: Target, adapter: Adapter) -> Factors:
-    (m, n), rank = target.shape, adapter.rank
+    m, n = target.shape
+    rank = adapter.rank
     experts = () if target.experts is None else (target.experts,)
-    b0 = torch.empty(*experts, m, rank) if METHODS[adapter.method].has_b0 else None
+    b0 = torch.empty(*experts, m, rank) if method_named(adapter.method).has_b0 else None
     return Factors(torch.empty(*experts, rank, n), b0)
 
 
@@ -122,31 +124,33 @@ class GroupedProducts(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2:
             a, b, ends = args[:3]
-            return a.new_empty(len(a), b.shape[-1]) if b.dim() == 3 else a.new_empty(len(ends), len(a), b.shape[-1])
+            if b.dim() == 3:
+                return a.new_empty(len(a), b.shape[-1])
+            return a.new_empty(len(ends), len(a), b.shape[-1])
         return func(*args, **(kwargs or {}))
 
 
 def _type(model: Any, index: int, block: nn.Module) -> tuple[Any, ...]:
     """Return a key that equal blocks share: classes, sizes and settings of their parts, and the type in the config."""
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    parts = tuple(
-        (
-            name,
-            type(part),
-            tuple((key, weight.shape) for key, weight in part.named_parameters(recurse=False)),
-            tuple(
-                (key, value)
-                for key, value in vars(part).items()
-                if isinstance(value, bool | int | float | str) and key not in _NUMBERS
-            ),
-        )
-        for name, part in block.named_modules()
-    )
-    return parts, types[index] if index < len(types) else None
+    parts = []
+    for name, part in block.named_modules():
+        shapes = [(key, weight.shape) for key, weight in part.named_parameters(recurse=False)]
+        settings = [
+            (key, value)
+            for key, value in vars(part).items()
+            if isinstance(value, bool | int | float | str) and key not in _NUMBERS
+        ]
+        parts.append((name, type(part), tuple(shapes), tuple(settings)))
+    return tuple(parts), types[index] if index < len(types) else None
 
 
 class _Skipped:
@@ -155,14 +159,17 @@ class _Skipped:
     def __init__(self, before: nn.Module) -> None:
         self.length: int | None = None
         """Length of the tuple that the previous block returns; None: it returns a tensor."""
-        before.register_forward_hook(self._look)
 
-    def _look(self, _module: nn.Module, _inputs: object, output: Any) -> None:
-        self.length = len(output) if isinstance(output, tuple) else None
+        def look(_module: nn.Module, _inputs: object, output: Any) -> None:
+            self.length = len(output) if isinstance(output, tuple) else None
+
+        before.register_forward_hook(look)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         hidden = inputs[0] if inputs else named["hidden_states"]
-        return hidden if self.length is None else (hidden, *[None] * (self.length - 1))
+        if self.length is None:
+            return hidden
+        return (hidden, *[None] * (self.length - 1))
 
 
 # Bytes of the tensors that are alive while a model runs: the current number and the peak.
@@ -181,25 +188,29 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, Any] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
-            self._seen[storage._cdata] = storage  # kept alive, so that no other storage gets this address
+            self._seen[storage._cdata] = (
+                storage  # kept alive, so that no other storage gets this address
+            )
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._note(value)
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            number = storage._cdata
+            size = storage.nbytes()
+            if number not in self._seen:
+                self._seen[number] = weakref.ref(storage, partial(self._freed, number, size))
+                self.now += size
+                self.most = max(self.most, self.now)
         return result
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        number, size = storage._cdata, storage.nbytes()
-        if number in self._seen:
-            return
-        self._seen[number] = weakref.ref(storage, partial(self._freed, number, size))
-        self.now += size
-        self.most = max(self.most, self.now)
 
     def _freed(self, number: int, size: int, _: object) -> None:
         del self._seen[number]

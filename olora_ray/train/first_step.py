@@ -4,7 +4,7 @@ Adam's first step changes each number by lr, against the sign of its gradient. W
 x (T x n), outputs y (T x m) and gradients g of the loss at y (T x m), a layer's output moves, per unit of s lr, by
 A x sign(g^T A x) through dB and by B sign((g B)^T x) x through dA.
 
-The learning rate is the one at which a step of B and then a step of A move the outputs by FARTHEST (`best_rate`). The
+The learning rate is the one at which a step of B and then a step of A move the outputs by FARTHEST (`peak_lr`). The
 second step counts what A does through the new B: without B0 that is most of the move. Tuned rates of trainings of 20
 steps of SmolLM2 lie within a factor of 1.6 of this rate for five methods (docs/generated/learning_rate.md).
 
@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -46,7 +47,9 @@ def examples(packs: Sequence[Pack]) -> list[Pack]:
     parts = []
     for pack in packs:
         borders = np.cumsum(pack.segments)[:-1]
-        for ids, supervised in zip(np.split(pack.input_ids, borders), np.split(pack.supervised, borders), strict=True):
+        for ids, supervised in zip(
+            np.split(pack.input_ids, borders), np.split(pack.supervised, borders), strict=True
+        ):
             end = int(np.flatnonzero(supervised)[-1]) + 1 if supervised.any() else 0
             begin = max(0, end - LONGEST)
             parts.append(Pack(ids[begin:end], supervised[begin:end], (end - begin,)))
@@ -58,7 +61,7 @@ Move = tuple[float, ...]
 """Move of a layer's output by a step of B and then one of A at each of RATES, for s = 1, as a share of its size."""
 
 
-def moves(
+def output_shift(
     loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch, ratio: float = 1.0
 ) -> dict[str, Move]:
     """Return the move of each layer that has a gradient; layers of stacked experts are left out.
@@ -71,22 +74,25 @@ def moves(
     def see(name: str, x: Tensor, y: Tensor) -> None:
         if not y.requires_grad:  # a part of the model that runs without gradients
             return
-        y.register_hook(partial(measure, name, x.detach(), y.detach().float().square().mean().sqrt()))
+        y.register_hook(
+            partial(measure, name, x.detach(), y.detach().float().square().mean().sqrt())
+        )
 
     def measure(name: str, entered: Tensor, size: Tensor, gradient: Tensor) -> None:
         x = entered.reshape(-1, layers[name].a0.shape[1]).float()
-        if move := _move(layers[name], x, gradient.reshape(len(x), -1).float(), size, ratio):
+        move = _move(layers[name], x, gradient.reshape(len(x), -1).float(), size, ratio)
+        if move:
             result[name] = move
 
     modules: dict[str, nn.Module] = {name: loss.model.get_submodule(name) for name in layers}
     with torch.enable_grad(), watched(modules, see):
         # Not `backward`: it would add to the gradients of the training.
-        parts = [part for layer in adapted.values() for part in (layer.da, layer.db)]
+        parts = list(chain.from_iterable((layer.da, layer.db) for layer in adapted.values()))
         torch.autograd.grad(loss(batch), parts, allow_unused=True)  # some experts may see no token
     return {name: result[name] for name in layers if name in result}
 
 
-def best_rate(measured: Mapping[str, Move], scale: float, steps: int) -> float:
+def peak_lr(measured: Mapping[str, Move], scale: float, steps: int) -> float:
     """Return the peak learning rate for adapters of this scale s in a training of `steps` steps, with two digits.
 
     `measured` is not empty.
@@ -111,7 +117,8 @@ def for_steps(rate: float, steps: int, made_for: int = 20) -> float:
 def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float) -> Move | None:
     a = layer.a0 + layer.da
     b = layer.db if layer.b0 is None else layer.b0 + layer.db
-    hidden, db = x @ a.T, (g.T @ (x @ a.T)).sign()
+    hidden = x @ a.T
+    db = (g.T @ hidden).sign()
     # A's steps after a step of B at each rate. What they do to x is one product for all rates.
     rates = ratio * x.new_tensor(RATES)[:, None, None]
     steps = ((g @ b).T @ x - rates * ((g @ db).T @ x)).sign_()
@@ -119,7 +126,10 @@ def _move(layer: AdaptedWeight, x: Tensor, g: Tensor, size: Tensor, ratio: float
     # The move is ratio * hidden @ db.T + stepped @ (b - rate * db).T, which is larger than its factors. The sum of its
     # squares needs only their products with each other, in float64, because the two parts may cancel.
     h, d, b, s, c = (each.double() for each in (ratio * hidden, db, b, stepped, rates))
-    dd, db_, bb, ss = d.T @ d, d.T @ b, b.T @ b, s.mT @ s
+    dd = d.T @ d
+    db_ = d.T @ b
+    bb = b.T @ b
+    ss = s.mT @ s
     new = bb - c * (db_ + db_.T) + c.square() * dd
     squares = (h.T @ h * dd + 2 * (h.T @ s) * (db_ - c * dd) + ss * new).sum((1, 2))
     sizes = ((squares.clamp(min=0) / (len(x) * len(d))).sqrt() / size).tolist()

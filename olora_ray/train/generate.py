@@ -1,6 +1,7 @@
 """Greedy answers to held-out prompts, spread over the workers."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,28 +47,37 @@ def questions(store: TokenStore, limit: int) -> list[Question]:
     `data.too_long: cut` is left out, because no answer could match an incomplete reference.
     """
     chosen: list[Question] = []
-    row, cuts = 0, store.manifest.inputs.get("too_long") == "cut"
+    row = 0
+    cuts = store.manifest.inputs.get("too_long") == "cut"
     for index in range(len(store)):
-        pack, start = store[index], 0
+        pack = store[index]
+        start = 0
         for size in pack.segments:
             if len(chosen) >= limit:
                 return chosen
             part = slice(start, start + size)
             start += size
             cut = cuts and size == store.max_length and bool(pack.supervised[part][-1])
-            if not cut and (question := _split(row, pack.input_ids[part].tolist(), pack.supervised[part])):
-                chosen.append(question)
+            if not cut:
+                ids = pack.input_ids[part].tolist()
+                question = _split(row, ids, pack.supervised[part])
+                if question:
+                    chosen.append(question)
             row += 1
     return chosen
 
 
-def _split(row: int, ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bool_]]") -> Question | None:
+def _split(
+    row: int, ids: list[int], supervised: "np.ndarray[Any, np.dtype[np.bool_]]"
+) -> Question | None:
     marked = np.flatnonzero(supervised)
     breaks = np.flatnonzero(np.diff(marked) > 1)
     start = int(marked[breaks[-1] + 1] if len(breaks) else marked[0])
     stop = int(marked[-1]) + 1
     # Plain text is supervised from its second token on, so only its first token is left: no prompt to answer.
-    return Question(tuple(ids[:start]), tuple(ids[start:stop]), row) if start > 1 else None
+    if start <= 1:
+        return None
+    return Question(tuple(ids[:start]), tuple(ids[start:stop]), row)
 
 
 @torch.no_grad()
@@ -87,7 +97,7 @@ def answer(
     model: Any = trainer.loss.model
     own: list[tuple[int, list[int]]] = []
     problem = None
-    sharded = hasattr(trainer.loss, "unshard")
+    sharded = trainer.loss.sharded
     if sharded and not takes_padding(model):
         batch = 1  # otherwise a worker with prompts of several lengths would run the model more often than the others
     # Prompts of similar length are answered together, because they need less padding.
@@ -113,7 +123,8 @@ def answer(
             break
         own.extend(zip(group, outputs, strict=False))
     collectives.raise_together(problem)
-    return [output for _, output in sorted(pair for part in collectives.gather(own) for pair in part)]
+    pairs = itertools.chain.from_iterable(collectives.gather(own))
+    return [output for _, output in sorted(pairs)]
 
 
 @contextlib.contextmanager
@@ -124,8 +135,11 @@ def decoding(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    attention, settings = model.config._attn_implementation, model.generation_config
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # Gemma 2 has no sdpa
+    attention = model.config._attn_implementation
+    settings = model.generation_config
+    model.set_attn_implementation(
+        "sdpa" if model._supports_sdpa else "eager"
+    )  # Gemma 2 has no sdpa
     model.generation_config = GenerationConfig()
     try:
         yield
@@ -155,7 +169,9 @@ def greedy(
         for length in lengths:
             indices = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
             alike = [prompts[index] for index in indices]
-            answers |= zip(indices, greedy(model, alike, max_new_tokens, eos, device, together), strict=True)
+            answers |= zip(
+                indices, greedy(model, alike, max_new_tokens, eos, device, together), strict=True
+            )
         return [answers[index] for index in range(len(prompts))]
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)

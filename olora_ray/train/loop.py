@@ -8,107 +8,192 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights, Factors
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Config
+from olora_ray.common.text import some
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.tokens import plan
-from olora_ray.tokens.collate import Batch, collate
+from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint, first_step, tree
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import AdamW, FlatAdapters, precondition
-from olora_ray.train.spectral import Spectral
-
-SPECTRAL_RATE = 0.004
-"""Peak rate of the spectral step in a training of 20 steps at rank 16 (docs/generated/settings.jsonl: tuned rates of
-four starts on three tasks, 0.0015 to 0.006)."""
+from olora_ray.train.objectives.objective import objective_named
+from olora_ray.train.optimizers.optimizer import FlatAdapters, optimizer_named
 
 
-# The result of an optimizer step is the same on every worker, except for the times.
 @dataclass(frozen=True)
 class StepResult:
+    """The result of an optimizer step, the same on every worker but for the times."""
+
     step: int
     """Number of steps done, this step included."""
     loss: float
-    """Mean loss per supervised token of the global batch, before the update."""
+    """The objective's mean over the global batch, before the update: mean loss per supervised token."""
     lr: float
     grad_norm: float
     """Norm after the preconditioner, if there is one, and before clipping."""
     tokens: int
     supervised: int
-    seconds: float
-    waited: float
-    """Seconds spent waiting for data, included in `seconds`."""
     signal: bool
     """True if `Trainer.signal` of some worker was true when the worker had computed its part of the step."""
+    more: Mapping[str, float] = field(default_factory=dict)
+    """The objective's further means by name."""
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds spent waiting for data, included in `seconds`."""
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """The numbers that workers exchange in a step beside the gradient: one vector, so that one exchange carries them.
+
+    Each worker fills in its own micro-batches, and the others have 0 there. So the order of the sum over workers
+    changes no bit.
+    """
+
+    vector: Tensor
+    width: int
+    """Number of numbers of a micro-batch: its loss and the objective's `more`."""
+
+    @classmethod
+    def zeros(cls, micro_batches: int, width: int, device: torch.device) -> "StepNumbers":
+        return cls(torch.zeros(micro_batches * width + 2, device=device), width)
+
+    @property
+    def sums(self) -> Tensor:
+        """(micro-batches, width) numbers of the objective, divided by the weight of the global batch."""
+        return self.vector[:-2].view(-1, self.width)
+
+    @property
+    def signal(self) -> Tensor:
+        """Number of workers that signal."""
+        return self.vector[-2]
+
+    @property
+    def norm(self) -> Tensor:
+        """Norm of the gradient; not exchanged, because every worker computes the same."""
+        return self.vector[-1]
+
+    def on_cpu(self) -> "StepNumbers":
+        return StepNumbers(self.vector.cpu(), self.width)
 
 
 @dataclass
 class Trainer:
     loss: SupervisedLoss
     adapted: dict[str, AdaptedWeight]
-    config: Config
+    config: DecidedConfig
     device: torch.device
     signal: Callable[[], bool] = lambda: False
     """Called in each step on each worker, at the last moment at which the result can still reach all workers."""
     sizes: Mapping[str, Tensor] = field(default_factory=dict)
-    """`weight_sizes` of the adapted weights, if the spectral step starts; a resumed one has them in its checkpoint."""
+    """`weight_sizes` of the adapted weights, if `Optimizer.sizes` asks for them; a checkpoint has them, too."""
 
     def __post_init__(self) -> None:
+        self.objective = objective_named(self.config.train.objective)
         self.flat = FlatAdapters(self.adapted, apart=self.config.train.lr_ratio != 1)
-        self.optimizer: AdamW | Spectral = (
-            Spectral(self.flat, self.adapted, self.config.train, self.sizes)
-            if self.config.train.optimizer == "spectral"
-            else AdamW(self.flat, self.config.train)
-        )
+        chosen = optimizer_named(self.config.train.optimizer)
+        self.optimizer = chosen.begin(self.flat, self.config.train, self.sizes)
         self.gradient = tree.TreeSum(self.flat.grad)
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
-        """Run the steps from `start` (counted from 0) to the end of the schedule.
-
-        Raises UserError with the step and the source rows if the loss or the gradient is not finite.
-        """
+        """Run the steps from `start` (counted from 0) to the end of the schedule; raises as `step`."""
         began = time.perf_counter()
-        for number, (data, waited) in enumerate(loader.steps(start, schedule.ends), start):
-            losses = self._accumulate(number, data)
-            shared = self._shared(losses, data)
-            self.gradient.finish()
-            if self.config.train.optimizer == "preconditioned":
-                precondition(self.adapted)
-            # The only wait for the device in a step: losses, signal and norm come to the CPU in one copy.
-            numbers = torch.cat([shared, self.flat.grad.norm()[None]]).cpu()
-            loss, (signal, norm) = float(tree.total(numbers[:-2])), numbers[-2:].tolist()
-            if not math.isfinite(loss):
-                raise UserError(f"step {number + 1}: {_diverged(losses, data, loader)}")
-            if not math.isfinite(norm):
-                raise UserError(f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr")
-            lr = schedule.lr(number)
-            self.optimizer.step(lr, norm)
-            now = time.perf_counter()
-            tokens = (data.tokens, data.supervised)
-            yield StepResult(number + 1, loss, lr, norm, *tokens, now - began, waited, signal > 0)
+        for number, (data, waited) in enumerate(loader.steps(start, schedule), start):
+            result = self.step(number, data, schedule)
+            yield replace(result, seconds=time.perf_counter() - began, waited=waited)
             began = time.perf_counter()
+
+    def step(self, number: int, data: StepData, schedule: Schedule) -> StepResult:
+        """Do step `number`, counted from 0: the gradient of the global mean loss, and one update.
+
+        The micro-batches, and the order of each sum, depend on the step alone and not on the workers. Raises UserError
+        with the step and the source rows if the loss or the gradient is not finite.
+        """
+        objective = self.objective
+        whole = data.whole
+        weight_of_step = objective.weight(whole)
+        numbers = StepNumbers.zeros(data.count, 1 + len(objective.more), self.device)
+        self.gradient.begin(data.count)
+        self.set_training(True)
+        self.loss.compiled = self.loss.compile_blocks
+
+        # With a sharded base all workers must run the model equally often, so a worker with fewer micro-batches runs
+        # it on padding. This comes first, because each real micro-batch starts with a new gradient and a new seed.
+        if self.loss.sharded:
+            for _ in range(data.padding_batches):
+                padding_sums = objective.loss(self.loss, data.padding.to(self.device), whole)
+                if padding_sums.requires_grad:
+                    padding_sums[0].backward()
+
+        # Each micro-batch writes its gradient into one vector, and `leaf` adds it to the sum over the step.
+        for micro_batch, batch in enumerate(data.micro, data.first):
+            if self.config.adapter.dropout:
+                seed = plan.key("dropout", self.config.run.seed, number, micro_batch)
+                torch.manual_seed(seed >> 1)  # of 63 bits
+            with self.gradient.leaf(micro_batch):
+                sums = objective.loss(self.loss, batch.to(self.device), whole)
+                parts_of_mean = sums / weight_of_step
+                if parts_of_mean.requires_grad:
+                    parts_of_mean[0].backward()
+                numbers.sums[micro_batch] = parts_of_mean.detach()
+        self.set_training(False)
+        self.loss.compiled = False
+
+        # The signal travels with the losses, because a second exchange per step would cost more.
+        numbers.signal.fill_(self.signal())  # an assignment would wait for the device
+        collectives.sum_in_place(numbers.vector)
+        self.gradient.finish()
+        self.optimizer.prepare()
+
+        # The only wait for the device in a step: losses, signal and norm come to the CPU in one copy.
+        numbers.norm.copy_(self.flat.grad.norm())
+        known = numbers.on_cpu()
+        mean_loss, *more = tree.total(known.sums).tolist()
+        norm = float(known.norm)
+        if not math.isfinite(mean_loss):
+            rows = rows_of_odd_losses(known.sums[:, 0], data, schedule.store)
+            raise UserError(f"step {number + 1}: the {not_finite(rows)}, or lower train.lr")
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {number + 1}: the gradient is not finite (norm {norm}); lower train.lr"
+            )
+
+        lr = schedule.lr(number)
+        self.optimizer.step(lr, norm)
+        return StepResult(
+            step=number + 1,
+            loss=mean_loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=whole.tokens,
+            supervised=whole.supervised,
+            signal=float(known.signal) > 0,
+            more=dict(zip(objective.more, more, strict=True)),
+        )
 
     def automatic_rate(self, packs: Sequence[Pack], steps: int, attention: str) -> float | None:
         """Return the peak learning rate for a training of `steps` steps; None if only stacked experts are adapted.
 
         All workers must call it together, with the same sequences.
         """
-        if self.config.train.optimizer == "spectral":
-            # A step is even in all directions, so its Frobenius norm grows with the root of their number.
-            return first_step.for_steps(SPECTRAL_RATE * (16 / self.config.adapter.rank) ** 0.5, steps)
+        known = optimizer_named(self.config.train.optimizer).rate
+        if known is not None:
+            return first_step.for_steps(known(self.config.adapter.rank), steps)
         batch = collate(first_step.examples(packs), attention).to(self.device)
-        moves = first_step.moves(self.loss, self.adapted, batch, self.config.train.lr_ratio)
-        moves = collectives.from_first(moves)  # another type of processor would find other last bits
-        return first_step.best_rate(moves, self.config.adapter.scale(), steps) if moves else None
+        moves = first_step.output_shift(self.loss, self.adapted, batch, self.config.train.lr_ratio)
+        # Another type of processor would find other last bits.
+        moves = collectives.from_first(moves)
+        if not moves:
+            return None
+        return first_step.peak_lr(moves, self.config.adapter.scale(), steps)
 
     @staticmethod
     def rate_for(steps: int, rate: float, made_for: int) -> float:
@@ -133,49 +218,17 @@ class Trainer:
             # Not copied if it is on the CPU, because a better adapter gets a new vector instead of changing this one.
             best_parts = self.flat.named(best.to("cpu"))
         state = replace(state, history=list(state.history))
-        return lambda folder: checkpoint.save(folder, adapter, best_parts, optimizer, state, identity, config_yaml)
+        return lambda folder: checkpoint.save(
+            folder, adapter, best_parts, optimizer, state, identity, config_yaml
+        )
+
+    def set_training(self, on: bool) -> None:
+        train_mode(self.adapted, on)
 
     @cached_property
     def _frozen(self) -> dict[str, Factors]:
         # The factors do not change, so they are copied to the CPU once for all checkpoints.
         return {name: layer.weights().factors.on_cpu() for name, layer in self.adapted.items()}
-
-    def _accumulate(self, number: int, data: StepData) -> list[Tensor]:
-        """Sum this worker's part of the gradient of the global mean loss; return the parts of its micro-batches."""
-        losses = []
-        self.gradient.begin(data.count)
-        train_mode(self.adapted, True)
-        self.loss.compiled = self.loss.compile_blocks
-        # With a sharded base all workers must run the model equally often, so a worker with fewer micro-batches runs
-        # it on padding. This comes first, because each real micro-batch starts with a new gradient and a new seed.
-        if self.config.cluster.strategy == "fsdp" and collectives.world_size() > 1:
-            for _ in range(data.padding_batches):
-                self._backward(data.padding, data.supervised)
-        for micro_batch, batch in enumerate(data.micro, data.first):
-            if self.config.adapter.dropout:
-                torch.manual_seed(plan.key("dropout", self.config.run.seed, number, micro_batch) >> 1)  # of 63 bits
-            with self.gradient.leaf(micro_batch):
-                losses.append(self._backward(batch, data.supervised))
-        train_mode(self.adapted, False)
-        self.loss.compiled = False
-        return losses
-
-    def _backward(self, batch: Batch, supervised: int) -> Tensor:
-        loss: Tensor = self.loss(batch.to(self.device)) / supervised
-        if loss.requires_grad:
-            loss.backward()
-        return loss.detach()
-
-    def _shared(self, losses: list[Tensor], data: StepData) -> Tensor:
-        """Return the losses of the step's micro-batches, and a last number that is above 0 if some worker signals."""
-        # The signal travels with the losses, because a second exchange per step would cost more. The order of this sum
-        # does not change its bits, because only one worker has a loss for a micro-batch, and all others have 0.
-        shared = torch.zeros(data.count + 1, device=self.device)
-        for index, loss in enumerate(losses, data.first):
-            shared[index] = loss
-        shared[-1].fill_(self.signal())  # an assignment would wait for the device
-        collectives.sum_in_place(shared)
-        return shared
 
 
 # Only the dropout of adapters is turned on or off; the base stays in evaluation mode.
@@ -184,93 +237,23 @@ def train_mode(adapted: dict[str, AdaptedWeight], on: bool) -> None:
         layer.training = on
 
 
-@torch.no_grad()
-def evaluate(
-    trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1, step: int = 0
-) -> float:
-    """Return the mean loss per supervised token over the whole store; all workers must call it together.
+def rows_of_odd_losses(losses: Tensor, data: StepData, store: TokenStore) -> list[str]:
+    """Return the rows of the micro-batches, of all workers, whose loss is not finite.
 
-    The workers share groups of train.micro_batch sequences. The groups, and the order of their sum, do not depend on
-    the number of workers. `step` is the number of steps done, for messages. Raises UserError on all workers, with the
-    step and the source rows, if the loss is not finite.
+    All workers must call it together, with the `losses` of the micro-batches of the step.
     """
-    groups = _groups(trainer, store)
-    losses = torch.zeros(len(groups), dtype=torch.float64, device=trainer.device)
-    for number, batch in _shares(trainer, store, attention, worker, workers):
-        loss = trainer.loss(batch)
-        if number < len(groups):
-            losses[number] = loss
-    collectives.sum_in_place(losses)
-    summed = losses.cpu()
-    total = float(tree.total(summed))
-    if not math.isfinite(total):
-        failed = [number for number, loss in enumerate(summed.tolist()) if not math.isfinite(loss)]
-        origins = [origin for number in failed for index in groups[number] for origin in store.origins(index)]
-        raise UserError(_held_out_not_finite(origins, step))
-    return total / store.manifest.supervised
+    own = losses[data.first : data.first + len(data.sequences)].isfinite().tolist()
+    rows: list[str] = []
+    for finite, group in zip(own, data.sequences, strict=True):
+        if not finite:
+            for index in group:
+                rows += store.origins(index)
+    return [*chain.from_iterable(collectives.gather(rows))]
 
 
-@torch.no_grad()
-def evaluate_examples(
-    trainer: Trainer, store: TokenStore, attention: str, worker: int = 0, workers: int = 1, step: int = 0
-) -> list[float]:
-    """Return the loss of each example, summed over its supervised tokens; otherwise as `evaluate`."""
-    by_sequence = supervised_of(store)
-    sizes, starts = list(chain(*by_sequence)), np.cumsum([0, *map(len, by_sequence)])
-    groups = _groups(trainer, store)
-    losses = torch.zeros(len(sizes), dtype=torch.float64, device=trainer.device)
-    for number, batch in _shares(trainer, store, attention, worker, workers):
-        each = trainer.loss(batch, each=True).double()
-        if number < len(groups):
-            own = slice(int(starts[groups[number].start]), int(starts[groups[number].stop]))
-            losses[own] = torch.stack([part.sum() for part in each.split(sizes[own])])
-    collectives.sum_in_place(losses)
-    if not losses.isfinite().all():
-        origins = [origin for index in range(len(store)) for origin in store.origins(index)]
-        bad = [origin for origin, loss in zip(origins, losses.tolist(), strict=True) if not math.isfinite(loss)]
-        raise UserError(_held_out_not_finite(bad, step))
-    return losses.tolist()
-
-
-def supervised_of(store: TokenStore) -> list[list[int]]:
-    """Return the numbers of supervised tokens of each sequence's examples."""
-    packs = (store[index] for index in range(len(store)))
-    return [[int(part.sum()) for part in np.split(each.supervised, np.cumsum(each.segments)[:-1])] for each in packs]
-
-
-def _groups(trainer: Trainer, store: TokenStore) -> list[range]:
-    width = trainer.config.train.micro()
-    return [range(len(store))[first : first + width] for first in range(0, len(store), width)]
-
-
-def _shares(
-    trainer: Trainer, store: TokenStore, attention: str, worker: int, workers: int
-) -> Generator[tuple[int, Batch]]:
-    groups = _groups(trainer, store)
-    # With a sharded base all workers must run the model equally often, so a worker with fewer groups repeats group 0.
-    rounds = -(-len(groups) // workers) if hasattr(trainer.loss, "unshard") else len(groups[worker::workers])
-    for number in range(worker, worker + rounds * workers, workers):
-        group = groups[number] if number < len(groups) else groups[0]
-        yield number, collate([store[i] for i in group], attention).to(trainer.device)
-
-
-def _held_out_not_finite(origins: Sequence[str], step: int) -> str:
-    # Before the first step another learning rate would change nothing.
-    return f"step {step}: the held-out {_not_finite(origins)}{', or lower train.lr' if step else ''}"
-
-
-def _diverged(losses: list[Tensor], data: StepData, loader: StepLoader) -> str:
-    bad = [
-        origin
-        for loss, group in zip(losses, data.sequences, strict=True)
-        if not torch.isfinite(loss)
-        for index in group
-        for origin in loader.store.origins(index)
-    ]
-    bad = [origin for part in collectives.gather(bad) for origin in part]
-    return f"the {_not_finite(bad)}, or lower train.lr"
-
-
-def _not_finite(origins: Sequence[str]) -> str:
-    shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
-    return f"loss is not finite; it comes from {shown or 'the sum over all workers'}; check these rows"
+def not_finite(origins: Sequence[str]) -> str:
+    """Say that a loss is not finite, and name up to eight of the rows that it comes from."""
+    shown = some(origins, 8)
+    return (
+        f"loss is not finite; it comes from {shown or 'the sum over all workers'}; check these rows"
+    )

@@ -2,13 +2,12 @@
 
     loss = sum over supervised tokens t of -log p(token t | tokens before t in its segment)
 
-The caller divides by the number of supervised tokens of the *global* batch, so that the gradient does
+The caller divides by the objective's weight of the *global* batch (its supervised tokens), so that the gradient does
 not depend on workers, micro-batches or packing. Only positions whose next token is supervised go
 through the head, a chunk at a time; the chunk's gradient is taken at once, so logits (rows x
 vocabulary) never exist for more than one chunk.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,29 +23,47 @@ from olora_ray.model.packing import OutputHead, backbone
 from olora_ray.tokens.collate import Batch
 
 # RMSNorm with a backward pass written by hand, for frozen weights.
+#
+# A family's own norm keeps its input in float32 for the backward pass. This one keeps the input as it is: in bfloat16
+# SmolLM2-135M then saves 889 instead of 958 KB per token for the backward pass, 7 % less. It takes the same time on a
+# CPU.
 
 
-def patch_rms_norm(model: nn.Module) -> int:
-    """Let the model's RMSNorms use this backward pass; return how many do."""
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    # A family may compute something else under this name. So a norm is replaced only if LightRMSNorm gives the same
-    # bits for random input.
-    chosen = [module for module in norms if _same(module)]
-    for module in chosen:
-        module.__dict__["family"], module.__class__ = type(module), LightRMSNorm
-    return len(chosen)
+def replace_rms_norms(model: nn.Module) -> None:
+    """Put a LightRMSNorm in place of each frozen RMSNorm that computes the same."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, LightRMSNorm) or not type(norm).__name__.endswith("RMSNorm"):
+                continue
+            # A family may compute something else under this name. So a norm is replaced only if LightRMSNorm gives the
+            # same bits for random input.
+            if _same(norm):
+                setattr(parent, name, LightRMSNorm(norm))
 
 
 class LightRMSNorm(nn.Module):
-    """Replacement of a family's RMSNorm, with the same forward pass."""
+    """Replacement of a family's RMSNorm, with the same weight and the same forward pass."""
 
-    weight: Tensor
-    variance_epsilon: float
-    family: type[nn.Module]
-    """The class that it replaces."""
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
+        self._replaced = (
+            norm,
+        )  # in a tuple, because a module would be a child with a weight of its own name
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+    def plainly(self, x: Tensor) -> Tensor:
+        """Compute `forward` with the family's norm and torch's own backward pass: the self-test compares with it."""
+        # Its own weight may be from before the base was sharded or read from its files.
+        return _with_weight(self._replaced[0], self.weight, x)
+
+
+def _with_weight(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    y: Tensor = torch.func.functional_call(norm, {"weight": weight}, (x,))
+    return y
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -60,26 +77,28 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, r = ctx.saved_tensors
-        g, wide = (grads[0] * weight).float(), x.float()
+        g = (grads[0] * weight).float()
+        wide = x.float()
         total = torch.linalg.vecdot(g, wide)[..., None]
-        return g.mul_(r).addcmul_(wide, r.pow(3) * total, value=-1 / x.shape[-1]).to(x.dtype), None, None
+        return (
+            g.mul_(r).addcmul_(wide, r.pow(3) * total, value=-1 / x.shape[-1]).to(x.dtype),
+            None,
+            None,
+        )
 
 
 @torch.no_grad()
-def _same(module: nn.Module) -> bool:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or eps is None or weight.requires_grad:
+def _same(norm: Any) -> bool:
+    names = [name for name, _ in norm.named_parameters()]
+    if names != ["weight"] or norm.weight.requires_grad or not hasattr(norm, "variance_epsilon"):
         return False
-    # A model on the meta device has no weights to compute with, so a copy of the norm gets random ones.
-    if weight.is_meta:
-        weight, module = _some_like(weight), copy.copy(module)
-        module._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    weight = norm.weight
+    if weight.is_meta:  # it has no numbers to compute with
+        numbers = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
+        weight = numbers.to(weight.dtype)
     x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    return torch.equal(module(x), _RMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
-
-
-def _some_like(weight: Tensor) -> Tensor:
-    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+    light = _RMSNorm.apply(x, weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+    return torch.equal(_with_weight(norm, weight, x), light)
 
 
 # The result of a model's self-test (train/self_test.py).
@@ -109,8 +128,14 @@ class Differences:
             cause = f"the other examples {beside}" if beside else "later tokens"
             return f"the output of {self.changed} for an example changes by {self.change:.2g} with {cause}"
         if not self.output <= self.tolerance:
-            reference = f"its output without the other examples {beside}" if beside else "the model's own attention"
-            return f"the output of {self.part} differs by {self.output:.2g} from {reference} {allowed}"
+            reference = (
+                f"its output without the other examples {beside}"
+                if beside
+                else "the model's own attention"
+            )
+            return (
+                f"the output of {self.part} differs by {self.output:.2g} from {reference} {allowed}"
+            )
         if not self.loss <= self.tolerance:
             return f"the losses differ by {self.loss:.2g} from the losses of the model's own logits {allowed}"
         return None
@@ -135,7 +160,8 @@ class SelfTest:
 
     def line(self) -> str:
         line = f"self-test: passed with attention={self.attention}, in {self.seconds:.1f} s"
-        if (differences := self.differences) is None:
+        differences = self.differences
+        if differences is None:
             return line
         return (
             f"{line}; all blocks agree with the model's own attention up to rounding (relative difference"
@@ -157,7 +183,7 @@ class SupervisedLoss(nn.Module):
     """Causal language model as a function from a batch to its summed loss.
 
     FSDP shards this module as the root, so that one forward uses backbone and head. The model's frozen norms get a
-    lighter backward pass (`patch_rms_norm`).
+    lighter backward pass (`replace_rms_norms`).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -169,8 +195,8 @@ class SupervisedLoss(nn.Module):
         self.tested: SelfTest | None = None
         self.read_rows: Callable[[str, int, int], Tensor] | None = None
         """Reads rows first..last of a parameter from the files of a sharded base; None if the base is not sharded."""
-        self.offloaded: list[nn.Module] = []
-        """Blocks of a sharded base that are in the node's memory instead of the GPU's."""
+        self.sharded = False
+        """True if FSDP has sharded the base: then all workers must run the model equally often (`parallel.shard`)."""
         self.given_masks = False
         """True if the model gets masks made of the positions, because its own masks ignore the positions."""
         self.recompute = False
@@ -178,65 +204,70 @@ class SupervisedLoss(nn.Module):
         self.compile_blocks = self.compiled = False
         """True if training steps run the blocks compiled; has no effect before `parallel.install`. `compiled` is true
         while a step runs."""
-        self._takes = _arguments(backbone(model))
-        patch_rms_norm(model)
+        parameters = inspect.signature(backbone(model).forward).parameters
+        kinds = {item.kind for item in parameters.values()}
+        self._takes = frozenset(parameters)
+        self._takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+        replace_rms_norms(model)
 
     def forward(self, batch: Batch, each: bool = False) -> Tensor:
-        """Return the summed loss, a float32 scalar; with `each`, what the method `each` returns."""
-        if each:  # the forward of a sharded model, whose other methods lack its parameters
-            return self.each(batch)
+        """Return the summed loss, a float32 scalar; with `each` the loss of each supervised token, as `batch.labels`.
+
+        Both are differentiable: the backward pass scales the gradient of each token's hidden state, which the forward
+        pass has computed. So an objective may be any function of the tokens' losses, for one pass through the head.
+        """
         hidden = self.hidden(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
         chunked: Any = _ChunkedLoss  # torch leaves `apply` untyped
-        total: Tensor = chunked.apply(rows, batch.labels, self)
-        return total
+        total, losses = chunked.apply(rows, batch.labels, self)
+        chosen: Tensor = losses if each else total
+        return chosen
 
     @torch.no_grad()
     def each(self, batch: Batch) -> Tensor:
-        """Return the loss of each supervised token in float32, in the order of `batch.labels`."""
-        hidden = self.hidden(batch)
-        rows = hidden.reshape(-1, hidden.shape[-1])[batch.predicts]
-        size = self.chunk(rows.device)
-        parts = zip(rows.split(size), batch.labels.split(size), strict=True)
-        return torch.cat(
-            [F.cross_entropy(self.logits(part).float(), target, reduction="none") for part, target in parts]
-        )
+        """Return the loss of each supervised token in float32, in the order of `batch.labels`, without gradient."""
+        return SupervisedLoss.forward(self, batch, each=True)
 
     def chunk(self, device: torch.device) -> int:
         model: Any = self.model
         return chunk_rows(int(model.config.get_text_config().vocab_size), device)
 
     def hidden(self, batch: Batch) -> Tensor:
-        output: Tensor = backbone(self.model)(**self.taken(batch), use_cache=False).last_hidden_state
+        output: Tensor = backbone(self.model)(
+            **self.taken(batch), use_cache=False
+        ).last_hidden_state
         return output
 
     def taken(self, batch: Batch) -> dict[str, Any]:
-        inputs = {name: value for name, value in batch.inputs.items() if self._takes is None or name in self._takes}
-        return inputs | {"attention_mask": self._masks(batch)} if self.given_masks else inputs
-
-    def _masks(self, batch: Batch) -> Any:
+        # Backbones take different inputs; a recurrent one takes no positions, for example.
+        inputs: dict[str, Any] = {
+            name: value
+            for name, value in batch.inputs.items()
+            if self._takes_any or name in self._takes
+        }
+        if not self.given_masks:
+            return inputs
         from transformers.masking_utils import create_masks_for_generate
 
         model: Any = self.model
         positions = batch.inputs["position_ids"]
         assert isinstance(positions, Tensor)
         like = torch.empty(*positions.shape, 1, dtype=model.dtype, device=positions.device)
-        return create_masks_for_generate(model.config, like, None, None, position_ids=positions)
-
-
-def _arguments(module: nn.Module) -> frozenset[str] | None:
-    # Backbones take different inputs; a recurrent one takes no positions, for example. None: it takes any name.
-    parameters = inspect.signature(module.forward).parameters
-    if any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values()):
-        return None
-    return frozenset(parameters)
+        masks = create_masks_for_generate(model.config, like, None, None, position_ids=positions)
+        return inputs | {"attention_mask": masks}
 
 
 class _ChunkedLoss(torch.autograd.Function):
+    """Hidden states and their next tokens -> the sum of the tokens' losses, and each of them."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: SupervisedLoss) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: SupervisedLoss
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]
+        losses = []
         grads = []
         rows = head.chunk(hidden.device)
         for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
@@ -244,7 +275,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 part = part.detach().requires_grad_(wants_grad)
                 logits = head.logits(part)
             log_p = F.log_softmax(logits.detach().float(), dim=-1)
-            total -= log_p.gather(1, target[:, None]).sum()
+            of_targets = log_p.gather(1, target[:, None])
+            total -= of_targets.sum()
+            losses.append(-of_targets[:, 0])
             if wants_grad:
                 # d(-log p_target) / d logits = p - onehot(target), in place, because it is as large as the logits
                 grad = log_p.exp_()
@@ -252,13 +285,16 @@ class _ChunkedLoss(torch.autograd.Function):
                 grads.append(torch.autograd.grad(logits, part, grad.to(logits.dtype))[0])
         if wants_grad:
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden))
-        return total
+        return total, torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         (grad_hidden,) = ctx.saved_tensors
+        of_total, of_each = grads
+        # One of both is None, because `SupervisedLoss.forward` returns one of them.
+        factor = of_total if of_each is None else of_each[:, None]
         # The product is in float32. A factor rounded to bfloat16 would change the size of all gradients by up to 0.4 %.
-        return (grad_hidden.float() * grads[0]).to(grad_hidden.dtype), None, None
+        return (grad_hidden.float() * factor).to(grad_hidden.dtype), None, None
 
 
 # The inputs and outputs of layers while the model runs.
@@ -269,8 +305,13 @@ See = Callable[[str, Tensor, Tensor], None]
 
 @contextmanager
 def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
+    def hand_over(
+        name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
+        see(name, next(iter((*inputs, *named.values()))), output)
+
     handles = [
-        module.register_forward_hook(partial(_hand_over, name, see), with_kwargs=True)
+        module.register_forward_hook(partial(hand_over, name), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:
@@ -278,9 +319,3 @@ def watched(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hand_over(
-    name: str, see: See, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
-) -> None:
-    see(name, inputs[0] if inputs else next(iter(named.values())), output)

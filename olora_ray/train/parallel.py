@@ -35,9 +35,9 @@ from olora_ray.model import attention
 from olora_ray.model.folder import of_folder
 from olora_ray.model.load import empty_model, load_model
 from olora_ray.model.quantised import KINDS, Packed, QuantisedLinear, pack, require
-from olora_ray.train import base_files
-from olora_ray.train.base_files import BaseFiles, blocks_to_shard, decoder_layers
+from olora_ray.train import sharded_reader
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.sharded_reader import BaseFiles, blocks_to_shard, decoder_layers
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -66,11 +66,17 @@ class _Block:
     """Forward of a block that may be compiled, and may keep only its inputs, if a gradient is needed."""
 
     def __init__(self, forward: Callable[..., Any], loss: SupervisedLoss) -> None:
-        self.__wrapped__ = forward  # inspect.signature follows this attribute to the arguments of the block
+        self.__wrapped__ = (
+            forward  # inspect.signature follows this attribute to the arguments of the block
+        )
         self._loss = loss
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled() or _has_cache((*inputs, *named.values())):
+        from transformers import Cache
+
+        # With a cache of keys and values a second run of the block would add the same tokens again.
+        cached = any(isinstance(value, Cache) for value in (*inputs, *named.values()))
+        if cached or not torch.is_grad_enabled():
             return self.__wrapped__(*inputs, **named)
         run = self._compiled if self._loss.compiled else self.__wrapped__
         if not self._loss.recompute:
@@ -81,7 +87,14 @@ class _Block:
 
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
-        _leave_out()
+        # Adapted layers, packed weights and attention in segments add in place, keep results between calls, or read
+        # lengths on the host, which no graph can contain. The decorator is not written where they are defined, because
+        # it would import the compiler.
+        parts: Any = (AdaptedLinear, AdaptedExperts, QuantisedLinear)
+        for part in parts:
+            if not hasattr(part.forward, "_torchdynamo_disable"):
+                part.forward = torch.compiler.disable(part.forward)
+        attention.register(torch.compiler.disable)
         # Without `dynamic`, a second length would compile the block again. Blocks of the same class share their graphs.
         compiled: Callable[..., Any] = torch.compile(self.__wrapped__, dynamic=True)
         return compiled
@@ -91,28 +104,11 @@ def _run(run: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any
     return run(*inputs, **named)
 
 
-def _leave_out() -> None:
-    # Adapted layers, packed weights and attention in segments add in place, keep results between calls, or read lengths
-    # on the host, which no graph can contain. The decorator is not written where they are defined, because it would
-    # import the compiler.
-    parts: Any = (AdaptedLinear, AdaptedExperts, QuantisedLinear)
-    for part in parts:
-        if not hasattr(part.forward, "_torchdynamo_disable"):
-            part.forward = torch.compiler.disable(part.forward)
-    attention.register(torch.compiler.disable)
-
-
-def _has_cache(values: Sequence[Any]) -> bool:
-    # With a cache of keys and values a second run of the block would add the same tokens again.
-    from transformers import Cache
-
-    return any(isinstance(value, Cache) for value in values)
-
-
 @contextmanager
 def switched(loss: SupervisedLoss, on: bool) -> Iterator[None]:
     """Turn recomputation on or off inside a `with` block; turning it on has no effect before `install`."""
-    before, loss.recompute = loss.recompute, on
+    before = loss.recompute
+    loss.recompute = on
     try:
         yield
     finally:
@@ -134,10 +130,12 @@ def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]
     # They differ if a block changes its inputs or an outer state, because the second run changes it again.
     if all(torch.equal(one, other) for one, other in zip(with_it, without, strict=True)):
         return
-    off, norm = (
-        float(torch.stack([part.float().norm() for part in parts]).norm())
-        for parts in ([one - other for one, other in zip(with_it, without, strict=True)], without)
-    )
+
+    def norm_of(parts: Iterable[Tensor]) -> float:
+        return float(torch.stack([part.float().norm() for part in parts]).norm())
+
+    off = norm_of(one - other for one, other in zip(with_it, without, strict=True))
+    norm = norm_of(without)
     # GPU kernels do not add in a fixed order, so their gradients may differ by rounding.
     if without[0].device.type == "cpu" or not off <= 1e-3 * norm:
         raise UserError(
@@ -147,76 +145,59 @@ def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]
 
 
 def place_model(
-    loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1, offload: bool = False
+    loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1
 ) -> None:
-    """Move the model to `device`, and with "fsdp" shard the frozen base; `replicas` and `offload` are as in `shard`.
+    """Move the model to `device`, and with "fsdp" shard the frozen base; `replicas` is as in `shard`.
 
     May be called again after adapters are added; a sharded base stays sharded.
     """
     install(loss)
-    if strategy == "fsdp" and collectives.world_size() > 1 and not hasattr(loss, "unshard"):
-        shard(loss, device, replicas, offload)
+    if strategy == "fsdp" and collectives.world_size() > 1 and not loss.sharded:
+        shard(loss, device, replicas)
     # FSDP has moved the shards of the base, but not adapters and buffers.
-    root: Any = loss  # torch leaves `_apply` untyped
-    target = target_device(loss, device)
-    root._apply(lambda part: part.to(target(part)))
+    loss.to(device)
 
 
-def target_device(loss: Any, device: torch.device) -> Callable[[Tensor], torch.device]:
-    """Return a function from a parameter or buffer to its device: `device`, or the CPU for offloaded shards."""
-    # Module.to would move offloaded shards too, and FSDP would then refuse to run.
-    from torch.distributed.tensor import DTensor
-
-    for block in loss.offloaded:
-        block.reshard()
-    stay = {id(part) for block in loss.offloaded for part in block.parameters() if isinstance(part, DTensor)}
-    return lambda part: torch.device("cpu") if id(part) in stay else device
-
-
-def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1, offload: bool = False) -> None:
+def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None:
     """Shard the blocks of the frozen base; adapters and weights outside the blocks stay whole. Weights may be meta.
 
     Each of the `replicas` copies is spread over workers with consecutive ranks, which are on the same node as far as
-    possible, because Ray numbers the workers node by node. `offload`: shards stay in the memory of the node, and are
-    copied to the device each time they are gathered.
+    possible, because Ray numbers the workers node by node.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     world = collectives.world_size()
-    shape, names = ((world,), ("shards",)) if replicas == 1 else ((replicas, world // replicas), ("copies", "shards"))
+    shape: tuple[int, ...] = (world,)
+    names: tuple[str, ...] = ("shards",)
+    if replicas > 1:
+        shape = (replicas, world // replicas)
+        names = ("copies", "shards")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    adapters = {
-        parameter
-        for module in loss.modules()
-        if isinstance(module, AdaptedWeight)
-        for parameter in (module.da, module.db)
-    }
-    apart = offload and has_own_memory(device)
-    # Pinned memory can be copied to a GPU while the GPU computes.
-    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if apart else OffloadPolicy()
+    adapters = set[nn.Parameter]()
+    for module in loss.modules():
+        if isinstance(module, AdaptedWeight):
+            adapters |= {module.da, module.db}
     blocks = blocks_to_shard(loss.model)
     whole = adapters | outside(loss, blocks)
     for block in blocks:
-        fully_shard(block, mesh=mesh, ignored_params=adapters, offload_policy=policy)
-        loss.offloaded += [block] if apart else []
+        fully_shard(block, mesh=mesh, ignored_params=adapters)
     fully_shard(loss, mesh=mesh, ignored_params=whole)
+    loss.sharded = True
 
 
 def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    inside = set[int]()
+    for block in blocks:
+        inside.update(map(id, block.parameters()))
     return {parameter for parameter in model.parameters() if id(parameter) not in inside}
-
-
-def has_own_memory(device: torch.device) -> bool:
-    """True if the device has memory of its own, outside the memory of the node."""
-    return device.type != "cpu"
 
 
 def own_rows(parameter: "DTensor") -> tuple[int, int]:
     """Return the rows first..last of a sharded parameter that this worker has; may be empty if there are few rows."""
     # FSDP cuts rows like torch.chunk: all parts but the last have the same size.
-    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    mesh = parameter.device_mesh
+    rows = parameter.shape[0]
     size = math.ceil(rows / mesh.size(-1))
     first = min(size * mesh.get_local_rank(mesh.ndim - 1), rows)
     return first, min(first + size, rows)
@@ -226,7 +207,7 @@ def begin_at_root(loss: Any) -> None:
     """Make `loss` FSDP's root; call it before a part of a sharded base runs alone."""
     # FSDP takes the first module that runs for the root. If that were a part, the first loss would fail. So an empty
     # method of the root runs first.
-    if not hasattr(loss, "unshard"):
+    if not loss.sharded:
         return
     from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -250,7 +231,7 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
     require(config.quantization)
     model: Any = empty_model(folder, config, device)
     names = to_pack(model)
-    files = base_files.find(Path(folder), model)
+    files = sharded_reader.find(Path(folder), model)
     if isinstance(files, BaseFiles):
         packed_folder = _packed(Path(folder), files, names, config.quantization, device)
         for number, name in enumerate(names):
@@ -259,10 +240,19 @@ def load_frozen(folder: str | Path, config: ModelConfig, device: torch.device) -
             else:
                 part = load_file(packed_folder / str(number))
                 weight = model.get_submodule(name).weight
-                _pack(model, name, weight, config.quantization, device, (part["codes"], part["scales"]))
-        base_files.fill(model, files, lambda _: True)
+                _pack(
+                    model,
+                    name,
+                    weight,
+                    config.quantization,
+                    device,
+                    (part["codes"], part["scales"]),
+                )
+        sharded_reader.fill(model, files, lambda _: True)
     else:
-        logger.info(f"quantization: loading the complete base model before packing it, because {files}")
+        logger.info(
+            f"quantization: loading the complete base model before packing it, because {files}"
+        )
         model = load_model(folder, config, device)
         names = to_pack(model)  # raises UserError for a base that is quantised already
         for name in names:
@@ -280,7 +270,9 @@ def _packed(
 ) -> Path | None:
     # Packing takes minutes. So one process per node does it, and all later runs read the result.
     dtypes = sorted({str(files.dtypes[f"{name}.weight"]) for name in names})
-    key = storage.digest(of_folder(folder, code=False), quantization, *dtypes, *names, node_cache.code(), length=32)
+    key = storage.digest(
+        of_folder(folder, code=False), quantization, *dtypes, *names, node_cache.code(), length=32
+    )
     root = Path(node_cache.CACHE) / "packed"
 
     def make(partial: Path) -> None:
@@ -292,9 +284,13 @@ def _packed(
     try:
         entry = node_cache.cached(root / key, make)
         node_cache.hold(entry)
-        node_cache.make_room(root, (each for each in root.iterdir() if not each.name.startswith(".")))
+        node_cache.make_room(
+            root, (each for each in root.iterdir() if not each.name.startswith("."))
+        )
     except (OSError, SafetensorError) as error:
-        logger.info(f"quantization: the packed base model cannot be cached on this node: {short_reason(error)}")
+        logger.info(
+            f"quantization: the packed base model cannot be cached on this node: {short_reason(error)}"
+        )
         return None
     return entry
 
@@ -329,12 +325,21 @@ def packed_size(model: nn.Module, quantization: str, dtype: torch.dtype) -> tupl
 
 
 def _pack(
-    model: nn.Module, name: str, weight: Tensor, quantization: str, device: torch.device, packed: Packed | None = None
+    model: nn.Module,
+    name: str,
+    weight: Tensor,
+    quantization: str,
+    device: torch.device,
+    packed: Packed | None = None,
 ) -> None:
     # The bias is passed on as it is, and may still be on the meta device.
     parent, _, attribute = name.rpartition(".")
     module: Any = model.get_submodule(name)
-    setattr(model.get_submodule(parent), attribute, QuantisedLinear(weight, module.bias, quantization, device, packed))
+    setattr(
+        model.get_submodule(parent),
+        attribute,
+        QuantisedLinear(weight, module.bias, quantization, device, packed),
+    )
 
 
 # A base that no worker ever holds whole: built on the meta device, sharded, and filled from its files by rows.
@@ -351,15 +356,21 @@ def load_base(folder: str, config: Config, device: torch.device) -> SupervisedLo
     `load_frozen`.
     """
     if config.cluster.strategy != "fsdp" or collectives.world_size() == 1:
-        return SupervisedLoss(collectives.together(lambda: load_frozen(folder, config.model, device)))
-    if config.cluster.fsdp_offload and not has_own_memory(device):
-        logger.info("cluster.fsdp_offload: no effect without a GPU: the base model is in the node's memory anyway")
+        return SupervisedLoss(
+            collectives.together(lambda: load_frozen(folder, config.model, device))
+        )
     began = time.perf_counter()
     loss = _sharded(folder, config, device)
     if isinstance(loss, str):
-        logger.info(f"fsdp: each worker loads the complete base model before sharding it, because {loss}")
-        return SupervisedLoss(collectives.together(lambda: load_frozen(folder, config.model, device)))
-    logger.info(f"fsdp: each worker has read its part of the base model in {time.perf_counter() - began:.2f} s")
+        logger.info(
+            f"fsdp: each worker loads the complete base model before sharding it, because {loss}"
+        )
+        return SupervisedLoss(
+            collectives.together(lambda: load_frozen(folder, config.model, device))
+        )
+    logger.info(
+        f"fsdp: each worker has read its part of the base model in {time.perf_counter() - began:.2f} s"
+    )
     return loss
 
 
@@ -369,19 +380,24 @@ def _sharded(folder: str, config: Config, device: torch.device) -> SupervisedLos
     All workers return the same type, and the same reason.
     """
     model = collectives.together(lambda: empty_model(folder, config.model, device))
-    files = collectives.together(lambda: base_files.find(Path(folder), model))
+    files = collectives.together(lambda: sharded_reader.find(Path(folder), model))
     problems = collectives.gather(files if isinstance(files, str) else None)
     if isinstance(files, str) or any(problems):
         return next(problem for problem in problems if problem)
     whole = outside(model, blocks_to_shard(model))
     wanted = {weight for weight in model.parameters() if weight.dim() < 2 or weight in whole}
-    collectives.together(lambda: base_files.fill(model, files, wanted.__contains__, partial(_whole, files, device)))
+    collectives.together(
+        lambda: sharded_reader.fill(
+            model, files, wanted.__contains__, partial(_whole, files, device)
+        )
+    )
     loss: Any = SupervisedLoss(model)  # torch leaves `_apply` untyped
     loss.read_rows = files.rows
-    shard(loss, device, config.cluster.fsdp_replicas, config.cluster.fsdp_offload)
-    target = target_device(loss, device)
+    shard(loss, device, config.cluster.fsdp_replicas)
     # Tensors on the meta device, above all shards of weights, get memory here; all others already have their values.
-    loss._apply(lambda part: torch.empty_like(part, device=target(part)) if part.is_meta else part.to(target(part)))
+    loss._apply(
+        lambda part: torch.empty_like(part, device=device) if part.is_meta else part.to(device)
+    )
     collectives.together(lambda: _read_shards(model, files))
     sharded: SupervisedLoss = loss
     return sharded
@@ -413,7 +429,9 @@ def _whole(files: BaseFiles, device: torch.device, name: str) -> Tensor:
 
 def _read_rows(files: BaseFiles, name: str, first: int, to: Tensor) -> None:
     """Fill the tensor `to` with rows of a weight from row `first` on, at most 64 MiB (or one row) at a time."""
-    count = max(1, 2**26 * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
+    count = (
+        max(1, 2**26 * len(to) // max(to.nbytes, 1)) if files.in_parts(name) else max(1, len(to))
+    )
     for start in range(0, len(to), count):
         stop = min(start + count, len(to))
         to[start:stop].copy_(files.rows(name, first + start, first + stop))

@@ -7,15 +7,21 @@ import contextlib
 import importlib
 import inspect
 import json
+import logging
 import math
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from olora_ray.common import records
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.storage import digest, digest_file
+from olora_ray.config import command_line
+
+logger = logging.getLogger(__name__)
 
 Scorer = Callable[[str, str], dict[str, float]]
 
@@ -29,10 +35,14 @@ def json_fields(prediction: str, reference: str) -> dict[str, float]:
     """Compare two JSON objects field by field; a prediction that is not a JSON object scores 0 everywhere."""
     expected = _json_object(reference)
     if expected is None:
-        raise UserError(f"evaluation.scorer: json_fields needs a JSON object as the reference, not {_short(reference)}")
+        raise UserError(
+            f"evaluation.scorer: json_fields needs a JSON object as the reference, not {_short(reference)}"
+        )
     predicted = _json_object(prediction)
     fields = {
-        f"field/{name}": float(predicted is not None and name in predicted and _same(predicted[name], value))
+        f"field/{name}": float(
+            predicted is not None and name in predicted and _same(predicted[name], value)
+        )
         for name, value in expected.items()
     }
     return {
@@ -48,24 +58,36 @@ SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "json_fields": json_fi
 def resolve(name: str) -> Scorer:
     """Return the scorer `name`: one of SCORERS, `package.module:function` or `package.module.function`.
 
-    Imports the module, so its code runs. Raises UserError if there is no such function.
+    Imports the module, so its code runs. It may be one of pipelines/contrib: `mobility.answer:next_place`. Raises
+    UserError if there is no such function.
     """
     if name in SCORERS:
         return SCORERS[name]
     module_name, _, function_name = name.rpartition(":" if ":" in name else ".")
     if not module_name or not function_name:
         known = ", ".join(SCORERS)
-        raise UserError(f"evaluation.scorer: no scorer is called {name!r}; use {known}, or package.module:function")
+        raise UserError(
+            f"evaluation.scorer: no scorer is called {name!r}; use {known}, or package.module:function"
+        )
+    applications = str(command_line.ROOT / "pipelines" / "contrib")
+    if applications not in sys.path:
+        sys.path.append(applications)  # last, so that the user's module of this name comes first
     try:
         module = importlib.import_module(module_name)
     except (ImportError, TypeError) as error:  # TypeError: a relative name
-        raise UserError(f"evaluation.scorer: {name!r}: cannot import {module_name!r}: {error}") from error
+        raise UserError(
+            f"evaluation.scorer: {name!r}: cannot import {module_name!r}: {error}"
+        ) from error
     except Exception as error:  # the code of the user's module may raise anything
         cause = f"{type(error).__name__}: {error}"
-        raise UserError(f"evaluation.scorer: {name!r}: importing {module_name!r} fails: {cause}") from error
+        raise UserError(
+            f"evaluation.scorer: {name!r}: importing {module_name!r} fails: {cause}"
+        ) from error
     scorer = getattr(module, function_name, None)
     if not callable(scorer):
-        raise UserError(f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}")
+        raise UserError(
+            f"evaluation.scorer: {name!r}: {module_name!r} has no function {function_name!r}"
+        )
     return scorer  # type: ignore[no-any-return]
 
 
@@ -76,7 +98,11 @@ def source_digest(name: str) -> str:
     """
     scorer = resolve(name)
     named = name.rpartition(":" if ":" in name else ".")[0]
-    modules = [sys.modules.get(each) for each in (named, getattr(inspect.unwrap(scorer), "__module__", None)) if each]
+    modules = [
+        sys.modules.get(each)
+        for each in (named, getattr(inspect.unwrap(scorer), "__module__", None))
+        if each
+    ]
     files = [Path(file) for each in modules if (file := getattr(each, "__file__", None))]
     return digest(*(digest_file(file) for file in files if file.is_file()), length=16)
 
@@ -89,7 +115,8 @@ class Judge:
     """A scorer whose mistakes become UserErrors of one line; creating it raises the UserErrors of `resolve`."""
 
     def __init__(self, name: str) -> None:
-        self.name, self._scorer = name, resolve(name)
+        self.name = name
+        self._scorer = resolve(name)
 
     def __call__(self, prediction: str, reference: str) -> dict[str, float]:
         """Return the scores of an answer; raises UserError if the scorer fails, or a score is not a finite number."""
@@ -104,38 +131,45 @@ class Judge:
                 f" {_short(reference)}: {cause}"
             ) from error
         try:
-            if not isinstance(raw, Mapping) or not all(isinstance(name, str) and name for name in raw):
+            if not isinstance(raw, Mapping) or not all(
+                isinstance(name, str) and name for name in raw
+            ):
                 raise TypeError
             scores = {name: float(value) for name, value in raw.items()}
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"evaluation.scorer: {self.name} must return {{name: number}}, not {_short(raw)}") from None
-        if taken := [name for name in TAKEN if name in scores]:
             raise UserError(
-                f"evaluation.scorer: {self.name} returns a score {taken[0]!r}, but eval/{taken[0]} is a metric of the"
-                " held-out rows; give the score another name"
-            )
+                f"evaluation.scorer: {self.name} must return {{name: number}}, not {_short(raw)}"
+            ) from None
+        for name in TAKEN:
+            if name in scores:
+                raise UserError(
+                    f"evaluation.scorer: {self.name} returns a score {name!r}, but eval/{name} is a metric of the"
+                    " held-out rows; give the score another name"
+                )
         # One value that is not finite would make the mean of all answers useless.
-        if odd := next((name for name, value in scores.items() if not math.isfinite(value)), None):
-            raise UserError(
-                f"evaluation.scorer: {self.name} returns {scores[odd]} as {odd!r} for the answer {_short(prediction)}"
-                f" and the reference {_short(reference)}; leave out a score that does not apply"
-            )
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"evaluation.scorer: {self.name} returns {value} as {name!r} for the answer {_short(prediction)}"
+                    f" and the reference {_short(reference)}; leave out a score that does not apply"
+                )
         return scores
+
+    def tell_partial(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Log each score that only some of the answers have."""
+        for name, count in Counter(chain.from_iterable(rows)).items():
+            if count < len(rows):
+                logger.info(
+                    f"score {name}: only {count} of {len(rows)} answers have it, and its mean is over these"
+                )
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    values_of = {name: [row[name] for row in rows if name in row] for name in names}
+    values_of: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            values_of[name].append(value)
     return {name: sum(values) / len(values) for name, values in values_of.items()}
-
-
-def partial_scores(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    counts = {name: sum(name in row for row in rows) for name in means(rows)}
-    return [
-        f"score {name}: only {count} of {len(rows)} answers have it, and its mean is over these"
-        for name, count in counts.items()
-        if count < len(rows)
-    ]
 
 
 def _short(value: object) -> str:
@@ -176,7 +210,9 @@ class Baseline:
         if kept is None or kept.identity != identity or len(kept.answers or []) != questions:
             return None
         # A loss that is not finite is measured again, because the measurement raises the error that says why.
-        return cls(kept.loss, kept.answers) if kept.loss is None or math.isfinite(kept.loss) else None
+        return (
+            cls(kept.loss, kept.answers) if kept.loss is None or math.isfinite(kept.loss) else None
+        )
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -31,15 +32,16 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight, TakenWeight
 from olora_ray.common.errors import UserError, as_user_error, first_line
-from olora_ray.config.schema import AnyConfig
+from olora_ray.common.text import some
+from olora_ray.config.decided import AnyDecided
 from olora_ray.model import attention
-from olora_ray.model.packing import check_lengths, shares_sequences, why_not_in_one_row
+from olora_ray.model.packing import check_lengths, why_not_in_one_row
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import parallel
-from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.loss import Differences, LightRMSNorm, SelfTest, SupervisedLoss
 from olora_ray.train.parallel import begin_at_root
+from olora_ray.train.sharded_reader import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -53,38 +55,44 @@ LONG = 512
 Ids = tuple[int, ...]
 
 
-def three_examples(packs: Sequence[Pack], config: AnyConfig, model: Any) -> tuple[Ids, Ids, Ids]:
+def three_examples(packs: Sequence[Pack], config: AnyDecided, model: Any) -> tuple[Ids, Ids, Ids]:
     """Return three cut examples; the second repeats the text until it exceeds the model's windows, or is a sequence."""
-    most = config.data.length()
+    most = config.data.max_length
     short = max(3, min(SHORT, most // 4))
     rows = list(examples_of(packs, short))
-    windows = _limits(model.config.get_text_config(), most)
+    windows = []
+    for name, value in model.config.get_text_config().to_dict().items():
+        if ("window" in name or "chunk" in name) and type(value) is int and 0 < value < most:
+            windows.append(value)
     # Together the three are as long as one sequence, because some models depend on the position in it. They are longer
     # only if a window needs it.
     length = min(most, max(windows) + SHORT) if windows else min(LONG, max(short, most - 2 * short))
-    text = tuple(token for pack in packs for token in pack.input_ids.tolist())
+    text = tuple(np.concatenate([pack.input_ids for pack in packs]).tolist())
     return rows[0], (text * -(-length // len(text)))[:length], rows[2]
 
 
 def examples_of(packs: Sequence[Pack], longest: int) -> Iterator[Ids]:
     """Return the examples of some sequences, cut to `longest` tokens, and repeated if there are fewer than three."""
-    every = [tuple(ids.tolist()) for pack in packs for ids in np.split(pack.input_ids, np.cumsum(pack.segments)[:-1])]
+    every: list[Ids] = []
+    for pack in packs:
+        parts = np.split(pack.input_ids, np.cumsum(pack.segments)[:-1])
+        every += [tuple(part.tolist()) for part in parts]
     long = [ids[:longest] for ids in every if len(ids) > 2]
-    # If all examples have 1 or 2 tokens, they are joined and repeated to one that is long enough.
-    long = long or [(3 * tuple(token for ids in every for token in ids))[:longest]]
-    return iter([*long, *[ids[::-1] for ids in long], *long] if len(long) < 3 else long)
-
-
-def _limits(shape: Any, length: int) -> list[int]:
-    named = [value for name, value in shape.to_dict().items() if "window" in name or "chunk" in name]
-    return [value for value in named if type(value) is int and 0 < value < length]
+    if not long:
+        # All examples have 1 or 2 tokens, so they are joined and repeated to one that is long enough.
+        long = [(3 * tuple(chain.from_iterable(every)))[:longest]]
+    if len(long) < 3:
+        long = [*long, *[ids[::-1] for ids in long], *long]
+    return iter(long)
 
 
 def one_pack(examples: Sequence[Ids]) -> Pack:
     """Pack examples into one sequence; the last tokens of each example are supervised, but never its first token."""
     ids = np.concatenate([np.array(example, dtype=np.int32) for example in examples])
     positions = [np.arange(len(example)) for example in examples]
-    supervised = np.concatenate([(position > 0) & (position >= len(position) - SHORT) for position in positions])
+    supervised = np.concatenate(
+        [(position > 0) & (position >= len(position) - SHORT) for position in positions]
+    )
     return Pack(ids, supervised, tuple(map(len, examples)))
 
 
@@ -125,10 +133,13 @@ def _parts(
     recorded: list[dict[tuple[str, int], list[_Output]]] = [defaultdict(list) for _ in rows]
 
     def exchange(key: tuple[str, int], output: Any) -> Any:
-        if not isinstance(output, Tensor) or (axis := _axis(output, shape)) is None:
+        axis = _axis(output, shape) if isinstance(output, Tensor) else None
+        if axis is None:
             return output
-        values, slopes = _by_token(output.detach(), axis).clone(), None
-        for number, (positions, outputs) in enumerate(zip(rows, (each[key] for each in recorded), strict=True)):
+        values = _by_token(output.detach(), axis).clone()
+        slopes = None
+        for number, (positions, each) in enumerate(zip(rows, recorded, strict=True)):
+            outputs = each[key]
             outputs.append(_Output(values[positions]))
             if given:
                 replacement = given[number][key][len(outputs) - 1]
@@ -145,13 +156,21 @@ def _parts(
     def hook(name: str, whole: bool, _module: nn.Module, _inputs: object, output: Any) -> Any:
         if type(output) not in (tuple, list):
             return exchange((name, 0), output)
-        return type(output)(exchange((name, n), part) if whole or n == 0 else part for n, part in enumerate(output))
+        return type(output)(
+            exchange((name, n), part) if whole or n == 0 else part for n, part in enumerate(output)
+        )
 
     names = {part: name for name, part in model.named_modules()}
-    inside = {part: name for block in decoder_layers(model) for name, part in block.named_modules()}
+    inside = dict[nn.Module, str]()
+    for block in decoder_layers(model):
+        inside |= {part: name for name, part in block.named_modules()}
     choose = {part for part, name in inside.items() if {"gate", "router"} & set(name.split("."))}
     # Norms are left out, because they give the same bits for the same input.
-    wanted = [part for part, name in inside.items() if "." not in name and "Norm" not in type(part).__name__]
+    wanted = [
+        part
+        for part, name in inside.items()
+        if "." not in name and "Norm" not in type(part).__name__
+    ]
     hooks = [
         part.register_forward_hook(partial(hook, names[part], part in choose))
         for part in dict.fromkeys([*wanted, *choose])
@@ -168,8 +187,10 @@ def _axis(output: Tensor, shape: torch.Size) -> int | None:
 
     -1 if the first axis has all tokens of all rows; None if the output has no axis of tokens.
     """
-    axes = [axis for axis in range(output.dim()) if output.shape[axis : axis + 2] == shape]
-    return axes[0] if axes else -1 if output.shape[:1] == (shape.numel(),) else None
+    for axis in range(output.dim()):
+        if output.shape[axis : axis + 2] == shape:
+            return axis
+    return -1 if output.shape[:1] == (shape.numel(),) else None
 
 
 def _by_token(output: Tensor, axis: int) -> Tensor:
@@ -197,11 +218,18 @@ class _Exchanged(torch.autograd.Function):
         return grads[0] if ctx.slopes is None else ctx.slopes, None, None
 
 
-def _alone(loss: SupervisedLoss, example: Ids, device: torch.device, backward: bool = False) -> tuple[Outputs, Tensor]:
+def _alone(
+    loss: SupervisedLoss, example: Ids, device: torch.device, backward: bool = False
+) -> tuple[Outputs, Tensor]:
     model: Any = loss.model
     ids = torch.tensor([example], device=device)
-    last = {"logits_to_keep": SHORT + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with torch.set_grad_enabled(backward), _parts(model, ids.shape, _positions([[example]], ids)) as (parts,):
+    last = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        last = {"logits_to_keep": SHORT + 1}
+    with (
+        torch.set_grad_enabled(backward),
+        _parts(model, ids.shape, _positions([[example]], ids)) as (parts,),
+    ):
         logits = model(input_ids=ids, use_cache=False, **last).logits[0, -SHORT - 1 : -1]
         losses = F.cross_entropy(logits.float(), ids[0, 1:][-SHORT:], reduction="none")
     if backward:
@@ -211,7 +239,8 @@ def _alone(loss: SupervisedLoss, example: Ids, device: torch.device, backward: b
 
 def _positions(groups: Sequence[Sequence[Ids]], ids: Tensor) -> list[Tensor]:
     """Return the flat positions of each example in a batch `ids`, which has one row per group or a single row."""
-    positions, start = [], 0
+    positions = []
+    start = 0
     for number, group in enumerate(groups):
         start = start if len(ids) == 1 else number * ids.shape[1]
         for example in group:
@@ -221,13 +250,14 @@ def _positions(groups: Sequence[Sequence[Ids]], ids: Tensor) -> list[Tensor]:
 
 
 def _worst(measured: Outputs, wanted: Outputs) -> tuple[float, str]:
-    off = [
-        (_off(output.value, expected.value[: len(output.value)]), key[0])
-        for key, outputs in wanted.items()
-        for output, expected in zip(measured[key], outputs, strict=True)
-        if expected.value.is_floating_point()
-    ]
-    return max(((float(value.nan_to_num(math.inf)), name) for value, name in off), default=(0.0, ""))
+    off = []
+    for key, outputs in wanted.items():
+        for output, expected in zip(measured[key], outputs, strict=True):
+            if expected.value.is_floating_point():
+                off.append((_off(output.value, expected.value[: len(output.value)]), key[0]))
+    return max(
+        ((float(value.nan_to_num(math.inf)), name) for value, name in off), default=(0.0, "")
+    )
 
 
 def _off(measured: Tensor, wanted: Tensor) -> Tensor:
@@ -235,7 +265,9 @@ def _off(measured: Tensor, wanted: Tensor) -> Tensor:
     # The second finds mistakes that few tokens see, such as a window that ends one token too late.
     output, expected = (part.float().reshape(len(part), -1) for part in (measured, wanted))
     size = expected.norm(dim=1)
-    off = (output - expected).norm(dim=1) / (size + size.median() / 8 + torch.finfo(torch.float32).tiny)
+    off = (output - expected).norm(dim=1) / (
+        size + size.median() / 8 + torch.finfo(torch.float32).tiny
+    )
     pieces = [part.square().mean().sqrt() for part in off.tensor_split(max(1, len(off) // SHORT))]
     return torch.stack([*pieces, off.max() / 2]).max()
 
@@ -243,21 +275,70 @@ def _off(measured: Tensor, wanted: Tensor) -> Tensor:
 # Choice of a base's attention.
 
 
-def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyConfig, device: torch.device) -> SelfTest:
-    """Test the base model on examples of `packs`, and set the first attention that passes.
+def choose_attention(
+    loss: SupervisedLoss, packs: Sequence[Pack], config: AnyDecided, device: torch.device
+) -> SelfTest:
+    """Test the base model without its adapters on examples of `packs`, and set the first attention that passes.
 
     All workers of a sharded base must call it together. Raises UserError, with the setting to change, if none passes.
     """
+    with bare(loss.model), _taken_as_user_error():
+        try:
+            return _first_that_passes(loss, packs, config, device)
+        except UserError:
+            # Its advice fits only causal models, so look for another reason first.
+            if loss.sharded or not _sees_ahead(loss.model, packs, device):
+                raise
+            raise UserError(
+                f"model.name: {type(loss.model).__name__} is no causal language model: its output for a token"
+                " depends on later tokens; name another model"
+            ) from None
+
+
+@contextmanager
+def _taken_as_user_error() -> Iterator[None]:
+    try:
+        yield
+    except TakenWeight as error:
+        raise UserError(
+            f"adapter.targets: {first_line(error)}; leave it out of adapter.targets"
+        ) from None
+
+
+@torch.no_grad()
+def _sees_ahead(model: Any, packs: Sequence[Pack], device: torch.device) -> bool:
+    # Another last token must not change the output for earlier tokens, except by rounding errors.
+    model.set_attn_implementation(attention.own(model))
+    ids = torch.tensor([next(examples_of(packs, SHORT))], device=device)
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    own, changed = (
+        model(input_ids=each, use_cache=False).logits[0, :-1].float().softmax(-1)
+        for each in (ids, other)
+    )
+    return float((own - changed).abs().sum(-1).mean()) > 0.02
+
+
+def _first_that_passes(
+    loss: SupervisedLoss, packs: Sequence[Pack], config: AnyDecided, device: torch.device
+) -> SelfTest:
     model: Any = loss.model
     began = time.perf_counter()
     dtype = next(model.parameters()).dtype
     check_lengths(model, config)
-    tokens = config.train.micro() * config.data.length()
-    wanted = _not_flat(model, attention.candidates(model, config.model, dtype, device), tokens)
+    tokens = config.train.micro_batch * config.data.max_length
+    names = attention.candidates(model, config.model, dtype, device)
+    # Some models cannot have all examples of a micro-batch in one row, whatever the attention.
+    why_not = why_not_in_one_row(model, tokens)
+    wanted = [name for name in names if why_not is None or name not in FLAT_ATTENTION]
+    if not wanted:
+        raise UserError(
+            f"model.attention={names[0]}: it puts all examples of a micro-batch into one row, but"
+            f" {type(model).__name__} {why_not}; set model.attention: auto"
+        )
     # `packs` are only the first sequences. Even if each has one example, later ones may have several.
-    packed = shares_sequences(model, config) or any(len(pack.segments) > 1 for pack in packs)
+    packed = config.data.packing or any(len(pack.segments) > 1 for pack in packs)
     examples = three_examples(packs, config, model)
-    beside = packed or config.train.micro() > 1
+    beside = packed or config.train.micro_batch > 1
     trial = _Trial(loss, examples if beside else examples[1:2], packed, device)
     failed = attention.left_out(model, config.model, dtype, device)
     for name in wanted:
@@ -266,41 +347,36 @@ def choose_attention(loss: SupervisedLoss, packs: Sequence[Pack], config: AnyCon
             model.set_attn_implementation(name)
             for rejected, why in failed.items():
                 logger.info(f"attention {name} instead of {rejected}: {why}")
-            return SelfTest(name, loss.given_masks, failed, differences, seconds=time.perf_counter() - began)
+            return SelfTest(
+                name, loss.given_masks, failed, differences, seconds=time.perf_counter() - began
+            )
         failed[name] = problem
     text = _refusal(type(model).__name__, failed, trial)
-    free = attention.candidates(model, config.model.model_copy(update={"attention": "auto"}), dtype, device)
-    instead = next((name for name in free if name not in failed and trial.run(name)[0] is None), None)
+    free = attention.candidates(
+        model, config.model.model_copy(update={"attention": "auto"}), dtype, device
+    )
+    instead = next(
+        (name for name in free if name not in failed and trial.run(name)[0] is None), None
+    )
     if instead is not None:
-        family, why = type(model).__name__, failed[wanted[-1]]
+        family = type(model).__name__
+        why = failed[wanted[-1]]
         text = f"model.attention={wanted[-1]}: with {family}, {why}; set model.attention: {instead}"
     raise UserError(text)
 
 
-def require_layout(loss: SupervisedLoss, config: AnyConfig) -> None:
+def require_layout(loss: SupervisedLoss, config: AnyDecided) -> None:
     """Raise UserError if the attention that passed for another trial does not work with the settings of this one."""
     # Trials of a search may share a base, and differ in the number of sequences that go through it at once.
     model: Any = loss.model
     check_lengths(model, config)
-    why = why_not_in_one_row(model, config.train.micro() * config.data.length())
+    why = why_not_in_one_row(model, config.train.micro_batch * config.data.max_length)
     if loss.tested is not None and loss.tested.attention in FLAT_ATTENTION and why:
         raise UserError(
-            f"train.micro_batch={config.train.micro()}: other trials on this base put all examples of a micro-batch"
+            f"train.micro_batch={config.train.micro_batch}: other trials on this base put all examples of a micro-batch"
             f" into one row, but {type(model).__name__} {why}; set trials_per_worker: 1 or"
             " model.attention: sdpa"
         )
-
-
-def _not_flat(model: Any, names: tuple[str, ...], tokens: int) -> tuple[str, ...]:
-    # Some models cannot have all examples of a micro-batch in one row, whatever the attention.
-    why = why_not_in_one_row(model, tokens)
-    usable = tuple(name for name in names if why is None or name not in FLAT_ATTENTION)
-    if not usable:
-        raise UserError(
-            f"model.attention={names[0]}: it puts all examples of a micro-batch into one row, but"
-            f" {type(model).__name__} {why}; set model.attention: auto"
-        )
-    return usable
 
 
 def _refusal(family: str, failed: Mapping[str, str], trial: "_Trial") -> str:
@@ -315,28 +391,44 @@ def _refusal(family: str, failed: Mapping[str, str], trial: "_Trial") -> str:
 class _Trial:
     """A test of one attention after the other on the same examples, of which the long one is in the middle."""
 
-    def __init__(self, loss: SupervisedLoss, examples: Sequence[Ids], packed: bool, device: torch.device) -> None:
+    def __init__(
+        self, loss: SupervisedLoss, examples: Sequence[Ids], packed: bool, device: torch.device
+    ) -> None:
         model: Any = loss.model
-        self.loss, self.model, self.packed, self.device = loss, model, packed, device
+        self.loss = loss
+        self.model = model
+        self.packed = packed
+        self.device = device
         self.only_beside = False
         """True if the last attention was wrong only with several examples together."""
         model.set_attn_implementation(attention.own(model))
         # FSDP must know its root before an attention that may fail, with which later runs would fail otherwise.
         begin_at_root(loss)
         self.examples = [(ids, *_alone(loss, ids, device)) for ids in examples]
-        self.routing = {name for name, _ in self.examples[0][1] if _routes(model.get_submodule(name))}
+        self.routing = set[str]()
         """Parts that multiply all rows of an expert at once: with other rows, the rounding differs."""
+        for name, _ in self.examples[0][1]:
+            for inner, module in model.get_submodule(name).named_modules():
+                if inner.endswith("experts") or hasattr(module, "num_experts"):
+                    self.routing.add(name)
 
     def run(self, name: str) -> tuple[str | None, Differences | None]:
         self.loss.given_masks = False
         problem, differences = self._try(name)
         # Some families ignore the positions in their own masks, and pass if they get masks as inputs.
-        if differences is not None and problem is not None and self.packed and name in ("sdpa", "eager"):
-            beside, self.loss.given_masks = self.only_beside, True
+        if (
+            differences is not None
+            and problem is not None
+            and self.packed
+            and name in ("sdpa", "eager")
+        ):
+            beside = self.only_beside
+            self.loss.given_masks = True
             problem_with_masks, given = self._try(name)
             if problem_with_masks is None:
                 return None, given
-            self.only_beside, self.loss.given_masks = beside, False
+            self.only_beside = beside
+            self.loss.given_masks = False
         return problem, differences
 
     def _try(self, name: str) -> tuple[str | None, Differences | None]:
@@ -348,7 +440,15 @@ class _Trial:
                 alone = self._differences(name, self.examples[1:2])
                 self.only_beside = alone.problem() is None
                 differences = differences if self.only_beside else alone
-        except (UserError, ImportError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
+        except (
+            UserError,
+            ImportError,
+            ValueError,
+            RuntimeError,
+            TypeError,
+            AttributeError,
+            LookupError,
+        ) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             why = first_line(error)
@@ -358,15 +458,21 @@ class _Trial:
         where = "in its sequence" if self.packed else "in its micro-batch"
         return differences.problem(where if self.only_beside else None), differences
 
-    def _differences(self, name: str, examples: Sequence[tuple[Ids, Outputs, Tensor]]) -> Differences:
+    def _differences(
+        self, name: str, examples: Sequence[tuple[Ids, Outputs, Tensor]]
+    ) -> Differences:
         texts, given, own = zip(*examples, strict=True)
         first, losses = self._run(name, texts, dict(enumerate(given)))
         output, part = max(map(_worst, first, given))
         # The long example must not see these changes: reversed tokens in the other examples, and its own last token.
         long = len(texts) // 2
-        changed = [(*ids[:-1], ids[0]) if number == long else ids[::-1] for number, ids in enumerate(texts)]
+        changed = [
+            (*ids[:-1], ids[0]) if number == long else ids[::-1] for number, ids in enumerate(texts)
+        ]
         (second,), _ = self._run(name, changed, {long: given[long]}, but_last=True)
-        change, of = _worst(second, {key: value for key, value in first[long].items() if key[0] not in self.routing})
+        change, of = _worst(
+            second, {key: value for key, value in first[long].items() if key[0] not in self.routing}
+        )
         wanted = torch.cat(own)
         return Differences(
             output=output,
@@ -390,10 +496,6 @@ class _Trial:
             return outputs, self.loss.each(batch)
 
 
-def _routes(model: nn.Module) -> bool:
-    return any(name.endswith("experts") or hasattr(module, "num_experts") for name, module in model.named_modules())
-
-
 # Test of a model's adapters before the first step: they change nothing yet, and a gradient reaches each.
 
 
@@ -415,21 +517,22 @@ def check_adapters(
     Raises UserError if no gradient reaches an adapter that the user has `named`, if a gradient is wrong, or if
     untrained (`new`) adapters change a bit of a loss. `name` is the attention. All gradients are zero afterwards.
     """
-    try:
+    with _taken_as_user_error():
         without, off = _try(loss, adapted, list(examples_of(packs, SHORT))[:3], name, new)
-    except TakenWeight as error:
-        raise UserError(f"adapter.targets: {first_line(error)}; leave it out of adapter.targets") from None
     if without and named:
-        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
         raise UserError(
-            f"adapter.targets: no gradient reaches {', '.join(without[:3])}{more}, because text does not use these"
+            f"adapter.targets: no gradient reaches {some(without)}, because text does not use these"
             " layers; leave them out"
         )
     return without, off
 
 
 def _try(
-    loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], examples: Sequence[Ids], name: str, new: bool
+    loss: SupervisedLoss,
+    adapted: Mapping[str, AdaptedWeight],
+    examples: Sequence[Ids],
+    name: str,
+    new: bool,
 ) -> tuple[list[str], float]:
     begin_at_root(loss)
     model: Any = loss.model
@@ -450,7 +553,9 @@ def _try(
         with_it = _gradients(adapted)
         with parallel.switched(loss, on=False):
             loss(batch).backward()
-        parallel.check_same(type(model).__name__, list(with_it.values()), list(_gradients(adapted).values()))
+        parallel.check_same(
+            type(model).__name__, list(with_it.values()), list(_gradients(adapted).values())
+        )
     if loss.compile_blocks:
         _check_compiled(loss, adapted, batch)
     with parallel.switched(loss, on=False):
@@ -466,31 +571,52 @@ def _try(
         with _reached(adapted) as reached:
             total.backward()
     gradients = _gradients(adapted)
-    without = _missed(gradients, reached)
+    # An expert may get none of the few test tokens, so it counts as reached if another expert of its layer was.
+    layers_reached = {_EXPERT.sub(r"\1.*", layer) for layer in reached}
+    without = [
+        layer
+        for layer in gradients
+        if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in layers_reached
+    ]
     # Layers that differ only in their numbers are compared together: a mistake in the code is in all of them.
     alike: dict[str, list[str]] = defaultdict(list)
     for layer in gradients.keys() - without:
         alike[re.sub(r"\d+", "*", layer)].append(layer)
-    differences = {pattern: _relative(gradients, wanted, layers) for pattern, layers in alike.items()}
-    differences |= {layer: _relative(gradients, wanted, [layer]) / OF_ONE for layer in gradients.keys() - without}
+    differences = {
+        pattern: _relative(gradients, wanted, layers) for pattern, layers in alike.items()
+    }
+    differences |= {
+        layer: _relative(gradients, wanted, [layer]) / OF_ONE
+        for layer in gradients.keys() - without
+    }
     worst, size = max(differences.items(), key=itemgetter(1), default=("", 0.0))
     if not size <= TOLERANCE[model.dtype]:
         own = attention.own(model)
         raise UserError(
             f"model.name: {type(model).__name__}: with attention {name}, the gradient of {worst} has a relative error"
             f" of {size:.2g}, more than rounding explains;"
-            + (" this model cannot be trained here" if name == own else f" set model.attention: {own}")
+            + (
+                " this model cannot be trained here"
+                if name == own
+                else f" set model.attention: {own}"
+            )
         )
     return without, size
 
 
-def _check_compiled(loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch) -> None:
+def _check_compiled(
+    loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch
+) -> None:
     model: Any = loss.model
     loss(batch).backward()
-    wanted, refused = _gradients(adapted), f"model.compile: set it to false; compiled, {type(model).__name__}"
+    wanted = _gradients(adapted)
+    refused = f"model.compile: set it to false; compiled, {type(model).__name__}"
     # The compiler has many types of errors. Failed exchanges of a sharded base have them too, and may pass.
-    sharded = hasattr(loss, "unshard")
-    with parallel.compiled(loss), nullcontext() if sharded else as_user_error(f"{refused} fails", Exception):
+    sharded = loss.sharded
+    with (
+        parallel.compiled(loss),
+        nullcontext() if sharded else as_user_error(f"{refused} fails", Exception),
+    ):
         loss(batch).backward()
     off = _relative(_gradients(adapted), wanted, list(wanted))
     if not off <= TOLERANCE[model.dtype]:
@@ -502,11 +628,15 @@ def _reached(adapted: Mapping[str, AdaptedWeight]) -> Iterator[set[str]]:
     """Collect the adapters that a gradient reaches, even if the gradient is zero."""
     # A block whose weights start at zero passes on zero gradients at first, but it is trained later.
     reached: set[str] = set()
-    hooks = [
-        part.register_hook(lambda grad, layer=layer: None if grad is None else reached.add(layer))
-        for layer, module in adapted.items()
-        for part in (module.da, module.db)
-    ]
+    hooks = []
+
+    def note(layer: str, grad: Tensor | None) -> None:
+        if grad is not None:
+            reached.add(layer)
+
+    for layer, module in adapted.items():
+        hooks.append(module.da.register_hook(partial(note, layer)))
+        hooks.append(module.db.register_hook(partial(note, layer)))
     try:
         yield reached
     finally:
@@ -514,22 +644,22 @@ def _reached(adapted: Mapping[str, AdaptedWeight]) -> Iterator[set[str]]:
             hook.remove()
 
 
-def _relative(measured: Mapping[str, Tensor], wanted: Mapping[str, Tensor], layers: Sequence[str]) -> float:
+def _relative(
+    measured: Mapping[str, Tensor], wanted: Mapping[str, Tensor], layers: Sequence[str]
+) -> float:
     """Return the relative difference of the gradients of some layers together; infinite if one is not finite."""
-    ours, theirs = (torch.cat([parts[layer] for layer in layers]) for parts in (measured, wanted))
+    ours = torch.cat([measured[layer] for layer in layers])
+    theirs = torch.cat([wanted[layer] for layer in layers])
     return float(((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).nan_to_num(math.inf))
-
-
-def _missed(adapted: Collection[str], reached: Collection[str]) -> list[str]:
-    # An expert may get none of the few test tokens, so it counts as reached if another expert of its layer was.
-    layers_reached = {_EXPERT.sub(r"\1.*", layer) for layer in reached}
-    return [layer for layer in adapted if layer not in reached and _EXPERT.sub(r"\1.*", layer) not in layers_reached]
 
 
 def _gradients(adapted: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
     vectors = {}
     for layer, module in adapted.items():
-        parts = [torch.zeros_like(part) if part.grad is None else part.grad for part in (module.da, module.db)]
+        parts = [
+            torch.zeros_like(part) if part.grad is None else part.grad
+            for part in (module.da, module.db)
+        ]
         vectors[layer] = torch.cat([part.flatten() for part in parts])
         for part in parts:
             part.zero_()
@@ -539,11 +669,8 @@ def _gradients(adapted: Mapping[str, AdaptedWeight]) -> dict[str, Tensor]:
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """Let torch compute the backward passes of norms and adapted layers, instead of those written by hand."""
-    forwards: dict[Any, Any] = {
-        part: partial(part.family.forward, part) for part in model.modules() if isinstance(part, LightRMSNorm)
-    }
-    forwards |= {part: part.plainly for part in model.modules() if isinstance(part, AdaptedLinear)}
-    with _forwards(forwards):
+    by_hand = (LightRMSNorm, AdaptedLinear)
+    with _forwards({part: part.plainly for part in model.modules() if isinstance(part, by_hand)}):
         yield
 
 
@@ -552,7 +679,11 @@ def bare(model: nn.Module) -> Iterator[None]:
     """Switch off the low-rank paths of all adapters inside the block."""
     # The adapters themselves stay, because a sharded base cannot be taken out of them.
     with _forwards(
-        {part: part.base.__call__ for part in model.modules() if isinstance(part, AdaptedLinear | AdaptedExperts)}
+        {
+            part: part.base.__call__
+            for part in model.modules()
+            if isinstance(part, AdaptedLinear | AdaptedExperts)
+        }
     ):
         yield
 

@@ -51,19 +51,24 @@ def fold(
     nodes: list[tuple[range, Value]] = []
     for node, value in parts:
         while nodes and (parent := joined(nodes[-1][0], node, leaves)):
-            node, value = parent, add(nodes.pop()[1], value)
+            node = parent
+            value = add(nodes.pop()[1], value)
         nodes.append((node, value))
     return nodes
+
+
+def remaining(nodes: Iterable[range], leaves: int) -> tuple[range, ...]:
+    """Return the nodes that remain when neighbours are added as far as the tree allows."""
+    parts = ((node, None) for node in nodes)
+    return tuple(node for node, _ in fold(parts, leaves, lambda *_: None))
 
 
 @lru_cache(maxsize=64)
 def nodes_of(leaves: int, workers: int) -> tuple[tuple[range, ...], ...]:
     """Return the nodes that remain on each worker when it has added all of its leaves."""
-    shares = (collectives.share(leaves, worker, workers) for worker in range(workers))
-    return tuple(
-        tuple(node for node, _ in fold(((range(leaf, leaf + 1), None) for leaf in own), leaves, lambda *_: None))
-        for own in shares
-    )
+    singles = [range(leaf, leaf + 1) for leaf in range(leaves)]
+    shares = [collectives.share(leaves, worker, workers) for worker in range(workers)]
+    return tuple(remaining(singles[own.start : own.stop], leaves) for own in shares)
 
 
 @dataclass(frozen=True)
@@ -96,16 +101,18 @@ def levels(leaves: int, machines: tuple[range, ...], here: int) -> tuple[Level, 
     each = len(machines[0])
     if each == 1 or len(machines) == 1 or any(len(ranks) != each for ranks in machines):
         return (Level(dict(enumerate(everyone)), sum(map(len, everyone))),)
-    inside = [{rank: everyone[rank] for rank in ranks} for ranks in machines]
-    remaining = [
-        [node for node, _ in fold(((node, None) for nodes in some.values() for node in nodes), leaves, lambda *_: None)]
-        for some in inside
-    ]
-    place = here % each
-    between = {ranks[place]: nodes for ranks, nodes in zip(machines, remaining, strict=True)}
+    inside = []
+    between = {}
+    most = 0
+    for ranks in machines:
+        own = {rank: everyone[rank] for rank in ranks}
+        inside.append(own)
+        before = [*itertools.chain.from_iterable(own.values())]
+        most = max(most, len(before))
+        between[ranks[here % each]] = remaining(before, leaves)
     return (
-        Level(inside[here // each], max(sum(map(len, some.values())) for some in inside)),
-        Level(between, sum(map(len, remaining))),
+        Level(inside[here // each], most),
+        Level(between, sum(map(len, between.values()))),
     )
 
 
@@ -127,7 +134,8 @@ class TreeSum:
     """
 
     def __init__(self, whole: Tensor) -> None:
-        self.whole, self.leaves = whole, 0
+        self.whole = whole
+        self.leaves = 0
         self._machines = collectives.machines()  # once: an exchange of objects would delay a step
         self._nodes: list[tuple[range, Tensor]] = []
         """The nodes so far; the last is in `whole`, the others have vectors of their own."""
@@ -136,7 +144,8 @@ class TreeSum:
     def begin(self, leaves: int) -> None:
         # Nodes of an earlier sum are left if its exchange failed. Their vectors are used again.
         self._spare += [vector for _, vector in self._nodes[:-1]]
-        self.leaves, self._nodes = leaves, []
+        self.leaves = leaves
+        self._nodes = []
 
     @contextmanager
     def leaf(self, number: int) -> Iterator[None]:
@@ -147,11 +156,13 @@ class TreeSum:
             self._nodes[-1] = (node, kept.copy_(self.whole))
         self.whole.zero_()
         yield
-        self._nodes = fold([*self._nodes, (range(number, number + 1), self.whole)], self.leaves, self._add)
+        nodes = [*self._nodes, (range(number, number + 1), self.whole)]
+        self._nodes = fold(nodes, self.leaves, self._add)
 
     def finish(self) -> None:
         """Exchange nodes, so that `whole` is the sum over all leaves; all workers must call it together."""
-        everyone, here = nodes_of(self.leaves, collectives.world_size()), collectives.rank()
+        everyone = nodes_of(self.leaves, collectives.world_size())
+        here = collectives.rank()
         assert tuple(node for node, _ in self._nodes) == everyone[here]
         if len(everyone) > 1:
             self._exchange(levels(self.leaves, self._machines, here), here, self._nodes, self.whole)
@@ -162,30 +173,35 @@ class TreeSum:
         self._spare.append(left)
         return right.add_(left)
 
-    def _exchange(self, levels: Sequence[Level], here: int, own: Sequence[tuple[range, Tensor]], whole: Tensor) -> None:
+    def _exchange(
+        self, levels: Sequence[Level], here: int, own: Sequence[tuple[range, Tensor]], whole: Tensor
+    ) -> None:
         """Write the sum into `whole`; `own` are this worker's nodes of it, which are overwritten."""
         level = levels[0]
         for slices in level.rounds(whole.numel()):
             mine = slices[here]
-            parts = {
-                worker: [vector[mine] for _, vector in own]
-                if worker == here
-                else [torch.empty_like(whole[mine]) for _ in nodes]
-                for worker, nodes in level.nodes.items()
-            }
-            others = [worker for worker in parts if worker != here]
-            collectives.transfer(
-                [(worker, vector[slices[worker]]) for worker in others for _, vector in own],
-                [(worker, part) for worker in others for part in parts[worker]],
-            )
-            nodes, values = itertools.chain(*level.nodes.values()), itertools.chain(*parts.values())
+            parts = {}
+            sent = []
+            received = []
+            for worker, nodes_there in level.nodes.items():
+                if worker == here:
+                    parts[worker] = [vector[mine] for _, vector in own]
+                else:
+                    parts[worker] = [torch.empty_like(whole[mine]) for _ in nodes_there]
+                    sent += [(worker, vector[slices[worker]]) for _, vector in own]
+                    received += [(worker, part) for part in parts[worker]]
+            collectives.transfer(sent, received)
+            nodes = itertools.chain(*level.nodes.values())
+            values = itertools.chain(*parts.values())
             left = fold(zip(nodes, values, strict=True), self.leaves, Tensor.add_)
             if len(levels) > 1:
                 self._exchange(levels[1:], here, left, whole[mine])
             else:
                 whole[mine].copy_(left[0][1])
+            others = [worker for worker in parts if worker != here]
             collectives.transfer(
-                [(worker, whole[mine]) for worker in others], [(worker, whole[slices[worker]]) for worker in others]
+                [(worker, whole[mine]) for worker in others],
+                [(worker, whole[slices[worker]]) for worker in others],
             )
 
 
@@ -195,12 +211,13 @@ def most_held(leaves: int, workers: int) -> int:
     At most 3 for up to 5 leaves per worker. For n leaves per worker about log2 n if the leaves of each worker are one
     node, otherwise twice as many.
     """
-    return max(_held(collectives.share(leaves, worker, workers), leaves, workers > 1) for worker in range(workers))
-
-
-def _held(own: range, leaves: int, exchanged: bool) -> int:
-    most, nodes = 0, list[tuple[range, None]]()
-    for leaf in own:
-        most = max(most, len(nodes))  # all earlier nodes have vectors of their own while this leaf is in `whole`
-        nodes = fold([*nodes, (range(leaf, leaf + 1), None)], leaves, lambda *_: None)
-    return max(most, max(len(nodes) - 1, 0) + exchanged)
+    most = 0
+    for worker in range(workers):
+        nodes: tuple[range, ...] = ()
+        for leaf in collectives.share(leaves, worker, workers):
+            # While this leaf is in `whole`, all earlier nodes have vectors of their own.
+            most = max(most, len(nodes))
+            nodes = remaining([*nodes, range(leaf, leaf + 1)], leaves)
+        exchanged = workers > 1
+        most = max(most, max(len(nodes) - 1, 0) + exchanged)
+    return most

@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -61,21 +61,16 @@ class Facts:
     order: str | None
 
     def answer(self) -> str:
-        return json.dumps(
-            {
-                "category": self.category,
-                "product": self.product,
-                "urgency": self.urgency,
-                "order": self.order,
-            }
-        )
+        return json.dumps(asdict(self))
 
 
 class Writer:
     def __init__(self, half: str, seed: int = SEED) -> None:
         words = json.loads((HERE / "vocabulary.json").read_text(encoding="utf-8"))[half]
         self.rng = random.Random(f"{seed}/{half}")
-        self.frames = {name: Deck(cards, self.rng) for name, cards in words.pop("categories").items()}
+        self.frames = {
+            name: Deck(cards, self.rng) for name, cards in words.pop("categories").items()
+        }
         self.decks = {name: Deck(cards, self.rng) for name, cards in words.items()}
 
     def rows(self, count: int) -> list[Row]:
@@ -114,7 +109,10 @@ class Writer:
         yield self.frames[facts.category].deal().replace("{product}", mention)
         if facts.urgency == "high" or not self._happens(SILENT_LOW_SHARE):
             yield self._deal(facts.urgency)
-        for _ in range(3 if self._happens(LONG_SHARE) else self._happens(CHATTER_SHARE)):
+        if self._happens(LONG_SHARE):
+            for _ in range(3):
+                yield self._deal("chatter")
+        elif self._happens(CHATTER_SHARE):
             yield self._deal("chatter")
 
     def _product(self) -> str:

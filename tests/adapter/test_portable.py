@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from olora_ray.config.schema import Adapter, Source
-from olora_ray.model.folder import text_class
-from olora_ray.pipeline import merge, portable
-from olora_ray.pipeline.portable import Card, model_card
+from olora_ray.config.schema import Adapter
+from olora_ray.config.section import Source
+from olora_ray.pipeline import merge, model_card, model_files
+from olora_ray.pipeline.model_card import Card
 from tests.export_parts import save_tokenizer
 
 
@@ -26,28 +26,44 @@ def base(tmp_path: Path) -> Path:
     fields = json.loads(settings.read_text())
     assert fields["is_local"] is True, "what this is about"
     assert fields["tokenizer_class"] == "TokenizersBackend"
-    settings.write_text(json.dumps({**fields, "extra_special_tokens": ["<s>"], "name_or_path": "/home/someone"}))
+    settings.write_text(
+        json.dumps({**fields, "extra_special_tokens": ["<s>"], "name_or_path": "/home/someone"})
+    )
     return tmp_path / "base"
 
 
 def test_a_tokenizer_is_copied_without_traces_of_a_machine(base: Path, tmp_path: Path) -> None:
-    for folder, text in ((base, "new"), (tmp_path / "out", "old")):  # a merged folder has them already
+    for folder, text in (
+        (base, "new"),
+        (tmp_path / "out", "old"),
+    ):  # a merged folder has them already
         (folder / "additional_chat_templates").mkdir(parents=True)
         (folder / "additional_chat_templates" / "tools.jinja").write_text(text)
     (base / "model.safetensors").write_bytes(b"x")
-    portable.copy_tokenizer(base, tmp_path / "out")
+    model_files.copy_tokenizer(base, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"}
+    assert names == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates",
+    }
     fields = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert fields.keys().isdisjoint({"is_local", "local_files_only", "name_or_path", "extra_special_tokens"})
+    assert fields.keys().isdisjoint(
+        {"is_local", "local_files_only", "name_or_path", "extra_special_tokens"}
+    )
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert fields["additional_special_tokens"] == ["<s>"]
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        base / "tokenizer.json"
+    ).read_bytes()
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "new"
 
 
 @pytest.mark.parametrize("code", [True, False])
-def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base: Path, tmp_path: Path, code: bool) -> None:
+def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(
+    base: Path, tmp_path: Path, code: bool
+) -> None:
     (tmp_path / "out").mkdir()
     files = {"tokenization_ours.py", "sentencepiece.bpe.model"}
     for name in files:
@@ -55,8 +71,10 @@ def test_a_tokenizer_with_code_of_its_own_is_copied_with_it(base: Path, tmp_path
     if code:
         settings = base / "tokenizer_config.json"
         fields = json.loads(settings.read_text())
-        settings.write_text(json.dumps({**fields, "auto_map": {"AutoTokenizer": ["tokenization_ours.Ours", None]}}))
-    portable.copy_tokenizer(base, tmp_path / "out")
+        settings.write_text(
+            json.dumps({**fields, "auto_map": {"AutoTokenizer": ["tokenization_ours.Ours", None]}})
+        )
+    model_files.copy_tokenizer(base, tmp_path / "out")
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert there & files == (files if code else set())
 
@@ -71,7 +89,7 @@ def test_a_config_keeps_no_place_and_every_hub_id(tmp_path: Path) -> None:
         "generation_file": None,
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    portable.make_portable(tmp_path)
+    model_files.make_portable(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert json.loads(text) == {
         "text_config": {"hidden_size": 8},
@@ -91,15 +109,21 @@ def test_what_ends_an_answer_is_written_and_is_no_change_of_the_base(tmp_path: P
             (folder / "config.json").write_text('{"bos_token_id": 1}')
             save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
             if there:
-                (folder / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
-        portable.end_with(merged, (2, 7))
+                (folder / "generation_config.json").write_text(
+                    '{"eos_token_id": 2, "temperature": 0.5}'
+                )
+        model_files.end_with(merged, (2, 7))
         found = json.loads((merged / "generation_config.json").read_text())
         assert found == (
-            {"eos_token_id": [2, 7], "temperature": 0.5} if there else {"bos_token_id": 1, "eos_token_id": [2, 7]}
+            {"eos_token_id": [2, 7], "temperature": 0.5}
+            if there
+            else {"bos_token_id": 1, "eos_token_id": [2, 7]}
         )
         assert merge.changed(base, merged, []) == []
         (merged / "generation_config.json").write_text(json.dumps({**found, "temperature": 1.0}))
-        assert merge.changed(base, merged, []) == ["generation_config.json differs from the base model's"]
+        assert merge.changed(base, merged, []) == [
+            "generation_config.json differs from the base model's"
+        ]
 
 
 def test_positions_are_told_by_the_names_of_transformers_4_too() -> None:
@@ -110,9 +134,9 @@ def test_positions_are_told_by_the_names_of_transformers_4_too() -> None:
         ({"full_attention": scaled}, {}),
     ):
         shape = {"hidden_size": 8, "rope_parameters": rope}
-        assert portable.portable_config(shape) == {**shape, **old}
+        assert model_files.portable_config(shape) == {**shape, **old}
     named = {"rope_theta": 1.0, "rope_parameters": scaled}
-    assert portable.portable_config(named) == named
+    assert model_files.portable_config(named) == named
 
 
 CARD = Card(
@@ -133,7 +157,7 @@ CARD = Card(
 
 
 def test_a_card_says_what_the_adapter_is_and_how_to_load_it() -> None:
-    text = model_card(CARD)
+    text = model_card.model_card(CARD)
     _, metadata, body = text.split("---\n")
     assert yaml.safe_load(metadata) == {
         "base_model": "org/base",
@@ -157,7 +181,9 @@ def test_a_card_says_what_the_adapter_is_and_how_to_load_it() -> None:
 
 
 def test_a_card_tells_nothing_of_the_machine() -> None:
-    text = model_card(replace(CARD, base_name="/home/someone/models/SmolLM2", eval_loss=None))
+    text = model_card.model_card(
+        replace(CARD, base_name="/home/someone/models/SmolLM2", eval_loss=None)
+    )
     assert not any(word in text for word in ("/home", "someone", "secret-bucket", "None"))
     assert "`SmolLM2`, untouched; a folder on the machine that trained" in text
     assert yaml.safe_load(text.split("---\n")[1]).get("base_model") is None
@@ -165,38 +191,12 @@ def test_a_card_tells_nothing_of_the_machine() -> None:
 
 def test_the_command_for_vllm_has_a_rank_that_it_takes() -> None:
     for rank, taken in ((1, 8), (8, 8), (27, 32), (129, 256), (257, 320), (512, 512)):
-        text = model_card(replace(CARD, rank=rank))
+        text = model_card.model_card(replace(CARD, rank=rank))
         assert f"--max-lora-rank {taken} " in text
         assert f"a plain LoRA of rank {rank}\n" in text
-    text = model_card(replace(CARD, rank=1024))
+    text = model_card.model_card(replace(CARD, rank=1024))
     assert "vLLM takes adapters up to rank 512, and this one has 1024" in text
     assert "vllm serve" not in text
-
-
-def test_a_base_that_sees_is_loaded_as_that(tmp_path: Path) -> None:
-    for kind, loader in (("llava", "AutoModelForImageTextToText"), ("gemma3", "AutoModelForCausalLM")):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-        text = model_card(replace(CARD, loader=text_class(tmp_path).__name__))
-        assert f"from transformers import {loader}, AutoTokenizer\n" in text
-        assert f'{loader}.from_pretrained("org/base")' in text
-
-
-def test_the_card_of_a_merged_model_names_its_repository_and_the_license(tmp_path: Path) -> None:
-    text = model_card(replace(CARD, merged=True, place="acme/tuned", license={"license": "mit"}, own_template=True))
-    _, metadata, body = text.split("---\n")
-    assert yaml.safe_load(metadata) == {
-        "license": "mit",
-        "base_model": "org/base",
-        "base_model_relation": "finetune",
-        "datasets": ["org/data"],
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "olora"],
-    }
-    assert 'AutoModelForCausalLM.from_pretrained("acme/tuned")' in body
-    assert "vllm serve acme/tuned\n" in body
-    assert "untouched" not in body
-    assert "PeftModel" not in body
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,13 @@ def test_the_card_of_a_merged_model_names_its_repository_and_the_license(tmp_pat
         ),
     ],
 )
-def test_the_license_is_that_of_the_base_or_given(tmp_path: Path, card: str, found: dict[str, str]) -> None:
-    assert portable.license_of(tmp_path, "org/base", None) == {}
+def test_the_license_is_that_of_the_base_or_given(
+    tmp_path: Path, card: str, found: dict[str, str]
+) -> None:
+    assert model_card.license_of(tmp_path, "org/base", None) == {}
     (tmp_path / "README.md").write_text(card)
-    assert portable.license_of(tmp_path, "org/base", None) == found
-    assert portable.license_of(tmp_path, "org/base", "apache-2.0") == {"license": "apache-2.0"}
-    assert "LICENSE" not in portable.license_of(tmp_path, None, None).values(), "a file that is not there"
+    assert model_card.license_of(tmp_path, "org/base", None) == found
+    assert model_card.license_of(tmp_path, "org/base", "apache-2.0") == {"license": "apache-2.0"}
+    assert "LICENSE" not in model_card.license_of(tmp_path, None, None).values(), (
+        "a file that is not there"
+    )

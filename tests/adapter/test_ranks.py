@@ -1,7 +1,6 @@
 """Each layer has its own rank: in the exchange, the model, the export, the merge and a checkpoint."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
 
-from olora_ray.adapter.initialise import exchange
-from olora_ray.adapter.inject import inject, wrap
+from olora_ray.adapter.inject import find_targets, inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.cluster.resume import resume
-from olora_ray.common import collectives
+from olora_ray.cluster.start import resume
 from olora_ray.config.schema import Adapter
 from olora_ray.pipeline.parity import check_adapter
 from olora_ray.pipeline.peft_folder import compress, read_adapter
@@ -26,47 +22,11 @@ from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
-from tests.crew import Crew
-from tests.export_parts import Case, logits, random_adapter
+from tests.export_parts import logits, make_stacked_case, ranked
 from tests.families import zoo
 from tests.families.variants import ALL
 
 CPU = torch.device("cpu")
-SHARES = (["a", "c"], ["b", "stack"], ["none"])
-
-
-def uneven(seed: int = 0) -> dict[str, Factors]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return {
-        "a": Factors(draw(3, 7), draw(6, 3)),
-        "b": Factors(draw(5, 7), None, full_rank=False),
-        "c": Factors(draw(0, 7), None),
-        "stack": Factors(draw(3, 2, 4), draw(3, 5, 2)),
-        "none": Factors(draw(1, 9), None),
-    }
-
-
-def _exchanged() -> tuple[dict[str, Factors], str]:
-    workers = collectives.world_size()
-    shares = [[name for share in SHARES[worker::workers] for name in share] for worker in range(workers)]
-    mine = {name: item for name, item in uneven().items() if name in shares[collectives.rank()]}
-    return exchange(mine, shares, CPU)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_ranks_and_shapes_go_ahead_of_the_numbers(crew: Callable[[int], Crew], workers: int) -> None:
-    answers = crew(workers).run(_exchanged)
-    assert len({digest for _, digest in answers}) == 1
-    for found, _ in answers:
-        assert found.keys() == uneven().keys()
-        for name, expected in uneven().items():
-            torch.testing.assert_close(found[name].a0, expected.a0, rtol=0, atol=0)
-            torch.testing.assert_close(found[name].b0, expected.b0, rtol=0, atol=0)
-            assert (found[name].rank, found[name].full_rank) == (expected.rank, expected.full_rank)
 
 
 def test_a_layer_of_rank_0_is_not_wrapped() -> None:
@@ -77,43 +37,28 @@ def test_a_layer_of_rank_0_is_not_wrapped() -> None:
 
 
 def ranked_start(model: Any) -> dict[str, Factors]:
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:-1]
-    found = {}
-    for number, name in enumerate(names):
-        start = random_adapter(model, name, 1 + number % 5, number).factors
-        found[name] = Factors(start.a0, None if number % 3 == 0 else start.b0)
-    return found
-
-
-def ranked_case(folder: Path, model: Any, settings: Adapter) -> Case:
-    """Return a base folder and an adapter as after a training, in which the ranks of layers differ."""
-    model.save_pretrained(folder)
-    stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "experts" in name]
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    names = [name for name in linear if name.endswith("proj")] + stacks
-    adapter = {name: random_adapter(model, name, 1 + number % 4, number) for number, name in enumerate(names)}
-    for number, (name, item) in enumerate(adapter.items()):
-        if number % 3 == 0:
-            adapter[name] = AdapterWeights(Factors(item.factors.a0, None), item.da, item.db)
-        model.get_parameter(name if name in stacks else f"{name}.weight").data.add_(
-            adapter[name].delta(settings.scale())
-        )
-    return Case(folder, settings, adapter, logits(model))
+    names = find_targets(model, "all-linear", 4)
+    return {name: ranked(model, name, number).factors for number, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("stabilized", [False, True])
-def test_peft_reads_the_padded_folder_as_a_plain_lora(tmp_path: Path, family: str, stabilized: bool) -> None:
+def test_peft_reads_the_padded_folder_as_a_plain_lora(
+    tmp_path: Path, family: str, stabilized: bool
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = tiny.llama() if family == "llama" else zoo.make(ALL["mixtral"])
-    case = ranked_case(tmp_path / "base", model, Adapter(rank=4, alpha=6, rank_stabilized=stabilized))
+    settings = Adapter(rank=4, alpha=6, rank_stabilized=stabilized)
+    case = make_stacked_case(tmp_path / "base", model, settings, ranks=True)
     folder = case.write_adapter(tmp_path / "adapter")
     fields = json.loads((folder / "adapter_config.json").read_text())
     largest = max(item.plain_rank() for item in case.adapter.values())
     assert fields["r"] == largest == 8
-    assert fields["lora_alpha"] == pytest.approx(case.scale * (largest**0.5 if stabilized else largest))
+    assert fields["lora_alpha"] == pytest.approx(
+        case.scale * (largest**0.5 if stabilized else largest)
+    )
     assert not fields.keys() & {"rank_pattern", "alpha_pattern"}
     assert check_adapter(folder, case.model, case.adapter, case.scale).ok
     loaded = AutoModelForCausalLM.from_pretrained(case.base, attn_implementation="eager")
@@ -121,13 +66,17 @@ def test_peft_reads_the_padded_folder_as_a_plain_lora(tmp_path: Path, family: st
     torch.testing.assert_close(says, case.logits, atol=5e-5, rtol=0)
     again, scale = read_adapter(folder, case.model)
     for name, item in case.adapter.items():
-        torch.testing.assert_close(again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            again[name].delta(scale), item.delta(case.scale), atol=1e-6, rtol=0
+        )
 
 
 def trainer(start: dict[str, Factors]) -> Trainer:
     model = tiny.llama(attention="segments")
     settings = tiny.config()
-    return Trainer(SupervisedLoss(model), inject(model, start, settings.adapter.scale()), settings, CPU)
+    return Trainer(
+        SupervisedLoss(model), inject(model, start, settings.adapter.scale()), settings, CPU
+    )
 
 
 def train(one: Trainer, first: int, last: int) -> None:
@@ -147,8 +96,11 @@ def test_a_run_with_a_rank_for_every_layer_goes_on_from_its_checkpoint(tmp_path:
     train(cut, 0, 2)
     state = TrainState(step=2, best_loss=1.0, best_step=1)
     cut.snapshot(state, cut.flat.vector * 2, {"adapter": "x"}, "run: {}\n")(tmp_path / "step-2")
-    shapes = {name: tuple(part.shape) for name, part in load_file(tmp_path / "step-2" / checkpoint.ADAPTER).items()}
-    assert {shapes[f"{name}.a0"][0] for name in start} == {1, 2, 3, 4, 5}
+    shapes = {
+        name: tuple(part.shape)
+        for name, part in load_file(tmp_path / "step-2" / checkpoint.ADAPTER).items()
+    }
+    assert {shapes[f"{name}.a0"][0] for name in start} == {1, 2, 3, 4}
     found = checkpoint.load(tmp_path / "step-2")
     again = trainer({name: found.adapter[name].factors for name in start})
     best = resume(again, found)
@@ -157,19 +109,30 @@ def test_a_run_with_a_rank_for_every_layer_goes_on_from_its_checkpoint(tmp_path:
     assert torch.equal(again.flat.vector, whole.flat.vector)
 
 
-def adapter(experts: tuple[int, ...], m: int, n: int, rank: int, seed: int, with_start: bool = True) -> AdapterWeights:
+def adapter(
+    experts: tuple[int, ...], m: int, n: int, rank: int, seed: int, with_start: bool = True
+) -> AdapterWeights:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*experts, *shape, generator=generator)
 
-    return AdapterWeights(Factors(draw(rank, n), draw(m, rank) if with_start else None), draw(rank, n), draw(m, rank))
+    return AdapterWeights(
+        Factors(draw(rank, n), draw(m, rank) if with_start else None), draw(rank, n), draw(m, rank)
+    )
 
 
 ranks = st.integers(1, 5)
 
 
-@given(st.sampled_from([(), (3,)]), st.integers(1, 30), st.integers(1, 30), ranks, ranks, st.integers(1, 9))
+@given(
+    st.sampled_from([(), (3,)]),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    ranks,
+    ranks,
+    st.integers(1, 9),
+)
 def test_it_is_the_best_of_its_rank(
     experts: tuple[int, ...], m: int, n: int, rank: int, other: int, limit: int
 ) -> None:
@@ -182,7 +145,9 @@ def test_it_is_the_best_of_its_rank(
         values = torch.linalg.svdvals(exact)
         gap = found[name].delta(0.5).double() - exact
         best = values[..., limit:].square().sum()
-        assert float(gap.square().sum() - best) == pytest.approx(0, abs=1e-6 * float(values.square().sum()))
+        assert float(gap.square().sum() - best) == pytest.approx(
+            0, abs=1e-6 * float(values.square().sum())
+        )
         wrong, whole = wrong + float(best), whole + float(values.square().sum())
         assert found[name].plain_rank() == (limit if smaller else item.plain_rank())
     assert lost == pytest.approx((wrong / whole) ** 0.5, abs=1e-4)

@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, conversion_mapping, modeling_utils
-from transformers.core_model_loading import Chunk, Interleave, Split, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Chunk,
+    Interleave,
+    Split,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from olora_ray.config.schema import Adapter
 from olora_ray.model import stored
@@ -32,10 +38,18 @@ def mapping(*_: Any, **__: Any) -> list[Any]:
 
 
 def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {name.replace("model.", "backbone.", 1): part for name, part in tensors.items() if "layers" not in name}
+    found = {
+        name.replace("model.", "backbone.", 1): part
+        for name, part in tensors.items()
+        if "layers" not in name
+    }
     for number in range(2):
         place = f"model.layers.{number}."
-        own = {name.removeprefix(place): part for name, part in tensors.items() if name.startswith(place)}
+        own = {
+            name.removeprefix(place): part
+            for name, part in tensors.items()
+            if name.startswith(place)
+        }
         own["self_attn.qkv.weight"] = torch.cat([own.pop(name) for name in QKV])
         gate, up = (own.pop(name) for name in GATE_UP)
         own["mlp.w13.weight"] = torch.stack([gate, up], 1).flatten(0, 1)
@@ -54,12 +68,17 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     return found
 
 
-def test_transformers_reads_the_merged_files_as_the_adapted_model(case: Case, tmp_path: Path) -> None:
+def test_transformers_reads_the_merged_files_as_the_adapted_model(
+    case: Case, tmp_path: Path
+) -> None:
     case.write_merged(tmp_path / "merged")
     found = stored.groups(case.base, case.model, case.adapter)
     assert {layer for group in found for layer in group.layers} == set(case.adapter)
     assert sum(len(group.layers) == 2 for group in found) == 2, "q and v are one stored tensor"
-    assert merge.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error < 1
+    assert (
+        merge.check_weights(case.base, tmp_path / "merged", found, case.adapter, case.scale).error
+        < 1
+    )
     assert merge.changed(case.base, tmp_path / "merged", found) == []
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(merged, case.logits, atol=2e-5, rtol=0)
@@ -95,13 +114,20 @@ def test_a_bias_that_the_config_turns_off_is_another_model(tmp_path: Path, prefi
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_packed_numbers_without_their_meaning_are_another_model(tmp_path: Path, dtype: torch.dtype) -> None:
-    found = looked(tmp_path, {f"{Q}.weight": torch.ones(64, 64).to(dtype), f"{Q}.weight_scale": torch.ones(1)})
+def test_packed_numbers_without_their_meaning_are_another_model(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    found = looked(
+        tmp_path, {f"{Q}.weight": torch.ones(64, 64).to(dtype), f"{Q}.weight_scale": torch.ones(1)}
+    )
     assert found.problem is not None
     assert found.problem.startswith(f"has {Q}.weight as ")
     assert "no quantization_config" in found.problem
 
 
 def test_tensors_without_a_place_are_named(tmp_path: Path) -> None:
-    more = {"mtp.head.weight": torch.ones(2, 2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    more = {
+        "mtp.head.weight": torch.ones(2, 2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
     assert looked(tmp_path, more) == stored.Fit(None, ("mtp.head.weight",))

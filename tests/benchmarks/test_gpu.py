@@ -27,7 +27,9 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def called(kit: list[str], out: Path, env: dict[str, str] | None = None) -> tuple[Any, list[dict[str, Any]]]:
+def called(
+    kit: list[str], out: Path, env: dict[str, str] | None = None
+) -> tuple[Any, list[dict[str, Any]]]:
     """Call a command until all its jobs have run, each call within its budget; return the last call and its results."""
     for _ in range(5):  # on a busy machine the budget ends some
         began = time.monotonic()
@@ -54,9 +56,13 @@ def test_each_command_runs_on_a_cpu(command: str, tmp_path: Path) -> None:
     assert out.read_text() == kept  # nothing is missing
 
 
-def test_what_has_ended_is_kept_when_the_command_is_killed_and_the_rest_is_named(tmp_path: Path) -> None:
+def test_what_has_ended_is_kept_when_the_command_is_killed_and_the_rest_is_named(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "gpu.jsonl"
-    with subprocess.Popen([*KIT, "fast", *ON_CPU, "--out", str(out)], stdout=subprocess.DEVNULL) as killed:
+    with subprocess.Popen(
+        [*KIT, "fast", *ON_CPU, "--out", str(out)], stdout=subprocess.DEVNULL
+    ) as killed:
         until(lambda: out.exists() and out.read_text(), seconds=300)
         until(psutil.Process(killed.pid).children, seconds=60)
         jobs = psutil.Process(killed.pid).children()
@@ -64,7 +70,9 @@ def test_what_has_ended_is_kept_when_the_command_is_killed_and_the_rest_is_named
     assert psutil.wait_procs(jobs, timeout=3)[1] == []  # no job is left that holds the GPU
     kept = lines(out)
     assert kept[0]["found"]["name"] == "CPU"
-    done = subprocess.run([*KIT, "fast", *ON_CPU, "--out", str(out), "--budget", "1"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*KIT, "fast", *ON_CPU, "--out", str(out), "--budget", "1"], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "not run: ours, tiny: 2 x 64 tokens, " in done.stdout
     assert lines(out) == kept
@@ -98,16 +106,25 @@ def on_device(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["right", "fast", "sizes"])
-def test_each_command_runs_on_the_test_device(command: str, on_device: dict[str, str], tmp_path: Path) -> None:
+def test_each_command_runs_on_the_test_device(
+    command: str, on_device: dict[str, str], tmp_path: Path
+) -> None:
     kit, out = [*KIT, command, "--size", "tiny"], tmp_path / "gpu.jsonl"
-    with subprocess.Popen([*kit, "--out", str(out)], stdout=subprocess.DEVNULL, env=on_device) as killed:
+    with subprocess.Popen(
+        [*kit, "--out", str(out)], stdout=subprocess.DEVNULL, env=on_device
+    ) as killed:
         until(lambda: out.exists() and len(out.read_text().splitlines()) == 2, seconds=1200)
         killed.kill()
     kept = out.read_text()
     _, found = called(kit, out, on_device)
     assert out.read_text().startswith(kept)
     failures = [line["failed"] + line["stderr"] for line in found if "failed" in line]
-    checks = [check for line in found if line["job"]["kind"] in CHECKS for check in line.get("found", {}).values()]
+    checks = [
+        check
+        for line in found
+        if line["job"]["kind"] in CHECKS
+        for check in line.get("found", {}).values()
+    ]
     failures += [check.get("failed", str(check)) for check in checks if not check["ok"]]
     assert [each for each in failures if not any(part in each for part in LACKING.values())] == []
 
@@ -118,7 +135,11 @@ def test_a_check_holds_without_ray(kind: str) -> None:
     job = json.dumps({"kind": kind, "device": "cpu", "dtype": "bfloat16", "rank": 16})
     code = f"{WITHOUT}import gpu\ngpu.main(['--job', {job!r}])"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=project.ROOT / "benchmarks", capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=project.ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -24,7 +24,9 @@ def test_the_work_is_what_torch_counts(benchmark: Any, method: str) -> None:
     parts = module.needed(shapes, pack.segments, int(pack.supervised.sum()))
     # Eager attention computes what the mask hides; and it is one segment.
     parts["attention"] *= 2 * length / (length + 1)
-    assert sum(parts.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)  # rotary angles are products too
+    assert sum(parts.values()) == pytest.approx(
+        counter.get_total_flops(), rel=1e-3
+    )  # rotary angles are products too
     assert len(shapes.without_dx) == 3
     assert all(size > 0 for size in parts.values())
 

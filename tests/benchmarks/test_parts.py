@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from olora_ray.train.loader import Schedule, StepLoader
-from tests import tiny
 from tests.pipelines import project
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (project.ROOT / "benchmarks").glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(file.stem for file in (project.ROOT / "benchmarks").glob("*.py"))
+)
 def test_every_script_finds_what_it_imports(benchmark: Any, name: str) -> None:
     assert benchmark(name).__doc__
 
@@ -18,20 +19,14 @@ def test_every_script_finds_what_it_imports(benchmark: Any, name: str) -> None:
 def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
     rows = [(np.arange(2, 8, dtype=np.int32), np.arange(6) > 1)] * 5
     store = benchmark("common").memory_store(rows, 8)
-    train = benchmark("common").config("", {"name": ""}, train={"steps": 2, "global_batch": 2, "micro_batch": 1}).train
-    assert Schedule(train, store).lr(0) > 0  # with the default, train.lr=auto, tree.py and memory.py failed
+    train = (
+        benchmark("common")
+        .config("", {"name": ""}, train={"steps": 2, "global_batch": 2, "micro_batch": 1})
+        .train
+    )
+    schedule = Schedule(train.model_copy(update={"steps": 3}), store)
+    assert schedule.lr(0) > 0  # with the default, train.lr=auto, this failed
     loader = StepLoader(store, train, 0, "segments")
-    steps = [data for data, _ in loader.steps(0, lambda done: done >= 3)]
+    steps = [data for data, _ in loader.steps(0, schedule)]
     assert len(steps) == 3  # into the second pass
-    assert [data.supervised for data in steps] == [8, 8, 8]
-
-
-def test_eva_and_lora_ga_find_on_a_batch_what_peft_finds(benchmark: Any) -> None:
-    module = benchmark("init_from_data")
-    watch = benchmark("init").Watch
-    for method, theirs in (("eva", module.eva_of_peft), ("lora_ga", module.lora_ga_of_peft)):
-        used, ours = module.of_ours(tiny.llama(), method, 4, watch)
-        _, other = theirs(tiny.llama(), 4, watch)
-        assert used.seconds > 0
-        assert set(other) <= set(ours)
-        assert max(module.sine(ours[name], other[name]) for name in other) < 0.02, method
+    assert [data.whole.supervised for data in steps] == [8, 8, 8]

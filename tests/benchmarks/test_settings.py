@@ -3,7 +3,9 @@
 from typing import Any
 
 
-def test_experiment_1_of_what_lasts_trains_three_rates_of_the_spectral_step_on_each_task(benchmark: Any) -> None:
+def test_experiment_1_of_what_lasts_trains_three_rates_of_the_spectral_step_on_each_task(
+    benchmark: Any,
+) -> None:
     settings = benchmark("settings")
     planned = settings.missing_of_lasting(settings.Results([]))
     auto = settings.first_step.for_steps(settings.SPECTRAL_MIDDLE, 200)

@@ -1,10 +1,11 @@
 """What the tests of workers without Ray share."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from olora_ray.cluster import resume
+from olora_ray.cluster import start
 from olora_ray.cluster.worker import StopRequests
 
 
@@ -19,4 +20,15 @@ def nobody_asks_to_stop() -> Iterator[None]:
 @pytest.fixture
 def without_new_factors(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have an initialisation fail from now on."""
-    return lambda: monkeypatch.setattr(resume, "new_factors", None)
+    return lambda: monkeypatch.setattr(start, "new_factors", None)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory without a token, no Ray on this machine, and nothing of either in the environment."""
+    for name in ("ADDRESS", "AUTH_MODE", "AUTH_TOKEN", "AUTH_TOKEN_PATH", "USE_TLS"):
+        monkeypatch.setenv(f"RAY_{name}", "")  # so that what the code sets is taken back
+        monkeypatch.delenv(f"RAY_{name}")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path

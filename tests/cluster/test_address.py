@@ -2,29 +2,21 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from olora_ray.cluster import address
-from olora_ray.common.errors import UserError
 from tests.cluster import fake_head
+from tests.ran import ran
 from tests.ray_head import free_port
 from tests.recovery import processes
+from tests.refused import refused
 from tests.waiting import until
 
-
-@pytest.fixture(autouse=True)
-def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No Ray on this machine, none in the file of the last `ray start`, and no token."""
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture
@@ -35,7 +27,9 @@ def port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("given", [None, "", "auto", "local"])
-def test_without_a_ray_the_run_gets_its_own(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_ray_the_run_gets_its_own(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if given is not None:
         monkeypatch.setenv("RAY_ADDRESS", given)
     assert address.find() == "local"
@@ -52,40 +46,40 @@ def test_ray_address_comes_before_the_ray_of_this_machine(
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("http://127.0.0.1:8265", "ray job submit"),
         ("ray://127.0.0.1:10001", "ray job submit"),
         ("head", "HOST:PORT"),
-        ("head:many", "HOST:PORT"),
     ],
 )
 def test_an_address_that_is_none_of_a_head_is_refused(
     given: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", given)
-    with pytest.raises(UserError, match=expected) as caught:
+    with refused(expected) as caught:
         address.find()
     assert f"RAY_ADDRESS={given}" in str(caught.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
-def test_an_address_at_which_nothing_answers_is_named(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_at_which_nothing_answers_is_named(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = f"{host}:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", given)
-    with pytest.raises(UserError, match=f"RAY_ADDRESS={given}: no Ray answers there"):
+    with refused(f"RAY_ADDRESS={given}: no Ray answers there"):
         address.find(patience=0)
 
 
 def test_a_ray_of_this_machine_that_has_died_is_named(tmp_path: Path) -> None:
     port = free_port()
     started(tmp_path, port)  # as after a power cut: nothing has removed the file
-    with pytest.raises(UserError, match=rf"127.0.0.1:{port}.*`ray stop`, or set RAY_ADDRESS=local"):
+    with refused(f"127.0.0.1:{port}"):
         address.find(patience=0)
 
 
 def test_a_ray_of_another_version_is_refused(tmp_path: Path) -> None:
     with fake_head.head("2.1.0") as port:
         started(tmp_path, port)
-        with pytest.raises(UserError, match=rf"127.0.0.1:{port}: runs Ray 2.1.0, here it is {ray.__version__}: "):
+        with refused(f"127.0.0.1:{port}: runs Ray 2.1.0"):
             address.find()
 
 
@@ -96,8 +90,10 @@ def started(folder: Path, port: int) -> None:
 
 
 ENDS = {
-    "a mistake that is found while Ray starts": ("raise SystemExit(2)", 2),
-    "the driver is killed": ("assert address.join_or_start(); os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    "the driver is killed": (
+        "assert address.join_or_start(); os.kill(os.getpid(), signal.SIGKILL)",
+        -signal.SIGKILL,
+    ),
     "the end": ("assert address.join_or_start(); print(os.environ['RAY_AUTH_MODE'])", 0),
 }
 
@@ -106,12 +102,13 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_the_ray_that_starts_beside_the_drivers_imports_ends_with_the_driver(end: str) -> None:
     code, expected = ENDS[end]
-    whole = f"import os, signal\nfrom olora_ray.cluster import address\nwith address.begun(): {code}"
+    whole = (
+        f"import os, signal\nfrom olora_ray.cluster import address\nwith address.begun(): {code}"
+    )
     with processes.scratch() as folder:
         environment = {**os.environ, "RAY_TMPDIR": str(folder)}
-        done = subprocess.run(
-            [sys.executable, "-c", whole], env=environment, capture_output=True, text=True, timeout=120, check=False
+        done = ran([sys.executable, "-c", whole], code=expected, env=environment)
+        assert done.stdout == ("token\n" if end == "the end" else ""), (
+            "it asks for this user's token, as ray.init's"
         )
-        assert done.returncode == expected, done.stderr
-        assert done.stdout == ("token\n" if end == "the end" else ""), "it asks for this user's token, as ray.init's"
         until(lambda: not processes.processes_of(folder), 20)

@@ -21,7 +21,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ranks(folder: Path) -> set[int]:
-    return {item.factors.rank for item in checkpoints.read(str(folder / checkpoints.name_of(6))).adapter.values()}
+    return {
+        item.factors.rank
+        for item in checkpoints.read(str(folder / checkpoints.name_of(6))).adapter.values()
+    }
 
 
 @pytest.mark.parametrize("lost", [(6,), (6, 3, 0)])
@@ -38,20 +41,9 @@ def test_a_resumed_run_has_the_factors_of_its_checkpoint(
     assert min(ranks(whole)) < 4 < max(ranks(whole))
 
 
-def test_factors_of_gradients_are_made_and_kept_too(tmp_path: Path, without_new_factors: Callable[[], None]) -> None:
-    settings = {"adapter__method": "lora_ga", "adapter__init_tokens": 60}
-    first, channel = train(tmp_path, **settings)
-    assert first.problem is None
-    assert any("lora_ga: 60 supervised tokens of" in str(message) for message in channel.messages)
-    before = adapter(tmp_path, 6)
-    (tmp_path / checkpoints.name_of(6) / "manifest.json").unlink()
-    without_new_factors()
-    assert train(tmp_path, **settings)[0].problem is None
-    assert same(adapter(tmp_path, 6), before)
-
-
 def test_too_few_supervised_tokens_end_the_run_before_it_trains(tmp_path: Path) -> None:
-    result, channel = train(tmp_path, **(EVA | {"adapter__init_tokens": 999}), adapter__rho=20.0, adapter__rank=32)
-    assert result.problem is not None
+    result, channel = train(
+        tmp_path, **(EVA | {"adapter__init_tokens": 999}), adapter__rho=20.0, adapter__rank=32
+    )
     assert result.problem.startswith("adapter.method=eva: the training data has ")
     assert Started(1) not in channel.messages

@@ -10,11 +10,17 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from olora_ray.cluster.failures import SharedBaseDied, advice_for_memory, cause, counts, describe, passes
+from olora_ray.cluster.failures import (
+    Failure,
+    SharedBaseDied,
+    advice_for_memory,
+)
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
 from tests import tiny
 
-GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+GLOO = RuntimeError(
+    "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"
+)
 
 
 def dead() -> Exception:
@@ -22,53 +28,68 @@ def dead() -> Exception:
 
 
 def raised(error: Exception) -> Exception:
-    return UserExceptionWithTraceback(error, traceback_str=f"Traceback ...\n  line\n{type(error).__name__}: {error}\n")
-
-
-@pytest.mark.parametrize(
-    ("exceptions", "expected"),
-    [
-        ({1: dead(), 0: raised(GLOO)}, "worker 1 died"),
-        ({2: dead(), 0: raised(GLOO), 1: dead()}, "worker 1 and worker 2 died"),
-        ({0: raised(GLOO), 1: raised(ValueError("bad row"))}, "worker 1 failed (ValueError: bad row)"),
-        ({0: raised(ValueError("bad row"))}, "worker 0 failed (ValueError: bad row)"),
-        ({}, "workers failed"),
-    ],
-)
-def test_the_cause_is_named_not_its_consequences(exceptions: dict[int, Exception], expected: str) -> None:
-    assert describe(exceptions) == expected
+    return UserExceptionWithTraceback(
+        error, traceback_str=f"Traceback ...\n  line\n{type(error).__name__}: {error}\n"
+    )
 
 
 def preempted() -> Exception:
-    return WorkerHealthCheckFailedError("health check failed", failure=RayActorError(preempted=True))
+    return WorkerHealthCheckFailedError(
+        "health check failed", failure=RayActorError(preempted=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "expected", "counted"),
     [
-        (WorkerGroupError("", {0: raised(ValueError("bad row"))}), "worker 0 failed (ValueError: bad row)", True),
+        (
+            WorkerGroupError("", {0: raised(ValueError("bad row"))}),
+            "worker 0 failed (ValueError: bad row)",
+            True,
+        ),
+        (
+            WorkerGroupError("", {0: raised(GLOO), 1: raised(ValueError("bad row"))}),
+            "worker 1 failed (ValueError: bad row)",
+            True,
+        ),
         (WorkerGroupError("", {0: raised(GLOO), 1: dead()}), "worker 1 died", True),
-        (WorkerGroupError("", {0: raised(GLOO), 1: preempted()}), "worker 1 died with its preempted node", False),
+        (
+            WorkerGroupError("", {2: dead(), 0: raised(GLOO), 1: dead()}),
+            "worker 1 and worker 2 died",
+            True,
+        ),
+        (WorkerGroupError("", {}), "workers failed", True),
+        (
+            WorkerGroupError("", {0: raised(GLOO), 1: preempted()}),
+            "worker 1 died with its preempted node",
+            False,
+        ),
         (RayActorError(), "Train's controller died", True),
         (SharedBaseDied(), "the process that several trials share died", True),
         (ControllerError(RuntimeError("gloo failed to connect")), "gloo failed to connect", True),
         (ControllerError(WorkerGroupStartupTimeoutError(2)), None, False),
     ],
 )
-def test_what_counts_against_the_limit(error: BaseException, expected: str | None, counted: bool) -> None:
-    assert expected is None or cause(error) == expected
-    assert counts(error) is counted
+def test_the_cause_is_named_and_whether_it_counts(
+    error: BaseException, expected: str | None, counted: bool
+) -> None:
+    assert expected is None or Failure(error).cause == expected
+    assert Failure(error).counts is counted
 
 
-@pytest.mark.parametrize(("error", "advised"), [(torch.OutOfMemoryError("CUDA"), True), (RuntimeError("NCCL"), False)])
+@pytest.mark.parametrize(
+    ("error", "advised"), [(torch.OutOfMemoryError("CUDA"), True), (RuntimeError("NCCL"), False)]
+)
 def test_only_a_lack_of_memory_is_advised_as_one(error: RuntimeError, advised: bool) -> None:
-    with pytest.raises(UserError if advised else RuntimeError), advice_for_memory(tiny.config()):
+    with pytest.raises(UserError if advised else RuntimeError), advice_for_memory(tiny.decided()):
         raise error
 
 
 def test_a_store_that_does_not_answer_is_told_apart() -> None:
     away = StoreUnavailable("s3://b/runs: no answer for 60 s")
-    assert passes(WorkerGroupError("", {0: raised(GLOO), 1: raised(away)}))
-    assert passes(WorkerGroupError("", {0: raised(TryAgain("checkpoint s3://b/step-3: cannot be read"))}))
-    assert not passes(WorkerGroupError("", {0: raised(away), 1: dead()}))
-    assert not passes(WorkerGroupError("", {0: raised(ValueError("bad row"))}))
+    assert Failure(WorkerGroupError("", {0: raised(GLOO), 1: raised(away)})).passes
+    assert Failure(
+        WorkerGroupError("", {0: raised(TryAgain("s3://b/step-3: cannot be read"))})
+    ).passes
+    assert not Failure(WorkerGroupError("", {0: raised(away), 1: dead()})).passes
+    assert not Failure(WorkerGroupError("", {0: raised(ValueError("bad row"))})).passes

@@ -14,7 +14,10 @@ from olora_ray.model.load import pick_dtype
 from olora_ray.tokens.collate import collate
 from tests import device_walk, tiny
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -23,24 +26,11 @@ def test_the_start_equals_the_base_exactly(dtype: torch.dtype) -> None:
     ids = torch.randint(2, tiny.VOCABULARY, (2, 16), device="cuda")
     with torch.no_grad():
         expected = base(ids, use_cache=False).logits
-        adapted = tiny.trainer(tiny.config(), attention="sdpa", model=tiny.llama(attention="sdpa", dtype=dtype))
+        adapted = tiny.trainer(
+            tiny.decided(), attention="sdpa", model=tiny.llama(attention="sdpa", dtype=dtype)
+        )
         adapted.loss.cuda()
         assert torch.equal(adapted.loss.model(ids, use_cache=False).logits, expected)
-
-
-def test_the_attention_that_is_picked_keeps_segments_apart() -> None:
-    device = torch.device("cuda")
-    settings = tiny.config()
-    dtype = pick_dtype(settings.model, device)
-    attention = candidates(tiny.llama(), settings.model, dtype, device)[0]
-    model = tiny.llama(attention=attention, dtype=dtype).cuda()
-    packs = [tiny.pack(9, 7, 12)]
-    trainer = tiny.trainer(settings, attention=attention, model=model)
-    trainer.loss.cuda()
-    with torch.no_grad():
-        packed = trainer.loss(collate(packs, attention).to(device))
-        alone = sum(trainer.loss(collate([single], attention).to(device)) for single in tiny.unpacked(packs))
-    assert torch.allclose(packed, torch.as_tensor(alone), rtol=2e-2)
 
 
 WINDOW = 8
@@ -51,21 +41,33 @@ def test_losses_and_gradients_do_not_depend_on_the_attention(window: int | None)
     def model(attention: str, dtype: torch.dtype) -> Any:
         if window is None:
             return tiny.llama(attention=attention, dtype=dtype)
-        made = tiny.of_kind("mistral", tiny.SMALL | {"sliding_window": window, "initializer_range": 0.1}).to(dtype)
+        made = tiny.of_kind(
+            "mistral", tiny.SMALL | {"sliding_window": window, "initializer_range": 0.1}
+        ).to(dtype)
         made.set_attn_implementation(attention)
         return made
 
     def measured(attention: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
         torch.manual_seed(0)
-        trainer = tiny.trainer(tiny.config(), attention=attention, model=model(attention, dtype))
+        trainer = tiny.trainer(tiny.decided(), attention=attention, model=model(attention, dtype))
         trainer.flat.vector.copy_(0.05 * torch.randn(trainer.flat.vector.shape))
         trainer.loss.cuda()
-        adapters = [part.requires_grad_() for layer in trainer.adapted.values() for part in (layer.da, layer.db)]
-        loss = trainer.loss(collate([tiny.pack(40, 7, 12), tiny.pack(23)], attention).to(torch.device("cuda")))
-        return float(loss.detach()), torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, adapters)])
+        adapters = [
+            part.requires_grad_()
+            for layer in trainer.adapted.values()
+            for part in (layer.da, layer.db)
+        ]
+        loss = trainer.loss(
+            collate([tiny.pack(40, 7, 12), tiny.pack(23)], attention).to(torch.device("cuda"))
+        )
+        return float(loss.detach()), torch.cat(
+            [part.reshape(-1) for part in torch.autograd.grad(loss, adapters)]
+        )
 
     exact, right = measured("eager", torch.float32)
-    for attention in ("varlen", "sdpa", "eager") + (("segments",) if window is None else ()):
+    device, settings = torch.device("cuda"), tiny.decided().model
+    picked = candidates(tiny.llama(), settings, pick_dtype(settings, device), device)[0]
+    for attention in ("varlen", "sdpa", "eager") + (("segments", picked) if window is None else ()):
         if attention == "varlen" and kernel() is None:
             continue
         found, gradient = measured(attention, torch.bfloat16)
@@ -89,7 +91,10 @@ def test_a_batch_comes_whole_to_the_gpu(attention: str) -> None:
 
 def test_a_training_on_a_gpu_is_that_on_a_cpu(tmp_path: Path) -> None:
     cpu, gpu = (
-        device_walk.walk(device_walk.start(tiny.llama(), torch.device(device)), device_walk.kept_in(tmp_path / device))
+        device_walk.walk(
+            device_walk.start(tiny.llama(), torch.device(device)),
+            device_walk.kept_in(tmp_path / device),
+        )
         for device in ("cpu", "cuda")
     )
     assert gpu.before == pytest.approx(cpu.before, rel=1e-5)
@@ -102,4 +107,6 @@ def test_a_process_computes_on_the_gpu_that_ray_gave_it(ray_with: Callable[[int]
     ray_with(2)
     ask = ray.remote(assigned_device)
     assert ray.get(ask.options(num_gpus=1).remote()) == torch.device("cuda", 0)
-    assert ray.get(ask.options(num_gpus=0).remote()) == torch.device("cpu")  # though torch sees the GPU there
+    assert ray.get(ask.options(num_gpus=0).remote()) == torch.device(
+        "cpu"
+    )  # though torch sees the GPU there

@@ -1,20 +1,19 @@
 """The defaults on GPUs: each has a worker and as much work as fits; what others hold of it is seen."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from olora_ray.cluster import node_facts, preflight, resources
+from olora_ray.cluster.decide import decide
 from olora_ray.cluster.node_facts import NodeInfo
-from olora_ray.common.errors import UserError
+from olora_ray.config.decided import Kept
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import obtain
 from tests import tiny
-from tests.pipelines import project
+from tests.refused import refused
 from tests.said import said
 
 GIB = 2**30
@@ -22,25 +21,36 @@ GIB = 2**30
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    tiny.llama(max_position_embeddings=1024).save_pretrained(tmp_path / "llama")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "llama" / name).write_text("{}")
+    tiny.save(tmp_path / "llama", max_position_embeddings=1024)
     given = tiny.config(
-        model__name=str(tmp_path / "llama"), train__global_batch=16, run__storage=str(tmp_path / "runs")
+        model__name=str(tmp_path / "llama"),
+        train__global_batch=16,
+        run__storage=str(tmp_path / "runs"),
     )
-    return override(given, {"cluster.workers": "auto", "train.micro_batch": "auto", "cluster.gpus_per_worker": 1})
+    return override(
+        given,
+        {"cluster.workers": "auto", "train.micro_batch": "auto", "cluster.gpus_per_worker": 1},
+    )
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free: float = 80.0, busy: int = 0) -> None:
     """Have Ray tell of one node with GPUs of 80 GiB, of which some are busy and one has `free` GiB."""
     here = node_facts.node_info()
-    info = NodeInfo(here.versions, 999 * GIB, 80 * GIB, None, (9, 0), 13, 13, int(free * GIB), (4711,))
-    node = {"NodeManagerAddress": "10.0.0.1", "NodeID": "a", "Resources": {"CPU": 64.0, "GPU": float(gpus)}}
+    info = NodeInfo(
+        here.versions, 999 * GIB, 80 * GIB, None, (9, 0), 13, 13, int(free * GIB), (4711,)
+    )
+    node = {
+        "NodeManagerAddress": "10.0.0.1",
+        "NodeID": "a",
+        "Resources": {"CPU": 64.0, "GPU": float(gpus)},
+    }
     told: dict[Any, Any] = {
-        (node_facts, "node_info"): lambda: info,
+        (node_facts, "node_info"): lambda *_: info,
         (resources, "schedulable_nodes"): lambda: [node],
         (resources, "autoscaler_limits"): list,
-        (resources.ray_internals, "free_resources"): lambda: {"a": {"CPU": 64.0, "GPU": float(gpus - busy)}},
+        (resources.ray_internals, "free_resources"): lambda: {
+            "a": {"CPU": 64.0, "GPU": float(gpus - busy)}
+        },
         (preflight, "gpu_problems"): lambda *_: [],
     }
     for (module, name), answer in told.items():
@@ -48,32 +58,40 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free: float = 80.0, busy
 
 
 @pytest.mark.parametrize(
-    ("gpus", "busy", "workers", "micro"), [(1, 0, 1, 16), (3, 0, 3, 6), (8, 0, 8, 2), (32, 0, 32, 1), (8, 3, (5, 8), 2)]
+    ("gpus", "busy", "workers", "micro"),
+    [(1, 0, 1, 16), (3, 0, 3, 6), (8, 0, 8, 2), (32, 0, 32, 1), (8, 3, (5, 8), 2)],
 )
 def test_every_gpu_has_an_equal_part_of_a_step(
     config: Config, monkeypatch: pytest.MonkeyPatch, gpus: int, busy: int, workers: Any, micro: int
 ) -> None:
     machine(monkeypatch, gpus, busy=busy)
-    found = preflight.check_cluster(config, obtain(config))
+    base, cluster = obtain(config), preflight.ask(config)
+    data = tiny.of_data(config)
+    made = decide(config, data, base, cluster)
+    found = made.config
     assert (found.cluster.workers, found.train.micro_batch) == (workers, micro)
-    assert preflight.check_cluster(config, obtain(config), trials=True).cluster.workers == 1
-    assert preflight.check_cluster(found, obtain(found)) == found
+    assert made.decisions["train.micro_batch"].why
+    assert decide(config, data, base, cluster, trial=True).config.cluster.workers == 1
+    assert decide(found, tiny.of_data(found), base, cluster).config == found
+    kept = Kept({"train.micro_batch": 7})
+    assert decide(config, data, base, cluster, kept).config.train.micro_batch == 7
+
+
+def _require(config: Config) -> None:
+    base, cluster = obtain(config), preflight.ask(config)
+    made = decide(config, tiny.of_data(config), base, cluster)
+    preflight.require(made.config, cluster, base, made.size, made.expected)
 
 
 def test_other_processes_on_a_gpu_are_named_and_their_memory_is_not_planned_with(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, 1, free=0.5)
-    with said() as lines, pytest.raises(UserError, match=r"GPU memory, so there is room for 0 .*has 0\.5 GiB"):
-        preflight.check_cluster(config, obtain(config))
-    assert any("other processes (4711) leave 0.5 of 80.0 GiB on a GPU: stop them" in line for line in lines)
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_no_gpu_of_a_real_ray_is_idle() -> None:
-    script = [sys.executable, str(project.ROOT / "benchmarks" / "gpu_defaults.py"), "--models", "135M,70B"]
-    done = subprocess.run([*script, "--clusters", "1,2 x 8"], capture_output=True, text=True, check=True)
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("135M", "70B"))]
-    assert [row[-1] for row in rows if row[0] == "135M"] == ["0", "0"]
-    assert "cluster.strategy=fsdp" in done.stdout
+    with (
+        said() as lines,
+        refused("GPU memory, so there is room for 0"),
+    ):
+        _require(config)
+    assert any(
+        "other processes (4711) leave 0.5 of 80.0 GiB on a GPU: stop them" in line for line in lines
+    )

@@ -31,7 +31,9 @@ def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch: pytest.Monk
     assert node_facts.node_info().gpu_memory == 2**34
 
 
-def put_gpus(monkeypatch: pytest.MonkeyPatch, memory: list[int | None], generations: list[tuple[int, int]]) -> None:
+def put_gpus(
+    monkeypatch: pytest.MonkeyPatch, memory: list[int | None], generations: list[tuple[int, int]]
+) -> None:
     """Have NVIDIA's library tell of these GPUs."""
     from ray._private.thirdparty import pynvml
 
@@ -62,11 +64,12 @@ def test_a_job_may_be_submitted_with_variables_that_the_project_sets_itself(
 
     monkeypatch.delenv(RAY_JOB_CONFIG_JSON_ENV_VAR, raising=False)
     assert ray_internals.beside_job(ENVIRONMENT) == ENVIRONMENT
-    job: Any = {"working_dir": "gcs://package.zip", "env_vars": given}
-    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": job, "metadata": {}}))
-    ours: Any = {"env_vars": ray_internals.beside_job(ENVIRONMENT)}
+    job = {"working_dir": "gcs://package.zip", "env_vars": given}
+    monkeypatch.setenv(
+        RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": job, "metadata": {}})
+    )
+    ours = {"env_vars": ray_internals.beside_job(ENVIRONMENT)}
     merged = _merge_runtime_env({**job, "env_vars": given or {}}, ours)
-    assert merged is not None
     assert merged["env_vars"] == {**ENVIRONMENT, **(given or {})}
 
 
@@ -103,7 +106,7 @@ class Maker:
 def only_groups_of_dead_actors_are_freed() -> None:
     import ray
 
-    maker: Any = ray.remote(Maker)
+    maker = ray.remote(Maker)
     dies, lives = maker.options(num_cpus=0).remote(), maker.options(num_cpus=0).remote()
     ours = ray.util.placement_group([{"CPU": 1}])
     assert ours.wait(30)
@@ -122,7 +125,9 @@ def only_controllers_are_ended() -> None:
     ray.get([one.__ray_ready__.remote() for one in others])
     ray_internals.end_train_controllers()
 
-    with pytest.raises(ray.exceptions.RayActorError):  # a killed actor still answers until it has heard of it
+    with pytest.raises(
+        ray.exceptions.RayActorError
+    ):  # a killed actor still answers until it has heard of it
         until(lambda: ray.get(others[0].__ray_ready__.remote()) and None)
     ray.get(others[1].__ray_ready__.remote())
 
@@ -146,7 +151,7 @@ def the_limits_of_an_autoscaler_are_read() -> None:
     for most in (3, -1):
         group = limits.node_group_configs.add()
         group.resources["CPU"], group.max_count = 4, most
-    client: Any = ray._private.worker.global_worker.gcs_client
+    client = ray._private.worker.global_worker.gcs_client
     client.report_cluster_config(limits.SerializeToString())
     assert ray_internals.autoscaler_groups() == [({"CPU": 4}, 3), ({"CPU": 4}, -1)]
 
@@ -166,7 +171,9 @@ def test_every_private_part_is_there() -> None:
                 try:
                     importlib.import_module(f"{node.module}.{alias.name}")
                 except ModuleNotFoundError:
-                    assert hasattr(importlib.import_module(node.module), alias.name), f"{node.module}.{alias.name}"
+                    assert hasattr(importlib.import_module(node.module), alias.name), (
+                        f"{node.module}.{alias.name}"
+                    )
                 found += 1
     assert found > 10
 

@@ -19,9 +19,11 @@ BLOCKS, BLOCK = 100, 2**20
 """Blocks of so many bytes that a training takes and frees."""
 
 
-def test_trials_are_shared_out_and_use_the_memory_of_one_another(ray_with: Callable[[int], None]) -> None:
+def test_trials_are_shared_out_and_use_the_memory_of_one_another(
+    ray_with: Callable[[int], None],
+) -> None:
     ray_with(2)
-    spec: Any = tiny.config()
+    spec = tiny.decided()
     actors = shared_base.start_actors(spec, {"CPU": 1}, 2, 4)
     those_who_come_at_the_same_time_are_shared_out(actors)
     threads_use_the_memory_that_others_have_freed(actors[0])
@@ -50,7 +52,7 @@ def _use_memory(_: Any) -> tuple[int, int]:
 
 
 def test_a_place_is_not_kept_for_one_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec: Any = tiny.config()
+    spec = tiny.decided()
     actor = shared_base.SharedBaseActor(spec)
     assert actor.take("a", 0)
     assert not actor.take("b", 0), "somebody has come meanwhile"

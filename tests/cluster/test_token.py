@@ -10,15 +10,7 @@ import pytest
 from olora_ray.cluster import address, ray_internals
 from tests.cluster import fake_head
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home directory without a token, and none in the environment."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
-        monkeypatch.setenv(name, "")  # so that what the code sets is taken back
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def keep(text: str, file: Path) -> None:
@@ -26,7 +18,9 @@ def keep(text: str, file: Path) -> None:
     file.write_text(text)
 
 
-def test_the_token_is_that_of_the_environment_or_of_a_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_that_of_the_environment_or_of_a_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert address.known() is None
     keep("of home\n", home / ".ray" / "auth_token")
     assert address.known() == "of home"
@@ -43,7 +37,12 @@ def test_the_token_is_that_of_the_environment_or_of_a_file(home: Path, monkeypat
         (None, None, None, None),
         (None, "theirs", "theirs", None),
         ("token", "theirs", None, "uses no token, but RAY_AUTH_MODE=token is set here: unset it"),
-        ("disabled", "theirs", "theirs", "requires a token, but RAY_AUTH_MODE=disabled is set here: unset it"),
+        (
+            "disabled",
+            "theirs",
+            "theirs",
+            "requires a token, but RAY_AUTH_MODE=disabled is set here: unset it",
+        ),
         (None, None, "theirs", "requires a token, but {home}/.ray/auth_token has none"),
         (None, "other", "theirs", "rejects the token of {home}/.ray/auth_token"),
     ],
@@ -83,9 +82,7 @@ def test_a_token_is_made_once_and_for_this_user_only(home: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
 
 
-def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_home_that_can_be_written_the_token_stays_in_the_environment(home: Path) -> None:
     (home / ".ray").write_text("no folder")
     address.make_own()
     assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])

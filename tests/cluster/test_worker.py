@@ -18,7 +18,9 @@ from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loss import SupervisedLoss
-from tests import tiny
+from tests import example_objective, tiny
+from tests.families import zoo
+from tests.families.variants import ALL
 from tests.said import said
 
 SETTINGS: dict[str, Any] = {
@@ -41,18 +43,25 @@ class Channel:
         self.wait_for_stop = SimpleNamespace(remote=lambda: None)
 
     def metrics(self, name: str) -> dict[int, float]:
-        rows = [message for message in self.messages if isinstance(message, dict) and name in message]
+        rows = [
+            message for message in self.messages if isinstance(message, dict) and name in message
+        ]
         assert len({row["step"] for row in rows}) == len(rows)
         return {int(row["step"]): row[name] for row in rows}
 
 
-def train(folder: Path, measured_on: Any = None, model: Any = None, **changes: Any) -> tuple[TrainResult, Channel]:
-    store: Any = tiny.store(8)
-    held_out: Any = measured_on or tiny.store(3, seed=9)
-    settings = tiny.config(**(SETTINGS | changes))
-    spec = TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, held_out)
+def train(
+    folder: Path, measured_on: Any = None, model: Any = None, **changes: Any
+) -> tuple[TrainResult, Channel]:
+    store = tiny.store(8)
+    held_out = measured_on or tiny.store(3, seed=9)
+    settings = tiny.decided(**(SETTINGS | changes))
+    base = BaseModel("m", "/m", type(model).__name__)  # the node keeps what passes of a base
+    spec = TrainSpec(settings, base, "tokenizer", (1,), store, held_out)
     channel = Channel()
-    shared = SharedBase(SupervisedLoss(model or tiny.llama(attention="segments")), torch.device("cpu"))
+    shared = SharedBase(
+        SupervisedLoss(model or tiny.llama(attention="segments")), torch.device("cpu")
+    )
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
 
 
@@ -66,19 +75,22 @@ def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -
         result, channel = train(tmp_path / "one", model=model)
     assert (result.problem, result.answers) == (None, ())
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
-    why = "LlamaForCausalLM cannot generate (ValueError: no cache of this shape)"
-    assert [line for line in lines if "cannot" in line] == [
-        f"warning: evaluation.samples: {why}: the training continues without answers"
-    ]
+    [line] = [line for line in lines if "cannot" in line]
+    assert line.startswith("warning: evaluation.samples: LlamaForCausalLM cannot generate")
     result, _ = train(tmp_path / "two", model=model, evaluation__scorer="exact_match")
-    assert result.problem == f"evaluation.scorer: {why}; leave it out"
+    assert result.problem.startswith("evaluation.scorer: LlamaForCausalLM cannot generate")
 
 
 @pytest.mark.parametrize(
     ("micro", "settings"),
-    [(4, "train.micro_batch=2 or data.max_length=8"), (1, "train.activation_checkpointing=true or data.max_length=8")],
+    [
+        (4, "train.micro_batch=2 or data.max_length=8"),
+        (1, "train.activation_checkpointing=true or data.max_length=8"),
+    ],
 )
-def test_a_step_without_memory_names_the_settings_that_need_less(tmp_path: Path, micro: int, settings: str) -> None:
+def test_a_step_without_memory_names_the_settings_that_need_less(
+    tmp_path: Path, micro: int, settings: str
+) -> None:
     model = tiny.llama(attention="segments")
     steps = []
 
@@ -90,15 +102,17 @@ def test_a_step_without_memory_names_the_settings_that_need_less(tmp_path: Path,
     model.model.register_forward_pre_hook(gathers)
     result, channel = train(tmp_path, model=model, train__micro_batch=micro, data__max_length=16)
     assert Started(1) in channel.messages
-    assert result.problem is not None
     begin = f"a worker has too little memory for train.micro_batch={micro} and data.max_length=16: set {settings} ("
     assert result.problem.startswith(begin)
-    assert "can't allocate memory" in result.problem
     assert not result.passes
 
 
 def resumptions(channel: Channel) -> list[Started]:
-    return [each for each in channel.messages if isinstance(each, Started) and each.resumed_from is not None]
+    return [
+        each
+        for each in channel.messages
+        if isinstance(each, Started) and each.resumed_from is not None
+    ]
 
 
 def adapter(folder: Path, step: int, best: bool = False) -> dict[str, torch.Tensor]:
@@ -114,26 +128,44 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+Whole = tuple[Path, TrainResult, Channel]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult, Channel]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     return folder, *train(folder)
 
 
-def test_a_run_is_told_step_by_step(whole: tuple[Path, TrainResult, Channel]) -> None:
+def test_a_run_is_told_step_by_step(whole: Whole) -> None:
     folder, result, channel = whole
     assert channel.messages.count(Started(1)) == 1
     assert list(channel.metrics("train/loss")) == [1, 2, 3, 4, 5, 6]
     assert list(channel.metrics("eval/loss")) == [0, 2, 4, 6]
     assert checkpoints.names(str(folder)) == [checkpoints.name_of(step) for step in (0, 3, 6)]
-    assert result.state is not None
     assert (result.problem, result.interrupted, result.stopped_early) == (None, None, False)
     assert [list(pair.before) for pair in result.answers] == result.state.before
 
 
+def test_an_installed_objective_is_trained_and_measured_to_the_end(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with example_objective.installed(monkeypatch, tmp_path):
+        result, channel = train(tmp_path / "run", train__objective="examples")
+    assert result.problem is None
+    assert list(channel.metrics("train/hard")) == [1, 2, 3, 4, 5, 6]
+    assert list(channel.metrics("eval/hard")) == [2, 4, 6]
+    assert channel.metrics("eval/perplexity") == {}
+    losses = channel.metrics("eval/loss")
+    assert list(losses) == [0, 2, 4, 6]
+    assert losses[6] < losses[0]
+    assert losses != whole[2].metrics("eval/loss")
+    assert list(whole[2].metrics("eval/perplexity")) == [0, 2, 4, 6]
+
+
 @pytest.mark.parametrize("lost", [(6,), (6, 3)])
 def test_a_resumed_run_ends_with_the_same_bytes(
-    whole: tuple[Path, TrainResult, Channel],
+    whole: Whole,
     tmp_path: Path,
     lost: tuple[int, ...],
     without_new_factors: Callable[[], None],
@@ -146,8 +178,12 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     result, channel = train(tmp_path)
     at = 0 if 3 in lost else 3
     resumed = resumptions(channel)
-    rows = 4 if at else 0  # the base model's, and one per step; the first checkpoint comes before all
-    assert [(each.resumed_from, each.workers, len(each.history)) for each in resumed] == [(at, 1, rows)]
+    rows = (
+        4 if at else 0
+    )  # the base model's, and one per step; the first checkpoint comes before all
+    assert [(each.resumed_from, each.workers, len(each.history)) for each in resumed] == [
+        (at, 1, rows)
+    ]
     assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
     assert result.answers == whole[1].answers
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
@@ -164,53 +200,67 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:
         assert [each.resumed_from for each in resumptions(channel)] == [6]
         later = {step: rate for step, rate in whole.metrics("train/lr").items() if step > 6}
         assert channel.metrics("train/lr") == later
-        assert result.state is not None
-        assert [row["step"] for row in result.state.history if "train/loss" in row] == list(range(1, 11))
+        assert [row["step"] for row in result.state.history if "train/loss" in row] == list(
+            range(1, 11)
+        )
         assert same(adapter(short, 10), adapter(long, 10)) == bool(schedule)
-    moments = [(tmp_path / name / checkpoints.name_of(10) / checkpoint.OPTIMIZER) for name in ("short2", "long2")]
+    moments = [
+        (tmp_path / name / checkpoints.name_of(10) / checkpoint.OPTIMIZER)
+        for name in ("short2", "long2")
+    ]
     assert moments[0].read_bytes() == moments[1].read_bytes()
 
 
 def test_a_run_of_some_steps_goes_on_in_epochs_unless_these_are_fewer(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, train__steps=None, train__epochs=1)  # 8 sequences are 2 steps
-    assert result.problem is not None
-    assert result.problem.startswith("train.epochs: the run has already done 6 steps, and train.epochs=1 gives 2")
+    assert result.problem.startswith(
+        "train.epochs: the run has already done 6 steps, and train.epochs=1 gives 2"
+    )
     result, _ = train(tmp_path, train__steps=None, train__epochs=4)
-    assert result.state is not None
     assert result.state.step == 8
 
 
-@pytest.mark.parametrize(
-    ("method", "optimizer"), [("pissa", "preconditioned"), ("orthogonal", "preconditioned"), ("olora", "spectral")]
-)
-def test_a_run_with_two_rates_and_another_optimizer_resumes_to_the_same_bytes(
-    tmp_path: Path, method: str, optimizer: str
+RESUMED: dict[str, dict[str, Any]] = {
+    "two rates and another optimizer": {
+        "adapter__method": "pissa",
+        "train__lr_ratio": 4.0,
+        "train__optimizer": "preconditioned",
+    },
+    "spectral": {"train__optimizer": "spectral"},
+    "an automatic rate": {"train__lr": "auto", "train__lr_factor": 0.5},
+    # By a clear margin, since on other processors sums round differently.
+    "a best adapter of before": {"train__lr": 0.2, "train__schedule": "constant"},
+}
+
+
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
+def test_what_a_run_has_decided_is_kept_through_a_resume(
+    tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    settings = {"adapter__method": method, "train__lr_ratio": 4.0, "train__optimizer": optimizer}
-    train(tmp_path / "whole", **settings)
+    first, whole = train(tmp_path / "whole", **settings)
     train(tmp_path / "cut", **settings)
     (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
-    _, channel = train(tmp_path / "cut", **settings)
-    assert [each.resumed_from for each in resumptions(channel)] == [3]
-    cut, whole = (checkpoints.read(str(tmp_path / name / checkpoints.name_of(6))) for name in ("cut", "whole"))
-    for name, weights in whole.adapter.items():
-        assert weights.db.any()
-        assert torch.equal(cut.adapter[name].factors.a0, weights.factors.a0)
-        assert torch.equal(cut.adapter[name].da, weights.da)
-        assert torch.equal(cut.adapter[name].db, weights.db)
-
-
-def test_an_automatic_rate_is_kept_through_a_resume(tmp_path: Path) -> None:
-    settings = {"train__lr": "auto", "train__lr_factor": 0.5}
-    result, whole = train(tmp_path / "whole", **settings)
-    assert result.state is not None
-    assert result.state.lr is not None
-    assert max(whole.metrics("train/lr").values()) == pytest.approx(result.state.lr / 2)
-    train(tmp_path / "cut", **settings)
-    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
-    _, resumed = train(tmp_path / "cut", **settings)
+    again, resumed = train(tmp_path / "cut", **settings)
+    assert [each.resumed_from for each in resumptions(resumed)] == [3]
     assert resumed.metrics("train/lr").items() < whole.metrics("train/lr").items()
+    assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
+    assert again.state.best_step == first.state.best_step
+    assert again.answers == first.answers
+    if settings.get("train__lr") == 0.2:
+        assert first.state.best_step < 4
+    if settings.get("train__lr") == "auto":
+        assert max(whole.metrics("train/lr").values()) == pytest.approx(first.state.lr / 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_kept_through_a_resume(tmp_path: Path, family: str) -> None:
+    train(tmp_path / "whole", model=zoo.make(ALL[family]))
+    train(tmp_path / "cut", model=zoo.make(ALL[family]))
+    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
+    _, resumed = train(tmp_path / "cut", model=zoo.make(ALL[family]))
+    assert [each.resumed_from for each in resumptions(resumed)] == [3]
+    assert any("experts" in name for name in adapter(tmp_path / "cut", 6))
     assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
 
 
@@ -218,9 +268,6 @@ def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path
     first, _ = train(tmp_path, train__lr="auto")
     with said() as lines:
         longer, channel = train(tmp_path, train__lr="auto", train__steps=96)
-    assert first.state is not None
-    assert longer.state is not None
-    assert first.state.lr is not None
     assert longer.state.lr == pytest.approx(first.state.lr / 2, rel=0.05)
     assert channel.metrics("train/lr")[7] == pytest.approx(longer.state.lr, rel=0.05)
     assert len([line for line in lines if "96 steps; it was" in line]) == 1
@@ -228,13 +275,15 @@ def test_a_run_that_is_trained_longer_follows_the_law_of_its_rate(tmp_path: Path
 
 def test_a_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
     result, channel = train(tmp_path / "fits", train__lr="auto")
-    assert result.state is not None
-    assert result.state.lr is not None
     told = [str(message) for message in channel.messages if "train.lr=auto" in str(message)]
     assert len(told) == 1
     for factor, lines in ((3.0, 0), (8.0, 1), (0.1, 0)):
-        _, channel = train(tmp_path / f"{factor}", train__lr=result.state.lr * factor, train__steps=1)
-        assert sum("times the rate that fits" in str(message) for message in channel.messages) == lines
+        _, channel = train(
+            tmp_path / f"{factor}", train__lr=result.state.lr * factor, train__steps=1
+        )
+        assert (
+            sum("times the rate that fits" in str(message) for message in channel.messages) == lines
+        )
 
 
 def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
@@ -245,22 +294,6 @@ def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     (tmp_path / "baseline.json").write_text(json.dumps(kept | {"loss": 99.0}))
     _, channel = train(tmp_path)
     assert channel.metrics("eval/loss")[0] == 99.0
-
-
-def test_the_best_adapter_is_kept_and_resumed(tmp_path: Path) -> None:
-    # A rate at which the held-out loss soon grows, by a clear margin: on other processors sums round differently.
-    settings = {"train__lr": 0.2, "train__schedule": "constant"}
-    first, _ = train(tmp_path / "whole", **settings)
-    assert first.state is not None
-    assert first.state.best_step is not None
-    assert first.state.best_step < 4
-    train(tmp_path / "cut", **settings)
-    (tmp_path / "cut" / checkpoints.name_of(6) / "manifest.json").unlink()
-    again, _ = train(tmp_path / "cut", **settings)
-    assert again.state is not None
-    assert again.state.best_step == first.state.best_step
-    assert same(adapter(tmp_path / "cut", 6), adapter(tmp_path / "whole", 6))
-    assert again.answers == first.answers
 
 
 @pytest.mark.parametrize(("share", "more"), [(1e9, True), (1e-9, False)])
@@ -277,10 +310,10 @@ def test_a_checkpoint_is_due_after_some_seconds_unless_it_costs_too_much(
 def test_another_base_is_a_problem_in_the_result(tmp_path: Path) -> None:
     train(tmp_path)
     result, _ = train(tmp_path, adapter__alpha=4)
-    assert result.problem is not None
     assert "alpha was 8.0, is now 4.0" in result.problem
-    started, _ = train(tmp_path / "other", adapter__alpha=4, train__start=str(tmp_path / checkpoints.name_of(6)))
-    assert started.problem is not None
+    started, _ = train(
+        tmp_path / "other", adapter__alpha=4, train__start=str(tmp_path / checkpoints.name_of(6))
+    )
     assert started.problem.startswith("train.start: ")
     assert "was trained with another adapter; " in started.problem
 
@@ -293,7 +326,9 @@ def test_a_run_may_start_with_the_adapter_of_another(tmp_path: Path) -> None:
     best = adapter(tmp_path / "first", 6, best=True)
     assert any(part.any() for part in best.values())
     assert same(adapter(tmp_path / "second", 0), best)
-    assert channel.metrics("eval/loss")[0] == pytest.approx(min(whole_losses(tmp_path / "first").values()))
+    assert channel.metrics("eval/loss")[0] == pytest.approx(
+        min(whole_losses(tmp_path / "first").values())
+    )
 
 
 def whole_losses(folder: Path) -> dict[int, float]:
@@ -301,9 +336,8 @@ def whole_losses(folder: Path) -> dict[int, float]:
     return {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
 
 
-@pytest.mark.parametrize("problem", ["model.name: /m is not on every node", None])
 def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
-    monkeypatch: pytest.MonkeyPatch, problem: str | None
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The others wait for it in an exchange, over NCCL for half an hour, and the driver waits for them."""
     given: list[TrainResult] = []
@@ -313,10 +347,9 @@ def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
         (ray_internals, "quiet_train_worker"): lambda: None,
         (worker, "RayTrainContext"): lambda config: SimpleNamespace(rank=0),
         (worker, "give_signs_of_life"): lambda *_: None,
-        (worker, "train_at"): lambda *_: TrainResult(problem=problem),
+        (worker, "train_at"): lambda *_: TrainResult(problem="model.name: not on every node"),
     }
     for (module, name), instead in around.items():
         monkeypatch.setattr(module, name, instead)
-    spec: Any = SimpleNamespace(config=tiny.config())
-    assert worker.train_worker(spec, "", channel) == TrainResult(problem=problem)
-    assert given == ([] if problem is None else [TrainResult(problem=problem)])
+    spec = SimpleNamespace(config=tiny.decided())
+    assert given == [worker.train_worker(spec, "", channel)]

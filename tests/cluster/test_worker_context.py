@@ -13,15 +13,15 @@ import torch.distributed as dist
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, wrap
 from olora_ray.cluster import worker_context
-from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, agreed, load_loss
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext, common_dtype, load_loss
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.model.source import BaseModel
-from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.said import said
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def base() -> SharedBase:
 
 def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """The flat vector of adapters after training, and the held-out loss, taking turns with whoever else is there."""
-    settings, store = tiny.config(train__steps=STEPS, **changes), tiny.store(8)
+    settings, store = tiny.decided(train__steps=STEPS, **changes), tiny.store(8)
     context, adapter = SharedBaseContext(shared), settings.adapter
     with context.activate({}):
         model = shared.loss.model
@@ -48,13 +48,13 @@ def train(shared: SharedBase, changes: dict[str, Any]) -> tuple[torch.Tensor, fl
         adapted = wrap(model, factors, adapter.scale(), adapter.dropout)
     with context.activate(adapted):
         trainer = Trainer(shared.loss, adapted, settings, CPU)
-    steps = trainer.steps(StepLoader(store, settings.train, 0, "segments"), 0, Schedule(settings.train, store))
+    steps = tiny.steps(trainer, store)
     while True:
         with context.activate(adapted):
             if next(steps, None) is None:
                 break
     with context.activate(adapted):
-        return trainer.flat.vector.clone(), evaluate(trainer, store, "segments")
+        return trainer.flat.vector.clone(), evaluate(trainer, store, "segments").loss
 
 
 def in_threads(functions: list[Callable[[], Any]]) -> list[Any]:
@@ -88,13 +88,13 @@ def test_adapters_that_share_a_base_train_as_if_each_were_alone() -> None:
 def load_what_lies_there(folders: list[str]) -> None:
     """In a worker: load the model of its node."""
     base = BaseModel("/models/m", folders[collectives.rank()], "digest")
-    spec: Any = SimpleNamespace(base=base, config=tiny.config(cluster__workers=2))
-    load_loss(spec, CPU)
+    spec = SimpleNamespace(base=base, config=tiny.decided(cluster__workers=2))
+    load_loss(spec, CPU, "float32")
 
 
 @pytest.mark.parametrize("problem", ["is not on every node", "no such file or directory"])
 def test_a_model_that_one_node_does_not_have_ends_all_workers(
-    problem: str, crew: Callable[[int], Crew], tmp_path: Path
+    problem: str, crew: Crews, tmp_path: Path
 ) -> None:
     """The others waited for its worker until their exchange timed out, and nobody told why."""
     tiny.llama().save_pretrained(tmp_path / "whole")
@@ -111,26 +111,36 @@ def _agreed(fast: tuple[bool, bool], dtype: str, began: str | None = None) -> tu
     """The precision that is loaded on a worker, where some are fast at bfloat16, and what is said."""
     with pytest.MonkeyPatch.context() as patch, said() as lines:
         own = torch.bfloat16 if fast[dist.get_rank()] else torch.float32
-        patch.setattr(worker_context, "pick_dtype", lambda model, _: own if model.dtype == "auto" else torch.bfloat16)
-        return agreed(tiny.config(model__dtype=dtype), CPU, began).model.dtype, lines
+        patch.setattr(
+            worker_context,
+            "pick_dtype",
+            lambda model, _: own if model.dtype == "auto" else torch.bfloat16,
+        )
+        return common_dtype(tiny.decided(model__dtype=dtype), CPU, began), lines
 
 
-def test_workers_of_several_kinds_compute_in_one_precision(crew: Callable[[int], Crew]) -> None:
-    for dtype, lines in crew(2).run(_agreed, (True, False), "auto"):
-        assert dtype == "float32"
-        [line] = lines
-        assert "1 of 2 workers are not fast at bfloat16" in line
-    assert crew(2).run(_agreed, (True, True), "auto") == [("bfloat16", [])] * 2
-    assert crew(2).run(_agreed, (True, False), "bfloat16") == [("bfloat16", [])] * 2
-
-
-def test_a_run_stays_in_the_precision_that_it_began_in(crew: Callable[[int], Crew]) -> None:
-    """Resumed on other nodes, or joined by a worker of another kind, it went on in theirs."""
-    for fast, began, other in (((False, False), "bfloat16", "float32"), ((True, True), "float32", "bfloat16")):
-        for dtype, lines in crew(2).run(_agreed, fast, "auto", began):
-            assert dtype == began
-            [line] = lines
-            assert f"keeping {began}, " in line
-            assert f"would choose {other}" in line
-    assert crew(2).run(_agreed, (True, True), "auto", "bfloat16") == [("bfloat16", [])] * 2
-    assert crew(2).run(_agreed, (False, False), "bfloat16", "float32") == [("bfloat16", [])] * 2
+@pytest.mark.parametrize(
+    ("fast", "asked", "began", "dtype", "told"),
+    [
+        ((True, False), "auto", None, "float32", "1 of 2 workers are not fast at bfloat16"),
+        ((True, True), "auto", None, "bfloat16", ""),
+        ((True, False), "bfloat16", None, "bfloat16", ""),
+        # Resumed on other nodes, or joined by a worker of another kind, it went on in theirs.
+        ((False, False), "auto", "bfloat16", "bfloat16", "keeping bfloat16, "),
+        ((True, True), "auto", "float32", "float32", "keeping float32, "),
+        ((True, True), "auto", "bfloat16", "bfloat16", ""),
+        ((False, False), "bfloat16", "float32", "bfloat16", ""),
+    ],
+)
+def test_workers_compute_in_one_precision_and_stay_in_that_of_the_run(
+    crew: Crews,
+    fast: tuple[bool, bool],
+    asked: str,
+    began: str | None,
+    dtype: str,
+    told: str,
+) -> None:
+    for found, lines in crew(2).run(_agreed, fast, asked, began):
+        assert found == dtype
+        assert len(lines) == bool(told)
+        assert told in "".join(lines)

@@ -17,6 +17,8 @@ def test_parts_are_joined_by_a_space() -> None:
 
 def test_json_has_sorted_keys() -> None:
     expected = hashlib.sha256(json.dumps(FIXED, sort_keys=True).encode()).hexdigest()
-    assert storage.digest_json(FIXED) == expected == storage.digest_json(dict(reversed(FIXED.items())))
+    assert (
+        storage.digest_json(FIXED) == expected == storage.digest_json(dict(reversed(FIXED.items())))
+    )
     assert storage.digest_json(FIXED, length=8) == "1bada249"
     assert json.loads(records.seal(FIXED))["seal"] == expected

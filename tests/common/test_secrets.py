@@ -1,11 +1,8 @@
 """Nothing that is shown or written has a password in it, and nothing else is hidden."""
 
-import base64
 import logging
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -131,43 +128,21 @@ def test_what_is_masked_is_masked_at_once(noise: str, parts: list[str]) -> None:
     assert secrets.mask(masked) == masked
 
 
-REPEATED = r"""a|token.|password|password: |password="|password: \"|token:|token=|secret_|a://b:|a://b:c@|http://|
-https://a@ |Bearer |authorization: |eyJaaaaaaaaaaaa.|eyJ|hf_|sk-|key |=|@|,| |-.|\|--|--token |--token '|'--token', '|
--uuuuu |curl -u |curl -u a:|curl -u 'a:|Cookie: |Cookie: a=|Cookie: a='|cookie: \'|set-cookie"""
-"""Texts that a pattern might try again at each letter."""
-
-
-@pytest.mark.parametrize(
-    "part",
-    [*REPEATED.replace("\n", "").split("|"), base64.b64encode(random.Random(1).randbytes(3000)).decode()],
-    ids=repr,
-)
-@pytest.mark.parametrize("before", ["", "password: ", "x@y a://b:"])
-def test_time_grows_with_the_length_only(part: str, before: str) -> None:
-    """16 times as long: 16 times the time. Quadratic would be 256; 64 leaves room for a busy machine."""
-
-    def seconds(length: int) -> float:
-        text = before + (part * (length // len(part) + 1))[:length]
-        times = []
-        for _ in range(3):
-            begun = time.process_time()
-            secrets.mask(text)
-            times.append(time.process_time() - begun)
-        return min(times)
-
-    short, long = seconds(4_000), seconds(64_000)
-    assert long < 64 * max(short, 1e-4)
-
-
 @pytest.mark.parametrize("uri", SECRETS)
-@pytest.mark.parametrize("field", ["tracking.uri", "run.storage", "model.name", "data.train.0.path", "adapter.targets"])
+@pytest.mark.parametrize(
+    "field", ["tracking.uri", "run.storage", "model.name", "data.train.0.path", "adapter.targets"]
+)
 def test_a_config_with_a_secret_is_refused_without_repeating_it(field: str, uri: str) -> None:
     with pytest.raises(UserError) as caught:
-        override(tiny.config(), {field: [uri] if field == "adapter.targets" else uri, "adapter.rank": 0})
+        override(
+            tiny.config(), {field: [uri] if field == "adapter.targets" else uri, "adapter.rank": 0}
+        )
     message = str(caught.value)
     assert HIDDEN not in message
     assert f" problems: {field}: the address contains a secret; " in message
-    assert any(way in message for way in ("MLFLOW_TRACKING_PASSWORD", "env:NAME", "AWS_SECRET_ACCESS_KEY"))
+    assert any(
+        way in message for way in ("MLFLOW_TRACKING_PASSWORD", "env:NAME", "AWS_SECRET_ACCESS_KEY")
+    )
     assert "adapter.rank" in message  # all problems are told together
 
 
@@ -186,7 +161,14 @@ def test_a_config_with_a_secret_is_refused_without_repeating_it(field: str, uri:
 )
 def test_a_wrong_value_is_not_repeated_with_its_secret(tree: dict[str, object]) -> None:
     with pytest.raises(UserError) as caught:
-        build({"run": {"name": "a"}, "model": {"name": "m"}, "data": {"train": [{"path": "a"}]}, **tree})
+        build(
+            {
+                "run": {"name": "a"},
+                "model": {"name": "m"},
+                "data": {"train": [{"path": "a"}]},
+                **tree,
+            }
+        )
     assert HIDDEN not in str(caught.value)
 
 
@@ -239,20 +221,14 @@ command_line.run(main)
 @pytest.mark.parametrize(("kind", "code"), [("UserError", 2), ("ValueError", 1)])
 def test_an_entry_script_prints_no_secret(kind: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(kind=kind))
-    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == code
     output = done.stdout + done.stderr
     assert all(f"{word} http://ann:***@host" in output for word in ("said", "logged", "raised"))
     assert ("Traceback" in output) == (kind == "ValueError")
     assert HIDDEN not in output
-
-
-@pytest.mark.parametrize("uri", ["postgresql://ann:c4n4ry@127.0.0.1:9/x", "http://ann:c4n4ry@127.0.0.1:9"])
-def test_an_address_that_does_not_answer_is_named_without_its_password(uri: str) -> None:
-    with pytest.raises(UserError) as caught:
-        client.check_uri(uri)
-    assert "ann:***@127.0.0.1:9" in str(caught.value)
-    assert HIDDEN not in str(caught.value)
 
 
 def test_the_write_queue_logs_no_password(caplog: pytest.LogCaptureFixture) -> None:

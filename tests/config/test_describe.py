@@ -6,14 +6,20 @@ from typing import Any
 import pytest
 
 from olora_ray.config.command_line import WIDTH, help_text
-from olora_ray.config.schema import Condition, Config, Source
-from olora_ray.data.formats import FIELDS
+from olora_ray.config.nights import Condition
+from olora_ray.config.schema import Config
+from olora_ray.config.section import Source
+from olora_ray.config.tables import FORMATS
+from olora_ray.data.formats import own_formats
 
 
 def test_help_has_every_field_of_every_section() -> None:
     words = {line.split()[0].rstrip(":") for line in help_text().splitlines()}
     sections = [field.annotation for field in Config.model_fields.values()]
-    assert {*Config.model_fields, *(name for each in (*sections, Source, Condition) for name in _names(each))} <= words
+    assert {
+        *Config.model_fields,
+        *(name for each in (*sections, Source, Condition) for name in _names(each)),
+    } <= words
 
 
 def _names(section: Any) -> list[str]:
@@ -23,13 +29,12 @@ def _names(section: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("field", "shown"),
     [
-        ("format", "(auto, messages, prompt_completion, alpaca, sharegpt, text, tokens) [auto]"),
+        ("format", f"({', '.join(('auto', *FORMATS.names()))}) [auto]"),
         ("schedule", "(cosine, linear, constant) [cosine]"),
         ("dtype", "(auto, float32, bfloat16) [auto]"),
         ("revision", "(text or null) [null]"),
         ("eval", "(list of source) [[]]"),
         ("train", "(list of source, 1 or more) [required]"),
-        ("allow_pickle", "(true or false) [false]"),
         ("rank", "(whole number (≥ 1)) [16]"),
     ],
 )
@@ -45,6 +50,9 @@ def test_help_shows_nothing_of_python_and_fits_a_terminal() -> None:
     assert max(map(len, text.splitlines())) <= WIDTH
 
 
-def test_the_fields_of_each_format_are_those_that_are_read() -> None:
-    described = dict(re.findall(r"(\w+)\s+\{([^}]*)\}", Source.model_fields["format"].description or ""))
-    assert {name: tuple(fields.replace("\n", " ").split(", ")) for name, fields in described.items()} == FIELDS
+def test_help_and_the_editors_schema_name_the_fields_of_each_format() -> None:
+    schema = Source.model_json_schema()["properties"]["format"]["description"]
+    for text in (help_text(), schema):
+        text = " ".join(text.split())
+        for format in own_formats():
+            assert f"{format.name} {{{', '.join(format.names)}}}" in text

@@ -12,7 +12,9 @@ from olora_ray.config.schema import Config
 def there(field: str) -> bool:
     """Whether a dotted name is a field of the config."""
     section, name, *inner = field.split(".")
-    return name in getattr(Config.model_fields[section].annotation, "model_fields", {}) and inner[:1] in ([], ["0"])
+    return name in getattr(Config.model_fields[section].annotation, "model_fields", {}) and inner[
+        :1
+    ] in ([], ["0"])
 
 
 @pytest.mark.parametrize(
@@ -33,11 +35,8 @@ def test_a_word_of_another_tool_leads_to_our_field(word: str, field: str) -> Non
 
 
 def test_every_advice_names_a_field_that_there_is() -> None:
-    named = re.findall(r"\b(?:train|data|model|tracking|adapter)\.\w+", " ".join(EXPLAINED.values()))
+    named = re.findall(
+        r"\b(?:train|data|model|tracking|adapter)\.\w+", " ".join(EXPLAINED.values())
+    )
     assert len(named) > 8
     assert [field for field in (*PLAIN, *named) if not there(field)] == []
-
-
-@pytest.mark.parametrize(("word", "place"), [("zzz", ""), ("name", ""), ("epochs", "train.epochs")])
-def test_nothing_is_advised_where_nothing_is_known(word: str, place: str) -> None:
-    assert advice(word, place) is None

@@ -4,7 +4,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from tests.tokens.helpers import CHATML, SPECIAL
@@ -24,7 +33,10 @@ def byte_level(trim_offsets: bool, normalizer: Any = None) -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return _trained(tokenizer, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False))
+    return _trained(
+        tokenizer,
+        trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False),
+    )
 
 
 def metaspace(scheme: str) -> Tokenizer:
@@ -38,7 +50,9 @@ def metaspace(scheme: str) -> Tokenizer:
 def prepend() -> Tokenizer:
     """Like Llama 2: the normalizer puts the blank before a text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
     )
@@ -50,7 +64,9 @@ def unigram() -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    return _trained(tokenizer, trainers.UnigramTrainer(vocab_size=150, unk_token="<unk>", show_progress=False))
+    return _trained(
+        tokenizer, trainers.UnigramTrainer(vocab_size=150, unk_token="<unk>", show_progress=False)
+    )
 
 
 def _trained(tokenizer: Tokenizer, trainer: Any) -> Tokenizer:

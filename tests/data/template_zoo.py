@@ -4,15 +4,11 @@
     refused   the row is rejected, with a remedy
 
 The templates are TRL's copies of the originals (Apache-2.0), read from its package, which is not imported.
-`python -m tests.data.template_zoo FOLDER...` prints the results with these and all *.jinja files in folders, and what
-transformers does with each refused conversation.
+tools/write_models.py writes the results into docs/generated/models.md.
 """
 
 import importlib.util
-import json
 import re
-import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,7 +22,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers.utils import chat_template_utils
 
 from olora_ray.data.chat_template import TODAY
-from olora_ray.data.formats import REASONING, Chat, Rejected, to_example
+from olora_ray.data.formats import to_example
+from olora_ray.data.formats.format import Chat, Rejected
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 
@@ -38,36 +35,17 @@ CHATML = ("<|im_end|>",)
 # Pattern of a name -> the stop tokens in the family's generation_config.json; the first pattern that fits. Other
 # families stop as ChatML does.
 STOPS: dict[str, tuple[str, ...]] = {
-    "cohere|command": ("<|END_OF_TURN_TOKEN|>",),
-    "deepseek|spark": ("<｜end▁of▁sentence｜>",),
+    "cohere": ("<|END_OF_TURN_TOKEN|>",),
+    "deepseek": ("<｜end▁of▁sentence｜>",),
     "gemma-?4|diffusion_gemma": ("<turn|>", "<|tool_response>"),
-    "functiongemma": ("<end_of_turn>", "<start_function_response>"),
     "gemma": ("<end_of_turn>",),
     "glm-?4": ("<|user|>", "<|observation|>", "<|endoftext|>"),
     "gpt-?oss": ("<|return|>", "<|call|>"),
-    "solar": ("<|end|>", "<|calls|>"),
     "idefics|smolvlm": ("<end_of_utterance>",),
-    "hermes": CHATML,
-    "llama4": ("<|eot|>", "<|eom|>"),
-    "llama-?3|toolace|functionary": ("<|eot_id|>", "<|eom_id|>"),
-    "xlam_llama": ("<|eot_id|>",),
-    "mistral|ministral|llava|rwkv": ("</s>",),
+    "llama-?3": ("<|eot_id|>", "<|eom_id|>"),
+    "llava": ("</s>",),
     "muse": ("<|eot|>",),
-    "phi|apriel": ("<|end|>",),
-    "apertus": ("<|assistant_end|>",),
-    "seed-oss": ("<seed:eos>",),
-    "gigachat": ("<|message_sep|>",),
-    "kimi-k3": ("<|end_of_msg|>",),
-    "minimax-m1": ("<end_of_sentence>",),
-    "minimax": ("[e~[",),
-    "nemotron-nano-v2": ("<SPECIAL_12>",),
-    "reka": ("<sep>",),
-    "granite_20b": ("<|endoftext|>",),
-    "granite": ("<|end_of_text|>",),
-    "ling-": ("<|role_end|>",),
-    "laguna": ("</assistant>",),
-    "hy3": ("<｜hy_eos:opensource｜>",),
-    "hunyuan": ("<|eos|>",),
+    "phi": ("<|end|>",),
 }
 # Pattern of a name -> the tokenizer's end token, if it differs from the first stop.
 ENDS = {"gemma": "<eos>", "glm-?4|phi-?3": "<|endoftext|>"}
@@ -76,8 +54,6 @@ CONTROL = re.compile(
     r"<\|[^|<>\s]+\|?>|<｜[^｜]+｜>|<[a-z_]+\|>|<(?:start|end)_of_[a-z]+>|</s>|\[gMASK\]|<sop>|<SPECIAL_\d+>|<seed:[a-z_]+>"
 )
 
-# The end of a generation prompt that has ended the reasoning before the answer begins.
-CLOSED = re.compile(r"(</(?:mm:)?think[^>]*>|<channel\|>|<\|END_THINKING\|>)\s*$")
 TAG = re.compile(r"</think|</mm:think|\[/THINK|<channel|<\|END_THINKING")
 WHOLE_TAG = re.compile(r"</(?:mm:)?think(?::\w+)?>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>")
 
@@ -128,28 +104,33 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 CALLS = _call(ARGUMENTS)
 SYSTEM = {"role": "system", "content": "Be brief."}
-# More cases of the script's table.
+# More cases, which are not on the page.
 OTHERS: dict[str, list[dict[str, Any]]] = {
     "tools, system": [SYSTEM, *CALLS],
     "tools, more turns": [*CALLS, *MORE],
     "tools, after a turn": [USER, HI, {**CALLS[0], "content": "And now?"}, *CALLS[1:]],
     "tools, two rounds": [*CALLS[:3], _call({"city": "Oslo"})[1], *CALLS[2:]],
-    "tools, thinking": [USER, {**CALLS[1], "reasoning_content": WHY}, CALLS[2], {**HI, "reasoning_content": WHY}],
+    "tools, thinking": [
+        USER,
+        {**CALLS[1], "reasoning_content": WHY},
+        CALLS[2],
+        {**HI, "reasoning_content": WHY},
+    ],
     "tools, unused": [USER, HI],
     "thinks once": [USER, {**HI, "reasoning_content": WHY}, *MORE],
     "thinks at last": [USER, HI, MORE[0], {**MORE[1], "reasoning_content": WHY}],
     "developer": [{**SYSTEM, "role": "developer"}, USER, HI],
+    "greeting": [{**HI, "content": "Good day"}, USER, HI],
+    "greeting, system": [SYSTEM, {**HI, "content": "Good day"}, USER, HI],
+    "later system": [USER, HI, SYSTEM, *MORE],
+    "later developer": [USER, HI, {**SYSTEM, "role": "developer"}, *MORE],
     "lines": [USER, {**HI, "content": "Hi!\n\n```\n  x = '<b>'\n```\n\nSo long."}, *MORE],
 }
 
 
-# Folder/file -> Jinja source of the templates in the folders that the script is given.
-OWN: dict[str, str] = {}
-
-
 def sources() -> dict[str, str]:
     """Name -> Jinja source of the originals; empty without TRL's package."""
-    return {name: source for name, source in _sources().items() if not name.endswith(TRAINING)} | OWN
+    return {name: source for name, source in _sources().items() if not name.endswith(TRAINING)}
 
 
 def twin(name: str) -> str | None:
@@ -161,7 +142,9 @@ def twin(name: str) -> str | None:
 def _sources() -> dict[str, str]:
     found = importlib.util.find_spec("trl")
     places = (found.submodule_search_locations if found else None) or []
-    files = sorted(file for place in places for file in Path(place, "chat_templates").glob("*.jinja"))
+    files = sorted(
+        file for place in places for file in Path(place, "chat_templates").glob("*.jinja")
+    )
     return {file.stem: file.read_text(encoding="utf-8") for file in files}
 
 
@@ -233,7 +216,9 @@ def _trained(name: str, tokens: Tokens) -> Trained:
     parts = [str(tokenizer.id_to_token(int(number))) for number in tokens.ids]
     assert "<unk>" not in parts
     marks = np.where(tokens.supervised, "x", " ")
-    return Trained("".join(parts), "".join(mark * len(part) for mark, part in zip(marks, parts, strict=True)))
+    return Trained(
+        "".join(parts), "".join(mark * len(part) for mark, part in zip(marks, parts, strict=True))
+    )
 
 
 def prompt(name: str, conversation: Chat, number: int) -> str:
@@ -271,7 +256,11 @@ def outcome(name: str, case: str) -> str:
     except Rejected as odd:
         return f"refused: {odd.message}"
     answers = [pair for each in found for pair in each.answers()]
-    wanted = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    wanted = [
+        number
+        for number, message in enumerate(conversation.messages)
+        if message["role"] == "assistant" and message.get("weight") != 0
+    ]
     if len(answers) != len(wanted):
         return f"wrong: {len(answers)} answers instead of {len(wanted)}: {answers}"
     for number, (before, answer) in zip(wanted, answers, strict=True):
@@ -311,14 +300,18 @@ def _begins(name: str) -> set[str]:
     return set(tokens[ended[0] + 1 :]) - {*tokens[: ended[0]], *stops(name)} if ended else set()
 
 
-def _lost(name: str, tools: Any, messages: Sequence[dict[str, Any]], number: int, ours: str) -> set[str]:
+def _lost(
+    name: str, tools: Any, messages: Sequence[dict[str, Any]], number: int, ours: str
+) -> set[str]:
     """Special tokens between the question and the answer in transformers' rendering that our text does not have."""
     asked, said = (str(messages[each]["content"] or "") for each in (number - 1, number))
     said = said.rpartition("</think>")[2].strip()
     if not asked or not said:
         return set()
     theirs = _served(name, messages[: number + 1], tools, ask=False)
-    wanted, own = ({*CONTROL.findall(text.rpartition(said)[0].rpartition(asked)[2])} for text in (theirs, ours))
+    wanted, own = (
+        {*CONTROL.findall(text.rpartition(said)[0].rpartition(asked)[2])} for text in (theirs, ours)
+    )
     return wanted - own
 
 
@@ -327,72 +320,11 @@ def _said(message: dict[str, Any]) -> list[str]:
     calls = [call["function"] for call in message.get("tool_calls") or []]
     places = ["Rome" if "Rome" in str(call["arguments"]) else "Oslo" for call in calls]
     why = [WHY] * (WHY in str([*message.values()]))
-    return [*why, message["content"].rpartition("</think>")[2].strip(), *["weather", "city"] * bool(calls), *places]
-
-
-def cause(name: str, case: str) -> str:
-    """Why transformers' rendering of a conversation leaves nothing to train on; "none seen" if it writes everything."""
-    given = chat(case)
-    said: list[tuple[int, str]] = []
-    for number, message in enumerate(given.messages):
-        if message["role"] == "assistant":
-            said += [(number, part) for part in _said(message) if part]
-    forms = [[_aliased(message) for message in each] for each in (given.messages, _with_objects(given.messages))]
-    found: list[str] = []
-    for messages in forms:
-        try:
-            for number in sorted({number for number, _ in said}):
-                _served(name, messages[:number], given.tools)
-                _served(name, messages[: number + 1], given.tools, ask=False)
-        except Exception as error:  # a template is code: it may raise anything
-            found.append(f"raises: {type(error).__name__}: {str(error)[:90]}")
-            continue
-        if given.tools and "weather" not in _served(name, messages[: said[0][0]], given.tools):
-            return "drops the tools"
-        lost = [
-            part for number, part in said if part not in _served(name, messages[: number + 1], given.tools, ask=False)
-        ]
-        if not lost:
-            return _found(name, given, messages)
-        if lost == [WHY] * len(lost) and CLOSED.search(_served(name, messages[: said[0][0]], given.tools)):
-            return "ends the reasoning in its generation prompt"
-        found.append(
-            "drops the tool call" if "weather" in lost else f"drops {'the reasoning' if WHY in lost else 'text'}"
-        )
-    return found[-1]
-
-
-def _found(name: str, given: Chat, messages: Sequence[dict[str, Any]]) -> str:
-    """What keeps a template that writes everything from training with it."""
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _served(name, messages[:number], given.tools)
-            text = _served(name, messages[: number + 1], given.tools, ask=False)
-            answer = text.removeprefix(before) if text.startswith(before) else ""
-            if sum(map(answer.count, stops(name))) > 1:
-                return "writes a token at which the model stops inside of an answer"
-            if WHY in str(message) and CLOSED.search(before):
-                return "ends the reasoning in its generation prompt"
-    return "writes everything"
-
-
-def _aliased(message: dict[str, Any]) -> dict[str, Any]:
-    """Give the reasoning under each name, as transformers does before it renders."""
-    thought = next((message[name] for name in REASONING if name in message), None)
-    return message | dict.fromkeys(REASONING, thought) if thought else message
-
-
-def _with_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    def call(each: dict[str, Any]) -> dict[str, Any]:
-        function = each["function"]
-        given = function["arguments"]
-        return {**each, "function": {**function, "arguments": json.loads(given) if isinstance(given, str) else given}}
-
     return [
-        {**message, "tool_calls": [call(each) for each in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in messages
+        *why,
+        message["content"].rpartition("</think>")[2].strip(),
+        *["weather", "city"] * bool(calls),
+        *places,
     ]
 
 
@@ -402,7 +334,12 @@ def marked_by_twin(name: str, case: str) -> Trained | None:
         return None
     messages = list(spec(name).chat_form(False)(chat(case)).messages)
     rendered, spans = RENDER(
-        [messages], None, None, source, return_assistant_tokens_mask=True, **spec(name).special_tokens
+        [messages],
+        None,
+        None,
+        source,
+        return_assistant_tokens_mask=True,
+        **spec(name).special_tokens,
     )
     text, mask = str(rendered[0]), [" "] * len(rendered[0])
     for start, end in spans[0]:
@@ -427,42 +364,12 @@ def table() -> str:
     lines = [("templates", *CASES), ("---",) * (len(CASES) + 1)]
     lines += [(", ".join(names), *cells) for cells, names in rows.items()]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return table + "\n\n" + "\n".join(f"{number}. `{_code(why)}`" for number, why in enumerate(said, 1))
+    return (
+        table
+        + "\n\n"
+        + "\n".join(f"{number}. `{_code(why)}`" for number, why in enumerate(said, 1))
+    )
 
 
 def _code(text: str) -> str:
     return text.replace("`", "'")
-
-
-def main(folders: Sequence[str]) -> None:
-    """Print the outcomes of all cases for the templates of TRL's package and of folders."""
-    seen = set(sources().values())
-    for file in sorted(file for folder in folders for file in Path(folder).rglob("*.jinja")):
-        source = file.read_text(encoding="utf-8")
-        if source not in seen:
-            OWN[f"{file.parent.name}/{file.stem}"] = source
-            seen.add(source)
-    total: Counter[str] = Counter()
-    classes: Counter[str] = Counter()
-    for name in sources():
-        row: Counter[str] = Counter()
-        for case in [*CASES, *OTHERS]:
-            found, _, why = outcome(name, case).partition(": ")
-            row[found] += 1
-            if found == "refused":
-                reason = cause(name, case)
-                classes[re.sub(r": .*", "", reason)] += 1
-                print(f"    {case}: refused; transformers: {reason}; {why}")
-            elif found == "wrong":
-                print(f"    {case}: wrong: {why}")
-        total += row
-        print(f"{name}: {', '.join(f'{count} {found}' for found, count in row.items())}", flush=True)
-    for reason, count in classes.most_common():
-        print(f"{count} refused, because the template, rendered by transformers, {reason}")
-    print(
-        f"{len(sources())} templates, {total.total()} cases: {', '.join(f'{n} {found}' for found, n in total.items())}"
-    )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -15,7 +15,6 @@ from pyarrow import ipc
 from olora_ray.data import scan
 from olora_ray.data.reader import Unit, Units, read_unit
 from olora_ray.data.sources import Changed, File
-from tests.s3_server import Server
 
 
 def texts(rows: int) -> list[str]:
@@ -28,12 +27,16 @@ def write(path: Path, batches: list[int], column: pa.Array) -> File:
     borders = np.cumsum([0, *batches]).tolist()
     with pa.OSFile(str(path), "wb") as file, ipc.new_stream(file, schema) as stream:
         for low, high in pairwise(borders):
-            stream.write_batch(pa.record_batch([column[low:high], pa.array(range(low, high))], schema=schema))
+            stream.write_batch(
+                pa.record_batch([column[low:high], pa.array(range(low, high))], schema=schema)
+            )
     return File(str(path), "arrow", None, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 def read(file: File, units: Units | list[Unit]) -> list[tuple[int, Any]]:
-    return [found for unit in units for found in read_unit(file, unit, ("text", "number"), ["text"])]
+    return [
+        found for unit in units for found in read_unit(file, unit, ("text", "number"), ["text"])
+    ]
 
 
 @given(batches=st.lists(st.integers(0, 9), max_size=12), dictionary=st.booleans())
@@ -44,7 +47,9 @@ def test_units_are_all_rows_in_any_order(
     wanted = texts(sum(batches))
     column = pa.array(wanted, pa.string())
     file = write(
-        tmp_path_factory.mktemp("arrow") / "a.arrow", batches, column.dictionary_encode() if dictionary else column
+        tmp_path_factory.mktemp("arrow") / "a.arrow",
+        batches,
+        column.dictionary_encode() if dictionary else column,
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(scan, "UNIT_ROWS", 2)
@@ -54,7 +59,9 @@ def test_units_are_all_rows_in_any_order(
     assert sorted(read(file, list(found.units)[::-1]), key=lambda each: each[0]) == rows
     assert all((unit.offset > 0) != dictionary for unit in found.units)
     # Earlier versions kept scans without offsets.
-    assert read(file, [dataclasses.replace(unit, offset=0, before=0) for unit in found.units]) == rows
+    assert (
+        read(file, [dataclasses.replace(unit, offset=0, before=0) for unit in found.units]) == rows
+    )
 
 
 @pytest.mark.parametrize("cut", [-1, -9, -3000])
@@ -90,21 +97,9 @@ def test_a_stream_that_ends_before_the_unit_does_is_no_end_of_rows(tmp_path: Pat
     # A store may return less than asked for: the rest of the unit's rows was lost silently.
     file = write(tmp_path / "a.arrow", [100] * 50, pa.array(texts(5000)))
     first, *_, last = scan.scan(file, "").units
-    for unit in (dataclasses.replace(last, rows=last.rows + 1), dataclasses.replace(first, offset=0, rows=5001)):
+    for unit in (
+        dataclasses.replace(last, rows=last.rows + 1),
+        dataclasses.replace(first, offset=0, rows=5001),
+    ):
         with pytest.raises(Changed):
             read(file, [unit])
-
-
-def test_in_a_bucket_little_more_is_read_than_there_is(s3_server: Server, bucket: str, tmp_path: Path) -> None:
-    # Each of 64 units was read from the start of the file, on average half of it.
-    local = write(tmp_path / "a.arrow", [100] * 100, pa.array([text * 100 for text in texts(10_000)]))
-    name, _, prefix = bucket.removeprefix("s3://").partition("/")
-    s3_server.client().put_object(Bucket=name, Key=f"{prefix}/a.arrow", Body=Path(local.uri).read_bytes())
-    file = dataclasses.replace(local, uri=f"{bucket}/a.arrow", modified=0)
-    found = scan.scan(file, "")
-    assert len(found.units) > 30
-    s3_server.ranges.clear()
-    rows = [row for unit in found.units for _, row in read_unit(file, unit, found.columns, ["text"])]
-    assert [row["text"][:9] for row in rows] == texts(10_000)
-    assert sum(min(last + 1, file.size) - first for first, last in s3_server.ranges) < 4 * file.size
-    assert len(s3_server.ranges) < 6 * len(found.units)

@@ -1,23 +1,16 @@
 """Values of parquet files that Python has no type for."""
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from olora_ray.config.load import build
-from olora_ray.config.schema import Source
-from olora_ray.data import first_look, scan, sources
-from olora_ray.data.formats import Chat, to_example
-from olora_ray.data.reader import read_unit
-
-
-def rows(path: Path) -> list[Any]:
-    [file] = sources.list_files(Source(path=str(path)), "data.train.0", "")
-    found = scan.scan(file, "")
-    return [row for unit in found.units for _, row in read_unit(file, unit, found.columns, found.columns)]
+from olora_ray.data import detect
+from olora_ray.data.formats import to_example
+from olora_ray.data.formats.format import Chat
+from tests.data.reading import listed, rows
 
 
 @pytest.mark.parametrize(
@@ -35,11 +28,15 @@ def test_a_time_that_python_does_not_have_is_a_text(values: pa.Array, tmp_path: 
     # Databases have such a time (infinity), and the first look reads all columns.
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["a", "b"], "until": values}), path)
-    found = rows(path)
+    found = rows(*listed(path))
     assert [row["text"] for row in found] == ["a", "b"]
     assert isinstance(found[0]["until"], str)
     data = {"train": [{"path": str(path), "format": "text", "fields": {"until": "none"}}]}
-    first_look.check_data(build({"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}))
+    detect.check_data(
+        build(
+            {"run": {"name": "r", "storage": str(tmp_path)}, "model": {"name": "m"}, "data": data}
+        )
+    )
 
 
 def as_maps(of: pa.DataType) -> pa.DataType:
@@ -61,11 +58,13 @@ def test_maps_are_objects(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     columns = {
         "messages": pa.array([turns], pa.list_(turn)),
-        "tools": pa.array([tools], pa.large_list(pa.struct({"name": TEXT, "parameters": as_maps(as_maps(TEXT))}))),
+        "tools": pa.array(
+            [tools], pa.large_list(pa.struct({"name": TEXT, "parameters": as_maps(as_maps(TEXT))}))
+        ),
         "plain": pa.array([[{"role": "user", "content": "?"}, None]], pa.list_(as_maps(TEXT))),
     }
     parquet.write_table(pa.table(columns), path)
-    [row] = rows(path)
+    [row] = rows(*listed(path))
     assert row["tools"] == tools
     assert row["plain"] == [{"role": "user", "content": "?"}, None]
     chat = to_example("messages", row, {})

@@ -11,14 +11,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs, parquet
 
-from olora_ray.common import patience
+from olora_ray.common import retry
 from olora_ray.common.errors import StoreUnavailable, TryAgain
-from olora_ray.config.schema import Source
-from olora_ray.data import scan, sources
+from olora_ray.data import scan
 from olora_ray.data.reader import read_unit
-from olora_ray.tokens import prepare
+from tests.data.reading import listed, texts
 from tests.said import said
-from tests.tokens import helpers
 
 AWAY = "When reading information for key 'a' in bucket 'b': AWS Error NETWORK_CONNECTION during HeadObject operation"
 TEXTS = [f"row {number:04d}" for number in range(1000)]
@@ -64,9 +62,9 @@ class _Object(io.FileIO):
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store(tmp_path)
-    monkeypatch.setattr(patience, "connect", lambda scheme, bucket, query="": (found, str(tmp_path)))
-    monkeypatch.setattr(patience, "_answered", {"s3://bucket"})
-    monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    monkeypatch.setattr(retry, "connect", lambda scheme, bucket, query="": (found, str(tmp_path)))
+    monkeypatch.setattr(retry, "_answered", {"s3://bucket"})
+    monkeypatch.setattr(retry, "PATIENCE", 1.0)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
@@ -74,16 +72,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return found
 
 
-def texts(name: str) -> list[str]:
-    [file] = sources.list_files(Source(path=f"s3://bucket/{name}", format="text"), "data.train.0", "")
-    found = scan.scan(file, "")
-    return [row["text"] for unit in found.units for _, row in read_unit(file, unit, found.columns, ["text"])]
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "*.parquet"])
 def test_it_is_asked_again(name: str, store: Store) -> None:
     # Without retries, a moment's failure of the network, in a night of reading, ended the run.
-    assert texts(name) == TEXTS
+    assert texts(listed(f"s3://bucket/{name}")) == TEXTS
     requests, store.requests = store.requests, 0
     failed = set[int]()
 
@@ -95,26 +87,19 @@ def test_it_is_asked_again(name: str, store: Store) -> None:
 
     store.fails = once_at_each
     with said() as lines:
-        assert texts(name) == TEXTS
+        assert texts(listed(f"s3://bucket/{name}")) == TEXTS
     assert f"warning: s3://bucket does not answer ({AWAY}); retrying for 1 s more" in lines
 
 
 def test_one_that_stays_away_ends_the_command_for_now(store: Store) -> None:
     # Exit code 75 lets the caller start the same command again; it was 2, with the message "not readable".
-    [file] = sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
+    [file] = listed("s3://bucket/a.jsonl")
     unit = scan.scan(file, "").units[0]
     store.fails = lambda number: True
     for ask in (lambda: scan.head(file), lambda: list(read_unit(file, unit, (), ["text"]))):
         with pytest.raises(StoreUnavailable, match=rf"^s3://bucket/a\.jsonl: {AWAY}$"):
             ask()
-    with pytest.raises(TryAgain, match=r"^data\.train\.0\.path: s3://bucket/a\.jsonl: .*NETWORK_CONNECTION"):
-        sources.list_files(Source(path="s3://bucket/a.jsonl", format="text"), "data.train.0", "")
-
-
-def test_neither_is_it_a_damaged_file_for_a_task(store: Store, tmp_path: Path) -> None:
-    config = helpers.config(tmp_path / "st", {"path": "s3://bucket/a.jsonl", "format": "text"})
-    plan = prepare.plan_here(config, helpers.spec(), "train")
-    job = prepare.StoreSpec(plan, str(tmp_path / "st" / "tokens"), str(tmp_path / "st"))
-    store.fails = lambda number: True
-    with pytest.raises(StoreUnavailable, match="NETWORK_CONNECTION"):
-        prepare.make_shard(job.for_tasks(), plan.part(0))
+    with pytest.raises(
+        TryAgain, match=r"^data\.train\.0\.path: s3://bucket/a\.jsonl: .*NETWORK_CONNECTION"
+    ):
+        listed("s3://bucket/a.jsonl")

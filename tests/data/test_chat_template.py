@@ -65,13 +65,20 @@ ALL = {
     "tools": "{% if tools %}{{ tools | tojson(indent=4) }}{% endif %}" + helpers.CHATML,
 }
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
-TOOLS = [{"type": "function", "function": {"name": "größe", "description": "<b>bold</b>", "parameters": {}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "größe", "description": "<b>bold</b>", "parameters": {}},
+    }
+]
 
 
 def conversation(*turns: str, system: str | None = None) -> list[dict[str, Any]]:
     roles = ("user", "assistant")
     start = [{"role": "system", "content": system}] if system else []
-    return start + [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    return start + [
+        {"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +97,9 @@ def test_renders_as_transformers_does(
     name: str, generation_prompt: bool, tools: Any, transformers_tokenizer: Any
 ) -> None:
     for system in (None, "Be <brief> & süß.\n"):
-        messages = conversation(" Hi \n", "<think>hm</think>\nHello & 'welcome'", "2 < 3?", "yes ", system=system)
+        messages = conversation(
+            " Hi \n", "<think>hm</think>\nHello & 'welcome'", "2 < 3?", "yes ", system=system
+        )
         for count in range(1 + bool(system), len(messages) + 1):
             expected = transformers_tokenizer.apply_chat_template(
                 messages[:count],
@@ -99,7 +108,9 @@ def test_renders_as_transformers_does(
                 add_generation_prompt=generation_prompt,
                 tools=tools,
             )
-            rendered = ChatTemplate(ALL[name], SPECIAL).render(messages[:count], generation_prompt, tools)
+            rendered = ChatTemplate(ALL[name], SPECIAL).render(
+                messages[:count], generation_prompt, tools
+            )
             assert rendered == expected
 
 
@@ -115,5 +126,7 @@ def test_dates_stand_still() -> None:
 
 
 def test_a_broken_template_names_the_model() -> None:
-    with pytest.raises(UserError, match=r"^model\.name: the chat template of org/model is not valid: .*endfor"):
+    with pytest.raises(
+        UserError, match=r"^model\.name: the chat template of org/model is not valid: .*endfor"
+    ):
         helpers.spec("{% for x in messages %}", name="org/model").compiled(tools=False)

@@ -9,11 +9,14 @@ import pytest
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.data import first_look
+from olora_ray.data import detect
 from olora_ray.tokens import prepare, preview
 from tests.tokens import helpers
 
-ROWS = "".join(json.dumps({"text": f"größer als {number}"}, ensure_ascii=False) + "\n" for number in range(1000))
+ROWS = "".join(
+    json.dumps({"text": f"größer als {number}"}, ensure_ascii=False) + "\n"
+    for number in range(1000)
+)
 CELLS = "text,number\n" + "".join(f"more than {number},{number}\n" for number in range(1000))
 CUT: dict[str, tuple[bytes, int]] = {
     "text.jsonl": (ROWS[:-6].encode(), 1000),
@@ -30,7 +33,7 @@ WHOLE: dict[str, bytes] = {
     "old Macintosh.csv": CELLS.replace("\n", "\r").encode(),
 }
 LOOKS: dict[str, Callable[[Config], object]] = {
-    "first look": first_look.check_data,
+    "first look": detect.check_data,
     "dry run": lambda config: preview.describe(config, helpers.spec()),
     "preparation": lambda config: prepare.begin(config, helpers.spec(), "train"),
     "retraining": lambda config: prepare.plan_here(config, helpers.spec(), "train"),
@@ -44,7 +47,9 @@ def config_of(folder: Path, name: str, content: bytes) -> Config:
 
 @pytest.mark.parametrize("name", CUT)
 @pytest.mark.parametrize("look", LOOKS)
-def test_a_file_that_ends_in_the_middle_of_a_row_is_refused(look: str, name: str, tmp_path: Path) -> None:
+def test_a_file_that_ends_in_the_middle_of_a_row_is_refused(
+    look: str, name: str, tmp_path: Path
+) -> None:
     content, line = CUT[name]
     with pytest.raises(UserError) as caught:
         LOOKS[look](config_of(tmp_path, name, content))
@@ -61,7 +66,12 @@ def test_a_last_row_needs_no_newline(look: str, name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [b'[\n{"text": "a"},\n{"text": "b"}]', b'{\n"text": "a"\n}', b'{"text": "a"}\n' * 9 + b"{'text': 'b'}"]
+    "content",
+    [
+        b'[\n{"text": "a"},\n{"text": "b"}]',
+        b'{\n"text": "a"\n}',
+        b'{"text": "a"}\n' * 9 + b"{'text': 'b'}",
+    ],
 )
 def test_what_is_no_row_at_all_is_not_called_incomplete(content: bytes, tmp_path: Path) -> None:
     prepare.begin(config_of(tmp_path, "a.jsonl", content), helpers.spec(), "train")

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import ChatTemplate
 from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import Chat, Completion, Example, Rejected, Text
+from olora_ray.data.formats.format import Chat, Completion, Example, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from tests.data import small_tokenizers
 from tests.data.test_chat_template import conversation
@@ -84,7 +84,9 @@ def test_a_prompt_is_what_inference_feeds_and_the_answer_is_what_it_reads(
 @example("byte-level", "hi", "\n\nhello", "bye")
 @example("byte-level-trimmed", "hi", "  hello", "\nbye")
 @example("metaspace-first", "hi", "hello", " bye")
-def test_an_answer_of_a_chat_starts_where_its_prompt_ends(kind: str, asked: str, answer: str, last: str) -> None:
+def test_an_answer_of_a_chat_starts_where_its_prompt_ends(
+    kind: str, asked: str, answer: str, last: str
+) -> None:
     assume(answer.strip() and last.strip() and known(kind, asked + answer + last))
     messages = conversation(asked, answer, "more", last)
     template = ChatTemplate(helpers.CHATML, {})
@@ -100,7 +102,9 @@ def test_an_answer_of_a_chat_starts_where_its_prompt_ends(kind: str, asked: str,
         assert len(ends) == count // 2
         first = plain(kind, template.render(messages[:1], add_generation_prompt=True))
         written = read(kind, [*first, *own[: ends[0]]]).removeprefix(read(kind, first))
-        assert written == (unicodedata.normalize("NFC", answer) if kind == "byte-level-nfc" else answer)
+        assert written == (
+            unicodedata.normalize("NFC", answer) if kind == "byte-level-nfc" else answer
+        )
         assert ends[0] > 0, "the end of the turn alone"
 
 
@@ -112,7 +116,9 @@ def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
     # This holds also beside a text that no tokenizer accepts.
     tokenizer = make(kind)
     examples: list[Example] = [Completion(*pair) for pair in pairs]
-    examples += [Chat(tuple(conversation(*pair))) for pair in pairs] + [Text(prompt) for prompt, _ in pairs]
+    examples += [Chat(tuple(conversation(*pair))) for pair in pairs] + [
+        Text(prompt) for prompt, _ in pairs
+    ]
     examples += [Completion("hi", "half \ud800")] if broken else []
 
     def told(finish: Callable[[], list[Tokens]]) -> object:
@@ -131,7 +137,11 @@ def test_what_is_tokenised_together_has_the_tokens_of_each_alone(
 
 def test_a_token_that_begins_in_the_answer_and_ends_behind_it_is_supervised() -> None:
     # Templates without an end token: the line break after an answer may share a token with its full stop.
-    inner = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "Q": 2, "A": 3, "yes": 4, ".\n": 5}, unk_token="<unk>"))
+    inner = Tokenizer(
+        models.WordLevel(
+            {"<unk>": 0, "</s>": 1, "Q": 2, "A": 3, "yes": 4, ".\n": 5}, unk_token="<unk>"
+        )
+    )
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\.\n|yes|[\s\S]"), "isolated")
     template = (
         "{% for m in messages %}{{ 'Q' if m.role == 'user' else 'A' + m.content + '\n' }}{% endfor %}"
@@ -147,13 +157,20 @@ def test_a_tokenizer_that_panics_rejects_the_row() -> None:
     inner = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     encoder = Encoder(inner.to_str(), "tiny")
-    with pytest.raises(Rejected, match="the tokenizer fails on the text") as caught:
+    with pytest.raises(Rejected) as caught:
         encoder.encode("a" * 40 + "b")
     assert caught.value.reason == "tokenizer"
 
 
 def test_a_tokenizer_that_does_not_load_names_the_model() -> None:
-    broken = json.dumps({**json.loads(small_tokenizers.spec("byte-level").json), "model": {"type": "BPE", "vocab": 1}})
-    with pytest.raises(UserError, match=r"^model.name: the tokenizer of org/base does not load: ") as caught:
+    broken = json.dumps(
+        {
+            **json.loads(small_tokenizers.spec("byte-level").json),
+            "model": {"type": "BPE", "vocab": 1},
+        }
+    )
+    with pytest.raises(
+        UserError, match=r"^model.name: the tokenizer of org/base does not load: "
+    ) as caught:
         Encoder(broken, "org/base")
     assert "\n" not in str(caught.value)

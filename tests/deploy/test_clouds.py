@@ -30,18 +30,34 @@ def loaded(file: str, **replaced: str) -> Tree:
 
 def tags(kind: str) -> dict[str, str]:
     role = "head" if kind == "head" else "worker"
-    return {"ray-node-type": role, "ray-user-node-type": kind, "ray-node-name": kind, "ray-launch-config": kind}
+    return {
+        "ray-node-type": role,
+        "ray-user-node-type": kind,
+        "ray-node-name": kind,
+        "ray-launch-config": kind,
+    }
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_all_clouds_have_the_same_nodes_and_the_same_commands(file: str) -> None:
     tree, aws = loaded(file), loaded("cluster.yaml")
-    gpus = {name: kind["resources"].get("GPU") for name, kind in tree["available_node_types"].items()}
+    gpus = {
+        name: kind["resources"].get("GPU") for name, kind in tree["available_node_types"].items()
+    }
     assert gpus == {"head": 0, "gpu_on_demand": 1, "gpu": 1, "gpu8": 8, "prepare": None}
-    for section in ("file_mounts", "head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude"):
+    for section in (
+        "file_mounts",
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+        "rsync_exclude",
+    ):
         assert tree[section] == aws[section]
     assert tree["setup_commands"][:2] == aws["setup_commands"][:2]
-    watch = next(place for place, line in enumerate(tree["worker_start_ray_commands"]) if "watch_node.sh" in line)
+    watch = next(
+        place
+        for place, line in enumerate(tree["worker_start_ray_commands"])
+        if "watch_node.sh" in line
+    )
     assert watch == 0, "the watcher runs before Ray, so that a node whose head is gone ends"
 
 
@@ -53,7 +69,10 @@ def asked_of_ec2(tree: Tree) -> dict[str, Tree]:
     provider = AWSNodeProvider(tree["provider"], tree["cluster_name"])
     sent: list[Tree] = []
     events = provider.ec2_fail_fast.meta.client.meta.events
-    events.register("provide-client-params.ec2.RunInstances", lambda params, **_: sent.append(copy.deepcopy(params)))
+    events.register(
+        "provide-client-params.ec2.RunInstances",
+        lambda params, **_: sent.append(copy.deepcopy(params)),
+    )
     for name, kind in tree["available_node_types"].items():
         provider.create_node(kind["node_config"], tags(name), 1)
     return dict(zip(tree["available_node_types"], sent, strict=True))
@@ -64,7 +83,9 @@ def test_ec2_is_asked_for_named_images_closed_ports_and_nodes_that_end(
 ) -> None:
     boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto")
     own = {"HOME": str(tmp_path), "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    for name, text in (own | {"AWS_DEFAULT_REGION": "us-west-2", "MOTO_EC2_LOAD_DEFAULT_AMIS": "true"}).items():
+    for name, text in (
+        own | {"AWS_DEFAULT_REGION": "us-west-2", "MOTO_EC2_LOAD_DEFAULT_AMIS": "true"}
+    ).items():
         monkeypatch.setenv(name, text)
     with moto.mock_aws():
         ec2, iam = boto3.client("ec2"), boto3.client("iam")
@@ -73,14 +94,27 @@ def test_ec2_is_asked_for_named_images_closed_ports_and_nodes_that_end(
             iam.create_instance_profile(InstanceProfileName=name)
             iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
         group = ec2.create_security_group(GroupName="olora-ray", Description="olora-ray")["GroupId"]
-        rule = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "203.0.113.7/32"}]}
+        rule = {
+            "IpProtocol": "tcp",
+            "FromPort": 22,
+            "ToPort": 22,
+            "IpRanges": [{"CidrIp": "203.0.113.7/32"}],
+        }
         ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[rule])
         with pytest.raises(AssertionError):
-            asked_of_ec2(loaded("cluster.yaml"))  # nobody has written a group: nothing starts that is open to all
+            asked_of_ec2(
+                loaded("cluster.yaml")
+            )  # nobody has written a group: nothing starts that is open to all
         sent = asked_of_ec2(loaded("cluster.yaml", **{"sg-REPLACE": group}))
         groups = ec2.describe_security_groups()["SecurityGroups"]
-        assert [each["GroupName"] for each in groups if each["GroupName"] != "default"] == ["olora-ray"]
-        ports = [(rule["FromPort"], rule["IpRanges"][0]["CidrIp"]) for each in groups for rule in each["IpPermissions"]]
+        assert [each["GroupName"] for each in groups if each["GroupName"] != "default"] == [
+            "olora-ray"
+        ]
+        ports = [
+            (rule["FromPort"], rule["IpRanges"][0]["CidrIp"])
+            for each in groups
+            for rule in each["IpPermissions"]
+        ]
         assert ports == [(22, "203.0.113.7/32")]
     ubuntu = "resolve:ssm:/aws/service/canonical/ubuntu/server/24.04/stable/current/amd64/hvm/ebs-gp3/ami-id"
     driver = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
@@ -100,7 +134,11 @@ def shown(params: Mapping[str, Any], group: str) -> tuple[Any, ...]:
     assert params["MetadataOptions"] == {"HttpTokens": "required"}
     (disk,) = params["BlockDeviceMappings"]
     market = params.get("InstanceMarketOptions", {}).get("MarketType")
-    rest = (params["IamInstanceProfile"]["Name"], market, params.get("InstanceInitiatedShutdownBehavior"))
+    rest = (
+        params["IamInstanceProfile"]["Name"],
+        market,
+        params.get("InstanceInitiatedShutdownBehavior"),
+    )
     return params["InstanceType"], params["ImageId"], disk["Ebs"]["VolumeSize"], *rest
 
 
@@ -110,19 +148,30 @@ class Google:
     def __init__(self) -> None:
         self.inserted: list[Tree] = []
 
-    def request(self, uri: str, method: str = "GET", body: Any = None, **_: Any) -> tuple[Any, bytes]:
+    def request(
+        self, uri: str, method: str = "GET", body: Any = None, **_: Any
+    ) -> tuple[Any, bytes]:
         import httplib2
 
         answer: Tree = {}
         if method == "GET" and "/serviceAccounts/" in uri:
-            answer = {"email": uri.partition("/serviceAccounts/")[2].partition("?")[0], "projectId": "mine"}
+            answer = {
+                "email": uri.partition("/serviceAccounts/")[2].partition("?")[0],
+                "projectId": "mine",
+            }
         elif "/instances" in uri:
             self.inserted.append(json.loads(body))
             answer = {"name": "operation"}
         else:
-            answer = {"projectId": "mine", "lifecycleState": "ACTIVE", "commonInstanceMetadata": {"items": []}}
+            answer = {
+                "projectId": "mine",
+                "lifecycleState": "ACTIVE",
+                "commonInstanceMetadata": {"items": []},
+            }
             answer |= {"name": "mine", "bindings": [], "status": "DONE", "done": True}
-        return httplib2.Response({"status": 200, "content-type": "application/json"}), json.dumps(answer).encode()
+        return httplib2.Response({"status": 200, "content-type": "application/json"}), json.dumps(
+            answer
+        ).encode()
 
 
 def test_google_is_asked_for_named_images_and_a_network_of_its_own(
@@ -142,10 +191,17 @@ def test_google_is_asked_for_named_images_and_a_network_of_its_own(
         for name in ("cloudresourcemanager", "iam", "compute")
     )
     tree = loaded("deploy/gcp.yaml", PROJECT="mine")
-    steps = {name: getattr(config, f"_configure_{name}") for name in ("project", "iam_role", "key_pair", "subnet")}
+    steps = {
+        name: getattr(config, f"_configure_{name}")
+        for name in ("project", "iam_role", "key_pair", "subnet")
+    }
     tree = steps["project"](tree | {"head_node": {}}, crm)
     tree = steps["subnet"](steps["key_pair"](steps["iam_role"](tree, crm, iam), compute), compute)
-    place = tree["provider"]["project_id"], tree["provider"]["availability_zone"], tree["cluster_name"]
+    place = (
+        tree["provider"]["project_id"],
+        tree["provider"]["availability_zone"],
+        tree["cluster_name"],
+    )
     resource = Compute(compute, *place)
     for name, kind in tree["available_node_types"].items():
         extra = tree["head_node"] if name == "head" else {}
@@ -158,7 +214,12 @@ def test_google_is_asked_for_named_images_and_a_network_of_its_own(
         image = disk["initializeParams"]["sourceImage"].split("/")
         role = body["serviceAccounts"][0]["email"].partition("@")[0]
         market = body.get("scheduling", {}).get("provisioningModel")
-        found[body["labels"]["ray-user-node-type"]] = (body["machineType"].split("/")[-1], image[-1], role, market)
+        found[body["labels"]["ray-user-node-type"]] = (
+            body["machineType"].split("/")[-1],
+            image[-1],
+            role,
+            market,
+        )
     driver = "common-cu129-ubuntu-2204-nvidia-580"
     assert found == {
         "head": ("n2-standard-8", "ubuntu-2404-lts-amd64", "ray-autoscaler-sa-v1", None),
@@ -182,8 +243,17 @@ def test_azures_templates_know_what_the_file_sets() -> None:
         assert {"vmSize", "imagePublisher", "imageOffer", "imageSku", "osDiskSize"} <= given.keys()
     # The rule that the file tells to narrow after the first `ray up`.
     template = json.loads((folder / "azure-config-template.json").read_text())
-    (rules,) = (found for each in template["resources"] if (found := each.get("properties", {}).get("securityRules")))
-    (command,) = re.findall(r"--nsg-name (\S+) --name (\S+)", (ROOT / "deploy/azure.yaml").read_text())
+    (rules,) = (
+        found
+        for each in template["resources"]
+        if (found := each.get("properties", {}).get("securityRules"))
+    )
+    (command,) = re.findall(
+        r"--nsg-name (\S+) --name (\S+)", (ROOT / "deploy/azure.yaml").read_text()
+    )
     pattern = "[concat('ray-', parameters('clusterId'), '-nsg')]"
     assert template["variables"]["nsgName"] == pattern
-    assert command == (f"ray-{tree['cluster_name']}-{tree['provider']['unique_id']}-nsg", rules[0]["name"])
+    assert command == (
+        f"ray-{tree['cluster_name']}-{tree['provider']['unique_id']}-nsg",
+        rules[0]["name"],
+    )

@@ -28,7 +28,9 @@ class Jobs:
 
 
 @pytest.mark.parametrize("submitter", ["alice", None])
-def test_a_job_runs_in_the_name_of_its_submitter(submitter: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_runs_in_the_name_of_its_submitter(
+    submitter: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module: Any = importlib.util.spec_from_file_location("submit", SUBMIT)
     submit, jobs = importlib.util.module_from_spec(module), Jobs()
     module.loader.exec_module(submit)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.deploy import metadata
 from tests.deploy.test_recipes import DEPLOY, recorder
+from tests.ran import ran
 from tests.waiting import until
 
 INSIDE = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
@@ -20,17 +21,23 @@ SCRIPT = DEPLOY / "watch_node.sh"
 def alone(tmp_path: Path) -> None:
     if subprocess.run([*INSIDE, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs root and PID namespaces")
-    recorder(tmp_path / "ray", f"echo $* >>{tmp_path}/said; exit 1")  # so drain.sh does not wait for its deadline
+    recorder(
+        tmp_path / "ray", f"echo $* >>{tmp_path}/said; exit 1"
+    )  # so drain.sh does not wait for its deadline
     recorder(tmp_path / "sudo", f"echo $* >>{tmp_path}/asked")
     recorder(tmp_path / "raylet", "sleep 60; true")
 
 
 @contextmanager
-def watched(cloud: str, folder: Path, patience: int, raylet: bool) -> Iterator["subprocess.Popen[bytes]"]:
+def watched(
+    cloud: str, folder: Path, patience: int, raylet: bool
+) -> Iterator["subprocess.Popen[bytes]"]:
     server = metadata.serve(cloud, 0, folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    line = f"{folder}/raylet --node_id=abc &" * raylet + f" bash {SCRIPT} {patience} 0.1 >{folder}/log"
+    line = (
+        f"{folder}/raylet --node_id=abc &" * raylet + f" bash {SCRIPT} {patience} 0.1 >{folder}/log"
+    )
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "METADATA_URL": address, "AZURE_URL": address}
     process = subprocess.Popen([*INSIDE, "bash", "-c", line], env=environment)
     try:
@@ -58,7 +65,8 @@ AZURE_CALL = "POST /subscriptions/s/virtualMachines/node/deallocate Bearer secre
 
 
 @pytest.mark.parametrize(
-    ("cloud", "call"), [("ec2", "shutdown -h now"), ("gce", "shutdown -h now"), ("azure", AZURE_CALL)]
+    ("cloud", "call"),
+    [("ec2", "shutdown -h now"), ("gce", "shutdown -h now"), ("azure", AZURE_CALL)],
 )
 def test_a_node_without_its_head_ends_itself(cloud: str, call: str, tmp_path: Path) -> None:
     with watched(cloud, tmp_path, 1, raylet=False):
@@ -68,5 +76,5 @@ def test_a_node_without_its_head_ends_itself(cloud: str, call: str, tmp_path: Pa
 
 def test_a_machine_that_is_no_clouds_is_left_alone(tmp_path: Path) -> None:
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "METADATA_URL": "http://127.0.0.1:9"}
-    done = subprocess.run(["bash", SCRIPT, "0"], env=environment, check=True, capture_output=True, text=True)
+    done = ran(["bash", SCRIPT, "0"], env=environment)
     assert "this node is not watched" in done.stdout

@@ -45,7 +45,9 @@ class Rules:
 
     def batch_isend_irecv(self, operations: Sequence[Any]) -> list[Any]:
         copies = [self._copy(each.op.__name__, each.tensor) for each in operations]
-        for work in [each.op(copy, each.peer) for each, copy in zip(operations, copies, strict=True)]:
+        for work in [
+            each.op(copy, each.peer) for each, copy in zip(operations, copies, strict=True)
+        ]:
             work.wait()
         for each, copy in zip(operations, copies, strict=True):
             if each.op is dist.irecv:
@@ -77,7 +79,10 @@ def by_nccls_rules() -> Iterator[Rules]:
     """Let the package exchange tensors of the device, as long as NCCL would."""
     rules, steps = Rules(), Trainer.steps
     own = {name: getattr(rules, name) for name in ("all_reduce", "broadcast", "batch_isend_irecv")}
-    own |= {name: rules.objects(getattr(dist, name)) for name in ("all_gather_object", "broadcast_object_list")}
+    own |= {
+        name: rules.objects(getattr(dist, name))
+        for name in ("all_gather_object", "broadcast_object_list")
+    }
     with (
         mock.patch.object(collectives, "dist", SimpleNamespace(**vars(dist) | own)),
         mock.patch.object(Trainer, "steps", lambda *arguments: rules.steps(steps, *arguments)),

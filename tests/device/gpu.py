@@ -65,7 +65,19 @@ def _command(library: Path) -> list[str]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     places = [option for path in include_paths() for option in ("-isystem", path)]
     linked = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu"]
-    return [COMPILER, "-O0", "-shared", "-fPIC", "-std=c++20", abi, *places, str(SOURCE), "-o", str(library), *linked]
+    return [
+        COMPILER,
+        "-O0",
+        "-shared",
+        "-fPIC",
+        "-std=c++20",
+        abi,
+        *places,
+        str(SOURCE),
+        "-o",
+        str(library),
+        *linked,
+    ]
 
 
 # What is seen of a program that uses the device.
@@ -87,7 +99,9 @@ class Seen:
     """Bytes that were copied to the device."""
 
     def note(self, kind: str, what: str) -> None:
-        counter = {"wait": self.waits, "conversion": self.conversions, "pageable": self.pageable}[kind]
+        counter = {"wait": self.waits, "conversion": self.conversions, "pageable": self.pageable}[
+            kind
+        ]
         counter[f"{_place()}: {what}"] += 1
 
 
@@ -159,7 +173,9 @@ _ANSWERS: dict[str, object] = {
     "mem_get_info": (MEMORY * 7 // 8, MEMORY),
     **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), 0),
     **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
-    **dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed_all"), None),
+    **dict.fromkeys(
+        ("_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed_all"), None
+    ),
     "reset_peak_memory_stats": None,
 }
 # The device draws from the CPU's generator, so its random state is the CPU's.

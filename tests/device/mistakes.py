@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,14 +13,12 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
-from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives
 from olora_ray.tokens.collate import Batch
 from olora_ray.train import loss as losses
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loss import SupervisedLoss
-from olora_ray.train.optim import AdamW
 from tests import device_walk, tiny
 from tests.device import gpu
 from tests.device_walk import STEPS
@@ -45,18 +44,27 @@ def broken(mistake: str | None) -> list[str]:
             return [f"{rule}: {seen}" for rule, seen in _seen(Path(folder))]
         except Exception as error:
             files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-            ours = [file.relative_to(gpu.PACKAGE) for file in files if file.is_relative_to(gpu.PACKAGE)]
+            ours = [
+                file.relative_to(gpu.PACKAGE) for file in files if file.is_relative_to(gpu.PACKAGE)
+            ]
             return [f"refused: {ours[-1] if ours else 'elsewhere'}: {error}"]
 
 
 def _seen(folder: Path) -> Iterator[tuple[str, object]]:
-    model, changes = tiny.llama(attention="varlen", dtype=torch.bfloat16), {"global_batch": MICRO_BATCHES}
+    model, changes = (
+        tiny.llama(attention="varlen", dtype=torch.bfloat16),
+        {"global_batch": MICRO_BATCHES},
+    )
     size, held_out = sum(part.nbytes for part in model.parameters()), tiny.store(2, seed=9)
     with gpu.watched() as seen:
-        trainer = device_walk.start(model, gpu.load(), dropout=0.1, changes={"micro_batch": 1, **changes})
+        trainer = device_walk.start(
+            model, gpu.load(), dropout=0.1, changes={"micro_batch": 1, **changes}
+        )
     if seen.conversions:
         yield "conversions", seen.conversions
-    if seen.sent > 2.6 * size:  # the base, the weights of which factors are made, and twice the factors
+    if (
+        seen.sent > 2.6 * size
+    ):  # the base, the weights of which factors are made, and twice the factors
         yield "bytes of the start", (seen.sent, size)
     with gpu.watched() as seen:
         device_walk.steps(trainer, 0)
@@ -72,7 +80,9 @@ def _seen(folder: Path) -> Iterator[tuple[str, object]]:
         yield "waits of an evaluation", seen.waits
     for _ in range(2):
         with gpu.watched() as seen:
-            write = trainer.snapshot(TrainState(step=2, best_step=1), trainer.flat.vector.clone(), {}, "")
+            write = trainer.snapshot(
+                TrainState(step=2, best_step=1), trainer.flat.vector.clone(), {}, ""
+            )
     write(folder)
     if sum(seen.waits.values()) > OF_A_CHECKPOINT:
         yield "copies of a checkpoint", seen.waits
@@ -85,68 +95,39 @@ def planted(mistake: str | None) -> Iterator[None]:
         return
     owner, name, change, _ = (ONE_WORKER | TWO_WORKERS)[mistake]
     whole = getattr(owner, name)
-    with mock.patch.object(owner, name, lambda *arguments, **named: change(whole, *arguments, **named)):
+    with mock.patch.object(
+        owner, name, lambda *arguments, **named: change(whole, *arguments, **named)
+    ):
         yield
 
 
 def _labels_stay(to: Any, batch: Batch, device: torch.device) -> Batch:
     moved: Batch = to(batch, device)
-    return Batch(moved.inputs, moved.predicts, batch.labels, batch.tokens)
-
-
-def _mask_picks(to: Any, batch: Batch, device: torch.device) -> Batch:
-    moved: Batch = to(batch, device)
-    return Batch(moved.inputs, moved.predicts, moved.labels[moved.labels >= 0], batch.tokens)
+    return replace(moved, labels=batch.labels)
 
 
 def _copied_one_by_one(_: Any, batch: Batch, device: torch.device) -> Batch:
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
-    return Batch(inputs, batch.predicts.to(device), batch.labels.to(device), batch.tokens)
+    inputs = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.inputs.items()
+    }
+    return replace(
+        batch,
+        inputs=inputs,
+        predicts=batch.predicts.to(device),
+        labels=batch.labels.to(device),
+    )
 
 
-def _factor_stays(begin: Any, trainer: Trainer) -> None:
-    begin(trainer)
-    layer = next(iter(trainer.adapted.values()))
-    layer.b0 = layer.b0.cpu()  # type: ignore[union-attr]
-
-
-def _moment_stays(begin: Any, optimizer: AdamW, *arguments: Any) -> None:
-    begin(optimizer, *arguments)
-    state = optimizer.inner.state[optimizer.parameters[0]]
-    state["exp_avg"] = state["exp_avg"].cpu()
-
-
-def _numpys(snapshot: Any, trainer: Trainer, *arguments: Any) -> Any:
-    trainer.flat.vector.numpy()
-    return snapshot(trainer, *arguments)
-
-
-def _loss_is_read(backward: Any, trainer: Trainer, *arguments: Any) -> Tensor:
-    loss: Tensor = backward(trainer, *arguments)
-    assert loss.item() > 0
-    return loss
-
-
-def _mask_of_the_cpu(taken: Any, loss: SupervisedLoss, batch: Batch) -> dict[str, Any]:
-    ids: Any = batch.inputs["input_ids"]
-    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril().pin_memory()
-    return taken(loss, batch) | {"attention_mask": mask.to(ids.device, non_blocking=True)[None, None]}
-
-
-class _Converted:
-    """A weight that one copy brings to the device, by way of float32 on the CPU."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def to(self, device: torch.device, *_: Any) -> Tensor:
-        return self.weight.to(device, torch.float32)
-
-
-def _objects(shared: Any, trainer: Trainer, *arguments: Any) -> Tensor:
-    found: Tensor = shared(trainer, *arguments)
-    collectives.gather(found.tolist())
+def _loss_is_read(forward: Any, loss: SupervisedLoss, *arguments: Any, **named: Any) -> Tensor:
+    found: Tensor = forward(loss, *arguments, **named)
+    assert found.sum().item() > 0
     return found
+
+
+def _objects(summed: Any, tensor: Tensor) -> None:
+    summed(tensor)
+    collectives.gather(tensor.tolist())
 
 
 def _sent(change: Callable[[Tensor], Tensor]) -> Callable[..., None]:
@@ -160,24 +141,17 @@ Mistake = tuple[Any, str, Callable[..., Any], str]
 """Owner and name of a function, what takes its place, with the function as its first argument, and how it is found."""
 ONE_WORKER: dict[str, Mistake] = {
     "labels stay on the CPU": (Batch, "to", _labels_stay, "refused: train/loss.py: .*same device"),
-    "a factor stays on the CPU": (Trainer, "__post_init__", _factor_stays, "refused: adapter/layer.py: .*same device"),
-    "a moment stays on the CPU": (AdamW, "__init__", _moment_stays, "refused: train/optim.py: .*same device"),
-    "dropout draws with a generator of the CPU": (
-        AdaptedWeight,
-        "dropped_out",
-        lambda _, layer, x: x * torch.empty_like(x).bernoulli_(0.9, generator=torch.Generator()),
-        "refused: .*'cuda' device type for generator",
+    "a micro-batch's loss is read": (
+        SupervisedLoss,
+        "forward",
+        _loss_is_read,
+        "waits of a step: .* _loss: a number",
     ),
-    "an adapter becomes numpy's": (Trainer, "snapshot", _numpys, "refused: .*to numpy"),
-    "a micro-batch's loss is read": (Trainer, "_backward", _loss_is_read, "waits of a step: .* _accumulate: a number"),
-    "a mask picks the labels": (Batch, "to", _mask_picks, "waits of a step: .*aten::nonzero"),
-    "a batch is copied by tensors": (Batch, "to", _copied_one_by_one, "waits of a step: .*copy to the device"),
-    "masks are made on the CPU": (SupervisedLoss, "taken", _mask_of_the_cpu, "bytes of a step"),
-    "weights are converted while they are copied": (
-        Target,
-        "numbers",
-        lambda numbers, target: _Converted(numbers(target)),
-        r"conversions: .*adapter/initialise.py:\d+ _numbers",
+    "a batch is copied by tensors": (
+        Batch,
+        "to",
+        _copied_one_by_one,
+        "waits of a step: .*copy to the device",
     ),
     "weights are converted and then copied": (
         Target,
@@ -186,20 +160,18 @@ ONE_WORKER: dict[str, Mistake] = {
         "bytes of the start",
     ),
     "the loss takes a token at a time": (losses, "chunk_rows", lambda *_: 1, "launches"),
-    "a checkpoint copies layer by layer": (
-        AdamW,
-        "state",
-        lambda state, optimizer, copied_to: {name: part.to(copied_to) for name, part in state(optimizer).items()},
-        "copies of a checkpoint",
-    ),
 }
 TWO_WORKERS: dict[str, Mistake] = {
-    "gradients are sent from the CPU": (collectives, "transfer", _sent(Tensor.cpu), "isend: NCCL takes no tensor of"),
-    "gradients are sent with gaps": (
+    "gradients are sent from the CPU": (
         collectives,
         "transfer",
-        _sent(lambda part: torch.stack([part, part], dim=1)[:, 0]),
-        "isend: NCCL takes only contiguous tensors",
+        _sent(Tensor.cpu),
+        "isend: NCCL takes no tensor of",
     ),
-    "losses are exchanged as objects": (Trainer, "_shared", _objects, "all_gather_object: a step sends no objects"),
+    "losses are exchanged as objects": (
+        collectives,
+        "sum_in_place",
+        _objects,
+        "all_gather_object: a step sends no objects",
+    ),
 }

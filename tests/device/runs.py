@@ -23,6 +23,7 @@ from tests.families.variants import LONGEST
 
 STEPS = 3
 SETTINGS: dict[str, Any] = {
+    "data__train": [{"path": "unused.jsonl", "format": "messages"}],
     "data__max_length": LONGEST,
     "data__eval_fraction": 0.1,
     "train__steps": STEPS,
@@ -51,23 +52,33 @@ class Outcome:
 
 def run(model: Path, storage: Path, device: torch.device, changes: Mapping[str, Any]) -> Outcome:
     """Train, train the last step again from a checkpoint, answer, and export unless there are several workers."""
-    own = {"cluster__workers": collectives.world_size(), "run__storage": str(storage), "model__name": str(model)}
-    settings = tiny.config(**(SETTINGS | own | changes))
-    again = settings.train.activation_checkpointing is True
-    base, folder, stores = open_base(settings), RunFolder(settings.folder()), (tiny.store(8), tiny.store(3, seed=9))
-    spec = TrainSpec(settings, base.model, base.spec.digest, base.eos, *stores, recompute=again)  # type: ignore[arg-type]
+    own = {
+        "cluster__workers": collectives.world_size(),
+        "run__storage": str(storage),
+        "model__name": str(model),
+    }
+    settings = tiny.decided(**(SETTINGS | own | changes))
+    base, folder, stores = (
+        open_base(settings),
+        RunFolder(settings.folder()),
+        (tiny.store(8), tiny.store(3, seed=9)),
+    )
+    spec = TrainSpec(settings, base.model, base.spec.digest, base.eos, *stores)  # type: ignore[arg-type]
     with mock.patch.object(StopRequests, "_listen"):
         whole = train_at(Context(device), spec, folder.checkpoints, Channel())
         collectives.wait_for_all()
-        (Path(folder.checkpoints) / checkpoints.name_of(STEPS) / "manifest.json").unlink(missing_ok=True)
+        (Path(folder.checkpoints) / checkpoints.name_of(STEPS) / "manifest.json").unlink(
+            missing_ok=True
+        )
         collectives.wait_for_all()
         result = train_at(Context(device), spec, folder.checkpoints, Channel())
     assert (whole.problem, result.problem) == (None, None)
     first, second = (each.state.history for each in (whole, result) if each.state)
-    losses, held_out = ([row[name] for row in second if name in row] for name in ("train/loss", "eval/loss"))
+    losses, held_out = (
+        [row[name] for row in second if name in row] for name in ("train/loss", "eval/loss")
+    )
     assert losses == [row["train/loss"] for row in first if "train/loss" in row]
     assert result.answers == whole.answers
-    assert result.self_test is not None
     alone = collectives.world_size() == 1
     merged = [_merged(spec, folder, where) for where in (device, torch.device("cpu")) if alone]
     answers = [part for pair in result.answers for part in (pair.before, pair.after)]
@@ -75,7 +86,10 @@ def run(model: Path, storage: Path, device: torch.device, changes: Mapping[str, 
 
 
 def _merged(spec: TrainSpec, folder: RunFolder, device: torch.device) -> str:
-    here = (mock.patch.object(part, "assigned_device", return_value=device) for part in (export, export_losses))
+    here = (
+        mock.patch.object(part, "assigned_device", return_value=device)
+        for part in (export, export_losses)
+    )
     with next(here), next(here):
         assert export.export_run(spec, folder, STEPS)["ok"]
     (file,) = Path(folder.merged).glob("*.safetensors")

@@ -41,7 +41,9 @@ def child() -> Iterator[ProcessPoolExecutor]:
     gpu.build()
     context = get_context("forkserver")
     context.set_forkserver_preload(crew.IMPORTED)
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(node_cache.CACHE,)) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=_begin, initargs=(node_cache.CACHE,)
+    ) as pool:
         yield pool
 
 
@@ -68,7 +70,9 @@ def _used() -> gpu.Seen:
         there.nonzero()
     with pytest.raises(RuntimeError, match="on the same device"):
         torch.mul(there, torch.zeros(65536))
-    assert float((there[torch.tensor([3, 4])] + torch.tensor(2.0)).sum()) == 4.0  # indices and numbers of the CPU
+    assert (
+        float((there[torch.tensor([3, 4])] + torch.tensor(2.0)).sum()) == 4.0
+    )  # indices and numbers of the CPU
     return seen
 
 
@@ -88,11 +92,8 @@ def test_a_mistake_is_found(child: ProcessPoolExecutor, mistake: str) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "sdpa": {"dropout": 0.1},
-    "sdpa, bfloat16": {"dtype": torch.bfloat16},
     "varlen, bfloat16": {"attention": "varlen", "dtype": torch.bfloat16, "dropout": 0.1},
-    "eager, bfloat16": {"attention": "eager", "dtype": torch.bfloat16, "dropout": 0.1},
     "eager on a shared base": {"attention": "eager", "on_device": True},
-    "GPT-2, plain LoRA": {"make": tiny.gpt2, "method": "lora"},
     "PiSSA, preconditioned, two rates": {
         "method": "pissa",
         "changes": {"lr_ratio": 4.0, "optimizer": "preconditioned"},
@@ -101,16 +102,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_walk_is_a_training(tmp_path: Path) -> None:
-    trainer = device_walk.start(tiny.llama(), CPU)
-    seen = device_walk.walk(trainer, device_walk.kept_in(tmp_path))
-    assert seen.before != seen.after < 10
-    assert len(set(seen.losses)) == STEPS + 1
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[needs_varlen] * ("varlen" in name)) for name in CASES])
-def test_a_training_has_the_cpus_losses_and_answers(child: ProcessPoolExecutor, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs_varlen] * ("varlen" in name)) for name in CASES]
+)
+def test_a_training_has_the_cpus_losses_and_answers(
+    child: ProcessPoolExecutor, tmp_path: Path, name: str
+) -> None:
     here, there, waits = child.submit(_walks, tmp_path, **CASES[name]).result()
+    assert len(set(here.losses)) == STEPS + 1
     expected = pytest.approx(
         [here.before, *here.losses, here.after], rel=OFF["bfloat16" if "16" in name else "float32"]
     )
@@ -154,18 +153,28 @@ RUNS: dict[str, Run] = {
         {"adapter__method": "pissa", "train__lr": "auto", "model__attention": "sdpa"},
     ),
     "fp8": ("llama", "float32", {"model__quantization": "fp8"}),
-    "a mixture": ("qwen3_moe", "float32", {}),
-    "GPT-2, plain LoRA": ("gpt2", "float32", {"adapter__method": "lora"}),
-    "factors from data": ("llama", "float32", {"adapter__method": "eva", "adapter__init_tokens": 96}),
+    "factors from data": (
+        "llama",
+        "float32",
+        {"adapter__method": "eva", "adapter__init_tokens": 96},
+    ),
 }
 
 
 @pytest.mark.parametrize(
     "asked",
-    [pytest.param(LLAMA, id="llama"), *(pytest.param(RUNS[name], marks=pytest.mark.slow, id=name) for name in RUNS)],
+    [
+        pytest.param(LLAMA, id="llama"),
+        *(pytest.param(RUNS[name], marks=pytest.mark.slow, id=name) for name in RUNS),
+    ],
 )
-def test_a_run_leaves_what_it_leaves_on_a_cpu(child: ProcessPoolExecutor, tmp_path: Path, asked: Run) -> None:
-    here, there = (child.submit(_run, asked, _made(tmp_path, asked), device).result() for device in ("cpu", "cuda"))
+def test_a_run_leaves_what_it_leaves_on_a_cpu(
+    child: ProcessPoolExecutor, tmp_path: Path, asked: Run
+) -> None:
+    here, there = (
+        child.submit(_run, asked, _made(tmp_path, asked), device).result()
+        for device in ("cpu", "cuda")
+    )
     _assert_same(here, there, asked)
     assert there.merged[0] == there.merged[1]
 
@@ -179,12 +188,20 @@ def _made(folder: Path, asked: Run) -> Path:
 def _run(asked: Run, folder: Path, device: str) -> Outcome:
     _, dtype, changes = asked
     gpu.load()  # before any backward pass
-    return runs.run(folder / "model", folder / device, torch.device(device, 0), {"model__dtype": dtype, **changes})
+    return runs.run(
+        folder / "model",
+        folder / device,
+        torch.device(device, 0),
+        {"model__dtype": dtype, **changes},
+    )
 
 
 def _assert_same(here: Outcome, there: Outcome, asked: Run) -> None:
     _, dtype, changes = asked
-    assert (here.attention, there.attention) == (changes.get("model__attention", "segments"), "sdpa")
+    assert (here.attention, there.attention) == (
+        changes.get("model__attention", "segments"),
+        "sdpa",
+    )
     assert len(here.losses) == runs.STEPS
     assert there.losses == pytest.approx(here.losses, rel=OFF[dtype])
     assert there.held_out == pytest.approx(here.held_out, rel=OFF[dtype])
@@ -206,7 +223,11 @@ def test_two_workers_exchange_as_nccl_demands(two: Crew, tmp_path: Path) -> None
     here, _ = two.run(_run, LLAMA, _made(tmp_path, LLAMA), "cpu")
     there, other = two.run(_exchange, None, tmp_path)
     _assert_same(here, there, LLAMA)
-    assert (there.losses, there.held_out, there.answers) == (other.losses, other.held_out, other.answers)
+    assert (there.losses, there.held_out, there.answers) == (
+        other.losses,
+        other.held_out,
+        other.answers,
+    )
     assert {*there.sent} == {*other.sent} == {"all_reduce", "broadcast", "isend", "irecv"}
 
 

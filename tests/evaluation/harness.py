@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 
-def by_lm_eval(model: Path, data: Path, folder: Path, tasks: tuple[str, ...], limit: int) -> dict[str, dict[str, Any]]:
+def by_lm_eval(
+    model: Path, data: Path, folder: Path, tasks: tuple[str, ...], limit: int
+) -> dict[str, dict[str, Any]]:
     """Return lm-eval's results for a model folder on the first rows of `data` (see sets.write), using `folder`."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -12,7 +14,12 @@ def by_lm_eval(model: Path, data: Path, folder: Path, tasks: tuple[str, ...], li
     own = Path(lm_eval.__file__).parent / "tasks"
     for task, origin, place, more in (
         ("arc_easy", "arc/arc_easy.yaml", "ai2_arc/ARC-Easy", ""),
-        ("boolq", "super_glue/boolq/default.yaml", "boolq/none", 'doc_to_target: "{{answer|int}}"\n'),
+        (
+            "boolq",
+            "super_glue/boolq/default.yaml",
+            "boolq/none",
+            'doc_to_target: "{{answer|int}}"\n',
+        ),
     ):
         (file,) = (data / place / "validation").glob("*.arrow")
         (folder / f"{task}.yaml").write_text(
@@ -29,5 +36,4 @@ def by_lm_eval(model: Path, data: Path, folder: Path, tasks: tuple[str, ...], li
         limit=limit,
         batch_size=3,
     )
-    assert found is not None
     return dict(found["results"])

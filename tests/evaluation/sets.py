@@ -20,7 +20,10 @@ def _arc() -> list[dict[str, Any]]:
         {
             "id": f"row-{n}",
             "question": f"What comes after {n}?",
-            "choices": {"text": [str(n + 1), str(n), f"{n + 10} or more", "nothing"], "label": ["A", "B", "C", "D"]},
+            "choices": {
+                "text": [str(n + 1), str(n), f"{n + 10} or more", "nothing"],
+                "label": ["A", "B", "C", "D"],
+            },
             "answerKey": "A",
         }
         for n in range(ROWS)
@@ -29,6 +32,10 @@ def _arc() -> list[dict[str, Any]]:
 
 def _boolq() -> list[dict[str, Any]]:
     return [
-        {"question": f"is {n} even", "answer": n % 2 == 0, "passage": f"{n} is a number. " * (1 + n % 3)}
+        {
+            "question": f"is {n} even",
+            "answer": n % 2 == 0,
+            "passage": f"{n} is a number. " * (1 + n % 3),
+        }
         for n in range(ROWS)
     ]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import ray
 
-from olora_ray.common.errors import UserError
 from olora_ray.evaluation import chat
 from tests import finished_run
 from tests.finished_run import FinishedRun
+from tests.refused import refused
 from tests.said import said
 
 
@@ -41,8 +41,12 @@ def expected(run: FinishedRun, asked: str | list[dict[str, str]], new: int = 5) 
     ids = tokenizer(asked, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
     def answer(model: Any) -> str:
-        found = model.generate(input_ids=ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :]
-        return textwrap.indent(tokenizer.decode(found, skip_special_tokens=True).strip() or "(nothing)", "    ")
+        found = model.generate(input_ids=ids, max_new_tokens=new, do_sample=False)[
+            0, ids.shape[1] :
+        ]
+        return textwrap.indent(
+            tokenizer.decode(found, skip_special_tokens=True).strip() or "(nothing)", "    "
+        )
 
     before, after = answer(base), answer(PeftModel.from_pretrained(base, run.folder.adapter))
     assert before != after
@@ -53,11 +57,10 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-@pytest.mark.parametrize("name", ["mine", "runs/mine", "absolute"])
 def test_both_models_answer_a_prompt(
-    run: FinishedRun, there: Path, name: str, capsys: pytest.CaptureFixture[str]
+    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chat.main([run.folder.root if name == "absolute" else name, "after x=3?"])
+    chat.main(["mine", "after x=3?"])
     assert capsys.readouterr().out == expected(run, [user("after x=3?")])
     assert not ray.is_initialized()
 
@@ -65,7 +68,7 @@ def test_both_models_answer_a_prompt(
 def test_a_system_message_and_a_length_are_taken(
     run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chat.main(["mine", "evaluation.max_new_tokens=9", "after 5?", "--system", "count"])
+    chat.main([run.folder.root, "evaluation.max_new_tokens=9", "after 5?", "--system", "count"])
     system = {"role": "system", "content": "count"}
     assert capsys.readouterr().out == expected(run, [system, user("after 5?")], new=9)
 
@@ -77,7 +80,9 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(
     before = rows.read_text()
     system = {"role": "system", "content": "count"}
     try:
-        rows.write_text(before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"'))
+        rows.write_text(
+            before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"')
+        )
         with said() as lines:
             chat.main(["mine", "after 5?"])
         assert capsys.readouterr().out == expected(run, [system, user("after 5?")])
@@ -90,11 +95,16 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(
 
 
 def test_each_line_of_the_input_is_a_prompt_of_its_own(
-    run: FinishedRun, there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: FinishedRun,
+    there: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("after 1?\n\nafter 2?"))
     chat.main(["mine"])
-    assert capsys.readouterr().out == "".join(expected(run, [user(f"after {number}?")]) for number in (1, 2))
+    assert capsys.readouterr().out == "".join(
+        expected(run, [user(f"after {number}?")]) for number in (1, 2)
+    )
 
 
 def test_a_run_on_texts_goes_on_with_the_prompt(
@@ -103,7 +113,7 @@ def test_a_run_on_texts_goes_on_with_the_prompt(
     shutil.copytree(run.folder.root, there / "runs" / "texts")
     settings = there / "runs" / "texts" / "config.yaml"
     settings.write_text(settings.read_text().replace("format: messages", "format: text"))
-    with pytest.raises(UserError, match=r"^argument --system: .*/runs/texts was trained on texts without a chat temp"):
+    with refused("argument --system"):
         chat.main(["texts", "after", "--system", "count"])
     chat.main(["texts", "one, two, ", "evaluation.max_new_tokens=20"])
     assert capsys.readouterr().out == expected(run, "one, two, ", new=20)
@@ -113,11 +123,10 @@ def test_what_cannot_be_asked_is_one_line(run: FinishedRun, there: Path) -> None
     (there / "runs" / "begun").mkdir()
     (there / "runs" / "begun" / "config.yaml").touch()
     for words, told in (
-        ([], r"^arguments: expected RUN .* PROMPT .* --help"),
-        (["mine", "after", "3?"], r"^arguments: expected RUN .* PROMPT .* --help"),
-        (["other", "hi"], rf"^run other: no such run folder; {there}/runs has .*begun, mine"),
-        (["begun", "hi"], r"^run begun: not finished; run its training command again to resume$"),
-        (["mine", "hi", "train.lrr=3"], r"train\.lrr: unknown field"),
+        (["mine", "after", "3?"], "arguments: expected RUN"),
+        (["other", "hi"], f"run other: no such run folder; {there}/runs has"),
+        (["begun", "hi"], "run begun: not finished"),
+        (["mine", "hi", "train.lrr=3"], "train.lrr: unknown field"),
     ):
-        with pytest.raises(UserError, match=told):
+        with refused(told):
             chat.main(words)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.config.load import build
 from olora_ray.data.tokenizer_spec import TokenizerSpec
-from olora_ray.evaluation.groups import FILE, group_numbers, origins
+from olora_ray.evaluation.groups import FILE, group_names, origins
+from olora_ray.evaluation.rows import numbered
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan
 from tests import tiny
@@ -49,7 +49,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist(rows), file)
-    (tmp_path / "held" / "b.jsonl").write_text(json.dumps({"ask": "7", "customer": "ann", "answer": "z"}))
+    (tmp_path / "held" / "b.jsonl").write_text(
+        json.dumps({"ask": "7", "customer": "ann", "answer": "z"})
+    )
     return tmp_path
 
 
@@ -61,34 +63,29 @@ def places(found: Plan) -> list[tuple[int, int]]:
         (piece.file, place)
         for shard in found.shards
         for piece in shard
-        for place, _ in read_unit(found.files[piece.file].file, piece.unit, found.files[piece.file].columns, ["ask"])
+        for place, _ in read_unit(
+            found.files[piece.file].file, piece.unit, found.files[piece.file].columns, ["ask"]
+        )
     ]
 
 
 @pytest.mark.parametrize("fields", [{}, {"prompt": "customer"}])
-def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(folder: Path, fields: dict[str, str]) -> None:
+def test_rows_with_the_same_value_are_a_group_and_rows_without_are_alone(
+    folder: Path, fields: dict[str, str]
+) -> None:
     found = plan(folder, fields=fields)
     with said() as lines:
-        groups = group_numbers("prompt" if fields else "customer", found, places(found))
+        groups = numbered(group_names("prompt" if fields else "customer", found, places(found)))
     assert groups == [0, 1, 0, 2, 1, 3, 0]
     assert "gate.group: 2 held-out rows without" in "".join(lines)
 
 
 def test_rows_of_a_file_are_a_group(folder: Path) -> None:
     found = plan(folder)
-    assert group_numbers(FILE, found, places(found)) == [0] * 6 + [1]
-    assert group_numbers(None, found, places(found)) is None
-
-
-def test_a_column_that_is_not_there_is_named(folder: Path) -> None:
-    found = plan(folder)
-    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'client'; use one of \w"):
-        group_numbers("client", found, places(found))
+    assert numbered(group_names(FILE, found, places(found))) == [0] * 6 + [1]
 
 
 def test_origins_of_a_store_are_in_the_order_of_its_examples() -> None:
-    class Store(tiny.ListStore):
-        files = ("other.jsonl", "rows.jsonl")
-
-    store = Store([tiny.pack(5, 6), tiny.pack(7)])
-    assert origins(store) == ((1, -1), (1, 0), (1, 9))  # type: ignore[arg-type]
+    store = tiny.ListStore([tiny.pack(5, 6), tiny.pack(7)])
+    store.files = ("other.jsonl", "rows.jsonl")
+    assert origins(store) == ((1, -1), (1, 0), (1, 9))

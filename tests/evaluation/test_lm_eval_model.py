@@ -29,7 +29,9 @@ def in_turn(make: Callable[[], Any], works: Sequence[Any], *_: Any) -> list[Any]
     return list(reversed([worker(work) for work in reversed(works)]))
 
 
-def test_every_number_is_the_same(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_is_the_same(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(held_out, "map_over_actors", in_turn)
     model, data = folders
     settings = build(project.settings(tmp_path, model))

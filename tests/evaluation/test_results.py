@@ -1,7 +1,6 @@
 """The lines, files and MLflow runs of an evaluation."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import pytest
 import ray
 
-from olora_ray.common.errors import UserError
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, results
-from olora_ray.evaluation.groups import group_numbers
+from olora_ray.evaluation.groups import group_names
 from olora_ray.evaluation.lm_eval_tasks import TaskResult
-from olora_ray.evaluation.results import Evaluation, Request, differences
+from olora_ray.evaluation.results import EvalRequest, EvalResult, differences
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.evaluation.targets import Target
 from olora_ray.model.source import BaseModel
@@ -23,16 +22,17 @@ from olora_ray.pipeline.base import open_base
 from olora_ray.tokens import prepare
 from tests import mlflow_database, tiny
 from tests.pipelines.project import make_model, settings
+from tests.refused import refused
 from tests.said import said
 
 
-def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> Evaluation:
+def evaluation(name: str, right: tuple[float, ...], data: str = "store") -> EvalResult:
     target = Target(name, BaseModel(name, f"/models/{name}", "digest"), None, tiny.config())
     share = sum(right) / len(right)
     task = TaskResult(f"validation[:{len(right)}]", {"acc": share}, {"acc": 0.1}, {"acc": right})
     losses, scores = (4.0, 6.0 * (1 + share)), {"exact_match": dict(enumerate(right[:2]))}
     held_out = RowResults(data, (2, 3), losses, scores, ((0, 0), (0, 1)))
-    return Evaluation(target, held_out, {"arc_easy": task})
+    return EvalResult(target, held_out, {"arc_easy": task})
 
 
 def test_one_model_is_a_table_of_values_and_errors() -> None:
@@ -54,31 +54,40 @@ def test_two_models_stand_side_by_side_with_intervals() -> None:
     found = differences(*pair)
     assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
     accuracy = found["arc_easy/acc"]
-    assert (accuracy.mean, accuracy.low, accuracy.high) == pytest.approx((0.5, -0.42, 1.42), abs=0.05)
+    assert (accuracy.mean, accuracy.low, accuracy.high) == pytest.approx(
+        (0.5, -0.42, 1.42), abs=0.05
+    )
     lines = results.lines(pair, found)
     assert lines[:2] == ["first:  tuned", "second: base"]
-    assert lines[-1].split()[:5] == ["arc_easy/acc", "validation[:4]", "0.7500", "0.2500", "+0.5000"]
+    assert lines[-1].split()[:5] == [
+        "arc_easy/acc",
+        "validation[:4]",
+        "0.7500",
+        "0.2500",
+        "+0.5000",
+    ]
 
 
 def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval() -> None:
     """A scorer may leave a score out; once this lost all results with an error."""
     pair = [evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))]
     for number, each in enumerate(pair):
-        assert each.held_out is not None
         scores = {**each.held_out.scores, "first": {number: 1.0}, f"of {number}": {0: 1.0}}
         pair[number] = replace(each, held_out=replace(each.held_out, scores=scores))
     found = differences(*pair)
     assert list(found) == ["eval/loss", "eval/perplexity", "eval/exact_match", "arc_easy/acc"]
     [line] = [line for line in results.lines(pair, found) if line.startswith("eval/first")]
     assert line.endswith("not paired")
-    [line] = [line for line in results.lines(pair, found) if line.startswith("eval/of 1")]  # only the second has it
+    [line] = [
+        line for line in results.lines(pair, found) if line.startswith("eval/of 1")
+    ]  # only the second has it
     assert line.split()[2:] == ["held-out[:1]", "-", "1.0000", "-", "not", "paired"]
 
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:
     pair = evaluation("tuned", (1.0, 1.0)), evaluation("base", (0.0, 1.0))
-    words = ["tuned", "base", "--tasks", "arc_easy", "--limit", "2", "--scorer", "exact_match", "--out", str(tmp_path)]
-    request = results.read_request(words, "")
+    words = f"tuned base --tasks arc_easy --limit 2 --scorer exact_match --out {tmp_path}"
+    request = results.read_request(words.split(), "")
     assert (request.changes, request.tasks) == ({"evaluation.scorer": "exact_match"}, ("arc_easy",))
     results.write_results(request, pair, differences(*pair), None)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
@@ -89,53 +98,43 @@ def test_results_are_written_where_asked(tmp_path: Path) -> None:
     assert tree["limit"] == 2
 
 
-def test_results_outlast_the_job_that_asks_for_them_by_a_relative_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
-    job.mkdir(parents=True)
-    monkeypatch.chdir(job)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    one = evaluation("tuned", (1.0, 1.0))
-    results.write_results(results.read_request(["tuned", "--out", "results"], ""), [one], {}, None)
-    assert (tmp_path / "home" / "olora_ray" / "results" / "evaluation.json").is_file()
-    assert not list(job.iterdir())
-
-
 @pytest.mark.parametrize(
     ("changes", "names", "message"),
     [
-        ({}, (), r"base: no rows .* --tasks, .* data\.eval_fraction"),
+        ({}, (), "base: no rows"),
         ({"evaluation__scorer": "nonsense"}, ("boolq",), "no scorer is called"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_starts(
     changes: dict[str, Any], names: tuple[str, ...], message: str
 ) -> None:
-    request = Request(("base",), None, {}, names, None, None, None)
-    with pytest.raises(UserError, match=message):
+    request = EvalRequest(("base",), None, {}, names, None, None, None)
+    with refused(message):
         results.check_request(request, tiny.config(**changes))
 
 
 def test_a_scorer_without_rows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/evaluation.md promises it; with tasks alone the answers were once missing without a line."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    request = Request(("base",), None, {}, ("boolq",), None, None, None)
+    request = EvalRequest(("base",), None, {}, ("boolq",), None, None, None)
     with said() as lines:
         results.check_request(request, tiny.config())
     assert not lines
     with said() as lines:
         results.check_request(request, tiny.config(evaluation__scorer="exact_match"))
     assert len(lines) == 1
-    assert re.search(r"evaluation\.scorer: no answers .* data\.eval", lines[0])
+    assert "evaluation.scorer: no answers" in lines[0]
 
 
-def test_without_a_config_nothing_is_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_without_a_config_nothing_is_tracked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     target = evaluation("base", (1.0,)).target
-    request = Request((str(tmp_path),), None, {}, ("boolq",), None, None, None)
+    request = EvalRequest((str(tmp_path),), None, {}, ("boolq",), None, None, None)
     assert results.tracking_address(request, [target]) is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db")
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
+    )
     assert results.tracking_address(request, [target]) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
@@ -144,7 +143,10 @@ def config(tmp_path: Path) -> Config:
     with (tmp_path / "test.jsonl").open("w") as out:
         for number in range(9):
             question, answer = f"after {number}?", str(number + 1)
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
             out.write(json.dumps({"messages": messages, "user_id": f"p{number // 4}"}) + "\n")
     tree = settings(tmp_path, make_model(tmp_path / "model"), gate={"group": "user_id"})
     tree["data"]["eval"] = [{"path": str(tmp_path / "test.jsonl")}]
@@ -170,15 +172,16 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
         assert item.reference == lines[int(line) - 1]["messages"][-1]["content"]
         assert item.scores == {"exact_match": 0.0}  # a random model
     assert found.scores["exact_match"] == {item.row: 0.0 for item in answers}
-    groups = group_numbers("user_id", prepare.plan_here(config, base.spec, "eval"), found.origins)
+    groups = group_names("user_id", prepare.plan_here(config, base.spec, "eval"), found.origins)
     people = [lines[place]["user_id"] for _, place in found.origins]
-    assert groups is not None
     assert len(set(zip(groups, people, strict=True))) == len(set(people)) == len(set(groups)) > 1
 
     target = Target("runs/small", base.model, None, config)
     request = results.read_request(["runs/small", "--out", str(tmp_path / "out")], "")
-    results.write_results(request, [Evaluation(target, found, {}, groups, answers)], {}, None)
-    kept = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    results.write_results(request, [EvalResult(target, found, {}, answers)], {}, None)
+    kept = [
+        json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    ]
     assert [(item["origin"], item["text"], item["reference"]) for item in kept] == [
         (item.origin, item.text, item.reference) for item in answers
     ]
@@ -186,14 +189,17 @@ def test_answers_lead_to_their_rows_and_rows_to_people(
 
 def test_a_group_that_is_no_column_is_refused_before_anything_is_measured(config: Config) -> None:
     mistaken = override(config, {"gate.group": "person"})
-    with pytest.raises(UserError, match=r"gate\.group: no held-out row has a column 'person'"):
-        results.evaluate(Target("runs/small", open_base(config).model, None, mistaken), {}, None)
+    target = Target("runs/small", open_base(config).model, None, mistaken)
+    with refused("gate.group"):
+        results.evaluate(target, ClusterFacts((), False, 1, 1), {}, None)
     assert not ray.is_initialized()
 
 
-def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(config: Config, tmp_path: Path) -> None:
+def test_answers_of_an_earlier_evaluation_are_not_taken_for_those_of_this_one(
+    config: Config, tmp_path: Path
+) -> None:
     request = results.read_request(["m", "--out", str(tmp_path)], "")
-    found = [Evaluation(Target("m", open_base(config).model, None, config), None, {})]
+    found = [EvalResult(Target("m", open_base(config).model, None, config), None, {})]
     results.write_results(request, found, {}, None)
     assert not (tmp_path / "answers.jsonl").exists()
     (tmp_path / "answers.jsonl").write_text("{}\n")

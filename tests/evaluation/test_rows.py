@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olora_ray.common.errors import UserError
 from olora_ray.evaluation import held_out
 from olora_ray.evaluation.held_out import Measurer
 from olora_ray.evaluation.rows import RowResults, compare
@@ -20,6 +19,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.peft_folder import write_adapter
 from olora_ray.train.generate import questions
 from tests import tiny
+from tests.refused import refused
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ORIGINS = ((0, 0), (0, 1), (1, 0))
 ROWS = RowResults("store", (2, 3, 5), (4.0, 3.0, 20.0), {"exact_match": {0: 1.0, 2: 0.0}}, ORIGINS)
-BETTER = RowResults("store", (2, 3, 5), (2.0, 3.0, 15.0), {"exact_match": {0: 1.0, 2: 1.0}}, ORIGINS)
+BETTER = RowResults(
+    "store", (2, 3, 5), (2.0, 3.0, 15.0), {"exact_match": {0: 1.0, 2: 1.0}}, ORIGINS
+)
 
 
 def test_metrics_are_means_over_tokens_and_over_answers() -> None:
@@ -50,7 +52,7 @@ def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) 
 
 
 def test_other_tokens_are_not_compared() -> None:
-    with pytest.raises(UserError, match=r"held-out rows: .* different tokens"):
+    with refused("held-out rows"):
         compare("eval/loss", ROWS, RowResults("other", (2,), (1.0,), {}, ((0, 0),)))
 
 
@@ -59,30 +61,45 @@ def test_rows_of_the_store_that_come_from_one_row_of_a_file_are_one_group() -> N
     whole = compare("eval/loss", BETTER, ROWS)
     assert (whole.rows, whole.groups) == (3, 3)
     same = [
-        RowResults(one.data, one.tokens, one.losses, one.scores, ((0, 0), (0, 0), (1, 0))) for one in (BETTER, ROWS)
+        RowResults(one.data, one.tokens, one.losses, one.scores, ((0, 0), (0, 0), (1, 0)))
+        for one in (BETTER, ROWS)
     ]
     assert compare("eval/loss", *same).groups == 2
-    assert compare("eval/loss", *same, groups=[0, 0, 0]).groups == 1
+    assert compare("eval/loss", *(each.grouped(["a"] * 3) for each in same)).groups == 1
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
 def test_each_example_has_the_loss_it_has_alone(model_folder: Path, attention: str) -> None:
     measurer = Measurer(
-        base(model_folder), None, tiny.config(model__attention=attention, model__dtype="float32"), (1,), TRIED
+        base(model_folder),
+        None,
+        tiny.config(model__attention=attention, model__dtype="float32"),
+        (1,),
+        TRIED,
     )
     packs = [tiny.pack(40, 30, 25, seed=1), tiny.pack(50, seed=2)]
     found = measurer(tuple(packs))
-    assert found == pytest.approx([plain_loss(measurer.model, item) for item in tiny.unpacked(packs)], rel=1e-5)
+    assert found == pytest.approx(
+        [plain_loss(measurer.model, item) for item in tiny.unpacked(packs)], rel=1e-5
+    )
 
 
-def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path, tmp_path: Path) -> None:
+def test_answers_of_an_adapter_are_those_of_the_adapted_model(
+    model_folder: Path, tmp_path: Path
+) -> None:
     settings = tiny.config(model__dtype="float32", evaluation__max_new_tokens=6)
     trainer = tiny.trainer(
-        settings, "segments", held_out.load_adapted(base(model_folder), None, settings, torch.device("cpu"))
+        settings,
+        "segments",
+        held_out.load_adapted(base(model_folder), None, settings, torch.device("cpu")),
     )
-    trainer.flat.vector.copy_(0.1 * torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0)))
+    trainer.flat.vector.copy_(
+        0.1 * torch.randn(trainer.flat.vector.shape, generator=torch.Generator().manual_seed(0))
+    )
     weights = {name: layer.weights() for name, layer in trainer.adapted.items()}
-    write_adapter(weights, settings.adapter, str(model_folder), tmp_path / "adapter", trainer.loss.model)
+    write_adapter(
+        weights, settings.adapter, str(model_folder), tmp_path / "adapter", trainer.loss.model
+    )
 
     store: Any = tiny.store(2)
     packs, asked = tuple(store[i] for i in range(2)), tuple(questions(store, 5))
@@ -95,7 +112,7 @@ def test_answers_of_an_adapter_are_those_of_the_adapted_model(model_folder: Path
 
 
 def test_an_adapter_without_its_files_is_refused(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"adapter .*: no adapter_config\.json"):
+    with refused("adapter_config.json"):
         Measurer(base(model_folder), str(tmp_path), tiny.config(), (1,), TRIED)
 
 
@@ -120,7 +137,9 @@ def one_by_one(model: Any, prompt: tuple[int, ...], limit: int) -> list[int]:
     ids = list(prompt)
     for _ in range(limit):
         with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            token = int(
+                model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()
+            )
         if token == 1:
             break
         ids.append(token)
@@ -140,10 +159,17 @@ def test_bounds_surround_the_middle_of_the_draws_and_swapping_turns_the_sign(
     rows: list[tuple[float, float, float]],
 ) -> None:
     ours, theirs, weights = columns(rows)
-    there, back = difference(ours, theirs, weights, draws=200), difference(theirs, ours, weights, draws=200)
-    assert there.mean == pytest.approx(np.average(np.subtract(ours, theirs), weights=weights), abs=1e-9)
+    there, back = (
+        difference(ours, theirs, weights, draws=200),
+        difference(theirs, ours, weights, draws=200),
+    )
+    assert there.mean == pytest.approx(
+        np.average(np.subtract(ours, theirs), weights=weights), abs=1e-9
+    )
     assert there.low <= there.high
-    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low), abs=1e-9)
+    assert (there.mean, there.low, there.high) == pytest.approx(
+        (-back.mean, -back.high, -back.low), abs=1e-9
+    )
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -158,14 +184,22 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 163 <= covered <= 197  # 180 expected, 4 standard deviations each way
 
 
-@pytest.mark.parametrize(("groups", "level"), [(2, 0.95), (3, 0.95), (4, 0.95), (5, 0.95), (6, 0.95), (6, 0.99)])
+@pytest.mark.parametrize(("groups", "level"), [(2, 0.95), (4, 0.95), (6, 0.99)])
 def test_few_groups_are_covered_as_well(groups: int, level: float) -> None:
     """Quantiles alone cover the truth in half of the cases for two groups, in 74 % for three, in 87 % for four."""
     rng = np.random.default_rng(5)
     covered = 0
     for seed in range(200):
         values = rng.normal(size=groups)[np.arange(3 * groups) % groups]
-        found = difference(values, np.zeros(3 * groups), None, level, 300, seed, groups=np.arange(3 * groups) % groups)
+        found = difference(
+            values,
+            np.zeros(3 * groups),
+            None,
+            level,
+            300,
+            seed,
+            groups=np.arange(3 * groups) % groups,
+        )
         assert found.low <= found.mean <= found.high
         covered += found.low <= 0.0 <= found.high
     expected, error = 200 * level, np.sqrt(200 * level * (1 - level))
@@ -175,7 +209,9 @@ def test_few_groups_are_covered_as_well(groups: int, level: float) -> None:
 def test_two_groups_have_the_interval_of_students_t() -> None:
     found = difference([1.0, 2.0], [0.0, 0.0], draws=20_000)
     # standard error 0.5, and 12.706 of them with one degree of freedom
-    assert (found.mean, found.low, found.high) == pytest.approx((1.5, 1.5 - 6.353, 1.5 + 6.353), abs=0.1)
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (1.5, 1.5 - 6.353, 1.5 + 6.353), abs=0.1
+    )
     assert difference([1.0] * 2, [0.0] * 2).low == 1.0, "without a spread there is no width"
 
 
@@ -189,7 +225,9 @@ def test_groups_are_drawn_as_a_whole() -> None:
     ours = np.repeat([1.0, 2.0, 6.0, 3.0], 5)
     grouped = difference(ours, np.zeros(20), groups=np.repeat([7, 3, 9, 1], 5))
     single = difference([1.0, 2.0, 6.0, 3.0], [0.0] * 4)
-    assert (grouped.mean, grouped.low, grouped.high) == pytest.approx((single.mean, single.low, single.high), abs=0.2)
+    assert (grouped.mean, grouped.low, grouped.high) == pytest.approx(
+        (single.mean, single.low, single.high), abs=0.2
+    )
     assert grouped.low < 1.0 < 6.0 < grouped.high  # of four groups beyond them all
     assert difference(ours, np.zeros(20)).high < grouped.high
     one = difference(ours, np.zeros(20), groups=[0] * 20)

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.inject import find_targets
-from olora_ray.cluster.resume import starting_point
+from olora_ray.cluster.decide import decide
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.start import starting_point
 from olora_ray.cluster.worker import StopRequests, Worker
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError, first_line
@@ -73,7 +75,9 @@ class State:
         return PACKS if self.row.packs else tiny.unpacked(PACKS)
 
 
-def check(variant: Variant, precision: str, folder: Path, build: Callable[..., None] = zoo.build) -> Row:
+def check(
+    variant: Variant, precision: str, folder: Path, build: Callable[..., None] = zoo.build
+) -> Row:
     """Check everything about one variant; `folder` is empty and may be deleted afterwards."""
     quiet_transformers()
     build(variant, folder / "model", PRECISIONS[precision])
@@ -94,7 +98,13 @@ def _ends_well(state: State, *stages: Callable[[State], None]) -> bool:
         try:
             stage(state)
         except UserError as error:
-            late = "" if row.stage in BEFORE else f" after step {state.step}" if state.step else " after the start"
+            late = (
+                ""
+                if row.stage in BEFORE
+                else f" after step {state.step}"
+                if state.step
+                else " after the start"
+            )
             row.end = f"refused{late}: {_shown(error, state)}"
             return False
         except Exception as error:
@@ -104,10 +114,11 @@ def _ends_well(state: State, *stages: Callable[[State], None]) -> bool:
 
 
 def _config(folder: Path, precision: str) -> Config:
-    return tiny.config(
+    return tiny.decided(
         run__storage=str(folder / "runs"),
         model__name=str(folder / "model"),
         model__dtype=str(PRECISIONS[precision]).removeprefix("torch."),
+        data__train=[{"path": "unused.jsonl", "format": "messages"}],
         data__max_length=LONGEST,
         data__eval_fraction=0.1,
         train__steps=STEPS,
@@ -122,13 +133,19 @@ def _config(folder: Path, precision: str) -> Config:
 
 def _shown(error: object, state: State) -> str:
     """A message without the paths of this machine."""
-    return str(error).replace(str(state.folder / "model"), "MODEL").replace(str(state.folder), "FOLDER")
+    return (
+        str(error)
+        .replace(str(state.folder / "model"), "MODEL")
+        .replace(str(state.folder), "FOLDER")
+    )
 
 
 def _open(state: State) -> None:
     """Do what the driver does with a model before it starts anything."""
     state.base = open_base(state.config)
-    prepare.plan(state.config, state.base.model)
+    here = ClusterFacts.here(state.config.cluster)
+    data = prepare.read_data(state.config, state.base)
+    prepare.plan(decide(state.config, data, state.base.model, here), state.base.model)
 
 
 def _start(state: State) -> None:
@@ -138,7 +155,9 @@ def _start(state: State) -> None:
     row.packs = bool(decide(config.data.packing) if decide else config.data.packing)
     train: Any = tiny.ListStore(state.packs)
     held_out: Any = tiny.ListStore(HELD_OUT if row.packs else tiny.unpacked(HELD_OUT))
-    state.spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
+    state.spec = TrainSpec(
+        tiny.decided(config), base.model, base.spec.digest, base.eos, train, held_out
+    )
     state.context = SharedBaseContext(SharedBase.of(state.spec, CPU))
     checkpoints = RunFolder(config.folder()).checkpoints
     start = starting_point(state.context, state.spec, checkpoints)
@@ -152,7 +171,11 @@ def _ask_model(state: State) -> Reference:
     model = oracle.load(folder)
     meant = find_targets(model, "all-linear", state.config.adapter.rank)
     # A layer inside an output head does not count as missed, because it cannot be trained.
-    left_out = {name: item.whole_shape for name, item in meant.items() if name not in shapes and "head" not in name}
+    left_out = {
+        name: item.whole_shape
+        for name, item in meant.items()
+        if name not in shapes and "head" not in name
+    }
     slopes = oracle.gradients(model, PACKS, shapes | left_out)
     found = Reference(oracle.losses(model, PACKS), {name: slopes[name] for name in shapes})
     if row.precision == "bf16":
@@ -175,10 +198,17 @@ def _measure(reference: Reference, state: State) -> None:
         single = torch.cat([_losses(state, [example]) for example in tiny.unpacked(PACKS)])
         gradients = _gradients(state)
     row.start = torch.equal(found, untouched)
-    row.loss, row.packed = oracle.difference(single, reference.losses), oracle.difference(found, single)
+    row.loss, row.packed = (
+        oracle.difference(single, reference.losses),
+        oracle.difference(found, single),
+    )
     row.gradients = oracle.distance(gradients, _expected(state, reference.slopes))
     layers = state.worker.trainer.adapted
-    row.still = tuple(name for name in layers if not any(gradients[f"{name}.{part}"].any() for part in ("da", "db")))
+    row.still = tuple(
+        name
+        for name in layers
+        if not any(gradients[f"{name}.{part}"].any() for part in ("da", "db"))
+    )
     row.judge_start()
 
 
@@ -205,7 +235,9 @@ def _export(state: State) -> None:
     if Path(folder.merged).exists():
         merged = oracle.load(Path(folder.merged))
         differences.append(oracle.difference(oracle.losses(merged, PACKS), state.trained))
-    differences.append(oracle.difference(oracle.losses(_with_peft(state, folder), PACKS), state.trained))
+    differences.append(
+        oracle.difference(oracle.losses(_with_peft(state, folder), PACKS), state.trained)
+    )
     state.row.export = max(differences)
     state.row.judge_export()
 
@@ -258,16 +290,28 @@ def _shapes(state: State) -> dict[str, tuple[int, ...]]:
 
 def _covered(model: Any, names: Collection[str]) -> float:
     """Share of the parameters with an adapter; embeddings and head, which nobody adapts, do not count."""
-    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
-    inner: dict[str, int] = {name: part.numel() for name, part in model.named_parameters() if id(part) not in ends}
-    return sum(inner.get(f"{name}.weight", inner.get(name, 0)) for name in names) / sum(inner.values())
+    ends = {
+        id(part.weight)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        if part
+    }
+    inner: dict[str, int] = {
+        name: part.numel() for name, part in model.named_parameters() if id(part) not in ends
+    }
+    return sum(inner.get(f"{name}.weight", inner.get(name, 0)) for name in names) / sum(
+        inner.values()
+    )
 
 
 def _experts(model: Any, names: Collection[str]) -> str:
     """True if the parameters of experts are adapted; a parameter with all experts of a layer has three dimensions."""
-    stacks = [name for name, part in model.named_parameters() if "experts" in name and part.dim() == 3]
+    stacks = [
+        name for name, part in model.named_parameters() if "experts" in name and part.dim() == 3
+    ]
     adapted = sum(name in names for name in stacks)
-    return "none" if not stacks else "yes" if adapted == len(stacks) else "some" if adapted else "no"
+    return (
+        "none" if not stacks else "yes" if adapted == len(stacks) else "some" if adapted else "no"
+    )
 
 
 class _Channel:

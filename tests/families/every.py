@@ -22,13 +22,19 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(eos|pad|sep|cls|mask)_token_id", 1),
     (r"forced_eos_token_id", 1),
     (r"\w+_token_(id|index)", 3),
-    (r"hidden_size|d_model|n_embd|dim_model|emb_dim|embed_dim|embedding_(dim|size)|backbone_hidden_size", 64),
+    (
+        r"hidden_size|d_model|n_embd|dim_model|emb_dim|embed_dim|embedding_(dim|size)|backbone_hidden_size",
+        64,
+    ),
     (r"hidden_size_\w+|\w*hidden_size|attention_hidden_size|input_size|out_hidden_size", 32),
     (r"(\w*_)?num_(hidden_)?layers|n_layers?|(en|de)coder_layers|depth|num_blocks", 2),
     (r"num_(en|de)coder_layers", 2),
     (r"(\w*_)?(num_key_value_heads|num_kv_heads)", 2),
     (r"(\w*_)?(num_attention_heads|attention_heads|num_heads|n_heads?)", 4),
-    (r"(\w*_)?(intermediate_size|ffn_dim|ffn_hidden_size|dim_ff|dff|d_inner|d_ff|mlp_dim|feed_forward_size)\w*", 96),
+    (
+        r"(\w*_)?(intermediate_size|ffn_dim|ffn_hidden_size|dim_ff|dff|d_inner|d_ff|mlp_dim|feed_forward_size)\w*",
+        96,
+    ),
     (r"q_lora_rank|qk_head_dim", 24),
     (r"qk_rope_head_dim", 8),
     (r"(\w*_)?(head_dim|d_head|dim_head|attention_head_size|d_kv|kv_channels)|kv_lora_rank", 16),
@@ -36,7 +42,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(\w*_)?(num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts)", 2),
     (r"n_group|topk_group|num_expert_group", 2),
     (r"first_k_dense_replace", 1),
-    (r"max_position_embeddings|n_positions|max_seq_len|model_max_length|context_length|max_\w+_positions", 128),
+    (
+        r"max_position_embeddings|n_positions|max_seq_len|model_max_length|context_length|max_\w+_positions",
+        128,
+    ),
     (r"image_size", 32),
     (r"patch_size", 8),
 )
@@ -55,12 +64,25 @@ _MROPE = {"text_config.rope_parameters.mrope_section": [2, 3, 3]}
 # Fields of a family's config that do not follow from their names.
 _OF_A_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 50, "cross_attn_k": 1},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2, "attn_config.clip_qkv": 8.0},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
+    "dbrx": {
+        "attn_config.rope_theta": 1e4,
+        "attn_config.kv_n_heads": 2,
+        "attn_config.clip_qkv": 8.0,
+    },
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 16, "index_topk": 8, "hc_mult": 2},
     "dory": {
         "num_hidden_layers": 6,
-        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "full_attention", "mlp"],
+        "layer_types": [
+            "sliding_attention",
+            "mlp",
+            "full_attention",
+            "mlp",
+            "full_attention",
+            "mlp",
+        ],
         **{f"n_{kind}_layers": 2 for kind in ("input", "recurrent", "output")},
     },
     "dots3_note": {
@@ -87,7 +109,10 @@ _OF_A_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
-    "zamba": {"num_hidden_layers": 6, "layers_block_type": 2 * ["linear_attention", "linear_attention", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": 2 * ["linear_attention", "linear_attention", "hybrid"],
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -158,7 +183,9 @@ def small(family: str) -> Variant:
     """The family's default config with the sizes of tiny models."""
     from transformers import AutoConfig
 
-    shape = AutoConfig.for_model(family, **({"text_config": _ASSISTANT} if family == "gemma4_assistant" else {}))
+    shape = AutoConfig.for_model(
+        family, **({"text_config": _ASSISTANT} if family == "gemma4_assistant" else {})
+    )
     sizes = _small(shape.to_dict())
     for path, value in _OF_A_FAMILY.get(family, {}).items():
         *parts, name = path.split(".")
@@ -169,27 +196,48 @@ def small(family: str) -> Variant:
     return Variant(family, family, sizes, chat=False)
 
 
-_NOT_GIVEN = ("transformers_version", "architectures", "dtype", "_name_or_path", "id2label", "label2id", "model_type")
+_NOT_GIVEN = (
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "_name_or_path",
+    "id2label",
+    "label2id",
+    "model_type",
+)
 
 
 def _small(tree: Mapping[str, Any]) -> dict[str, Any]:
-    layers = next((tree[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if tree.get(name)), 0)
+    layers = next(
+        (tree[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if tree.get(name)), 0
+    )
     kept = list(_of_each_kind(tree, layers))
     found: dict[str, Any] = {}
     for name, value in tree.items():
         if name in _NOT_GIVEN:
             continue
         if name == "per_layer_config":
-            found[name] = {kept.index(int(layer)): _small(own) for layer, own in value.items() if int(layer) in kept}
+            found[name] = {
+                kept.index(int(layer)): _small(own)
+                for layer, own in value.items()
+                if int(layer) in kept
+            }
         elif isinstance(value, dict):
             found[name] = _small(value) if "model_type" in value else value
         elif isinstance(value, list) and layers and len(value) == layers:
             found[name] = [_size(name, value[layer]) for layer in kept]
-        elif type(value) is int and name in ("num_hidden_layers", "n_layer", "num_layers") and value == layers:
+        elif (
+            type(value) is int
+            and name in ("num_hidden_layers", "n_layer", "num_layers")
+            and value == layers
+        ):
             found[name] = len(kept)
         else:
             found[name] = _size(name, value)
-    for one, other in (("head_dim", "qk_rope_head_dim"), ("num_key_value_heads", "num_attention_heads")):
+    for one, other in (
+        ("head_dim", "qk_rope_head_dim"),
+        ("num_key_value_heads", "num_attention_heads"),
+    ):
         if tree.get(one) is not None and tree[one] == tree.get(other):
             found[one] = found[other]
     return found

@@ -28,7 +28,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None
     return model.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def losses(model: Any, packs: Sequence[Any]) -> Tensor:
     """The loss of each supervised token of all examples, in order, in float32."""
     return torch.cat([_losses(model, example) for example in tiny.unpacked(packs)])
@@ -43,7 +42,9 @@ def gradients(model: Any, packs: Sequence[Any], shapes: Mapping[str, Shape]) -> 
     for weight in weights.values():
         weight.requires_grad_(True)
     loss = torch.cat([_losses(model, example) for example in tiny.unpacked(packs)]).mean()
-    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        loss, list(weights.values()), allow_unused=True, materialize_grads=True
+    )
     for weight in weights.values():
         weight.requires_grad_(False)
     return {
@@ -85,7 +86,9 @@ def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float
 
 def _losses(model: Any, example: Any) -> Tensor:
     ids = torch.from_numpy(example.input_ids.astype(np.int64))
-    return _cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0], ids, _supervised(example))
+    return _cross_entropy(
+        model(input_ids=ids[None], use_cache=False).logits[0], ids, _supervised(example)
+    )
 
 
 def _supervised(pack: Any) -> Tensor:

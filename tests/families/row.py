@@ -88,11 +88,17 @@ class Row:
         self._need("loss", self.loss, bound)
         self._need("packed", self.packed, bound)
         if not self.faults:  # wrong losses have wrong gradients
-            self._need("gradients", self.gradients, self._bound(GRADIENT, NOISE, self.gradient_noise))
+            self._need(
+                "gradients", self.gradients, self._bound(GRADIENT, NOISE, self.gradient_noise)
+            )
         if self.missed:
-            self.faults.append(f"{len(self.missed)} layers are left out that have a gradient ({self.missed[0]})")
+            self.faults.append(
+                f"{len(self.missed)} layers are left out that have a gradient ({self.missed[0]})"
+            )
         if self.still:
-            self.faults.append(f"{len(self.still)} of {self.adapters} adapters get no gradient ({self.still[0]})")
+            self.faults.append(
+                f"{len(self.still)} of {self.adapters} adapters get no gradient ({self.still[0]})"
+            )
 
     def judge_training(self) -> None:
         """Note a training that has changed nothing: an export then proves nothing."""

@@ -9,7 +9,16 @@ from typing import TypeVar
 from tests.families.row import Row
 
 K = TypeVar("K", bound=Hashable)
-COLUMNS = ("models", "experts", "attention", "packed", "by positions", "loss", "gradients", "export")
+COLUMNS = (
+    "models",
+    "experts",
+    "attention",
+    "packed",
+    "by positions",
+    "loss",
+    "gradients",
+    "export",
+)
 # Where a model's layers take a smaller share of its parameters, the table names it.
 MOST = 0.895
 # Differences of rounding are smaller; examples that see each other differ by more.
@@ -30,7 +39,9 @@ def told(text: str) -> dict[str, str]:
     """Model -> "right" or its verdict, from the tables of a text."""
     found: dict[str, str] = {}
     for line in text.splitlines():
-        if line.startswith("| ") and not line.startswith(("| ---", f"| {COLUMNS[0]} ", f"| {NOT_RIGHT[0]} ")):
+        if line.startswith("| ") and not line.startswith(
+            ("| ---", f"| {COLUMNS[0]} ", f"| {NOT_RIGHT[0]} ")
+        ):
             names, *cells = (cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|")))
             verdict = cells[0].replace("\\|", "|") if len(cells) == 1 else "right"
             found |= {re.sub(r" \(.*\)", "", name): verdict for name in names.split(", ")}
@@ -53,15 +64,30 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], K]) -> dict[K, list[Row]]:
 
 
 def _choices(row: Row) -> tuple[object, ...]:
-    return row.experts, row.attention, row.packs is False, (row.leaks or 0) > SEEN, row.parity == "ok"
+    return (
+        row.experts,
+        row.attention,
+        row.packs is False,
+        (row.leaks or 0) > SEEN,
+        row.parity == "ok",
+    )
 
 
 def _line(group: Sequence[Row]) -> tuple[str, ...]:
     first = group[0]
     apart = "apart: " if first.packs is False else ""
     parity = "" if first.parity == "ok" else ", but parity refused"
-    packed, *others, export = (_largest(group, name) for name in ("packed", "leaks", "loss", "gradients", "export"))
-    return _names(group), first.experts or "–", first.attention or "–", apart + packed, *others, export + parity
+    packed, *others, export = (
+        _largest(group, name) for name in ("packed", "leaks", "loss", "gradients", "export")
+    )
+    return (
+        _names(group),
+        first.experts or "–",
+        first.attention or "–",
+        apart + packed,
+        *others,
+        export + parity,
+    )
 
 
 def _largest(group: Sequence[Row], name: str) -> str:
@@ -71,7 +97,10 @@ def _largest(group: Sequence[Row], name: str) -> str:
 
 def _names(group: Iterable[Row]) -> str:
     return ", ".join(
-        row.name if row.covered is None or row.covered >= MOST else f"{row.name} ({row.covered:.0%})" for row in group
+        row.name
+        if row.covered is None or row.covered >= MOST
+        else f"{row.name} ({row.covered:.0%})"
+        for row in group
     )
 
 

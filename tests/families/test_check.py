@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from olora_ray.adapter import layer
-from olora_ray.cluster import resume
+from olora_ray.cluster import start
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
 from olora_ray.pipeline import merge
@@ -28,7 +28,9 @@ Plant = tuple[Any, str, Callable[[Any], Any]]
 
 def over_borders(attend: Any) -> Any:
     def wrong(module: Any, query: Any, *rest: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
-        return attend(module, query, *rest, cu_seq_lens_q=torch.tensor([0, query.shape[2]]), **others)
+        return attend(
+            module, query, *rest, cu_seq_lens_q=torch.tensor([0, query.shape[2]]), **others
+        )
 
     return wrong
 
@@ -66,7 +68,7 @@ def blind(export: Any) -> Any:
 # Without this the self-test would choose another attention.
 ATTENTION: list[Plant] = [
     (attention, "segment_attention", over_borders),
-    (resume, "choose_attention", lambda _: lambda *_: SelfTest("segments")),
+    (start, "choose_attention", lambda _: lambda *_: SelfTest("segments")),
 ]
 LOSS: Plant = (SupervisedLoss, "each", lambda each: lambda self, batch: each(self, batch) * 1.0001)
 EXPORT: list[Plant] = [(merge, "merge", at_another_scale), (check_module, "export_run", blind)]
@@ -91,7 +93,10 @@ EXPORT: list[Plant] = [(merge, "merge", at_another_scale), (check_module, "expor
     ids=["attention over borders", "loss", "gradients", "no gradient", "export"],
 )
 def test_a_planted_error_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plants: list[Plant], told: Callable[[Row], bool]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plants: list[Plant],
+    told: Callable[[Row], bool],
 ) -> None:
     for owner, name, wrong in plants:
         monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
@@ -108,4 +113,7 @@ def test_an_end_after_training_is_not_taken_for_a_refusal(
     row = check(LLAMA, "fp32", tmp_path)
     assert not row.right
     assert not row.refused
-    assert row.verdict in ("refused after step 4: export: no", "traceback at export: ValueError: two")
+    assert row.verdict in (
+        "refused after step 4: export: no",
+        "traceback at export: ValueError: two",
+    )

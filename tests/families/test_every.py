@@ -14,12 +14,20 @@ QUICK = (*RIGHT, "rwkv", "musicgen", "bert")
 def test_none_is_forgotten_here_or_on_the_page() -> None:
     known = {each.model_type for each in ALL.values()} | set(every.others())
     assert set(every.families()) <= known
-    page = write_models.PAGE.read_text(encoding="utf-8").split(f"{write_models.EVERY}\n")[1].split("\n## ")[0]
+    page = (
+        write_models.PAGE.read_text(encoding="utf-8")
+        .split(f"{write_models.EVERY}\n")[1]
+        .split("\n## ")[0]
+    )
     assert sorted(table.told(page)) == sorted(every.others())
 
 
 @pytest.mark.parametrize(
-    "family", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in every.others()]
+    "family",
+    [
+        each if each in QUICK else pytest.param(each, marks=pytest.mark.slow)
+        for each in every.others()
+    ],
 )
 def test_a_family_is_right_or_refused_before_the_first_step(family: str) -> None:
     row = every.row(family)
@@ -30,10 +38,22 @@ def test_a_family_is_right_or_refused_before_the_first_step(family: str) -> None
 @pytest.mark.parametrize(
     ("family", "line"),
     [
-        ("bert", "refused: model.name: BertLMHeadModel is no causal language model: its output for a token"),
-        ("rwkv", "refused: adapter.targets: rwkv.blocks.0.attention.output: adapters do not support .weight.div_"),
-        ("t5", "refused: model.name: MODEL is an encoder-decoder (t5), which cannot be trained; name a"),
-        ("clip", "refused: model.name: MODEL does not load: transformers has no causal language model of its type"),
+        (
+            "bert",
+            "refused: model.name: BertLMHeadModel is no causal language model: its output for a token",
+        ),
+        (
+            "rwkv",
+            "refused: adapter.targets: rwkv.blocks.0.attention.output: adapters do not support .weight.div_",
+        ),
+        (
+            "t5",
+            "refused: model.name: MODEL is an encoder-decoder (t5), which cannot be trained; name a",
+        ),
+        (
+            "clip",
+            "refused: model.name: MODEL does not load: transformers has no causal language model of its type",
+        ),
     ],
 )
 def test_what_is_refused_is_told_plainly(family: str, line: str) -> None:

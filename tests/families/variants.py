@@ -15,7 +15,12 @@ Sizes = Mapping[str, Any]
 
 # Most tokens of a sequence, the run's data.max_length.
 LONGEST = 64
-IDS: Sizes = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+IDS: Sizes = {
+    "vocab_size": tiny.VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 COMMON: Sizes = {**IDS, "hidden_size": 64, "num_hidden_layers": 2}
 # A decoder whose config names its sizes like Llama's.
 DENSE: Sizes = {
@@ -90,7 +95,9 @@ class Variant:
     chat: bool = True
 
 
-def variant(name: str, *parts: Sizes, kind: str | None = None, chat: bool = True, **more: Any) -> Variant:
+def variant(
+    name: str, *parts: Sizes, kind: str | None = None, chat: bool = True, **more: Any
+) -> Variant:
     """A variant whose config has the fields of all parts, later ones over earlier ones; `kind` is its model type."""
     sizes = {key: value for part in (*parts, more) for key, value in part.items()}
     return Variant(name, kind or name, sizes, chat)
@@ -114,7 +121,15 @@ NAMED = _by_name(
     variant("phi", DENSE, chat=False),
     variant("gpt2", GPT, chat=False),
     variant("opt", DENSE, ffn_dim=96, word_embed_proj_dim=64, chat=False),
-    variant("opt 350m", DENSE, kind="opt", ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False, chat=False),
+    variant(
+        "opt 350m",
+        DENSE,
+        kind="opt",
+        ffn_dim=96,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
+        chat=False,
+    ),
     variant("gpt_neox", DENSE, chat=False),
     variant("gptj", GPT, rotary_dim=8, chat=False),
     variant("gpt_bigcode", GPT, multi_query=True, chat=False),
@@ -149,7 +164,16 @@ NAMED = _by_name(
     variant("gemma2", GEMMA, WIDE, final_logit_softcapping=2.0, attn_logit_softcapping=1.0),
     variant("gpt_oss", DENSE, HEADS, WIDE, BOTH, LOCAL_EXPERTS),
     variant("bloom", COMMON, n_head=4, n_layer=2, chat=False),
-    variant("mpt", IDS, d_model=64, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=128, chat=False),
+    variant(
+        "mpt",
+        IDS,
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        expansion_ratio=2,
+        max_seq_len=128,
+        chat=False,
+    ),
     variant(
         "gpt_neo",
         COMMON,
@@ -183,7 +207,9 @@ NAMED = _by_name(
     ),
     variant("phimoe", DENSE, LOCAL_EXPERTS),
     # State: convolutions, recurrences, linear attention.
-    variant("falcon_h1", DENSE, HEADS, SSM, mamba_d_ssm=128, lm_head_multiplier=0.5, key_multiplier=0.8),
+    variant(
+        "falcon_h1", DENSE, HEADS, SSM, mamba_d_ssm=128, lm_head_multiplier=0.5, key_multiplier=0.8
+    ),
     variant(
         "recurrent_gemma",
         DENSE,
@@ -203,9 +229,26 @@ NAMED = _by_name(
         layer_types=["mamba", "attention"],
     ),
     variant("lfm2", DENSE, layer_types=["conv", "full_attention"], block_multiple_of=16),
-    variant("mamba2", COMMON, num_heads=4, head_dim=32, state_size=16, n_groups=1, chunk_size=16, chat=False),
+    variant(
+        "mamba2",
+        COMMON,
+        num_heads=4,
+        head_dim=32,
+        state_size=16,
+        n_groups=1,
+        chunk_size=16,
+        chat=False,
+    ),
     variant("mamba", COMMON, state_size=8, time_step_rank=8, chat=False),
-    variant("qwen3_next", DENSE, HEADS, DELTA, EXPERTS, SMALL_EXPERTS, shared_expert_intermediate_size=32),
+    variant(
+        "qwen3_next",
+        DENSE,
+        HEADS,
+        DELTA,
+        EXPERTS,
+        SMALL_EXPERTS,
+        shared_expert_intermediate_size=32,
+    ),
     # Trained on text, with a part for pictures.
     variant(
         "gemma3",
@@ -224,7 +267,9 @@ NAMED = _by_name(
 # Families that the review does not name.
 MORE = _by_name(
     variant("ernie4_5", DENSE, HEADS),
-    variant("ernie4_5_moe", DENSE, SMALL_EXPERTS, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1),
+    variant(
+        "ernie4_5_moe", DENSE, SMALL_EXPERTS, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1
+    ),
     variant("seed_oss", DENSE, HEADS),
     variant("arcee", DENSE),
     variant("hunyuan_v1_dense", DENSE, HEADS),
@@ -233,12 +278,37 @@ MORE = _by_name(
     variant("persimmon", DENSE, chat=False),
     variant("codegen", GPT, rotary_dim=8, chat=False),
     variant("biogpt", DENSE, chat=False),
-    variant("xglm", IDS, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4, max_position_embeddings=128),
+    variant(
+        "xglm",
+        IDS,
+        d_model=64,
+        ffn_dim=96,
+        num_layers=2,
+        attention_heads=4,
+        max_position_embeddings=128,
+    ),
     variant("smollm3 nope", DENSE, kind="smollm3", no_rope_layers=[1, 0]),
-    variant("qwen3_moe mlp", DENSE, HEADS, EXPERTS, SMALL_EXPERTS, kind="qwen3_moe", mlp_only_layers=[0]),
+    variant(
+        "qwen3_moe mlp", DENSE, HEADS, EXPERTS, SMALL_EXPERTS, kind="qwen3_moe", mlp_only_layers=[0]
+    ),
     variant("dots1", DENSE, ROUTED, GROUPS, sliding_window=None),
-    variant("lfm2_moe", DENSE, EXPERTS, SMALL_EXPERTS, layer_types=["conv", "full_attention"], num_dense_layers=1),
-    variant("jamba", DENSE, EXPERTS, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8),
+    variant(
+        "lfm2_moe",
+        DENSE,
+        EXPERTS,
+        SMALL_EXPERTS,
+        layer_types=["conv", "full_attention"],
+        num_dense_layers=1,
+    ),
+    variant(
+        "jamba",
+        DENSE,
+        EXPERTS,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=8,
+    ),
     variant(
         "nemotron_h",
         DENSE,
@@ -263,7 +333,14 @@ MORE = _by_name(
         chunk_size=16,
         adapter_rank=8,
     ),
-    variant("minimax", DENSE, HEADS, LOCAL_EXPERTS, layer_types=["linear_attention", "full_attention"], block_size=16),
+    variant(
+        "minimax",
+        DENSE,
+        HEADS,
+        LOCAL_EXPERTS,
+        layer_types=["linear_attention", "full_attention"],
+        block_size=16,
+    ),
     variant("qwen3_5_text", DENSE, HEADS, DELTA),
     variant("olmo_hybrid", DENSE, DELTA),
 )

@@ -32,7 +32,10 @@ def build(variant: Variant, folder: Path, dtype: torch.dtype = torch.float32) ->
 
 
 def make(
-    variant: Variant, dtype: torch.dtype = torch.float32, attention: str | None = None, experts: str | None = None
+    variant: Variant,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    experts: str | None = None,
 ) -> Any:
     """The model, frozen, in evaluation mode; always the same weights.
 

@@ -6,8 +6,6 @@ import struct
 from random import Random
 from typing import Any
 
-import yaml
-
 ODD_TEXTS = [
     "",
     " ",
@@ -40,7 +38,19 @@ ODD_NUMBERS = [
     float("inf"),
     float("nan"),
 ]
-ODD_VALUES: list[Any] = [None, True, False, [], {}, [[]], {"": 0}, [None], {"a": {"a": {}}}, *ODD_TEXTS, *ODD_NUMBERS]
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    {"": 0},
+    [None],
+    {"a": {"a": {}}},
+    *ODD_TEXTS,
+    *ODD_NUMBERS,
+]
 
 
 def deep(levels: int, kind: str) -> Any:
@@ -64,7 +74,11 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
     while waiting:
         node = waiting.pop()
         items = (
-            list(node.items()) if isinstance(node, dict) else list(enumerate(node)) if isinstance(node, list) else []
+            list(node.items())
+            if isinstance(node, dict)
+            else list(enumerate(node))
+            if isinstance(node, list)
+            else []
         )
         for key, inner in items:
             found.append((node, key))
@@ -90,7 +104,9 @@ def tree(random: Random, original: Any, times: int | None = None) -> Any:
             case 3 if isinstance(node, list):
                 node.insert(key, value(random))
             case 4 if isinstance(node[key], int | float) and not isinstance(node[key], bool):
-                node[key] = node[key] * random.choice([-1, 2, 1000, 10**9, 0.5]) + random.choice([0, 1])
+                node[key] = node[key] * random.choice([-1, 2, 1000, 10**9, 0.5]) + random.choice(
+                    [0, 1]
+                )
             case 5 if isinstance(node[key], str):
                 node[key] = text(random, node[key])
             case _:
@@ -147,11 +163,3 @@ def as_json(tree: Any, random: Random | None = None) -> str:
         key = random.choice(list(tree))
         return f"{written[:-1]}, {json.dumps(key)}: {json.dumps(value(random))}}}"
     return written
-
-
-def as_yaml(tree: Any) -> str:
-    """YAML; of a tree that is too deep for the writer JSON, which is YAML too."""
-    try:
-        return yaml.dump(tree, sort_keys=False)
-    except RecursionError:
-        return json.dumps(tree)

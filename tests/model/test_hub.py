@@ -17,10 +17,22 @@ from tests import tiny
 
 COMMIT = "0" * 40
 ANSWERS = {
-    "none": (404, "RepoNotFound", "the model hub has no model of this name, or it is private: correct the name"),
-    "unauthorised": (401, "", "the model hub has no model of this name, or it is private: correct the name"),
+    "none": (
+        404,
+        "RepoNotFound",
+        "the model hub has no model of this name, or it is private: correct the name",
+    ),
+    "unauthorised": (
+        401,
+        "",
+        "the model hub has no model of this name, or it is private: correct the name",
+    ),
     "gated": (403, "GatedRepo", "access to it on request"),
-    "revision": (404, "RevisionNotFound", "the model hub has the model, but not this model.revision"),
+    "revision": (
+        404,
+        "RevisionNotFound",
+        "the model hub has the model, but not this model.revision",
+    ),
     "broken": (500, "", "the model hub is unreachable (Server error '500"),
     "busy": (429, "", "the model hub is unreachable ("),
 }
@@ -36,7 +48,9 @@ class Hub(BaseHTTPRequestHandler):
         if "/org/cut" in self.path:
             self.cut_off()
             return
-        status, code, _ = next(answer for name, answer in ANSWERS.items() if f"/org/{name}" in self.path)
+        status, code, _ = next(
+            answer for name, answer in ANSWERS.items() if f"/org/{name}" in self.path
+        )
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
@@ -103,7 +117,9 @@ def refusal(name: str, passes: bool = False) -> str:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_what_the_hub_answers_is_told_in_words(name: str, address: str, told: Callable[..., None]) -> None:
+def test_what_the_hub_answers_is_told_in_words(
+    name: str, address: str, told: Callable[..., None]
+) -> None:
     told(ENDPOINT=address)
     assert ANSWERS[name][2] in refusal(f"org/{name}", passes=name in PASS)
 
@@ -112,21 +128,29 @@ def test_a_file_that_breaks_off_is_no_bug(
     address: str, told: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The client's own exception ended in a traceback.
-    told(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}")
+    told(
+        ENDPOINT=address,
+        HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(time, "sleep", lambda _: None)  # before its client asks again
     assert "the model hub did not deliver it: " in refusal("org/cut", passes=True)
 
 
-@pytest.mark.parametrize("pickles", [True, False])
 def test_weights_in_folders_of_a_repository_are_left_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pickles: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = ["config.json", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja"]
+    wanted = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "additional_chat_templates/tools.jinja",
+    ]
     wanted += ["README.md"]  # it has the license
-    wanted += ["pytorch_model.bin"] * pickles
-    left = ["original/model.safetensors", "onnx/pytorch_model.bin", "consolidated.safetensors"] + [
-        "pytorch_model.bin"
-    ] * (not pickles)
+    left = [
+        "original/model.safetensors",
+        "onnx/pytorch_model.bin",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+    ]
     taken: list[str] = []
     tiny.llama().save_pretrained(tmp_path)
 
@@ -135,7 +159,7 @@ def test_weights_in_folders_of_a_repository_are_left_there(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert obtain(tiny.config(model__name="org/model", model__allow_pickle=pickles)).folder == str(tmp_path)
+    assert obtain(tiny.config(model__name="org/model")).folder == str(tmp_path)
     assert taken == wanted
 
 
@@ -146,6 +170,8 @@ def test_a_hub_that_cannot_be_asked_is_no_wrong_name(told: Callable[..., None]) 
     assert "and this machine's cache does not have the model" in message
 
 
-def test_a_machine_that_is_told_to_stay_offline_says_so(address: str, told: Callable[..., None]) -> None:
+def test_a_machine_that_is_told_to_stay_offline_says_so(
+    address: str, told: Callable[..., None]
+) -> None:
     told(ENDPOINT=address, HF_HUB_OFFLINE=True)
     assert "HF_HUB_OFFLINE" in refusal("org/none")

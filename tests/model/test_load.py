@@ -58,9 +58,10 @@ def assert_alike(folder: Path, dtype: str) -> None:
     assert found.keys() == dict(loaded.named_buffers()).keys()
     parameters = dict(empty.named_parameters(remove_duplicate=False))
     assert all(one.is_meta and not one.requires_grad for one in parameters.values())
-    assert {name: (one.dtype, one.shape) for name, one in loaded.named_parameters(remove_duplicate=False)} == {
-        name: (one.dtype, one.shape) for name, one in parameters.items()
-    }
+    assert {
+        name: (one.dtype, one.shape)
+        for name, one in loaded.named_parameters(remove_duplicate=False)
+    } == {name: (one.dtype, one.shape) for name, one in parameters.items()}
     assert empty.config.to_dict() == loaded.config.to_dict()
     assert not any(module.training for module in empty.modules())
 
@@ -90,10 +91,16 @@ def test_all_other_families(tmp_path: Path, family: str, dtype: str) -> None:
 CPU = torch.device("cpu")
 
 
-def test_free_memory_is_that_of_the_machine_or_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_free_memory_is_that_of_the_machine_or_less(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(load, "_GROUP", tmp_path)
     assert 2**20 < load.free(CPU) < 2**50
-    for name, text in {"max": "5000", "current": "4000", "stat": "anon 1\ninactive_file 500"}.items():
+    for name, text in {
+        "max": "5000",
+        "current": "4000",
+        "stat": "anon 1\ninactive_file 500",
+    }.items():
         (tmp_path / f"memory.{name}").write_text(text)
     assert load.free(CPU) == 1500
     (tmp_path / "memory.max").write_text("max")

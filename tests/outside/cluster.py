@@ -11,7 +11,12 @@ from tests.waiting import until
 
 JOBS = "export RAY_AUTH_MODE=token RAY_ADDRESS=http://127.0.0.1:8265 PYTHONUNBUFFERED=1"
 NODES = 3
-SECRETS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+SECRETS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+)
 
 
 def check_out(machine: Machine, folder: str) -> None:
@@ -27,7 +32,12 @@ def write_settings(world: World, folder: Path) -> None:
     text = (folder / "cluster.yaml").read_text()
     tree = yaml.safe_load(text)
     lines = "\n".join(re.findall("^#   ((?:provider|auth): .*)", text, re.MULTILINE))
-    for told, name in {"HEAD": "head", "WORKER_1": "worker1", "WORKER_2": "worker2", "ubuntu": "root"}.items():
+    for told, name in {
+        "HEAD": "head",
+        "WORKER_1": "worker1",
+        "WORKER_2": "worker2",
+        "ubuntu": "root",
+    }.items():
         lines = lines.replace(told, name)
     (gone,) = re.findall(r"^# and delete ([^.]*)\.", text, re.MULTILINE)
     for name in re.split(r", | and ", gone):
@@ -41,7 +51,9 @@ def write_settings(world: World, folder: Path) -> None:
     variables = folder / "deploy" / "cluster.env"
     wanted = {name: value for name, value in world.tls.items() if name not in SECRETS}
     wanted |= {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-    variables.write_text(variables.read_text() + "".join(f"{name}={text}\n" for name, text in wanted.items()))
+    variables.write_text(
+        variables.read_text() + "".join(f"{name}={text}\n" for name, text in wanted.items())
+    )
     home = folder.parent
     user, password = USER, world.password
     for place, content in {
@@ -67,18 +79,24 @@ def bring_up(world: World) -> None:
 
 def nodes(world: World) -> int:
     """How many nodes of the cluster live."""
-    listed = world.machines["head"].run(f"{JOBS} && ray list nodes --filter state=ALIVE --format json", timeout=60)
+    listed = world.machines["head"].run(
+        f"{JOBS} && ray list nodes --filter state=ALIVE --format json", timeout=60
+    )
     return listed.stdout.count('"node_id"')
 
 
-def submit(machine: Machine, *words: str, folder: str = "olora_ray") -> "tuple[subprocess.Popen[bytes], Path]":
+def submit(
+    machine: Machine, *words: str, folder: str = "olora_ray"
+) -> "tuple[subprocess.Popen[bytes], Path]":
     """`ray job submit` from a checkout on a machine; returns the process and the file that its output goes to."""
     log = machine.folder / f"job-{len(list(machine.folder.glob('job-*')))}.log"
     line = f"cd {folder} && {JOBS} && .venv/bin/ray job submit --working-dir . -- python {' '.join(words)}"
     return machine.start(line, log.name), log
 
 
-def submitted(machine: Machine, *words: str, folder: str = "olora_ray", timeout: float = 600) -> str:
+def submitted(
+    machine: Machine, *words: str, folder: str = "olora_ray", timeout: float = 600
+) -> str:
     """`ray job submit` to its end, which must be a success; returns the output."""
     process, log = submit(machine, *words, folder=folder)
     code = process.wait(timeout)

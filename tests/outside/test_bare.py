@@ -1,6 +1,5 @@
 """A run on two nodes that have Python and Ray alone: the job brings the rest (deploy/runtime_env.yaml)."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -32,8 +31,15 @@ def bare() -> Iterator[World]:
             f"python3.11 -m venv /mnt/bare && {RAY}/pip install -q --no-index --find-links /mnt/wheels 'ray[default]'"
         )
         variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/mnt/wheels", "UV_OFFLINE": "1"}
-        variables |= {"UV_FIND_LINKS": "/mnt/wheels", "GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{RAY}:/usr/bin:/bin"}
-        head.ok("ray start --head --node-ip-address head --num-cpus 1 --dashboard-host 127.0.0.1", **variables)
+        variables |= {
+            "UV_FIND_LINKS": "/mnt/wheels",
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "PATH": f"{RAY}:/usr/bin:/bin",
+        }
+        head.ok(
+            "ray start --head --node-ip-address head --num-cpus 1 --dashboard-host 127.0.0.1",
+            **variables,
+        )
         worker.ok("ray start --address head:6379 --num-cpus 1", **variables)
         cluster.check_out(laptop, "olora_ray")
         laptop.start("ssh -N -L 8265:127.0.0.1:8265 head", "tunnel.log")
@@ -45,7 +51,9 @@ def bare() -> Iterator[World]:
 @pytest.mark.parametrize("tool", ["pip", "uv"])
 def test_a_job_brings_its_packages(bare: World, tool: str) -> None:
     laptop, shared = bare.machines["laptop"], bare.shared
-    tree = project.settings(shared, shared / "model", cluster={"workers": 2, "cpus_per_worker": 1}, run__name=tool)
+    tree = project.settings(
+        shared, shared / "model", cluster={"workers": 2, "cpus_per_worker": 1}, run__name=tool
+    )
     file: Path = project.write_config(shared, tree)
     environment = laptop.folder / "root" / "olora_ray" / "deploy" / "runtime_env.yaml"
     wanted = yaml.safe_load((ROOT / "deploy" / "runtime_env.yaml").read_text())
@@ -53,28 +61,13 @@ def test_a_job_brings_its_packages(bare: World, tool: str) -> None:
     line = "ray job submit --working-dir . --runtime-env deploy/runtime_env.yaml -- python pipelines/finetune.py"
     for name in (tool, f"{tool}-again"):
         began = time.monotonic()
-        done = laptop.run(f"cd olora_ray && {line} {file} run.name={name}", 1800, RAY_ADDRESS="http://127.0.0.1:8265")
+        done = laptop.run(
+            f"cd olora_ray && {line} {file} run.name={name}",
+            1800,
+            RAY_ADDRESS="http://127.0.0.1:8265",
+        )
         print(f"{name}: {time.monotonic() - began:.0f} s")
         print(done.stdout[-6000:])
         assert done.returncode == 0
         assert "2 node(s)" in done.stdout
         assert "registered: " in done.stdout
-
-
-def test_a_wheel_is_an_environment_as_well(bare: World) -> None:
-    """No checkout: the job's folder has a config, the wheel, and the packages to install."""
-    laptop, shared = bare.machines["laptop"], bare.shared
-    job = laptop.folder / "root" / "job"
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", job, job.with_name("olora_ray")]
-    subprocess.run(pip, check=True)
-    (wheel,) = job.glob("*.whl")
-    packages = [f"${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{wheel.name}[gguf,s3]"]
-    (job / "environment.yaml").write_text(yaml.safe_dump({"pip": packages, "config": {"setup_timeout_seconds": 1800}}))
-    tree = project.settings(shared, shared / "model", cluster={"workers": 2, "cpus_per_worker": 1}, run__name="wheel")
-    shutil.copy(project.write_config(shared, tree), job / "mine.yaml")
-    line = "ray job submit --working-dir . --runtime-env environment.yaml -- olora-ray finetune mine.yaml"
-    done = laptop.run(f"cd job && {line}", 1800, RAY_ADDRESS="http://127.0.0.1:8265")
-    print(done.stdout[-6000:])
-    assert done.returncode == 0
-    assert "2 node(s)" in done.stdout
-    assert "registered: " in done.stdout

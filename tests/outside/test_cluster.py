@@ -1,4 +1,4 @@
-"""From nothing to the fourth night on a cluster over ssh, with nothing called localhost, as the pages say it.
+"""From nothing to nights on a cluster over ssh, with nothing called localhost, as the pages say it.
 
 The order counts: each test continues from what the tests before it have left.
 """
@@ -6,18 +6,16 @@ The order counts: each test continues from what the tests before it have left.
 import hashlib
 import json
 import re
-import shlex
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.outside import cluster, scenario, world
+from tests.outside import cluster, world
 from tests.outside.cluster import submitted
-from tests.outside.world import ROOT, Machine, World
+from tests.outside.world import Machine, World
 from tests.pipelines import project
 from tests.waiting import until
 
@@ -50,8 +48,16 @@ def head(outside: World) -> Machine:
 def config(outside: World) -> Path:
     """A config of a run with two workers in a folder that all machines see."""
     project.make_tiny(outside.shared)
-    changes: dict[str, Any] = {"cluster": {"workers": 2, "cpus_per_worker": 1}, "train__checkpoint_every": 100}
-    changes |= {"train__steps": STEPS, "train__eval_every": STEPS, "train__log_every": 50, "evaluation__scorer": None}
+    changes: dict[str, Any] = {
+        "cluster": {"workers": 2, "cpus_per_worker": 1},
+        "train__checkpoint_every": 100,
+    }
+    changes |= {
+        "train__steps": STEPS,
+        "train__eval_every": STEPS,
+        "train__log_every": 50,
+        "evaluation__scorer": None,
+    }
     tree = project.settings(outside.shared, outside.shared / "model", **changes)
     return project.write_config(outside.shared, tree)
 
@@ -73,7 +79,9 @@ def test_a_first_run_by_plain_http(outside: World, laptop: Machine, config: Path
     assert outside.password not in log
 
 
-def test_a_run_is_the_same_whatever_dies(outside: World, laptop: Machine, head: Machine, config: Path) -> None:
+def test_a_run_is_the_same_whatever_dies(
+    outside: World, laptop: Machine, head: Machine, config: Path
+) -> None:
     """The database goes and comes back, a machine loses its power, the driver is killed, another checkout resumes."""
     words = ("pipelines/finetune.py", str(config), "run.name=killed")
     process, log = cluster.submit(laptop, *words)
@@ -82,7 +90,9 @@ def test_a_run_is_the_same_whatever_dies(outside: World, laptop: Machine, head: 
     until(lambda: reached(log, 350), 120, pause=0.5)
     outside.database()
 
-    victim = next(each for each in outside.machines.values() if cluster.pids(each, "RayTrainWorker"))
+    victim = next(
+        each for each in outside.machines.values() if cluster.pids(each, "RayTrainWorker")
+    )
     victim.kill()
     until(lambda: "training continues" in log.read_text(), 300, pause=1)
     outside.machine(victim.name)
@@ -95,180 +105,71 @@ def test_a_run_is_the_same_whatever_dies(outside: World, laptop: Machine, head: 
     assert "training continues after step" in again
     assert "registered:           small version 2" in again
     assert adapter(outside, "killed") == adapter(outside, "first")
-    until(lambda: cluster.nodes(outside) == cluster.NODES, 300, pause=5)  # the machine is a node again, by itself
-
-
-def test_a_spot_notice_moves_the_training_to_another_node(outside: World, laptop: Machine, config: Path) -> None:
-    """The watcher of deploy/ with a stand-in for EC2's metadata service, which has the notice in mid-run."""
-    process, log = cluster.submit(laptop, "pipelines/finetune.py", str(config), "run.name=spot")
-    until(lambda: reached(log, 200), 240, pause=0.5)
-    victim = next(each for each in outside.machines.values() if cluster.pids(each, "RayTrainWorker"))
-    victim.start(f"python3 {ROOT}/tests/deploy/metadata.py ec2 8169 /tmp", "metadata.log")
-    variables = "export METADATA_URL=http://127.0.0.1:8169 PATH=~/olora_env/bin:$PATH RAY_AUTH_MODE=token"
-    victim.start(f"{variables}; sleep 2; bash olora_ray/deploy/watch_node.sh", "watch.log")
-    until(lambda: "watching" in (victim.folder / "watch.log").read_text(), 30)
-    victim.ok("touch /tmp/notice")
-    assert process.wait(600) == 0, log.read_text()[-6000:]
-    assert "is preempted" in log.read_text()
-    assert adapter(outside, "spot") == adapter(outside, "first")
-    until(lambda: cluster.nodes(outside) == cluster.NODES, 400, pause=5)
+    until(
+        lambda: cluster.nodes(outside) == cluster.NODES, 300, pause=5
+    )  # the machine is a node again, by itself
 
 
 def test_a_search_on_an_object_store(laptop: Machine, config: Path) -> None:
-    words = ["pipelines/sweep.py", str(config), "tune_spaces/smoke.yaml", "--register", "run.name=search"]
-    log = submitted(laptop, *words, "run.storage=s3://runs/searches", "cluster.workers=1", "registry.model=searched")
+    words = f"pipelines/sweep.py {config} tune_spaces/smoke.yaml --register run.name=search"
+    words += " run.storage=s3://runs/searches cluster.workers=1 registry.model=searched"
+    log = submitted(laptop, *words.split())
     assert "searched version 1" in log
 
 
-class Nights:
-    """The line of deploy/crontab on the head, as cron would call it, and what came of it."""
+@pytest.fixture(scope="module")
+def night(outside: World, head: Machine, config: Path) -> Callable[..., tuple[int, str]]:
+    """`night(**variables)`: the line of deploy/crontab on the head, as cron would call it: exit code and mail."""
+    cluster.check_out(head, "checkout")
+    ours = outside.machines["laptop"].folder / "root/olora_ray/deploy/cluster.env"
+    (head.folder / "root/checkout/deploy/cluster.env").write_text(ours.read_text())
+    (outside.shared / "hook").write_text("http://hooks.internal:8000/retraining")
+    tree = yaml.safe_load(config.read_text())
+    tree["train"] |= {"steps": 20, "eval_every": 20}
+    tree |= {
+        "registry": {"model": "nightly"},
+        "gate": {"min_rows": 5, "guard": None},
+        "notify": {"url": f"file:{outside.shared}/hook"},
+    }
+    file = project.write_config(outside.shared, tree, "nightly.yaml")
 
-    def __init__(self, outside: World) -> None:
-        self.outside, self.head = outside, outside.machines["head"]
-        self.played = scenario.quick(outside.shared / "nights")
-        tree = yaml.safe_load(self.played.config.read_text())
-        (outside.shared / "hook").write_text("http://hooks.internal:8000/retraining")
-        tree["notify"] = {"url": f"file:{outside.shared}/hook"}
-        tree["train"]["log_every"] = 10
-        self.played.config.write_text(yaml.safe_dump(tree))
-        cluster.check_out(self.head, "checkout")
-        cluster_env = outside.machines["laptop"].folder / "root/olora_ray/deploy/cluster.env"
-        (self.head.folder / "root/checkout/deploy/cluster.env").write_text(cluster_env.read_text())
-
-    def night(self, options: str = "", more: str = "", **variables: str) -> tuple[int, str]:
-        """One night: (exit code, what cron would mail)."""
-        lines = (self.head.folder / "root/checkout/deploy/crontab").read_text().splitlines()
+    def call(**variables: str) -> tuple[int, str]:
+        lines = (head.folder / "root/checkout/deploy/crontab").read_text().splitlines()
         settings = dict(line.split("=", 1) for line in lines if re.match("[A-Z_]+=", line))
-        settings |= {"PROJECT": "/root/checkout", "BIN": "/root/olora_env/bin", "LOG": "/root/retrain.log"}
-        settings |= {"CONFIG": str(self.played.config), "PATH": "/usr/bin:/bin", **variables}
+        settings |= {"PROJECT": "/root/checkout", "BIN": "/root/olora_env/bin"}
+        settings |= {"LOG": "/root/retrain.log", "PATH": "/usr/bin:/bin"}
         command = lines[-1].split(maxsplit=5)[5]
-        command = command.replace("deploy/night.py", f"deploy/night.py --pause 2 --tries 2 {options}")
-        command = command.replace("pipelines/retrain.py $CONFIG", f"pipelines/retrain.py $CONFIG {more}")
-        done = self.head.run(command, **settings)
+        command = command.replace("deploy/night.py", "deploy/night.py --pause 2 --tries 2")
+        done = head.run(command, **settings, CONFIG=str(file), **variables)
         return done.returncode, done.stdout
 
-    def aliases(self) -> dict[str, str]:
-        words = f"cd checkout && . <(sed 's/^/export /' deploy/cluster.env | grep -v '#') && python -c {SHOW_ALIASES!r}"
-        found: dict[str, str] = json.loads(self.head.ok(words).splitlines()[-1])
-        return found
-
-    def last(self) -> dict[str, Any]:
-        """The last notification."""
-        return self.outside.heard[-1]
+    return call
 
 
-SHOW_ALIASES = (
-    "import json, os; from olora_ray.tracking.aliases import Aliases;"
-    f' print(json.dumps(Aliases(os.environ["MLFLOW_TRACKING_URI"], "{scenario.NAME}").current()))'
-)
-
-
-@pytest.fixture(scope="module")
-def nights(outside: World) -> Nights:
-    (outside.shared / "nights").mkdir()
-    return Nights(outside)
-
-
-def test_four_nights_and_a_rollback(nights: Nights) -> None:
-    played, heard = nights.played, nights.outside.heard
-    played.arrive("night-1", played.first)
-    assert nights.night() == (0, "")
-    assert nights.aliases() == {"champion": "1"}
-    assert (nights.last()["event"], nights.last()["version"]) == ("promoted", "1")
-
-    told = len(heard)
-    assert nights.night() == (0, "")  # nothing changed
-    assert (nights.aliases(), len(heard)) == ({"champion": "1"}, told)
-
-    played.arrive("night-3", played.more)
-    assert nights.night() == (0, "")
-    assert nights.aliases() == {"champion": "2", "previous": "1"}
-    assert nights.last()["event"] == "promoted"
-
-    played.arrive("night-3", played.poison)
-    assert nights.night() == (0, "")
-    assert nights.aliases() == {"champion": "2", "previous": "1", "challenger": "3"}
-    assert (nights.last()["event"], nights.last()["version"]) == ("refused", "3")
-
-    said = nights.head.ok(
-        "cd checkout && set -a && . deploy/cluster.env && python pipelines/registry.py rollback support"
+def test_nights_are_told_with_their_decision_or_their_cause(
+    outside: World, head: Machine, night: Callable[..., tuple[int, str]]
+) -> None:
+    assert night() == (0, "")
+    assert (outside.heard[-1]["event"], outside.heard[-1]["version"]) == ("promoted", "1")
+    told = len(outside.heard)
+    assert night() == (0, "")  # nothing changed
+    assert len(outside.heard) == told
+    said = head.ok(
+        "cd checkout && set -a && . deploy/cluster.env && python pipelines/registry.py list nightly"
     )
-    assert "version 1 is the champion again" in said
-    assert nights.aliases() == {"champion": "1", "challenger": "3"}
-
-
-def test_without_its_alias_the_champion_is_compared_with_all_the_same(nights: Nights) -> None:
-    forget = SHOW_ALIASES.replace(
-        "print(",
-        f'a = Aliases(os.environ["MLFLOW_TRACKING_URI"], "{scenario.NAME}");'
-        f' a.client.delete_registered_model_alias("{scenario.NAME}", "champion"); print(',
-    )
-    nights.head.ok(f"cd checkout && set -a && . deploy/cluster.env && python -c {forget!r}")
-    # Instead of the first rows: with these beside them, a model that has seen the third word may rightly win.
-    nights.played.arrive("night-1", nights.played.poison)
-    code, _ = nights.night()
-    assert code == 0
-    assert nights.last()["event"] == "refused"
-    assert "the champion's" in nights.last()["reason"]
-    assert "champion" not in nights.aliases()
-
-
-def test_bad_nights_are_told(nights: Nights) -> None:
-    """Exit code, notification and the line in cron's mail of each."""
-    outside, played = nights.outside, nights.played
-    nights.played.arrive("night-6", nights.played.more[:20])
+    assert "champion" in said
 
     outside.stop_server("nginx")  # MLflow does not answer
-    code, mail = nights.night()
-    assert (code, nights.last()["event"]) == (75, "not finished")
+    code, mail = night()
+    assert (code, outside.heard[-1]["event"]) == (75, "not finished")
     assert "no MLflow server answers" in mail
     outside.nginx()
 
-    credentials = nights.head.folder / "root/.mlflow/credentials"
+    credentials = head.folder / "root/.mlflow/credentials"
     right = credentials.read_text()
     credentials.write_text(right.replace(outside.password, "wrong"))
-    code, mail = nights.night()
-    assert (code, nights.last()["event"]) == (2, "failed")
-    assert "refuses access" in nights.last()["reason"] + mail
+    code, mail = night()
+    assert (code, outside.heard[-1]["event"]) == (2, "failed")
+    assert "refuses access" in outside.heard[-1]["reason"] + mail
     credentials.write_text(right)
-
-    code, mail = nights.night(more=f"run.storage={outside.full_disk}")
-    assert (code, nights.last()["event"]) == (2, "failed")
-    assert "No space left on device" in nights.last()["reason"]
-
-    whole = (played.data / "night-6.jsonl").read_bytes()
-    (played.data / "night-6.jsonl").write_bytes(whole[:-20])  # it is still being copied
-    code, mail = nights.night()
-    assert (code, nights.last()["event"]) == (2, "failed")
-    assert "night-6.jsonl:20" in nights.last()["reason"]
-    (played.data / "night-6.jsonl").write_bytes(whole)
-
-    silent = 'import socket, time; server = socket.create_server(("127.0.0.1", 9999)); time.sleep(999)'
-    nights.head.start(f"python -c {shlex.quote(silent)}", "silent.log")  # it accepts and never answers
-    code, mail = nights.night("--hours 0.01 --grace 5", RAY_ADDRESS="http://127.0.0.1:9999")
-    assert (code, nights.last()["event"]) == (75, "not finished")
-    assert "the limit of a night" in nights.last()["reason"]
-
     assert outside.password not in json.dumps(outside.heard) + mail
-
-
-def test_prometheus_has_each_series_of_the_dashboard(outside: World, head: Machine, config: Path) -> None:
-    prometheus = head.run("which prometheus").stdout.strip()
-    if not prometheus:
-        pytest.skip("no Prometheus")
-    nodes = "scrape_configs:\n- job_name: ray\n  scrape_interval: 2s\n  file_sd_configs:\n"
-    nodes += "  - files: [/tmp/ray/prom_metrics_service_discovery.json]\n    refresh_interval: 5s\n"
-    (head.folder / "root/prometheus.yml").write_text(nodes)
-    head.start(
-        f"{prometheus} --config.file=prometheus.yml --storage.tsdb.path=/tmp/tsdb --web.listen-address=0.0.0.0:9090",
-        "prometheus.log",
-    )
-    dashboard = json.loads((ROOT / "deploy/grafana/olora_ray.json").read_text())
-    queries = [target["expr"].replace("$run", ".*") for panel in dashboard["panels"] for target in panel["targets"]]
-    began = int(time.time())
-    submitted(outside.machines["laptop"], "pipelines/finetune.py", str(config), "run.name=seen")
-    for query in queries:  # as Grafana asks: over a time, since a gauge ends with the process that has set it
-        words = f"curl -sG http://head:9090/api/v1/query_range -d step=5 -d start={began} -d end={int(time.time())}"
-        words += f" --data-urlencode 'query={query.replace('$__rate_interval', '1m')}'"
-        found = json.loads(outside.machines["laptop"].ok(words))
-        assert found["data"]["result"], query

@@ -22,6 +22,7 @@ import yaml
 
 from tests.deploy.test_kuberay import Tree, found_under, rendered
 from tests.pipelines import project
+from tests.ran import ran
 from tests.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -56,19 +57,33 @@ class Podman:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.namespace = folder, f"olr{os.getpid()}-pods"
-        limits = [resource.getrlimit(each)[1] for each in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)]
+        limits = [
+            resource.getrlimit(each)[1] for each in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)
+        ]
         (folder / "containers.conf").write_text(CONF.format(*limits))
-        self.options = ["--root", folder / "store", "--runroot", folder / "run", "--tmpdir", folder / "tmp"]
+        self.options = [
+            "--root",
+            folder / "store",
+            "--runroot",
+            folder / "run",
+            "--tmpdir",
+            folder / "tmp",
+        ]
         self.options += ["--network-config-dir", folder / "networks", "--storage-driver", "overlay"]
         subprocess.run(["ip", "netns", "add", self.namespace], check=True)
 
     def __call__(self, *words: object, inside: bool = True, check: bool = True) -> str:
         """Run podman in the pods' network or in that of the machine; return its output."""
         enter = ["nsenter", f"--net=/run/netns/{self.namespace}"] if inside else []
-        own = {"CONTAINERS_CONF": str(self.folder / "containers.conf"), "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
+        own = {
+            "CONTAINERS_CONF": str(self.folder / "containers.conf"),
+            "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
+        }
         command = [str(word) for word in (*enter, "podman", *self.options, *words)]
-        done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=False)
-        assert not check or done.returncode == 0, f"{command}\n{done.stdout[-6000:]}{done.stderr[-3000:]}"
+        done = ran(command, code=None, env={**os.environ, **own})
+        assert not check or done.returncode == 0, (
+            f"{command}\n{done.stdout[-6000:]}{done.stderr[-3000:]}"
+        )
         return done.stdout
 
     def play(self, *documents: Tree, alias: str) -> None:
@@ -91,40 +106,74 @@ def build(podman: Podman, image: str) -> None:
     text = re.sub(r" \\\n(?:    --hash=.*\n)+", "\n", lock.read_text())
     lock.write_text(re.sub(r"(?m)^(?:nvidia-|cuda-|triton==).*\n", "", text))
     # The indexes and certificates of this machine.
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True)
+    listed = ran([sys.executable, "-m", "pip", "config", "list"])
     found = dict(re.findall(r"(cert|index-url|extra-index-url|find-links)='(.*)'", listed.stdout))
     settings = podman.folder / "pip.conf"
-    settings.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in found.items()))
+    settings.write_text(
+        "[global]\n" + "".join(f"{key} = {value}\n" for key, value in found.items())
+    )
     mounts = [f"{settings}:/etc/pip.conf", "/etc/ssl/certs:/etc/ssl/certs"]
-    mounts += [f"{folder}:{folder}" for folder in [found.get("find-links", "")] if Path(folder).is_absolute()]
+    mounts += [
+        f"{folder}:{folder}"
+        for folder in [found.get("find-links", "")]
+        if Path(folder).is_absolute()
+    ]
     words = [word for each in mounts for word in ("--volume", f"{each}:ro")]
     words += ["--pull=never", "--network=host", "--layers=false", "--build-arg", "COMMIT=abc"]
-    podman("build", *words, "--file", context / "deploy/Dockerfile", "--tag", image, context, inside=False)
+    podman(
+        "build",
+        *words,
+        "--file",
+        context / "deploy/Dockerfile",
+        "--tag",
+        image,
+        context,
+        inside=False,
+    )
 
 
 def pod(name: str, template: Tree, command: str, options: str = "-c", **variables: str) -> Tree:
     """Return a pod as KubeRay makes it of a template: a command, and variables of Ray."""
     (container,) = template["spec"]["containers"]
-    for rest in ("resources", "lifecycle"):  # podman has no hooks, and the machine's control groups may allow no limits
+    for rest in (
+        "resources",
+        "lifecycle",
+    ):  # podman has no hooks, and the machine's control groups may allow no limits
         container.pop(rest, None)
-    token = {"name": "RAY_AUTH_TOKEN", "valueFrom": {"secretKeyRef": {"name": NAME, "key": "auth_token"}}}
+    token = {
+        "name": "RAY_AUTH_TOKEN",
+        "valueFrom": {"secretKeyRef": {"name": NAME, "key": "auth_token"}},
+    }
     variables |= {"RAY_AUTH_MODE": "token"}
     container |= {"command": ["/bin/bash", options, "--"], "args": [command]}
     container["env"] = [token, *({"name": key, "value": text} for key, text in variables.items())]
     if container["name"] != "ray-job-submitter":
-        template["spec"].setdefault("volumes", []).append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+        template["spec"].setdefault("volumes", []).append(
+            {"name": "shm", "emptyDir": {"medium": "Memory"}}
+        )
         container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
-    metadata = {"name": name, "labels": template["metadata"]["labels"] | {"ray.io/is-ray-node": "yes"}}
+    metadata = {
+        "name": name,
+        "labels": template["metadata"]["labels"] | {"ray.io/is-ray-node": "yes"},
+    }
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
 def node(name: str, group: Tree, address: str = "") -> Tree:
     """Return the pod of a node of Ray, which joins the Ray of an address or is the head, with KubeRay's command."""
-    params = {"num-cpus": "1", "memory": str(4 << 30), "dashboard-agent-listen-port": "52365"} | group["rayStartParams"]
+    params = {
+        "num-cpus": "1",
+        "memory": str(4 << 30),
+        "dashboard-agent-listen-port": "52365",
+    } | group["rayStartParams"]
     words = " ".join(f"--{key}={value}" for key, value in sorted(params.items()))
-    role = f"--address={address}:6379" if address else "--head --no-monitor --dashboard-host=0.0.0.0"
+    role = (
+        f"--address={address}:6379" if address else "--head --no-monitor --dashboard-host=0.0.0.0"
+    )
     variables = {"RAY_ADDRESS": f"{address or '127.0.0.1'}:6379"}
-    made = pod(name, group["template"], f"ulimit -n 65536; ray start {role} --block {words}", **variables)
+    made = pod(
+        name, group["template"], f"ulimit -n 65536; ray start {role} --block {words}", **variables
+    )
     if address:
         (container,) = made["spec"]["containers"]
         wait = f"until ray health-check --address {address}:6379; do sleep 2; done"
@@ -147,23 +196,34 @@ def podman() -> Iterator[Podman]:
 
 def test_a_job_grows_leaves_a_drained_pod_and_is_registered(podman: Podman, tmp_path: Path) -> None:
     documents = {
-        each["kind"]: each for each in rendered(tmp_path, "kuberay") if each["kind"] in ("RayJob", "ConfigMap")
+        each["kind"]: each
+        for each in rendered(tmp_path, "kuberay")
+        if each["kind"] in ("RayJob", "ConfigMap")
     }
     job, environment = documents["RayJob"]["spec"], documents["ConfigMap"]
-    (gpu, _), head = job["rayClusterSpec"]["workerGroupSpecs"], job["rayClusterSpec"]["headGroupSpec"]
+    (gpu, _), head = (
+        job["rayClusterSpec"]["workerGroupSpecs"],
+        job["rayClusterSpec"]["headGroupSpec"],
+    )
     image = head["template"]["spec"]["containers"][0]["image"]
     build(podman, image)
-    listed = json.loads(podman("run", "--rm", "--network=none", image, "pip", "inspect"))["installed"]
+    listed = json.loads(podman("run", "--rm", "--network=none", image, "pip", "inspect"))[
+        "installed"
+    ]
     assert {each["metadata"]["name"] for each in listed} > {"ray", "torch", "mlflow", "olora-ray"}
     label = '{{index .Labels "org.opencontainers.image.revision"}}'
     assert podman("image", "inspect", image, "--format", label).strip() == "abc"
     podman("network", "create", "pods")
     podman("volume", "create", "olora-ray-storage")
-    storage = Path(podman("volume", "inspect", "olora-ray-storage", "--format", "{{.Mountpoint}}").strip())
+    storage = Path(
+        podman("volume", "inspect", "olora-ray-storage", "--format", "{{.Mountpoint}}").strip()
+    )
     # What a user fills in: MLflow's address, and a config; here without GPUs.
     environment["data"]["MLFLOW_TRACKING_URI"] = "sqlite:////storage/mlflow.db"
     project.make_tiny(storage)
-    tree = project.settings(Path("/storage"), Path("/storage/model"), cluster={"cpus_per_worker": 1})
+    tree = project.settings(
+        Path("/storage"), Path("/storage/model"), cluster={"cpus_per_worker": 1}
+    )
     tree["train"] |= {"steps": STEPS, "eval_every": STEPS, "checkpoint_every": 200, "log_every": 20}
     (storage / "configs").mkdir()
     project.write_config(storage / "configs", tree, "my_run.yaml")
@@ -179,7 +239,13 @@ def test_a_job_grows_leaves_a_drained_pod_and_is_registered(podman: Podman, tmp_
     status = podman(*inside, "cat", "/proc/1/status")
     assert re.findall(r"(?m)^(?:NoNewPrivs|CapEff|Seccomp):\s(\w+)", status) == ["0" * 16, "1", "2"]
     probe = "http://localhost:52365/api/healthz"
-    until(lambda: "success" in podman(*inside, "wget", "-q", "-O-", "--tries=20", "--retry-connrefused", probe), 60)
+    until(
+        lambda: (
+            "success"
+            in podman(*inside, "wget", "-q", "-O-", "--tries=20", "--retry-connrefused", probe)
+        ),
+        60,
+    )
 
     dashboard = f"--address http://{HEAD}:8265"
     entrypoint = job["entrypoint"].replace("cluster.gpus_per_worker=1", "cluster.gpus_per_worker=0")

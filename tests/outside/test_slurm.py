@@ -19,7 +19,11 @@ from tests.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 400
-SLURM = {"SLURM_CONF": "/mnt/slurm/slurm.conf", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+SLURM = {
+    "SLURM_CONF": "/mnt/slurm/slurm.conf",
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "OMP_NUM_THREADS": "1",
+}
 # One core per node, so that a run with two workers needs both.
 CONF = """ClusterName=tiny
 SlurmctldHost=head
@@ -51,7 +55,9 @@ PartitionName=urgent Nodes=ALL PriorityTier=10
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[World]:
-    if why := world.missing() or (not shutil.which("slurmctld") and "needs slurmctld, slurmd and slurm-client"):
+    if why := world.missing() or (
+        not shutil.which("slurmctld") and "needs slurmctld, slurmd and slurm-client"
+    ):
         pytest.skip(why)
     with world.world("head", "worker1", servers=False) as found:
         folder = found.shared / "slurm"
@@ -75,9 +81,19 @@ def join(machine: Machine) -> None:
 
 @pytest.fixture(scope="module")
 def config(slurm: World) -> Path:
-    changes: dict[str, Any] = {"cluster": {"workers": 2, "cpus_per_worker": 1}, "train__checkpoint_every": 25}
-    changes |= {"train__steps": STEPS, "train__eval_every": STEPS, "train__log_every": 10, "evaluation__scorer": None}
-    return project.write_config(slurm.shared, project.settings(slurm.shared, slurm.shared / "model", **changes))
+    changes: dict[str, Any] = {
+        "cluster": {"workers": 2, "cpus_per_worker": 1},
+        "train__checkpoint_every": 25,
+    }
+    changes |= {
+        "train__steps": STEPS,
+        "train__eval_every": STEPS,
+        "train__log_every": 10,
+        "evaluation__scorer": None,
+    }
+    return project.write_config(
+        slurm.shared, project.settings(slurm.shared, slurm.shared / "model", **changes)
+    )
 
 
 class Job:
@@ -85,7 +101,9 @@ class Job:
 
     def __init__(self, slurm: World, file: str, *words: str) -> None:
         self.head = slurm.machines["head"]
-        said = self.head.ok(f"cd /mnt/olora_ray && sbatch deploy/slurm/{file} {' '.join(words)}", **SLURM)
+        said = self.head.ok(
+            f"cd /mnt/olora_ray && sbatch deploy/slurm/{file} {' '.join(words)}", **SLURM
+        )
         self.number = said.split()[-1]
 
     @property
@@ -95,11 +113,15 @@ class Job:
 
     def state(self) -> str:
         shown = self.head.ok(f"scontrol show job {self.number}", **SLURM)
-        return re.findall(r"JobState=(\w+)", shown)[0] + " " + re.findall(r"ExitCode=(\S+)", shown)[0]
+        return (
+            re.findall(r"JobState=(\w+)", shown)[0] + " " + re.findall(r"ExitCode=(\S+)", shown)[0]
+        )
 
     def trained(self, beyond: str, steps: int = 30) -> bool:
         """True if it has trained some steps after the part of the log that is known."""
-        numbers = [int(number) for number in re.findall(rf"step (\d+)/{STEPS}", self.log[len(beyond) :])]
+        numbers = [
+            int(number) for number in re.findall(rf"step (\d+)/{STEPS}", self.log[len(beyond) :])
+        ]
         return len(numbers) > 1 and numbers[-1] - numbers[0] >= steps
 
     def ended(self) -> bool:
@@ -108,7 +130,13 @@ class Job:
     def resumed(self, seen: str) -> None:
         """Wait until it has trained on after an interruption; Slurm would let a requeued job wait two minutes."""
         update = f"scontrol update JobId={self.number} StartTime=now"
-        until(lambda: self.state().startswith("PENDING") and not self.head.run(update, **SLURM).returncode, 60, pause=1)
+        until(
+            lambda: (
+                self.state().startswith("PENDING") and not self.head.run(update, **SLURM).returncode
+            ),
+            60,
+            pause=1,
+        )
         until(lambda: self.trained(seen), 400, pause=1)
 
 
@@ -120,7 +148,9 @@ def test_a_run_on_two_nodes_is_registered(slurm: World, config: Path) -> None:
     assert "registered:           small version 1" in job.log
 
 
-def test_requeue_preemption_notice_cancel_and_a_lost_node_change_no_byte(slurm: World, config: Path) -> None:
+def test_requeue_preemption_notice_cancel_and_a_lost_node_change_no_byte(
+    slurm: World, config: Path
+) -> None:
     head = slurm.machines["head"]
     words = ("finetune.sbatch", str(config), "run.name=disturbed")
     job = Job(slurm, *words)
@@ -130,7 +160,10 @@ def test_requeue_preemption_notice_cancel_and_a_lost_node_change_no_byte(slurm: 
     head.ok(f"scancel --signal=USR1 --batch {job.number}", **SLURM)
     until(lambda: "stopped after step" in job.log or job.state().startswith("PENDING"), 60, pause=1)
     job.resumed(seen)
-    for disturb in (f"scontrol requeue {job.number}", "sbatch -p urgent -N2 --output=/dev/null --wrap 'sleep 5'"):
+    for disturb in (
+        f"scontrol requeue {job.number}",
+        "sbatch -p urgent -N2 --output=/dev/null --wrap 'sleep 5'",
+    ):
         seen = job.log
         head.ok(disturb, **SLURM)
         until(lambda: not job.state().startswith("RUNNING"), 60, pause=1)
@@ -149,22 +182,32 @@ def test_requeue_preemption_notice_cancel_and_a_lost_node_change_no_byte(slurm: 
     assert adapter(slurm, "disturbed") == adapter(slurm, "first")
 
 
-def test_an_error_of_the_config_is_the_jobs_exit_code_and_a_night_submits_the_next(slurm: World, config: Path) -> None:
+def test_an_error_of_the_config_is_the_jobs_exit_code_and_a_night_submits_the_next(
+    slurm: World, config: Path
+) -> None:
     tree = yaml.safe_load(config.read_text())
     night = config.with_name("night.yaml")
     night.write_text(yaml.safe_dump(tree | {"train": {"stepss": 1}}))
     job = Job(slurm, "retrain.sbatch", str(night))
     until(job.ended, 200, pause=2)
     assert job.state() == "FAILED 2:0"
-    waiting = slurm.machines["head"].ok("squeue --noheader --name=olora-retrain --format='%T %r'", **SLURM)
+    waiting = slurm.machines["head"].ok(
+        "squeue --noheader --name=olora-retrain --format='%T %r'", **SLURM
+    )
     assert waiting.startswith("PENDING")
 
 
 def test_a_search_and_a_night_register_their_versions(slurm: World, config: Path) -> None:
     space = config.with_name("space.yaml")
     steps = {"train.steps": 20, "train.eval_every": 20}
-    space.write_text(yaml.safe_dump({"search": {"train.lr": {"grid": [1e-2, 1e-3]}}, "searcher": "grid", "set": steps}))
-    search = Job(slurm, "sweep.sbatch", str(config), str(space), "--register", "registry.model=searched")
+    space.write_text(
+        yaml.safe_dump(
+            {"search": {"train.lr": {"grid": [1e-2, 1e-3]}}, "searcher": "grid", "set": steps}
+        )
+    )
+    search = Job(
+        slurm, "sweep.sbatch", str(config), str(space), "--register", "registry.model=searched"
+    )
     until(search.ended, 600, pause=2)
     assert search.state() == "COMPLETED 0:0", search.log[-6000:]
     assert "registered: searched version 1 " in search.log

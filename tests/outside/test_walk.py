@@ -46,12 +46,19 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
     return {name: text for name, text in variables.items() if name not in names}
 
 
-def test_what_is_wrong_with_the_servers_is_told_before_the_training(outside: World, laptop: Machine) -> None:
+def test_what_is_wrong_with_the_servers_is_told_before_the_training(
+    outside: World, laptop: Machine
+) -> None:
     untrusted = "its certificate is not trusted here: set SSL_CERT_FILE, on all nodes, to a file"
     no_ca = without(outside.tls, "SSL_CERT_FILE")
     assert f"tracking.uri=https://mlflow.internal: {untrusted}" in refused(laptop, **no_ca)
-    at_s3 = refused(laptop, "run.storage=s3://corpus/runs", "tracking.uri=http://mlflow.internal:5000", **no_ca)
-    assert f"run.storage: s3://corpus/runs cannot be written: https://s3.internal: {untrusted}" in at_s3
+    at_s3 = refused(
+        laptop, "run.storage=s3://corpus/runs", "tracking.uri=http://mlflow.internal:5000", **no_ca
+    )
+    assert (
+        f"run.storage: s3://corpus/runs cannot be written: https://s3.internal: {untrusted}"
+        in at_s3
+    )
     wrong = refused(laptop, **{**outside.tls, "MLFLOW_TRACKING_PASSWORD": "wrong"})
     assert "the server refuses access; set MLFLOW_TRACKING_USERNAME and _PASSWORD" in wrong
     outside.stop_server("nginx")
@@ -65,9 +72,13 @@ def test_what_is_wrong_with_the_servers_is_told_before_the_training(outside: Wor
     assert "(HTTP 413); raise its limit to the size of the largest model file" in limited
 
 
-def test_a_run_registers_its_model_on_servers_with_names_and_certificates(outside: World, laptop: Machine) -> None:
+def test_a_run_registers_its_model_on_servers_with_names_and_certificates(
+    outside: World, laptop: Machine
+) -> None:
     done = laptop.ok(f"{RUN} run.storage=s3://corpus/runs", **outside.tls)
     assert "registered:           small version 1 (models:/small@candidate)" in done
-    shown = laptop.ok(f"cd {ROOT} && python pipelines/registry.py show small candidate", **outside.tls)
+    shown = laptop.ok(
+        f"cd {ROOT} && python pipelines/registry.py show small candidate", **outside.tls
+    )
     assert "files have their checksums" in shown
     assert outside.password not in done + shown

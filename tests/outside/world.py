@@ -6,8 +6,6 @@
     s3.internal               SeaweedFS, an S3 server, behind nginx with TLS on 443
     hooks.internal            a receiver of webhooks, on port 8000
 
-    python -m tests.outside.world        makes one to look around in, until Ctrl+C
-
 A private CA signs the certificates. /mnt is one folder on all machines. A machine is a network, mount, process and
 host-name namespace; all of them hang on one bridge, and disappear when the world ends.
 """
@@ -48,10 +46,18 @@ def missing() -> str | None:
     """Return why no such world can be made here, or None."""
     if os.geteuid() != 0 or not hosts.possible():
         return "a world outside needs root and network namespaces"
-    found = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    found = [
+        name
+        for name in PROGRAMS
+        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None
+    ]
     found += [] if (BIN / "weed").exists() else ["weed"]
     found += [] if _postgres() else ["postgresql"]
-    return f"a world outside needs {', '.join(found)}: apt-get install $(cat {PACKAGES})" if found else None
+    return (
+        f"a world outside needs {', '.join(found)}: apt-get install $(cat {PACKAGES})"
+        if found
+        else None
+    )
 
 
 def _postgres() -> Path | None:
@@ -69,7 +75,9 @@ class Machine:
     @property
     def pid(self) -> int:
         """The machine's first process, its sshd, as the test's own machine counts."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        children = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
         return int(children[0])
 
     def command(self, words: str, **variables: str) -> list[str]:
@@ -82,9 +90,17 @@ class Machine:
             **variables,
         }
         inside = ["nsenter", "-t", str(self.pid), "-m", "-u", "-n", "-p", "env", "-i"]
-        return [*inside, *(f"{name}={value}" for name, value in own.items()), "bash", "-c", f"cd ~ && {words}"]
+        return [
+            *inside,
+            *(f"{name}={value}" for name, value in own.items()),
+            "bash",
+            "-c",
+            f"cd ~ && {words}",
+        ]
 
-    def run(self, words: str, timeout: float = 600, **variables: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, words: str, timeout: float = 600, **variables: str
+    ) -> "subprocess.CompletedProcess[str]":
         """Run a bash command to its end; its output has both streams."""
         return subprocess.run(
             self.command(words, **variables),
@@ -99,14 +115,19 @@ class Machine:
     def ok(self, words: str, timeout: float = 600, **variables: str) -> str:
         """Run a bash command that must succeed; returns its output."""
         done = self.run(words, timeout, **variables)
-        assert done.returncode == 0, f"{self.name}: {words}\nexit code {done.returncode}\n{done.stdout[-6000:]}"
+        assert done.returncode == 0, (
+            f"{self.name}: {words}\nexit code {done.returncode}\n{done.stdout[-6000:]}"
+        )
         return done.stdout
 
     def start(self, words: str, log: str, **variables: str) -> "subprocess.Popen[bytes]":
         """Start a bash command; its output goes to the file `log` in the machine's folder."""
         with (self.folder / log).open("ab") as file:
             return subprocess.Popen(
-                self.command(words, **variables), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+                self.command(words, **variables),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
 
     def kill(self) -> None:
@@ -139,11 +160,6 @@ class World:
         return self.folder / "shared"
 
     @property
-    def full_disk(self) -> Path:
-        """A folder on all machines with hardly any room."""
-        return self.folder / "full"
-
-    @property
     def tls(self) -> dict[str, str]:
         """The variables of a node for MLflow and S3 behind TLS."""
         return {
@@ -167,15 +183,24 @@ class World:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         words += [name, str(folder), str(self.shared), str(self.folder / "hosts"), str(ROOT)]
-        with (folder / "machine.log").open("wb") as log:  # empty, so that a second start is not taken for ready at once
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        with (folder / "machine.log").open(
+            "wb"
+        ) as log:  # empty, so that a second start is not taken for ready at once
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
         self.machines[name] = found = Machine(name, folder, process)
-        until(lambda: "Server listening" in (folder / "machine.log").read_text(errors="replace"), 30)
+        until(
+            lambda: "Server listening" in (folder / "machine.log").read_text(errors="replace"), 30
+        )
         return found
 
     def keys(self) -> None:
         """Let root of all machines reach all machines by ssh without a password."""
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "key")], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "key")],
+            check=True,
+        )
         for machine in self.machines.values():
             ssh = machine.folder / "root" / ".ssh"
             shutil.copy(self.folder / "key", ssh / "id_ed25519")
@@ -200,8 +225,12 @@ class World:
         quiet = subprocess.DEVNULL
 
         def answers() -> bool:
-            done = subprocess.run([*self._beside, "bash", "-c", ready], stdout=quiet, stderr=quiet, check=False)
-            assert self._servers[name].poll() is None, (self.folder / f"{name}.log").read_text()[-3000:]
+            done = subprocess.run(
+                [*self._beside, "bash", "-c", ready], stdout=quiet, stderr=quiet, check=False
+            )
+            assert self._servers[name].poll() is None, (self.folder / f"{name}.log").read_text()[
+                -3000:
+            ]
             return done.returncode == 0
 
         until(answers, 120, pause=0.5)
@@ -209,7 +238,10 @@ class World:
     def stop_server(self, name: str) -> None:
         """End a server and its processes."""
         process = self._servers.pop(name)
-        for number in (signal.SIGINT, signal.SIGKILL):  # PostgreSQL waits for its clients after SIGTERM
+        for number in (
+            signal.SIGINT,
+            signal.SIGKILL,
+        ):  # PostgreSQL waits for its clients after SIGTERM
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -226,7 +258,9 @@ class World:
             shutil.chown(data, "postgres", "postgres")
             (self.folder / "pw").write_text(self._database_password)
             init = f"{found}/initdb -D {data} -U mlflow --pwfile={self.folder}/pw -A scram-sha-256 -E UTF8"
-            subprocess.run(f"{as_postgres} {init}", shell=True, check=True, capture_output=True, cwd=data)
+            subprocess.run(
+                f"{as_postgres} {init}", shell=True, check=True, capture_output=True, cwd=data
+            )
         words = f"{as_postgres} {found}/postgres -D {data} -h 127.0.0.1 -p 5544 -k {data}"
         self.start_server("database", words, f"{found}/pg_isready -h 127.0.0.1 -p 5544")
         if first:
@@ -261,13 +295,15 @@ class World:
     def store(self) -> None:
         """Start SeaweedFS with one user, and make the bucket."""
         allowed = [f"{verb}" for verb in ("Admin", "Read", "Write", "List", "Tagging")]
-        user = {"name": USER, "credentials": [{"accessKey": USER, "secretKey": self.password}], "actions": allowed}
+        user = {
+            "name": USER,
+            "credentials": [{"accessKey": USER, "secretKey": self.password}],
+            "actions": allowed,
+        }
         (self.folder / "s3.json").write_text(json.dumps({"identities": [user]}))
         (self.folder / "weed").mkdir(exist_ok=True)
-        words = (
-            f"{BIN}/weed server -dir={self.folder}/weed -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.volumeSizeLimitMB=256"
-        )
-        words += f" -volume.max=20 -s3 -s3.port=8333 -s3.config={self.folder}/s3.json"
+        words = f"{BIN}/weed server -dir={self.folder}/weed -ip=127.0.0.1 -ip.bind=127.0.0.1 "
+        words += f"-master.volumeSizeLimitMB=256 -volume.max=20 -s3 -s3.port=8333 -s3.config={self.folder}/s3.json"
         self.start_server("store", words, "exec 3<>/dev/tcp/127.0.0.1/8333")
 
     def nginx(self, limit: str = "4g") -> None:
@@ -299,7 +335,9 @@ class World:
             'req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj "/CN=mlflow.internal"',
             "x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 30 -extfile names -out server.crt",
         ):
-            subprocess.run(["openssl", *shlex.split(words)], cwd=self.folder, check=True, capture_output=True)
+            subprocess.run(
+                ["openssl", *shlex.split(words)], cwd=self.folder, check=True, capture_output=True
+            )
         system = Path("/etc/ssl/certs/ca-certificates.crt")
         bundle = system.read_text() if system.exists() else ""
         (self.shared / "ca-bundle.crt").write_text(bundle + (self.folder / "ca.crt").read_text())
@@ -340,7 +378,10 @@ class World:
 
     def network(self) -> None:
         """Make the namespaces, the bridge, and a file of names."""
-        lines = ["127.0.0.1 localhost", *(f"{NETWORK}.{number} {name}" for name, number in NUMBERS.items())]
+        lines = [
+            "127.0.0.1 localhost",
+            *(f"{NETWORK}.{number} {name}" for name, number in NUMBERS.items()),
+        ]
         lines += [f"{SERVER} {' '.join(SERVICES)}", ""]
         (self.folder / "hosts").write_text("\n".join(lines))
         beside = self._namespace("beside")
@@ -356,7 +397,20 @@ class World:
             there = self._namespace(name)
             _ip("netns", "add", there)
             _ip("-n", there, "link", "set", "lo", "up")
-            _ip("-n", beside, "link", "add", f"p{number}", "type", "veth", "peer", "name", "eth0", "netns", there)
+            _ip(
+                "-n",
+                beside,
+                "link",
+                "add",
+                f"p{number}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                there,
+            )
             _ip("-n", beside, "link", "set", f"p{number}", "master", "br0", "up")
             _ip("-n", there, "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
             _ip("-n", there, "link", "set", "eth0", "up")
@@ -368,10 +422,11 @@ class World:
         for machine in self.machines.values():
             machine.kill()
         for name in ("beside", *NUMBERS):
-            subprocess.run(["ip", "netns", "del", self._namespace(name)], check=False, capture_output=True)
+            subprocess.run(
+                ["ip", "netns", "del", self._namespace(name)], check=False, capture_output=True
+            )
         shutil.rmtree(Path("/etc/netns") / self._namespace("beside"), ignore_errors=True)
         time.sleep(0.5)
-        subprocess.run(["umount", str(self.full_disk)], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
@@ -385,13 +440,13 @@ class World:
 @contextlib.contextmanager
 def world(*machines: str, servers: bool = True) -> Iterator[World]:
     """Make a world with these machines and all servers, for the block."""
-    folder = Path(tempfile.mkdtemp(prefix="olora-outside-", dir="/var/tmp"))  # PostgreSQL's user must reach it
+    folder = Path(
+        tempfile.mkdtemp(prefix="olora-outside-", dir="/var/tmp")
+    )  # PostgreSQL's user must reach it
     folder.chmod(0o755)
     (folder / "shared").mkdir()
-    (folder / "full").mkdir()
     made = World(folder, f"olr{os.getpid()}")
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(made.full_disk)], check=True)
         made.network()
         if servers:
             made.certificates()
@@ -408,16 +463,6 @@ def world(*machines: str, servers: bool = True) -> Iterator[World]:
         made.end()
 
 
-def show(made: World) -> None:
-    """Say how to enter the machines of a world, and wait for Ctrl+C."""
-    print("the variables of a user's shell for the servers:")
-    print("\n".join(f"  export {name}={text}" for name, text in made.tls.items()))
-    for machine in made.machines.values():
-        print(f"{machine.name}: {shlex.join(machine.command('exec bash -i'))}")
-    with contextlib.suppress(KeyboardInterrupt):
-        signal.pause()
-
-
 def _enter(namespace: int) -> None:
     import ctypes
 
@@ -426,10 +471,3 @@ def _enter(namespace: int) -> None:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
-
-
-if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    with world("head", "worker1", "worker2", "laptop") as found:
-        show(found)

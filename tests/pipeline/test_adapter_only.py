@@ -22,6 +22,7 @@ from olora_ray.tracking.client import connect
 from olora_ray.tracking.start import resolve_uri
 from tests import export_parts, finished_run
 from tests.finished_run import FinishedRun
+from tests.refused import refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -31,10 +32,8 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """An adapter-only run with version 1 of `small`, alias candidate."""
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        found = finished_run.make(tmp_path_factory.mktemp("run"), export={"merged": False})
-        assert found.registered() == "1"
+    found = finished_run.make(tmp_path_factory.mktemp("run"), export={"merged": False})
+    assert found.registered() == "1"
     return found
 
 
@@ -68,7 +67,9 @@ def base(run: FinishedRun) -> Iterator[Path]:
 
 
 def logits(target: targets.Target) -> torch.Tensor:
-    return export_parts.logits(held_out.load_adapted(target.base, target.adapter, target.config, torch.device("cpu")))
+    return export_parts.logits(
+        held_out.load_adapted(target.base, target.adapter, target.config, torch.device("cpu"))
+    )
 
 
 def named(run: FinishedRun, name: str = "models:/small/1") -> Config:
@@ -89,11 +90,15 @@ def test_mlflow_loads_base_and_adapter_and_generates(run: FinishedRun) -> None:
     pipeline = mlflow.transformers.load_model("models:/small@candidate")
     assert type(pipeline.model).__name__ == "PeftModelForCausalLM"
     torch.testing.assert_close(export_parts.logits(pipeline.model), run.case.logits, **CLOSE)
-    (answer,) = pipeline([{"role": "user", "content": "after 3?"}], max_new_tokens=4, do_sample=False)
+    (answer,) = pipeline(
+        [{"role": "user", "content": "after 3?"}], max_new_tokens=4, do_sample=False
+    )
     assert answer["generated_text"][-1]["role"] == "assistant"
 
 
-def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(run: FinishedRun, base: Path, tmp_path: Path) -> None:
+def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(
+    run: FinishedRun, base: Path, tmp_path: Path
+) -> None:
     import mlflow.transformers
 
     elsewhere = shutil.move(base, tmp_path / "elsewhere")
@@ -101,18 +106,12 @@ def test_mlflow_loads_it_onto_a_copy_of_the_base_elsewhere(run: FinishedRun, bas
     torch.testing.assert_close(export_parts.logits(pipeline.model), run.case.logits, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["models:/small@candidate", "models:/small/1"])
-def test_it_is_evaluated_as_adapter_on_its_base(run: FinishedRun, name: str) -> None:
-    found = targets.resolve(name, run.config)
-    assert (found.base.name, found.config.model.name) == (str(run.case.base), str(run.case.base))
-    torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
-
-
 def test_where_the_storage_has_an_address_the_adapter_is_put_there_for_all_nodes(
     run: FinishedRun, tmp_path: Path
 ) -> None:
-    found = targets.resolve("models:/small/1", override(run.config, {"run.storage": f"file://{tmp_path}"}))
-    assert found.adapter is not None
+    found = targets.resolve(
+        "models:/small/1", override(run.config, {"run.storage": f"file://{tmp_path}"})
+    )
     assert found.adapter.startswith(f"file://{tmp_path}/adapters/small-1-")
     torch.testing.assert_close(logits(found), run.case.logits, **CLOSE)
 
@@ -133,7 +132,9 @@ def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: 
     alone, merged = (opened(run.config, run.aliases.version(each)) for each in ("1", number))
     assert (alone.adapter is None, merged.adapter is None) == (False, True)
     assert alone.base.spec.digest == merged.base.spec.digest
-    both = [targets.Target("", each.base.model, each.adapter, each.config) for each in (alone, merged)]
+    both = [
+        targets.Target("", each.base.model, each.adapter, each.config) for each in (alone, merged)
+    ]
     torch.testing.assert_close(logits(both[0]), logits(both[1]), **CLOSE)
 
 
@@ -169,30 +170,31 @@ def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:
     assert first.digest != run.spec.base.digest
 
 
-@pytest.mark.parametrize("name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "MLmodel"])
+@pytest.mark.parametrize(
+    "name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "MLmodel"]
+)
 def test_a_damaged_adapter_is_one_line(run: FinishedRun, spoilt: Path, name: str) -> None:
     (spoilt / name).write_bytes((spoilt / name).read_bytes()[:-1] + b"x")
-    line = f"^small version 1: {name} was changed after the registration"
-    for use in (lambda: find_model(named(run)), lambda: targets.resolve("models:/small/1", run.config)):
-        with pytest.raises(UserError, match=line):
+    for use in (
+        lambda: find_model(named(run)),
+        lambda: targets.resolve("models:/small/1", run.config),
+        lambda: run.aliases.promote("1", "by hand"),
+    ):
+        with refused(f"small version 1: {name} was changed"):
             use()
-    with pytest.raises(UserError, match=line):
-        run.aliases.promote("1", "by hand")
     assert "champion" not in run.aliases.current()
 
 
 def test_a_base_with_other_files_is_one_line(run: FinishedRun, base: Path) -> None:
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
-    for use in (lambda: find_model(named(run)), lambda: targets.resolve("models:/small/1", run.config)):
-        with pytest.raises(UserError, match=rf"^small version 1 is an adapter of {base}, which has changed") as found:
-            use()
-        assert "\n" not in str(found.value)
+    with refused(f"small version 1 is an adapter of {base}, which has changed"):
+        targets.resolve("models:/small/1", run.config)
 
 
 def test_a_base_that_was_moved_is_one_line(run: FinishedRun, base: Path, tmp_path: Path) -> None:
     shutil.move(base, tmp_path / "moved")
-    with pytest.raises(UserError, match=r"^small version 1 is an adapter of \S+, which cannot be opened .*; restore "):
+    with refused("small version 1 is an adapter of"):
         targets.resolve("models:/small/1", run.config)
 
 
@@ -221,7 +223,6 @@ def test_a_base_of_the_hub_is_kept_by_id_and_commit(run: FinishedRun, hub: Path)
 
     from_hub(run, "hubs").registered()
     found = models.find("models:/hubs/1", resolve_uri(run.config), Path(run.config.run.storage))
-    assert found.base is not None
     assert (found.base.name, found.base.revision, found.base.on_hub) == ("org/tiny", COMMIT, True)
     flavour = Model.load(str(found.folder.parent)).flavors["transformers"]
     assert (flavour["source_model_name"], flavour["source_model_revision"]) == ("org/tiny", COMMIT)
@@ -232,12 +233,3 @@ def test_a_base_of_the_hub_is_kept_by_id_and_commit(run: FinishedRun, hub: Path)
     shutil.copytree(hub.with_name("moved"), hub)  # fetched again
     target = targets.resolve("models:/hubs/1", run.config)
     assert (target.config.model.name, target.config.model.revision) == ("org/tiny", COMMIT)
-
-
-def test_a_template_that_the_hubs_tokenizer_lacks_is_not_lost(run: FinishedRun, hub: Path) -> None:
-    import mlflow.transformers
-
-    (hub / "chat_template.jinja").unlink()
-    from_hub(run, "template").registered()
-    pipeline = mlflow.transformers.load_model("models:/template/1")
-    assert pipeline.tokenizer.chat_template

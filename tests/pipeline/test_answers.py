@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.pipeline import answers
 from olora_ray.pipeline.answers import Sample
 from olora_ray.train import scoring
 from tests import tiny
+from tests.refused import refused
 from tests.said import said
 
 
@@ -26,8 +26,10 @@ def check(**changes: Any) -> str:
     return "".join(lines)
 
 
-def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"^rows\.jsonl:0: evaluation\.scorer: json_fields needs a JSON object"):
+def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with refused("rows.jsonl:0"):
         check(evaluation__scorer="json_fields")
     seen: list[str] = []
 
@@ -38,16 +40,20 @@ def test_a_reference_that_the_scorer_cannot_score_is_named_with_its_row(monkeypa
         return {"a": 1.0}
 
     monkeypatch.setitem(scoring.SCORERS, "fourth", fourth)
-    with pytest.raises(UserError, match=r"^rows\.jsonl:11: evaluation\.scorer: fourth fails .*ZeroDivisionError: by"):
+    with refused("rows.jsonl:11"):
         check(evaluation__scorer="fourth")
 
 
 def test_a_scorer_with_nothing_to_score_is_told() -> None:
-    assert answers.check_answers(tiny.config(evaluation__scorer="exact_match"), None, Tokenizer()) == frozenset()
     with said() as lines:
-        text: Any = tiny.ListStore([tiny.pack(8, prompt=1)])  # all but its first token is supervised
+        text: Any = tiny.ListStore(
+            [tiny.pack(8, prompt=1)]
+        )  # all but its first token is supervised
         answers.check_answers(tiny.config(evaluation__scorer="exact_match"), text, Tokenizer())
-    assert "evaluation.scorer: no answers are scored, because no held-out row has a question" in "".join(lines)
+    assert (
+        "evaluation.scorer: no answers are scored, because no held-out row has a question"
+        in "".join(lines)
+    )
 
 
 def test_references_that_no_answer_can_be_as_long_as_are_told() -> None:
@@ -63,7 +69,9 @@ def test_references_that_no_answer_can_be_as_long_as_are_told() -> None:
 
 def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        scoring.SCORERS, "some", lambda found, wanted: {"all": 1.0} | ({"yes": float(found == "y")} if found else {})
+        scoring.SCORERS,
+        "some",
+        lambda found, wanted: {"all": 1.0} | ({"yes": float(found == "y")} if found else {}),
     )
     samples = [Sample("", "y", "y", "y"), Sample("", "y", "", "n"), Sample("", "y", "", "")]
     with said() as lines:

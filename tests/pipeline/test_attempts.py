@@ -10,24 +10,27 @@ from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from olora_ray.cluster import ray_internals
+from olora_ray.cluster import group, ray_internals
 from olora_ray.cluster.channel import Member, Started
+from olora_ray.cluster.connection import Stop
 from olora_ray.cluster.failures import SharedBaseDied
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common.errors import Stopped, StoreUnavailable, UserError
 from olora_ray.pipeline import fit
-from olora_ray.pipeline.connection import Stop
-from olora_ray.pipeline.fit import Attempts
+from olora_ray.pipeline.fit import Supervisor
 from tests import tiny
+from tests.refused import refused
+from tests.waiting import until
 
 Does = Callable[[int], TrainResult]
 
 
 class Training:
-    """A training whose channel, workers and Ray are played here, on a clock that goes 5 seconds with each look."""
+    """A training whose channel, workers and Ray are played here, on a clock that goes by `look` with each look."""
 
     def __init__(self) -> None:
         self.now, self.room, self.ended = 0.0, 1, 0
+        self.look = 5.0
         self.events: dict[float, Any] = {}
         """Time -> what the workers tell the driver then."""
         self.members: list[Member] = []
@@ -42,7 +45,7 @@ class Training:
         self._end = threading.Event()
 
     def looks(self, _: object) -> None:
-        self.now += 5.0
+        self.now += self.look
 
     def end(self) -> None:
         self.ended += 1
@@ -73,7 +76,7 @@ class Training:
         self.groups.append(workers)
         return self.does.pop(0)(workers)
 
-    def attempts(self, *does: Does, placed: bool = False, **settings: Any) -> Attempts:
+    def attempts(self, *does: Does, placed: bool = False, **settings: Any) -> Supervisor:
         """Attempts of which each `does` this; the last one may be missing, and finishes the training."""
         self.does = [*does, lambda workers: TrainResult()]
 
@@ -91,9 +94,8 @@ class Training:
         monitor: Any = SimpleNamespace(
             channel=channel, progress=progress, highest=0, collect=self.collect, telemetry=telemetry
         )
-        build: Any = SimpleNamespace(store=tiny.store(8), problem=None, join=lambda: None)
-        spec: Any = SimpleNamespace(config=tiny.config(**settings))
-        return Attempts(spec, build, monitor, self.stop, self.worker, self.fit, placed)
+        spec: Any = SimpleNamespace(config=tiny.decided(**settings), train=tiny.store(8))
+        return Supervisor(spec, None, monitor, self.stop, self.worker, self.fit, placed)
 
 
 @pytest.fixture
@@ -102,8 +104,8 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Training:
     clock = SimpleNamespace(monotonic=lambda: found.now, sleep=found.looks)
     answers: dict[tuple[Any, str], Any] = {
         (fit, "time"): clock,
-        (fit, "answer"): lambda call: call,
-        (fit, "end_hung"): lambda member: found.hung.append(member.actor),
+        (group, "answer"): lambda call: call,
+        (group, "end_hung"): lambda member: found.hung.append(member.actor),
         (fit, "free_workers"): lambda worker: found.room,
         (fit, "free_abandoned"): lambda: 0,
         (ray_internals, "end_train_controllers"): found.end,
@@ -126,18 +128,19 @@ def returning(**result: Any) -> Does:
 
 
 @pytest.mark.parametrize(("passes", "code"), [(True, 75), (False, 2)])
-def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(training: Training, passes: bool, code: int) -> None:
-    with pytest.raises(UserError, match=r"^the store does not answer$") as caught:
+def test_what_passes_by_itself_on_a_worker_does_so_for_the_driver(
+    training: Training, passes: bool, code: int
+) -> None:
+    with refused("the store does not answer") as caught:
         training.attempts(returning(problem="the store does not answer", passes=passes)).run()
     assert caught.value.exit_code == code
 
 
-@pytest.mark.parametrize("resources", [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}])
 @pytest.mark.parametrize(("limit", "ends"), [(1, True), (0, False)])
 def test_a_worker_that_hangs_is_ended_with_its_group_and_counts(
-    training: Training, resources: dict[str, float], limit: int, ends: bool
+    training: Training, limit: int, ends: bool
 ) -> None:
-    training.events, training.worker = {0.0: Started(1)}, resources
+    training.events = {0.0: Started(1)}
     training.silent = [Member(1, "node", 2**22, "hangs")]
     attempts = training.attempts(training.works, cluster__max_failures=limit)
     why = "worker 1 gave no sign of life for 20 s"
@@ -145,10 +148,29 @@ def test_a_worker_that_hangs_is_ended_with_its_group_and_counts(
         assert attempts.run() == TrainResult()
         assert training.told[-1] == f"{why}: starting the workers again"
     else:
-        with pytest.raises(UserError, match=f"^training failed after 0 restarts: {why}$"):
+        with refused("training failed after 0 restarts"):
             attempts.run()
     assert training.hung == ["hangs"]
     assert training.ended >= 1
+
+
+@pytest.mark.parametrize("error", [UserError("9 of 20 rows cannot be used"), RayActorError()])
+def test_a_failed_preparation_of_the_data_ends_the_training(
+    training: Training, error: Exception
+) -> None:
+    def waits_for_a_shard(workers: int) -> TrainResult:
+        until(lambda: training.asked)
+        return TrainResult(interrupted="training has ended")
+
+    def join() -> None:
+        raise error
+
+    attempts = training.attempts(waits_for_a_shard)
+    attempts.build = SimpleNamespace(problem=error, join=join)  # type: ignore[assignment]
+    with pytest.raises(type(error)) as caught:
+        attempts.run()
+    assert caught.value is error
+    assert training.groups == [1]
 
 
 def test_workers_whose_node_will_be_taken_away_are_asked_to_stop(training: Training) -> None:
@@ -162,6 +184,7 @@ def test_workers_whose_node_will_be_taken_away_are_asked_to_stop(training: Train
 
 def test_the_seconds_of_all_groups_are_counted_for_the_cost(training: Training) -> None:
     training.events, training.worker = {0.0: Started(2)}, {"CPU": 2.0, "GPU": 0.5}
+    training.look = 20.0
     training.members = [Member(rank, "0123456789", 1, "one") for rank in (0, 1)]
 
     def dies(workers: int) -> TrainResult:
@@ -177,20 +200,15 @@ def test_the_seconds_of_all_groups_are_counted_for_the_cost(training: Training) 
     assert len(kept) == 5, "every 10 minutes, and at the end of each group"
 
 
-def test_a_controller_that_dies_by_itself_is_a_failure(training: Training) -> None:
-    with pytest.raises(UserError, match="training failed after 0 restarts: Train's controller died"):
-        training.attempts(raising(RayActorError()), cluster__max_failures=0).run()
-
-
 @pytest.mark.parametrize(("kind", "code"), [(StoreUnavailable, 75), (ValueError, 2)])
 def test_a_store_that_was_away_through_all_restarts_may_be_back_later(
     training: Training, kind: type[Exception], code: int
 ) -> None:
     text = f"Traceback ...\n{kind.__module__}.{kind.__name__}: s3://b: no answer\n"
-    error = WorkerGroupError("", {0: UserExceptionWithTraceback(kind("s3://b: no answer"), traceback_str=text)})
-    with pytest.raises(
-        UserError, match=r"^training failed after 0 restarts: worker 0 failed \(.*no answer\)$"
-    ) as caught:
+    error = WorkerGroupError(
+        "", {0: UserExceptionWithTraceback(kind("s3://b: no answer"), traceback_str=text)}
+    )
+    with refused("training failed after 0 restarts") as caught:
         training.attempts(raising(error), cluster__max_failures=0).run()
     assert caught.value.exit_code == code
 
@@ -209,16 +227,7 @@ def test_a_stop_is_granted_where_no_worker_could_do_it(training: Training) -> No
     training.stop.asked = "SIGTERM"
     with pytest.raises(Stopped) as caught:
         training.attempts(training.works).run()
-    assert str(caught.value) == "stopped while no worker was training (SIGTERM); run the same command again to resume"
+    assert str(caught.value).startswith("stopped while no worker was training (SIGTERM)")
     assert caught.value.exit_code == 143
     assert fit.NOBODY <= training.now < 30
-    assert "; press Ctrl+C to stop at once, which loses the steps since the last" in training.told[0]
     assert (training.ended, "training has ended" in training.asked) == (1, False)
-
-
-@pytest.mark.parametrize("started", [False, True])
-def test_what_the_first_workers_wait_for_is_said_once(training: Training, started: bool) -> None:
-    training.events = {0.0: Started(1)} if started else {}
-    training.attempts(training.until(3 * fit.SLOW)).run()
-    waiting = ["waiting for 1 worker to start or to load the model; 1 more would fit"]
-    assert training.told == ([] if started else waiting)

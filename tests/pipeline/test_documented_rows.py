@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from olora_ray.config.schema import Source
-from olora_ray.data import first_look
-from olora_ray.data.formats import ASKED, FIELDS, NEEDED
+from olora_ray.data import detect
+from olora_ray.data.formats import format_named, own_formats
 from olora_ray.tokens.preview import describe
 from tests.said import said
 from tests.tokens import helpers
@@ -18,7 +17,10 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 IDS = [ord(letter) - 4 for letter in "two and two? four"]
 VALUES: dict[str, list[Any]] = {
     "messages": [CHAT, json.dumps(CHAT)],
-    "conversations": [[{"from": "human", "value": "two and two?"}, {"from": "gpt", "value": "four"}]],
+    "conversations": [
+        [{"from": "human", "value": "two and two?"}, {"from": "gpt", "value": "four"}]
+    ],
+    "turns": [["two and two?", "four"], [["two and two?", "four"]]],
     "prompt": ["two and two?", CHAT[:1], json.dumps(CHAT[:1])],
     "completion": ["four", CHAT[1:], json.dumps(CHAT[1:])],
     "tools": [[TOOL], json.dumps([TOOL])],
@@ -35,18 +37,21 @@ VALUES: dict[str, list[Any]] = {
     "assistant_masks": [[0] * 13 + [1] * 4],
     "position_ids": [[*range(len(IDS))]],
 }
-"""What each field may hold; the first of one field goes with the first of the others."""
-INSIDE = {"from", "value"}
-"""Fields that are keys of a turn."""
-FORMATS = [name for name in get_args(Source.model_fields["format"].annotation) if name != "auto"]
+"""What each field may hold; the first of one field goes with the first of the others. Other fields hold a text."""
+FORMATS = [format.name for format in own_formats()]
 
 
 def rows(format: str) -> list[dict[str, Any]]:
     """Each way to write the fields that are needed, alone and with each way to write each of the others."""
-    count = max(len(VALUES[name]) for name in NEEDED[format])
-    needed = [{name: VALUES[name][way] for name in NEEDED[format]} for way in range(count)]
+    known = format_named(format)
+    values = {name: VALUES.get(name, ["four"]) for name in known.names}
+    count = max(len(values[name]) for name in known.needed)
+    needed = [{name: values[name][way] for name in known.needed} for way in range(count)]
     others = [
-        {name: value} for name in FIELDS[format] if name not in {*NEEDED[format], *INSIDE} for value in VALUES[name]
+        {field.name: value}
+        for field in known.fields
+        if not field.needed and not field.in_turn
+        for value in values[field.name]
     ]
     return [{**row, **more} for row in needed for more in ({}, *others)]
 
@@ -58,14 +63,24 @@ EACH = pytest.mark.parametrize(
 
 @EACH
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_documented_row_is_used_as_it_is(row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path) -> None:
+def test_a_documented_row_is_used_as_it_is(
+    row: tuple[str, dict[str, Any]], renamed: bool, tmp_path: Path
+) -> None:
     format, columns = row
-    fields = {name: f"my {name}" if renamed else name for name in columns if renamed or name in ASKED.get(format, ())}
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{fields.get(name, name): columns[name] for name in columns}])
+    fields = {
+        name: f"my {name}" if renamed else name
+        for name in columns
+        if renamed or name in format_named(format).asked
+    }
+    path = helpers.write_jsonl(
+        tmp_path / "a.jsonl", [{fields.get(name, name): columns[name] for name in columns}]
+    )
     source = {"path": str(path), "format": format, "fields": fields}
     config = helpers.config(tmp_path / "runs", source, max_length=512)
-    first_look.check_data(config)
-    spec = helpers.spec("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + helpers.CHATML)
+    detect.check_data(config)
+    spec = helpers.spec(
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + helpers.CHATML
+    )
     with said() as lines:
         preview = describe(config, spec)
     assert (preview.rows, preview.rejected) == (1, {})

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from olora_ray.cluster.connection import Stop
 from olora_ray.common import storage
 from olora_ray.common.errors import TakenOver, TryAgain
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.connection import Stop
 from olora_ray.pipeline.run import only_driver
 from tests import tiny
 
@@ -28,7 +28,9 @@ def lock_of(config: Config) -> Path:
 def take_over(config: Config) -> None:
     """As another process does once this one was silent for too long."""
     place = lock_of(config)
-    storage.write_text(str(place), json.dumps({**json.loads(place.read_text()), "token": "another"}))
+    storage.write_text(
+        str(place), json.dumps({**json.loads(place.read_text()), "token": "another"})
+    )
 
 
 def hide(config: Config) -> None:
@@ -41,7 +43,9 @@ def test_a_second_driver_leaves_and_says_who_works_on_the_run(config: Config) ->
     with only_driver(config), pytest.raises(TryAgain) as caught, only_driver(config):
         pass
     assert caught.value.exit_code == 75
-    assert str(caught.value).startswith(f"run.name: 'mine' is already running (process {os.getpid()} on ")
+    assert str(caught.value).startswith(
+        f"run.name: 'mine' is already running (process {os.getpid()} on "
+    )
     assert ", since 20" in str(caught.value)
     assert "set another run.name" in str(caught.value)
     with only_driver(config), only_driver(override(config, {"run.name": "another"})):
@@ -59,7 +63,9 @@ def test_who_has_lost_the_run_stops_at_once(config: Config, gentle: bool) -> Non
     assert caught.value.exit_code == 75
 
 
-def test_a_storage_that_does_not_answer_for_a_while_ends_nothing_that_can_be_done_twice(config: Config) -> None:
+def test_a_storage_that_does_not_answer_for_a_while_ends_nothing_that_can_be_done_twice(
+    config: Config,
+) -> None:
     with only_driver(config) as mine, Stop() as stop:
         hide(config)
         with mine.watch(stop, every=0.01):

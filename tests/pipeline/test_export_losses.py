@@ -13,13 +13,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common.errors import UserError
 from olora_ray.config.load import override
 from olora_ray.pipeline import export
 from olora_ray.train.parallel import load_frozen
 from tests import tiny
 from tests.packed import unpack
 from tests.pipeline.test_export_shares import STEP, Run
+from tests.refused import refused
 from tests.said import said
 
 CPU = torch.device("cpu")
@@ -36,7 +36,9 @@ def spec_of(run: Run, packs: int = 3, **changes: Any) -> TrainSpec:
     held_out: Any = tiny.store(packs, seed=4) if packs else None
     return replace(
         run.spec,
-        config=override(run.config, {"model.dtype": "float32", "data.eval_fraction": 0.1, **fields}),
+        config=override(
+            run.config, {"model.dtype": "float32", "data.eval_fraction": 0.1, **fields}
+        ),
         eval=held_out,
     )
 
@@ -57,14 +59,15 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     spec = spec_of(run, export__rank=2)
     with said() as lines:
         found = export.export_run(spec, run.folder, STEP)["compressed"]
-    assert spec.eval is not None
     packs = [spec.eval[number] for number in range(3)]
     before, after = found["loss"]["before"], found["loss"]["after"]
-    assert before == pytest.approx(by_peft(run, run.case.write_adapter(tmp_path / "whole"), packs), rel=1e-5)
+    assert before == pytest.approx(
+        by_peft(run, run.case.write_adapter(tmp_path / "whole"), packs), rel=1e-5
+    )
     assert after == pytest.approx(by_peft(run, Path(run.folder.adapter), packs), rel=1e-5)
     assert abs(after - before) > 1e-4 * before
     assert found["loss"]["difference"] == after - before
-    assert found["loss"]["tokens"] == spec.eval.supervised(range(3))  # type: ignore[attr-defined]
+    assert found["loss"]["tokens"] == spec.eval.counts(range(3)).supervised  # type: ignore[attr-defined]
     shown = f"is lost; held-out loss {before:.4f} before compression, {after:.4f} after ({after - before:+.4f}, on "
     assert [line for line in lines if line.startswith("adapter of rank 2: ") and shown in line]
     assert shown in (Path(run.folder.adapter) / "README.md").read_text()
@@ -73,41 +76,39 @@ def test_the_loss_is_that_of_both_adapters(run: Run, tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"]) == (2, 4)
 
 
-@pytest.mark.parametrize("merged", [True, False])
-def test_the_template_that_was_trained_with_goes_into_all_that_is_exported(run: Run, merged: bool) -> None:
-    own = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
-    export.export_run(replace(spec_of(run, export__merged=merged), template=own), run.folder, STEP)
-    for folder in (run.folder.adapter, *([run.folder.merged] if merged else [])):
-        assert AutoTokenizer.from_pretrained(folder).chat_template == own
-
-
 CHECKED = "Checks of the export: PEFT computes each layer's change with a relative error of at most 1e-05; "
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_the_card_says_what_the_checks_found(run: Run, merged: bool) -> None:
-    export.export_run(spec_of(run, export__merged=merged), run.folder, STEP)
+def test_the_card_says_what_the_checks_found_and_the_template_is_that_of_the_training(
+    run: Run, merged: bool
+) -> None:
+    own = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    export.export_run(replace(spec_of(run, export__merged=merged), template=own), run.folder, STEP)
+    for folder in (run.folder.adapter, *([run.folder.merged] if merged else [])):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == own
     card = (Path(run.folder.adapter) / "README.md").read_text()
-    weights = "each merged weight is base + change, rounded to bfloat16, and all other weights"
-    weights += " are the base model's; "
-    models = "the merged model and of the adapter in PEFT" if merged else "the adapter in PEFT"
-    logits = f"the logits of {models} equal those of the training, up to rounding errors\n"
-    assert f"{CHECKED}{weights if merged else ''}{logits}" in card
+    assert CHECKED in card
+    assert ("each merged weight is base + change, rounded to bfloat16" in card) == merged
 
 
-def test_a_card_of_an_export_that_is_not_right_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_of_an_export_that_is_not_right_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = export.new_adapter
 
     def scaled(adapter: Any, settings: Any, *rest: Any) -> Any:
         return real(adapter, settings.model_copy(update={"alpha": 2 * settings.alpha}), *rest)
 
     monkeypatch.setattr(export, "new_adapter", scaled)
-    with pytest.raises(UserError, match="PEFT computes the change of"):
+    with refused("PEFT computes the change of"):
         export.export_run(spec_of(run), run.folder, STEP)
     assert "export: NOT right" in (Path(run.folder.adapter) / "README.md").read_text()
 
 
-def test_an_old_adapter_stays_until_the_new_one_is_checked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_adapter_stays_until_the_new_one_is_checked(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = spec_of(run)
     export.export_run(spec, run.folder, STEP)
     folder = Path(run.folder.adapter)
@@ -128,19 +129,20 @@ def test_the_loss_on_both_bases_is_measured_and_told(run: Run, tmp_path: Path) -
     with said() as lines:
         measured = export.export_run(spec, run.folder, STEP)
     found, held_out = measured["quantised"], spec.eval
-    assert held_out is not None
     packs = [held_out[number] for number in range(3)]
     # The adapter as PEFT reads it, on the weights that were trained on, and on the original ones.
-    unpack(load_frozen(run.case.base, spec.config.model, CPU)).save_pretrained(tmp_path / "unpacked")
-    on_both = [by_peft(run, Path(run.folder.adapter), packs, base) for base in (tmp_path / "unpacked", run.case.base)]
+    unpack(load_frozen(run.case.base, spec.config.model, CPU)).save_pretrained(
+        tmp_path / "unpacked"
+    )
+    on_both = [
+        by_peft(run, Path(run.folder.adapter), packs, base)
+        for base in (tmp_path / "unpacked", run.case.base)
+    ]
     assert [found["loss"]["before"], found["loss"]["after"]] == pytest.approx(on_both, rel=1e-5)
     assert abs(found["loss"]["difference"]) > 1e-4
     text = f"trained on the base model as fp8, exported for the original weights: held-out loss {on_both[0]:.4f} on the"
-    card = (Path(run.folder.adapter) / "README.md").read_text()
-    assert f"- Base model in the training: {text}" in card
-    assert "those of the trained adapter on the original weights" in card
+    assert text in (Path(run.folder.adapter) / "README.md").read_text()
     assert [line for line in lines if line.startswith(f"adapter: {text}")]
-    assert found["in_words"].startswith(text)
 
 
 def test_the_merged_model_is_that_of_an_unquantised_training(run: Run) -> None:

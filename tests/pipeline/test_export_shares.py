@@ -26,12 +26,21 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         base = folder / "base"
-        self.config = tiny.config(run__storage=str(folder / "runs"), model__name=str(base), data__max_length=64)
-        self.case = export_parts.make_case(base, tiny.llama(dtype=torch.bfloat16), self.config.adapter)
+        self.config = tiny.decided(
+            run__storage=str(folder / "runs"),
+            model__name=str(base),
+            data__max_length=64,
+            data__train=[{"path": "unused.jsonl", "format": "messages"}],
+        )
+        self.case = export_parts.make_case(
+            base, tiny.llama(dtype=torch.bfloat16), self.config.adapter
+        )
         export_parts.save_tokenizer(base)
         self.folder = RunFolder(self.config.folder())
         store: Any = tiny.store(3)
-        self.spec = TrainSpec(self.config, BaseModel(str(base), str(base), "digest"), "", (1,), store, None)
+        self.spec = TrainSpec(
+            self.config, BaseModel(str(base), str(base), "digest"), "", (1,), store, None
+        )
         place = Path(self.folder.checkpoints) / f"step-{STEP:07d}"
         state = TrainState(step=STEP)
         checkpoint.save(place, self.case.adapter, None, {}, state, {}, dump(self.config))
@@ -58,7 +67,9 @@ def test_an_export_is_written_and_checked(run: Run) -> None:
 
 
 @pytest.mark.parametrize("damaged", [None, 8, -1])
-def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(run: Run, damaged: int | None) -> None:
+def test_a_merged_model_of_a_stopped_export_is_kept_if_its_bytes_are_right(
+    run: Run, damaged: int | None
+) -> None:
     export.export_run(run.spec, run.folder, STEP)
     file = Path(run.folder.merged) / "model.safetensors"
     number, right = file.stat().st_ino, file.read_bytes()

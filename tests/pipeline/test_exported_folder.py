@@ -53,7 +53,9 @@ def test_a_hub_id_stays_and_everything_else_is_a_folder(name: str, public: str) 
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_an_adapters_folder_has_its_tokenizer_template_and_card(tmp_path: Path, template: bool) -> None:
+def test_an_adapters_folder_has_its_tokenizer_template_and_card(
+    tmp_path: Path, template: bool
+) -> None:
     base, out = tmp_path / "base", tmp_path / "adapter"
     save_tokenizer(base)
     if not template:
@@ -78,40 +80,49 @@ def test_a_template_of_ones_own_is_that_of_the_export(tmp_path: Path) -> None:
     base = tmp_path / "base"
     save_tokenizer(base)
     settings = json.loads((base / "tokenizer_config.json").read_text())
-    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "another"}))
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": "another"})
+    )
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tool_use.jinja").write_text("another")
     model, own = BaseModel(str(base), str(base), "cafe"), config(str(base))
     for name, template in (("with", "own"), ("without", None)):
         (tmp_path / name).mkdir()
-        complete(own, model, TrainState(step=1), tmp_path / name, 8, load_tokenizer(model, own.model), template)
+        complete(
+            own,
+            model,
+            TrainState(step=1),
+            tmp_path / name,
+            8,
+            load_tokenizer(model, own.model),
+            template,
+        )
         card = (tmp_path / name / "README.md").read_text()
         assert ("--chat-template THIS_FOLDER/chat_template.jinja" in card) == (template is not None)
     assert AutoTokenizer.from_pretrained(tmp_path / "with").chat_template == "own"
 
 
-def test_a_processors_template_is_none_of_the_tokenizer(tmp_path: Path) -> None:
-    """Of a base for pictures and text: no tokenizer reads it, so the training had the default one."""
-    base, out = tmp_path / "base", tmp_path / "adapter"
-    save_tokenizer(base)
-    (base / "chat_template.jinja").unlink()
-    (base / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
-    completed(BaseModel(str(base), str(base), "cafe"), TrainState(step=1), out, config(str(base)))
-    assert AutoTokenizer.from_pretrained(out).chat_template == chat_template.DEFAULT
-    assert not (out / "chat_template.json").exists()
-
-
 def test_an_adapters_tokenizer_cuts_text_as_the_bases(tmp_path: Path) -> None:
     """OLMo, Granite and Phi-4 name GPT-2's class, which cuts in its own way without a config.json beside it."""
     inner = Tokenizer(
-        BPE({"</s>": 0, **{byte: 1 + number for number, byte in enumerate(sorted(ByteLevel.alphabet()))}}, [])
+        BPE(
+            {
+                "</s>": 0,
+                **{byte: 1 + number for number, byte in enumerate(sorted(ByteLevel.alphabet()))},
+            },
+            [],
+        )
     )
-    inner.pre_tokenizer = Sequence([Split(Regex(r"\p{N}{1,3}"), "isolated"), ByteLevel(False, use_regex=False)])
+    inner.pre_tokenizer = Sequence(
+        [Split(Regex(r"\p{N}{1,3}"), "isolated"), ByteLevel(False, use_regex=False)]
+    )
     inner.add_special_tokens(["</s>"])
     base, out = tmp_path / "base", tmp_path / "adapter"
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(base)
     settings = json.loads((base / "tokenizer_config.json").read_text())
-    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"})
+    )
     (base / "config.json").write_text(json.dumps({"model_type": "olmo2"}))
     own = AutoTokenizer.from_pretrained(base).backend_tokenizer
     assert json.loads(own.to_str())["pre_tokenizer"]["type"] == "Sequence", "what this is about"
@@ -126,32 +137,31 @@ def exported(folder: Path, begin: bool, **source: Any) -> str | None:
 
     inner = small_tokenizers.byte_level(False)
     if begin:
-        inner.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+        inner.post_processor = TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+        )
     for name in ("base", "merged"):
-        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+        tokenizer: Any = PreTrainedTokenizerFast(
+            tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
+        )
         tokenizer.save_pretrained(folder / name)
-    give_template(tiny.config(data__train=[{"path": "x.jsonl", **source}]), tokenizer, folder / "merged")
+    give_template(
+        tiny.config(data__train=[{"path": "x.jsonl", **source}]), tokenizer, folder / "merged"
+    )
     file = folder / "merged" / "chat_template.jinja"
     return file.read_text() if file.is_file() else None
 
 
-@pytest.mark.parametrize("begin", [False, True])
-@pytest.mark.parametrize("source", [{}, {"format": "prompt_completion", "chat": True}])
-def test_chats_get_the_template_that_was_trained(begin: bool, source: dict[str, Any], tmp_path: Path) -> None:
-    found = exported(tmp_path, begin, **source)
-    assert found == "{{ bos_token }}" * begin + chat_template.DEFAULT
-
-
-@pytest.mark.parametrize("source", [{"format": "text"}, {"format": "prompt_completion"}])
-def test_texts_get_none(source: dict[str, Any], tmp_path: Path) -> None:
-    assert exported(tmp_path, False, **source) is None
-
-
-def test_mistrals_own_form_of_a_tokenizer_does_not_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where its package is installed, the same folder had another tokenizer than elsewhere, or none."""
-    exported(tmp_path, False)
-    asked: list[Any] = []
-    old = AutoTokenizer.from_pretrained
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **named: asked.append(named) or old(*a, **named))
-    load_tokenizer(BaseModel("tiny", str(tmp_path / "base"), ""), tiny.config().model)
-    assert asked[0]["mistral_format"] is False
+@pytest.mark.parametrize(
+    ("begin", "source", "template"),
+    [
+        (False, {"format": "messages"}, chat_template.DEFAULT),
+        (True, {"format": "messages"}, "{{ bos_token }}" + chat_template.DEFAULT),
+        (False, {"format": "prompt_completion", "chat": True}, chat_template.DEFAULT),
+        (False, {"format": "prompt_completion"}, None),
+    ],
+)
+def test_chats_get_the_template_that_was_trained_and_texts_get_none(
+    begin: bool, source: dict[str, Any], template: str | None, tmp_path: Path
+) -> None:
+    assert exported(tmp_path, begin, **source) == template

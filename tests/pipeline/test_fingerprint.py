@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from olora_ray.config.load import override
-from olora_ray.pipeline.run_folder import MODEL, NEUTRAL, settings_digest
+from olora_ray.pipeline.run_folder import MODEL, RESULT_NEUTRAL, settings_digest
 from tests import tiny
 
 
@@ -28,7 +28,9 @@ from tests import tiny
         ("train.schedule", "cosine", False),  # its default, spelled out
     ],
 )
-def test_the_digest_has_the_settings_that_change_the_model(field: str, value: Any, counts: bool) -> None:
+def test_the_digest_has_the_settings_that_change_the_model(
+    field: str, value: Any, counts: bool
+) -> None:
     config = tiny.config()
     assert (settings_digest(override(config, {field: value})) != settings_digest(config)) is counts
 
@@ -36,5 +38,9 @@ def test_the_digest_has_the_settings_that_change_the_model(field: str, value: An
 def test_the_page_on_retraining_names_the_settings_that_count() -> None:
     page = (Path(__file__).parents[2] / "docs" / "retraining.md").read_text(encoding="utf-8")
     told = page.partition("The settings that count are")[2].partition(": another gate")[0]
-    fields = {f"train.{name}" for name in NEUTRAL} | {f"model.{name}" for name in MODEL} | {"run.seed", "export.rank"}
+    fields = (
+        {f"train.{name}" for name in RESULT_NEUTRAL}
+        | {f"model.{name}" for name in MODEL}
+        | {"run.seed", "export.rank"}
+    )
     assert fields | {"adapter", "train", "data"} == set(re.findall("`(.*?)`", told))

@@ -1,6 +1,5 @@
 """What a training on the cluster is given: Train's controller unpacks it without torch, half of its start."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.model.source import BaseModel
 from tests import tiny
 from tests.pipelines import project
+from tests.ran import ran
 
 UNPACK = """
 import pickle, sys
@@ -29,7 +29,9 @@ def test_the_controller_needs_no_torch(tmp_path: Path) -> None:
 
     config = tiny.config(run__storage=str(tmp_path))
     nothing: Any = None
-    spec = TrainSpec(config, BaseModel("tiny", str(tmp_path), "digest"), "digest", (0,), nothing, None)
+    spec = TrainSpec(
+        config, BaseModel("tiny", str(tmp_path), "digest"), "digest", (0,), nothing, None
+    )
     found = ray_trainer(spec, config.folder(), {"CPU": 1.0}, None, 2)
     given = (
         found.train_run_context,
@@ -39,9 +41,11 @@ def test_the_controller_needs_no_torch(tmp_path: Path) -> None:
     )
     (tmp_path / "given").write_bytes(cloudpickle.dumps(given))
     command = [sys.executable, "-c", UNPACK, str(tmp_path / "given")]
-    done = subprocess.run(command, cwd=project.ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = ran(command, code=None, cwd=project.ROOT)
     first, callbacks = done.stdout.splitlines()
     assert first.split() == ["gloo", "TogetherBackend", "False"], done.stderr
     assert "BackendSetupCallback" in callbacks
     assert "DatasetsCallback" not in callbacks, "a process for datasets that there are not"
-    assert "PlacementGroupCleaner" not in callbacks, "a process that asks a dashboard which there is not"
+    assert "PlacementGroupCleaner" not in callbacks, (
+        "a process that asks a dashboard which there is not"
+    )

@@ -1,7 +1,6 @@
 """The last lines of a run are commands that work as they are printed."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +9,12 @@ from typing import Any
 import pytest
 
 from olora_ray.cluster.spec import TrainResult
-from olora_ray.model.source import obtain
 from olora_ray.pipeline.export import Exported
-from olora_ray.pipeline.prepare import plan
 from olora_ray.pipeline.report import already_finished, finished, next_steps
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
-from tests.families import zoo
-from tests.families.variants import ALL, Variant
+from tests.ran import ran
 from tests.said import said
 
 NAME = "my model"
@@ -38,41 +34,56 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def result(folder: Path) -> dict[str, Any]:
     registered = {"model": NAME, "version": 3, "alias": "candidate"}
-    return {"mlflow": {"uri": f"sqlite:///{folder}/runs/mlflow.db", "run_id": "cafe"}, "registered": registered}
+    return {
+        "mlflow": {"uri": f"sqlite:///{folder}/runs/mlflow.db", "run_id": "cafe"},
+        "registered": registered,
+    }
 
 
 def command(lines: list[str], label: str) -> str:
     """The command behind a label."""
-    [found] = [line.removeprefix(f"{label}: ").strip() for line in lines if line.startswith(f"{label}: ")]
+    [found] = [
+        line.removeprefix(f"{label}: ").strip() for line in lines if line.startswith(f"{label}: ")
+    ]
     return found
 
 
 def output(command: str, folder: Path) -> str:
     """What a shell prints for a command, with no environment activated."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")}
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = ran(["bash", "-c", command], cwd=folder, env=environment)
     return done.stdout
 
 
-def test_commands_work_in_any_folder(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_work_in_any_folder(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(project)
     lines = next_steps(result(project), None)
     store = f"sqlite:///{project}/runs/mlflow.db"
     served = output(command(lines, "serve"), tmp_path).split("|")
     assert served[:5] == [store, "models", "serve", "-m", f"models:/{NAME}@candidate"]
-    assert output(command(lines, "MLflow"), tmp_path).split("|")[1:4] == ["ui", "--backend-store-uri", store]
+    assert output(command(lines, "MLflow"), tmp_path).split("|")[1:4][::2] == ["ui", store]
     challenger = {**result(project)["registered"], "alias": "challenger"}
     told = next_steps({**result(project), "registered": challenger}, None)
-    assert [line.partition(":")[0] for line in told] == ["registered", "MLflow"]  # the gate has not decided
+    assert [line.partition(":")[0] for line in told] == [
+        "registered",
+        "MLflow",
+    ]  # the gate has not decided
 
 
-def test_the_page_of_a_server_is_enough_and_an_unregistered_model_is_not_served(project: Path) -> None:
-    lines = next_steps({**result(project), "registered": None}, "http://mlflow:5000/#/experiments/1/runs/cafe")
+def test_the_page_of_a_server_is_enough_and_an_unregistered_model_is_not_served(
+    project: Path,
+) -> None:
+    lines = next_steps(
+        {**result(project), "registered": None}, "http://mlflow:5000/#/experiments/1/runs/cafe"
+    )
     assert lines == ["MLflow: http://mlflow:5000/#/experiments/1/runs/cafe"]
 
 
-def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_for(tmp_path: Path) -> None:
+def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_for(
+    tmp_path: Path,
+) -> None:
     config = tiny.config(run__name="mine", run__storage=str(tmp_path))
     state = tiny.claimed(config).state()
     for changes, count in (({}, 1), ({"export__rank": 16}, 2)):
@@ -90,7 +101,9 @@ def test_a_finished_run_says_that_its_exports_are_others_than_the_config_asks_fo
 def test_the_end_says_that_nothing_became_better_and_that_held_out_rows_were_drawn(
     best: int, drawn: bool, tmp_path: Path
 ) -> None:
-    held_out: Any = {"data__eval": [], "data__eval_fraction": 0.1} if drawn else {"data__eval": ["other.jsonl"]}
+    held_out: Any = (
+        {"data__eval": [], "data__eval_fraction": 0.1} if drawn else {"data__eval": ["other.jsonl"]}
+    )
     config = tiny.config(run__storage=str(tmp_path), **held_out)
     state = TrainState(4, 1.0, best, history=[{"step": 0.0, "eval/loss": 1.0}])
     with said() as lines:
@@ -100,21 +113,3 @@ def test_the_end_says_that_nothing_became_better_and_that_held_out_rows_were_dra
     assert [line for line in lines if f"1.0000 after (step {best})" in line]
     assert any("no step has improved the held-out loss" in line for line in lines) == (best == 0)
     assert any("ask in new words, too" in line for line in lines) == drawn
-
-
-def plan_lines(folder: Path, family: Variant, **changes: Any) -> list[str]:
-    zoo.build(family, folder)
-    config = tiny.config(model__name=str(folder), model__dtype="float32", **changes)
-    with said() as lines:
-        plan(config, obtain(config))
-    return lines
-
-
-def test_the_plan_names_what_all_linear_cannot_take(tmp_path: Path) -> None:
-    lines = plan_lines(tmp_path, ALL["mamba"], data__max_length=64)  # its code goes position by position
-    assert [line for line in lines if "leaves out" in line] == [
-        "adapter.targets: all-linear leaves out 2 layers: layers whose weight the model's code reads directly"
-        " (for example backbone.layers.0.mixer.dt_proj)",
-        "adapter.targets: all-linear leaves out 2 layers: layers that PEFT does not adapt in such a model"
-        " (for example backbone.layers.0.mixer.out_proj)",
-    ]

@@ -7,17 +7,21 @@ from collections.abc import Callable
 
 import pytest
 
+from olora_ray.cluster.connection import Stop
 from olora_ray.common.errors import Stopped
-from olora_ray.pipeline.connection import Stop
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_at_once(number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_ends_at_once(
+    number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Stop(), pytest.raises(Stopped) as caught:
         os.kill(os.getpid(), number)
     assert caught.value.exit_code == code
     name = {143: "SIGTERM", 130: "Ctrl+C"}[code]
-    assert capfd.readouterr().err == f"{name}: stopping at once\n"  # the end of Ray may take a while
+    assert (
+        capfd.readouterr().err == f"{name}: stopping at once\n"
+    )  # the end of Ray may take a while
     assert str(caught.value) == f"stopped ({name}); run the same command again to resume"
 
 
@@ -27,7 +31,10 @@ def test_while_training_a_signal_is_a_wish_and_a_second_ctrl_c_an_end() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked == "SIGTERM"
         granted = stop.stopped("stopped after step 3 of 8")
-        assert str(granted) == "stopped after step 3 of 8 (SIGTERM); run the same command again to resume"
+        assert (
+            str(granted)
+            == "stopped after step 3 of 8 (SIGTERM); run the same command again to resume"
+        )
         assert granted.exit_code == 143
         os.kill(os.getpid(), signal.SIGTERM)  # the same one, through a second process
         with pytest.raises(Stopped):

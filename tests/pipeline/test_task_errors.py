@@ -8,11 +8,14 @@ from ray.exceptions import RayTaskError
 
 from olora_ray.cluster.failures import user_errors
 from olora_ray.common.errors import StoreError, StoreUnavailable, UserError
+from tests.refused import refused
 
 
 def raised_by_a_task(error: Exception) -> Exception:
     """What `ray.get` raises then."""
-    wrapped = RayTaskError("f", f"Traceback (most recent call last):\n{error!r}", error, "ray::f", 1, "127.0.0.1")
+    wrapped = RayTaskError(
+        "f", f"Traceback (most recent call last):\n{error!r}", error, "ray::f", 1, "127.0.0.1"
+    )
     return wrapped.as_instanceof_cause()
 
 
@@ -33,7 +36,10 @@ def test_the_line_and_the_exit_code_are_those_of_the_task(error: Exception, code
 
 
 def test_a_full_disk_of_a_node_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^/runs/tokens/a: No space left on device; make room"), user_errors():
+    with (
+        refused("/runs/tokens/a"),
+        user_errors(),
+    ):
         raise raised_by_a_task(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/tokens/a"))
 
 

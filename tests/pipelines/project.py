@@ -13,6 +13,7 @@ import yaml
 
 from olora_ray.common import node_cache
 from tests import mlflow_database
+from tests.ran import ran
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
@@ -21,7 +22,7 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, layers: int = 2) -> Path:
+def make_model(folder: Path, layers: int = 2, width: int = 64) -> Path:
     """A random Llama and a byte-level tokenizer with a chat template, as a model folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,13 +35,15 @@ def make_model(folder: Path, layers: int = 2) -> Path:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>"
+    )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -86,7 +89,11 @@ def on_s3(folder: Path, bucket: str, database: Path) -> dict[str, Any]:
     """Copy a tiny project into a bucket; the fields that put model, data and storage of a config there."""
     root = f"{bucket.removesuffix('/runs')}/project"
     node_cache.upload(folder, root)
-    data = {"train": [{"path": f"{root}/train.jsonl"}], "eval": [{"path": f"{root}/eval.jsonl"}], "max_length": 64}
+    data = {
+        "train": [{"path": f"{root}/train.jsonl"}],
+        "eval": [{"path": f"{root}/eval.jsonl"}],
+        "max_length": 64,
+    }
     return {
         "run__storage": bucket,
         "model__name": f"{root}/model",
@@ -135,35 +142,36 @@ def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") 
     return file
 
 
-def finetune(
-    *arguments: str | Path, cwd: Path = ROOT, timeout: float = 300, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run pipelines/finetune.py as a user does, with more variables in `env`."""
-    return run_script("finetune.py", *arguments, cwd=cwd, timeout=timeout, env=env)
+def finetune(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run pipelines/finetune.py as a user does; `more` as for `run_script`."""
+    return run_script("finetune.py", *arguments, **more)
 
 
 def run_script(
     script: str,
     *arguments: str | Path,
     cwd: Path = ROOT,
-    timeout: float = 300,
     env: Mapping[str, str] | None = None,
+    code: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry script as a user does, with more variables in `env`."""
-    command = _command(arguments, script)
+    """Run an entry script as a user does, with more variables in `env`; it must end with `code`, if that is given."""
     environment = {**_environment(), **(env or {})}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return ran(_command(arguments, script), code=code, cwd=cwd, env=environment)
 
 
-def finetune_until(file: Path, line: str, act: Callable[[], None]) -> subprocess.CompletedProcess[str]:
+def finetune_until(
+    file: Path, line: str, act: Callable[[], None]
+) -> subprocess.CompletedProcess[str]:
     """Run pipelines/finetune.py, and `act` once it has printed `line`."""
     command = _command([file])
     with subprocess.Popen(
-        command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
-        assert process.stdout
         seen, errors = "", []
         reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
         reader.start()

@@ -1,15 +1,14 @@
 """A config for rows that nobody has described."""
 
+import csv
+import io
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
 from olora_ray.config.load import load_config, override, parse_yaml
 from olora_ray.config.schema import Config
@@ -17,7 +16,9 @@ from olora_ray.evaluation.groups import count_planned
 from olora_ray.pipeline.dry_run import dry_run
 from olora_ray.tokens.prepare import plan_here
 from pipelines import init
+from tests import tiny
 from tests.pipelines import project
+from tests.refused import refused
 from tests.said import said
 from tests.tokens import helpers
 from tests.tools.test_configuration_page import mistakes
@@ -30,7 +31,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(file: str, numbers: Sequence[int]) -> str:
-    chats = ([{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}"}] for n in numbers)
+    chats = (
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}"}]
+        for n in numbers
+    )
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     return file
@@ -48,15 +52,20 @@ def written(*words: str, out: str = "my_run.yaml") -> Config:
     return load_config(out)
 
 
-def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_config_is_one_that_an_editor_and_a_run_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     found = written(rows("chats.jsonl", range(200)), model("model"))
     assert (found.run.name, found.model.name, found.registry.model) == ("chats", "model", "chats")
     assert [each.path for each in found.data.train] == ["chats.jsonl"]
     assert (found.data.eval, found.data.eval_fraction) == ((), 0.15)
-    assert found.train.global_batch >= found.train.micro() * found.cluster.max_workers()
+    assert (
+        found.train.global_batch
+        >= tiny.decided(found).train.micro_batch * tiny.decided(found).cluster.most
+    )
     printed = capsys.readouterr().out
     assert printed.startswith(
-        "chats.jsonl: about 200 messages rows in jsonl\nheld out: eval_fraction: 0.15  # about 30 rows\n"
+        "chats.jsonl: 200 messages rows in jsonl\nheld out: eval_fraction: 0.15  # about 30 rows\n"
     )
     assert re.findall(r"^  olora-ray (.*?)(?:  #.*)?$", printed, re.MULTILINE) == [
         "finetune my_run.yaml --dry-run",
@@ -64,7 +73,10 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(capsys: pytest.CaptureF
         "chat chats",
     ]
     text = Path("my_run.yaml").read_text(encoding="utf-8")
-    assert "too_long: drop_turns  # rows with more tokens than max_length lose their last turns" in text
+    assert (
+        "too_long: drop_turns  # rows with more tokens than max_length lose their last turns"
+        in text
+    )
     assert mistakes("config", parse_yaml(text, "my_run.yaml")) == []
     assert Path(text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")).is_file()
     assert sorted(each.name for each in Path().iterdir()) == ["chats.jsonl", "model", "my_run.yaml"]
@@ -86,7 +98,9 @@ def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count: in
         (["chats.jsonl", "test.jsonl"], "chats.jsonl", None),
     ],
 )
-def test_rows_that_are_held_out_by_name_are_held_out(files: list[str], data: str, held_out: str | None) -> None:
+def test_rows_that_are_held_out_by_name_are_held_out(
+    files: list[str], data: str, held_out: str | None
+) -> None:
     for number, file in enumerate(files):
         rows(file, range(100 * number, 100 * number + 30))
     found = written(data)
@@ -106,34 +120,37 @@ def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(
         found = written(data, base, "--out", f"{number}.yaml", out=f"{number}.yaml")
         assert [each.path for each in found.data.train] == [data]
         printed = capsys.readouterr().out
-        assert re.search(r"\n1 of them cannot be used, the first is .*/day2\.jsonl:101: no_answer: ", printed)
+        assert re.search(
+            r"\n1 of them cannot be used, the first is .*/day2\.jsonl:101: no_answer: ", printed
+        )
         with said() as lines:
             dry_run(command_line.resolved(found, folder))
-        assert len([line for line in lines if "copies of held-out rows, left out of the training: " in line]) == 1
+        left_out = "copies of held-out rows, left out of the training: "
+        assert len([line for line in lines if left_out in line]) == 1
     assert sorted(each.name for each in Path().rglob("*.jsonl")) == ["day1.jsonl", "day2.jsonl"]
 
 
 def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
-    Path("q.csv").write_text("question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102)))
-    told = r"^data\.train\.0: 34 of 102 rows cannot be used.* \(empty_answer 34\); .*/q\.csv:2: .*max_rejected=0\.334$"
-    with pytest.raises(UserError, match=told):
+    Path("q.csv").write_text(
+        "question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102))
+    )
+    with refused("data.train.0: 34 of 102 rows cannot be used"):
         init.main(["q.csv"])
     assert not Path("my_run.yaml").exists()
     assert written("q.csv", "data.max_rejected=0.334").data.max_rejected == 0.334
 
 
-def test_rows_with_dates_bytes_and_half_characters_are_read() -> None:
-    columns = {"question": [f"{n}?" for n in range(20)], "answer": [str(n) for n in range(20)]}
-    seen = pa.array([0] * 20, pa.timestamp("ms"))
-    pq.write_table(pa.table({**columns, "date": seen}), "a.parquet")
-    assert written("a.parquet", "--out", "a.yaml", out="a.yaml").data.train[0].path == "a.parquet"
-    Path("b.jsonl").write_text(
-        "".join(json.dumps({"question": f"{n} \ud83d", "answer": "a"}) + "\n" for n in range(20))
-    )
-    assert written("b.jsonl", "--out", "b.yaml", out="b.yaml").data.train[0].path == "b.jsonl"
+def test_rows_of_large_files_with_line_breaks_are_estimated_as_rows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mails = ((f"{n} " + "line\n" * 400, "Thanks.") for n in range(2**25 // 1000))
+    with Path("mails.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "answer"), *mails])
+    assert written("mails.csv").data.eval_fraction == 0.03
+    assert capsys.readouterr().out.startswith("mails.csv: about 33,")
 
 
-@pytest.mark.parametrize("count", [100, 150, 1000])
+@pytest.mark.parametrize("count", [100, 1000])
 def test_enough_rows_are_held_out_for_the_second_night(count: int, folder: Path) -> None:
     found = written(rows("a.jsonl", range(count)))
     config = command_line.resolved(override(found, {"data.train.0.format": "messages"}), folder)
@@ -144,7 +161,6 @@ def test_enough_rows_are_held_out_for_the_second_night(count: int, folder: Path)
 @pytest.mark.parametrize(
     ("words", "data", "named"),
     [
-        ("a.jsonl b.csv", ["a.jsonl", "b.csv"], None),
         ("a.jsonl b.csv --model base", ["a.jsonl", "b.csv"], "base"),
         ("a.jsonl org/model", ["a.jsonl"], "org/model"),
         ("a.jsonl --name mine", ["a.jsonl"], None),
@@ -175,11 +191,19 @@ def test_any_path_is_written_as_it_is_and_gives_a_name(data: str, name: str) -> 
 
 
 def test_fields_of_the_data_are_taken_and_no_others() -> None:
-    Path("a.jsonl").write_text("".join(json.dumps({"ask": f"{n}?", "say": "2"}) + "\n" for n in range(20)))
-    words = ("data.train.0.format=prompt_completion", "data.train.0.fields={prompt: ask, completion: say}")
+    Path("a.jsonl").write_text(
+        "".join(json.dumps({"ask": f"{n}?", "say": "2"}) + "\n" for n in range(20))
+    )
+    words = (
+        "data.train.0.format=prompt_completion",
+        "data.train.0.fields={prompt: ask, completion: say}",
+    )
     (source,) = written("a.jsonl", *words).data.train
-    assert (source.format, source.fields) == ("prompt_completion", {"prompt": "ask", "completion": "say"})
-    with pytest.raises(UserError, match=r"^argument train\.lr: .*set it in the config$"):
+    assert (source.format, source.fields) == (
+        "prompt_completion",
+        {"prompt": "ask", "completion": "say"},
+    )
+    with refused("argument train.lr"):
         init.main(["a.jsonl", "train.lr=1", "--out", "b.yaml"])
 
 
@@ -189,16 +213,92 @@ def test_nothing_is_overwritten_or_left_behind() -> None:
     Path("mine.jsonl").write_text("mine")
     Path("runs/few").mkdir(parents=True)
     for words, told in (
-        (["bad.jsonl"], r"^data\.train\.0: none of the 14 rows read can be used"),
-        (["nowhere.jsonl"], r"^data\.train\.0\.path: .*nowhere\.jsonl: no such file or folder$"),
-        ([], "^arguments: expected DATA and an optional MODEL; --help shows how"),
-        ([good, "modell"], r"^model\.name: modell: no such file or folder, and not a hub id"),
-        ([good, "--out", "mine.jsonl"], r"^mine\.jsonl: exists already; move it away, or name another config"),
-        ([good, "--out", "nofolder/x.yaml"], r"^--out nofolder/x\.yaml: No such file or directory$"),
-        ([rows("three.jsonl", range(3))], r"^three\.jsonl: 3 rows are too few to hold some out; at least 10"),
-        ([rows("few.jsonl", range(40))], r"^runs/few: exists already; name another run with --name$"),
+        (["bad.jsonl"], "bad.jsonl:1: no format has these columns"),
+        (["nowhere.jsonl"], "data.train.0.path"),
+        ([], "arguments: expected DATA"),
+        ([good, "modell"], "model.name: modell"),
+        ([good, "--out", "mine.jsonl"], "mine.jsonl: exists already"),
+        ([good, "--out", "nofolder/x.yaml"], "--out nofolder/x.yaml"),
+        ([rows("three.jsonl", range(3))], "three.jsonl: 3 rows are too few"),
+        ([rows("few.jsonl", range(40))], "runs/few: exists already"),
     ):
-        with pytest.raises(UserError, match=told):
+        with refused(told):
             init.main(words)
     assert not list(Path().glob("*.yaml"))
     assert Path("mine.jsonl").read_text() == "mine"
+
+
+def test_what_nothing_reads_is_written_as_left_out_with_an_example(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = [
+        {"question": f"Where is {n}?", "answer": "here", "topic": "a: b # c"} for n in range(40)
+    ]
+    Path("asked.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    init.main(["asked.jsonl"])
+    assert "left out: topic" in capsys.readouterr().out
+    text = Path("my_run.yaml").read_text()
+    assert 'topic: none  # such as "a: b # c"' in text
+    assert load_config("my_run.yaml").data.train[0].fields == {"topic": "none"}
+
+
+def test_at_a_terminal_the_columns_are_asked_for_and_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = [{"ticket": f"Where is {n}?", "reply_of_agent": "here"} for n in range(40)]
+    Path("asked.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    monkeypatch.setattr("sys.stdin", Terminal("ticket\nreply_of_agent\n"))
+    init.main(["asked.jsonl"])
+    fields = load_config("my_run.yaml").data.train[0].fields
+    assert fields == {"instruction": "ticket", "output": "reply_of_agent"}
+
+
+def test_rows_are_counted_where_cells_have_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
+    mails = [["question", "answer"]]
+    mails += [[f"Dear all,\nwhere is {n}?\n" + "x\n" * 10, f"Here;\n{n}"] for n in range(90)]
+    with Path("mails.csv").open("w", newline="", encoding="cp1252") as file:
+        csv.writer(file, delimiter=";").writerows(mails)
+    init.main(["mails.csv"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("mails.csv: 90 alpaca rows in semicolon csv")
+    assert "about 22 rows" in printed
+
+
+def test_labels_are_scored_by_equality_and_named_in_the_system_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for file, count in (("train.jsonl", 60), ("test.jsonl", 12)):
+        lines = [
+            {"text": f"Where is {n}?", "kind": ["open", "in work"][n % 3 == 0]}
+            for n in range(count)
+        ]
+        Path(file).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    init.main(["train.jsonl", "data.train.0.fields={instruction: text, output: kind}"])
+    assert "2 labels; the rarest, 'in work', has 20 rows" in capsys.readouterr().out
+    found = load_config("my_run.yaml")
+    assert (found.evaluation.scorer, found.evaluation.max_new_tokens) == ("exact_match", 8)
+    for source in (*found.data.train, *found.data.eval):
+        assert source.system == "Answer with one of: open, in work"
+        assert source.fields == {"instruction": "text", "output": "kind"}
+
+
+def test_labels_of_a_prompt_get_no_system_message_because_it_may_be_no_chat() -> None:
+    lines = [{"prompt": f"{n}?", "completion": ["even", "odd"][n % 2]} for n in range(60)]
+    Path("a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = written("a.jsonl")
+    assert found.evaluation.scorer == "exact_match"
+    assert found.data.train[0].system is None
+
+
+def test_a_terminal_that_closes_gets_the_question_as_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("asked.jsonl").write_text('{"ticket": "a", "reply_of_agent": "b"}\n' * 40)
+    monkeypatch.setattr("sys.stdin", Terminal("ticket\n"))
+    with refused("which column is the answer?"):
+        init.main(["asked.jsonl"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True

@@ -17,6 +17,7 @@ import pytest
 from olora_ray.pipeline import prometheus
 from tests.pipelines import project
 from tests.recovery import processes
+from tests.telemetry import exported
 
 pytestmark = pytest.mark.ray
 RAY = Path(sys.executable).parent / "ray"
@@ -30,11 +31,26 @@ Series = dict[str, float]
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Ray head that exports its metrics every second, for the commands of the test; yields what marks it."""
     with processes.scratch() as folder:
-        for name, value in {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "HOME": str(folder)}.items():
+        for name, value in {
+            "RAY_AUTH_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(folder),
+        }.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        command: list[Any] = [RAY, "start", "--head", f"--port={PORT}", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
-        command += [f"--dashboard-port={DASHBOARD}", f"--metrics-export-port={METRICS}", f"--temp-dir={folder}"]
+        command: list[Any] = [
+            RAY,
+            "start",
+            "--head",
+            f"--port={PORT}",
+            "--node-ip-address=127.0.0.1",
+            "--num-cpus=2",
+        ]
+        command += [
+            f"--dashboard-port={DASHBOARD}",
+            f"--metrics-export-port={METRICS}",
+            f"--temp-dir={folder}",
+        ]
         command += ['--system-config={"metrics_report_interval_ms": 1000}']
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{PORT}")
@@ -57,7 +73,11 @@ def scrape() -> Series:
 
 
 def kill_a_worker(head: Path) -> None:
-    workers = [one for one in processes.processes_of(head) if "RayTrainWorker" in " ".join(processes.command(one))]
+    workers = [
+        one
+        for one in processes.processes_of(head)
+        if "RayTrainWorker" in " ".join(processes.command(one))
+    ]
     assert len(workers) == 2
     workers[0].kill()
 
@@ -68,7 +88,12 @@ def run(file: Path, at: str, act: Callable[[], None]) -> tuple[str, list[Series]
     command = [sys.executable, "pipelines/finetune.py", str(file)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
-        command, cwd=project.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=project.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
         reader.start()
@@ -87,24 +112,33 @@ def run(file: Path, at: str, act: Callable[[], None]) -> tuple[str, list[Series]
 
 
 @pytest.mark.slow
-def test_every_metric_can_be_read_while_a_training_runs(head: Path, tiny_model: Path, corpus: Path) -> None:
-    tree = project.settings(corpus, tiny_model, train__steps=STEPS, train__eval_every=40, train__checkpoint_every=40)
+def test_every_metric_can_be_read_while_a_training_runs(
+    head: Path, tiny_model: Path, corpus: Path
+) -> None:
+    tree = project.settings(
+        corpus, tiny_model, train__steps=STEPS, train__eval_every=40, train__checkpoint_every=40
+    )
     tree |= {"evaluation": {"samples": 0}, "registry": {}}
     output, seen = run(project.write_config(corpus, tree), " step 2/", lambda: kill_a_worker(head))
     last = {name: value for entry in seen for name, value in entry.items()}
-    plain = {name for name, kind in prometheus.exported().items() if kind != "histogram"}
+    plain = {name for name, kind in exported().items() if kind != "histogram"}
     assert plain <= last.keys()
     assert last["ray_olora_restarts_total"] == 1
     workers = {entry.get("ray_olora_workers") for entry in seen}
     assert workers == {None, 2, 0}
-    result = json.loads((corpus / "runs" / "small" / "training.json").read_text())["state"]["history"]
+    result = json.loads((corpus / "runs" / "small" / "training.json").read_text())["state"][
+        "history"
+    ]
     steps = [row for row in result if "train/loss" in row]
     evaluations = [row for row in result if "eval/loss" in row]
-    assert last["ray_olora_loss"] == pytest.approx(steps[-1]["train/loss"])
-    assert last["ray_olora_learning_rate"] == pytest.approx(steps[-1]["train/lr"])
-    assert last["ray_olora_data_wait_fraction"] == pytest.approx(steps[-1]["data/wait_fraction"])
-    assert last["ray_olora_supervised_tokens_per_second"] == pytest.approx(steps[-1]["train/tokens_per_second"])
-    assert last["ray_olora_eval_loss"] == pytest.approx(evaluations[-1]["eval/loss"])
+    for name, value in {
+        "loss": steps[-1]["train/loss"],
+        "learning_rate": steps[-1]["train/lr"],
+        "data_wait_fraction": steps[-1]["data/wait_fraction"],
+        "supervised_tokens_per_second": steps[-1]["train/tokens_per_second"],
+        "eval_loss": evaluations[-1]["eval/loss"],
+    }.items():
+        assert last[f"ray_olora_{name}"] == pytest.approx(value)
     assert last["ray_olora_step_seconds_count"] >= STEPS  # those that were done again count too
     assert last["ray_olora_checkpoint_seconds_count"] >= STEPS / 40
     assert last["ray_olora_checkpoint_seconds_sum"] > 0

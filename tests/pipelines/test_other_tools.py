@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olora_ray.common.errors import UserError
-from olora_ray.config import command_line
 from olora_ray.config.load import flatten, load_config, parse_yaml
-from olora_ray.pipeline.dry_run import dry_run
 from pipelines import init
 from tests.pipelines import project
+from tests.refused import refused
 
-THEIRS = Path(__file__).parents[1] / "config" / "other_tools"
+THEIRS = Path(__file__).parent / "other_tools"
 """Files in the dialects of other tools; ours/ has the config for each."""
 FILES = sorted(file.name for file in THEIRS.iterdir() if file.is_file())
 
@@ -22,6 +20,7 @@ FILES = sorted(file.name for file in THEIRS.iterdir() if file.is_file())
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(project.ROOT / "pipelines")  # as the commands do
     shutil.copytree(THEIRS, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -37,46 +36,46 @@ def test_each_field_is_named_and_each_value_that_is_said_is_in_the_config(
     assert said.partition("\nrun:")[0] in capsys.readouterr().out
     assert "hf_wDk" not in text
     source = Path(file).read_text(encoding="utf-8")
-    fields = re.findall(r"--(\w+)", source) if file.endswith(".sh") else list(yaml.safe_load(source))
-    assert [field for field in fields if not re.search(rf"^  {field}(:|$)", said, re.MULTILINE)] == []
+    fields = (
+        re.findall(r"--(\w+)", source) if file.endswith(".sh") else list(yaml.safe_load(source))
+    )
+    assert [
+        field for field in fields if not re.search(rf"^  {field}(:|$)", said, re.MULTILINE)
+    ] == []
     values = re.findall(r"(?:-> |, )([a-z]+\.[a-z_]+): ([\w.-]+)(?=,| \||$)", said, re.MULTILINE)
-    last = {field: parse_yaml(value, "") for field, value in values if f"replaces {value}" not in said}
+    last = {
+        field: parse_yaml(value, "") for field, value in values if f"replaces {value}" not in said
+    }
     assert {field: found[field] for field in last} == last
-
-
-def test_a_converted_config_with_rows_and_a_model_here_is_planned(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    project.make_tiny(folder)
-    init.main(["--from", "axolotl_chats.yaml", "data.train=train.jsonl", "--name", "mine", "--out", "mine.yaml"])
-    dry_run(command_line.resolved(load_config("mine.yaml"), folder))
-    assert "examples, with the supervised tokens in [[ ]]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("base_model: a\nrl: dpo\nadapter: lora", 'rl: "dpo": only adapters are trained, on supervised rows'),
-        ("base_model: a", r"adapter: null \(default of Axolotl\): only adapters are trained, on supervised rows"),
-        ("model_name_or_path: a\nstage: sft\ndo_train: true\nfinetuning_type: full", 'finetuning_type: "full": only'),
-        ("model_name_or_path: a\nuse_peft: true\nbeta: 0.1", "beta: 0.1: only adapters are trained"),
-        ("trl dpo --model_name_or_path a", "dpo is not sft: only adapters are trained, on supervised rows"),
-        ("base_model: a\nadapter: lora", "its rows are not known here: the file names none; set data.train.0.path="),
-        ("model_name_or_path: a\ndo_train: true\ndataset: b\ndataset_dir: none", r"dataset: .*none/dataset_info\.json"),
-        ("lr: 1", r"has no base_model \(Axolotl\) or model_name_or_path \(LLaMA-Factory, TRL\)$"),
-        ("- 1", "has no base_model"),
-        ("trl sft --a 'b", "^--from x: No closing quotation"),
+        ("base_model: a\nrl: dpo\nadapter: lora", 'rl: "dpo": only adapters are trained'),
+        ("base_model: a", "adapter: null (default of Axolotl): only adapters are trained"),
+        (
+            "model_name_or_path: a\nstage: sft\ndo_train: true\nfinetuning_type: full",
+            'finetuning_type: "full": only',
+        ),
+        ("trl dpo --model_name_or_path a", "dpo is not sft: only adapters are trained"),
+        ("base_model: a\nadapter: lora", "its rows are not known here"),
+        (
+            "model_name_or_path: a\ndo_train: true\ndataset: b\ndataset_dir: none",
+            "none/dataset_info.json",
+        ),
+        ("lr: 1", "has no base_model (Axolotl)"),
+        ("trl sft --a 'b", "No closing quotation"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_in_one_line(text: str, told: str) -> None:
     Path("x").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=told) as error:
+    with refused(told) as error:
         init.main(["--from", "x"])
     assert str(error.value).startswith("--from x: ")
-    assert "\n" not in str(error.value)
     assert not Path("my_run.yaml").exists()
 
 
 def test_rows_and_a_model_beside_a_file_of_another_tool_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^argument --from: the file names rows and model"):
+    with refused("argument --from"):
         init.main(["rows.jsonl", "--from", "trl_defaults.yaml"])

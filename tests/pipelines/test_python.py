@@ -4,7 +4,6 @@ import doctest
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 import olora_ray
 from tests.pipelines import project
+from tests.ran import ran
 
 
 @pytest.mark.ray
@@ -28,21 +28,24 @@ def test_the_examples_of_the_functions_are_true(tiny_model: Path, tmp_path: Path
     assert len(lines) >= 5
     program = tmp_path / "program.py"
     program.write_text("\n".join(["import olora_ray", *lines]))
-    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = ran([sys.executable, program], cwd=tmp_path, env=os.environ)
     assert "held-out loss: " in done.stdout
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # in make test, the same functions: test_the_examples_of_the_functions_are_true
 def test_the_cells_of_the_notebook_run(tiny_model: Path, tmp_path: Path) -> None:
     cells = json.loads((project.ROOT / "docs" / "first_steps.ipynb").read_text())["cells"]
     program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     (model,) = re.findall(r'MODEL = "(.*)"', program)
-    (tmp_path / "notebook.py").write_text(program.replace(model, str(tiny_model)).replace("range(240)", "range(40)"))
-    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "notebook.py").write_text(
+        program.replace(model, str(tiny_model)).replace("range(240)", "range(40)")
+    )
+    done = ran([sys.executable, "notebook.py"], cwd=tmp_path, env=os.environ)
     assert re.search(
-        r"^held-out loss: [\d.]+ before, [\d.]+ after\n(.*\n)*\{'eval/loss'(.*\n)*base: ", done.stdout, re.M
+        r"^held-out loss: [\d.]+ before, [\d.]+ after\n(.*\n)*\{'eval/loss'(.*\n)*base: ",
+        done.stdout,
+        re.M,
     )
 
 
@@ -55,7 +58,8 @@ def test_a_mapping_is_a_config_too_and_a_mistake_names_its_field() -> None:
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
     told = (
-        "import sys, olora_ray; print([name for name in ('torch', 'ray', 'mlflow', 'pydantic') if name in sys.modules])"
+        "import sys, olora_ray; "
+        "print([name for name in ('torch', 'ray', 'mlflow', 'pydantic') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    done = ran([sys.executable, "-c", told])
     assert done.stdout == "[]\n"

@@ -41,8 +41,14 @@ def holding(folder: Path, canary: bytes = CANARY) -> list[str]:
 
 
 @pytest.mark.slow
-def test_secrets_of_the_environment_stay_there(tiny_model: Path, corpus: Path, ray_files: Path) -> None:
-    secret = {**CANARIES, "OUR_MLFLOW": f"sqlite:///{corpus}/hidden.db", "RAY_TMPDIR": str(ray_files)}
+def test_secrets_of_the_environment_stay_there(
+    tiny_model: Path, corpus: Path, ray_files: Path
+) -> None:
+    secret = {
+        **CANARIES,
+        "OUR_MLFLOW": f"sqlite:///{corpus}/hidden.db",
+        "RAY_TMPDIR": str(ray_files),
+    }
     named = {"tracking": {"uri": "env:OUR_MLFLOW"}, "notify": {"url": "env:NOTIFY_URL"}}
     tree = project.settings(corpus, tiny_model, **named)
     done = project.finetune(project.write_config(corpus, tree), env=secret)
@@ -51,7 +57,9 @@ def test_secrets_of_the_environment_stay_there(tiny_model: Path, corpus: Path, r
     assert CANARY.decode() not in output
     assert holding(corpus) == []
     assert holding(ray_files) == []
-    assert holding(corpus, b"env:OUR_MLFLOW") != []  # config.yaml, and so on: what is looked for would be found
+    assert (
+        holding(corpus, b"env:OUR_MLFLOW") != []
+    )  # config.yaml, and so on: what is looked for would be found
     with sqlite3.connect(corpus / "hidden.db") as tracked:
         assert tracked.execute("SELECT count(*) FROM model_versions").fetchone() == (1,)
 
@@ -75,23 +83,21 @@ def test_a_server_with_users(
     file = project.write_config(corpus, tree)
     user = {"MLFLOW_TRACKING_USERNAME": "ann"}
 
-    wrong = project.finetune(file, env={**user, "MLFLOW_TRACKING_PASSWORD": "c4n4ryWrong"})
-    assert wrong.returncode == 2, wrong.stdout + wrong.stderr
+    wrong = project.finetune(file, env={**user, "MLFLOW_TRACKING_PASSWORD": "c4n4ryWrong"}, code=2)
     assert wrong.stderr.strip() == (
         f"error: tracking.uri={server.uri}: the server refuses access; set MLFLOW_TRACKING_USERNAME and _PASSWORD,"
         " or MLFLOW_TRACKING_TOKEN"
     )
     assert not (corpus / "runs" / "small").exists()
 
-    right = project.finetune(file, env={**user, "MLFLOW_TRACKING_PASSWORD": "c4n4ryMlflow"})
-    assert right.returncode == 0, right.stdout + right.stderr
+    right = project.finetune(file, env={**user, "MLFLOW_TRACKING_PASSWORD": "c4n4ryMlflow"}, code=0)
     address = server.uri.replace("://", "://ann:c4n4ryMlflow@")
     named = {"MLFLOW_TRACKING_URI": address}
-    inside = project.finetune(file, "run.name=other", "tracking.uri=env:MLFLOW_TRACKING_URI", env=named)
-    assert inside.returncode == 0, inside.stdout + inside.stderr
+    inside = project.finetune(
+        file, "run.name=other", "tracking.uri=env:MLFLOW_TRACKING_URI", env=named, code=0
+    )
     assert "ann:***@" in inside.stdout
-    refused = project.finetune(file, f"tracking.uri={address}")
-    assert refused.returncode == 2
+    refused = project.finetune(file, f"tracking.uri={address}", code=2)
     assert "MLFLOW_TRACKING_PASSWORD" in refused.stderr
 
     for done in (wrong, right, inside, refused):

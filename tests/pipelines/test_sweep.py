@@ -16,6 +16,7 @@ import yaml
 
 from olora_ray.config.load import flatten, load_config
 from tests.pipelines import project
+from tests.ran import ran
 from tests.recovery import processes
 
 pytestmark = pytest.mark.ray
@@ -50,14 +51,11 @@ def write(folder: Path, model: Path, space: dict[str, Any], **changes: Any) -> l
 
 
 def sweep(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return ran(
         [sys.executable, SCRIPT, *arguments],
+        code=None,
         cwd=project.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
     )
 
 
@@ -78,20 +76,35 @@ def records(folder: Path) -> dict[int, dict[str, Any]]:
 
 def test_a_search_leaves_what_the_docs_promise(searched: tuple[Path, str]) -> None:
     folder, _ = searched
-    for name in ("best.yaml", "leaderboard.json", "report.html", "shared/olora/factors.safetensors", "progress.json"):
+    for name in (
+        "best.yaml",
+        "leaderboard.json",
+        "report.html",
+        "shared/olora/factors.safetensors",
+        "progress.json",
+    ):
         assert (folder / name).is_file()
     found = records(folder)
     assert sorted(found) == list(range(7))
     assert len(list((folder / "trials").iterdir())) == 7
-    best = min((trial for trial in found.values() if trial["value"] is not None), key=lambda trial: trial["value"])
+    best = min(
+        (trial for trial in found.values() if trial["value"] is not None),
+        key=lambda trial: trial["value"],
+    )
     values = flatten(load_config(folder / "best.yaml"))
     assert {field: values[field] for field in best["params"]} == best["params"]
     assert (folder / "trials" / f"trial-{best['number']:03d}" / "export" / "parity.json").is_file()
-    table = (folder / "tune" / f"trial-{best['number']:03d}" / "progress.csv").read_text().splitlines()
-    assert {"step", "train/loss", "train/lr", "eval/loss", "eval/perplexity"} <= set(table[0].split(","))
+    table = (
+        (folder / "tune" / f"trial-{best['number']:03d}" / "progress.csv").read_text().splitlines()
+    )
+    assert {"step", "train/loss", "train/lr", "eval/loss", "eval/perplexity"} <= set(
+        table[0].split(",")
+    )
 
 
-def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(searched: tuple[Path, str]) -> None:
+def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(
+    searched: tuple[Path, str],
+) -> None:
     folder, log = searched
     failed = [trial for trial in records(folder).values() if trial["status"] == "failed"]
     assert {trial["params"]["train.lr"] for trial in failed} == {2e9}
@@ -102,7 +115,9 @@ def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(searched: tupl
     assert all(trial["value"] is not None for trial in others)
 
 
-def test_mlflow_has_a_parent_with_a_child_per_trial_and_the_best_is_registered(searched: tuple[Path, str]) -> None:
+def test_mlflow_has_a_parent_with_a_child_per_trial_and_the_best_is_registered(
+    searched: tuple[Path, str],
+) -> None:
     from mlflow import MlflowClient
 
     folder, _ = searched
@@ -110,42 +125,41 @@ def test_mlflow_has_a_parent_with_a_child_per_trial_and_the_best_is_registered(s
     runs = client.search_runs([client.get_experiment_by_name("olora").experiment_id])
     parents = [run for run in runs if run.data.tags.get("olora.kind") == "search"]
     assert [run.info.status for run in parents] == ["FINISHED"]
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    children = [
+        run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id
+    ]
     assert len(children) == len(runs) - 1 == 7
     names = {item.path for item in client.list_artifacts(parents[0].info.run_id)}
     assert names >= {"report.html", "best.yaml", "leaderboard.json"}
     version = client.get_model_version_by_alias("small", "candidate")
-    best = min((t for t in records(folder).values() if t["value"] is not None), key=lambda t: t["value"])
+    best = min(
+        (t for t in records(folder).values() if t["value"] is not None), key=lambda t: t["value"]
+    )
     assert version.run_id == best["mlflow_run"]
 
 
 def test_the_trials_share_what_is_the_same_for_all(searched: tuple[Path, str]) -> None:
     folder, log = searched
     assert "olora factors at rank 4" in log
-    texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(7)]
+    texts = [
+        (folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(7)
+    ]
     assert all("factors read from the search" in text for text in texts)
     assert not any("initialisation" in text for text in texts)
     starts = {trial["curve"][0][1] for trial in records(folder).values() if trial["curve"]}
     assert len(starts) == 1  # the base was measured once
 
 
-@pytest.mark.slow  # in make test, without Ray: tests/sweep/test_outcome.py
-def test_the_same_command_again_trains_nothing(searched: tuple[Path, str], tiny_model: Path) -> None:
-    folder, log = searched
-    before = json.loads((folder / "leaderboard.json").read_text())
-    project_folder = folder.parents[1]
-    again = sweep(str(project_folder / "config.yaml"), str(project_folder / "space.yaml"))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "search: already complete; no trial runs" in again.stdout
-    assert json.loads((folder / "leaderboard.json").read_text()) == before  # the duration too
-    assert (said := re.search(r" trials: +(7 in .*)", log))
-    assert said[1] in again.stdout
-
-
 @pytest.mark.slow
-def test_the_best_of_trials_with_tokens_of_their_own_is_registered(corpus: Path, tiny_model: Path) -> None:
+def test_the_best_of_trials_with_tokens_of_their_own_is_registered(
+    corpus: Path, tiny_model: Path
+) -> None:
     """The search itself has other tokens than any of its trials."""
-    space = {"search": {"data.max_length": {"grid": [48, 64]}}, "searcher": "grid", "scheduler": {"kind": "none"}}
+    space = {
+        "search": {"data.max_length": {"grid": [48, 64]}},
+        "searcher": "grid",
+        "scheduler": {"kind": "none"},
+    }
     done = sweep(*write(corpus, tiny_model, space, data__max_length=96), "--register")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"registered: small version 1 .*, trial [01]$", done.stdout, re.MULTILINE)
@@ -153,7 +167,10 @@ def test_the_best_of_trials_with_tokens_of_their_own_is_registered(corpus: Path,
 
 def trials(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> what the trial itself has written down, while the search runs."""
-    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/trial.json")}
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in folder.glob("trials/*/trial.json")
+    }
 
 
 @pytest.fixture
@@ -200,10 +217,7 @@ def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> 
     long = {"train__steps": 120, "train__eval_every": 10, "train__checkpoint_every": 40}
     command = [sys.executable, "-c", WATCHED, SCRIPT, *write(corpus, tiny_model, space, **long)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=project.ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = ran(command, cwd=project.ROOT, env=environment)
     found = records(corpus / "runs" / "small-space")
     assert sorted(found) == list(range(7))
     statuses = [found[number]["status"] for number in range(7)]
@@ -218,26 +232,48 @@ def test_stopped_trials_give_back_everything(corpus: Path, tiny_model: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["SIGKILL of everything", "SIGINT, then it is moved"])
-def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path, scratch: Path, end: str) -> None:
+def test_a_search_whose_driver_is_killed_resumes(
+    corpus: Path, tiny_model: Path, scratch: Path, end: str
+) -> None:
     """It ends in the middle; the same command ends with the same trials, finished ones as they were."""
     space = {**SPACE, "scheduler": {"kind": "none"}, "concurrency": 2, "trials_per_worker": 2}
-    arguments = write(corpus, tiny_model, space, train__steps=240, train__eval_every=10, train__checkpoint_every=10)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(scratch), "TMPDIR": str(scratch)}
+    arguments = write(
+        corpus,
+        tiny_model,
+        space,
+        train__steps=240,
+        train__eval_every=10,
+        train__checkpoint_every=10,
+    )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "RAY_TMPDIR": str(scratch),
+        "TMPDIR": str(scratch),
+    }
     command = [sys.executable, SCRIPT, *arguments]
     with subprocess.Popen(
-        command, cwd=project.ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=project.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as driver:
-        assert driver.stdout
         for line in driver.stdout:
             if "2 of 7 trials have ended" in line:
                 break
         seen = time.monotonic()
         second = sweep(*arguments)
         assert second.returncode == 75, second.stdout + second.stderr
-        assert second.stderr.startswith("error: run.name: 'small-space' is already running (process ")
+        assert second.stderr.startswith(
+            "error: run.name: 'small-space' is already running (process "
+        )
         time.sleep(max(0.0, 12 - (time.monotonic() - seen)))  # Tune writes its state every 10 s
         folder = corpus / "runs" / "small-space"
-        while not any(trial["status"] == "unfinished" and trial["step"] for trial in trials(folder).values()):
+        while not any(
+            trial["status"] == "unfinished" and trial["step"] for trial in trials(folder).values()
+        ):
             assert driver.poll() is None, "the search has ended before it could be interrupted"
             time.sleep(0.1)
         if end.startswith("SIGINT"):
@@ -251,8 +287,12 @@ def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path,
         folder = corpus / "elsewhere" / "small-space"
         arguments.append(f"run.storage={corpus / 'elsewhere'}")
     before = trials(folder)
-    assert all("not finite" in trial["reason"] for trial in before.values() if trial["status"] == "failed")
-    ended = {name: trial for name, trial in before.items() if trial["status"] in ("finished", "failed")}
+    assert all(
+        "not finite" in trial["reason"] for trial in before.values() if trial["status"] == "failed"
+    )
+    ended = {
+        name: trial for name, trial in before.items() if trial["status"] in ("finished", "failed")
+    }
     assert 2 <= len(ended) < 7
     again = sweep(*arguments)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -265,11 +305,15 @@ def test_a_search_whose_driver_is_killed_resumes(corpus: Path, tiny_model: Path,
     assert "its process died" not in again.stdout
     assert (corpus / "runs").exists() == (not end.endswith("moved"))
     finished = [trial for trial in found.values() if trial["status"] == "finished"]
-    assert all([step for step, _ in trial["curve"]] == list(range(0, 241, 10)) for trial in finished)
+    assert all(
+        [step for step, _ in trial["curve"]] == list(range(0, 241, 10)) for trial in finished
+    )
 
 
 @pytest.mark.slow
-def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tiny_model: Path, scratch: Path) -> None:
+def test_trials_continue_when_the_process_they_share_is_killed(
+    corpus: Path, tiny_model: Path, scratch: Path
+) -> None:
     space = {
         "search": {"train.lr": {"grid": [1e-2, 3e-3, 1e-3]}},
         "searcher": "grid",
@@ -277,12 +321,22 @@ def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tin
         "trials_per_worker": 4,
         "concurrency": 4,
     }
-    arguments = write(corpus, tiny_model, space, train__steps=200, train__eval_every=20, train__checkpoint_every=20)
+    arguments = write(
+        corpus,
+        tiny_model,
+        space,
+        train__steps=200,
+        train__eval_every=20,
+        train__checkpoint_every=20,
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(scratch)}
     with subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments], cwd=project.ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, SCRIPT, *arguments],
+        cwd=project.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as driver:
-        assert driver.stdout
         killed = 0
         for line in driver.stdout:
             if "step 40/200" in line and not killed:
@@ -296,6 +350,14 @@ def test_trials_continue_when_the_process_they_share_is_killed(corpus: Path, tin
     folder = corpus / "runs" / "small-space"
     found = records(folder)
     assert [found[number]["status"] for number in range(4)] == ["finished"] * 4
-    texts = [(folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(4)]
-    assert all("the process that several trials share died: training continues after step" in text for text in texts)
-    assert all([step for step, _ in found[number]["curve"]] == list(range(0, 201, 20)) for number in range(4))
+    texts = [
+        (folder / "trials" / f"trial-{number:03d}" / "log.txt").read_text() for number in range(4)
+    ]
+    assert all(
+        "the process that several trials share died: training continues after step" in text
+        for text in texts
+    )
+    assert all(
+        [step for step, _ in found[number]["curve"]] == list(range(0, 201, 20))
+        for number in range(4)
+    )

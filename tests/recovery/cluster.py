@@ -22,7 +22,9 @@ class Cluster:
         return next(host for host in self.others if host.has(pid))
 
     def wait_for_step(self, step: int) -> None:
-        self.run.wait_until(lambda: any(f"step {step}/" in line for line in self.run.lines()), f"no step {step}")
+        self.run.wait_until(
+            lambda: any(f"step {step}/" in line for line in self.run.lines()), f"no step {step}"
+        )
 
     def drain(self, host: Host, seconds: int) -> None:
         """Tell Ray that a host will be taken away, as a cloud does with spot machines."""
@@ -43,7 +45,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(config: Path, fault: Fault, others: int = 2, changes: Sequence[str] = ()) -> Iterator[Cluster]:
+def cluster(
+    config: Path, fault: Fault, others: int = 2, changes: Sequence[str] = ()
+) -> Iterator[Cluster]:
     """A cluster of which so many others than the head have Ray, with one CPU each; everything is removed on leaving."""
     with processes.scratch() as scratch, hosts.hosts(scratch, fault) as (head, *rest):
         for host in (head, *rest[:others]):

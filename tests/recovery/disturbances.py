@@ -12,7 +12,6 @@ from tests.recovery import moments, processes
 from tests.recovery.cluster import Cluster
 from tests.recovery.events import Event
 from tests.recovery.hosts import Host
-from tests.recovery.tally import Happened
 
 Say = Callable[[str], None]
 LOOK = 1.0
@@ -37,12 +36,12 @@ class Disturbances:
 
     def __init__(self, cluster: Cluster, say: Say) -> None:
         self.cluster, self.run, self.say = cluster, cluster.run, say
-        self.happened: list[Happened] = []
+        self.happened: list[str] = []
         self.problems: list[str] = []
         """What should not have happened, though the run went on."""
         self.over = False
         """Whether the command has ended well."""
-        self._began = self._moved = self._told = time.time()
+        self._moved = self._told = time.time()
         self._away: Host | None = None
         """A host that is meant to be down."""
         self._nodes: dict[int, psutil.Process | None] = {}
@@ -61,15 +60,15 @@ class Disturbances:
     def begin(self) -> None:
         """Give the command, and wait until it trains."""
         self.run.start()
-        self._began = self._moved = time.time()
+        self._moved = time.time()
         while not self.over and not moments.steps(moments.read(self.run.folder)):
             self._look()
             time.sleep(LOOK)
 
     def go_on(self, events: Iterator[Event], seconds: float) -> None:
         """Let events happen for so long."""
-        end = self._began + seconds
         last = time.time()
+        end = last + seconds
         for event in events:
             self.watch(min(end, last + event.gap) - time.time())
             if self.over or time.time() >= end:
@@ -91,10 +90,6 @@ class Disturbances:
             self._look()
             time.sleep(min(LOOK, left))
 
-    def seconds(self) -> float:
-        """Since the first command was given."""
-        return time.time() - self._began
-
     def _look(self) -> None:
         self._command_again()
         self._revive()
@@ -104,11 +99,10 @@ class Disturbances:
         if time.time() - self._told >= STATUS:
             self._told = time.time()
             step = max((one.step for one in done), default=0)
-            self.say(f"after {self.seconds():.0f} s: step {step}, {len(self.happened)} events")
+            self.say(f"step {step}, {len(self.happened)} events")
 
     def _command_again(self) -> None:
         """Give the command again if it has ended and has not done its work."""
-        assert self.run.driver is not None
         if self.over or self.run.driver.poll() is None:
             return
         code = self.run.wait()
@@ -121,7 +115,9 @@ class Disturbances:
         self.over = code == 0
         if not self.over:
             if code not in expected:
-                self.problems.append(f"attempt {self.run.attempts} has ended with {code}: {self.run.last_words()}")
+                self.problems.append(
+                    f"attempt {self.run.attempts} has ended with {code}: {self.run.last_words()}"
+                )
             self.run.start()
 
     def _revive(self) -> None:
@@ -133,11 +129,13 @@ class Disturbances:
             try:
                 self.cluster.revive(host)
             except (AssertionError, subprocess.SubprocessError) as error:
-                self.say(f"Ray does not start on host {host.number}, yet: {str(error).strip()[-200:]}")
+                self.say(
+                    f"Ray does not start on host {host.number}, yet: {str(error).strip()[-200:]}"
+                )
             self._nodes[host.number] = host.raylet()
 
     def _note(self, event: Event, whom: str = "") -> None:
-        self.happened.append(Happened(event.what, time.time()))
+        self.happened.append(event.what)
         lasts = f" for {event.seconds:.0f} s" if event.seconds else ""
         self.say(f"{event.what}{whom}{lasts}")
 
@@ -212,7 +210,9 @@ class Disturbances:
         try:
             code = self.run.wait(STOP)
         except AssertionError:
-            self.problems.append(f"attempt {self.run.attempts} did not end within {STOP:.0f} s of SIGTERM")
+            self.problems.append(
+                f"attempt {self.run.attempts} did not end within {STOP:.0f} s of SIGTERM"
+            )
             self._kill_driver(event, noted=True)
             return
         self._given_again(code, STOPPED)
@@ -220,7 +220,6 @@ class Disturbances:
     def _kill_driver(self, event: Event, noted: bool = False) -> None:
         if not noted:
             self._note(event)
-        assert self.run.driver is not None
         self.run.driver.kill()
         self._given_again(self.run.wait(), KILLED)
 

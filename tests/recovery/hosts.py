@@ -49,13 +49,28 @@ class Host:
     def variables(self) -> dict[str, str]:
         """The environment of this host's commands, on top of that of the run."""
         interface = "br0" if self.number == 1 else "eth0"
-        return {"RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": interface, "OLORA_TEST_HOST": str(self.folder)}
+        return {
+            "RAY_AUTH_MODE": "disabled",
+            "GLOO_SOCKET_IFNAME": interface,
+            "OLORA_TEST_HOST": str(self.folder),
+        }
 
     def start_ray(self) -> None:
         """A Ray node: the head without CPUs, others with one."""
-        place = ["--head", f"--port={PORT}", "--num-cpus=0"] if self.number == 1 else [f"--address={head_address()}"]
+        place = (
+            ["--head", f"--port={PORT}", "--num-cpus=0"]
+            if self.number == 1
+            else [f"--address={head_address()}"]
+        )
         rest = [] if self.number == 1 else ["--num-cpus=1"]
-        self.ray("start", *place, *rest, f"--node-ip-address={self.address}", f"--temp-dir={self.folder}", *SMALL)
+        self.ray(
+            "start",
+            *place,
+            *rest,
+            f"--node-ip-address={self.address}",
+            f"--temp-dir={self.folder}",
+            *SMALL,
+        )
 
     def ray(self, *arguments: str) -> None:
         """A command of Ray's on this host."""
@@ -94,7 +109,14 @@ class Host:
 
     def link(self, state: str) -> None:
         """Put the host's cable, at the bridge's end, `up` or `down`."""
-        _ip("-n", self.namespace.rpartition("-")[0] + "-1", "link", "set", f"port{self.number}", state)
+        _ip(
+            "-n",
+            self.namespace.rpartition("-")[0] + "-1",
+            "link",
+            "set",
+            f"port{self.number}",
+            state,
+        )
 
 
 SMALL = ("--object-store-memory=150000000", "--disable-usage-stats")
@@ -145,7 +167,18 @@ def _connect(found: tuple[Host, Host, Host]) -> None:
     _ip("-n", head.namespace, "link", "set", "br0", "up")
     for host in others:
         port = f"port{host.number}"
-        pair = ("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+        pair = (
+            "link",
+            "add",
+            port,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            host.namespace,
+        )
         _ip("-n", head.namespace, *pair)
         _ip("-n", head.namespace, "link", "set", port, "master", "br0", "up")
         _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 
 @dataclass(frozen=True)
@@ -33,21 +31,6 @@ def read(folder: Path) -> list[Done]:
 def steps(done: Sequence[Done]) -> list[Done]:
     """The steps among them, in the order in which they were done."""
     return sorted((one for one in done if one.step), key=lambda one: one.at)
-
-
-def split(done: Sequence[Done]) -> tuple[list[Done], list[Done]]:
-    """(steps that went further than all before them, steps that were done again)."""
-    further: list[Done] = []
-    again: list[Done] = []
-    for one in steps(done):
-        ahead = not further or one.step > further[-1].step
-        (further if ahead else again).append(one)
-    return further, again
-
-
-def typical(done: Sequence[Done]) -> float:
-    """Median of the seconds from one step to the next; 0 for fewer than two."""
-    return median([after.at - before.at for before, after in pairwise(done)] or [0.0])
 
 
 def _parsed(line: str) -> Done:

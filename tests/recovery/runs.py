@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,9 @@ def written(tiny_project: Path, folder: Path, **changes: Any) -> Path:
         "evaluation__scorer": None,
         "evaluation__samples": 0,
     }
-    return project.write_config(folder, project.settings(tiny_project, tiny_project / "model", **short | changes))
+    return project.write_config(
+        folder, project.settings(tiny_project, tiny_project / "model", **short | changes)
+    )
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Fault:
     """Seconds that every step takes longer."""
 
     def text(self, folder: Path) -> str:
-        parts = {"phase": self.phase, "kind": self.kind, "step": self.step, "rank": self.rank, "pace": self.pace}
-        return ";".join(f"{name}={value}" for name, value in parts.items() if value is not None) + f";dir={folder}"
+        parts = {**vars(self), "dir": folder}
+        return ";".join(f"{name}={value}" for name, value in parts.items() if value is not None)
 
 
 def environment(folder: Path, fault: Fault) -> dict[str, str]:
@@ -69,7 +70,11 @@ def environment(folder: Path, fault: Fault) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    others = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    others = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    }
     return others | own
 
 
@@ -96,14 +101,16 @@ class Run:
     """Where the command is given."""
     driver: "subprocess.Popen[bytes] | None" = None
     attempts: int = 0
-    seconds: float = 0.0
-    _began: float = 0.0
 
     def start(self) -> None:
         """Give the command."""
         self.attempts += 1
-        self._began = time.monotonic()
-        command = [*self.prefix, sys.executable, str(project.ROOT / "pipelines" / "finetune.py"), str(self.config)]
+        command = [
+            *self.prefix,
+            sys.executable,
+            str(project.ROOT / "pipelines" / "finetune.py"),
+            str(self.config),
+        ]
         command += self.changes
         with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
             self.driver = subprocess.Popen(
@@ -117,13 +124,10 @@ class Run:
 
     def wait(self, seconds: float = ATTEMPT_SECONDS) -> int:
         """The command's exit code; negative after a signal."""
-        assert self.driver is not None
         try:
-            code = self.driver.wait(seconds)
+            return self.driver.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"attempt {self.attempts} does not end\n{self.tail()}") from None
-        self.seconds += time.monotonic() - self._began
-        return code
 
     def attempt(self, seconds: float = ATTEMPT_SECONDS) -> int:
         """Give the command and wait for its end."""
@@ -138,11 +142,12 @@ class Run:
 
     def wait_until(self, condition: Any, what: str, seconds: float = ATTEMPT_SECONDS) -> None:
         """Poll while the driver lives."""
-        assert self.driver is not None
         end = time.monotonic() + seconds
         while not condition():
             ended = self.driver.poll()
-            assert ended is None or condition(), f"{what}: the driver has ended with {ended}\n{self.tail()}"
+            assert ended is None or condition(), (
+                f"{what}: the driver has ended with {ended}\n{self.tail()}"
+            )
             assert time.monotonic() < end, f"{what}\n{self.tail()}"
             time.sleep(0.05)
 
@@ -151,7 +156,6 @@ class Run:
         (self.folder / "release").touch()
 
     def terminate_driver(self) -> None:
-        assert self.driver is not None
         self.driver.send_signal(signal.SIGTERM)
 
     def kill_controller(self) -> None:
@@ -194,10 +198,15 @@ class Run:
     def tail(self, count: int = 40) -> str:
         """The end of all output, for a failed test."""
         files = sorted(self.folder.glob("attempt-*"))
-        shown = ["\n".join(file.read_text(errors="replace").splitlines()[-count:]) for file in files]
+        shown = [
+            "\n".join(file.read_text(errors="replace").splitlines()[-count:]) for file in files
+        ]
         missing = self.folder / "missing"
         absent = f"\nnot in the product: {missing.read_text()}" if missing.exists() else ""
-        return "\n".join(f"--- {file.name}\n{text}" for file, text in zip(files, shown, strict=True)) + absent
+        return (
+            "\n".join(f"--- {file.name}\n{text}" for file, text in zip(files, shown, strict=True))
+            + absent
+        )
 
     def last_words(self) -> str:
         """The last line of the newest attempt, of its errors if there are any."""
@@ -211,22 +220,18 @@ class Run:
         return self.folder / f"attempt-{number or self.attempts}.{kind}"
 
 
-@dataclass(frozen=True)
-class Clean:
-    """A run nobody touched."""
-
-    end: "EndState"
-    seconds: float
-
-
-def run_clean(tiny_project: Path, folder: Path, seconds: float = ATTEMPT_SECONDS, **changes: Any) -> Clean:
-    """Run in peace what is interrupted elsewhere, within so many seconds."""
+def run_clean(
+    tiny_project: Path, folder: Path, seconds: float = ATTEMPT_SECONDS, **changes: Any
+) -> "EndState":
+    """What a run leaves in peace, within so many seconds, that is interrupted elsewhere."""
     with processes.scratch() as scratch:
         run = Run(written(tiny_project, folder, **changes), scratch)
         assert run.attempt(seconds) == 0, run.tail()
         assert not (scratch / "missing").exists(), run.tail()
-        assert (run.initialised(), run.told_initialised(), run.resumptions()) == (1, 1, []), run.tail()
-    return Clean(end_state(folder), run.seconds)
+        assert (run.initialised(), run.told_initialised(), run.resumptions()) == (1, 1, []), (
+            run.tail()
+        )
+    return end_state(folder)
 
 
 @dataclass(frozen=True)
@@ -261,11 +266,15 @@ def end_state(place: Path) -> EndState:
     folder = storage / NAME
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    names = [name for name in runs[0].data.metrics if not name.startswith("system/")] if runs else []
+    names = (
+        [name for name in runs[0].data.metrics if not name.startswith("system/")] if runs else []
+    )
     return EndState(
         adapter=(folder / "export" / "adapter" / "adapter_model.safetensors").read_bytes(),
         statuses=tuple(run.info.status for run in runs),
-        series={name: _series(client.get_metric_history(runs[0].info.run_id, name)) for name in names},
+        series={
+            name: _series(client.get_metric_history(runs[0].info.run_id, name)) for name in names
+        },
         versions=tuple(int(one.version) for one in client.search_model_versions(f"name='{NAME}'")),
         result=json.loads((folder / "result.json").read_text()),
     )
@@ -276,47 +285,26 @@ def _series(history: Iterable[Any]) -> tuple[tuple[int, float], ...]:
 
 
 def differences(found: EndState, wanted: EndState) -> list[str]:
-    """Every way in which an interrupted run's end differs from that of a run nobody touched."""
-    return [*adapter_differences(found, wanted), *record_differences(found, wanted), *value_differences(found, wanted)]
-
-
-def adapter_differences(found: EndState, wanted: EndState) -> list[str]:
-    """Whether the adapters are the same bytes."""
-    return [] if found.adapter == wanted.adapter else ["the adapter has other bytes"]
-
-
-def record_differences(found: EndState, wanted: EndState) -> list[str]:
-    """Whether MLflow and result.json have everything exactly once, whatever the values are."""
+    """Every way in which an interrupted run's end differs from that of a run nobody touched, but for times."""
     problems = []
+    if found.adapter != wanted.adapter:
+        problems.append("the adapter has other bytes")
     if found.statuses != ("FINISHED",):
         problems.append(f"MLflow runs: {found.statuses}")
     if found.versions != (1,):
         problems.append(f"registered versions: {found.versions}")
     for name in sorted(found.series.keys() | wanted.series.keys()):
-        have, want = (Counter(step for step, _ in side.series.get(name, ())) for side in (found, wanted))
+        have, want = (side.series.get(name, ()) for side in (found, wanted))
+        if name not in REPEATABLE:
+            have, want = ([step for step, _ in points] for points in (have, want))
         if have != want:
-            problems.append(f"{name}: steps {_ranges(have - want)} too often, steps {_ranges(want - have)} missing")
-    if found.result.get("steps") != wanted.result.get("steps"):
-        problems.append(f"result.json: {found.result.get('steps')} steps, not {wanted.result.get('steps')}")
-    if found.result.get("registered") != wanted.result.get("registered"):
-        problems.append(f"result.json: registered {found.result.get('registered')}")
-    return problems
-
-
-def value_differences(found: EndState, wanted: EndState) -> list[str]:
-    """Whether every value that does not depend on time is the same."""
-    problems = [
-        f"{name}: other values"
-        for name in sorted(REPEATABLE & wanted.series.keys())
-        if set(found.series.get(name, ())) != set(wanted.series[name])
-    ]
+            problems.append(f"{name}: {have}, not {want}")
+    for name in ("steps", "registered"):
+        if found.result.get(name) != wanted.result.get(name):
+            problems.append(f"result.json: {name}: {found.result.get(name)}")
     have, want = (side.result.get("metrics", {}) for side in (found, wanted))
-    return problems + [f"result.json: {name} is {have.get(name)}" for name in want if _differ(name, have, want)]
-
-
-def _differ(name: str, have: dict[str, float], want: dict[str, float]) -> bool:
-    return name in REPEATABLE and have.get(name) != want[name]
-
-
-def _ranges(steps: Counter[int]) -> list[int]:
-    return sorted(steps.elements())
+    return problems + [
+        f"result.json: {name} is {have.get(name)}"
+        for name in REPEATABLE & want.keys()
+        if have.get(name) != want[name]
+    ]

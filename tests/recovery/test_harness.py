@@ -14,40 +14,36 @@ from tests.recovery import processes, runs
 from tests.recovery.runs import EndState, Fault
 from tests.waiting import until
 
-STEPS = range(1, runs.STEPS + 1)
 END = EndState(
     adapter=b"weights",
     statuses=("FINISHED",),
-    series={
-        "train/loss": tuple((step, 1.0 / step) for step in STEPS),
-        "train/step_seconds": tuple((step, 0.1 * step) for step in STEPS),
-        "eval/loss": ((0, 2.0), (4, 1.0), (8, 0.5)),
-    },
+    series={"eval/loss": ((0, 2.0), (4, 1.0), (8, 0.5))},
     versions=(1,),
-    result={"steps": 8, "registered": {"version": 1}, "metrics": {"eval/loss": 0.5, "seconds": 9.0}},
+    result={
+        "steps": 8,
+        "registered": {"version": 1},
+        "metrics": {"eval/loss": 0.5, "seconds": 9.0},
+    },
 )
 
 
-def with_series(name: str, *points: tuple[int, float]) -> dict[str, Any]:
-    return {"series": END.series | {name: points}}
+TWICE = ((0, 2.0), (4, 1.0), (4, 1.0), (8, 0.5))
+OTHER = ((0, 2.0), (4, 1.0), (8, 0.6))
 
 
-CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "flipped byte": ({"adapter": b"weighus"}, "the adapter has other bytes"),
-    "second run": ({"statuses": ("FINISHED", "FAILED")}, "MLflow runs: ('FINISHED', 'FAILED')"),
-    "second version": ({"versions": (2, 1)}, "registered versions: (2, 1)"),
-    "step twice": (
-        with_series("eval/loss", (0, 2.0), (4, 1.0), (4, 1.0), (8, 0.5)),
-        "eval/loss: steps [4] too often, steps [] missing",
-    ),
-    "other value": (with_series("eval/loss", (0, 2.0), (4, 1.0), (8, 0.6)), "eval/loss: other values"),
-}
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_difference_is_noticed(case: str) -> None:
-    change, problem = CHANGES[case]
-    assert problem in runs.differences(dataclasses.replace(END, **change), END)
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"adapter": b"weighus"}, "the adapter has other bytes"),
+        ({"statuses": ("FINISHED", "FAILED")}, "MLflow runs: "),
+        ({"versions": (2, 1)}, "registered versions: "),
+        ({"series": END.series | {"eval/loss": TWICE}}, "eval/loss: "),
+        ({"series": END.series | {"eval/loss": OTHER}}, "eval/loss: "),
+    ],
+)
+def test_a_difference_is_noticed(change: dict[str, Any], problem: str) -> None:
+    [line] = runs.differences(dataclasses.replace(END, **change), END)
+    assert line.startswith(problem)
 
 
 SAVES = """
@@ -60,7 +56,9 @@ for step in (3, 6):
 """
 
 
-def python(folder: Path, fault: Fault, code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+def python(
+    folder: Path, fault: Fault, code: str, *arguments: Any
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=runs.environment(folder, fault),
@@ -91,11 +89,17 @@ def test_a_point_that_the_product_no_longer_has_is_told(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_run_that_is_given_up() -> None:
     with processes.scratch() as folder:
-        sleep = [sys.executable, "-c", "import subprocess, time; subprocess.Popen(['sleep', '99']); time.sleep(99)"]
+        sleep = [
+            sys.executable,
+            "-c",
+            "import subprocess, time; subprocess.Popen(['sleep', '99']); time.sleep(99)",
+        ]
         parent = subprocess.Popen(sleep, env=runs.environment(folder, Fault()))
         until(lambda: len(processes.processes_of(folder)) == 2, 20)
         found = processes.processes_of(folder)
         assert parent.pid in {process.pid for process in found}
     assert parent.wait(10) == -signal.SIGKILL
-    assert not any(processes.is_alive(process) for process in found if psutil.pid_exists(process.pid))
+    assert not any(
+        processes.is_alive(process) for process in found if psutil.pid_exists(process.pid)
+    )
     assert not folder.exists()

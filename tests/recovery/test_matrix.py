@@ -2,12 +2,11 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.recovery import processes, runs, table
-from tests.recovery.runs import Clean, Fault, Run
+from tests.recovery import processes, runs
+from tests.recovery.runs import EndState, Fault, Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # in make test: tests/pipelines/test_finetune.py
 
@@ -35,7 +34,11 @@ HAPPENINGS = {
     "SIGTERM": list(POINTS),
     "kill everything": list(POINTS),
 }
-CASES = [pytest.param(what, where, id=f"{what}, {where}") for what, points in HAPPENINGS.items() for where in points]
+CASES = [
+    pytest.param(what, where, id=f"{what}, {where}")
+    for what, points in HAPPENINGS.items()
+    for where in points
+]
 
 HEARD_SECONDS = 1.5
 """After which the driver has seen a signal; it looks once a second."""
@@ -44,47 +47,20 @@ STEP_SECONDS = 0.1
 
 
 @pytest.fixture(scope="module")
-def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> EndState:
     return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"))
 
 
 @pytest.mark.parametrize(("what", "where"), CASES)
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(
-    what: str, where: str, clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+    what: str, where: str, clean: EndState, tiny_project: Path, tmp_path: Path
 ) -> None:
-    row = table.Row(f"{what}, {where}")
-    rows.append(row)
     with processes.scratch() as scratch:
         run = Run(runs.written(tiny_project, tmp_path), scratch, fault(what, where))
         interrupt(run, what, where)
-        row.again, row.lost = run.again(), run.seconds - clean.seconds
         end = runs.end_state(tmp_path)
-        row.same_bytes = end.adapter == clean.end.adapter
-        problems = [*runs.differences(end, clean.end), *log_problems(run, what, where)]
+        problems = [*runs.differences(end, clean), *log_problems(run, what, where)]
         assert not problems, "\n".join([*problems, run.tail()])
-    row.recovered = True
-
-
-def test_answers_before_training_are_kept_too(tiny_project: Path, tmp_path: Path, rows: list[table.Row]) -> None:
-    answered: dict[str, Any] = {"evaluation__scorer": "exact_match", "evaluation__samples": 2}
-    for name in ("clean", "broken"):
-        (tmp_path / name).mkdir()
-    clean = runs.run_clean(tiny_project, tmp_path / "clean", **answered)
-    row = table.Row("kill everything, middle step, with answers")
-    rows.append(row)
-    with processes.scratch() as scratch:
-        run = Run(
-            runs.written(tiny_project, tmp_path / "broken", **answered),
-            scratch,
-            fault("kill everything", "middle step"),
-        )
-        interrupt(run, "kill everything", "middle step")
-        row.again, row.lost = run.again(), run.seconds - clean.seconds
-        end = runs.end_state(tmp_path / "broken")
-        row.same_bytes = end.adapter == clean.end.adapter
-        assert runs.differences(end, clean.end) == [], run.tail()
-        assert end.result["scores"] == clean.end.result["scores"], run.tail()
-    row.recovered = True
 
 
 def fault(what: str, where: str) -> Fault:
@@ -137,12 +113,16 @@ def log_problems(run: Run, what: str, where: str) -> list[str]:
     found, resumptions = [], run.resumptions()
     most = 2 if where in UNSAVED else 1
     if not 1 <= run.initialised() <= most or run.told_initialised() > most:
-        found.append(f"initialised {run.initialised()} times, and the log says {run.told_initialised()}")
+        found.append(
+            f"initialised {run.initialised()} times, and the log says {run.told_initialised()}"
+        )
     if is_resumed(what, where) and len(resumptions) != 1:
         found.append(f"training was resumed once, the log says so {len(resumptions)} times")
     if where in ("export", "registration") and resumptions:
         found.append(f"nothing was to be trained again, but the log says {resumptions}")
-    found += [f"no word about what happened: {one}" for one in resumptions if not one.why.strip(" ;:,.")]
+    found += [
+        f"no word about what happened: {one}" for one in resumptions if not one.why.strip(" ;:,.")
+    ]
     found += [f"not two workers: {one}" for one in resumptions if one.workers != 2]
     if run.again() > (0 if what == "SIGTERM" else 2 * runs.CHECKPOINT_EVERY):
         found.append(f"{run.again()} steps were done again")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.recovery import cluster as clusters
-from tests.recovery import hosts, runs, table
+from tests.recovery import hosts, runs
 from tests.recovery.cluster import Cluster
 from tests.recovery.hosts import Host
-from tests.recovery.runs import Clean, Fault
+from tests.recovery.runs import EndState, Fault
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -36,7 +36,7 @@ def namespaces() -> None:
 
 
 @pytest.fixture(scope="module")
-def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> EndState:
     """On one host, with two workers."""
     return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"), **SCHEDULE)
 
@@ -49,23 +49,17 @@ def cluster(
     return clusters.cluster(config, fault, others)
 
 
-def finish(found: Cluster, folder: Path, clean: Clean, row: table.Row) -> None:
-    """Wait for the run's end, fill in the row, and check all: another number of workers changes nothing, either."""
-    code = found.run.wait()
-    row.again = found.run.again()
-    row.lost = found.run.seconds - clean.seconds
-    assert code == 0, found.run.tail()
+def finish(found: Cluster, folder: Path, clean: EndState) -> None:
+    """Wait for the run's end, and check all: another number of workers changes nothing, either."""
+    assert found.run.wait() == 0, found.run.tail()
     end = runs.end_state(folder)
-    row.same_bytes = end.adapter == clean.end.adapter
     assert found.run.initialised() == 1, found.run.tail()
-    assert runs.differences(end, clean.end) == [], found.run.tail()
+    assert runs.differences(end, clean) == [], found.run.tail()
 
 
 def test_a_run_goes_on_when_the_link_of_a_host_is_cut(
-    clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+    clean: EndState, tiny_project: Path, tmp_path: Path
 ) -> None:
-    row = table.Row(f"link cut for {CUT_SECONDS:.0f} s, workers 2")
-    rows.append(row)
     with cluster(tiny_project, tmp_path, MIDDLE, others=2, cluster__workers=2) as found:
         found.run.start()
         host = found.host_of(found.run.wait_for_fault()["pid"])
@@ -74,38 +68,31 @@ def test_a_run_goes_on_when_the_link_of_a_host_is_cut(
         time.sleep(CUT_SECONDS)
         host.link("up")
         found.run.wait_until(lambda: ended_or_revived(found, host), "the run does not end")
-        finish(found, tmp_path, clean, row)
+        finish(found, tmp_path, clean)
         assert found.run.resumptions(), found.run.tail()
-    row.recovered = True
 
 
 def ended_or_revived(found: Cluster, host: Host) -> bool:
     """Whether the run has ended; a node that Ray gave up while its link was down is started again."""
-    assert found.run.driver is not None
     if found.run.driver.poll() is not None:
         return True
     found.revive(host)
     return False
 
 
-def test_a_run_grows_when_a_host_joins(clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]) -> None:
-    row = table.Row("host joins, workers [1, 2]")
-    rows.append(row)
+def test_a_run_grows_when_a_host_joins(clean: EndState, tiny_project: Path, tmp_path: Path) -> None:
     elastic = {"cluster__workers": [1, 2]}
     with cluster(tiny_project, tmp_path, Fault(pace=1.5), others=1, **elastic) as found:
         found.run.start()
         found.wait_for_step(4)
         found.others[1].start_ray()
-        finish(found, tmp_path, clean, row)
+        finish(found, tmp_path, clean)
         assert [one.workers for one in found.run.resumptions()] == [2], found.run.tail()
-    row.recovered = True
 
 
 def test_no_step_is_lost_when_a_host_is_taken_away_with_notice(
-    clean: Clean, tiny_project: Path, tmp_path: Path, rows: list[table.Row]
+    clean: EndState, tiny_project: Path, tmp_path: Path
 ) -> None:
-    row = table.Row("host drained, workers [1, 2]")
-    rows.append(row)
     patient = {"cluster__workers": [1, 2], "cluster__max_failures": 0}
     with cluster(tiny_project, tmp_path, PACED, others=2, **patient) as found:
         found.run.start()
@@ -113,6 +100,7 @@ def test_no_step_is_lost_when_a_host_is_taken_away_with_notice(
         found.drain(found.others[1], NOTICE_SECONDS)
         time.sleep(NOTICE_SECONDS)
         found.others[1].kill()
-        finish(found, tmp_path, clean, row)
-        assert [(one.workers, one.again) for one in found.run.resumptions()] == [(1, 0)], found.run.tail()
-    row.recovered = True
+        finish(found, tmp_path, clean)
+        assert [(one.workers, one.again) for one in found.run.resumptions()] == [(1, 0)], (
+            found.run.tail()
+        )

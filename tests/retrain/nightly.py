@@ -15,6 +15,7 @@ from mlflow.entities import Run
 from olora_ray.tracking.aliases import Aliases
 from tests import mlflow_database
 from tests.pipelines import project
+from tests.ran import ran
 from tests.recovery.processes import kill_all
 
 MARKS = ".?!,"
@@ -30,16 +31,29 @@ class Nightly:
         self.data.mkdir()
         self.add("0-first", ["one", "two"], 40)
         write(
-            folder / "heldout.jsonl", [(f"-{word}", ANSWERS[word]) for word in ANSWERS for _ in range(8)]
+            folder / "heldout.jsonl",
+            [(f"-{word}", ANSWERS[word]) for word in ANSWERS for _ in range(8)],
         )  # gate.min_rows
         tree = project.settings(folder, model)
-        tree["data"] = {"train": [{"path": str(self.data)}], "eval": [{"path": str(folder / "heldout.jsonl")}]}
+        tree["data"] = {
+            "train": [{"path": str(self.data)}],
+            "eval": [{"path": str(folder / "heldout.jsonl")}],
+        }
         tree["data"]["max_length"] = 48
-        tree["train"] |= {"steps": 12, "eval_every": 12, "checkpoint_every": 4, "global_batch": 4, "lr": 2e-2}
+        tree["train"] |= {
+            "steps": 12,
+            "eval_every": 12,
+            "checkpoint_every": 4,
+            "global_batch": 4,
+            "lr": 2e-2,
+        }
         tree["cluster"] |= {"workers": 1, "cpus_per_worker": 1}
         tree["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 0, "max_new_tokens": 6}
         tree["registry"] = {"model": "nightly"}
-        tree["gate"] = {"guard": None, **changes.pop("gate", {})}  # 800 rows on a tiny model take seconds
+        tree["gate"] = {
+            "guard": None,
+            **changes.pop("gate", {}),
+        }  # 800 rows on a tiny model take seconds
         self.config = project.write_config(folder, tree | changes)
         mlflow_database.place(folder / "runs")
         self.aliases = Aliases(f"sqlite:///{folder}/runs/mlflow.db", "nightly")
@@ -55,19 +69,27 @@ class Nightly:
         write(self.data / f"{name}.jsonl", list(zip(marked, answers, strict=True)))
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, str(project.ROOT / "pipelines" / "retrain.py"), str(self.config), *arguments]
+        return [
+            sys.executable,
+            str(project.ROOT / "pipelines" / "retrain.py"),
+            str(self.config),
+            *arguments,
+        ]
 
     def environment(self) -> dict[str, str]:
         (self.folder / "t").mkdir(exist_ok=True)
-        own = {"TMPDIR": str(self.folder / "t"), "RAY_TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1"}
-        return {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")} | own
+        own = {
+            "TMPDIR": str(self.folder / "t"),
+            "RAY_TMPDIR": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+        }
+        return {
+            k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+        } | own
 
     def call(self, *arguments: str, code: int = 0) -> str:
         """Run one night; return its output."""
-        done = subprocess.run(
-            self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == code, f"{done.returncode}\n{done.stdout}{done.stderr}"
+        done = ran(self.command(*arguments), code=code, env=self.environment())
         return done.stdout + done.stderr
 
     def call_until(self, line: str) -> str:
@@ -81,7 +103,6 @@ class Nightly:
             text=True,
             start_new_session=True,
         ) as process:
-            assert process.stdout
             for text in process.stdout:
                 seen += text
                 if line in text:

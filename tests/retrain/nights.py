@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from olora_ray.config.schema import Gate
+from olora_ray.config.nights import Gate
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.retrain.gate import HeldOut, decide
 
@@ -27,27 +27,17 @@ class Kind:
     """Clusters of very different sizes."""
     best_of: int = 1
     """Challenger and champion are each the best of this many equal models on the same rows."""
-    new_rows: bool = False
-    """The champion was chosen on other held-out rows than these."""
-    skewed: bool = False
-    """The challenger is slightly better on most rows, and much worse on a few."""
 
 
 KINDS = (
     Kind("20 rows", 20, 1),
     Kind("80 rows", 80, 1),
     Kind("400 rows", 400, 1),
-    Kind("80 rows, a score of 0 or 1", 80, 1, metric="eval/match"),
     Kind("80 rows, each the best of 5 steps on them", 80, 1, best_of=5),
     Kind("20 clusters of 10 rows", 20, 10, alike=0.5),
     Kind("40 clusters of 1 to 100 rows", 40, 8, alike=0.5, uneven=True),
     Kind("20 clusters of 20 rows, a score of 0 or 1", 20, 20, alike=0.5, metric="eval/match"),
 )
-ABOVE = (
-    Kind("80 rows, much worse on a few", 80, 1, skewed=True),
-    Kind("80 rows, new since the champion, best of 5 steps", 80, 1, best_of=5, new_rows=True),
-)
-"""More often, as expected: the bootstrap knows no rare rows that are not held out, and chosen versions look better."""
 
 
 def night(kind: Kind, seed: int, effect: float) -> tuple[RowResults, RowResults, list[int]]:
@@ -63,8 +53,6 @@ def night(kind: Kind, seed: int, effect: float) -> tuple[RowResults, RowResults,
 
     def model() -> np.ndarray:
         """Return a model's deviations from the mean of all models; with variance 1/2, differences have variance 1."""
-        if kind.skewed:
-            return (rng.lognormal(0.0, 1.0, count) - np.exp(0.5)) * 0.4
         common, own = rng.normal(size=kind.clusters)[cluster], rng.normal(size=count)
         return np.sqrt(0.5) * (np.sqrt(kind.alike) * common + np.sqrt(1 - kind.alike) * own)
 
@@ -72,34 +60,28 @@ def night(kind: Kind, seed: int, effect: float) -> tuple[RowResults, RowResults,
         return min((model() for _ in range(steps)), key=lambda found: float((found * tokens).sum()))
 
     ours = best(kind.best_of) - effect
-    theirs = np.zeros(count) if kind.skewed else best(1 if kind.new_rows else kind.best_of)
-    return _results(kind, hard, ours, tokens), _results(kind, hard, theirs, tokens), cluster.tolist()
+    theirs = best(kind.best_of)
+
+    return (
+        _results(kind, hard, ours, tokens),
+        _results(kind, hard, theirs, tokens),
+        cluster.tolist(),
+    )
 
 
 def _results(kind: Kind, hard: np.ndarray, deviation: np.ndarray, tokens: np.ndarray) -> RowResults:
     losses = 0.2 * deviation + hard
     scores = {"match": dict(enumerate((losses < 3.0).astype(float).tolist()))}
     origins = tuple((0, row) for row in range(len(losses)))
-    return RowResults("rows", tuple(tokens.tolist()), tuple((losses * tokens).tolist()), scores, origins)
+    return RowResults(
+        "rows", tuple(tokens.tolist()), tuple((losses * tokens).tolist()), scores, origins
+    )
 
 
-def promoted(kind: Kind, nights: int, effect: float, grouped: bool = True, gate: Gate | None = None) -> float:
+def promoted(kind: Kind, nights: int, effect: float) -> float:
     """Return the share of the nights in which the challenger is promoted."""
-    gate, passed = gate or Gate.model_validate({"metric": kind.metric}), 0
+    gate, passed = Gate.model_validate({"metric": kind.metric}), 0
     for seed in range(nights):
         challenger, champion, clusters = night(kind, seed, effect)
-        passed += decide(gate, challenger, champion, HeldOut(clusters if grouped else None)).passed
+        passed += decide(gate, challenger, champion, HeldOut(clusters)).passed
     return passed / nights
-
-
-def table(nights: int, kinds: tuple[Kind, ...] = KINDS) -> tuple[str, dict[str, float]]:
-    """Return a text for people, and kind -> the share of nights in which an equal challenger is promoted."""
-    lines = [f"{'held-out rows':<46} {'nights':>6} {'equal':>7} {'before':>7} {'rows alone':>10} {'better':>7}"]
-    equal: dict[str, float] = {}
-    for kind in kinds:
-        equal[kind.name] = promoted(kind, nights, 0.0)
-        before = promoted(kind, nights, 0.0, gate=Gate(metric=kind.metric, confident=False, anchor=9.0))
-        alone = f"{promoted(kind, nights, 0.0, grouped=False):>10.1%}" if kind.alike else f"{'':>10}"
-        better = promoted(kind, nights, BETTER)
-        lines.append(f"{kind.name:<46} {nights:>6,} {equal[kind.name]:>7.1%} {before:>7.1%} {alone} {better:>7.1%}")
-    return "\n".join(lines), equal

@@ -31,24 +31,30 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     (tmp_path / "scorer_of_a_test.py").write_text("def score(a, b):\n    return {'x': 1.0}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("scorer_of_a_test", "names_it"):
-        monkeypatch.delitem(sys.modules, name, raising=False)  # another test imported it from another folder
-    return tiny.config(run__storage=str(tmp_path / "runs"), evaluation__scorer="scorer_of_a_test:score")
+        monkeypatch.delitem(
+            sys.modules, name, raising=False
+        )  # another test imported it from another folder
+    return tiny.decided(
+        run__storage=str(tmp_path / "runs"), evaluation__scorer="scorer_of_a_test:score"
+    )
 
 
 def note(config: Config, version: Version = VERSION) -> str:
     return compare.note_file(RowSet("rows", config, "held"), version)
 
 
-def test_results_are_of_a_version_and_not_of_its_run(config: Config) -> None:
-    first = note(config)
-    assert note(config) == first
-    others = [
+def test_results_are_of_a_version_and_a_precision(config: Config) -> None:
+    versions = [
+        VERSION,
         replace(VERSION, number="2"),
         replace(VERSION, name="n"),
         replace(VERSION, run_id=None),
         replace(VERSION, tags={checksums.TAG: "abd"}),
     ]
-    assert len({first, *(note(config, each) for each in others)}) == 5
+    assert len({note(config, each) for each in versions}) == len(versions)
+    assert note(config) == note(config)
+    precisions = [override(config, {"model.dtype": each}) for each in ("float32", "bfloat16")]
+    assert len(set(map(note, precisions))) == 2
 
 
 def test_another_scorer_under_the_same_name_measures_anew(config: Config, tmp_path: Path) -> None:
@@ -60,16 +66,6 @@ def test_another_scorer_under_the_same_name_measures_anew(config: Config, tmp_pa
     first = note(named)
     (tmp_path / "scorer_of_a_test.py").write_text("def score(a, b):\n    return {'x': 0.0}\n")
     assert note(named) != first, "also where the module of its name only imports it"
-    builtin = override(config, {"evaluation.scorer": "exact_match"})
-    assert note(builtin) == note(builtin) != first
-
-
-def test_another_precision_or_device_measures_anew(config: Config) -> None:
-    notes = [
-        note(override(config, change))
-        for change in ({"model.dtype": "float32"}, {"model.dtype": "bfloat16"}, {"cluster.gpus_per_worker": 1.0})
-    ]
-    assert len(set(notes)) == 3
 
 
 def rows(data: str = "d") -> RowResults:
@@ -80,10 +76,14 @@ def test_versions_whose_results_are_known_are_not_opened(config: Config) -> None
     """Their files may be deleted, but their tokenizers are still compared."""
     inputs: Any = SimpleNamespace(config=config)
     held_out = RowSet("rows", config, "held")
-    wanted = [(VERSION, held_out), (other := replace(VERSION, number="2"), held_out), (VERSION, held_out)]
+    wanted = [
+        (VERSION, held_out),
+        (other := replace(VERSION, number="2"), held_out),
+        (VERSION, held_out),
+    ]
     for version, tokenizer in ((VERSION, "tokenizer"), (other, "tokenizer")):
-        records.write(note(config, version), compare.Measured(tokenizer, rows()))
+        records.write(note(config, version), compare.Compared(tokenizer, rows()))
     assert compare.measured(inputs, wanted) == [rows(), rows(), rows()]
-    records.write(note(config, other), compare.Measured("another", rows()))
+    records.write(note(config, other), compare.Compared("another", rows()))
     with pytest.raises(compare.NotComparable):
         compare.measured(inputs, wanted)

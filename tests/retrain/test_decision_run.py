@@ -28,7 +28,9 @@ DETAILS = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     storage = str(mlflow_database.place(tmp_path_factory.mktemp("record")))
-    return tiny.config(run__storage=storage, tracking__uri=f"sqlite:///{storage}/mlflow.db", registry__model="m")
+    return tiny.config(
+        run__storage=storage, tracking__uri=f"sqlite:///{storage}/mlflow.db", registry__model="m"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,12 @@ def add(config: Config) -> Callable[..., Version]:
     client.create_registered_model("m")
 
     def version(**tags: str) -> Version:
-        both = {AGAINST: "1", decision_run.DETAILS: json.dumps(DETAILS), decision_run.RECORDED: "", **tags}
+        both = {
+            AGAINST: "1",
+            decision_run.DETAILS: json.dumps(DETAILS),
+            decision_run.RECORDED: "",
+            **tags,
+        }
         return Version.of(client.create_model_version("m", "/nowhere", tags=both))
 
     return version
@@ -55,13 +62,18 @@ def again(config: Config, version: Version) -> Version:
     return Version.of(connect(resolve_uri(config)).get_model_version("m", version.number))
 
 
-def test_a_verdict_is_recorded_once_with_its_numbers(config: Config, add: Callable[..., Version]) -> None:
+def test_a_verdict_is_recorded_once_with_its_numbers(
+    config: Config, add: Callable[..., Version]
+) -> None:
     version = add(**{GATE: "refused: eval/loss: worse"})
     decision_run.of_version(config, version)
     decision_run.of_version(config, again(config, version))
     (run,) = runs(config, version)
     assert run.info.status == "FINISHED"
-    assert (run.data.tags["olora.decision"], run.data.tags["olora.reason"]) == ("refused", "eval/loss: worse")
+    assert (run.data.tags["olora.decision"], run.data.tags["olora.reason"]) == (
+        "refused",
+        "eval/loss: worse",
+    )
     assert run.data.tags["olora.champion"] == "m/1"
     assert run.data.tags["olora.interval"] == "0.500000 [0.250000, 0.750000]"
     assert run.data.metrics["improvement/low"] == 0.25
@@ -92,10 +104,14 @@ def test_calls_that_find_nothing_share_a_run_until_something_else_is_said(config
 
     def latest() -> list[dict[str, str]]:
         experiment = client.get_experiment_by_name("olora").experiment_id
-        found = client.search_runs([experiment], "tags.`olora.champion` = 'm/99'", order_by=["start_time ASC"])
+        found = client.search_runs(
+            [experiment], "tags.`olora.champion` = 'm/99'", order_by=["start_time ASC"]
+        )
         return [run.data.tags for run in found]
 
-    nothing = Entry("unchanged", 'nothing changed since version 99 of m (it\'s "good")', champion="99")
+    nothing = Entry(
+        "unchanged", 'nothing changed since version 99 of m (it\'s "good")', champion="99"
+    )
     for _ in range(3):
         decision_run.unchanged(config, nothing)
     (tags,) = latest()
@@ -103,4 +119,9 @@ def test_calls_that_find_nothing_share_a_run_until_something_else_is_said(config
     decision_run.write_decision(config, Entry("failed", "no such file", champion="99"))
     decision_run.unchanged(config, nothing)
     decision_run.unchanged(config, replace(nothing, reason="nothing changed since version 98"))
-    assert [tags["olora.decision"] for tags in latest()] == ["unchanged", "failed", "unchanged", "unchanged"]
+    assert [tags["olora.decision"] for tags in latest()] == [
+        "unchanged",
+        "failed",
+        "unchanged",
+        "unchanged",
+    ]

@@ -1,4 +1,4 @@
-"""The gate of a year: stricter levels as rows change, a second part of the rows, the best champions, and the guard."""
+"""The gate of a year: stricter levels as rows change, the best champions, and the guard."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.config.load import load_config, override
-from olora_ray.config.schema import Config, Gate
+from olora_ray.config.nights import Gate
+from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.evaluation.lm_eval_tasks import TaskResult
 from olora_ray.evaluation.rows import RowResults
@@ -22,6 +24,7 @@ from olora_ray.retrain.gate import HeldOut, decide
 from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking.checksums import GATE, Version
 from tests import mlflow_database, tiny
+from tests.refused import refused
 from tests.retrain.nightly import Nightly
 from tests.retrain.test_gate import results
 from tests.retrain.test_missing_champion import LOSS, NAME, Nights, replaced
@@ -43,47 +46,17 @@ def test_every_further_set_of_rows_asks_for_more_confidence() -> None:
     assert "99.75% interval" in decide(Gate(), ours, theirs, HeldOut(sets=20)).reason
     many = decide(Gate(), ours, theirs, HeldOut(sets=365))
     assert (many.passed, "99.99% interval" in many.reason) == (False, True)
-    assert not decide(Gate(), *noisy(100, 0.05)).passed, "2.5 standard errors are nine promotions in 1,000 nights"
-
-
-def test_the_second_part_is_looked_at_only_after_the_first_and_may_refuse() -> None:
-    split = Gate(confirm=0.5)
-    better = decide(split, *noisy(100, 0.1))
-    assert better.passed
-    assert better.reason.count("50 rows") == 2
-    assert "; confirmed: improved" in better.reason
-    first = decide(split, *noisy(100, -0.1))
-    assert "confirmation" not in first.details
-    # The parts follow from the names of the groups alone, so other rows first give the same parts.
-    ours, theirs = noisy(100, 0.1)
-    names = [f"file:{row}" for row in range(100)]
-    found = decide(split, ours, theirs, HeldOut(names))
-    turned = list(range(99, -1, -1))
-    again = decide(split, ours.only(turned), theirs.only(turned), HeldOut([names[row] for row in turned]))
-    assert again.details["improvement"]["mean"] == pytest.approx(found.details["improvement"]["mean"])
-    few = decide(split, *noisy(38, 0.3))
-    assert (few.passed, "38 rows" in few.reason, "too few rows for gate.confirm" in few.reason) == (True, True, True)
-
-
-def test_a_second_part_that_is_worse_refuses() -> None:
-    names, count = [f"file:{row}" for row in range(60)], 60
-    champion = np.linspace(2.0, 3.0, count)
-    split = Gate(confirm=0.5)
-    for row in range(count):  # find the part of each row: better there alone is a pass of the first part or none
-        alone = decide(split, results(champion - 1.0 * (np.arange(count) == row)), results(champion), HeldOut(names))
-        if alone.details["improvement"]["mean"] > 0:
-            champion[row] += 1.0
-    first_only = decide(split, results(np.linspace(2.0, 3.0, count)), results(champion), HeldOut(names))
-    assert "confirmation" in first_only.details
-    assert not first_only.passed
+    assert not decide(Gate(), *noisy(100, 0.05)).passed, (
+        "2.5 standard errors are nine promotions in 1,000 nights"
+    )
 
 
 def test_what_lets_champions_become_worse_needs_an_anchor() -> None:
     for loose in ({"must_improve_by": -0.1}, {"confident": False}):
-        with pytest.raises(ValidationError, match="set anchor, the most by which"):
+        with pytest.raises(ValidationError, match="set anchor"):
             Gate.model_validate(loose)
         assert Gate.model_validate({**loose, "anchor": 0.2}).anchor == 0.2
-    with pytest.raises(ValidationError, match="guard: name sources or lm-eval's tasks, not both"):
+    with pytest.raises(ValidationError):
         Gate.model_validate({"guard": ["arc_easy", "rows/other.jsonl"]})
 
 
@@ -104,10 +77,16 @@ def test_thirty_small_steps_down_end_at_the_anchor() -> None:
 def test_a_version_that_has_forgotten_other_tasks_is_refused() -> None:
     ours, theirs = noisy(80, 0.2)
     before = results(np.linspace(2, 3, 800), data="guard")
-    lost = decide(Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.05, data="guard"), before))
+    lost = decide(
+        Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.05, data="guard"), before)
+    )
     assert not lost.passed
-    assert lost.reason.startswith("guard: eval/loss 2.5500, the best champion's 2.5000: worse by 0.0500")
-    kept = decide(Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.01, data="guard"), before))
+    assert lost.reason.startswith(
+        "guard: eval/loss 2.5500, the best champion's 2.5000: worse by 0.0500"
+    )
+    kept = decide(
+        Gate(), ours, theirs, guard=(results(np.linspace(2, 3, 800) + 0.01, data="guard"), before)
+    )
     assert kept.passed
     assert kept.details["guard"]["mean"] == pytest.approx(-0.01)
 
@@ -121,10 +100,17 @@ def test_sets_of_rows_and_uses_are_counted_and_stale_rows_named() -> None:
     old, others = version(1, 0, "old"), [version(n, 300 + n, f"set {n % 3}") for n in range(2, 8)]
     by_hand = replace(version(9, 305), tags={})
     found = compare.uses_of_rows(others[-1], others[0], [old, *others, by_hand])
-    assert (found["sets"], found["versions"], found["champion_days"], found["stale"]) == (4, 2, 5, "")
+    assert (found["sets"], found["versions"], found["champion_days"], found["stale"]) == (
+        4,
+        2,
+        5,
+        "",
+    )
     later = version(10, 370, "set 1")
     found = compare.uses_of_rows(later, None, [old, *others, later])
-    assert (found["sets"], found["versions"]) == (3, 3), "the first set was judged on over a year ago"
+    assert (found["sets"], found["versions"]) == (3, 3), (
+        "the first set was judged on over a year ago"
+    )
     late = version(11, 400, "set 1")
     assert compare.uses_of_rows(late, None, [*others, late])["stale"].startswith(
         "the held-out rows are stale: the same"
@@ -143,7 +129,10 @@ def test_answers_that_were_right_and_are_wrong_are_listed_with_their_places() ->
 def measured(_: object, wanted: list[tuple[Version, Any]]) -> list[RowResults]:
     """Stands for compare.measured: losses are tags of the version."""
     return [
-        results([float(each.tags[LOSS if rows.name == "the held-out rows" else GUARD_LOSS])] * 24, data=rows.name)
+        results(
+            [float(each.tags[LOSS if rows.name == "the held-out rows" else GUARD_LOSS])] * 24,
+            data=rows.name,
+        )
         for each, rows in wanted
     ]
 
@@ -159,7 +148,9 @@ def test_the_best_champions_are_tags_and_decide_in_later_nights(
     monkeypatch.setattr(compare, "measured", measured)
     guard_losses, register = iter([2.0, 1.9, 1.92, 1.92, 1.96, 1.92]), nights.register
     monkeypatch.setattr(
-        nights, "register", lambda loss, tags, run: register(loss, {**tags, GUARD_LOSS: str(next(guard_losses))}, run)
+        nights,
+        "register",
+        lambda loss, tags, run: register(loss, {**tags, GUARD_LOSS: str(next(guard_losses))}, run),
     )
     for loss in (1.0, 1.08, 1.16):
         assert "is the champion of" in nights.call(loss)
@@ -180,31 +171,39 @@ BASE = Base(BaseModel("m", "", "base"), None, TokenizerSpec("{}", "", {}, 0), ()
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return tiny.config(run__storage=str(tmp_path / "runs"), evaluation__scorer="exact_match")
+    return tiny.decided(run__storage=str(tmp_path / "runs"), evaluation__scorer="exact_match")
 
 
 def test_the_guard_rows_are_the_shipped_text_or_the_sources(config: Config, tmp_path: Path) -> None:
-    inputs: Any = SimpleNamespace(base=BASE)
+    inputs: Any = SimpleNamespace(base=BASE, data=config)
     shipped = compare.guard(config, inputs)
-    assert shipped is not None
-    assert (shipped.config.evaluation.scorer, shipped.config.data.eval[0].path) == (None, str(compare.TEXT))
+    assert (shipped.config.evaluation.scorer, shipped.config.data.eval[0].path) == (
+        None,
+        str(compare.TEXT),
+    )
     assert len(compare.TEXT.read_text().splitlines()) == 800
-    assert compare.TEXT.stat().st_size <= 150_000
     assert compare.guard(override(config, {"gate.guard": None}), inputs) is None
     (tmp_path / "own.jsonl").write_text('{"text": "other rows"}\n')
     own = compare.guard(override(config, {"gate.guard": [str(tmp_path / "own.jsonl")]}), inputs)
-    assert own is not None
     assert own.digest != shipped.digest
-    with pytest.raises(Exception, match=r"gate\.guard, read like data\.eval: .*missing\.jsonl"):
+    with refused("gate.guard"):
         compare.guard(override(config, {"gate.guard": [str(tmp_path / "missing.jsonl")]}), inputs)
 
 
-def test_tasks_as_a_guard_count_their_wrong_answers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_as_a_guard_count_their_wrong_answers(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compare, "load_tasks", lambda names, _: dict.fromkeys(names))
-    tasks = compare.guard(override(config, {"gate.guard": ["arc_easy"]}), SimpleNamespace(base=BASE))  # type: ignore[arg-type]
+    tasks = compare.guard(
+        override(config, {"gate.guard": ["arc_easy"]}), SimpleNamespace(base=BASE, data=config)
+    )  # type: ignore[arg-type]
     assert tasks is not None
-    done = {"arc_easy": TaskResult("test[:3]", {}, {}, {"acc_norm": (0.0, 0.0, 0.0), "acc": (1.0, 0.0, 1.0)})}
+    done = {
+        "arc_easy": TaskResult(
+            "test[:3]", {}, {}, {"acc_norm": (0.0, 0.0, 0.0), "acc": (1.0, 0.0, 1.0)}
+        )
+    }
     monkeypatch.setattr(compare.lm_eval_tasks, "run", lambda *_: done)
-    rows = compare.results_on(tasks, BASE, None, config)
+    rows = compare.results_on(tasks, BASE, None, config, ClusterFacts((), False, 1, 1))
     assert rows.losses == (0.0, 1.0, 0.0)
     assert rows.metric("eval/loss") == pytest.approx(1 / 3)

@@ -54,7 +54,9 @@ def test_nothing_was_seen_while_files_are_only_added(config: Config, tmp_path: P
     assert recipe.unseen_rows(config, plan(config), known) is None
 
 
-def test_of_a_file_that_has_grown_or_gone_no_new_file_is_sure(config: Config, tmp_path: Path) -> None:
+def test_of_a_file_that_has_grown_or_gone_no_new_file_is_sure(
+    config: Config, tmp_path: Path
+) -> None:
     known = noted(config)
     grow(tmp_path, "a")
     grow(tmp_path, "c")
@@ -70,17 +72,25 @@ def test_another_draw_has_other_rows_in_all_files(config: Config) -> None:
     for changes in ({"run.seed": 4}, {"data.eval_fraction": 0.3}):
         other = override(config, changes)
         assert recipe.unseen_rows(other, plan(other), known) == set()
-    before = override(config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]})
-    assert recipe.unseen_rows(config, plan(config), noted(before)) == set(), "all rows were trained on then"
+    before = override(
+        config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]}
+    )
+    assert recipe.unseen_rows(config, plan(config), noted(before)) == set(), (
+        "all rows were trained on then"
+    )
     assert recipe.unseen_rows(config, plan(config), None) == set()
 
 
 def test_rows_of_their_own_are_never_those_of_the_training(config: Config, tmp_path: Path) -> None:
-    own = override(config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]})
+    own = override(
+        config, {"data.eval_fraction": None, "data.eval": config.data.model_dump()["train"]}
+    )
     assert recipe.unseen_rows(own, plan(own), None) is None
 
 
-def test_a_store_that_does_not_answer_is_no_store_that_is_gone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_is_no_store_that_is_gone(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Regression: its files counted as unknown, and the gate refused the version that the night had trained."""
     version = Version("m", "1", {TAGS["data"]: "digest"})
     assert recipe.of_version(config, version) is None

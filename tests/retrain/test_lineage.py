@@ -18,8 +18,7 @@ from tests.tracking.test_signatures import make_keys
 
 
 @pytest.fixture
-def nightly(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Nightly:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def nightly(folder: Path, model: Path) -> Nightly:
     mlflow_database.place(folder / "runs")
     return Nightly(folder, model)
 
@@ -37,13 +36,20 @@ def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(
     nightly: Nightly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aliases = registered.model(nightly.folder / "runs", "nightly", 2)
-    same = recipe.look(load_config(nightly.config)).fingerprint.tags()
+    same = recipe.read_inputs(load_config(nightly.config)).fingerprint.tags()
     for number in ("1", "2"):
-        for name, text in {**same, GATE: "passed: better", AGAINST: "", decision_run.RECORDED: "a run"}.items():
+        for name, text in {
+            **same,
+            GATE: "passed: better",
+            AGAINST: "",
+            decision_run.RECORDED: "a run",
+        }.items():
             aliases.client.set_model_version_tag("nightly", number, name, text)
     by_hand = ("nightly", "--tracking-uri", aliases.uri)
     aliases.client.set_registered_model_alias("nightly", "champion", "1")
-    assert night(nightly) == [], "there is no decision yet with which the champion could be compared"
+    assert night(nightly) == [], (
+        "there is no decision yet with which the champion could be compared"
+    )
 
     monkeypatch.setenv("OLORA_SUBMITTER", "alice@desk")
     registry.main(["promote", by_hand[0], "2", *by_hand[1:]])
@@ -51,10 +57,7 @@ def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(
         night(nightly, "data.eval=[]")  # a night that fails has decided nothing
     ((event, version, before, reason),) = night(nightly)
     assert (event, version, before) == ("moved", "2", "1")
-    assert re.fullmatch(
-        r"the champion is version 2, but the latest decision left version 1: promoted by hand, \S+ \S+, alice@desk",
-        reason,
-    )
+    assert re.search(r"the latest decision left version 1: promoted by hand, .* alice@desk", reason)
     assert night(nightly) == []
 
     registry.main(["rollback", *by_hand])
@@ -66,20 +69,30 @@ def test_a_champion_that_was_moved_by_hand_is_told_once_with_who_and_why(
     aliases.client.set_model_version_tag("nightly", "2", GATE, "passed: better")
     assert night(nightly)[0][3].endswith("left version 1: its alias was set or deleted in MLflow")
     assert night(nightly) == []
-    decisions = [run.data.tags["olora.decision"] for run in nightly.decisions()]
-    assert [each for each in decisions if each != "unchanged"] == ["failed", "moved", "moved", "moved"]
+    runs = [run.data.tags | {"status": run.info.status} for run in nightly.decisions()]
+    failed, *moves = [tags for tags in runs if tags["olora.decision"] != "unchanged"]
+    assert (failed["olora.decision"], failed["status"]) == ("failed", "FAILED")
+    assert "data.eval: retraining compares" in failed["olora.reason"]
+    assert [tags["olora.decision"] for tags in moves] == ["moved"] * 3
 
 
-def test_a_base_model_that_has_changed_is_named_in_the_message(nightly: Nightly, model: Path) -> None:
+def test_a_base_model_that_has_changed_is_named_in_the_message(
+    nightly: Nightly, model: Path
+) -> None:
     config = load_config(nightly.config)
-    inputs = recipe.look(config)
+    inputs = recipe.read_inputs(config)
     before = {**inputs.fingerprint.tags(), "olora.base_digest": "another", BASE: "org/tiny@0a1b2c"}
-    _, tags = recipe.make(config, inputs, Version("nightly", "1", before))
+    _, tags = recipe.training_config(config, inputs, Version("nightly", "1", before))
     expected = f"changed since version 1: base model (org/tiny@0a1b2c is now {model})"
     assert tags[CHANGED] == expected
     aliases = registered.model(nightly.folder / "runs", "nightly", 1)
     aliases.client.set_registered_model_alias("nightly", "champion", "1")
-    for name, text in {**tags, GATE: "passed: eval/loss 0.5", AGAINST: "", decision_run.RECORDED: ""}.items():
+    for name, text in {
+        **tags,
+        GATE: "passed: eval/loss 0.5",
+        AGAINST: "",
+        decision_run.RECORDED: "",
+    }.items():
         aliases.client.set_model_version_tag("nightly", "1", name, text)
     assert night(nightly) == [("promoted", "1", None, f"eval/loss 0.5; {expected}")]
 
@@ -94,23 +107,22 @@ def test_a_version_tells_its_data_base_code_image_who_cost_and_decision(
     image = "registry.example.com/olora-ray@sha256:0123"
     for name, text in {"COMMIT": "c0ffee", "IMAGE": image, "SUBMITTER": "alice@desk"}.items():
         monkeypatch.setenv(f"OLORA_{name}", text)
-    log = nightly.call("cluster.price=2.5", f"registry.key=file:{private}")
+    log = nightly.call(f"registry.key=file:{private}")
     at = ["nightly", "1", "--tracking-uri", nightly.aliases.uri]
     registry.main(["verify", *at, "--key", str(public)])
     capsys.readouterr()
     registry.main(["show", *at])
     shown = capsys.readouterr().out
-    assert len(shown.splitlines()) <= 40, shown
-    assert max(map(len, shown.splitlines())) <= 170, shown
     tags = dict(line.strip().split(" = ", 1) for line in shown.splitlines() if " = " in line)
     assert tags["olora.base"] == str(model)
     assert tags["olora.data_rows"] == "40"
     assert (tags["olora.commit"], tags["olora.image"]) == ("c0ffee", image)
     assert tags["olora.submitted_by"] == "alice@desk"
-    assert (tags["olora.gpu_seconds"], tags["olora.price"]) == ("0", "0.00")
     assert 0 < int(tags["olora.cpu_seconds"]) < 300, log
     assert tags["olora.gate"].startswith("passed: eval/loss")
-    digests = [tags[f"olora.{what}"] for what in ("code", "base_digest", "data_digest", "held_out_digest")]
+    digests = [
+        tags[f"olora.{what}"] for what in ("code", "base_digest", "data_digest", "held_out_digest")
+    ]
     assert all(re.fullmatch("[0-9a-f+]{12,}", digest) for digest in digests), digests
     run = nightly.aliases.client.get_run(nightly.aliases.version("1").run_id)
     assert run.data.tags["mlflow.source.git.commit"] == "c0ffee"

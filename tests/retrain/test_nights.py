@@ -8,11 +8,9 @@ import pytest
 
 from olora_ray.common import lock
 from olora_ray.tracking.checksums import GATE
-from pipelines import registry as registry
+from pipelines import registry
 from tests.pipelines import project
 from tests.retrain.nightly import Nightly
-from tests.serving.engine import Engine, following
-from tests.waiting import until
 
 pytestmark = pytest.mark.ray
 
@@ -24,7 +22,9 @@ def last(nightly: Nightly) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(folder: Path, model: Path) -> None:
+def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(
+    folder: Path, model: Path
+) -> None:
     told = folder / "told.json"
     nightly = Nightly(folder, model, notify={"command": f"cat >>{told}"}, gate={"guard": "text"})
     with lock.held(str(folder / "runs" / "locks" / "nightly.json"), "the test"):
@@ -44,14 +44,23 @@ def test_the_first_version_becomes_champion_and_the_same_again_does_nothing(fold
     assert (message["event"], message["version"], message["champion"]) == ("promoted", "1", None)
     nightly.add("0-first", ["one", "two"], 19)  # of 40
     refused = nightly.call(code=2)
-    assert "error: data.train: 19 rows, but the champion, version 1, had 40: more than the share" in refused
+    assert (
+        "error: data.train: 19 rows, but the champion, version 1, had 40: more than the share"
+        in refused
+    )
     assert "ray:" not in refused
-    assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == ["promoted", "unchanged", "failed"]
+    assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == [
+        "promoted",
+        "unchanged",
+        "failed",
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("origin", "merged"), [("base", True), ("champion", False)])
-def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, origin: str, merged: bool) -> None:
+def test_new_data_then_poisoned_data_then_rollback(
+    folder: Path, model: Path, origin: str, merged: bool
+) -> None:
     settings = {"retrain": {"from": origin, "replay": 0.5}, "export": {"merged": merged}}
     nightly = Nightly(folder, model, train=longer(model), **settings)
     nightly.call()
@@ -60,7 +69,10 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
     assert "changed since the champion, version 1: training data" in log
     assert nightly.aliases.current() == {"champion": "2", "previous": "1"}, log
     assert nightly.aliases.version("2").tags["olora.retrained_from"].startswith(origin)
-    assert (last(nightly)["olora.decision"], last(nightly)["olora.challenger"]) == ("promoted", "nightly/2")
+    assert (last(nightly)["olora.decision"], last(nightly)["olora.challenger"]) == (
+        "promoted",
+        "nightly/2",
+    )
     metrics = nightly.decisions()[-1].data.metrics
     assert metrics["improvement/low"] <= metrics["improvement/mean"] <= metrics["improvement/high"]
     assert metrics["challenger/eval/loss"] < metrics["champion/eval/loss"]
@@ -79,27 +91,22 @@ def test_new_data_then_poisoned_data_then_rollback(folder: Path, model: Path, or
     assert "nothing changed since version 2" in nightly.call()
     registry.main(["rollback", "nightly", "--tracking-uri", nightly.aliases.uri])
     assert nightly.aliases.current() == {"champion": "1", "challenger": "3"}
-    assert "rolled back" in nightly.call(), "a version that was rolled back does not come back by itself"
+    assert "rolled back" in nightly.call(), (
+        "a version that was rolled back does not come back by itself"
+    )
     assert nightly.made() == 3
-
-
-@pytest.mark.slow
-def test_an_engine_has_the_new_champion_five_seconds_after_a_night(folder: Path, model: Path) -> None:
-    loose = {"confident": False, "anchor": 10.0}
-    nightly = Nightly(folder, model, train=longer(model), export={"merged": False}, gate=loose)
-    nightly.call()
-    engine, name = Engine("vllm", model), "nightly@champion"
-    with following(name, nightly.aliases.uri, folder, "--engine", engine.url):
-        until(lambda: "/nightly-1-" in engine.served.get(name, ""))
-        nightly.add("1-more", ["three"], 40)
-        assert "version 2 is the champion of nightly" in (log := nightly.call()), log
-        until(lambda: "/nightly-2-" in engine.served[name], 5)
 
 
 def longer(model: Path) -> dict[str, Any]:
     """Settings with which the tiny model learns the answer to each question."""
     settings: dict[str, Any] = project.settings(model, model)["train"]
-    return settings | {"steps": 60, "eval_every": 20, "checkpoint_every": 20, "global_batch": 4, "lr": 1e-2}
+    return settings | {
+        "steps": 60,
+        "eval_every": 20,
+        "checkpoint_every": 20,
+        "global_batch": 4,
+        "lr": 1e-2,
+    }
 
 
 KILLED_AT = {
@@ -124,5 +131,9 @@ def test_killed_at_each_stage_and_called_again(folder: Path, model: Path) -> Non
     assert nightly.aliases.current() == {"champion": "2", "previous": "1"}, log
     assert "nothing changed since version 2" in nightly.call()
     assert nightly.made() == 2
-    assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == ["promoted", "promoted", "unchanged"]
+    assert [run.data.tags["olora.decision"] for run in nightly.decisions()] == [
+        "promoted",
+        "promoted",
+        "unchanged",
+    ]
     assert nightly.decisions()[1].info.status == "FINISHED", "what was left to record is recorded"

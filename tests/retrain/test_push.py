@@ -3,12 +3,10 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
-from olora_ray.common.errors import UserError
 from olora_ray.pipeline import publish
 from olora_ray.retrain import run as retraining
 from tests import finished_run, hub_stand_in
+from tests.refused import refused
 from tests.said import said
 
 REPO = "acme/nightly"
@@ -39,7 +37,7 @@ def test_the_repository_has_the_champion_s_own_files_and_no_other_version(tmp_pa
         shutil.rmtree(run.folder.root)  # as docs/operations.md allows
         hub.broken = "preupload"
         run.aliases.promote(second, "passed")
-        with pytest.raises(UserError, match="version 2 is not pushed; the same command only pushes"):
+        with refused("version 2 is not pushed; the same command only pushes"):
             retraining.run(run.config)
         hub.broken = ""
         run.aliases.rollback("bad")
@@ -48,6 +46,6 @@ def test_the_repository_has_the_champion_s_own_files_and_no_other_version(tmp_pa
         assert night() == (4, True)
         run.aliases.rollback("bad")
         Path(run.aliases.files_uri(first), "peft", "README.md").write_text("changed")
-        with pytest.raises(UserError, match=r"peft/README\.md was changed after the registration"):
+        with refused("peft/README.md was changed after the registration"):
             retraining.run(run.config)
         assert (len(hub.commits), hub.repos[REPO]["README.md"]) == (4, b"the second")

@@ -63,13 +63,17 @@ class Handler(BaseHTTPRequestHandler):
             code = self.server.act(self.path, json.loads(content))
             self.answer(code, {"error": "no room for it"} if code != 200 else {})
 
-    def chat(self, model: str, messages: list[dict[str, str]], stream: bool = False, **_: object) -> None:
+    def chat(
+        self, model: str, messages: list[dict[str, str]], stream: bool = False, **_: object
+    ) -> None:
         folder = self.server.served.get(model)
         if folder is None or f"/chats-{self.server.fails}-" in folder:
             self.answer(500 if folder else 404, {"error": "no"})
         elif not stream:
             message = {"role": "assistant", "content": folder, "tool_calls": []}
-            self.answer(200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+            self.answer(
+                200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+            )
         else:
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")

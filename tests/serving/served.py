@@ -12,7 +12,7 @@ from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.load import build, dump, parse_yaml
 from olora_ray.config.schema import Config
 from olora_ray.model.load import load_model
-from olora_ray.pipeline import export, export_gguf, export_losses
+from olora_ray.pipeline import export
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import prepare
@@ -27,12 +27,11 @@ Chat = list[dict[str, str]]
 
 @dataclass
 class Served:
-    """The exports of a run; `gguf` writes its merged model in another precision."""
+    """The exports of a run."""
 
     config: Config
     base: Path
     folder: RunFolder
-    work: export_losses.Work
 
     @property
     def chats(self) -> list[Chat]:
@@ -40,14 +39,10 @@ class Served:
         lines = (ROOT / "pipelines/quickstart/heldout.jsonl").read_text().splitlines()[:PROMPTS]
         return [json.loads(line)["messages"] for line in lines]
 
-    def gguf(self, kind: str) -> Path:
-        if kind == self.config.export.gguf:
-            (file,) = Path(self.folder.gguf).iterdir()
-            return file
-        file = Path(self.folder.root) / f"{kind}.gguf"
-        settings = self.config.export.model_copy(update={"gguf": kind})
-        config = self.config.model_copy(update={"export": settings})
-        export_gguf.write_gguf(Path(self.folder.merged), file, self.work.model, config, self.work.spec.eos)
+    @property
+    def gguf(self) -> Path:
+        """The merged model in float32."""
+        (file,) = Path(self.folder.export("gguf")).iterdir()
         return file
 
 
@@ -57,13 +52,15 @@ def make(folder: Path) -> Served:
     settings["run"]["storage"] = str(folder)
     settings["model"]["dtype"] = "float32"
     settings["train"] |= {"global_batch": 1, "lr": 1e-3}
-    settings["export"] = {"gguf": "f32"}
+    settings["export"] = {"also": {"gguf": "f32"}}
     for split in ("train", "eval"):
         settings["data"][split][0]["path"] = str(ROOT / settings["data"][split][0]["path"])
     config = build(settings)
     base = open_base(config)
     train, held_out = prepare(config, base.spec, "train"), prepare(config, base.spec, "eval")
-    trainer = tiny.trainer(config, "segments", load_model(base.model.folder, config.model, torch.device("cpu")))
+    trainer = tiny.trainer(
+        config, "segments", load_model(base.model.folder, config.model, torch.device("cpu"))
+    )
     for _ in tiny.steps(trainer, train, STEPS):
         pass
     run = RunFolder(config.folder())
@@ -71,7 +68,7 @@ def make(folder: Path) -> Served:
     trainer.snapshot(TrainState(STEPS), None, {}, dump(config))(checkpoint)
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
     export.export_run(spec, run, STEPS)
-    return Served(config, Path(base.model.folder), run, export_losses.prepare(spec, str(checkpoint)))
+    return Served(config, Path(base.model.folder), run)
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,9 @@ class Answer:
         """
         assert len(found) == len(self.tokens)
         others = [lead for lead, (_, first) in zip(self.leads, found, strict=True) if not first]
-        assert max(others, default=0.0) <= tie, f"other tokens are more likely, by transformers' {max(others):.4f}"
+        assert max(others, default=0.0) <= tie, (
+            f"other tokens are more likely, by transformers' {max(others):.4f}"
+        )
         return [abs(own - other) for own, (other, _) in zip(self.logprobs, found, strict=True)]
 
 
@@ -105,7 +104,9 @@ def answers(model: Any, tokenizer: Any, chats: list[Chat]) -> list[Answer]:
 def _answer(model: Any, tokenizer: Any, chat: Chat) -> Answer:
     text = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, add_special_tokens=False).input_ids
-    whole = model.generate(torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, use_cache=True)[0]
+    whole = model.generate(
+        torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, use_cache=True
+    )[0]
     logprobs = model(whole[None]).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     first, second = logprobs.topk(2).values.T
     tokens = whole[len(prompt) :].tolist()
@@ -113,9 +114,13 @@ def _answer(model: Any, tokenizer: Any, chat: Chat) -> Answer:
     return Answer(prompt, tokens, told, first.tolist(), (first - second).tolist())
 
 
-def same_answers(found: list[Answer], told: Callable[[Chat], str], chats: list[Chat], tie: float) -> int:
+def same_answers(
+    found: list[Answer], told: Callable[[Chat], str], chats: list[Chat], tie: float
+) -> int:
     """Compare the texts that an engine tells for chats; returns how many of them have no tie, and are equal."""
-    clear = [(answer, chat) for answer, chat in zip(found, chats, strict=True) if min(answer.leads) > tie]
+    clear = [
+        (answer, chat) for answer, chat in zip(found, chats, strict=True) if min(answer.leads) > tie
+    ]
     for answer, chat in clear:
         assert told(chat[:-1]).strip() == answer.text.strip()
     return len(clear)

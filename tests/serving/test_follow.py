@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import requests
 
-from olora_ray.common.errors import UserError
 from olora_ray.serving.watch import Watch
 from olora_ray.tracking.models import Contents
 from tests.ray_head import free_port
+from tests.refused import refused
 from tests.said import said
 from tests.serving.engine import Engine, following
 from tests.serving.versions import CHALLENGER, FOLLOWED, NAME, Versions, registered
@@ -35,7 +35,9 @@ def test_an_engine_follows_the_champion(versions: Versions, tmp_path: Path, kind
         return f"/{NAME}-{number}-" in engine.served.get(FOLLOWED, "")
 
     versions.point("1")
-    with following(FOLLOWED, versions.server.uri, tmp_path, "--engine", engine.url, "--mirror", str(mirror)) as printed:
+    with following(
+        FOLLOWED, versions.server.uri, tmp_path, "--engine", engine.url, "--mirror", str(mirror)
+    ) as printed:
         until(lambda: serves("1"))
         versions.aliases.promote("2", "by test")
         until(lambda: serves("2"))
@@ -43,9 +45,15 @@ def test_an_engine_follows_the_champion(versions: Versions, tmp_path: Path, kind
         assert (mirror / FOLLOWED).read_text() == f"{NAME}@2\n"
         for place in (Path(engine.served[FOLLOWED]), mirror / f"{NAME}@2"):
             files = {file.name: file.read_bytes() for file in place.iterdir()}
-            assert files == {file.name: file.read_bytes() for file in versions.adapter("2").iterdir()}
+            assert files == {
+                file.name: file.read_bytes() for file in versions.adapter("2").iterdir()
+            }
         versions.point("3")
-        until(lambda: printed(f"{NAME} version 3: peft/adapter_model.safetensors was changed after the registration"))
+        until(
+            lambda: printed(
+                f"{NAME} version 3: peft/adapter_model.safetensors was changed after the registration"
+            )
+        )
         assert serves("2")
         versions.point("4")
         until(lambda: printed("no room for it"))
@@ -98,7 +106,9 @@ class Listening:
 
 def told(answer: requests.Response) -> str:
     if answer.text.startswith("data"):
-        parts = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        parts = [
+            json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")
+        ]
         return "".join(part["choices"][0]["delta"]["content"] for part in parts)
     return str(answer.json()["choices"][0]["message"]["content"])
 
@@ -131,7 +141,10 @@ def test_a_share_of_the_requests_goes_to_the_challenger(versions: Versions, tmp_
         until(lambda: f"{NAME}@2" in at.answered(1))
         versions.point("2")  # nothing is left to compare
         until(
-            lambda: at.answered(1) == {f"{NAME}@2": 1} and at.metric(f'olora_follow_version{{model="{FOLLOWED}"}}') == 2
+            lambda: (
+                at.answered(1) == {f"{NAME}@2": 1}
+                and at.metric(f'olora_follow_version{{model="{FOLLOWED}"}}') == 2
+            )
         )
         assert at.answered(20) == {f"{NAME}@2": 20}
         versions.aliases.client.delete_registered_model_alias(NAME, "challenger")
@@ -153,13 +166,18 @@ def test_what_passes_and_what_fails(versions: Versions, tmp_path: Path) -> None:
         assert answer == {"got": content.hex(), "key": "Bearer key"}
         assert at.ask(model="unknown").status_code == 404
         for path in ("/v1/load_lora_adapter", "/v1/x/../load", "/v1/%6coad_lora_adapter"):
-            request = requests.Request("POST", f"{at.url}/v1/x", json={"lora_name": "x", "lora_path": "/"}).prepare()
+            request = requests.Request(
+                "POST", f"{at.url}/v1/x", json={"lora_name": "x", "lora_path": "/"}
+            ).prepare()
             request.url = f"{at.url}{path}"
             assert requests.Session().send(request, timeout=30).status_code == 403
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             at.ask(stream=True, messages=[{"role": "user", "content": "break"}])
         for of in ("mlflow", "engine"):
-            assert time.time() - at.metric(f'olora_follow_last_answer_timestamp_seconds{{of="{of}"}}') < 30
+            assert (
+                time.time() - at.metric(f'olora_follow_last_answer_timestamp_seconds{{of="{of}"}}')
+                < 30
+            )
         engine.shutdown()
         engine.server_close()
         answer = at.ask()
@@ -187,7 +205,11 @@ def test_rows_have_both_answers(versions: Versions, tmp_path: Path, stream: bool
         assert question == {"role": "user", "content": "Hello"}
         assert f"/{NAME}-1-" in answer["content"]
         assert f"/{NAME}-2-" in row["olora_ray"].pop("answer")
-        assert row["olora_ray"] == {"champion": f"{NAME}@1", "challenger": f"{NAME}@2", "finish_reason": "stop"}
+        assert row["olora_ray"] == {
+            "champion": f"{NAME}@1",
+            "challenger": f"{NAME}@2",
+            "finish_reason": "stop",
+        }
     assert not printed("Traceback")
 
 
@@ -198,7 +220,7 @@ def test_versions_that_no_engine_of_this_base_can_serve(versions: Versions, tmp_
     assert "is not an adapter that this project registered" in "".join(lines)
     found = Watch(f"{NAME}@{other}", versions.server.uri, tmp_path).look()
     assert found
-    with pytest.raises(UserError, match="has other weights than its own"):
+    with refused("has other weights than its own"):
         found.check_base(str(versions.base))
 
 

@@ -33,11 +33,16 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versions]:
         yield found
 
 
-def test_ray_serve_llm_loads_what_the_mirror_has(versions: Versions, bucket: str, tmp_path: Path) -> None:
+def test_ray_serve_llm_loads_what_the_mirror_has(
+    versions: Versions, bucket: str, tmp_path: Path
+) -> None:
     from ray.llm._internal.serve.core.configs.llm_config import LoraConfig
     from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 
-    watch, place = Watch(FOLLOWED, versions.server.uri, tmp_path / "cache"), storage.join(bucket, "adapters")
+    watch, place = (
+        Watch(FOLLOWED, versions.server.uri, tmp_path / "cache"),
+        storage.join(bucket, "adapters"),
+    )
     adapter = watch.look()
     assert adapter
     Mirror(place).write(FOLLOWED, adapter)
@@ -60,7 +65,9 @@ def test_the_app_follows_the_champion(versions: Versions, tmp_path: Path) -> Non
     }
 
     def answered() -> str:
-        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
+        body = json.dumps(
+            {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        ).encode()
         try:
             with urllib.request.urlopen("http://127.0.0.1:8000", body, timeout=60) as response:
                 return str(json.load(response)["model"])
@@ -71,7 +78,11 @@ def test_the_app_follows_the_champion(versions: Versions, tmp_path: Path) -> Non
     with log.open("w") as out:
         program = str(Path(sys.executable).with_name("serve"))
         process = subprocess.Popen(
-            [program, "run", "deploy.serve.app:app"], cwd=ROOT, env=environment, stdout=out, stderr=out
+            [program, "run", "deploy.serve.app:app"],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=out,
         )
     try:
         until(lambda: process.poll() is not None or answered() == f"{NAME}@1", 300, pause=1)

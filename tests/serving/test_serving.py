@@ -9,12 +9,10 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -24,10 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.ray_head import free_port
 from tests.serving import served
 from tests.serving.served import Answer, Served
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-LLAMA_CPP = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+LLAMA_CPP = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
+)
 EXACT = 1e-4
 """Largest difference of log-probabilities in float32."""
 
@@ -61,20 +62,26 @@ class Server:
     def __init__(self, address: str, model: str) -> None:
         self.address, self.model = address, model
 
-    def _ask(self, path: str, **body: Any) -> dict[str, Any]:
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
         data = json.dumps({"model": self.model, "temperature": 0, **body}).encode()
-        request = urllib.request.Request(f"{self.address}{path}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.address}{path}", data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=600) as response:
             found: dict[str, Any] = json.load(response)["choices"][0]
         return found
 
     def told(self, chat: served.Chat) -> str:
-        message = self._ask("/v1/chat/completions", messages=chat, max_tokens=served.LENGTH)["message"]
+        message = self.ask("/v1/chat/completions", messages=chat, max_tokens=served.LENGTH)[
+            "message"
+        ]
         return str(message["content"])
 
     def scores(self, answer: Answer) -> list[tuple[float, bool]]:
         whole = answer.prompt + answer.tokens
-        entries = self._ask("/v1/completions", prompt=whole, max_tokens=1, prompt_logprobs=1)["prompt_logprobs"]
+        entries = self.ask("/v1/completions", prompt=whole, max_tokens=1, prompt_logprobs=1)[
+            "prompt_logprobs"
+        ]
         pairs = zip(entries, whole, strict=True)
         found = [entry[str(token)] for entry, token in pairs if entry]  # the first token has none
         return [(entry["logprob"], entry["rank"] == 1) for entry in found[len(answer.prompt) - 1 :]]
@@ -85,21 +92,33 @@ def vllm(command: list[str], model: str, log: Path) -> Iterator[Server]:
     """A server of vLLM, started by `command`, in float32 on loopback."""
     assert command[:2] == ["vllm", "serve"]
     port = free_port()
-    here = ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    here = f"--dtype float32 --host 127.0.0.1 --port {port} --max-model-len 512".split()
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     program = str(Path(sys.executable).with_name("vllm"))
     with log.open("w") as out:
         process = subprocess.Popen(
-            [program, *command[1:], *here, "--enforce-eager"], stdout=out, stderr=out, env=environment
+            [program, *command[1:], *here, "--enforce-eager"],
+            stdout=out,
+            stderr=out,
+            env=environment,
         )
     try:
-        until, address = time.monotonic() + 1800, f"http://127.0.0.1:{port}"
-        while True:
+        address = f"http://127.0.0.1:{port}"
+
+        def healthy() -> bool:
             assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < until, log.read_text()[-3000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
-                break
-            time.sleep(1)
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{address}/health", timeout=5),
+            ):
+                return True
+            return False
+
+        until(healthy, 1800, pause=1)
         yield Server(address, model)
     finally:
         process.terminate()
@@ -109,16 +128,22 @@ def vllm(command: list[str], model: str, log: Path) -> Iterator[Server]:
 def agrees(engine: "Server | LlamaCpp", answers: list[Answer], run: Served) -> None:
     worst = [max(answer.differences(engine.scores(answer), EXACT)) for answer in answers]
     clear = served.same_answers(answers, engine.told, run.chats, EXACT)
-    print(f"log-probabilities within {max(worst):.1e}; {clear} of {len(answers)} answers without a tie")
+    print(
+        f"log-probabilities within {max(worst):.1e}; {clear} of {len(answers)} answers without a tie"
+    )
     assert max(worst) < EXACT
     assert clear > len(answers) / 2
 
 
 @VLLM
-def test_vllm_serves_the_adapter_by_the_command_of_its_card(run: Served, adapter: list[Answer], tmp_path: Path) -> None:
+def test_vllm_serves_the_adapter_by_the_command_of_its_card(
+    run: Served, adapter: list[Answer], tmp_path: Path
+) -> None:
     card = (Path(run.folder.adapter) / "README.md").read_text()
     (line,) = [line for line in card.splitlines() if line.startswith("    vllm serve ")]
-    command = shlex.split(line.replace("PATH_OF_THE_BASE", str(run.base)).replace("THIS_FOLDER", run.folder.adapter))
+    command = shlex.split(
+        line.replace("PATH_OF_THE_BASE", str(run.base)).replace("THIS_FOLDER", run.folder.adapter)
+    )
     with vllm(command, "tuned", tmp_path / "log") as server:
         agrees(server, adapter, run)
 
@@ -141,7 +166,9 @@ class LlamaCpp:
 
     def told(self, chat: served.Chat) -> str:
         messages: Any = chat
-        found: Any = self.model.create_chat_completion(messages, temperature=0, max_tokens=served.LENGTH)
+        found: Any = self.model.create_chat_completion(
+            messages, temperature=0, max_tokens=served.LENGTH
+        )
         return str(found["choices"][0]["message"]["content"])
 
     def scores(self, answer: Answer) -> list[tuple[float, bool]]:
@@ -155,18 +182,7 @@ class LlamaCpp:
 
 @LLAMA_CPP
 def test_llama_cpp_answers_with_the_file_in_float32(run: Served, merged: list[Answer]) -> None:
-    agrees(LlamaCpp(run.gguf("f32")), merged, run)
-
-
-@LLAMA_CPP
-def test_llama_cpp_answers_nearly_the_same_with_8_bits(run: Served, merged: list[Answer]) -> None:
-    engine = LlamaCpp(run.gguf("q8_0"))
-    scores = [engine.scores(answer) for answer in merged]
-    away = [each for answer, found in zip(merged, scores, strict=True) for each in answer.differences(found, 1.0)]
-    same = [first for found in scores for _, first in found]
-    print(f"q8_0: log-probabilities {fmean(away):.4f} away on average; {fmean(same):.1%} of the tokens are the same")
-    assert fmean(away) < 0.15
-    assert fmean(same) > 0.9
+    agrees(LlamaCpp(run.gguf), merged, run)
 
 
 @LLAMA_CPP
@@ -174,7 +190,9 @@ def test_llama_cpp_makes_the_tokens_of_the_training(run: Served) -> None:
     from llama_cpp import Llama
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder.merged)
-    model = Llama(str(run.gguf("f32")), vocab_only=True, verbose=False)
+    model = Llama(str(run.gguf), vocab_only=True, verbose=False)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in run.chats]
     for text in [*texts, "  1234 5.67\n\n\tI'LL don't   naïve 東京 🦙 <|im_end|>\r\n x "]:
-        assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text).input_ids
+        assert (
+            model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text).input_ids
+        )

@@ -5,11 +5,9 @@
 
 import contextlib
 import itertools
-import json
 import random
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +18,20 @@ import torch
 
 from olora_ray.serving.follow import Engine
 from olora_ray.serving.watch import Watch
-from tests.ray_head import free_port
-from tests.serving.engine import following
 from tests.serving.test_serving import Server, vllm
-from tests.serving.versions import CHALLENGER, FOLLOWED, NAME, Versions, registered
+from tests.serving.versions import FOLLOWED, NAME, Versions, registered
 from tests.waiting import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+]
 GOOD, SPOILT, TOO_LARGE = ("1", "2", "3", "4"), "5", "6"
 PROMPTS = [
-    [int(token) for token in torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(seed))]
+    [
+        int(token)
+        for token in torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(seed))
+    ]
     for seed in range(8)
 ]
 MOVES, ROLLBACKS, REQUESTS, LENGTH = 20, 5, 1000, 12
@@ -37,17 +39,16 @@ LATE = 5.0
 """Seconds after a move until which the old version may answer."""
 
 
-def asked(server: Server, model: str, prompt: list[int]) -> tuple[tuple[int, ...], str]:
-    """Return the tokens of an answer, and the version that `olora-ray follow --listen` names."""
-    body = {"model": model, "prompt": prompt, "max_tokens": LENGTH, "temperature": 0, "ignore_eos": True}
-    data = json.dumps({**body, "return_token_ids": True}).encode()
-    request = urllib.request.Request(f"{server.address}/v1/completions", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return tuple(json.load(response)["choices"][0]["token_ids"]), response.headers.get("x-olora-version", "")
-
-
 def answer(server: Server, model: str, prompt: list[int]) -> tuple[int, ...]:
-    return asked(server, model, prompt)[0]
+    found = server.ask(
+        "/v1/completions",
+        model=model,
+        prompt=prompt,
+        max_tokens=LENGTH,
+        ignore_eos=True,
+        return_token_ids=True,
+    )
+    return tuple(found["token_ids"])
 
 
 @torch.inference_mode()
@@ -75,8 +76,8 @@ class Load:
     """Threads that ask all servers for the champion until they are told to stop."""
 
     def __init__(self, servers: list[Server]) -> None:
-        self.answers: list[tuple[float, float, int, tuple[int, ...], str]] = []
-        """Beginning, end, prompt, tokens, version."""
+        self.answers: list[tuple[float, float, int, tuple[int, ...]]] = []
+        """Beginning, end, prompt, tokens."""
         self.failures: list[str] = []
         self._servers, self._stop = servers, threading.Event()
         self.threads = [threading.Thread(target=self._ask, args=[i]) for i in range(4)]
@@ -84,10 +85,14 @@ class Load:
     def _ask(self, seed: int) -> None:
         draw = random.Random(seed)
         while not self._stop.is_set():
-            server, prompt, begun = draw.randrange(len(self._servers)), draw.randrange(len(PROMPTS)), time.monotonic()
+            server, prompt, begun = (
+                draw.randrange(len(self._servers)),
+                draw.randrange(len(PROMPTS)),
+                time.monotonic(),
+            )
             try:
-                tokens, version = asked(self._servers[server], FOLLOWED, PROMPTS[prompt])
-                self.answers.append((begun, time.monotonic(), prompt, tokens, version))
+                tokens = answer(self._servers[server], FOLLOWED, PROMPTS[prompt])
+                self.answers.append((begun, time.monotonic(), prompt, tokens))
             except Exception as error:
                 self.failures.append(repr(error))
 
@@ -102,75 +107,41 @@ class Load:
             thread.join()
 
 
-def prepared(versions: Versions, folder: Path, monkeypatch: pytest.MonkeyPatch, plugins: str) -> list[str]:
+def prepared(versions: Versions, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Set vLLM's environment, and return its command."""
     for name, value in (
         ("MLFLOW_TRACKING_URI", versions.server.uri),
         ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1"),
-        ("VLLM_PLUGINS", plugins),
+        ("VLLM_PLUGINS", "olora_ray"),
         ("HOME", str(folder)),
     ):
         monkeypatch.setenv(name, value)
-    command = ["vllm", "serve", str(versions.base), "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
-    return [*command, "--tokenizer", str(versions.base)]
-
-
-def test_half_of_the_requests_go_to_the_challenger_under_load(
-    versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = prepared(versions, tmp_path, monkeypatch, "")
-    at = f"127.0.0.1:{free_port()}"
-    words = ["--listen", at, "--challenger", CHALLENGER, "--share", "0.5"]
-    versions.point("1")
-    versions.point("2", "challenger")
-    with contextlib.ExitStack() as running:
-        server = running.enter_context(vllm(command, FOLLOWED, tmp_path / "vllm"))
-        wanted = {}
-        for number in GOOD:
-            adapter = Watch(name := f"{NAME}@{number}", versions.server.uri, tmp_path).look()
-            assert adapter
-            Engine(server.address, None, None).serve(name, adapter)
-            wanted[name] = [answer(server, name, prompt) for prompt in PROMPTS]
-        words = ["--engine", server.address, *words]
-        printed = running.enter_context(following(FOLLOWED, versions.server.uri, tmp_path, *words))
-        until(lambda: printed("answers at") == 2, 120)
-        with Load([Server(f"http://{at}", FOLLOWED)]) as load:
-
-            def given(number: str) -> int:
-                return sum(version == f"{NAME}@{number}" for *_, version in load.answers)
-
-            until(lambda: (given("1") > 30 and given("2") > 30) or load.failures, 300)
-            versions.point("3")
-            until(lambda: (given("3") > 30) or load.failures, 300)
-            versions.point("4", "challenger")
-            until(lambda: (given("4") > 30 and len(load.answers) > 200) or load.failures, 300)
-        assert not load.failures
-        share = (given("2") + given("4")) / len(load.answers)
-        wrong = [each for each in load.answers if each[-1] and wanted[each[-1]][each[2]] != each[3]]
-        unknown = sum(not each[-1] for each in load.answers)
-        print(f"{len(load.answers)} answers, {share:.0%} of them the challenger's; {unknown} begun before a move")
-        assert 0.35 < share < 0.65
-        # Those that run when vLLM replaces an adapter end with the new one.
-        assert len(wrong) + unknown <= 2 * len(load.threads)
+    words = f"vllm serve {versions.base} --tokenizer {versions.base} --enable-lora"
+    return f"{words} --max-lora-rank 8 --max-loras 2".split()
 
 
 def test_two_servers_follow_the_champion_under_load(
     versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = prepared(versions, tmp_path, monkeypatch, "olora_ray")
+    command = prepared(versions, tmp_path, monkeypatch)
     versions.point("1")
     logs = [tmp_path / "first", tmp_path / "second"]
     with contextlib.ExitStack() as running:
         servers = [running.enter_context(vllm(command, FOLLOWED, log)) for log in logs]
 
         # What each version answers: by its number, which no alias moves.
-        wanted = {number: [answer(servers[0], f"{NAME}@{number}", prompt) for prompt in PROMPTS] for number in GOOD}
+        wanted = {
+            number: [answer(servers[0], f"{NAME}@{number}", prompt) for prompt in PROMPTS]
+            for number in GOOD
+        }
         assert all(one != other for one, other in itertools.combinations(wanted.values(), 2))
         for number in GOOD:
             assert wanted[number][0] == by_peft(versions, number, PROMPTS[0])
 
         def both_answer(number: str) -> bool:
-            return all(answer(server, FOLLOWED, PROMPTS[0]) == wanted[number][0] for server in servers)
+            return all(
+                answer(server, FOLLOWED, PROMPTS[0]) == wanted[number][0] for server in servers
+            )
 
         def told(text: str) -> bool:
             return all(text in log.read_text() for log in logs)
@@ -192,11 +163,17 @@ def test_two_servers_follow_the_champion_under_load(
         draw = random.Random(1)
         with Load(servers) as load:
             for i in range(MOVES + ROLLBACKS):
-                move(promote_another if i % 5 < 4 else lambda: versions.aliases.rollback("by test")[1])
+                move(
+                    promote_another
+                    if i % 5 < 4
+                    else lambda: versions.aliases.rollback("by test")[1]
+                )
             until(lambda: len(load.answers) >= REQUESTS or load.failures, 600)
         assert not load.failures
         late = [_late(moves, wanted, *each) for each in load.answers]
-        print(f"{len(late)} answers, {len(moves) - 1} moves; a replaced version answered for at most {max(late):.2f} s")
+        print(
+            f"{len(late)} answers, {len(moves) - 1} moves; a replaced version answered for at most {max(late):.2f} s"
+        )
         assert max(late) < LATE
 
         # The same by its HTTP interface, without the plug-in: `olora-ray follow --engine`.
@@ -208,7 +185,10 @@ def test_two_servers_follow_the_champion_under_load(
 
         # Versions that must not be loaded: the one before answers, and the log says why.
         for number, why in (
-            (SPOILT, f"{NAME} version {SPOILT}: peft/adapter_model.safetensors was changed after the registration"),
+            (
+                SPOILT,
+                f"{NAME} version {SPOILT}: peft/adapter_model.safetensors was changed after the registration",
+            ),
             (TOO_LARGE, "LoRA rank 32 is greater than max_lora_rank 8"),
         ):
             versions.point(number)
@@ -231,11 +211,14 @@ def _late(
     ended: float,
     prompt: int,
     tokens: tuple[int, ...],
-    _: str,
 ) -> float:
     """Seconds between the end of the command that replaced the version of an answer, and the answer's beginning."""
     (number,) = [each for each, answers in wanted.items() if answers[prompt] == tokens]
     ends = [*(done for _, done, _ in moves[1:]), float("inf")]
-    terms = [end for (since, _, each), end in zip(moves, ends, strict=True) if each == number and since <= ended]
+    terms = [
+        end
+        for (since, _, each), end in zip(moves, ends, strict=True)
+        if each == number and since <= ended
+    ]
     assert terms, f"version {number} answered before it was the champion"
     return max(0.0, begun - terms[-1])

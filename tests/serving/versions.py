@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from olora_ray.adapter.inject import find_targets
 from olora_ray.config.schema import Adapter
 from olora_ray.model import folder as model_folder
@@ -29,7 +27,10 @@ class Versions:
         self.folder, self.base = folder, folder / "base"
         # vLLM's attention on a CPU takes heads of 64 and more.
         self.model = tiny.llama(
-            hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512
+            hidden_size=128,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
         )
         self.model.save_pretrained(self.base)
         save_tokenizer(self.base)
@@ -46,10 +47,15 @@ class Versions:
         seed = len(list(self.folder.glob("[0-9]*"))) + 1
         settings, folder = Adapter(rank=rank, alpha=2 * rank), self.adapter(str(seed))
         layers = find_targets(self.model, "all-linear", rank)
-        weights = {name: random_adapter(self.model, name, rank, 100 * seed + i) for i, name in enumerate(layers)}
+        weights = {
+            name: random_adapter(self.model, name, rank, 100 * seed + i)
+            for i, name in enumerate(layers)
+        }
         write_adapter(weights, settings, str(self.base), folder, self.model)
         save_tokenizer(folder)
-        base = BaseOfAdapter(str(self.base), model_folder.of_folder(self.base, code=False), str(self.base))
+        base = BaseOfAdapter(
+            str(self.base), model_folder.of_folder(self.base, code=False), str(self.base)
+        )
         return self.register(Contents(folder, replace(base, **of_base)))
 
     def register(self, contents: Contents) -> str:
@@ -60,7 +66,9 @@ class Versions:
         """Change one bit of a version's weights where MLflow keeps them."""
         run = self.aliases.version(number)
         model = models.of_run(self.server.uri, str(run.run_id))
-        (file,) = (self.folder / "mlflow" / "artifacts").rglob(f"{model}/artifacts/peft/adapter_model.safetensors")
+        (file,) = (self.folder / "mlflow" / "artifacts").rglob(
+            f"{model}/artifacts/peft/adapter_model.safetensors"
+        )
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
@@ -73,11 +81,9 @@ class Versions:
 @contextlib.contextmanager
 def registered(folder: Path, number: int) -> Iterator[Versions]:
     """So many versions, the first of which is the champion."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        found = Versions(folder)
-        for _ in range(number):
-            found.add()
-        found.point("1")
-        yield found
-        found.server.kill()
+    found = Versions(folder)
+    for _ in range(number):
+        found.add()
+    found.point("1")
+    yield found
+    found.server.kill()

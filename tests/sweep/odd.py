@@ -13,7 +13,9 @@ def search(rows: list[tuple[dict[str, Any], float | None]], **changes: Any) -> S
     """Return a search of trials with these (params, value); a trial without a value has failed."""
     trials = tuple(_trial(number, params, value) for number, (params, value) in enumerate(rows))
     fields = tuple(dict.fromkeys(name for params, _ in rows for name in params))
-    whole = SearchRecord("odd", "eval/loss", "min", "random", "none", 60.0, trials, fields, default=None)
+    whole = SearchRecord(
+        "odd", "eval/loss", "min", "random", "none", 60.0, trials, fields, default=None
+    )
     return replace(whole, **changes)
 
 
@@ -21,16 +23,18 @@ def _trial(number: int, params: dict[str, Any], value: float | None) -> TrialRec
     status: Status = "failed" if value is None else "finished"
     curve = () if value is None else ((5, value + 0.1), (10, value))
     reason = "out of memory" if value is None else ""
-    return TrialRecord(number, params, status, value, step=10, curve=curve, seconds=12.0, reason=reason)
+    return TrialRecord(
+        number, params, status, value, step=10, curve=curve, seconds=12.0, reason=reason
+    )
 
 
 RATES = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3]
 
 ODD: dict[str, SearchRecord] = {
     "no trials": search([]),
-    "one trial": search([({"train.lr": 1e-3}, 1.0)], default=0),
-    "all failed": search([({"train.lr": rate, "adapter.rank": 8}, None) for rate in RATES], default=0),
-    "equal values": search([({"train.lr": rate, "adapter.rank": 8}, 1.0) for rate in RATES], default=3),
+    "all failed": search(
+        [({"train.lr": rate, "adapter.rank": 8}, None) for rate in RATES], default=0
+    ),
     "NaN and infinity": search(
         [
             ({"train.lr": rate}, value)
@@ -54,10 +58,14 @@ ODD: dict[str, SearchRecord] = {
         ]
     ),
     "missing parameters": search(
-        [({"train.lr": rate} if i % 2 else {"adapter.rank": 8}, 1.0) for i, rate in enumerate(RATES)]
+        [
+            ({"train.lr": rate} if i % 2 else {"adapter.rank": 8}, 1.0)
+            for i, rate in enumerate(RATES)
+        ]
     ),
-    "zero and negative": search([({"train.weight_decay": i / 10}, i - 3.0) for i in range(6)], mode="max", default=3),
-    "one diverged": search([({"train.lr": rate}, 1e9 if i == 5 else 1 + i / 50) for i, rate in enumerate(RATES)]),
+    "one diverged": search(
+        [({"train.lr": rate}, 1e9 if i == 5 else 1 + i / 50) for i, rate in enumerate(RATES)]
+    ),
     "nasty text": search(
         [({"data.x": NASTY + str(i % 2), "run." + NASTY: i}, 1.0 + i) for i in range(6)],
         name=NASTY,
@@ -66,6 +74,9 @@ ODD: dict[str, SearchRecord] = {
         searcher=NASTY,
     ),
     "many fields": search(
-        [({f"section.a_rather_long_field_{k}": (i * k) % 7 for k in range(1, 10)}, 1.0 + i / 7) for i in range(8)]
+        [
+            ({f"section.a_rather_long_field_{k}": (i * k) % 7 for k in range(1, 10)}, 1.0 + i / 7)
+            for i in range(8)
+        ]
     ),
 }

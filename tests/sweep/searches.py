@@ -37,7 +37,8 @@ def _trial(number: int, rng: random.Random) -> TrialRecord:
     status: Status = "finished" if floor < 0.93 or number == 0 else "stopped"
     last = 60 if status == "finished" else rng.choice((10, 20))
     curve = [
-        (step, floor + (1.48 - floor) * math.exp(-step / 9) + rng.gauss(0, 0.004)) for step in range(0, last + 1, 10)
+        (step, floor + (1.48 - floor) * math.exp(-step / 9) + rng.gauss(0, 0.004))
+        for step in range(0, last + 1, 10)
     ]
     params = {
         "adapter.rank": rank,
@@ -45,9 +46,16 @@ def _trial(number: int, rng: random.Random) -> TrialRecord:
         "train.lr": lr,
         "adapter.rank_stabilized": stabilized,
     }
-    reason = "" if status == "finished" else f"stopped by asha at step {last}: not among the better half"
+    reason = (
+        "" if status == "finished" else f"stopped by asha at step {last}: not among the better half"
+    )
     if number == 9:
-        status, reason, last, curve = "failed", "loss is NaN at step 7: lower train.lr", 7, curve[:1]
+        status, reason, last, curve = (
+            "failed",
+            "loss is NaN at step 7: lower train.lr",
+            7,
+            curve[:1],
+        )
     return TrialRecord(
         number=number,
         params=params,

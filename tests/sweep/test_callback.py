@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from olora_ray.common.errors import UserError
 from olora_ray.sweep import search_folder
 from olora_ray.sweep.record import TrialFile, TrialRecord
 from olora_ray.sweep.search_folder import Progress
 from olora_ray.sweep.space import Space
 from olora_ray.sweep.spec import ENDED, NUMBER, trial_name, trial_path
 from olora_ray.sweep.tuner import SweepCallback
+from tests.refused import refused
 from tests.said import said
 
 NAN = float("nan")
@@ -33,12 +31,18 @@ class Trial:
 
 
 def search(folder: Path, **tree: Any) -> SweepCallback:
-    return SweepCallback(str(folder), Space.model_validate({"search": {"train.lr": {"choice": [1e-3]}}, **tree}))
+    return SweepCallback(
+        str(folder), Space.model_validate({"search": {"train.lr": {"choice": [1e-3]}}, **tree})
+    )
 
 
 def ends(watch: SweepCallback, number: int, *values: float) -> None:
     """Let a trial measure these values in turn, and finish."""
-    kept = TrialFile(trial_path(watch.folder, number), TrialRecord(number, {}, "unfinished"), watch.space.better())
+    kept = TrialFile(
+        trial_path(watch.folder, number),
+        TrialRecord(number, {}, "unfinished"),
+        watch.space.better(),
+    )
     for place, value in enumerate(values, 1):
         kept.measured(4 * place, value)
     kept.ended("finished")
@@ -75,7 +79,9 @@ def test_the_seconds_and_the_time_budget_are_those_of_all_attempts(tmp_path: Pat
     second = search(tmp_path, time_budget=60)
     assert second.stop_all()
     assert second.over == "the time budget of 60 s is used up"
-    assert search_folder.progress(str(tmp_path)).seconds >= 60, "the next attempt would not know that it is used up"
+    assert search_folder.progress(str(tmp_path)).seconds >= 60, (
+        "the next attempt would not know that it is used up"
+    )
     second.on_trial_complete(0, [], Trial(3, step=4, **{ENDED: False}))
     assert second.cut == {3}
 
@@ -85,7 +91,9 @@ def test_what_a_limit_has_cut_is_known(tmp_path: Path) -> None:
     watch = search(tmp_path, patience=3)
     trials = [Trial(number) for number in range(5)]
     watch.on_step_begin(0, trials)
-    for trial, status in zip(trials, ["TERMINATED", "RUNNING", "ERROR", "PAUSED", "PENDING"], strict=True):
+    for trial, status in zip(
+        trials, ["TERMINATED", "RUNNING", "ERROR", "PAUSED", "PENDING"], strict=True
+    ):
         trial.status = status
     assert not watch.stop_all()
     assert watch.cut == set()
@@ -101,5 +109,5 @@ def test_a_search_that_tune_begins_anew_with_too_few_trials_is_no_success(tmp_pa
     """Regression: Tune only logs a state that it cannot read. It ran one trial, and the search counted as complete."""
     watch = search(tmp_path, searcher="tpe")
     watch.setup(stop=watch, num_samples=1, total_num_samples=16)
-    with pytest.raises(UserError, match=r"Ray Tune cannot resume the search in .*; set another run.name"):
+    with refused("Ray Tune cannot resume the search in"):
         watch.setup(stop=watch, num_samples=1, total_num_samples=1)

@@ -32,7 +32,9 @@ class Controller:
 
 
 def tune_trial(number: int) -> Trial:
-    return Trial("stub", stub=True, config={NUMBER: number}, trial_name_creator=lambda _: trial_name(number))
+    return Trial(
+        "stub", stub=True, config={NUMBER: number}, trial_name_creator=lambda _: trial_name(number)
+    )
 
 
 def result(step: int, total: int, value: float) -> dict[str, Any]:
@@ -82,7 +84,11 @@ def test_a_longer_trial_that_is_the_best_is_not_cut_as_if_it_were_finished(tmp_p
 def test_a_resumed_search_compares_with_what_was_measured_before(tmp_path: Path) -> None:
     """Tune does not save schedulers: without the records, the first trial after a restart had no rival."""
     for number in range(4):
-        kept = TrialFile(trial_path(str(tmp_path), number), TrialRecord(number, {}, "unfinished", total=60), "min")
+        kept = TrialFile(
+            trial_path(str(tmp_path), number),
+            TrialRecord(number, {}, "unfinished", total=60),
+            "min",
+        )
         for step in (0, 10, 20, 30, 40):
             kept.measured(step, 1.0)
     made, controller = asha(tmp_path, 60), Controller([])
@@ -113,18 +119,22 @@ def test_trials_on_the_same_rows_are_compared_by_their_training_losses(tmp_path:
         assert made.on_trial_result(controller, trials[number], evaluated) == CONTINUE
         return str(made.on_trial_result(controller, trials[number], {**evaluated, PAIRED: loss}))
 
-    decisions = [after(10, number, loss) for number, loss in enumerate((2.0, 1.0, 1.5, 0.9, 3.0, 0.8))]
+    decisions = [
+        after(10, number, loss) for number, loss in enumerate((2.0, 1.0, 1.5, 0.9, 3.0, 0.8))
+    ]
     assert decisions == [CONTINUE, CONTINUE, STOP, CONTINUE, STOP, CONTINUE]
     assert after(9, 2, 0.1) == CONTINUE  # no rung
-    assert [after(40, number, loss) for number, loss in ((3, 0.5), (0, 7.0), (5, 3.0))] == [CONTINUE, CONTINUE, STOP]
+    assert [after(40, number, loss) for number, loss in ((3, 0.5), (0, 7.0), (5, 3.0))] == [
+        CONTINUE,
+        CONTINUE,
+        STOP,
+    ]
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"search": {"train.steps": {"choice": [60, 120]}}},
-        {"search": {"train.global_batch": {"choice": [4, 8]}}},
-        {"search": {"data.max_length": {"choice": [64, 128]}}},
         {"search": {"adapter.dropout": {"choice": [0.0, 0.1]}}},
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact", "mode": "max"},
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from olora_ray.cluster import resume
+from olora_ray.cluster import start
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.config.load import override
@@ -23,7 +23,7 @@ from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL
 
-METHODS = ["lora", "olora", "pissa", "milora", "orthogonal", "nora", "eva", "lora_ga"]
+METHODS = ["lora", "olora", "pissa", "milora", "orthogonal", "nora", "eva"]
 
 
 @pytest.fixture
@@ -51,22 +51,29 @@ def spec_of(**changes: Any) -> TrainSpec:
 
 
 def factors(base: SharedBase, spec: TrainSpec) -> dict[str, Any]:
-    return resume.factors(SharedBaseContext(base), spec, base.loss, None)
+    return start.factors(SharedBaseContext(base), spec, base.loss, None)
 
 
 @pytest.mark.parametrize("rank", [8, 4])
 def test_every_trial_starts_with_the_factors_that_it_would_make(
     base: SharedBase, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = Space.model_validate({"search": {"adapter.method": {"grid": METHODS}, "adapter.rank": {"choice": [4, 8]}}})
+    space = Space.model_validate(
+        {"search": {"adapter.method": {"grid": METHODS}, "adapter.rank": {"choice": [4, 8]}}}
+    )
     spec = spec_of()
     shared_work.make(spec, str(tmp_path), shared_work.factor_keys(spec.config, space))
     trials = [
-        replace(spec, config=override(spec.config, {"adapter.method": name, "adapter.rank": rank, "adapter.alpha": 3}))
+        replace(
+            spec,
+            config=override(
+                spec.config, {"adapter.method": name, "adapter.rank": rank, "adapter.alpha": 3}
+            ),
+        )
         for name in METHODS
     ]
     alone = [factors(base, trial) for trial in trials]
-    monkeypatch.setattr(resume, "new_factors", _never)
+    monkeypatch.setattr(start, "new_factors", _never)
     for trial, own in zip(trials, alone, strict=True):
         found = factors(base, replace(trial, shared=str(tmp_path)))
         assert found.keys() == own.keys()
@@ -79,14 +86,20 @@ def _never(*arguments: Any) -> None:
     raise AssertionError("these factors are shared")
 
 
-def test_what_is_there_is_not_made_again_and_what_is_missing_is(base: SharedBase, tmp_path: Path) -> None:
+def test_what_is_there_is_not_made_again_and_what_is_missing_is(
+    base: SharedBase, tmp_path: Path
+) -> None:
     spec = spec_of()
     shared_work.make(spec, str(tmp_path), [("olora", 8)])
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
     assert shared_work.make(spec, str(tmp_path), [("olora", 8)]) == shared_work.Shared()
     shared_work.make(spec, str(tmp_path), [("olora", 8), ("orthogonal", 4)])
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    assert {file.parent.name for file in tmp_path.rglob("*.*")} == {tmp_path.name, "olora", "orthogonal-4"}
+    assert {file.parent.name for file in tmp_path.rglob("*.*")} == {
+        tmp_path.name,
+        "olora",
+        "orthogonal-4",
+    }
 
 
 def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, bases: Any) -> None:
@@ -97,10 +110,14 @@ def test_the_base_is_measured_with_an_attention_that_is_right(tmp_path: Path, ba
     shared_work.make(spec, str(tmp_path), [])
     found = Baseline.read(str(tmp_path / "baseline.json"), spec.baseline_identity(), 0)
     own = SupervisedLoss(zoo.make(ALL["gemma2"], attention="eager"))
-    batches = [collate([single], "eager") for single in tiny.unpacked([spec.train[number] for number in range(4)])]
+    batches = [
+        collate([single], "eager")
+        for single in tiny.unpacked([spec.train[number] for number in range(4)])
+    ]
     with torch.no_grad():
-        expected = sum(float(own(batch)) for batch in batches) / sum(len(batch.labels) for batch in batches)
-    assert found is not None
+        expected = sum(float(own(batch)) for batch in batches) / sum(
+            len(batch.labels) for batch in batches
+        )
     assert found.loss == pytest.approx(expected, rel=1e-4)
 
 
@@ -108,6 +125,10 @@ def test_what_a_sharded_base_shares_is_made_on_a_cpu(tmp_path: Path, bases: Any)
     """With another attention than the trials if theirs needs a GPU."""
     for number, attention in enumerate(("varlen", "flash_attention_2", "sdpa")):
         spec = spec_of(cluster__strategy="fsdp", model__attention=attention)
-        shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # eva runs the model
-        shared_work.make(spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)])  # there is nothing left to do
+        shared_work.make(
+            spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)]
+        )  # eva runs the model
+        shared_work.make(
+            spec, str(tmp_path / str(number)), [("olora", 8), ("eva", 8)]
+        )  # there is nothing left to do
     assert bases.asked == [("auto", "cpu"), ("auto", "cpu"), ("sdpa", "cpu")]

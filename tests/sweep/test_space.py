@@ -1,4 +1,3 @@
-import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import build, flatten, load_config, override
 from olora_ray.sweep import outcome, search_folder, space_file
 from olora_ray.sweep.space import Space, Suggested
-from tests import tiny
+from tests import example_objective, tiny
+from tests.refused import refused
 
 ROOT = Path(__file__).parents[2]
 SPACES = sorted((ROOT / "tune_spaces").glob("*.yaml"))
@@ -24,14 +24,6 @@ def space(tmp_path: Path, **tree: Any) -> Space:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump(tree))
     return space_file.load_space(file, CONFIG)
-
-
-def test_every_shipped_space_fits_the_config() -> None:
-    assert {path.stem for path in SPACES} >= {"smoke", "rank_alpha_lr", "lr_only", "methods"}
-    for path in SPACES:
-        found = space_file.load_space(path, CONFIG)
-        for number in range(found.count()):
-            override(CONFIG, {**found.set, **found.values(found.drawn(number))})
 
 
 GATED = override(
@@ -48,9 +40,13 @@ GATED = override(
 def test_every_shipped_space_fits_a_config_whose_gate_asks_for_a_score(path: Path) -> None:
     """A search has no gate, and some spaces answer no rows. The best config has its gate again."""
     found = space_file.load_space(path, GATED)
+    for number in range(found.count()):
+        override(GATED, {**found.set, **found.values(found.drawn(number)), "gate.and": []})
     search = search_folder.search_config(GATED, found, path, registers=False)
     spec: Any = SimpleNamespace(space=found, name="search")
-    trial: Any = SimpleNamespace(params=found.values(found.drawn(0)) if found.searcher != "tpe" else {})
+    trial: Any = SimpleNamespace(
+        params=found.values(found.drawn(0)) if found.searcher != "tpe" else {}
+    )
     for refit in (False, True):
         best = outcome.best_config(GATED, spec, trial, refit)
         assert (best.gate, best.evaluation) == (GATED.gate, GATED.evaluation)
@@ -62,10 +58,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": {"adapter.rnk": {"choice": [8]}}},
         "search: adapter.rnk: unknown field; did you mean adapter.rank?",
     ),
-    "typo in the space": (
-        {"search": {"adapter.rank": {"choise": [8]}}},
-        "search.adapter.rank.choise: unknown field; did you mean search.adapter.rank.choice?",
-    ),
     "empty range": (
         {"search": {"train.lr": {"uniform": [1e-3, 1e-4]}}},
         "search.train.lr: uniform [0.001, 0.0001] is an empty range",
@@ -73,10 +65,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "depends on nothing": (
         {"search": {"adapter.alpha": {"of": "adapter.rank"}}},
         "search.adapter.alpha: of: adapter.rank must be searched",
-    ),
-    "factor too small": (
-        {"search": {"adapter.rank": {"choice": [8]}, "adapter.alpha": {"of": "adapter.rank", "times": [1, 0]}}},
-        "search: adapter.alpha: input should be greater than 0",
     ),
     "metric that nobody reports": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "eval/los"},
@@ -107,13 +95,16 @@ HALVES = {"adapter.method": {"choice": ["lora", "orthogonal"]}}
     [
         {"adapter.rank": {"choice": [8, 7]}},
         {"adapter.rank": {"quniform": [8, 64, 3]}},
-        {"adapter.alpha": {"choice": [4, 16]}, "adapter.rank": {"of": "adapter.alpha", "times": [1, 0.25]}},
+        {
+            "adapter.alpha": {"choice": [4, 16]},
+            "adapter.rank": {"of": "adapter.alpha", "times": [1, 0.25]},
+        },
     ],
 )
 def test_a_method_and_a_rank_that_do_not_go_together_are_found_before_a_trial_has_both(
     ranks: dict[str, Any], searcher: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"search: adapter: rank=\d+ is odd"):
+    with refused("search: adapter: rank"):
         space(tmp_path, search=HALVES | ranks, searcher=searcher)
     only = {"adapter.method": {"choice": ["lora", "pissa"]}}
     assert space(tmp_path, search=only | ranks, searcher=searcher, trials=1).count() == 1
@@ -124,18 +115,18 @@ def of(domain: Any, field: str = "train.lr") -> dict[str, Any]:
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
-    # Values that YAML allows and a field does not.
-    "nan listed": (
-        of({"choice": [1e-3, math.nan]}),
-        "search: train.lr: input should be a finite number or 'auto' (got nan)",
-    ),
-    "infinity in a grid": (of({"grid": [math.inf]}), "search.train.lr: grid: inf is out of range"),
     "a number as a text": (
         of({"choice": ["8", "32"]}, "adapter.rank"),
         "search.adapter.rank: '32' is text; write 32 without quotes",
     ),
-    "twice": (of({"choice": [8, 16, 8]}, "adapter.rank"), "search.adapter.rank: choice has 8 twice"),
-    "step of 0": (of({"quniform": [1, 8, 0]}), "quniform [1.0, 8.0, 0.0]: the step must be positive"),
+    "twice": (
+        of({"choice": [8, 16, 8]}, "adapter.rank"),
+        "search.adapter.rank: choice has 8 twice",
+    ),
+    "step of 0": (
+        of({"quniform": [1, 8, 0]}),
+        "quniform [1.0, 8.0, 0.0]: the step must be positive",
+    ),
     "fractions for a whole number": (
         of({"uniform": [1, 16]}, "train.micro_batch"),
         "search: train.micro_batch: input should be 'auto' or a valid integer, got a number with a"
@@ -143,20 +134,29 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # A field that depends on another.
     "a chain": (
-        {"search": {**LR, "train.clip": {"of": "train.lr"}, "train.weight_decay": {"of": "train.clip"}}},
+        {
+            "search": {
+                **LR,
+                "train.clip": {"of": "train.lr"},
+                "train.weight_decay": {"of": "train.clip"},
+            }
+        },
         "search.train.weight_decay: of: train.clip must be searched",
     ),
     "a base that may be null": (
-        {"search": {"train.clip": {"choice": [None, 1.0]}, "train.weight_decay": {"of": "train.clip"}}},
+        {
+            "search": {
+                "train.clip": {"choice": [None, 1.0]},
+                "train.weight_decay": {"of": "train.clip"},
+            }
+        },
         "search.train.weight_decay: of: train.clip has values that are not numbers",
     ),
-    "factor that fits only the ends of a range": (
-        {"search": {"adapter.rank": {"quniform": [4, 8, 1]}, "train.steps": {"of": "adapter.rank", "times": 0.5}}},
-        "search: train.steps: input should be a valid integer, got a number with a fractional part",
-    ),
     # Fields that must not vary, or not twice.
-    "a place that must not vary": (of({"choice": ["x"]}, "tracking.uri"), "search.tracking.uri: set it in the config"),
-    "a gate that must not vary": (of({"choice": ["x"]}, "gate.metric"), "search.gate.metric: set it in the config"),
+    "a place that must not vary": (
+        of({"choice": ["x"]}, "tracking.uri"),
+        "search.tracking.uri: set it in the config",
+    ),
     "held-out rows": (
         of({"choice": [0.1, 0.2]}, "data.eval_fraction"),
         "search.data.eval_fraction: all trials must be measured in the same way",
@@ -169,17 +169,18 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": LR, "set": {"data": {"max_length": 64}}},
         "set.data: a section would reset its other fields to their defaults; name single fields, data.NAME",
     ),
-    "a section": (
-        of({"choice": [{"lr": 1e-4, "steps": 5}, {"lr": 1e-3}]}, "train"),
-        "search.train: a section would reset its other fields to their defaults; name single fields, train.NAME",
-    ),
     "searched and set": (
         {"search": LR, "set": {"train.lr": 1e-4}},
         "set.train.lr: search.train.lr sets it too; leave one out",
     ),
     # The search as a whole.
     "a grid without end": (
-        {"search": {f"train.{x}": {"grid": [i / 100 for i in range(1, 100)]} for x in ("lr", "clip", "warmup")}}
+        {
+            "search": {
+                f"train.{x}": {"grid": [i / 100 for i in range(1, 100)]}
+                for x in ("lr", "clip", "warmup")
+            }
+        }
         | {"searcher": "grid"},
         "search: the grid has 970,300 combinations, including the unchanged config, more than 10,000",
     ),
@@ -196,13 +197,29 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 BAD |= ODD
 
 
+def test_trials_are_measured_by_one_objective_that_has_the_metric(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with example_objective.installed(monkeypatch, tmp_path):
+        other = {"train.objective": "examples"}
+        with pytest.raises(UserError) as error:
+            space(tmp_path, search=LR, set=other, metric="eval/perplexity")
+        assert "metric: train.objective=examples" in str(error.value)
+        both = {"train.objective": {"choice": ["tokens", "examples"]}}
+        with pytest.raises(UserError) as error:
+            space(tmp_path, search=both)
+        assert "search.train.objective" in str(error.value)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     tree, message = BAD[case]
     with pytest.raises(UserError) as error:
         space(tmp_path, **tree)
     assert message in str(error.value)
-    assert str(error.value).startswith((f"{tmp_path}/space.yaml: ", f"{tmp_path}/space.yaml, line "))
+    assert str(error.value).startswith(
+        (f"{tmp_path}/space.yaml: ", f"{tmp_path}/space.yaml, line ")
+    )
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
 
@@ -212,7 +229,12 @@ def test_bad_spaces_name_the_field(case: str, tmp_path: Path) -> None:
     [
         ({"choice": [None, 1.0]}, "train.clip", None, True),  # null is a value like any other
         ({"quniform": [4, 64, 4]}, "adapter.rank", 12, True),
-        ({"quniform": [4, 64, 4]}, "adapter.rank", 13, False),  # Optuna would silently use another value
+        (
+            {"quniform": [4, 64, 4]},
+            "adapter.rank",
+            13,
+            False,
+        ),  # Optuna would silently use another value
         ({"quniform": [1, 16, 4]}, "adapter.rank", 16, False),
         ({"uniform": [1e-4, 1e-3]}, "train.lr", 2e-3, False),
     ],
@@ -221,7 +243,9 @@ def test_the_config_is_in_the_space_only_where_a_trial_could_have_its_values(
     domain: dict[str, Any], field: str, value: Any, contains: bool, tmp_path: Path
 ) -> None:
     found = space(tmp_path, search={field: domain})
-    assert found.as_draws(override(CONFIG, {field: value})) == ({field: value} if contains else None)
+    assert found.as_draws(override(CONFIG, {field: value})) == (
+        {field: value} if contains else None
+    )
 
 
 SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
@@ -232,7 +256,11 @@ SOURCE = {"path": "pipelines/quickstart/train.jsonl", "format": "messages"}
     [
         ("data.train", [[{"path": "other.jsonl"}], [SOURCE]], [SOURCE]),
         ("data.train", [[{"path": "other.jsonl"}], [{**SOURCE, "weight": 2.0}]], None),
-        ("data.train.0", [{"path": "other.jsonl"}, {**SOURCE, "weight": 1.0}], {**SOURCE, "weight": 1.0}),
+        (
+            "data.train.0",
+            [{"path": "other.jsonl"}, {**SOURCE, "weight": 1.0}],
+            {**SOURCE, "weight": 1.0},
+        ),
     ],
 )
 def test_a_list_of_the_config_is_found_among_the_options(
@@ -257,7 +285,9 @@ def test_values_that_optuna_draws_are_the_steps_themselves() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="Choices for a categorical")  # tuner.py ignores it too
+        warnings.filterwarnings(
+            "ignore", message="Choices for a categorical"
+        )  # tuner.py ignores it too
         for _ in range(30):
             trial = study.ask()
             found.draw(Suggested(trial))
@@ -271,14 +301,17 @@ def test_values_that_optuna_draws_are_the_steps_themselves() -> None:
 def test_held_out_metrics_need_held_out_rows(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump({"search": {"train.lr": {"choice": [1e-3]}}}))
-    with pytest.raises(UserError, match=r"metric: eval/loss needs held-out rows: set data\.eval"):
+    with refused("metric"):
         space_file.load_space(file, tiny.config())
 
 
 def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> None:
     found = space(
         tmp_path,
-        search={"adapter.rank": {"choice": [4, 8]}, "adapter.alpha": {"of": "adapter.rank", "times": [1, 2, 4]}},
+        search={
+            "adapter.rank": {"choice": [4, 8]},
+            "adapter.alpha": {"of": "adapter.rank", "times": [1, 2, 4]},
+        },
         searcher="grid",
     )
     assert found.count() == 7
@@ -286,7 +319,9 @@ def test_a_grid_has_every_combination_once_after_the_default(tmp_path: Path) -> 
     assert found.drawn(0) == {}
     assert found.values({}) == {}
     values = [found.values(found.drawn(number)) for number in range(1, 7)]
-    assert {(v["adapter.rank"], v["adapter.alpha"]) for v in values} == {(r, r * f) for r in (4, 8) for f in (1, 2, 4)}
+    assert {(v["adapter.rank"], v["adapter.alpha"]) for v in values} == {
+        (r, r * f) for r in (4, 8) for f in (1, 2, 4)
+    }
 
 
 @given(seed=st.integers(0, 2**31 - 1), number=st.integers(1, 500))

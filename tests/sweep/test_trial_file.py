@@ -47,7 +47,6 @@ def test_a_process_that_comes_late_leaves_the_record_as_it_is(tmp_path: Path) ->
     assert trial_file.read_record(str(tmp_path)) == kept.record
     late.begin()
     found = trial_file.read_record(str(tmp_path))
-    assert found is not None
     assert found.status == "unfinished"
 
 
@@ -57,20 +56,32 @@ def test_a_storage_that_refuses_a_write_does_not_end_the_trial(tmp_path: Path) -
     with said() as lines:
         kept.begin()
         kept.measured(4, 0.5)
-    assert lines == [f"warning: {tmp_path}/trial.json: cannot be written now (Is a directory); the trial continues"] * 2
+    assert (
+        lines
+        == [
+            f"warning: {tmp_path}/trial.json: cannot be written now (Is a directory); the trial continues"
+        ]
+        * 2
+    )
     (tmp_path / "trial.json").rmdir()
     kept.measured(8, 0.4)
     found = trial_file.read_record(str(tmp_path))
-    assert found is not None
     assert found.curve == ((4, 0.5), (8, 0.4))
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "code"),
-    [(StoreUnavailable("no answer"), TryAgain, 75), (OSError(errno.EIO, "Input/output error"), UserError, 2)],
+    [
+        (StoreUnavailable("no answer"), TryAgain, 75),
+        (OSError(errno.EIO, "Input/output error"), UserError, 2),
+    ],
 )
 def test_a_record_that_cannot_be_read_now_does_not_count_as_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[UserError], code: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+    kind: type[UserError],
+    code: int,
 ) -> None:
     """Regression: a report silently lacked trials while the storage failed."""
     place = tmp_path / "trials" / "trial-003"

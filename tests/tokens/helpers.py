@@ -7,10 +7,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
+from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import build
-from olora_ray.config.schema import Config
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.tokens.store import TokenStore
+from tests import tiny
 
 CHATML = (
     "{% for message in messages %}"
@@ -47,7 +48,12 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def rows(count: int) -> list[Any]:
@@ -61,11 +67,18 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
-def config(storage: Path, *train: Any, **data: Any) -> Config:
+def config(storage: Path, *train: Any, **data: Any) -> DecidedConfig:
     """A config whose sources are paths or mappings; other settings of `data` by name."""
     sources = [source if isinstance(source, dict) else {"path": str(source)} for source in train]
     run = {"name": "test", "storage": str(storage), "seed": data.pop("seed", 17)}
-    return build({"run": run, "model": {"name": "tiny"}, "data": {"train": sources, "max_length": 128, **data}})
+    asked = build(
+        {
+            "run": run,
+            "model": {"name": "tiny"},
+            "data": {"train": sources, "max_length": 128, **data},
+        }
+    )
+    return tiny.decided(asked)
 
 
 def texts(store: TokenStore) -> list[str]:

@@ -32,7 +32,9 @@ def as_csv(path: Path, rows: Sequence[str]) -> Path:
 LAYOUTS: dict[str, Callable[[Path, Sequence[str]], Path]] = {
     "plain": lambda folder, rows: as_lines(folder / "a.jsonl", rows),
     "a blank line after each row": lambda folder, rows: as_lines(folder / "a.jsonl", rows, "\n"),
-    "four blank lines after each row": lambda folder, rows: as_lines(folder / "a.jsonl", rows, "\n\n\n\n"),
+    "four blank lines after each row": lambda folder, rows: as_lines(
+        folder / "a.jsonl", rows, "\n\n\n\n"
+    ),
     "csv records of two lines": lambda folder, rows: as_csv(folder / "a.csv", rows),
 }
 
@@ -64,7 +66,9 @@ def is_share(count: int, of: int, share: float) -> bool:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight", [0.5, 0.2, 2.5])
 @pytest.mark.parametrize("period", [2, 5, 16])
-def test_each_kind_of_row_is_taken_by_its_share(layout: str, weight: float, period: int, tmp_path: Path) -> None:
+def test_each_kind_of_row_is_taken_by_its_share(
+    layout: str, weight: float, period: int, tmp_path: Path
+) -> None:
     path = LAYOUTS[layout](tmp_path, [f"{n % period} {n}" for n in range(ROWS)])
     counts = drawn(helpers.config(tmp_path / "runs", source(path, weight)))
     assert len(counts) == ROWS
@@ -87,27 +91,6 @@ def test_another_night_draws_other_rows(tmp_path: Path) -> None:
     assert all(is_share(len(rows), ROWS, 0.2) for rows in nights)
     assert is_share(len(nights[0] & nights[1]), ROWS, 0.04), "independent of the night before"
     assert is_share(len(nights[0] & nights[1] & nights[2]), ROWS, 0.008)
-
-
-def test_the_draw_is_that_of_contents_and_seed(tmp_path: Path) -> None:
-    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
-    first = drawn(helpers.config(tmp_path / "runs", source(path, 0.5)))
-    (tmp_path / "moved").mkdir()
-    moved = path.rename(tmp_path / "moved" / "z.jsonl")
-    assert drawn(helpers.config(tmp_path / "runs", source(moved, 0.5))) == first
-    other = drawn(helpers.config(tmp_path / "runs", source(moved, 0.5), seed=18))
-    both = sum(1 for row in first if first[row] and other[row])
-    assert is_share(both, ROWS, 0.25)
-
-
-def test_held_out_rows_are_the_same_with_every_seed_and_beside_other_sources(tmp_path: Path) -> None:
-    path = as_lines(tmp_path / "a.jsonl", [str(n) for n in range(ROWS)])
-    extra = as_lines(tmp_path / "b.jsonl", ["extra"])
-    plain = helpers.config(tmp_path / "runs", source(extra, 1), eval=[source(path, 0.5)])
-    more = helpers.config(tmp_path / "runs", source(extra, 1), eval=[source(extra, 1), source(path, 0.5)], seed=3)
-    first, second = drawn(plain, "eval"), drawn(more, "eval")
-    assert second.pop("extra") == 1
-    assert first == second
 
 
 def test_a_draw_does_not_follow_the_draw_of_held_out_rows(tmp_path: Path) -> None:

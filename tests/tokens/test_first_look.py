@@ -16,7 +16,6 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.command_line import resolved
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
-from olora_ray.data import first_look
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens import prepare, preview
 from olora_ray.tokens.plan import Split
@@ -29,12 +28,14 @@ from tests.tokens import helpers
 def config(folder: Path, train: Any, **data: Any) -> Config:
     """A config of a missing model, with this training source."""
     run = {"name": "a", "storage": str(folder / "runs")}
-    return build({"run": run, "model": {"name": "/no/such/model"}, "data": {"train": train, **data}})
+    return build(
+        {"run": run, "model": {"name": "/no/such/model"}, "data": {"train": train, **data}}
+    )
 
 
 def refusal(config: Config) -> str:
     with pytest.raises(UserError) as caught:
-        first_look.check_data(config)
+        tiny.read_as(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -46,12 +47,11 @@ def lines(*rows: Any) -> Callable[[Path], None]:
 
 ALPACA = {"instruction": "q", "output": "a"}
 MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]]] = {
-    "no such file": ("a.jsonl", lambda file: None, {}, ["data.train.0.path: ", "a.jsonl: no such file or folder"]),
-    "unknown type": (
-        "a.xyz",
-        lambda file: file.write_text("x") and None,
+    "no such file": (
+        "a.jsonl",
+        lambda file: None,
         {},
-        ["data.train.0.path: ", "unknown file type"],
+        ["data.train.0.path: ", "a.jsonl: no such file or folder"],
     ),
     "rows in an object": (
         "a.json",
@@ -71,7 +71,6 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
         {},
         ["a.txt:1: bad_text: its lines are JSON objects: name the file .jsonl"],
     ),
-    "empty": ("a.jsonl", lambda file: file.write_text("") and None, {}, ["data.train.0.path: ", "has no rows"]),
     "unknown field": (
         "a.jsonl",
         lines({}),
@@ -88,24 +87,13 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], list[str]
             "; remove format and fields to have them detected",
         ],
     ),
-    "another format": (
-        "a.jsonl",
-        lines({"instruction": "q", "output": "a"}),
-        {"format": "text"},
-        ["none of the 1 rows read", "a.jsonl:1: missing_field", "; remove format"],
-    ),
     "columns of a parquet file": (
         "a.parquet",
-        lambda file: parquet.write_table(pa.Table.from_pylist([{"q": "x", "answer": "y", "id": 1}]), file),
+        lambda file: parquet.write_table(
+            pa.Table.from_pylist([{"q": "x", "answer": "y", "id": 1}]), file
+        ),
         {"format": "alpaca"},
         ["field 'instruction' is missing; the row has q, answer, id"],
-    ),
-    "not compressed": ("a.jsonl.gz", lines({}), {}, ["a.jsonl.gz: not a readable gzip file"]),
-    "roles of sharegpt": (
-        "a.jsonl",
-        lines({"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}),
-        {"format": "messages"},
-        ["unknown role 'human'", "format: sharegpt has the role 'human'"],
     ),
 }
 
@@ -122,7 +110,8 @@ def test_held_out_sources_are_looked_at_too(tmp_path: Path) -> None:
     good = project.make_corpus(tmp_path / "good.jsonl", 3)
     lines({"x": "text"})(tmp_path / "bad.jsonl")
     message = refusal(config(tmp_path, str(good), eval=[str(good), str(tmp_path / "bad.jsonl")]))
-    assert message.startswith("data.eval.1: none of the 1 rows read can be used; ")
+    assert message.startswith("data.eval.1: ")
+    assert "bad.jsonl:1: no format has these columns" in message
 
 
 @pytest.mark.parametrize("place", [0, 20, 39])
@@ -131,7 +120,7 @@ def test_one_usable_row_is_enough_for_the_first_look(tmp_path: Path, place: int)
     rows: list[Any] = [{"x": 1}] * 40
     rows[place] = good
     lines(*rows)(tmp_path / "a.jsonl")
-    first_look.check_data(config(tmp_path, str(tmp_path / "a.jsonl")))
+    tiny.read_as(config(tmp_path, str(tmp_path / "a.jsonl")))
 
 
 def test_a_finished_run_needs_its_data_no_more(tmp_path: Path) -> None:
@@ -139,12 +128,15 @@ def test_a_finished_run_needs_its_data_no_more(tmp_path: Path) -> None:
     assert "no such file" in refusal(gone)
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "result.json").write_text("{}")
-    first_look.check_data(gone)
+    tiny.read_as(gone)
 
 
 @pytest.mark.parametrize(
     ("path", "hint"),
-    [("tatsu-lab/alpaca", "; if it is a data set of the hub, write hf://tatsu-lab/alpaca"), ("data/a.txt", "")],
+    [
+        ("tatsu-lab/alpaca", "; if it is a data set of the hub, write hf://tatsu-lab/alpaca"),
+        ("data/a.txt", ""),
+    ],
 )
 def test_a_name_of_the_hub_is_taken_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, hint: str
@@ -164,7 +156,11 @@ def test_it_comes_before_torch_ray_and_the_model(tmp_path: Path, flags: tuple[st
         "print([name for name in ('torch', 'ray', 'transformers', 'mlflow', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(file), *flags], capture_output=True, text=True, check=True, cwd=project.ROOT
+        [sys.executable, "-c", code, str(file), *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=project.ROOT,
     )
     message, imported = done.stdout.splitlines()
     assert message == f"data.train.0.path: {tmp_path}/train.jsonl: no such file or folder"
@@ -180,49 +176,57 @@ def test_what_is_found_is_said_once_and_is_what_one_could_have_set(tmp_path: Pat
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     with said() as told:
-        found = first_look.check_data(config(tmp_path, str(path)))
+        found = tiny.read_as(config(tmp_path, str(path)))
         preview.describe(found, helpers.spec())
     assert told == [FOUND]
     given = config(tmp_path, {"path": str(path), **SET})
     with said() as told:
-        assert first_look.check_data(given) == given == found
+        assert tiny.read_as(given) == given == found
     assert told == [f"data.train.0: {path} is read as semicolon csv, cp1252"]
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_the_preparation_finds_the_same_and_makes_the_same_store(split: Split, tmp_path: Path) -> None:
+def test_the_preparation_finds_the_same_and_makes_the_same_store(
+    split: Split, tmp_path: Path
+) -> None:
     (tmp_path / "a.csv").write_bytes(GERMAN)
     source = {"path": str(tmp_path / "a.csv")}
     with said() as told:
         store = prepare.prepare(config(tmp_path, source, eval=[source]), helpers.spec(), split)
     assert FOUND.replace("train", split) in told
-    given = prepare.plan_here(config(tmp_path, source | SET, eval=[source | SET]), helpers.spec(), split)
+    given = prepare.plan_here(
+        config(tmp_path, source | SET, eval=[source | SET]), helpers.spec(), split
+    )
     assert store.digest == given.digest()
     inputs: Any = given.inputs()
     assert inputs["sources"][0]["files"][0][0] == "semicolon csv, cp1252"
 
 
 @pytest.mark.parametrize("now", [{}, SET])
-def test_a_run_continues_whether_its_format_was_set_or_found(now: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_continues_whether_its_format_was_set_or_found(
+    now: dict[str, Any], tmp_path: Path
+) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(GERMAN)
     for before in ({}, SET):
-        tiny.claimed(first_look.check_data(config(tmp_path, {"path": str(path), **before})))
+        tiny.claimed(tiny.read_as(config(tmp_path, {"path": str(path), **before})))
         (tmp_path / "runs/a/checkpoints/step-0000001").mkdir(parents=True, exist_ok=True)
-        again = first_look.check_data(config(tmp_path, {"path": str(path), **now}))
+        again = tiny.read_as(config(tmp_path, {"path": str(path), **now}))
         RunFolder(again.folder()).check(again)
     # A finished run has its format, and does not detect it again.
     (tmp_path / "runs/a/result.json").write_text("{}")
     path.unlink()
-    again = first_look.check_data(config(tmp_path, {"path": str(path), **now}))
-    RunFolder(again.folder()).check(again)
-    assert again.data.train[0].fields == SET["fields"]
+    again = tiny.read_as(config(tmp_path, {"path": str(path), **now}))
+    kept = RunFolder(again.folder()).check(again).kept
+    assert kept.filled(again).data.train[0].fields == SET["fields"]
 
 
 def test_what_is_found_meets_the_other_settings(tmp_path: Path) -> None:
     lines({"text": "a document"})(tmp_path / "a.jsonl")
     asked = config(tmp_path, str(tmp_path / "a.jsonl"), eval=[str(tmp_path / "a.jsonl")])
-    scored = override(asked, {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match"})
+    scored = override(
+        asked, {"evaluation.scorer": "exact_match", "gate.metric": "eval/exact_match"}
+    )
     assert "held-out rows of format text" in refusal(scored)
 
 
@@ -230,7 +234,9 @@ def test_a_file_of_another_kind_turns_no_source_round_in_silence(tmp_path: Path)
     for name in "bc":
         lines(*[helpers.chat("q", "a")] * 20)(tmp_path / f"{name}.jsonl")
     lines(*[{"instruction": "q", "output": "a"}] * 20)(tmp_path / "a.jsonl")
-    found = first_look.check_data(config(tmp_path, f"{tmp_path}/*.jsonl"))
+    found = tiny.read_as(config(tmp_path, f"{tmp_path}/*.jsonl"))
     assert found.data.train[0].format == "messages"
-    with pytest.raises(UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is missing"):
+    with pytest.raises(
+        UserError, match=r"20 of 60 rows cannot be used, .* field 'messages' is missing"
+    ):
         preview.describe(found, helpers.spec())

@@ -50,7 +50,9 @@ def half(config: Config, spec: TokenizerSpec) -> None:
     (folder / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("before", [lambda config, spec: None, half, whole], ids=["nothing", "half", "whole"])
+@pytest.mark.parametrize(
+    "before", [lambda config, spec: None, half, whole], ids=["nothing", "half", "whole"]
+)
 @pytest.mark.parametrize(
     ("shared", "held_out", "told"),
     [
@@ -110,4 +112,7 @@ def test_copies_of_rows_that_a_fraction_holds_out_are_left_out_of_the_training(
 def test_rows_that_are_mostly_copies_are_refused(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
     path = helpers.write_jsonl(tmp_path / "a.jsonl", unlike(0, 5) * 40)
     told = prepared(helpers.config(tmp_path / "runs", path, eval_fraction=0.2), tiny_spec)
-    assert re.match(r"data\.train: \d+ of \d+ training rows are copies of held-out rows; keep each row once", told)
+    assert re.match(
+        r"data\.train: \d+ of \d+ training rows are copies of held-out rows; keep each row once",
+        told,
+    )

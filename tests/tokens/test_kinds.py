@@ -31,8 +31,14 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
 
 ROWS = [
     {
-        "tools": [tool("weather", city={"type": "string"}), tool("sum", expr={"type": "string", "enum": ["1", "2"]})],
-        "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call("weather", city="X")]}],
+        "tools": [
+            tool("weather", city={"type": "string"}),
+            tool("sum", expr={"type": "string", "enum": ["1", "2"]}),
+        ],
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [call("weather", city="X")]},
+        ],
     },
     {
         "tools": [tool("sum", expr={"type": "string"})],
@@ -53,13 +59,16 @@ ROWS = [
 
 def tokens(folder: Path, path: Path, format: str) -> list[str]:
     source = {"path": str(path), "format": format}
-    config = helpers.config(folder / "runs", source, max_length=2000, packing=False, max_rejected=0.0)
+    config = helpers.config(
+        folder / "runs", source, max_length=2000, packing=False, max_rejected=0.0
+    )
     return sorted(helpers.texts(prepare(config, helpers.spec(TOOLS), "train")))
 
 
 def sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     turns = [
-        {"from": m["role"], "value": m["content"], **{k: m[k] for k in m if k == "tool_calls"}} for m in row["messages"]
+        {"from": m["role"], "value": m["content"], **{k: m[k] for k in m if k == "tool_calls"}}
+        for m in row["messages"]
     ]
     return {"conversations": turns, "tools": row["tools"], "system": "s" if row["tools"] else None}
 

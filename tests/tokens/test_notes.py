@@ -16,7 +16,9 @@ from tests.tokens import helpers
 
 
 def write(folder: Path, *chats: list[str]) -> Path:
-    return helpers.write_jsonl(folder / "a.jsonl", [{"messages": conversation(*turns)} for turns in chats])
+    return helpers.write_jsonl(
+        folder / "a.jsonl", [{"messages": conversation(*turns)} for turns in chats]
+    )
 
 
 LONG = [f"turn {number}" for number in range(10)]
@@ -42,37 +44,37 @@ def test_chats_that_a_template_splits(tmp_path: Path) -> None:
     assert f"of the rows read, {SPLIT}" in printed
 
 
-def test_with_the_last_turn_only_nothing_is_split(tmp_path: Path) -> None:
-    spec = helpers.spec(ALL["qwen3"])
-    path = write(tmp_path, LONG, LONG, ["hi", "one"])
-    with said() as printed:
-        store = prepare(helpers.config(tmp_path / "runs", path, max_length=1000, last_turn_only=True), spec, "train")
-    assert store.manifest.examples == 3
-    assert not [line for line in printed if "split" in line]
-    whole = prepare(helpers.config(tmp_path / "runs", path, max_length=1000), spec, "train")
-    assert whole.digest != store.digest
-
-
 @pytest.mark.parametrize(
     ("end", "answer", "expected"),
     [("", "x", ["single", "unended"]), ("", "xy", ["unended"]), ("{{ eos_token }}", "x", [])],
 )
-def test_single_tokens_and_answers_without_an_end(end: str, answer: str, expected: list[str], tmp_path: Path) -> None:
+def test_single_tokens_and_answers_without_an_end(
+    end: str, answer: str, expected: list[str], tmp_path: Path
+) -> None:
     template = f"{{% for m in messages %}}{{{{ m.content }}}}{end}\n{{% endfor %}}"
     path = write(tmp_path, ["hi", answer])
     spec = helpers.spec(template)
     inner = json.loads(spec.json)
     if not end:  # the end token is put after an answer without one, unless the tokenizer does not know it in a text
-        inner["added_tokens"] = [token for token in inner["added_tokens"] if token["content"] != "</s>"]
+        inner["added_tokens"] = [
+            token for token in inner["added_tokens"] if token["content"] != "</s>"
+        ]
     spec = replace(spec, json=json.dumps(inner))
     store = prepare(helpers.config(tmp_path / "runs", path), spec, "train")
     found = store.manifest.notes
     assert found == {"chats": 1, **dict.fromkeys(expected, 1)}
-    words = {"single": "rows with a single supervised token: 1", "unended": "does not end with an end token: 1"}
-    assert [words[name] in line for name, line in zip(expected, lines(found), strict=True)] == [True] * len(expected)
+    words = {
+        "single": "rows with a single supervised token: 1",
+        "unended": "does not end with an end token: 1",
+    }
+    assert [words[name] in line for name, line in zip(expected, lines(found), strict=True)] == [
+        True
+    ] * len(expected)
 
 
-def test_reasoning_for_which_the_template_has_no_place(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+def test_reasoning_for_which_the_template_has_no_place(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
     chats = [conversation("q", "a"), conversation("q", "a")]
     chats[0][-1]["reasoning_content"] = "abc"
     path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats])

@@ -18,7 +18,11 @@ def first_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-@given(st.integers(1, 60).flatmap(lambda size: st.tuples(st.just(size), st.lists(st.integers(1, size), max_size=80))))
+@given(
+    st.integers(1, 60).flatmap(
+        lambda size: st.tuples(st.just(size), st.lists(st.integers(1, size), max_size=80))
+    )
+)
 def test_packs_are_those_of_first_fit_decreasing(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
     packs = pack(lengths, capacity)

@@ -1,5 +1,6 @@
 """Weights, mixing and the draw of held-out rows."""
 
+import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from olora_ray.config.schema import Config
-from olora_ray.data.first_look import read_as
+from olora_ray.data.detect import read_as
 from olora_ray.data.reader import FileScan
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import File
@@ -29,14 +30,19 @@ def text(path: Path, weight: float = 1.0) -> dict[str, Any]:
 
 
 def rows(config: Config, spec: TokenizerSpec, split: Any = "train") -> list[str]:
-    return [row.removeprefix("<s>").removesuffix("</s>") for row in helpers.texts(prepare(config, spec, split))]
+    return [
+        row.removeprefix("<s>").removesuffix("</s>")
+        for row in helpers.texts(prepare(config, spec, split))
+    ]
 
 
 def scanned(found: Sequence[Sequence[File]]) -> list[list[FileScan]]:
     return [[scan(file, "") for file in files] for files in found]
 
 
-def test_a_file_that_grows_between_the_splits_is_split_once(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+def test_a_file_that_grows_between_the_splits_is_split_once(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
     # Held-out rows depend on the file's content: with two states of the file, most would be in both splits.
     path = corpus(tmp_path / "a.jsonl", "a", 400)
     config, seen = helpers.config(tmp_path / "runs", text(path), eval_fraction=0.2), []
@@ -50,7 +56,10 @@ def test_a_file_that_grows_between_the_splits_is_split_once(tmp_path: Path, tiny
         seen.append(set(helpers.texts(TokenStore.open(each.store.uri))))
     assert not seen[0] & seen[1]
     assert len(seen[0] | seen[1]) == 400
-    digests = [plan_here(config, tiny_spec, "train", look).digest(), plan_here(config, tiny_spec, "train").digest()]
+    digests = [
+        plan_here(config, tiny_spec, "train", look).digest(),
+        plan_here(config, tiny_spec, "train").digest(),
+    ]
     assert digests[0] == digests[1] != build.store.digest, "the next run looks again"
 
 
@@ -69,7 +78,9 @@ def test_sources_are_mixed_evenly(tmp_path: Path, tiny_spec: TokenizerSpec) -> N
     assert np.allclose(shares, 2 / 42, atol=0.02)
 
 
-def test_training_is_shuffled_and_evaluation_is_not(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+def test_training_is_shuffled_and_evaluation_is_not(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
     a = corpus(tmp_path / "a.jsonl", "a", 2000)
     config = helpers.config(tmp_path / "runs", text(a), eval=[text(a)], packing=False)
     found = [int(row[1:]) for row in rows(config, tiny_spec)]
@@ -80,18 +91,9 @@ def test_training_is_shuffled_and_evaluation_is_not(tmp_path: Path, tiny_spec: T
     assert [int(row[1:]) for row in rows(other, tiny_spec)] != found
 
 
-def test_packs_are_not_sorted_by_length(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
-    lengths = np.random.default_rng(0).integers(2, 120, 2000)
-    path = helpers.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * int(n)} for n in lengths])
-    store = prepare(helpers.config(tmp_path / "runs", text(path)), tiny_spec, "train")
-    longest = [max(store[index].segments) for index in range(len(store))]
-    count = [len(store[index].segments) for index in range(len(store))]
-    assert abs(np.corrcoef(longest, range(len(store)))[0, 1]) < 0.15
-    assert abs(np.corrcoef(count, range(len(store)))[0, 1]) < 0.15
-    assert store.manifest.fill > 0.95
-
-
-def test_held_out_rows_are_drawn_from_seed_and_content_alone(tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+def test_held_out_rows_are_drawn_from_seed_and_content_alone(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
     a = corpus(tmp_path / "a.jsonl", "a", 3000)
     config = helpers.config(tmp_path / "runs", text(a), eval_fraction=0.1)
     train, held_out = rows(config, tiny_spec), rows(config, tiny_spec, "eval")
@@ -108,12 +110,32 @@ def test_held_out_rows_are_drawn_from_seed_and_content_alone(tmp_path: Path, tin
     assert set(rows(reseeded, tiny_spec, "eval")) != set(held_out)
 
 
+def test_each_of_several_sources_has_a_held_out_row(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
+    mails = tmp_path / "mails.csv"
+    with mails.open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([f"m{n}\n\nand\nmore"] for n in range(30))])
+    few = corpus(tmp_path / "few.jsonl", "f", 9)
+    sources = [text(corpus(tmp_path / "a.jsonl", "a", 3000)), text(mails), text(few)]
+
+    def config(*sources: Any) -> Config:
+        return helpers.config(tmp_path / "runs", *sources, eval_fraction=0.004)
+
+    train, held_out = (rows(config(*sources), tiny_spec, split) for split in ("train", "eval"))
+    assert Counter(row[0] for row in held_out) == {"a": 15, "m": 1}
+    assert Counter(row[0] for row in train) == {"a": 2985, "m": 29, "f": 9}
+    both = config(sources[0], text(corpus(tmp_path / "b.jsonl", "b", 3000)))
+    assert "shares" not in plan_here(both, tiny_spec, "eval").inputs(), "existing stores stay"
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"seed": 18},
         {"max_length": 127},
         {"packing": False},
+        {"last_turn_only": True},
         {"eval_fraction": 0.2},
         {"train": "weight"},
         {"train": "content"},
@@ -121,7 +143,9 @@ def test_held_out_rows_are_drawn_from_seed_and_content_alone(tmp_path: Path, tin
         {"spec": "template"},
     ],
 )
-def test_the_digest_covers_what_matters(change: dict[str, Any], tmp_path: Path, tiny_spec: TokenizerSpec) -> None:
+def test_the_digest_covers_what_matters(
+    change: dict[str, Any], tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
     a, b = corpus(tmp_path / "a.jsonl", "a", 30), corpus(tmp_path / "b.jsonl", "b", 30)
 
     def digest(source: dict[str, Any], spec: TokenizerSpec, **data: Any) -> str:
@@ -131,7 +155,11 @@ def test_the_digest_covers_what_matters(change: dict[str, Any], tmp_path: Path, 
     base = digest(text(a), tiny_spec)
     elsewhere = corpus(tmp_path / "elsewhere/z.jsonl", "a", 30)
     assert digest(text(elsewhere), tiny_spec) == base, "where things are is no matter"
-    sources = {"weight": text(a, 2.0), "content": text(b), "fields": {**text(a), "fields": {"text": "body"}}}
+    sources = {
+        "weight": text(a, 2.0),
+        "content": text(b),
+        "fields": {**text(a), "fields": {"text": "body"}},
+    }
     source = sources.get(change.pop("train", ""), text(a))
     spec = helpers.spec("{{ messages }}") if change.pop("spec", None) else tiny_spec
     assert digest(source, spec, **change) != base

@@ -20,9 +20,12 @@ def test_a_new_page_has_a_section_for_each_benchmark() -> None:
     before, sections = write_page.split(write_page.renewed("", "init", measured()))
     assert before == write_page.INTRO.strip()
     assert list(sections) == list(SECTIONS.values())
-    assert list(sections)[:3] == ["Initialisation", "Throughput", "Roofline"]
+    assert list(sections)[:3] == ["Initialisation", "Throughput", "Start of a run"]
     assert sections["Initialisation"].endswith(f"```text\n{PRINTED.strip()}\n```")
-    assert "`python benchmarks/init.py`, 2026-11-26, on 2 cores of a test:" in sections["Initialisation"]
+    assert (
+        "`python benchmarks/init.py`, 2026-11-26, on 2 cores of a test:"
+        in sections["Initialisation"]
+    )
     assert "beside PEFT's" in sections["Initialisation"]  # from the script's docstring
     assert {text for heading, text in sections.items() if heading != "Initialisation"} == {MISSING}
 

@@ -37,4 +37,6 @@ def test_as_many_examples_are_shown_as_fit_and_none_before_texts(
 
 
 def test_the_page_of_all_recipes_has_the_numbers_of_their_pages() -> None:
-    assert run_recipes.gallery()[0] == (run_recipes.RECIPES / "README.md").read_text(encoding="utf-8")
+    assert run_recipes.gallery()[0] == (run_recipes.RECIPES / "README.md").read_text(
+        encoding="utf-8"
+    )

@@ -38,15 +38,13 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def address(tmp_path: Path) -> str:
     """The address of an MLflow with an empty database."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return f"sqlite:///{mlflow_database.place(tmp_path)}/mlflow.db"
 
 
 @pytest.fixture
-def tracker(database: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def tracker(database: Path) -> run.Tracker:
     return start_run(tiny.config(run__storage=str(database)), "test", {})
 
 
@@ -54,18 +52,22 @@ def tracker(database: Path, monkeypatch: pytest.MonkeyPatch) -> run.Tracker:
 def triage(database: Path, merged: Path) -> run.Tracker:
     """A run with version 1 of the model `triage`, alias candidate."""
     found = start_run(tiny.config(run__storage=str(database)), "test", {})
-    assert models.register(found, Contents(merged, answers_as="org/base"), "triage", "candidate", TAGS) == 1
+    assert (
+        models.register(found, Contents(merged, answers_as="org/base"), "triage", "candidate", TAGS)
+        == 1
+    )
     return found
 
 
 @pytest.fixture
-def add(database: Path, merged: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[str, str]]:
+def add(database: Path, merged: Path) -> Callable[[str], tuple[str, str]]:
     """`add(name)` registers one more version as challenger: (MLflow's address, version)."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def register(name: str) -> tuple[str, str]:
         tracker = start_run(tiny.config(run__storage=str(database)), "test", {})
         tags = {"olora.eval_loss": "1.5000", "olora.data_digest": "0123456789abcdef"}
-        return tracker.uri, str(models.register(tracker, Contents(merged), name, "challenger", tags))
+        return tracker.uri, str(
+            models.register(tracker, Contents(merged), name, "challenger", tags)
+        )
 
     return register

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from olora_ray.common import storage
-from olora_ray.common.errors import TryAgain, UserError
+from olora_ray.common.errors import TryAgain
 from olora_ray.config.schema import Config
 from olora_ray.tracking import models, start
 from olora_ray.tracking.client import TrackingUnavailable
 from olora_ray.tracking.models import Contents
 from tests import mlflow_database, tiny
 from tests.mlflow_server import Server
+from tests.refused import refused
 from tests.s3_server import Faults
 from tests.s3_server import Server as S3Server
 
@@ -28,7 +29,9 @@ def check(config: Config) -> None:
     start.check_artifacts(config, start.resolve_uri(config))
 
 
-def test_a_good_store_passes_and_nothing_is_left(s3_server: S3Server, bucket: str, config: Config) -> None:
+def test_a_good_store_passes_and_nothing_is_left(
+    s3_server: S3Server, bucket: str, config: Config
+) -> None:
     check(config)
     assert s3_server.keys(bucket) == []
 
@@ -39,7 +42,9 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
     check(config)
     tracker = start.start_run(config, "test", {})
     tracker.text("{}", "parity.json")
-    version = models.register(tracker, Contents(merged), "on-s3", "challenger", {"olora.eval_loss": "1.5"})
+    version = models.register(
+        tracker, Contents(merged), "on-s3", "challenger", {"olora.eval_loss": "1.5"}
+    )
     keys = s3_server.keys(storage.join(bucket, "mlartifacts"))
     assert any(key.endswith("/parity.json") for key in keys)
     assert any(key.endswith("/model/model.safetensors") for key in keys)
@@ -48,10 +53,12 @@ def test_a_runs_files_and_model_lie_in_the_bucket(
 
 
 @pytest.mark.parametrize("host", ["mlflow.internal", "127.0.0.1"])
-def test_a_folder_of_the_servers_machine_is_told_before_a_training(tmp_path: Path, host: str) -> None:
+def test_a_folder_of_the_servers_machine_is_told_before_a_training(
+    tmp_path: Path, host: str
+) -> None:
     """With --no-serve-artifacts MLflow creates the server's folder on the client; as root in a container this works."""
     place, uri = tmp_path / "server" / "artifacts" / "1", f"http://{host}:5000"
-    with pytest.raises(UserError, match=rf"{uri} keeps files in its folder {place}, which is missing"):
+    with refused(f"{uri} keeps files in its folder {place}"):
         start.probe(place.as_uri(), uri)
     assert list(tmp_path.iterdir()) == []
     place.parent.mkdir(parents=True)  # a shared folder
@@ -68,7 +75,7 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
         assert not list((tmp_path / "artifacts").rglob("*.*"))
         shutil.rmtree(tmp_path / "artifacts")
         (tmp_path / "artifacts").write_text("a file")
-        with pytest.raises(UserError, match=rf"mlflow-artifacts:/\d+ at {server.uri} cannot be written: "):
+        with refused("mlflow-artifacts:/"):
             check(config)
     finally:
         server.kill()
@@ -76,7 +83,7 @@ def test_a_server_that_cannot_write_its_files_is_told_before_a_training(tmp_path
 
 def test_a_store_without_time(s3_server: S3Server, config: Config) -> None:
     s3_server.faults = Faults(refuse=-1)
-    with pytest.raises(TryAgain, match=r"MLflow's artifact store: .* does not answer: SlowDown"):
+    with refused("MLflow's artifact store", TryAgain):
         check(config)
 
 

@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from olora_ray.common.node_cache import project
@@ -14,7 +13,6 @@ from olora_ray.tracking.checksums import GATE
 from olora_ray.tracking.models import Contents
 from olora_ray.tracking.start import CODE, lineage, start_run
 from tests import tiny
-from tests.export_parts import Case, logits
 from tests.tracking.conftest import TAGS
 
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -36,20 +34,10 @@ def test_the_version_has_alias_tags_run_and_model(triage: run.Tracker) -> None:
     model = triage.client().get_logged_model(output.model_id)
     assert str(model.status) == "READY"
     assert model.artifact_location == version.source
-    (there,) = json.loads(model.tags[MLFLOW_MODEL_VERSIONS])  # without it the model's page says "Not registered"
+    (there,) = json.loads(
+        model.tags[MLFLOW_MODEL_VERSIONS]
+    )  # without it the model's page says "Not registered"
     assert (there["name"], int(there["version"])) == ("triage", 1)
-
-
-@pytest.mark.usefixtures("mlflow_there")
-def test_mlflow_loads_the_pipeline_and_it_generates(case: Case) -> None:
-    import mlflow.transformers
-
-    pipeline = mlflow.transformers.load_model("models:/triage@candidate")
-    assert pipeline.model.dtype == torch.bfloat16
-    assert (logits(pipeline.model) - case.logits).abs().mean() < 0.05 * case.logits.abs().mean()
-    (answer,) = pipeline(QUESTION, max_new_tokens=4, do_sample=False)
-    assert answer["generated_text"][-1]["role"] == "assistant"
-    assert answer["generated_text"][-1]["content"]
 
 
 @pytest.mark.usefixtures("mlflow_there")
@@ -75,7 +63,9 @@ def test_mlflow_serves_it_as_a_chat_model() -> None:
 def test_the_requirements_are_those_of_serving(triage: run.Tracker) -> None:
     import mlflow.pyfunc
 
-    needed = Path(mlflow.pyfunc.get_model_dependencies("models:/triage@candidate")).read_text().split()
+    needed = (
+        Path(mlflow.pyfunc.get_model_dependencies("models:/triage@candidate")).read_text().split()
+    )
     assert [line.partition("==")[0] for line in needed] == ["mlflow", "torch", "transformers"]
     assert not any("+" in line for line in needed), "no local version that an index does not have"
 
@@ -94,16 +84,23 @@ def test_registering_again_gives_the_same_version(triage: run.Tracker, merged: P
     assert len(client.search_model_versions("name = 'triage'")) == 1
 
 
-def test_a_run_that_was_made_longer_has_a_version_of_each_length(tracker: run.Tracker, merged: Path) -> None:
+def test_a_run_that_was_made_longer_has_a_version_of_each_length(
+    tracker: run.Tracker, merged: Path
+) -> None:
     numbers = [
-        models.register(tracker, Contents(merged), "longer", "candidate", {checksums.SETTINGS: settings})
+        models.register(
+            tracker, Contents(merged), "longer", "candidate", {checksums.SETTINGS: settings}
+        )
         for settings in ("six steps", "six steps", "ten steps", "ten steps")
     ]
     assert numbers == [1, 1, 2, 2]
     aliases = Aliases(tracker.uri, "longer")
     assert aliases.current() == {"candidate": "2"}
     assert len({aliases.files_uri(number) for number in "12"}) == 2
-    assert [aliases.version(number).tags[checksums.SETTINGS] for number in "12"] == ["six steps", "ten steps"]
+    assert [aliases.version(number).tags[checksums.SETTINGS] for number in "12"] == [
+        "six steps",
+        "ten steps",
+    ]
 
 
 def test_a_copy_that_was_interrupted_is_filled_again(
@@ -118,22 +115,13 @@ def test_a_copy_that_was_interrupted_is_filled_again(
             models.register(tracker, Contents(merged), "other", "candidate", TAGS)
     version = models.register(tracker, Contents(merged), "other", "candidate", TAGS)
     experiment = tracker.client().get_run(tracker.run_id).info.experiment_id
-    logged = tracker.client().search_logged_models([experiment], f"source_run_id = '{tracker.run_id}'")
+    logged = tracker.client().search_logged_models(
+        [experiment], f"source_run_id = '{tracker.run_id}'"
+    )
     assert [str(item.status) for item in logged] == ["READY"]
-    assert (Path(tracker.client().get_model_version("other", str(version)).source) / "MLmodel").is_file()
-
-
-def test_a_version_that_is_registered_as_champion_takes_over_as_by_a_promotion(
-    triage: run.Tracker, tracker: run.Tracker, merged: Path
-) -> None:
-    for place, one in enumerate((triage, tracker), 1):
-        assert models.register(one, Contents(merged), "direct", "champion", TAGS) == place
-    assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}
-    assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
-    assert Aliases(tracker.uri, "direct").current() == {"champion": "2", "previous": "1"}, "repeating changes nothing"
-    tracker.client().delete_registered_model_alias("direct", "champion")
-    assert models.register(tracker, Contents(merged), "direct", "champion", TAGS) == 2
-    assert Aliases(tracker.uri, "direct").current() == {"previous": "1"}, "repeating sets no alias that was deleted"
+    assert (
+        Path(tracker.client().get_model_version("other", str(version)).source) / "MLmodel"
+    ).is_file()
 
 
 def another_run(database: Path) -> run.Tracker:
@@ -155,12 +143,16 @@ def test_registering_again_undoes_no_rollback_and_pushes_out_no_newer_version(
     assert aliases.version("2").tags[GATE] == "rolled back: bad"
 
 
-def test_a_base_model_without_a_chat_template_completes(tracker: run.Tracker, merged: Path, tmp_path: Path) -> None:
+def test_a_base_model_without_a_chat_template_completes(
+    tracker: run.Tracker, merged: Path, tmp_path: Path
+) -> None:
     import mlflow.pyfunc
 
     plain = shutil.copytree(merged, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
-    model = mlflow.pyfunc.load_model(_folder_of(tracker, models.log_model(tracker, Contents(plain), {})))
+    model = mlflow.pyfunc.load_model(
+        _folder_of(tracker, models.log_model(tracker, Contents(plain), {}))
+    )
     (answer,) = model.predict({"prompt": "hello", "max_tokens": 4})
     assert answer["object"] == "text_completion"
 

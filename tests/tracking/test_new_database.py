@@ -13,7 +13,6 @@ def test_a_new_database_can_be_opened_by_several_processes_at_once(tmp_path: Pat
     pipe = subprocess.PIPE
     started = [subprocess.Popen(command, stdin=pipe, stderr=pipe, text=True) for _ in range(2)]
     for process in started:
-        assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     ended = [(process.communicate()[1][-2000:], process.returncode) for process in started]

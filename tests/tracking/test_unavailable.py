@@ -13,30 +13,23 @@ from typing import Any
 
 import pytest
 import requests
-from boto3.exceptions import S3UploadFailedError
-from botocore.exceptions import ClientError
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.utils import rest_utils
 from sqlalchemy.exc import OperationalError
 
-from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.tracking import client as reach
 from olora_ray.tracking import run
 from olora_ray.tracking.start import check_artifacts, start_run
 from tests import tiny
 from tests.mlflow_server import Server
+from tests.refused import refused
 from tests.tracking.one_run import local, rows, series, steps
 from tests.waiting import until
 
 CLOSED = "http://127.0.0.1:9"
 SYSTEM = "system/cpu_utilization_percentage"
-
-
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +49,11 @@ def settings(uri: str) -> Config:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name in ("mlflow", "system metrics")]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name in ("mlflow", "system metrics")
+    ]
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -142,9 +139,7 @@ def _away(seen: Outage) -> None:
     seen.pending = seen.taken_up.pending
 
     def upload() -> None:
-        with pytest.raises(
-            reach.TrackingUnavailable, match=r"^tracking\.uri=http://.*: MLflow does not answer \(.*refused"
-        ):
+        with refused("tracking.uri=http://", reach.TrackingUnavailable):
             seen.training.text("x", "x.txt")
 
     seen.upload = seconds(upload)
@@ -161,7 +156,10 @@ def test_a_run_taken_up_while_the_server_is_away_has_no_step_twice(outage: Outag
     for name in ("train/loss", "train/lr"):
         expected = [(step, row[name]) for step, row in rows(0, 50).items()]
         assert sorted(series(outage.taken_up, name)) == expected
-    assert outage.taken_up.client().get_run(outage.taken_up.run_id).data.params == {"a": "1", "b": "2"}
+    assert outage.taken_up.client().get_run(outage.taken_up.run_id).data.params == {
+        "a": "1",
+        "b": "2",
+    }
     assert outage.statuses == ["RUNNING", "RUNNING"]
 
 
@@ -176,9 +174,13 @@ def test_one_line_when_it_goes_and_one_when_it_is_back(outage: Outage) -> None:
     gone = [line for line in outage.messages if line.startswith("MLflow does not answer (")]
     back = [line for line in outage.messages if line.startswith("MLflow answers again, ")]
     assert len(gone) == len(back) == 2  # one per tracker
-    assert "MLflow answers again, 40 values written" in back  # of 100, the values that MLflow lacked
+    assert (
+        "MLflow answers again, 40 values written" in back
+    )  # of 100, the values that MLflow lacked
     assert set(outage.messages) == {*gone, *back}
-    assert all(line.endswith("); metrics wait and training continues") and len(line) < 160 for line in gone), gone
+    assert all(
+        line.endswith("); metrics wait and training continues") and len(line) < 160 for line in gone
+    ), gone
 
 
 def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
@@ -186,15 +188,13 @@ def test_the_end_says_so_when_mlflow_does_not_answer() -> None:
     tracker = run.Tracker(CLOSED, "0" * 32)
     tracker.watch_system(0.1)
     tracker.metrics(rows(0, 3))
-    with pytest.raises(
-        reach.TrackingUnavailable, match=r"^tracking\.uri=http://127\.0\.0\.1:9: MLflow does not answer \("
-    ):
+    with refused("tracking.uri=http://127.0.0.1:9", reach.TrackingUnavailable):
         tracker.end("FAILED", seconds=0.5)
     assert threads() == others
 
 
 def test_a_new_run_needs_mlflow_and_a_known_one_does_not() -> None:
-    with pytest.raises(reach.TrackingUnavailable, match="no MLflow server answers"):
+    with refused("no MLflow server answers", reach.TrackingUnavailable):
         start_run(settings(CLOSED), "new", {})
     known = start_run(settings(CLOSED), "known", {}, "0" * 32)
     assert known.run_id == "0" * 32
@@ -210,7 +210,10 @@ def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
 
         def ask() -> None:
-            with pytest.raises(reach.TrackingUnavailable, match=r"timed out|timeout"), reach.reachable(uri):
+            with (
+                pytest.raises(reach.TrackingUnavailable),
+                reach.reachable(uri),
+            ):
                 raise AssertionError("nobody answers")
 
         assert seconds(ask) < 6
@@ -221,14 +224,6 @@ def answer(status: int, text: str) -> requests.Response:
     found = requests.Response()
     found.status_code, found._content = status, text.encode()
     return found
-
-
-def sent_by_boto3() -> None:
-    """An upload with credentials that have expired."""
-    try:
-        raise ClientError({"Error": {"Code": "ExpiredToken", "Message": "expired"}}, "PutObject")
-    except ClientError:
-        raise S3UploadFailedError("Failed to upload a to b")  # noqa: B904  # as boto3 does
 
 
 def said_by_a_database(text: str) -> Callable[[], None]:
@@ -244,8 +239,9 @@ def said_by_a_database(text: str) -> Callable[[], None]:
 
 
 DENIALS: dict[str, Callable[[], object]] = {
-    "a proxy": lambda: rest_utils.verify_rest_response(answer(401, "<html>log in</html>"), "/api/2.0/x"),
-    "a bucket": sent_by_boto3,
+    "a proxy": lambda: rest_utils.verify_rest_response(
+        answer(401, "<html>log in</html>"), "/api/2.0/x"
+    ),
     "PostgreSQL": said_by_a_database('FATAL:  password authentication failed for user "mlflow"'),
 }
 
@@ -254,41 +250,51 @@ DENIALS: dict[str, Callable[[], object]] = {
 def test_a_refused_access_is_one_line(address: str, case: str) -> None:
     """No traceback: a token may have expired during the run, or lack a permission."""
     local(address).end()
-    expected = r"^tracking\.uri=sqlite.*: access is refused; .* \("
-    with pytest.raises(UserError, match=expected) as caught, reach.reachable(address):
+    with refused("access is refused") as caught, reach.reachable(address):
         DENIALS[case]()
     assert caught.value.exit_code == 2
-    assert "\n" not in str(caught.value)
 
 
 def test_a_database_that_has_no_room_for_another_client_is_waited_for(address: str) -> None:
     """Unlike a refused password, it may pass: with exit code 75 a night is tried again."""
     local(address).end()
-    with pytest.raises(reach.TrackingUnavailable, match="too many clients"), reach.reachable(address):
+    with (
+        refused("too many clients", reach.TrackingUnavailable),
+        reach.reachable(address),
+    ):
         said_by_a_database("FATAL:  too many clients already")()
-    with pytest.raises(UserError, match="the disk there is full") as caught, reach.reachable(address):
+    with (
+        refused("the disk there is full") as caught,
+        reach.reachable(address),
+    ):
         said_by_a_database("database or disk is full")()
     assert not isinstance(caught.value, reach.TrackingUnavailable)
 
 
-def test_the_driver_of_a_database_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_of_a_database_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for driver in ("psycopg", "psycopg2"):  # psycopg2 for SQLAlchemy before 2.1
         monkeypatch.setitem(sys.modules, driver, None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"postgresql://127.0.0.1:{server.getsockname()[1]}/mlflow"
-        with pytest.raises(UserError, match=r"psycopg2?: pip install 'olora-ray\[postgresql\]'$") as caught:
+        with refused("psycopg") as caught:
             reach.check_uri(address)
     assert str(caught.value).startswith(f"tracking.uri={address}: needs the Python package psycopg")
 
 
-def test_a_server_of_mlflow_2_is_refused_before_a_training(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_mlflow_2_is_refused_before_a_training(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has no logged models, which showed only when the model was registered."""
 
     def search(*_: object, **__: object) -> object:
-        return rest_utils.verify_rest_response(answer(404, "<!doctype html>"), "/api/2.0/mlflow/logged-models/search")
+        return rest_utils.verify_rest_response(
+            answer(404, "<!doctype html>"), "/api/2.0/mlflow/logged-models/search"
+        )
 
     config = tiny.config(tracking__uri=address, run__storage="unused")
     check_artifacts(config, address)
     monkeypatch.setattr(reach.connect(address).__class__, "search_logged_models", search)
-    with pytest.raises(UserError, match=r"^tracking\.uri=.*: this server is older than MLflow 3"):
+    with refused("older than MLflow 3"):
         check_artifacts(config, address)

@@ -53,7 +53,9 @@ def test_a_metric_that_mlflow_refuses_does_not_take_others_with_it(
     assert caplog.text.count("MLflow refuses parameters: ") == 1
 
 
-def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_write_that_the_server_always_fails_at_is_dropped(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Regression: HTTP 500 for one key, as for an emoji in a MySQL column, ended every run with exit code 75."""
     written: dict[str, list[int]] = {}
     with mlflow_that_fails_at({"bad"}, written) as uri:
@@ -65,16 +67,23 @@ def test_a_write_that_the_server_always_fails_at_is_dropped(caplog: pytest.LogCa
     assert (set(written["a"]), set(written["b"])) == ({0, 1, 2, 3}, {0, 1, 2})
     assert "bad" not in written
     refusals = [line for line in caplog.messages if line.startswith("MLflow refuses ")]
-    assert [line.partition(":")[0] for line in refusals] == ["MLflow refuses the metric bad", "MLflow refuses tags"]
+    assert [line.partition(":")[0] for line in refusals] == [
+        "MLflow refuses the metric bad",
+        "MLflow refuses tags",
+    ]
 
 
-def test_a_server_that_fails_at_all_writes_for_a_while_loses_none(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_fails_at_all_writes_for_a_while_loses_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A read-only database answers reads, and is no reason to drop a metric."""
     written: dict[str, list[int]] = {}
     with mlflow_that_fails_at(failing := {"a", "olora.can_be_written"}, written) as uri:
         tracker = run.Tracker(uri, "0" * 32, fresh=True)
         tracker.metrics({step: {"a": 1.0} for step in range(3)})
-        assert not tracker.flush(8)  # longer than the attempts after which a single write is dropped
+        assert not tracker.flush(
+            8
+        )  # longer than the attempts after which a single write is dropped
         failing.clear()
         tracker.end(seconds=60)
     assert set(written["a"]) == {0, 1, 2}
@@ -84,7 +93,12 @@ def test_a_server_that_fails_at_all_writes_for_a_while_loses_none(caplog: pytest
 @contextlib.contextmanager
 def mlflow_that_fails_at(keys: set[str], written: dict[str, list[int]]) -> Iterator[str]:
     """The address of a server that answers 500 to requests with these keys, and stores the steps of all others."""
-    info = {"run_id": "0" * 32, "experiment_id": "0", "status": "RUNNING", "lifecycle_stage": "active"}
+    info = {
+        "run_id": "0" * 32,
+        "experiment_id": "0",
+        "status": "RUNNING",
+        "lifecycle_stage": "active",
+    }
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
@@ -95,7 +109,9 @@ def mlflow_that_fails_at(keys: set[str], written: dict[str, list[int]]) -> Itera
                 written.setdefault(metric["key"], []).append(int(metric["step"]))
             self.send_response(500 if fails else 200)
             self.end_headers()
-            self.wfile.write(json.dumps({"run": {"info": info, "data": {}}, "run_info": info}).encode())
+            self.wfile.write(
+                json.dumps({"run": {"info": info, "data": {}}, "run_info": info}).encode()
+            )
 
         do_GET = do_POST = do_PATCH = answer
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from olora_ray.cluster.resume import resume
+from olora_ray.cluster.start import resume
 from olora_ray.common import collectives
 from olora_ray.config.schema import Config
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.generate import Question, answer
+from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader
-from olora_ray.train.loop import Trainer, evaluate, evaluate_examples
 from tests import tiny
 from tests.crew import Crew
 
@@ -45,7 +45,7 @@ class Case:
 
     def config(self, strategy: str) -> Config:
         size = {"train__global_batch": self.batch, "train__micro_batch": self.micro}
-        return tiny.config(cluster__strategy=strategy, train__steps=STOP, **size, **self.changes)
+        return tiny.decided(cluster__strategy=strategy, train__steps=STOP, **size, **self.changes)
 
 
 def drawn(number: int) -> Case:
@@ -58,7 +58,9 @@ def drawn(number: int) -> Case:
         "train__lr_ratio": chance.choice([1.0, 4.0]),
     }
     batch, micro = chance.randint(1, 18), chance.choice([1, 2, 3])
-    return Case(batch, micro, number % 3 > 0, chance.randint(1, 9), changes, chance.randint(1, STOP - 1))
+    return Case(
+        batch, micro, number % 3 > 0, chance.randint(1, 9), changes, chance.randint(1, STOP - 1)
+    )
 
 
 @dataclass
@@ -73,22 +75,30 @@ class Outcome:
     answers: list[list[int]]
 
     def differences(self, other: "Outcome") -> list[str]:
-        found = [name for name in ("held_out", "answers") if getattr(self, name) != getattr(other, name)]
+        found = [
+            name for name in ("held_out", "answers") if getattr(self, name) != getattr(other, name)
+        ]
         if self.steps != other.steps[-len(self.steps) :]:
             found.append("steps")
         if not torch.equal(self.adapter, other.adapter):
             found.append("adapter")
-        return found + [name for name, part in self.optimizer.items() if not torch.equal(part, other.optimizer[name])]
+        return found + [
+            name
+            for name, part in self.optimizer.items()
+            if not torch.equal(part, other.optimizer[name])
+        ]
 
 
-def trained(case: Case, strategy: str, start: Path | None, stop: int, end: Path | None = None) -> Outcome:
+def trained(
+    case: Case, strategy: str, start: Path | None, stop: int, end: Path | None = None
+) -> Outcome:
     """Train up to a step, from the checkpoint `start` if it is set, with all workers of this process's group."""
     attention = "segments" if case.packing else "sdpa"
     store = tiny.store(8)
     if not case.packing:
         store = tiny.ListStore(tiny.unpacked([store[i] for i in range(8)]))
     settings = case.config(strategy)
-    trainer: Trainer = tiny.trainer(settings, attention, strategy=strategy)
+    trainer = tiny.trainer(settings, attention, strategy=strategy)
     state = TrainState()
     if start:
         found = checkpoint.load(start)
@@ -103,9 +113,9 @@ def trained(case: Case, strategy: str, start: Path | None, stop: int, end: Path 
         state.step = result.step
         if result.step == stop:
             break
-    rows: Any = tiny.store(case.held_out, seed=9)
-    held_out = [evaluate(trainer, rows, attention, rank, workers)]
-    held_out += evaluate_examples(trainer, rows, attention, rank, workers)
+    rows = tiny.store(case.held_out, seed=9)
+    held_out = [evaluate(trainer, rows, attention).loss]
+    held_out += evaluate(trainer, rows, attention, each=True).losses()
     answers = answer(trainer, QUESTIONS, 3, [1], rank, workers, batch=2)
     if end and rank == 0:
         trainer.snapshot(state, None, {}, "")(end)
@@ -137,14 +147,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return found
 
 
-@pytest.mark.parametrize("workers", [3, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 4, 5))])
+@pytest.mark.parametrize(
+    "workers", [3, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 4, 5))]
+)
 def test_any_number_of_workers_gives_the_same_bytes(alone: Known, workers: int) -> None:
     """From the start with ddp and from the checkpoint with fsdp, so that any change in between is covered."""
-    jobs = [(case, "ddp", None) for case, *_ in alone] + [(case, "fsdp", place) for case, place, _ in alone]
+    jobs = [(case, "ddp", None) for case, *_ in alone] + [
+        (case, "fsdp", place) for case, place, _ in alone
+    ]
     with group_of(workers) as crew:
         found = crew.run(_all_trained, jobs)
     for outcomes in found:
-        for (case, strategy, _), outcome, (*_, end) in zip(jobs, outcomes, [*alone, *alone], strict=True):
+        for (case, strategy, _), outcome, (*_, end) in zip(
+            jobs, outcomes, [*alone, *alone], strict=True
+        ):
             assert outcome.differences(end) == [], (strategy, case)
 
 

@@ -23,4 +23,6 @@ RUN = {"base model": "b", "adapter": "a"}
 )
 def test_a_damaged_one_is_measured_again(tmp_path: Path, text: str) -> None:
     (tmp_path / "baseline.json").write_text(text)
-    assert Baseline.read(str(tmp_path / "baseline.json"), RUN, 1 if "answers" in text else 0) is None
+    assert (
+        Baseline.read(str(tmp_path / "baseline.json"), RUN, 1 if "answers" in text else 0) is None
+    )

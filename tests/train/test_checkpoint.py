@@ -17,6 +17,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
+from tests.refused import refused
 
 RANK = 2
 FILES = (
@@ -80,10 +81,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same(one: Tensor | None, two: Tensor | None) -> bool:
     if one is None or two is None:
         return one is two
-    return one.dtype == two.dtype and one.shape == two.shape and one.numpy().tobytes() == two.numpy().tobytes()
+    return (
+        one.dtype == two.dtype
+        and one.shape == two.shape
+        and one.numpy().tobytes() == two.numpy().tobytes()
+    )
 
 
-def assert_same_adapter(found: dict[str, AdapterWeights], expected: dict[str, AdapterWeights]) -> None:
+def assert_same_adapter(
+    found: dict[str, AdapterWeights], expected: dict[str, AdapterWeights]
+) -> None:
     assert found.keys() == expected.keys()
     for name, weights in expected.items():
         assert same(found[name].factors.a0, weights.factors.a0)
@@ -97,7 +104,6 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path, with_b0: bool) -> Non
     save(tmp_path / "c", adapter=random_adapter(with_b0))
     found = checkpoint.load(tmp_path / "c")
     assert_same_adapter(found.adapter, random_adapter(with_b0))
-    assert found.best is not None
     for part, expected in ((found.best, changes(1)), (found.optimizer, changes(2))):
         assert part.keys() == expected.keys()
         assert all(same(part[name], value) for name, value in expected.items())
@@ -124,7 +130,9 @@ def test_the_same_state_is_the_same_bytes(saved: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_has_these_files_for_all_to_read_and_no_pickle(saved: Path) -> None:
     assert sorted(file.name for file in saved.iterdir()) == sorted(FILES)
     assert {file.stat().st_mode & 0o777 for file in saved.iterdir()} == {0o644}
-    assert set(json.loads((saved / "manifest.json").read_text())["files"]) == set(FILES) - {"manifest.json"}
+    assert set(json.loads((saved / "manifest.json").read_text())["files"]) == set(FILES) - {
+        "manifest.json"
+    }
 
 
 def damaged(saved: Path, tmp_path: Path) -> Path:
@@ -159,23 +167,17 @@ def test_a_state_that_is_none_is_an_error(saved: Path, tmp_path: Path, text: str
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc/passwd", "more.json"])
-def test_a_manifest_names_files_of_a_checkpoint_only(saved: Path, tmp_path: Path, name: str) -> None:
+def test_a_manifest_names_files_of_a_checkpoint_only(
+    saved: Path, tmp_path: Path, name: str
+) -> None:
     folder = damaged(saved, tmp_path)
     (folder / "more.json").write_text("{}")
     (tmp_path / "other").write_text("{}")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = storage.size_and_digest(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest\.json: does not fit this folder"):
+    with refused("manifest.json: does not fit this folder"):
         checkpoint.load(folder)
-
-
-def test_what_has_changed_beside_the_weights_is_said() -> None:
-    weights, now = "a" * 64, f"{'a' * 64}+{'b' * 64}"
-    with pytest.raises(UserError, match="another base model"):
-        checkpoint.require_same({"base model": "c" * 64}, {"base model": now}, "it")
-    with pytest.raises(UserError, match=r"same weights, but .*config\.json"):
-        checkpoint.require_same({"base model": f"{weights}+{'c' * 64}"}, {"base model": now}, "it")
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -195,17 +197,19 @@ def test_a_changed_byte_is_an_error_never_another_result(
     assert_same_adapter(found.adapter, random_adapter())
 
 
-def test_a_best_adapter_that_the_manifest_does_not_know_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_a_best_adapter_that_the_manifest_does_not_know_is_refused(
+    saved: Path, tmp_path: Path
+) -> None:
     save(tmp_path / "c", best=None)
     shutil.copy(saved / "best.safetensors", tmp_path / "c")
-    with pytest.raises(UserError, match=r"manifest\.json"):
+    with refused("manifest.json"):
         checkpoint.load(tmp_path / "c")
 
 
 def test_another_format_is_refused(saved: Path, tmp_path: Path) -> None:
     manifest = damaged(saved, tmp_path) / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
-    with pytest.raises(UserError, match="another version"):
+    with refused("another version"):
         checkpoint.load(manifest.parent)
 
 
@@ -222,29 +226,36 @@ NOW = {
     ("then", "expected"),
     [
         ({"base model": "b0"}, "another base model (was b0, is now b1)"),
+        ({"base model": "b1+files"}, "another base model (same weights, but its config.json"),
         ({"training data": "d0"}, "another training data (was d0, is now d1)"),
         ({"tokenizer": "t0", "training data": "d0"}, "another tokenizer (was t0, is now t1);"),
         ({"adapter": '{"rank": 2, "alpha": 8.0}'}, "another adapter (rank was 2, is now 4)"),
         ({"optimizer": "spectral"}, "another optimizer (was spectral, is now adamw)"),
     ],
 )
-def test_another_identity_is_refused_with_the_difference(then: dict[str, str], expected: str) -> None:
+def test_another_identity_is_refused_with_the_difference(
+    then: dict[str, str], expected: str
+) -> None:
     checkpoint.require_same(NOW, NOW, "step-0000002")
     checkpoint.require_same(
-        {name: part for name, part in NOW.items() if name != "optimizer"}, NOW, "of an older version"
+        {name: part for name, part in NOW.items() if name != "optimizer"},
+        NOW,
+        "of an older version",
     )
-    with pytest.raises(UserError) as caught:
+    with refused(f"run.name: step-0000002 was trained with {expected}"):
         checkpoint.require_same(NOW | then, NOW, "step-0000002")
-    assert expected in str(caught.value)
-    assert str(caught.value).startswith("run.name: step-0000002 was trained with another")
 
 
 def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) -> None:
-    trainer = tiny.trainer(tiny.config())
+    trainer = tiny.trainer(tiny.decided())
     flat = trainer.flat
     flat.vector.normal_()
     trainer.optimizer.state()[f"{next(iter(trainer.adapted))}.da.exp_avg"].fill_(0.25)
-    state, best, vector = TrainState(step=2, best_step=1, best_loss=1.0), flat.vector + 1, flat.vector.clone()
+    state, best, vector = (
+        TrainState(step=2, best_step=1, best_loss=1.0),
+        flat.vector + 1,
+        flat.vector.clone(),
+    )
     write = trainer.snapshot(state, best, {"base": "abc"}, "run: {}\n")
     flat.vector.zero_()
     for part in trainer.optimizer.state().values():
@@ -253,7 +264,10 @@ def test_a_snapshot_is_of_its_moment_however_late_it_is_written(tmp_path: Path) 
     write(tmp_path / "c")
     found = checkpoint.load(tmp_path / "c")
     assert found.state == TrainState(step=2, best_step=1, best_loss=1.0)
-    for kept, expected in ((found.adapter, flat.named(vector)), (found.best_adapter(), flat.named(best))):
+    for kept, expected in (
+        (found.adapter, flat.named(vector)),
+        (found.best_adapter(), flat.named(best)),
+    ):
         for name, weights in kept.items():
             assert same(weights.da, expected[f"{name}.da"])
             assert same(weights.db, expected[f"{name}.db"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from olora_ray.adapter.layer import AdapterWeights, Factors
-from olora_ray.common import patience, storage
+from olora_ray.common import retry, storage
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import TrainState
@@ -29,7 +29,9 @@ def writer(step: int, numbers: int = 5) -> Callable[[Path], None]:
         Factors(torch.ones(2, numbers), torch.ones(3, 2)), torch.ones(2, numbers), torch.ones(3, 2)
     )
     optimizer = {"a": torch.full((4,), float(step))}
-    return lambda folder: checkpoint.save(folder, {"q": weights}, None, optimizer, TrainState(step), {"base": "b"}, "")
+    return lambda folder: checkpoint.save(
+        folder, {"q": weights}, None, optimizer, TrainState(step), {"base": "b"}, ""
+    )
 
 
 def filled(place: str, *steps: int, keep: int = 9) -> CheckpointManager:
@@ -45,6 +47,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder for checkpoints, as a path and as a URI."""
     folder = tmp_path / "checkpoints"
     return str(folder) if request.param == "folder" else folder.as_uri()
+
+
+def newest(place: str) -> int:
+    """The step of the newest good one, which is read whole."""
+    found = checkpoints.latest_good(place)
+    uri, read = found
+    assert uri == storage.join(place, checkpoints.name_of(read.state.step))
+    assert torch.equal(read.optimizer["a"], torch.full((4,), float(read.state.step)))
+    return read.state.step
 
 
 def is_good(place: str, step: int) -> bool:
@@ -68,10 +79,7 @@ def cut_off(place: str, step: int) -> None:
 def test_the_newest_checkpoint_comes_back(place: str) -> None:
     assert checkpoints.latest_good(place) is None
     filled(place, 0, 2, 10)
-    found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[0].endswith("step-0000010")
-    assert found[1].state.step == 10
+    assert newest(place) == 10
 
 
 def test_old_ones_go_only_after_a_new_one_is_there(place: str) -> None:
@@ -83,9 +91,7 @@ def test_one_that_is_damaged_is_passed_over_with_a_warning(place: str, tmp_path:
     filled(place, 2, 4)
     (tmp_path / "checkpoints" / "step-0000004" / "optimizer.safetensors").write_bytes(b"")
     with said() as lines:
-        found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[1].state.step == 2
+        assert newest(place) == 2
     (line,) = lines
     assert line.startswith("warning: step-0000004 is skipped: ")
     assert "optimizer.safetensors" in line
@@ -93,7 +99,8 @@ def test_one_that_is_damaged_is_passed_over_with_a_warning(place: str, tmp_path:
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "adapter.safetensors"])
 @pytest.mark.parametrize(
-    ("number", "raised"), [(errno.ESTALE, TryAgain), (errno.EACCES, checkpoints.Closed), (errno.EIO, TryAgain)]
+    ("number", "raised"),
+    [(errno.ESTALE, TryAgain), (errno.EACCES, checkpoints.Closed), (errno.EIO, TryAgain)],
 )
 def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
     name: str, number: int, raised: type[UserError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,7 +121,9 @@ def test_one_that_a_mounted_folder_does_not_give_now_is_not_passed_over(
 
     monkeypatch.setattr(Path, "open", opened)
     monkeypatch.setattr(storage, "read_bytes", read_bytes)
-    with pytest.raises(raised, match=f"step-0000004: cannot be read: {os.strerror(number)}") as caught:
+    with pytest.raises(
+        raised, match=f"step-0000004: cannot be read: {os.strerror(number)}"
+    ) as caught:
         checkpoints.latest_good(place)
     assert caught.value.exit_code == raised.exit_code
     filled(place, 3, keep=1)  # nor is it removed, or keeps those before it from being removed
@@ -125,9 +134,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(place: str, tmp_pat
     filled(place, 2, 4)
     (tmp_path / "checkpoints" / "step-0000004" / "manifest.json").write_text("{")
     filled(place, 4)
-    found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[1].state.step == 4
+    assert newest(place) == 4
 
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
@@ -160,7 +167,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 200 kB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True
+    )
     if mount.returncode:
         pytest.skip("no file system can be mounted here")
     yield folder
@@ -172,12 +181,14 @@ def test_a_full_disk_is_told_and_the_good_one_stays(small_disk: Path) -> None:
     found = CheckpointManager(str(small_disk), 1)
     with said() as lines:
         found.save(4, writer(4, numbers=20_000))
-        with pytest.raises(UserError, match=r"run\.storage: the last checkpoint cannot be written .*: .*[Nn]o space"):
+        with pytest.raises(
+            UserError,
+            match=r"run\.storage: the last checkpoint cannot be written .*: .*[Nn]o space",
+        ):
             found.finish()
     assert re.search(r"step 4 cannot be written .*; training continues", lines[0])
     assert [path.name for path in small_disk.iterdir()] == ["step-0000002"]
-    newest = checkpoints.latest_good(str(small_disk))
-    assert newest is not None
+    assert newest(str(small_disk)) == 2
 
 
 def test_a_bug_while_writing_is_raised_in_the_thread_that_trains(tmp_path: Path) -> None:
@@ -197,9 +208,7 @@ def test_a_damaged_newer_one_displaces_no_good_one(place: str, keep: int) -> Non
     cut(place, 39)
     filled(place, 30, keep=keep)
     assert checkpoints.names(place)[:-1] == ["step-0000020", "step-0000030"][-keep:]
-    found = checkpoints.latest_good(place)
-    assert found is not None
-    assert found[1].state.step == 30
+    assert newest(place) == 30
 
 
 def slow(go_on: threading.Event, step: int) -> Callable[[Path], None]:
@@ -213,7 +222,9 @@ def slow(go_on: threading.Event, step: int) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: str, half: bool) -> None:
+def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(
+    place: str, half: bool
+) -> None:
     """The first process hung while writing step 20; its successor has written 30 and is writing 40."""
     go_on = threading.Event()
     mine = filled(place, 0, 10, keep=2)
@@ -223,14 +234,20 @@ def test_who_was_given_up_and_comes_back_leaves_those_of_its_successor(place: st
         cut_off(place, 40)
     go_on.set()
     mine.finish()
-    assert [step in checkpoints.steps_of(place) for step in (0, 10, 20, 30, 40)] == [False, True, True, True, True]
+    assert [step in checkpoints.steps_of(place) for step in (0, 10, 20, 30, 40)] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
     assert is_good(place, 30)
 
 
 class TestObjectStore:
     @pytest.fixture
     def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(patience, "PATIENCE", 0.0)
+        monkeypatch.setattr(retry, "PATIENCE", 0.0)
 
     @pytest.fixture
     def place(self, bucket: str, temporary: Path) -> Iterator[str]:
@@ -239,37 +256,45 @@ class TestObjectStore:
 
     def test_the_newest_comes_back_and_old_ones_go(self, s3_server: Server, place: str) -> None:
         filled(place, 0, 2, 4, keep=2)
-        found = checkpoints.latest_good(place)
-        assert found is not None
-        assert found[0] == f"{place}/step-0000004"
-        assert torch.equal(found[1].optimizer["a"], torch.full((4,), 4.0))
-        assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
+        assert newest(place) == 4
+        assert {key.split("/")[0] for key in s3_server.keys(place)} == {
+            "step-0000002",
+            "step-0000004",
+        }
 
-    def test_an_upload_that_was_cut_is_not_counted_and_is_swept(self, s3_server: Server, place: str) -> None:
+    def test_an_upload_that_was_cut_is_not_counted_and_is_swept(
+        self, s3_server: Server, place: str
+    ) -> None:
         filled(place, 2, 4, 6)
         cut_off(place, 6)
         with said() as lines:
-            found = checkpoints.latest_good(place)
+            assert newest(place) == 4
         assert lines == []
-        assert found is not None
-        assert found[1].state.step == 4
         assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
         CheckpointManager(place, 2)
-        assert {key.split("/")[0] for key in s3_server.keys(place)} == {"step-0000002", "step-0000004"}
+        assert {key.split("/")[0] for key in s3_server.keys(place)} == {
+            "step-0000002",
+            "step-0000004",
+        }
 
     @pytest.mark.usefixtures("impatient")
-    def test_what_does_not_arrive_now_is_not_passed_over(self, s3_server: Server, place: str) -> None:
+    def test_what_does_not_arrive_now_is_not_passed_over(
+        self, s3_server: Server, place: str
+    ) -> None:
         """Otherwise a restart during a bad minute of the object store would begin at an earlier step, or at step 0."""
         filled(place, 2, 4)
         s3_server.faults = Faults(
-            matches=lambda method, path: path.endswith("step-0000004/adapter.safetensors"), refuse=-1
+            matches=lambda method, path: path.endswith("step-0000004/adapter.safetensors"),
+            refuse=-1,
         )
         with pytest.raises(TryAgain, match=r"step-0000004: cannot be read: .*503"):
             checkpoints.latest_good(place)
 
-    def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(self, s3_server: Server, place: str) -> None:
+    def test_a_store_that_is_away_for_a_while_gets_it_in_the_end(
+        self, s3_server: Server, place: str
+    ) -> None:
         found = filled(place, 2)
-        s3_server.faults = Faults(refuse=2 * patience.ATTEMPTS)
+        s3_server.faults = Faults(refuse=2 * retry.ATTEMPTS)
         with said() as lines:
             found.save(4, writer(4))
             found.finish()
@@ -278,12 +303,16 @@ class TestObjectStore:
         assert checkpoints.names(place) == ["step-0000002", "step-0000004"]
 
     @pytest.mark.usefixtures("impatient")
-    def test_one_that_stays_away_is_told_and_training_continues(self, s3_server: Server, place: str) -> None:
+    def test_one_that_stays_away_is_told_and_training_continues(
+        self, s3_server: Server, place: str
+    ) -> None:
         found = filled(place, 2)
         s3_server.faults = Faults(refuse=-1)
         with said() as lines:
             found.save(4, writer(4))
-            with pytest.raises(TryAgain, match=r"run\.storage: the last checkpoint cannot be written"):
+            with pytest.raises(
+                TryAgain, match=r"run\.storage: the last checkpoint cannot be written"
+            ):
                 found.finish()
         assert re.search(r"step 4 cannot be written .*; training continues", lines[-1])
         s3_server.faults = Faults()

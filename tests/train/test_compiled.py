@@ -1,32 +1,27 @@
 """Compiled blocks train as uncompiled ones, and a new length compiles nothing again."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from olora_ray.cluster.resume import resume
-from olora_ray.common.errors import UserError
 from olora_ray.model import attention
-from olora_ray.train.checkpoint import TrainState, load
-from olora_ray.train.generate import Question, answer
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.refused import refused
+from tests.train.test_recompute import measured
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "qwen3_moe"]
@@ -49,7 +44,7 @@ def without_code() -> Iterator[None]:
 
 
 def trainer(model: Any, on: bool, recompute: bool = False, **changes: Any) -> Trainer:
-    made: Trainer = tiny.trainer(tiny.config(**changes), model=model)
+    made = tiny.trainer(tiny.decided(**changes), model=model)
     made.loss.compile_blocks, made.loss.recompute = on, recompute
     place_model(made.loss, made.config.cluster.strategy, CPU)
     tiny.moved(made)
@@ -58,8 +53,13 @@ def trainer(model: Any, on: bool, recompute: bool = False, **changes: Any) -> Tr
 
 def packs(first: int, count: int) -> Any:
     """Packed examples; no two micro-batches have the same length."""
-    drawn = [np.random.default_rng(seed).integers(5, 17, 2 + seed % 3) for seed in range(first, first + count)]
-    return tiny.ListStore([tiny.pack(*lengths.tolist(), seed=number) for number, lengths in enumerate(drawn)])
+    drawn = [
+        np.random.default_rng(seed).integers(5, 17, 2 + seed % 3)
+        for seed in range(first, first + count)
+    ]
+    return tiny.ListStore(
+        [tiny.pack(*lengths.tolist(), seed=number) for number, lengths in enumerate(drawn)]
+    )
 
 
 def model_of(family: str) -> Any:
@@ -69,14 +69,20 @@ def model_of(family: str) -> Any:
     return model
 
 
-def trained(family: str, on: bool, recompute: bool = False) -> tuple[list[float], Tensor, list[str]]:
+def trained(
+    family: str, on: bool, recompute: bool = False
+) -> tuple[list[float], Tensor, list[str]]:
     made = trainer(model_of(family), on, recompute, adapter__dropout=0.1)
     layout = tiny.attention_of(made.loss.model)
     losses = [result.loss for result in tiny.steps(made, packs(0, 8), count=1, attention=layout)]
     graphs = counters["stats"]["unique_graphs"]
-    losses += [result.loss for result in tiny.steps(made, packs(8, 12), count=4, start=1, attention=layout)]
+    losses += [
+        result.loss for result in tiny.steps(made, packs(8, 12), count=4, start=1, attention=layout)
+    ]
     assert (graphs > 0) == on
-    assert counters["stats"]["unique_graphs"] == graphs  # neither later lengths nor further blocks have their own
+    assert (
+        counters["stats"]["unique_graphs"] == graphs
+    )  # neither later lengths nor further blocks have their own
     return losses, made.flat.vector.clone(), [*made.loss.state_dict()]
 
 
@@ -93,9 +99,9 @@ def assert_same(family: str, recompute: bool) -> None:
     assert compiled[2] == names
 
 
-@pytest.mark.parametrize(("family", "recompute"), [("llama", True), ("gpt2", False)])
-def test_a_block_is_compiled_once_for_all_lengths(without_code: None, family: str, recompute: bool) -> None:
-    assert_same(family, recompute)
+@pytest.mark.usefixtures("without_code")
+def test_a_block_is_compiled_once_for_all_lengths() -> None:
+    assert_same("llama", recompute=True)
 
 
 @needs_compiler
@@ -110,38 +116,27 @@ def test_a_model_that_does_not_compile_is_refused() -> None:
     made = trainer(model_of("llama"), on=True)
     with (
         mock.patch.object(torch, "compile", side_effect=RuntimeError("no compiler")),
-        pytest.raises(
-            UserError, match=r"^model\.compile: set it to false; compiled, LlamaForCausalLM fails: no compiler"
-        ),
+        refused("model.compile: set it to false; compiled, "),
     ):
         check_adapters(made.loss, made.adapted, list(packs(0, 4)), "segments", CPU, new=False)
 
 
-@pytest.mark.slow
-def test_a_resumed_training_ends_as_one_that_was_not(without_code: None, tmp_path: Path) -> None:
-    whole, first, second = (trainer(model_of("llama"), on=True) for _ in range(3))
-    losses = [result.loss for result in tiny.steps(whole, packs(0, 12), count=3)]
-    begun = islice(tiny.steps(first, packs(0, 12), count=3), 2)
-    assert [result.loss for result in begun] == losses[:2]
-    first.snapshot(TrainState(step=2), None, {}, "")(tmp_path / "checkpoint")
-    resume(second, load(tmp_path / "checkpoint"))
-    assert [result.loss for result in tiny.steps(second, packs(0, 12), count=3, start=2)] == losses[2:]
-    assert torch.equal(second.flat.vector, whole.flat.vector)
-
-
 def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[list[int]]]:
-    changes = {"cluster__workers": 2, "cluster__strategy": strategy, "train__micro_batch": 1, "train__global_batch": 3}
+    changes = {
+        "cluster__workers": 2,
+        "cluster__strategy": strategy,
+        "train__micro_batch": 1,
+        "train__global_batch": 3,
+    }
     with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
         made = trainer(model_of("llama"), on, recompute=True, **changes)
         losses = [result.loss for result in tiny.steps(made, count=3)]
-    rank = dist.get_rank()
-    held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
-    return losses, made.flat.vector.clone(), held_out, answer(made, [Question((5, 6, 7), ())], 4, [1], rank, 2, batch=2)
+    return losses, *measured(made)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_workers_train_evaluate_and_answer(crew: Callable[[int], Crew], strategy: str) -> None:
+def test_two_workers_train_evaluate_and_answer(crew: Crews, strategy: str) -> None:
     without, compiled = (crew(2).run(_steps, strategy, on) for on in (False, True))
     assert compiled[0][0] == compiled[1][0]
     assert torch.equal(compiled[0][1], compiled[1][1])

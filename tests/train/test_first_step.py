@@ -1,32 +1,23 @@
 """The first step of Adam: what is predicted of it."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from olora_ray.adapter.initialise import at_scale, initialise, options_of
-from olora_ray.adapter.inject import find_targets, inject
-from olora_ray.cluster.resume import measure_first_step
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train import first_step
-from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loop import Trainer
-from olora_ray.train.loss import SupervisedLoss, watched
+from olora_ray.train.loss import watched
 from tests import tiny
 from tests.said import said
 
 
-def trainer(method: str, **changes: Any) -> Trainer:
-    config = tiny.config(adapter__method=method, **changes)
+def trainer(method: str, **changes: Any) -> Any:
     model = tiny.llama(attention="segments")
     model.unused = torch.nn.Linear(64, 64)
-    targets = find_targets(model, config.adapter.targets, config.adapter.rank)
-    factors, _ = initialise(targets, method, config.adapter.rank, 3, torch.device("cpu"), options_of(config.adapter))
-    adapted = inject(model, at_scale(factors, config.adapter), config.adapter.scale())
-    return Trainer(SupervisedLoss(model), adapted, config, torch.device("cpu"))
+    return tiny.trainer(tiny.decided(adapter__method=method, **changes), model=model)
 
 
 def batch(seed: int = 0) -> Batch:
@@ -40,7 +31,7 @@ def outputs(found: Trainer, x: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def test_measuring_leaves_the_gradients_of_the_training_alone() -> None:
     one = trainer("olora")
-    first_step.moves(one.loss, one.adapted, batch())
+    first_step.output_shift(one.loss, one.adapted, batch())
     assert not one.flat.grad.any()
     one.loss(batch()).backward()
     assert one.flat.grad.any()
@@ -53,15 +44,26 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
     sizes = []
     for changes in ({}, {"adapter__rank": 8}, {"adapter__alpha": 32}, {"train__lr_ratio": 4.0}):
         one, inputs = trainer(method, **changes), dict[str, torch.Tensor]()
-        modules = {name: one.loss.model.get_submodule(name) for name in one.adapted if name != "unused"}
-        with watched(modules, lambda name, x, _, inputs=inputs: inputs.update({name: x.detach().clone()})):
+        modules = {
+            name: one.loss.model.get_submodule(name) for name in one.adapted if name != "unused"
+        }
+        with watched(
+            modules, lambda name, x, _, inputs=inputs: inputs.update({name: x.detach().clone()})
+        ):
             one.loss(batch())
         scale, ratio = one.config.adapter.scale(), one.config.train.lr_ratio
-        rate = first_step.best_rate(first_step.moves(one.loss, one.adapted, batch(), ratio), scale, 20)
+        rate = first_step.peak_lr(
+            first_step.output_shift(one.loss, one.adapted, batch(), ratio), scale, 20
+        )
         before = outputs(one, inputs)
         gradients = dict[str, torch.Tensor]()
 
-        def see(name: str, _: torch.Tensor, y: torch.Tensor, gradients: dict[str, torch.Tensor] = gradients) -> None:
+        def see(
+            name: str,
+            _: torch.Tensor,
+            y: torch.Tensor,
+            gradients: dict[str, torch.Tensor] = gradients,
+        ) -> None:
             y.register_hook(lambda gradient: gradients.update({name: gradient.flatten(0, -2)}))
 
         with watched(modules, see):
@@ -72,7 +74,10 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
                 layer.db.copy_(-ratio * rate * layer.db.grad.sign())
                 b = layer.db if layer.b0 is None else layer.b0 + layer.db
                 layer.da.copy_(-rate * ((g @ b).T @ inputs[name].flatten(0, -2)).sign())
-        moved = [float((y - before[name]).norm() / before[name].norm()) for name, y in outputs(one, inputs).items()]
+        moved = [
+            float((y - before[name]).norm() / before[name].norm())
+            for name, y in outputs(one, inputs).items()
+        ]
         sizes.append(math.exp(sum(map(math.log, moved)) / len(moved)))
     assert sizes == pytest.approx([first_step.FARTHEST] * 4, rel=0.15)
 
@@ -80,27 +85,8 @@ def test_a_step_of_b_and_one_of_a_at_the_rate_move_the_outputs_as_far_for_any_me
 def test_the_rate_is_the_first_that_moves_the_outputs_so_far() -> None:
     rising = [0.0001 * 2.0**number for number in range(len(first_step.RATES))]
     takes_back = [*rising[:8], *[rising[3]] * 5, *rising[13:]]  # 0.0128, then 0.0008
-    rates = [first_step.best_rate({"": tuple(at)}, 1.0, 20) for at in (rising, takes_back)]
+    rates = [first_step.peak_lr({"": tuple(at)}, 1.0, 20) for at in (rising, takes_back)]
     assert rates[0] == rates[1]
-
-
-def test_more_steps_lower_the_rate() -> None:
-    one = trainer("olora")
-    measured = first_step.moves(one.loss, one.adapted, batch())
-    rate = first_step.best_rate(measured, 1.0, 20)
-    assert first_step.best_rate(measured, 1.0, 20 * 16) == pytest.approx(rate / 2, rel=0.1)
-
-
-def test_a_run_that_is_trained_longer_lowers_the_rate_and_tells_both() -> None:
-    one: Any = trainer("olora")
-    state = TrainState(step=6, lr=2.8e-4, lr_steps=6)
-    start: Any = SimpleNamespace(trainer=one, state=state, resumed=True)
-    told = "train.lr=auto: the peak rate is 0.00024 for 12 steps; it was 0.00028 for 6"
-    for steps, rate, expected in ((6, 2.8e-4, []), (12, 2.4e-4, [told])):
-        spec: Any = SimpleNamespace(config=tiny.config(train__lr="auto", train__steps=steps), train=tiny.store())
-        with said() as lines:
-            measure_first_step(SimpleNamespace(), spec, start)  # type: ignore[arg-type]
-        assert (state.lr, state.lr_steps, lines) == (rate, steps, expected)
 
 
 def test_the_longest_examples_are_measured_from_their_end() -> None:
@@ -110,7 +96,9 @@ def test_the_longest_examples_are_measured_from_their_end() -> None:
     assert found.segments == (first_step.LONGEST,)
     assert found.input_ids.tolist() == packs[1].input_ids[700 - first_step.LONGEST : 700].tolist()
     assert found.supervised[-1]
-    assert [len(each.input_ids) for each in first_step.examples([tiny.pack(*[9, 40] * 30)])] == [40] * 3
+    assert [len(each.input_ids) for each in first_step.examples([tiny.pack(*[9, 40] * 30)])] == [
+        40
+    ] * 3
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
@@ -126,17 +114,19 @@ def test_short_rows_get_the_rate_of_long_ones(attention: str) -> None:
 
 def test_a_rate_at_an_end_of_the_measured_range_is_told() -> None:
     one = trainer("olora")
-    measured = first_step.moves(one.loss, one.adapted, batch())
+    measured = first_step.output_shift(one.loss, one.adapted, batch())
     with said() as lines:
-        first_step.best_rate(measured, 1.0, 20)
+        first_step.peak_lr(measured, 1.0, 20)
         assert lines == []
-        assert first_step.best_rate(measured, 1e6, 20) == pytest.approx(first_step.RATES[0], rel=0.05)
+        assert first_step.peak_lr(measured, 1e6, 20) == pytest.approx(first_step.RATES[0], rel=0.05)
     assert len([line for line in lines if "at an end of the range" in line]) == 1
 
 
 def test_the_automatic_rate_of_the_spectral_step_falls_with_the_root_of_the_rank() -> None:
     low, high = (
-        trainer("olora", adapter__rank=rank, train__optimizer="spectral").automatic_rate([], 20, "segments")
+        trainer("olora", adapter__rank=rank, train__optimizer="spectral").automatic_rate(
+            [], 20, "segments"
+        )
         for rank in (2, 8)
     )
     assert low == pytest.approx(2 * high, rel=0.05)

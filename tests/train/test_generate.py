@@ -30,13 +30,20 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "byte-level-trimmed", "byte-level-nfc", "metaspace-always", "prepend"])
+@pytest.mark.parametrize(
+    "kind", ["byte-level", "byte-level-trimmed", "byte-level-nfc", "metaspace-always", "prepend"]
+)
 @pytest.mark.parametrize("chat", [True, False])
-def test_questions_are_what_a_server_makes_of_the_prompt(kind: str, chat: bool, tmp_path: Path) -> None:
+def test_questions_are_what_a_server_makes_of_the_prompt(
+    kind: str, chat: bool, tmp_path: Path
+) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer: Any = PreTrainedTokenizerFast(
-        tokenizer_object=small_tokenizers.tokenizer(kind), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=small_tokenizers.tokenizer(kind),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
     tokenizer.chat_template = helpers.CHATML
     path = helpers.write_jsonl(tmp_path / "a.jsonl", ROWS)
@@ -45,7 +52,10 @@ def test_questions_are_what_a_server_makes_of_the_prompt(kind: str, chat: bool, 
     asked = questions(prepare(config, spec_from_pretrained(tokenizer, kind), "eval"), 10)
     if chat:
         turns = [[{"role": "user", "content": row["prompt"]}] for row in ROWS]
-        wanted = [tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] for turn in turns]
+        wanted = [
+            tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+            for turn in turns
+        ]
     else:
         wanted = [tokenizer(row["prompt"])["input_ids"] for row in ROWS]
         # An example whose prompt is one token looks like plain text: it is not asked.
@@ -66,11 +76,13 @@ def test_questions_are_what_a_server_makes_of_the_prompt(kind: str, chat: bool, 
     ],
     ids=lambda own: next(iter(own)),
 )
-def test_answers_are_greedy_whatever_generation_config_says(own: dict[str, Any], tmp_path: Path) -> None:
+def test_answers_are_greedy_whatever_generation_config_says(
+    own: dict[str, Any], tmp_path: Path
+) -> None:
     zoo.build(ALL["llama"], tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    config = tiny.config(model__name=str(tmp_path), model__dtype="float32").model
-    model: Any = load_model(tmp_path, config, CPU)
+    config = tiny.decided(model__name=str(tmp_path), model__dtype="float32").model
+    model = load_model(tmp_path, config, CPU)
     prompts = [tuple(range(5, 14)), (7, 8, 9)]
     with decoding(model):
         found = greedy(model, prompts, 8, [], CPU)
@@ -92,7 +104,11 @@ def test_answers_end_where_the_positions_of_a_model_end() -> None:
 def test_a_model_that_takes_padding_for_text_is_given_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.make(ALL["recurrent_gemma"])  # its convolutions see what stands before a prompt
     masks, generate = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda **given: masks.append(given["attention_mask"]) or generate(**given))
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda **given: masks.append(given["attention_mask"]) or generate(**given),
+    )
     prompts = [(7, 8, 9), tuple(range(5, 14)), (9, 8, 7)]
     with decoding(model):
         found = greedy(model, prompts, 4, [], CPU)
@@ -105,7 +121,9 @@ def likeliest(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
     """Decode without a cache, padding or transformers' generate."""
     ids = list(prompt)
     for _ in range(tokens):
-        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        ids.append(
+            int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        )
     return ids[len(prompt) :]
 
 

@@ -1,8 +1,6 @@
 """The loop gives the same numbers for any split, interruption or repetition of the work."""
 
 import math
-from collections.abc import Callable, Iterable
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -11,35 +9,25 @@ from torch import Tensor
 
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.model import attention as varlen_attention
 from olora_ray.train.checkpoint import TrainState
-from olora_ray.train.loader import Schedule, StepLoader, total_steps
-from olora_ray.train.loop import StepResult, Trainer, evaluate, evaluate_examples
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loader import StepLoader, total_steps
+from olora_ray.train.loop import Trainer
 from tests import tiny
-from tests.crew import Crew
-from tests.varlen_on_cpu import varlen_on_cpu
+from tests.crew import Crews
+from tests.families import oracle
+from tests.refused import refused
 
 STEPS = 5
 
 
-def loader(store: Any, settings: Config, attention: str = "segments", worker: int = 0) -> StepLoader:
-    return StepLoader(store, settings.train, settings.run.seed, attention, worker, settings.cluster.workers)
-
-
-def schedule(store: Any, settings: Config, steps: int = STEPS) -> Schedule:
-    return Schedule(settings.train.model_copy(update={"steps": steps}), store)
-
-
-def run(trainer: Trainer, store: Any, start: int, stop: int, worker: int = 0) -> list[StepResult]:
-    steps = trainer.steps(loader(store, trainer.config, worker=worker), start, schedule(store, trainer.config))
-    return list(islice(steps, stop - start))
-
-
-def first_gradient(settings: Config, store: Any, attention: str = "segments", worker: int = 0) -> tuple[float, Tensor]:
-    """Return the loss of the first step and its gradient, over all workers."""
+def first_gradient(
+    settings: Config, store: Any, attention: str = "segments"
+) -> tuple[float, Tensor]:
+    """Return the loss of the first step and its gradient."""
     trainer = tiny.moved(tiny.trainer(settings, attention))
     seen = tiny.gradients(trainer)
-    result = next(trainer.steps(loader(store, settings, attention, worker), 0, schedule(store, settings)))
+    result = next(tiny.steps(trainer, store, attention=attention))
     return result.loss, seen[0]
 
 
@@ -49,7 +37,12 @@ def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> 
 
 
 def settings_for(micro: int, workers: int = 1, batch: int = 8) -> Config:
-    return tiny.config(train__global_batch=batch, train__micro_batch=micro, train__clip=None, cluster__workers=workers)
+    return tiny.decided(
+        train__global_batch=batch,
+        train__micro_batch=micro,
+        train__clip=None,
+        cluster__workers=workers,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,31 +51,23 @@ def whole() -> tuple[float, Tensor]:
     return first_gradient(settings_for(micro=8), tiny.store(8))
 
 
-def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(whole: tuple[float, Tensor]) -> None:
+def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(
+    whole: tuple[float, Tensor],
+) -> None:
     store = tiny.store(8)
     trainer = tiny.moved(tiny.trainer(settings_for(8), "sdpa"))
-    losses, counts = [], []
-    for example in tiny.unpacked([store[i] for i in range(8)]):
-        ids = torch.from_numpy(example.input_ids).long()[None]
-        marked = torch.from_numpy(example.supervised)
-        logits = trainer.loss.model(input_ids=ids, use_cache=False).logits[0, :-1][marked[1:]]
-        losses.append(torch.nn.functional.cross_entropy(logits, ids[0][marked], reduction="sum").item())
-        counts.append(int(marked.sum()))
-    assert whole[0] == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
+    expected = oracle.losses(trainer.loss.model, [store[i] for i in range(8)]).mean()
+    assert whole[0] == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_micro_batch_and_accumulation_do_not_matter(whole: tuple[float, Tensor], micro: int, attention: str) -> None:
+def test_micro_batch_and_accumulation_do_not_matter(
+    whole: tuple[float, Tensor], micro: int, attention: str
+) -> None:
     settings = settings_for(micro)
     assert settings.accumulation() == 8 // micro
     assert_same(first_gradient(settings, tiny.store(8), attention), whole)
-
-
-@pytest.mark.skipif(varlen_attention.kernel() is None, reason="needs a newer torch")
-def test_attention_of_variable_lengths_does_not_matter(whole: tuple[float, Tensor]) -> None:
-    with varlen_on_cpu():
-        assert_same(first_gradient(settings_for(micro=4), tiny.store(8), "varlen"), whole)
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
@@ -93,7 +78,9 @@ def test_packing_does_not_matter(whole: tuple[float, Tensor], attention: str) ->
     assert_same(first_gradient(settings, singles, attention), whole)
 
 
-def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(crew: Callable[[int], Crew]) -> None:
+def test_a_signal_of_one_worker_reaches_all_and_changes_nothing(
+    crew: Crews,
+) -> None:
     plain = crew(2).run(_signals, {})
     assert {tuple(signals) for signals, _ in plain} == {(False,) * STEPS}
     signalled = crew(2).run(_signals, {1: 1, 3: 0})
@@ -107,43 +94,17 @@ def _signals(by_step: dict[int, int]) -> tuple[list[bool], bytes]:
     settings, store, signals = settings_for(1, workers=2), tiny.store(8), list[bool]()
     trainer = tiny.trainer(settings)
     trainer.signal = lambda: by_step.get(len(signals)) == rank
-    steps = trainer.steps(loader(store, settings, worker=rank), 0, schedule(store, settings))
+    steps = tiny.steps(trainer, store, STEPS)
     for _ in range(STEPS):
         signals.append(next(steps).signal)
-    return signals, adapter_bytes(trainer)
-
-
-def adapter_bytes(trainer: Trainer) -> bytes:
-    return trainer.flat.vector.numpy().tobytes()
-
-
-def dropout_settings() -> Config:
-    return tiny.config(adapter__dropout=0.2)
-
-
-def test_identical_runs_give_identical_bytes() -> None:
-    outcomes = []
-    for ambient_seed in (1, 2):
-        torch.manual_seed(ambient_seed)
-        trainer = tiny.trainer(dropout_settings())
-        results = run(trainer, tiny.store(), 0, STEPS)
-        outcomes.append((adapter_bytes(trainer), [(r.step, r.loss, r.lr, r.grad_norm, r.supervised) for r in results]))
-    assert outcomes[0] == outcomes[1]
-
-
-def test_another_seed_gives_another_adapter() -> None:
-    digests = set()
-    for seed in (1, 2):
-        trainer = tiny.trainer(tiny.config(run__seed=seed))
-        run(trainer, tiny.store(), 0, 3)
-        digests.add(adapter_bytes(trainer))
-    assert len(digests) == 2
+    return signals, trainer.flat.vector.numpy().tobytes()
 
 
 def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
     """Return a trainer for which one pack gives NaN, and the index of that pack, which the second step reads first."""
     trainer = tiny.trainer(settings)
-    index = loader(store, settings).read(1).sequences[0][0]
+    loader = StepLoader(store, settings.train, settings.run.seed, "segments")
+    index = loader.read(1).sequences[0][0]
     store[index].input_ids[0] = 1  # a token that is nowhere else
     with torch.no_grad():
         trainer.loss.model.get_input_embeddings().weight[1] = torch.nan
@@ -151,12 +112,12 @@ def poisoned(settings: Config, store: Any) -> tuple[Trainer, int]:
 
 
 def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
-    settings, store = tiny.config(train__micro_batch=1), tiny.store()
+    settings, store = tiny.decided(train__micro_batch=1), tiny.store()
     trainer, index = poisoned(settings, store)
-    steps = trainer.steps(loader(store, settings), 0, schedule(store, settings))
+    steps = tiny.steps(trainer, store, STEPS)
     assert next(steps).step == 1
     before = trainer.flat.vector.clone()
-    with pytest.raises(UserError, match=r"step 2.*not finite") as caught:
+    with refused("step 2") as caught:
         next(steps)
     assert all(origin in str(caught.value) for origin in store.origins(index))
     others = {origin for i in range(len(store)) if i != index for origin in store.origins(i)}
@@ -164,7 +125,9 @@ def test_a_nan_loss_stops_with_the_step_and_the_rows() -> None:
     assert torch.equal(trainer.flat.vector, before)  # nothing was learned from it
 
 
-def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(crew: Callable[[int], Crew]) -> None:
+def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(
+    crew: Crews,
+) -> None:
     one, two = crew(2).run(_poisoned_worker)
     assert isinstance(one, UserError)
     assert isinstance(two, UserError)
@@ -173,36 +136,31 @@ def test_a_nan_loss_of_one_worker_stops_all_with_the_same_error(crew: Callable[[
 
 
 def _poisoned_worker() -> None:
-    settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
+    settings, store = tiny.decided(train__micro_batch=1, cluster__workers=2), tiny.store()
     trainer, _ = poisoned(settings, store)
-    run(trainer, store, 0, STEPS, worker=torch.distributed.get_rank())
+    list(tiny.steps(trainer, store, STEPS))
 
 
-@pytest.mark.parametrize("how", [evaluate, evaluate_examples])
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("step", [0, 7])
-def test_a_held_out_loss_that_is_not_finite_names_the_step_and_the_rows(step: int, how: Callable[..., Any]) -> None:
-    settings, store = tiny.config(train__micro_batch=2), tiny.store(7)
+def test_a_held_out_loss_that_is_not_finite_names_the_step_and_the_rows(
+    step: int, each: bool
+) -> None:
+    settings, store = tiny.decided(train__micro_batch=2), tiny.store(7)
     trainer, index = poisoned(settings, store)
-    with pytest.raises(UserError, match=f"step {step}: the held-out loss is not finite; it comes from") as caught:
-        how(trainer, store, "segments", step=step)
+    with refused(f"step {step}: the held-out loss is not finite; it comes from") as caught:
+        evaluate(trainer, store, "segments", step, each)
     first = index - index % 2
-    bad = store.origins(index) if how is evaluate else store.origins(index)[:1]
+    bad = store.origins(index)[:1] if each else store.origins(index)
     assert all(origin in str(caught.value) for origin in bad)
-    others = {origin for i in range(len(store)) if i not in (first, first + 1) for origin in store.origins(i)}
+    others = {
+        origin
+        for i in range(len(store))
+        if i not in (first, first + 1)
+        for origin in store.origins(i)
+    }
     assert not any(f"{origin}," in str(caught.value) for origin in others)
     assert ("train.lr" in str(caught.value)) == (step > 0)
-
-
-def test_a_held_out_loss_that_is_not_finite_is_the_same_error_on_all_workers(crew: Callable[[int], Crew]) -> None:
-    one, two = crew(2).run(_evaluate_poisoned)
-    assert isinstance(one, UserError)
-    assert str(one) == str(two)
-    assert "held-out loss is not finite; it comes from rows.jsonl:" in str(one)
-
-
-def _evaluate_poisoned() -> float:
-    settings, store = tiny.config(train__micro_batch=1, cluster__workers=2), tiny.store()
-    return evaluate(poisoned(settings, store)[0], store, "segments", torch.distributed.get_rank(), 2)
 
 
 def test_a_loss_that_is_not_finite_is_no_best_one() -> None:
@@ -219,45 +177,44 @@ def test_a_loss_that_is_not_finite_is_no_best_one() -> None:
 
 
 def test_an_infinite_gradient_stops_with_the_step() -> None:
-    trainer = tiny.trainer(tiny.config())
+    trainer = tiny.trainer(tiny.decided())
     store = tiny.store()
-    steps = trainer.steps(loader(store, trainer.config), 0, schedule(store, trainer.config))
+    steps = tiny.steps(trainer, store, STEPS)
     next(steps)
-    first: Any = next(iter(trainer.flat.slots.values()))
+    first = next(iter(trainer.flat.slots.values()))
     first.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     before = trainer.flat.vector.clone()
-    with pytest.raises(UserError, match="step 2: the gradient is not finite"):
+    with refused("step 2"):
         next(steps)
     assert torch.equal(trainer.flat.vector, before)
 
 
 def test_dropout_is_off_outside_steps() -> None:
-    trainer = tiny.trainer(dropout_settings())
-    run(trainer, tiny.store(), 0, 1)
+    trainer = tiny.trainer(tiny.decided(adapter__dropout=0.2))
+    list(tiny.steps(trainer, count=1))
     assert not any(layer.training for layer in trainer.adapted.values())
     store = tiny.store(3)
-    assert evaluate(trainer, store, "segments") == evaluate(trainer, store, "segments")
+    assert evaluate(trainer, store, "segments").loss == evaluate(trainer, store, "segments").loss
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_evaluation_takes_every_row(count: int, micro: int) -> None:
-    trainer = tiny.moved(tiny.trainer(tiny.config(train__micro_batch=micro)))
+    trainer = tiny.moved(tiny.trainer(tiny.decided(train__micro_batch=micro)))
     store = tiny.store(count)
-    singles = tiny.unpacked([store[i] for i in range(count)])
-    sums = [evaluate(trainer, tiny.ListStore([single]), "segments") * single.supervised.sum() for single in singles]
+    model = trainer.loss.model
+    sums = [
+        float(oracle.losses(model, [single]).detach().sum())
+        for single in tiny.unpacked([store[i] for i in range(count)])
+    ]
     expected = sum(sums) / store.manifest.supervised
-    assert evaluate(trainer, store, "segments") == pytest.approx(expected, rel=1e-6)
-    assert evaluate_examples(trainer, store, "segments") == pytest.approx(sums, rel=1e-5)
-
-
-def flat(found: Iterable[tuple[int, ...]]) -> list[int]:
-    return [index for group in found for index in group]
+    assert evaluate(trainer, store, "segments").loss == pytest.approx(expected, rel=1e-6)
+    assert evaluate(trainer, store, "segments", each=True).losses() == pytest.approx(sums, rel=1e-5)
 
 
 def test_the_number_of_steps_follows_from_epochs_or_is_set() -> None:
     def steps(packs: int, **changes: Any) -> int:
-        return total_steps(tiny.config(**changes).train, packs)
+        return total_steps(tiny.decided(**changes).train, packs)
 
     assert steps(8) == 2
     assert steps(9) == 3  # no sequence is left out

@@ -1,19 +1,16 @@
 """A base that is sharded over the workers trains and answers like a base that every worker holds."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-import torch
 import torch.distributed as dist
 
-from olora_ray.train.base_files import blocks_to_shard, decoder_layers
 from olora_ray.train.generate import Question, answer, decoding
-from olora_ray.train.loop import Trainer, evaluate
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.sharded_reader import blocks_to_shard, decoder_layers
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.train.test_generate import likeliest
 
 EOS = 1
 QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6, 3)]
@@ -22,15 +19,15 @@ QUESTIONS = [Question(tuple(range(5, 5 + length)), ()) for length in (4, 9, 2, 6
 def _answers(strategy: str, eos: int) -> list[list[list[int]]]:
     """Return answers before a step and after a few steps, with training in between."""
     rank = dist.get_rank()
-    settings = tiny.config(cluster__workers=2, train__micro_batch=1, train__lr=0.1)
+    settings = tiny.decided(cluster__workers=2, train__micro_batch=1, train__lr=0.1)
     trainer = tiny.trainer(settings, strategy=strategy)
-    evaluate(trainer, tiny.store(3), "segments", rank, 2)
+    evaluate(trainer, tiny.store(3), "segments")
     before = answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)
     list(tiny.steps(trainer, count=4))
     return [before, answer(trainer, QUESTIONS, 6, [eos], rank, 2, batch=2)]
 
 
-def test_answers_are_the_same_for_both_strategies(crew: Callable[[int], Crew]) -> None:
+def test_answers_are_the_same_for_both_strategies(crew: Crews) -> None:
     unlimited = crew(2).run(_answers, "ddp", EOS)
     assert unlimited[0] == unlimited[1]
     assert [len(part) for part in unlimited[0]] == [len(QUESTIONS)] * 2
@@ -42,67 +39,47 @@ def test_answers_are_the_same_for_both_strategies(crew: Callable[[int], Crew]) -
     assert crew(2).run(_answers, "fsdp", stop) == ddp
 
 
-def test_fewer_questions_than_workers(crew: Callable[[int], Crew]) -> None:
+def test_fewer_questions_than_workers(crew: Crews) -> None:
     one, two = crew(2).run(_one_question, "fsdp")
     assert one == two
     assert len(one) == 1
 
 
 def _one_question(strategy: str) -> list[list[int]]:
-    trainer = tiny.trainer(tiny.config(cluster__workers=2), strategy=strategy)
+    trainer = tiny.trainer(tiny.decided(cluster__workers=2), strategy=strategy)
     return answer(trainer, QUESTIONS[:1], 3, [EOS], dist.get_rank(), 2)
-
-
-def one_by_one(trainer: Trainer, question: Question, tokens: int) -> list[int]:
-    """Decode greedily without a cache, padding or transformers' generate."""
-    ids, model = list(question.prompt), trainer.loss.model
-    with decoding(model):
-        for _ in range(tokens):
-            logits: Any = model(input_ids=torch.tensor([ids]), use_cache=False).logits  # type: ignore[operator]
-            ids.append(int(logits[0, -1].argmax()))
-    return ids[len(question.prompt) :]
 
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
 def test_answers_are_greedy_whatever_their_batch_and_order(attention: str) -> None:
-    trainer = tiny.trainer(tiny.config(), attention)
+    trainer = tiny.trainer(tiny.decided(), attention)
     found = answer(trainer, QUESTIONS, 5, [EOS], batch=3)
     assert tiny.attention_of(trainer.loss.model) == attention
-    assert found == [one_by_one(trainer, question, 5) for question in QUESTIONS]
-
-
-def test_a_family_without_sdpa_answers_too() -> None:
-    gemma = zoo.make(ALL["gemma2"])
-    trainer = tiny.trainer(tiny.config(), model=gemma)
-    assert answer(trainer, QUESTIONS[:2], 3, [EOS]) == [one_by_one(trainer, asked, 3) for asked in QUESTIONS[:2]]
-
-
-def test_an_answer_ends_before_its_end_token() -> None:
-    trainer = tiny.trainer(tiny.config())
-    whole = one_by_one(trainer, QUESTIONS[0], 5)
-    (found,) = answer(trainer, QUESTIONS[:1], 5, [whole[2]])
-    assert found == whole[: whole.index(whole[2])]
-
-
-def test_without_an_end_token_answers_have_the_most_tokens() -> None:
-    trainer = tiny.trainer(tiny.config())
-    whole = [one_by_one(trainer, question, 5) for question in QUESTIONS]
-    model: Any = trainer.loss.model
-    model.generation_config.eos_token_id = whole[0][1]  # what the model's folder says does not count
-    assert answer(trainer, QUESTIONS, 5, [], batch=2) == whole
+    with decoding(trainer.loss.model):
+        alone = [likeliest(trainer.loss.model, question.prompt, 5) for question in QUESTIONS]
+    assert found == alone
 
 
 def test_the_layers_that_are_sharded_are_the_blocks_of_the_model() -> None:
-    assert [type(layer).__name__ for layer in decoder_layers(tiny.llama())] == ["LlamaDecoderLayer"] * 2
+    assert [type(layer).__name__ for layer in decoder_layers(tiny.llama())] == [
+        "LlamaDecoderLayer"
+    ] * 2
     assert [type(layer).__name__ for layer in decoder_layers(tiny.gpt2())] == ["GPT2Block"] * 2
 
 
 def test_what_a_model_does_not_split_is_sharded_by_itself() -> None:
     kinds = [type(block).__name__ for block in blocks_to_shard(zoo.on_meta(ALL["gemma3"]))]
-    tower = ["SiglipVisionEmbeddings", *["SiglipEncoderLayer"] * 3, "SiglipMultiheadAttentionPoolingHead"]
+    tower = [
+        "SiglipVisionEmbeddings",
+        *["SiglipEncoderLayer"] * 3,
+        "SiglipMultiheadAttentionPoolingHead",
+    ]
     assert kinds == [*tower, *["Gemma3DecoderLayer"] * 2]
     for tied, names in (
-        (True, {"LlamaDecoderLayer", "LlamaMLP", "Embedding"}),  # a part of a block; a weight of two
+        (
+            True,
+            {"LlamaDecoderLayer", "LlamaMLP", "Embedding"},
+        ),  # a part of a block; a weight of two
         (True, {"LlamaRMSNorm"}),  # none of the blocks
         (True, None),
         (False, {"LlamaModel"}),  # all of the blocks

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from olora_ray.adapter.methods import FROM_WEIGHTS
+from olora_ray.adapter.methods import from_weights
 from olora_ray.tokens.collate import collate
 from tests import tiny
 
@@ -18,18 +18,28 @@ BATCH = [tiny.pack(20, seed=1), tiny.pack(20, seed=2), tiny.pack(20, seed=3)]
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any, torch.optim.Optimizer]:
     """This project's trainer, PEFT's model, and PEFT's optimizer."""
-    settings = tiny.config(adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
+    settings = tiny.decided(adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
     shape = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights="olora", task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules="all-linear",
+        init_lora_weights="olora",
+        task_type="CAUSAL_LM",
     )
     oracle = peft.get_peft_model(tiny.llama(), shape)
-    return tiny.trainer(settings, "sdpa"), oracle, torch.optim.AdamW(trainable(oracle), lr=RATE, weight_decay=0.0)
+    return (
+        tiny.trainer(settings, "sdpa"),
+        oracle,
+        torch.optim.AdamW(trainable(oracle), lr=RATE, weight_decay=0.0),
+    )
 
 
 def oracle_loss(oracle: Any) -> torch.Tensor:
     ids = torch.from_numpy(np.stack([pack.input_ids for pack in BATCH])).long()
     supervised = torch.from_numpy(np.stack([pack.supervised for pack in BATCH]))
-    loss: torch.Tensor = oracle(input_ids=ids, labels=torch.where(supervised, ids, -100), use_cache=False).loss
+    loss: torch.Tensor = oracle(
+        input_ids=ids, labels=torch.where(supervised, ids, -100), use_cache=False
+    ).loss
     return loss
 
 
@@ -46,10 +56,12 @@ def test_three_steps_equal_pefts(pair: tuple[Any, Any, torch.optim.Optimizer]) -
     follow(*pair)
 
 
-@pytest.mark.parametrize("method", FROM_WEIGHTS)
+@pytest.mark.parametrize("method", from_weights())
 def test_three_steps_equal_those_of_a_changed_base(method: str) -> None:
     """As in the papers: W - s B0 A0 in the base, and A and B trained from A0 and B0."""
-    settings = tiny.config(adapter__method=method, adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None)
+    settings = tiny.decided(
+        adapter__method=method, adapter__rank=RANK, adapter__alpha=ALPHA, train__clip=None
+    )
     trainer = tiny.trainer(settings, "sdpa")
     oracle = peft_from(trainer)
     follow(trainer, oracle, torch.optim.AdamW(trainable(oracle), lr=RATE, weight_decay=0.0))
@@ -58,7 +70,7 @@ def test_three_steps_equal_those_of_a_changed_base(method: str) -> None:
 def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
     from peft.optimizers import create_loraplus_optimizer
 
-    settings = tiny.config(
+    settings = tiny.decided(
         adapter__method="lora",
         adapter__rank=RANK,
         adapter__alpha=ALPHA,
@@ -68,7 +80,9 @@ def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
     )
     trainer = tiny.trainer(settings, "sdpa")
     oracle = peft_from(trainer)
-    optimizer = create_loraplus_optimizer(oracle, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16.0)
+    optimizer = create_loraplus_optimizer(
+        oracle, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16.0
+    )
     batch = collate(BATCH, "sdpa")
     for _ in range(5):
         trainer.flat.grad.zero_()
@@ -87,7 +101,9 @@ def test_five_steps_of_lora_plus_with_the_same_gradients_equal_pefts() -> None:
 
 def peft_from(trainer: Any) -> Any:
     """Return PEFT's plain LoRA on the base, changed so that it starts where the trainer does."""
-    shape = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    shape = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     oracle = peft.get_peft_model(tiny.llama(), shape)
     for name, layer in trainer.adapted.items():
         theirs = layer_of(oracle, name)
@@ -130,4 +146,6 @@ def follow(trainer: Any, oracle: Any, optimizer: torch.optim.Optimizer) -> None:
             # And the change itself, which is far smaller than the weight.
             assert relative(ours - starts[name], effective - starts[name]) < 1e-2, name
     assert losses[2] < losses[0]
-    assert all(torch.equal(layer.base.weight, starts[name]) for name, layer in trainer.adapted.items())
+    assert all(
+        torch.equal(layer.base.weight, starts[name]) for name, layer in trainer.adapted.items()
+    )

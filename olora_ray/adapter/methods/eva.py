@@ -17,6 +17,7 @@ from torch import Tensor
 
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
+from olora_ray.adapter.methods.singular import signed
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ def principal(rows: Tensor, count: int) -> Components:
     total = gram.trace()
     values, vectors = (part.flip(-1)[..., :count] for part in torch.linalg.eigh(gram))
     known = int((values > total * max(x.shape) * torch.finfo(x.dtype).eps).sum())
-    values, vectors = values[:known], vectors[:, :known]
+    values = values[:known]
+    vectors = vectors[:, :known]
     if dual:
         vectors = torch.linalg.qr(x.mT @ vectors).Q
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return Components((vectors * largest.sign()).mT, tuple((values / total).tolist()))
+    return Components(signed(vectors).mT, tuple((values / total).tolist()))
 
 
 def factors(rows: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:

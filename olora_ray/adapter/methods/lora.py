@@ -1,12 +1,13 @@
 """Plain LoRA: random A, zero B (arXiv 2106.09685, section 4.1)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options, for_each_expert
 
 
 def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
@@ -15,16 +16,12 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
     `weight` is m x n, or E x m x n for a stack, whose expert number e gets the A0 of the seed `seed` + e. The same seed
     gives the same A0 on every device.
     """
-    if weight.dim() == 3:
-        a0 = torch.stack([_random(rank, weight.shape[-1], seed + expert) for expert in range(len(weight))])
-    else:
-        a0 = _random(rank, weight.shape[-1], seed)
-    return Factors(a0.to(weight.device), None)
+    return Factors(for_each_expert(weight, seed, partial(_random, rank, weight.shape[-1])), None)
 
 
 def _random(rank: int, n: int, seed: int) -> Tensor:
-    a0 = torch.empty(rank, n)
-    return torch.nn.init.kaiming_uniform_(a0, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.init.kaiming_uniform_(torch.empty(rank, n), a=math.sqrt(5), generator=generator)
 
 
 METHOD = Method(

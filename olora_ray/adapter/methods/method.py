@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import Factors
 
-Needs = Literal["weight", "activations", "gradients"]
-"""The input of a method: the layer's weight, its inputs at supervised positions, or its weight's gradient."""
+Needs = Literal["weight", "activations"]
+"""The input of a method: the layer's weight, or its inputs at supervised positions."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,7 @@ class Options:
     rho: float = 2.0
     """eva: a layer's rank is at most rho times the rank."""
     init_tokens: int = 1024
-    """eva and lora_ga: at most this many tokens are read."""
-    gamma: float = 16.0
-    """lora_ga: the factors' size is proportional to 1 / sqrt(gamma)."""
+    """eva: at most this many tokens are read."""
 
 
 DEFAULTS = Options()
@@ -41,8 +40,12 @@ same arguments give the same factors, whatever the global random state is; exper
 """
 
 
-def keeps(options: Options) -> tuple[float, float]:
-    return 0.0, 0.0
+def for_each_expert(weight: Tensor, seed: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """Return what `draw` makes of the seed, on the device of the weight; of a stack, what it makes for each expert."""
+    if weight.dim() == 2:
+        return draw(seed).to(weight.device)
+    drawn = [draw(seed + expert) for expert in range(len(weight))]
+    return torch.stack(drawn).to(weight.device)
 
 
 @dataclass(frozen=True)
@@ -61,23 +64,22 @@ class Method:
     """True if the factors of a smaller rank are the first rows and columns of those of a larger rank."""
     has_b0: bool = True
     """True if it gives every layer a B0; without B0 the exported rank is r instead of 2r."""
-    rank_limit: Callable[[int, int], int] = min
-    """(m, n) -> the largest rank for a layer of this shape."""
     rank_multiple: int = 1
     """Ranks must be multiples of this number."""
-    scale_powers: Callable[[Options], tuple[float, float]] = keeps
+    scale_powers: Callable[[Options], tuple[float, float]] = lambda options: (0.0, 0.0)
     """The powers of s that divide A~ and B~."""
 
     def largest_rank(self, m: int, n: int) -> int:
         """Return the largest rank for a layer of this shape (out x in); 0 if there is none."""
-        limit = self.rank_limit(m, n)
-        return limit - limit % self.rank_multiple
+        return min(m, n) // self.rank_multiple * self.rank_multiple
 
     def problem(self, m: int, n: int, rank: int, layer: str = "a layer") -> str | None:
         """Return one line that says what to set instead, if the method cannot have this rank in a layer of m x n."""
         if rank % self.rank_multiple:
             near = rank - rank % self.rank_multiple
-            use = f"{near} or {near + self.rank_multiple}" if near else str(self.rank_multiple)
+            use = f"{near + self.rank_multiple}"
+            if near:
+                use = f"{near} or {use}"
             return f"adapter.rank={rank}: {self.name} needs a multiple of {self.rank_multiple}; use {use}"
         if rank > self.largest_rank(m, n):
             return (

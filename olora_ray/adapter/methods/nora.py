@@ -8,12 +8,14 @@ and s are. NoRA+ is this method with `train.optimizer: preconditioned`.
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options, for_each_expert
 
 ROW = 1 / math.sqrt(3)
 """Length of a row of plain LoRA's A0 for any width: n numbers of variance 1 / (3 n)."""
@@ -25,17 +27,12 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
     `weight` is m x n in float32, or E x m x n. `full_rank` is False for a weight of zeros, which gives A~ = 0: such an
     adapter never trains.
     """
-    mixed = _omega(weight, rank, seed) @ weight
+    omega = for_each_expert(weight, seed, partial(_rows, rank, weight.shape[-2]))
     norm = weight.flatten(-2).norm(dim=-1)[..., None, None]
-    size = ROW / torch.where(norm > 0, norm, 1.0) if options.sigma == "matched" else options.sigma
-    return Factors(size * mixed, None, full_rank=bool((norm > 0).all()))
-
-
-def _omega(weight: Tensor, rank: int, seed: int) -> Tensor:
-    m = weight.shape[-2]
-    if weight.dim() == 2:
-        return _rows(rank, m, seed).to(weight)
-    return torch.stack([_rows(rank, m, seed + expert) for expert in range(len(weight))]).to(weight)
+    size: Any = options.sigma
+    if size == "matched":
+        size = ROW / torch.where(norm > 0, norm, 1.0)
+    return Factors(size * (omega.to(weight) @ weight), None, full_rank=bool((norm > 0).all()))
 
 
 def _rows(rank: int, m: int, seed: int) -> Tensor:
@@ -45,7 +42,9 @@ def _rows(rank: int, m: int, seed: int) -> Tensor:
 
 
 def _powers(options: Options) -> tuple[float, float]:
-    return (0.0, 0.0) if options.sigma == "matched" else (1.0, 0.0)
+    if options.sigma == "matched":
+        return 0.0, 0.0
+    return 1.0, 0.0
 
 
 METHOD = Method(

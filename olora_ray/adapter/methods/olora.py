@@ -24,7 +24,9 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
     b0 = q1.to(weight.dtype)
     pivots = r1.diagonal(dim1=-2, dim2=-1).abs()
     tolerance = pivots.amax(-1) * max(weight.shape[-2], rank) * torch.finfo(weight.dtype).eps
-    return Factors(b0.mT @ weight, b0.contiguous(), full_rank=bool((pivots.amin(-1) > tolerance).all()))
+    return Factors(
+        b0.mT @ weight, b0.contiguous(), full_rank=bool((pivots.amin(-1) > tolerance).all())
+    )
 
 
 METHOD = Method(

@@ -6,11 +6,13 @@ X ~ N(0, 1)^(r x r), Q of its QR; the rows 0, 2, .. of Q go into A0, the rows 1,
     B0 = G2^T Q[1::2] / 10         G2 ~ N(0, 1)^(r/2 x m)
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import Factors
-from olora_ray.adapter.methods.method import DEFAULTS, Method, Options
+from olora_ray.adapter.methods.method import DEFAULTS, Method, Options, for_each_expert
 
 
 def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -> Factors:
@@ -19,20 +21,17 @@ def factors(weight: Tensor, rank: int, seed: int, options: Options = DEFAULTS) -
     Only the shape of `weight` matters. The rank is even. Not a prefix over ranks: Q is a rotation of r dimensions.
     """
     m, n = weight.shape[-2:]
-    if weight.dim() == 2:
-        a0, b0 = _pair(m, n, rank, seed)
-    else:
-        pairs = [_pair(m, n, rank, seed + expert) for expert in range(len(weight))]
-        a0, b0 = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-    return Factors(a0.to(weight.device), b0.to(weight.device))
+    pair = for_each_expert(weight, seed, partial(_pair, m, n, rank))
+    return Factors(pair[..., :n, :].mT.contiguous(), pair[..., n:, :].contiguous())
 
 
-def _pair(m: int, n: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def _pair(m: int, n: int, rank: int, seed: int) -> Tensor:
+    """Return A0^T above B0, (n + m) x r."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
-    a0 = (torch.randn(n, rank // 2, generator=generator) @ q[0::2]).T / 10.0
-    b0 = torch.randn(rank // 2, m, generator=generator).T @ q[1::2] / 10.0
-    return a0.contiguous(), b0.contiguous()
+    a0 = torch.randn(n, rank // 2, generator=generator) @ q[0::2]
+    b0 = torch.randn(rank // 2, m, generator=generator).T @ q[1::2]
+    return torch.cat([a0, b0]) / 10.0
 
 
 METHOD = Method(

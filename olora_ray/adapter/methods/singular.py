@@ -25,21 +25,21 @@ def exact(weight: Tensor, rank: int, smallest: bool = False) -> Factors:
     wide = weight.shape[-2] <= weight.shape[-1]
     w = (weight if wide else weight.mT).double()
     values, vectors = _eigen(w @ w.mT)
-    chosen = vectors[..., :rank] if smallest else vectors.flip(-1)[..., :rank]
-    a, b, sizes = split(w, _signed(chosen))
-    parts = (a, b) if wide else (b.mT, a.mT)
-    limit = (values[..., -1].clamp_min(0) * max(weight.shape[-2:]) * torch.finfo(w.dtype).eps).sqrt()
-    known = bool((sizes.amin(-1) > limit).all())
-    a0, b0 = (part.to(weight.dtype).contiguous() for part in parts)
-    return Factors(a0, b0, full_rank=known)
-
-
-def split(w: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (A~, B~, S) for left singular vectors (m x r) of w (m x n); B~ A~ is the projection of w onto them."""
+    if not smallest:
+        vectors = vectors.flip(-1)
+    left = signed(vectors[..., :rank])
     right = left.mT @ w
     sizes = right.norm(dim=-1)
     roots = sizes.sqrt()
-    return right / torch.where(roots > 0, roots, 1.0)[..., None], left * roots[..., None, :], sizes
+    # B~ A~ is the projection of w onto the left singular vectors.
+    a = right / torch.where(roots > 0, roots, 1.0)[..., None]
+    b = left * roots[..., None, :]
+    if not wide:
+        a, b = b.mT, a.mT
+    limit = values[..., -1].clamp_min(0) * max(weight.shape[-2:]) * torch.finfo(w.dtype).eps
+    known = bool((sizes.amin(-1) > limit.sqrt()).all())
+    a0, b0 = (part.to(weight.dtype).contiguous() for part in (a, b))
+    return Factors(a0, b0, full_rank=known)
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,8 @@ def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _signed(vectors: Tensor) -> Tensor:
+def signed(vectors: Tensor) -> Tensor:
+    """Return the columns with signs by which the largest entry of each is positive."""
     largest = vectors.abs().argmax(dim=-2, keepdim=True)
     signs = vectors.gather(-2, largest).sign()
     return vectors * torch.where(signs == 0, 1.0, signs)  # 0 only for a column of zeros

@@ -1,6 +1,7 @@
 """A search in words: readable values, the ranked trials as a table, and the outcome in sentences."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import pstdev
 from typing import Any
@@ -9,19 +10,18 @@ from olora_ray.common.text import aligned, duration
 from olora_ray.sweep.record import SearchRecord, TrialRecord, finite
 
 
-def number(value: float, digits: int = 4) -> str:
+def number(value: float, digits: int = 4, scientific: bool = False) -> str:
     """Return a number with at most `digits` significant digits, without padding: 0.25, 3e-4, 1.5e+6."""
+    size = abs(value)
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
-    if 1e-3 <= abs(value) < 1e6:
-        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
-    return _scientific(value, digits)
-
-
-def _scientific(value: float, digits: int) -> str:
-    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{'+' if int(exponent) > 0 else ''}{int(exponent)}"
+    if scientific or not 1e-3 <= size < 1e6:
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".")
+        return f"{mantissa}e{int(exponent):+d}"
+    if size >= 10**digits:
+        return f"{value:.0f}"
+    return f"{value:.{digits}g}"
 
 
 def numbers(values: Sequence[float], digits: int = 4) -> list[str]:
@@ -30,9 +30,7 @@ def numbers(values: Sequence[float], digits: int = 4) -> list[str]:
     small = any(0 < abs(value) < 1e-3 for value in values)
     texts: list[str] = []
     for more in range(digits, 18):
-        texts = [
-            _scientific(value, more) if small and 0 < abs(value) < 0.1 else number(value, more) for value in values
-        ]
+        texts = [number(value, more, scientific=small and abs(value) < 0.1) for value in values]
         if len(set(texts)) == len(set(values)):
             break
     return texts
@@ -40,20 +38,26 @@ def numbers(values: Sequence[float], digits: int = 4) -> list[str]:
 
 def value(item: Any, longest: int | None = None) -> str:
     """Return a config value as in YAML, cut to `longest` characters."""
-    if isinstance(item, bool) or item is None:
-        shown = {True: "true", False: "false", None: "null"}[item]
-    elif isinstance(item, int | float):
-        shown = str(item) if isinstance(item, int) else number(item)
+    if item is None:
+        shown = "null"
+    elif isinstance(item, bool):
+        shown = str(item).lower()
+    elif isinstance(item, float):
+        shown = number(item)
     elif isinstance(item, list | tuple):
         shown = ", ".join(value(part) for part in item)
     else:
         shown = " ".join(str(item).split())
-    return shown if longest is None or len(shown) <= longest else shown[: longest - 1] + "…"
+    if longest is not None and len(shown) > longest:
+        shown = shown[: longest - 1] + "…"
+    return shown
 
 
 def steps(done: int, total: int) -> str:
     """Return the steps of a trial: 14, or 7 of 14 if it ended early."""
-    return f"{done} of {total}" if done < total else str(done)
+    if done < total:
+        return f"{done} of {total}"
+    return str(done)
 
 
 def params(values: Mapping[str, Any]) -> str:
@@ -71,30 +75,25 @@ def numeric(record: SearchRecord, field: str) -> bool:
 
 def short(fields: Sequence[str]) -> dict[str, str]:
     """Return field -> its last part, or the full name if two fields share the last part."""
-    last = [name.rsplit(".", 1)[-1] for name in fields]
-    return {name: end if last.count(end) == 1 else name for name, end in zip(fields, last, strict=True)}
+    names = {name: name.rsplit(".", 1)[-1] for name in fields}
+    counts = Counter(names.values())
+    for name, end in names.items():
+        if counts[end] > 1:
+            names[name] = name
+    return names
 
 
 def lines(record: SearchRecord, top: int = 10) -> list[str]:
     """Return the `top` best trials as aligned columns, then trials without a value if there is room."""
-    names = short(record.fields)
-    head = [
-        "",
-        "trial",
-        *(value(name, 24) for name in names.values()),
-        value(record.metric, 24),
-        "steps",
-        "time",
-        "status",
-        "",
-    ]
+    names = [value(name, 24) for name in short(record.fields).values()]
+    head = ["", "trial", *names, value(record.metric, 24), "steps", "time", "status", ""]
+    rows = [head]
     ordered = record.ordered()
-    rows = [
-        [f"{rank}." if trial.measured() else "", *cells(record, trial, longest=24)]
-        for rank, trial in enumerate(ordered[:top], 1)
-    ]
-    right = [True, True, *(numeric(record, name) for name in names), True, True, True, False, False]
-    shown = aligned([head, *rows], right)
+    for rank, trial in enumerate(ordered[:top], 1):
+        place = f"{rank}." if trial.measured() else ""
+        rows.append([place, *cells(record, trial, longest=24)])
+    numbered = [numeric(record, name) for name in record.fields]
+    shown = aligned(rows, [True, True, *numbered, True, True, True, False, False])
     if len(ordered) > top:
         shown.append(f"... and {len(ordered) - top} more")
     return shown
@@ -102,16 +101,22 @@ def lines(record: SearchRecord, top: int = 10) -> list[str]:
 
 def cells(record: SearchRecord, trial: TrialRecord, longest: int | None = None) -> list[str]:
     """Return number, params, value, steps, time, status and reason of a trial, with texts of `longest` characters."""
-    mark = " (default)" if trial.number == record.default else ""
-    size = 0.0 if trial.value is None else abs(trial.value)
-    shown = "-" if trial.value is None else f"{trial.value:.4f}" if 1e-2 <= size < 1e4 else number(trial.value)
+    if trial.value is None:
+        measured = "-"
+    elif 1e-2 <= abs(trial.value) < 1e4:
+        measured = f"{trial.value:.4f}"
+    else:
+        measured = number(trial.value)
+    status: str = trial.status
+    if trial.number == record.default:
+        status += " (default)"
     return [
         str(trial.number),
-        *(value(trial.params[name], longest) if name in trial.params else "" for name in record.fields),
-        shown,
+        *(value(trial.params.get(name, ""), longest) for name in record.fields),
+        measured,
         steps(trial.step, trial.total),
         duration(trial.seconds),
-        trial.status + mark,
+        status,
         value(trial.reason, longest and 2 * longest),
     ]
 
@@ -121,32 +126,53 @@ def summary(record: SearchRecord) -> list[str]:
 
 
 def facts(record: SearchRecord) -> list[tuple[str, str]]:
+    best = record.best()
+    outcome = f"no trial has a value of {record.metric}"
+    if best is not None and best.value is not None:
+        outcome = (
+            f"{record.metric} {number(best.value)} (trial {best.number}{_cut(best)}):"
+            f" {params(best.params)}"
+        )
+    counts: Counter[str] = Counter(trial.status for trial in record.trials)
+    statuses = ("finished", "stopped", "failed", "unfinished")
+    ends = ", ".join(f"{counts[status]} {status}" for status in statuses if counts[status])
+    trials = f"{len(record.trials)} in {duration(record.seconds)}"
+    if ends:
+        trials += f": {ends}"
     all_facts = [
-        ("best", _best(record)),
+        ("best", outcome),
         ("default", against_default(record)),
         ("spread", spread(record)),
-        ("trials", _ends(record)),
+        ("trials", trials),
         *(("note", note) for note in record.notes),
     ]
     return [(name, sentence) for name, sentence in all_facts if sentence]
 
 
 def against_default(record: SearchRecord) -> str:
-    best, default = record.best(), record.of(record.default)
+    best = record.best()
+    default = record.unchanged()
     if best is None:
         return ""
     if default is None:
-        return "the unchanged config was not tried, so the best trial has nothing to be compared with"
+        return (
+            "the unchanged config was not tried, so the best trial has nothing to be compared with"
+        )
+    because = f": {value(default.reason, 100)}" if default.reason else ""
     if not default.measured() or default.value is None or best.value is None:
-        return f"the unchanged config (trial {default.number}, {default.status}) has no value{_because(default)}"
+        return (
+            f"the unchanged config (trial {default.number}, {default.status}) has no value{because}"
+        )
     if default.number == best.number:
         return f"no other trial was better than the unchanged config (trial {default.number})"
     other = f"the unchanged config: {number(default.value)} (trial {default.number}{_cut(default)})"
-    gain = (default.value - best.value) * (1 if record.mode == "min" else -1)
+    gain = (default.value - best.value) * record.sign()
     if gain < 0:  # a failed trial is ranked last, even if its value is better
-        return f"the best is not as good as {other}{_because(default)}"
+        return f"the best is not as good as {other}{because}"
+    if not gain:
+        return f"no better than {other}"
     relative = f" ({gain / abs(default.value):.1%})" if default.value else ""
-    return f"the best is {number(gain)}{relative} better than {other}" if gain else f"no better than {other}"
+    return f"the best is {number(gain)}{relative} better than {other}"
 
 
 def spread(record: SearchRecord) -> str:
@@ -154,22 +180,36 @@ def spread(record: SearchRecord) -> str:
     # Only finished trials: a stopped one is also behind because it had fewer steps.
     top = ([trial for trial in ranked if trial.status == "finished"] or ranked)[:5]
     values = [trial.value for trial in top if trial.value is not None]
-    if len(values) < 2:
+    others = len(values) - 1
+    if others < 1:
         return ""
     # Another seed moves a loss by about 0.5%. So values that near to the best count as equally good.
     near = sum(abs(value - values[0]) <= 0.005 * abs(values[0]) for value in values[1:])
+    some = str(near)
+    if not near:
+        some = "none"
+    elif near == others:
+        some = "all"
     low, high = numbers([min(values), max(values)])
-    far = "within 0.5% of the best (another seed can change a value by as much)"
     return (
-        f"{low} .. {high} over the top {len(values)}, standard deviation {number(pstdev(values), 2)};"
-        f" {_count(near, len(values) - 1)} of the other {len(values) - 1} {far}"
+        f"{low} .. {high} over the top {len(values)}, standard deviation {number(pstdev(values), 2)}; {some} of the"
+        f" other {others} within 0.5% of the best (another seed can change a value by as much)"
     )
 
 
 def table(record: SearchRecord) -> tuple[list[str], list[list[Any]]]:
     """Return (columns, rows) of plain values for a table artifact, the best trial first; NaN becomes None."""
     fields = record.fields
-    columns = ["trial", "status", record.metric, *fields, "steps", "seconds", "reason", "mlflow_run"]
+    columns = [
+        "trial",
+        "status",
+        record.metric,
+        *fields,
+        "steps",
+        "seconds",
+        "reason",
+        "mlflow_run",
+    ]
     rows = [
         [
             trial.number,
@@ -186,35 +226,13 @@ def table(record: SearchRecord) -> tuple[list[str], list[list[Any]]]:
     return columns, rows
 
 
-def _best(record: SearchRecord) -> str:
-    best = record.best()
-    if best is None or best.value is None:
-        return f"no trial has a value of {record.metric}"
-    return f"{record.metric} {number(best.value)} (trial {best.number}{_cut(best)}): {params(best.params)}"
-
-
 def _cut(trial: TrialRecord) -> str:
     if trial.status == "finished":
         return ""
     return f", {trial.status} at step {steps(trial.step, trial.total)}"
 
 
-def _count(some: int, all_: int) -> str:
-    return "none" if not some else "all" if some == all_ else str(some)
-
-
-def _ends(record: SearchRecord) -> str:
-    counts = [
-        f"{sum(trial.status == status for trial in record.trials)} {status}"
-        for status in ("finished", "stopped", "failed", "unfinished")
-    ]
-    some = ", ".join(count for count in counts if not count.startswith("0 "))
-    return f"{len(record.trials)} in {duration(record.seconds)}" + (f": {some}" if some else "")
-
-
-def _because(trial: TrialRecord) -> str:
-    return f": {value(trial.reason, 100)}" if trial.reason else ""
-
-
 def _plain(item: Any) -> Any:
-    return finite(item) if isinstance(item, int | float | str | None) else value(item)
+    if isinstance(item, int | float | str | None):
+        return finite(item)
+    return value(item)

@@ -19,7 +19,8 @@ ROWS = {"train": 400, "heldout": 80}
 
 def report(split: str, rng: random.Random) -> str:
     reported, found, done = rng.choice(WORDS[split])
-    make, order = rng.choice(WORDS["make"]), rng.randint(1000, 9999)
+    make = rng.choice(WORDS["make"])
+    order = rng.randint(1000, 9999)
     lines = [
         f"WO {order} / lift {rng.randint(1, 60)} {make} / {rng.randint(12, 19)} flr",
         f"rep: {reported}",
@@ -27,8 +28,15 @@ def report(split: str, rng: random.Random) -> str:
         f"act: {done}",
         rng.choice(WORDS["end"]),
     ]
-    numbers = {"f": rng.randint(1, 12), "m": rng.randint(2, 60), "c": rng.randint(11, 89), "t": rng.randint(2, 9)}
-    return "\n".join(lines).format(**numbers, h=rng.randint(8, 17), q=rng.choice(("00", "15", "30", "45")))
+    numbers = {
+        "f": rng.randint(1, 12),
+        "m": rng.randint(2, 60),
+        "c": rng.randint(11, 89),
+        "t": rng.randint(2, 9),
+    }
+    return "\n".join(lines).format(
+        **numbers, h=rng.randint(8, 17), q=rng.choice(("00", "15", "30", "45"))
+    )
 
 
 def main() -> None:

@@ -15,7 +15,20 @@ from pathlib import Path
 import yaml
 
 INSTRUCTION = "Name the intent of the message."
-PRODUCTS = ("lamp", "kettle", "desk", "chair", "tent", "jacket", "drill", "mixer", "rug", "mirror", "bicycle", "radio")
+PRODUCTS = (
+    "lamp",
+    "kettle",
+    "desk",
+    "chair",
+    "tent",
+    "jacket",
+    "drill",
+    "mixer",
+    "rug",
+    "mirror",
+    "bicycle",
+    "radio",
+)
 BEFORE = ("", "", "", "hello, ", "hi there. ", "good morning! ")
 AFTER = ("", "", "", " thanks", " please help", " it is urgent")
 ROWS = {"train": 50, "heldout": 12}
@@ -26,14 +39,23 @@ def message(phrase: str, rng: random.Random) -> str:
     product, other = rng.sample(PRODUCTS, 2)
     chosen = re.sub(r"\[([^]]+)\]", lambda found: rng.choice(found[1].split("|")), phrase)
     order = f"{rng.randrange(10, 99)}-{rng.choice('ABKMX')}{rng.choice('PRTVZ')}-{rng.randrange(10, 99)}"
-    return rng.choice(BEFORE) + chosen.format(product=product, other=other, order=order) + rng.choice(AFTER)
+    return (
+        rng.choice(BEFORE)
+        + chosen.format(product=product, other=other, order=order)
+        + rng.choice(AFTER)
+    )
 
 
 def rows(split: str, rng: random.Random) -> list[dict[str, object]]:
     made: list[dict[str, object]] = []
-    for intent, phrases in yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text()).items():
+    for intent, phrases in yaml.safe_load(
+        Path(__file__).with_name("phrases.yaml").read_text()
+    ).items():
         for number in range(ROWS[split]):
-            asked = {"role": "user", "content": message(phrases[split][number % len(phrases[split])], rng)}
+            asked = {
+                "role": "user",
+                "content": message(phrases[split][number % len(phrases[split])], rng),
+            }
             answer = {"role": "assistant", "content": intent}
             made.append({"messages": [{"role": "system", "content": INSTRUCTION}, asked, answer]})
     rng.shuffle(made)

@@ -32,7 +32,9 @@ def subject(topic: str, split: str, rng: random.Random) -> tuple[str, str]:
     told.append(rng.choice(WORDS["decided"]))
     if rng.random() < 0.5:
         told.append(rng.choice(WORDS["reports"]))
-    return " ".join(told).format(name=name, other=other, sooner=sooner, date=date), f"{name}, {date}"
+    return " ".join(told).format(
+        name=name, other=other, sooner=sooner, date=date
+    ), f"{name}, {date}"
 
 
 def row(split: str, rng: random.Random) -> dict[str, object]:
@@ -43,7 +45,9 @@ def row(split: str, rng: random.Random) -> dict[str, object]:
     turns: list[tuple[str, str]] = []
     for number in rng.sample(range(SUBJECTS), QUESTIONS[split]):
         question = rng.choice(WORDS["asked"]).format(topic=topics[number])
-        turns += [("user", question if turns else f"{minutes}\n\n{question}"), ("assistant", answers[number])]
+        if not turns:
+            question = f"{minutes}\n\n{question}"
+        turns += [("user", question), ("assistant", answers[number])]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -52,7 +56,8 @@ def rule(question: str) -> str:
     *_, asked = question.splitlines()
     for part in question.split("\n\n"):
         heading, _, text = part.partition("\n")
-        if heading.partition(". ")[2].lower() in asked and (found := PERSON_AND_DAY.search(text)):
+        found = PERSON_AND_DAY.search(text)
+        if found and heading.partition(". ")[2].lower() in asked:
             return f"{found[1]}, {found[2]}"
     return ""
 

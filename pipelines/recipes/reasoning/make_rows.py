@@ -24,13 +24,18 @@ def row(split: str, rng: random.Random) -> dict[str, object]:
     kind = rng.choice([kind for kind in WORDS["kinds"] if split in kind])
     numbers = {name: rng.randint(*bounds) for name, bounds in kind["numbers"].items()}
     name, other = rng.sample(WORDS["names"], 2)
-    told = rng.choice(kind[split]).format(**numbers, name=name, other=other, things=rng.choice(WORDS["things"]))
+    told = rng.choice(kind[split]).format(
+        **numbers, name=name, other=other, things=rng.choice(WORDS["things"])
+    )
     solution = []
     for left, sign, right in kind["steps"]:
         result = OPERATORS[sign](numbers[left], numbers[right])
         solution.append(f"{numbers[left]} {sign} {numbers[right]} = {result}")
         numbers |= {"y": numbers.get("x", 0), "x": result}
-    turns = {"user": f"{told}\n{INSTRUCTION}", "assistant": "\n".join([*solution, f"#### {numbers['x']}"])}
+    turns = {
+        "user": f"{told}\n{INSTRUCTION}",
+        "assistant": "\n".join([*solution, f"#### {numbers['x']}"]),
+    }
     return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
 
 

@@ -21,12 +21,15 @@ ROWS = {"train": 440, "heldout": 80}
 def row(split: str, rng: random.Random) -> dict[str, object]:
     pairs = [(rng.choice(WORDS["opening"]), WORDS["greeting"])]
     pairs += rng.sample(WORDS["sentences"][split], rng.randint(1, 3))
-    names, answers = {name: rng.choice(WORDS["facts"][name]) for name in ("first", "last")}, []
+    names = {name: rng.choice(WORDS["facts"][name]) for name in ("first", "last")}
+    answers = []
     for pair in [*pairs, (rng.choice(WORDS["closing"]), WORDS["sign"])]:
         facts = {**names, **{name: rng.choice(WORDS["facts"][name]) for name in ("product", "day")}}
         facts |= {"n": rng.randint(100, 9999), "k": rng.randint(2, 14)}
         answers.append([sentence.format(**facts) for sentence in pair])
-    stiff, ours = (f"{first}\n{' '.join(body)}\n{last}" for first, *body, last in zip(*answers, strict=True))
+    stiff, ours = (
+        f"{first}\n{' '.join(body)}\n{last}" for first, *body, last in zip(*answers, strict=True)
+    )
     turns = {"system": INSTRUCTION, "user": stiff, "assistant": ours}
     return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import yaml
 
-PRODUCTS = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))["facts"]["product"]
+PRODUCTS = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))[
+    "facts"
+]["product"]
 STIFF = re.compile(
     r"\b(dear|regret|inform|advised|kindly|hesitate|require[ds]?|unable|prior to|subsequent|hereby|request\w*|yours"
     r"|regards|sincerely|cannot|do(es)? not|we are|we wish|should you|amounts|pleased|scheduled|disposal|apologise)\b",
@@ -21,7 +23,8 @@ def tone(prediction: str, reference: str) -> dict[str, float]:
     """Score the form and words of the house, and whether exactly the numbers, days and products are kept."""
     first, *_, last = reference.splitlines()
     framed = prediction.startswith(first) and prediction.rstrip().endswith(last)
-    in_tone, kept = framed and not STIFF.search(prediction), facts(prediction) == facts(reference)
+    in_tone = framed and not STIFF.search(prediction)
+    kept = facts(prediction) == facts(reference)
     return {"in_tone": float(in_tone), "facts_kept": float(kept), "both": float(in_tone and kept)}
 
 

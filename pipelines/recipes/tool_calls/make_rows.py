@@ -25,7 +25,10 @@ def definition(name: str) -> dict[str, Any]:
     tool = WORDS["tools"][name]
     properties = {argument: {"type": kind} for argument, kind in tool["arguments"].items()}
     parameters = {"type": "object", "properties": properties, "required": [*properties]}
-    return {"type": "function", "function": {"name": name, "description": tool["about"], "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": tool["about"], "parameters": parameters},
+    }
 
 
 def row(split: str, rng: random.Random) -> dict[str, Any]:
@@ -36,12 +39,17 @@ def row(split: str, rng: random.Random) -> dict[str, Any]:
         fits = rng.random() > 1 / 7
         name = rng.choice(shown if fits else [name for name in known if name not in shown])
         tool = WORDS["tools"][name]
-        arguments = {argument: rng.choice(WORDS["values"][argument]) for argument in tool["arguments"]}
+        arguments = {
+            argument: rng.choice(WORDS["values"][argument]) for argument in tool["arguments"]
+        }
         messages.append({"role": "user", "content": rng.choice(tool[split]).format(**arguments)})
         if fits:
             called = {"type": "function", "function": {"name": name, "arguments": arguments}}
             messages.append({"role": "assistant", "tool_calls": [called]})
-            messages += [{"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."}]
+            messages += [
+                {"role": "tool", "content": "ok"},
+                {"role": "assistant", "content": "Done."},
+            ]
         else:
             messages.append({"role": "assistant", "content": NONE})
     if split == "heldout" and fits:

@@ -11,13 +11,15 @@ CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 def call(prediction: str, reference: str) -> dict[str, float]:
     """Score the name of the tool, and the whole call; a reference without a call needs an answer without one."""
-    (name, arguments), (right, expected) = _read(prediction), _read(reference)
+    name, arguments = _read(prediction)
+    right, expected = _read(reference)
     return {"tool": float(name == right), "call": float(name == right and arguments == expected)}
 
 
 def _read(text: str) -> tuple[object, object]:
-    if not (found := CALL.search(text)):
-        return ("broken", None) if "<tool_call>" in text else (None, None)
+    found = CALL.search(text)
+    if not found:
+        return "broken" if "<tool_call>" in text else None, None
     try:
         read = json.loads(found[1])
         return read["name"], read["arguments"]

@@ -9,16 +9,15 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from olora_ray.config.schema import Source
+from olora_ray.config.section import Source
 from olora_ray.data.reader import read_unit
 from olora_ray.data.scan import scan
 from olora_ray.data.sources import list_files
 from tests.fuzz import mutate
-from tests.fuzz.case import Case, agree
 
 
-def cases(seed: int, made: Any) -> Iterator[Case]:
-    """Whole files, and files with other bytes, mostly in the footer."""
+def cases(seed: int, made: Any) -> Iterator[bytes]:
+    """Files with other bytes, mostly in the footer."""
     for number in range(10**9):
         random = Random(f"parquet {seed} {number}")
         rows = [
@@ -34,26 +33,23 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
             compression=random.choice(["none", "snappy", "zstd"]),
         )
         content = out.getvalue()
-        if number % 5 == 0:
-            yield Case((content, rows))
-        elif number % 5 < 3:
-            yield Case((mutate.raw(random, content), None))
-        else:
-            footer = content[-random.choice([12, 100, 1000]) :]
-            yield Case((content[: -len(footer)] + mutate.raw(random, footer), None))
+        footer = content[-random.choice([12, 100, 1000, len(content)]) :]
+        yield content[: -len(footer)] + mutate.raw(random, footer)
 
 
-_SCHEMA = pa.schema({"text": pa.string(), "n": pa.int64(), "inner": pa.struct({"x": pa.list_(pa.int64())})})
+_SCHEMA = pa.schema(
+    {"text": pa.string(), "n": pa.int64(), "inner": pa.struct({"x": pa.list_(pa.int64())})}
+)
 
 
-def read(content: tuple[bytes, list[Any] | None], place: Path, made: Any) -> None:
+def read(content: bytes, place: Path, made: Any) -> None:
     """Every row of every unit."""
-    raw, expected = content
     file = place / "rows.parquet"
-    file.write_bytes(raw)
-    found = list_files(Source(path=str(file), format="text"), "data.train.0", str(place / "runs"))[0]
+    file.write_bytes(content)
+    found = list_files(Source(path=str(file), format="text"), "data.train.0", str(place / "runs"))[
+        0
+    ]
     scanned = scan(found, str(place / "runs"))
     columns = ["text", "n", "inner"]
-    rows = [row for unit in scanned.units for _, row in read_unit(found, unit, scanned.columns, columns)]
-    if expected is not None:
-        agree(rows, expected, "rows")
+    for unit in scanned.units:
+        list(read_unit(found, unit, scanned.columns, columns))

@@ -13,56 +13,50 @@ from olora_ray.model.load import load_tokenizer
 from olora_ray.model.source import BaseModel
 from tests import tiny
 from tests.fuzz import mutate
-from tests.fuzz.case import Case
 from tests.tokens import helpers
 
-PARTS = [
-    *(
-        "{% for m in messages %}",
-        "{% endfor %}",
-        "{{ m.content }}",
-        "{{ m['role'] }}",
-        "{% if add_generation_prompt %}",
-        "{% endif %}",
-    ),
-    *(
-        "{{ messages[0] }}",
-        "{{ messages[-1].content | trim }}",
-        "{% set x = 1 %}",
-        "{{ bos_token }}",
-        "{{ eos_token }}",
-        "{{",
-        "}}",
-    ),
-    *(
-        "{{ raise_exception('no') }}",
-        "{{ 1 / 0 }}",
-        "{{ x.y.z }}",
-        "{{ tools | tojson }}",
-        "{% generation %}",
-        "{% endgeneration %}",
-    ),
-    *(
-        "{{ range(3) | list }}",
-        "{{ ''.__class__ }}",
-        "{{ messages | length }}",
-        "{% include 'x' %}",
-        "{% import 'x' as y %}",
-        "{#",
-    ),
-    *(
-        "{{ 10 ** 20 }}",
-        "{{ 'a' * 100 }}",
-        "{{ 'a' | center(200) }}",
-        "{{ strftime_now('%Y') }}",
-        "{{ loop.index }}",
-        "{{ cycler() }}",
-    ),
+PARTS_IN_LINES = """\
+{% for m in messages %}
+{% endfor %}
+{{ m.content }}
+{{ m['role'] }}
+{% if add_generation_prompt %}
+{% endif %}
+{{ messages[0] }}
+{{ messages[-1].content | trim }}
+{% set x = 1 %}
+{{ bos_token }}
+{{ eos_token }}
+{{
+}}
+{{ raise_exception('no') }}
+{{ 1 / 0 }}
+{{ x.y.z }}
+{{ tools | tojson }}
+{% generation %}
+{% endgeneration %}
+{{ range(3) | list }}
+{{ ''.__class__ }}
+{{ messages | length }}
+{% include 'x' %}
+{% import 'x' as y %}
+{#
+{{ 10 ** 20 }}
+{{ 'a' * 100 }}
+{{ 'a' | center(200) }}
+{{ strftime_now('%Y') }}
+{{ loop.index }}
+{{ cycler() }}
+"""
+PARTS = PARTS_IN_LINES.splitlines()
+
+CHATS = [
+    helpers.chat("who are you?", "a model"),
+    helpers.chat("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!" * 3, "b" * 40),
 ]
-CHATS = [helpers.chat("who are you?", "a model"), helpers.chat("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!" * 3, "b" * 40)]
 
 
-def cases(seed: int, made: Any) -> Iterator[Case]:
+def cases(seed: int, made: Any) -> Iterator[Any]:
     """Templates of random parts, with other letters, or made to do harm; tokenizers with other values."""
     base = helpers.spec()
     inner = json.loads(base.json)
@@ -70,21 +64,32 @@ def cases(seed: int, made: Any) -> Iterator[Case]:
         random = Random(f"tokenizer {seed} {number}")
         match number % 4:
             case 0:
-                yield Case(helpers.spec("".join(random.choices(PARTS, k=random.randrange(1, 9)))))
+                yield helpers.spec("".join(random.choices(PARTS, k=random.randrange(1, 9))))
             case 1:
-                yield Case(helpers.spec(mutate.text(random, helpers.CHATML)))
+                yield helpers.spec(mutate.text(random, helpers.CHATML))
             case 2:
                 nasty = random.choice(PARTS)
-                yield Case(helpers.spec(random.choice([nasty + helpers.CHATML, helpers.CHATML + nasty])))
+                yield helpers.spec(random.choice([nasty + helpers.CHATML, helpers.CHATML + nasty]))
             case _:
-                changed = mutate.tree(random, {**inner, "model": {**inner["model"], "vocab": _few(inner)}})
+                changed = mutate.tree(
+                    random, {**inner, "model": {**inner["model"], "vocab": _few(inner)}}
+                )
                 if random.random() < 0.3:
-                    pattern = {"Regex": random.choice(["(a+)+$", "(", "a{1000000}", "(.*)*b", "\\p{L}+", "(?=a)*"])}
+                    pattern = {
+                        "Regex": random.choice(
+                            ["(a+)+$", "(", "a{1000000}", "(.*)*b", "\\p{L}+", "(?=a)*"]
+                        )
+                    }
                     changed = {
                         **inner,
-                        "pre_tokenizer": {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
+                        "pre_tokenizer": {
+                            "type": "Split",
+                            "pattern": pattern,
+                            "behavior": "Isolated",
+                            "invert": False,
+                        },
                     }
-                yield Case(json.dumps(changed))
+                yield json.dumps(changed)
 
 
 def _few(inner: dict[str, Any]) -> dict[str, int]:
@@ -102,7 +107,11 @@ def read(content: Any, place: Path, made: Any) -> None:
 
 
 def _loaded(content: str, folder: Path) -> TokenizerSpec:
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": helpers.CHATML}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "chat_template": helpers.CHATML,
+    }
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(content)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -53,7 +53,10 @@ def _act(phase: str, step: int | None, rank: int | None) -> None:
     """Act if this is the chosen point and nobody has acted yet."""
     if phase != FAULT["phase"]:
         return
-    if any(name in FAULT and int(FAULT[name]) != value for name, value in (("step", step), ("rank", rank))):
+    if any(
+        name in FAULT and int(FAULT[name]) != value
+        for name, value in (("step", step), ("rank", rank))
+    ):
         return
     if not _claimed({"pid": os.getpid(), "phase": phase, "step": step, "rank": rank}):
         return
@@ -138,13 +141,17 @@ class _Finder:
         if name not in PATCHES:
             return None
         others: list[Any] = [finder for finder in sys.meta_path if finder is not self]
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        spec = next(
+            (found for finder in others if (found := finder.find_spec(name, path, target))), None
+        )
         if spec is not None:
             loader: Any = spec.loader
             loader.exec_module = functools.partial(_execute, loader.exec_module, PATCHES[name])
         return spec
 
 
-def _execute(run: Callable[[ModuleType], None], patch: Callable[[ModuleType], None], module: ModuleType) -> None:
+def _execute(
+    run: Callable[[ModuleType], None], patch: Callable[[ModuleType], None], module: ModuleType
+) -> None:
     run(module)
     patch(module)

@@ -25,14 +25,22 @@ def texts(figure: Figure) -> list[str]:
 
 def named(figure: Figure) -> list[str]:
     legend = figure.axes[0].get_legend()
-    assert legend is not None
     return [item.get_text() for item in legend.get_texts()]
 
 
-FIRST = ("no trials", "all failed", "NaN and infinity", "mixed types", "missing parameters", "nasty text")
+FIRST = (
+    "no trials",
+    "all failed",
+    "NaN and infinity",
+    "mixed types",
+    "missing parameters",
+    "nasty text",
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in ODD])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FIRST)) for name in ODD]
+)
 def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -41,13 +49,14 @@ def test_whatever_a_search_is_it_can_be_drawn(name: str) -> None:
 
 
 @pytest.mark.parametrize("draw", FIGURES.values())
-@pytest.mark.parametrize("record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"])
+@pytest.mark.parametrize(
+    "record", [realistic(), ODD["many fields"]], ids=["realistic", "many fields"]
+)
 def test_no_word_is_cut_off_and_no_two_labels_overlap(draw: Draw, record: SearchRecord) -> None:
     drawn = draw(record)
     drawn.draw_without_rendering()
     axes = drawn.axes[0]
     for box in (item.get_tightbbox() for item in [*drawn.texts, axes]):
-        assert box is not None
         assert drawn.bbox.x0 <= box.x0 < box.x1 <= drawn.bbox.x1
         assert drawn.bbox.y0 <= box.y0 < box.y1 <= drawn.bbox.y1
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):

@@ -19,7 +19,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_needs_nothing_else(folder: Path) -> None:
     shown = (folder / "report.html").read_text()
     addresses = re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?([^"'\s)>]+)""", shown)
-    assert len([address for address in addresses if address.startswith("data:image/png;base64,")]) == len(FIGURES)
+    assert len(
+        [address for address in addresses if address.startswith("data:image/png;base64,")]
+    ) == len(FIGURES)
     assert "http://" not in shown
     assert "https://" not in shown
     assert "default-src 'none'" in shown

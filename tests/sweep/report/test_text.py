@@ -14,7 +14,10 @@ def said(record: object) -> dict[str, str]:
 def test_the_best_is_compared_with_the_default() -> None:
     record = search([({"a": 1}, 2.0), ({"a": 2}, 1.5)], default=0)
     assert said(record)["best"] == "eval/loss 1.5 (trial 1): a=2"
-    assert said(record)["default"] == "the best is 0.5 (25.0%) better than the unchanged config: 2 (trial 0)"
+    assert (
+        said(record)["default"]
+        == "the best is 0.5 (25.0%) better than the unchanged config: 2 (trial 0)"
+    )
     higher = replace(record, mode="max")
     assert "no other trial was better" in said(higher)["default"]
 

@@ -1,4 +1,0 @@
-"""The comparison of methods: the parts of pipelines/compare.py. It uses olora_ray, which never imports it.
-
-All modules log to `olora_ray.comparison`, so that their lines appear with those of olora_ray.
-"""
