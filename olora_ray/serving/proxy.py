@@ -138,6 +138,7 @@ class Proxy:
             return await self._passed(request, body)
         finally:
             _Body.held -= body.large
+            body.parts.clear()  # the traceback of an error answer would keep them
 
     async def _passed(self, request: web.Request, body: "_Body") -> web.StreamResponse:
         name = body.model
