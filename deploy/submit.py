@@ -18,7 +18,9 @@ killed; 143 stopped by SIGTERM.
 import asyncio
 import contextlib
 import itertools
+import json
 import os
+import secrets
 import shlex
 import signal
 import time
@@ -29,6 +31,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from olora_ray.common import outcome
 from olora_ray.common.errors import Stopped, TryAgain, UserError, first_line
 from olora_ray.config import command_line
 from olora_ray.tracking import start
@@ -68,20 +71,25 @@ def _stopped(number: int, frame: FrameType | None) -> None:
 
 def followed(name: str, entrypoint: str, folder: str | None) -> int:
     client = JobSubmissionClient()
-    job = begun(client, name, entrypoint, folder)
+    # Lines of the job's log that begin with this word are for the process that has started this one.
+    word = secrets.token_hex(16)
+    job = begun(client, name, entrypoint, folder, word)
     try:
-        asyncio.run(follow(client, job))
+        asyncio.run(follow(client, job, word))
         return exit_code(client, job)
     except Stopped:
         stop(client, job)
         raise
 
 
-def begun(client: JobSubmissionClient, name: str, entrypoint: str, folder: str | None) -> str:
+def begun(
+    client: JobSubmissionClient, name: str, entrypoint: str, folder: str | None, word: str
+) -> str:
     # MLflow names LOGNAME as the user of a run; on the cluster that would be the user of Ray.
     variables = {
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
         "LOGNAME": os.environ.get("LOGNAME", ""),
+        outcome.VARIABLE: word,
     }
     variables |= {"OLORA_SUBMITTER": start.submitter()}
     if (
@@ -118,11 +126,15 @@ def status(client: JobSubmissionClient, job: str) -> JobStatus | None:
         raise
 
 
-async def follow(client: JobSubmissionClient, job: str) -> None:
+async def follow(client: JobSubmissionClient, job: str, word: str) -> None:
     # The log may end before the job, if the connection breaks; exit_code waits for the job itself.
     with contextlib.suppress(RuntimeError, aiohttp.ClientError):
         async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
+            for line in lines.splitlines(keepends=True):
+                if line.startswith(f"{word} "):
+                    outcome.tell(**json.loads(line.removeprefix(word)))
+                else:
+                    print(line, end="", flush=True)
 
 
 def exit_code(client: JobSubmissionClient, job: str) -> int:

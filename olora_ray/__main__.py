@@ -47,6 +47,10 @@ COMMANDS = {
         None,
     ),
     "nights": ("show how the nights of a model went: last good one, champion, refusals", None),
+    "prune": (
+        "delete old run folders, token stores and copies of models in a storage",
+        "olora_ray.pipeline.prune",
+    ),
     "follow": (
         "let vLLM, SGLang or Ray Serve answer with the champion when it changes",
         "olora_ray.serving.follow",

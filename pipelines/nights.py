@@ -18,7 +18,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
 from olora_ray.common.text import minute, plural
 from olora_ray.config import command_line
-from olora_ray.tracking import start
+from olora_ray.tracking import old_versions, start
 from olora_ray.tracking.aliases import registered
 
 SHOWN = 5
@@ -53,6 +53,9 @@ def main(argv: list[str]) -> None:
         print(
             f"champion:        version {found.champion.number} since {minute(found.since)}: {verdict}"
         )
+        size = old_versions.size(aliases, found.champion)
+        count = plural(len(aliases.versions()), "version")
+        print(f"its files:       {size:,} bytes in MLflow, which has {count}")
     if found.uses:
         days = plural(round((now - found.used_since) / 86400), "day")
         print(f"held-out rows:   {plural(found.uses, 'version')} decided on them in {days}")

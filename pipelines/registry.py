@@ -6,6 +6,7 @@
     python pipelines/registry.py rollback NAME
     python pipelines/registry.py sign NAME VERSION --key PRIVATE
     python pipelines/registry.py verify NAME VERSION --key PUBLIC
+    python pipelines/registry.py prune NAME --keep NUMBER [--dry-run]
     python pipelines/registry.py moved OLD NEW
 
 NAME            the registered model
@@ -13,12 +14,18 @@ VERSION         a number or an alias
 OLD, NEW        the folder of a storage (run.storage) before it was moved or copied, and now
 --tracking-uri  MLflow's server or database, or env:VARIABLE or file:/PATH that holds its address; default:
                 MLFLOW_TRACKING_URI, else ./runs/mlflow.db; for moved: NEW/mlflow.db
+--keep          the number of newest versions that stay
+--dry-run       only print what prune would delete
 --key           an EC key in PEM: a path, file:/PATH, or env:VARIABLE that holds the key
+--verify        for promote, rollback and show: a public key, whose private key must have signed VERSION; default:
+                OLORA_VERIFY
 
 list prints a line per version, show all about one version: data, base model, code, who made it, cost, decision and
 files. promote makes VERSION the champion; rollback makes the previous champion the champion again. sign writes a
-signature beside the files; verify checks it. All but list and moved check the files against their checksums. moved
-corrects the paths in MLflow's SQLite database after a storage was moved: runs and versions stay the same.
+signature beside the files; verify checks it. prune deletes older versions in MLflow with their files, never one with an
+alias, the last champion, or the best version that the gate still compares with. All but list, prune and moved check
+the files against their checksums. moved corrects the paths in MLflow's SQLite database after a storage was moved: runs
+and versions stay the same.
 
 Exit codes: 0 done; 2 an error that you can fix, a wrong file or signature; 75 MLflow or the files are unreachable, try
 again later.
@@ -34,7 +41,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
 from olora_ray.common.text import aligned, minute, plural
 from olora_ray.config import command_line
-from olora_ray.tracking import checksums, start
+from olora_ray.tracking import checksums, old_versions, start
 from olora_ray.tracking.aliases import Aliases, registered
 from olora_ray.tracking.client import reachable, shown_uri
 from olora_ray.tracking.moved_storage import DATABASE, relocate_artifacts
@@ -47,7 +54,10 @@ FILES = 8
 
 def main(argv: list[str]) -> None:
     parsed = command_line.parse(
-        argv or ["--help"], __doc__ or "", options=["--tracking-uri", "--key"]
+        argv or ["--help"],
+        __doc__ or "",
+        flags=["--dry-run"],
+        options=["--tracking-uri", "--key", "--verify", "--keep"],
     )
     # Before MLflow is imported.
     quiet_environment()
@@ -62,11 +72,22 @@ def main(argv: list[str]) -> None:
     key = parsed.options.get("--key")
     if (key is not None) != (act in (sign, verify)):
         raise UserError("argument --key: sign and verify need it, and no other action takes it")
+    keep = parsed.options.get("--keep")
+    if (keep is not None) != (act is prune) or (parsed.flags and act is not prune):
+        raise UserError("argument --keep: prune needs it; no other action takes it or --dry-run")
     given = parsed.options.get("--tracking-uri")
     if act is moved:
         moved(names[0], names[1], given)
         return
-    aliases = registered(start.chosen_uri(given), names[0])
+    public = parsed.options.get("--verify")
+    if act is verify:
+        public = key
+    if act is sign:  # its files are checked before they have a signature
+        public = ""
+    aliases = registered(start.chosen_uri(given), names[0], public)
+    if act is prune:
+        prune(aliases, str(keep), bool(parsed.flags))
+        return
     if key is not None:
         names.append(key)
     act(aliases, *names[1:])
@@ -134,8 +155,20 @@ def sign(aliases: Aliases, which: str, key: str) -> None:
 
 def verify(aliases: Aliases, which: str, key: str) -> None:
     number = _number(aliases, which)
-    count = aliases.verify_signature(number, key)
+    count = aliases.verify(number)
     print(f"{aliases.name}: version {number}: all {count} files are as signed by the key of {key}")
+
+
+def prune(aliases: Aliases, keep: str, dry: bool) -> None:
+    if not keep.isdecimal() or int(keep) < 1:
+        raise UserError(f"argument --keep: {keep!r}; expected a number of versions, 1 or more")
+    total = 0
+    for version in old_versions.outdated(aliases, int(keep)):
+        size = old_versions.size(aliases, version)
+        if dry or old_versions.delete(aliases, version):
+            print(f"version {version.number}: {size:,} bytes")
+            total += size
+    print(f"{aliases.name}: {total:,} bytes {'would be deleted' if dry else 'deleted'}")
 
 
 def moved(old: str, new: str, given: str | None) -> None:
@@ -154,6 +187,7 @@ ACTIONS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "rollback": (rollback, ["NAME"]),
     "sign": (sign, ["NAME", "VERSION"]),
     "verify": (verify, ["NAME", "VERSION"]),
+    "prune": (prune, ["NAME"]),
     "moved": (moved, ["OLD", "NEW"]),
 }
 

@@ -26,7 +26,7 @@ EXCEPTIONS = {
     "tools/write_configuration.py": {
         "comparison"
     },  # the schema for editors has the section compare
-    "benchmarks/settings.py": {"comparison", "wheels"},
+    "benchmarks/settings.py": {"comparison", "library_functions", "wheels"},
 }
 
 

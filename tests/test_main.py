@@ -31,7 +31,7 @@ COMMANDS = [
     "registry",
     "retrain",
 ]
-COMMANDS += ["nights", "follow"]
+COMMANDS += ["nights", "prune", "follow"]
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])

@@ -17,6 +17,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from olora_ray.common.tried import TRIED
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "generated" / "versions.md"
 RESULTS = PAGE.with_suffix(".json")
@@ -53,6 +55,8 @@ INTRO = """\
 Each row is an environment with what pip chose for pyproject.toml and the cell's own version. In it a run with two
 workers ends with a registered version, which is loaded back; a run is killed and resumed to the same bytes; a search
 finds and registers its best trial. In a row `server` the newest environment uses an MLflow server of that version.
+
+The log names a version that was not tried; tried were {tried}. A stand-in took SGLang's place.
 
 """
 
@@ -123,8 +127,9 @@ def page(results: dict[str, dict[str, str]]) -> str:
         f"| {cell} | {each['versions']} | {each['result']} | {each['tests']}, {each['date']} |"
         for cell, each in results.items()
     ]
+    shown = [f"{program} {oldest} to {newest}" for program, (oldest, newest) in TRIED.items()]
     return (
-        INTRO
+        INTRO.format(tried=", ".join(shown))
         + "\n".join(["| cell | versions | result | tests |", "|---|---|---|---|", *rows])
         + "\n"
     )

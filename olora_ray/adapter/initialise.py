@@ -47,10 +47,10 @@ def exchange(
     with different bytes.
     """
     start = time.perf_counter()
-    facts: dict[str, tuple[Shape, Shape | None, bool]] = {}
+    facts: dict[str, tuple[list[int], list[int] | None, bool]] = {}
     for name, item in own.items():
-        shape_b0 = None if item.b0 is None else tuple(item.b0.shape)
-        facts[name] = (tuple(item.a0.shape), shape_b0, item.full_rank)
+        shape_b0 = None if item.b0 is None else [*item.b0.shape]
+        facts[name] = ([*item.a0.shape], shape_b0, item.full_rank)
     for told in collectives.gather(facts):
         facts |= told
     merged: dict[str, Factors] = {}
@@ -71,7 +71,7 @@ def exchange(
                 hasher.update(b0.numpy().tobytes())
             hasher.update(torch.tensor([float(item.full_rank)]).numpy().tobytes())
             merged[name] = Factors(a0, b0, item.full_rank)
-    if len(set(collectives.gather(hasher.digest()))) > 1:
+    if len(set(collectives.gather(hasher.hexdigest()))) > 1:
         raise RuntimeError(
             "adapter factors differ between workers after their exchange: the network corrupted them"
         )

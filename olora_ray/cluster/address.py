@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import RayError
 
 from olora_ray.cluster import ray_internals
-from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line
 from olora_ray.common.logs import ENVIRONMENT
 
 logger = logging.getLogger(__name__)
@@ -258,10 +258,19 @@ def _start(**settings: Any) -> None:
     # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run code. A
     # user who wants the dashboard starts Ray before the run.
     # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
-    with as_user_error(
-        "RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp", OSError
-    ):
-        ray.init(address=OWN, include_dashboard=False, **settings)
+    failure = "RAY_TMPDIR (or TMPDIR): Ray cannot start there; set a short one, such as /tmp"
+    with ray_internals.agents_at_free_ports(), as_user_error(failure, OSError):
+        try:
+            ray.init(address=OWN, include_dashboard=False, **settings)
+        except Exception as error:
+            late = isinstance(error, ConnectionError | TimeoutError | RuntimeError)
+            # Ray has no other type for a node that does not start in time.
+            if not late and type(error) is not Exception:
+                raise
+            raise TryAgain(
+                f"Ray did not start in time on this machine, whose load is {os.getloadavg()[0]:.1f} on"
+                f" {os.cpu_count()} CPUs; run the same command again when it is less busy ({first_line(error)})"
+            ) from error
 
 
 def join_or_start() -> bool:
@@ -272,10 +281,10 @@ def join_or_start() -> bool:
     if own:
         logger.info("starting Ray")
         begun = _begun.get()
-        _begun.set(None)
         target = ""
         if begun and begun.stdout:
             target = begun.stdout.readline().strip()
+        _begun.set(None)
         if not target:
             _start(**shared)
             return True

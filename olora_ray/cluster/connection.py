@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -43,15 +42,22 @@ class Stop:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._caught)
+        self._before = self.listen()
         return self
+
+    def listen(self) -> dict[signal.Signals, object]:
+        """Install the handler; return those that it replaces."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        return {number: signal.signal(number, self._caught) for number in numbers}
 
     def __exit__(self, error_type: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self._raised and isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):
             raise self._raised from None  # ray.get replaces our exception by its own KeyboardInterrupt
+        # The handler that ray.init installs exits with the number of the signal.
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+            raise _at_once(signal.SIGTERM) from None
 
     def abandon(self, error: TakenOver) -> None:
         """Raise `error` in the main thread, even while that waits; call this from another thread."""
@@ -77,10 +83,12 @@ class Stop:
             return
         # Ray takes seconds to end. Not a log line: a handler must not wait for a lock that its own thread holds.
         os.write(2, f"{name}: stopping at once\n".encode())
-        self._raised = Stopped(
-            f"stopped ({name}); run the same command again to resume", 128 + number
-        )
+        self._raised = _at_once(number)
         raise self._raised
+
+
+def _at_once(number: int) -> Stopped:
+    return Stopped(f"stopped ({_name(number)}); run the same command again to resume", 128 + number)
 
 
 @contextlib.contextmanager
@@ -92,24 +100,18 @@ def connect(config: AnyConfig, trains: bool = False) -> Iterator[tuple[Stop, Clu
     local cluster.
     """
     ray_internals.quiet_ray()
-    own = address.join_or_start()
-    if own and trains:
-        # This only saves time: Ray Train starts the coordinator if it is missing.
-        with contextlib.suppress(Exception):
-            ray_internals.begin_autoscaling_coordinator()
-    try:
-        with Stop() as stop:  # after ray.init, which installs its own signal handlers
+    with Stop() as stop:
+        own = address.join_or_start()
+        stop.listen()  # ray.init has installed its own handlers
+        if own and trains:
+            # This only saves time: Ray Train starts the coordinator if it is missing.
+            with contextlib.suppress(Exception):
+                ray_internals.begin_autoscaling_coordinator()
+        try:
             resources = ray.cluster_resources()
             logger.info(
                 f"ray: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
             )
             yield stop, preflight.ask(config)
-    except BaseException:
-        # A thread of Ray Data that calls Ray after ray.shutdown kills the process without a message, so the user would
-        # not see the real error. These threads end by themselves within a second.
-        end = time.monotonic() + 1.0
-        while ray_internals.reads_data() and time.monotonic() < end:
-            time.sleep(0.02)
-        raise
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()

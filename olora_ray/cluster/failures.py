@@ -1,10 +1,11 @@
 """Failures of workers, described in one line each."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
 from olora_ray.cluster import ray_internals
@@ -39,9 +40,11 @@ def user_errors() -> Iterator[None]:
     """Raise the user's error inside a RayTaskError: a UserError, or a TryAgain if the problem may pass by itself."""
     try:
         yield
-    except RayTaskError as error:
-        cause = error.cause
+    except (RayTaskError, OutOfMemoryError) as error:
+        cause = getattr(error, "cause", error)
         line = of_the_machine(cause)
+        if isinstance(cause, OutOfMemoryError):
+            line = f"a process of this run failed: {reason(cause)}"
         if line:
             raise UserError(line) from None
         if isinstance(cause, TryAgain | StoreUnavailable):
@@ -144,6 +147,8 @@ def reason(error: BaseException) -> str:
         if not isinstance(inner, BaseException):
             break
         error = inner
+    if isinstance(error, OutOfMemoryError):
+        return _for_memory(str(error))
     # Ray Train passes on the traceback as text. Its last line is the type and the message.
     text = getattr(error, "_traceback_str", None) or str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -151,6 +156,25 @@ def reason(error: BaseException) -> str:
     if len(shown) > LONGEST:
         shown = f"{shown[: LONGEST - 3]}..."
     return shown
+
+
+_FOR_MEMORY = re.compile(
+    r"IP: ([^,]*).*? was (\S+)GB used / (\S+)GB limit.*?COMMAND\n(\d+)\t(\S+)\t([^\n]{1,60})",
+    re.DOTALL,
+)
+
+
+def _for_memory(text: str) -> str:
+    """Return Ray's text about a process that it has killed for memory, in one line."""
+    found = _FOR_MEMORY.search(text)
+    if found is None:
+        return text.splitlines()[0]
+    node, used, limit, process, size, command = found.groups()
+    free = float(limit) - float(used)
+    return (
+        f"Ray killed it because node {node} had only {free:.2f} of {limit} GB of memory free; the largest process there"
+        f" is {command} (id {process}, {size} GB); stop it or use less memory"
+    )
 
 
 def _death(error: Exception) -> RayActorError | None:

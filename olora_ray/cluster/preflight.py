@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from olora_ray.cluster import node_facts, ray_internals, resources
 from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.cluster.resources import Resources
-from olora_ray.common import node_cache, storage
+from olora_ray.common import node_cache, storage, tried
 from olora_ray.common.errors import of_problems
 from olora_ray.common.text import plural, some
 from olora_ray.config.decided import AnyDecided, DecidedConfig, Expected
@@ -138,6 +139,8 @@ def ask(config: AnyConfig) -> ClusterFacts:
     library = None if packing is None else packing.library
     problems = [*silent]
     problems += version_problems(node_facts.node_info(plugins_in(config)), answers, library)
+    for program in ("Ray", "MLflow"):
+        tried.tell(program, version(program.lower()))
     problems += code_problems()
     problems += gpu_problems(wanted, answers)
     place = config.run.storage
@@ -374,6 +377,11 @@ def _workers(config: AnyDecided) -> Iterator[str]:
         f"cluster.workers={fewest} with {fields}: the cluster has room for {now} of them ({have})"
     )
     if now >= fewest:
+        free = resources.free_workers(wanted)
+        if free < fewest:
+            logger.info(
+                f"training waits until others release their room: {needs}, {free} of them now"
+            )
         return
     if fewest <= most or config.cluster.is_elastic:
         logger.info(f"training waits for the cluster to grow: {needs}")

@@ -9,9 +9,8 @@ import copy
 import json
 import logging
 import os
-import sys
-import traceback
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -85,6 +84,40 @@ def set_auth_mode(mode: str) -> None:
 
     os.environ["RAY_AUTH_MODE"] = mode
     vars(_raylet)["Config"].initialize("")
+
+
+@contextlib.contextmanager
+def agents_at_free_ports() -> Iterator[None]:
+    """Let a Ray that the block starts give its agents ports that are free now.
+
+    Ray 2.60, _private/node.py: the dashboard's agent would take port 52365, and a later `ray start --head` on this
+    machine would have no agent for `ray job submit`. With a port of the agents' choice, the node would wait until each
+    has written its file, and abort after a fixed 15 s, which is too short on a busy machine (ray-project/ray#65983).
+    `ray.init` has no argument for them.
+    """
+    from ray import _raylet
+    from ray._private import node
+
+    listen = "dashboard_agent_listen_port"
+    ports = {}
+    with contextlib.ExitStack() as reserved:
+        for name in (listen, "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port"):
+            server = reserved.enter_context(socket.create_server(("", 0)))
+            ports[name] = server.getsockname()[1]
+    whole: Any = node.Node.start_head_processes
+
+    def start(self: Any) -> None:
+        self._ray_params.update(**ports)
+        raylet: Any = _raylet
+        file = raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME
+        raylet.persist_port(self.get_session_dir_path(), self.node_id, file, ports[listen])
+        whole(self)
+
+    node.Node.start_head_processes = start  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        node.Node.start_head_processes = whole  # type: ignore[method-assign]
 
 
 def beside_job(variables: Mapping[str, str]) -> dict[str, str]:
@@ -254,22 +287,6 @@ def begin_autoscaling_coordinator() -> None:
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator  # Ray 2.60
 
     default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
-
-
-# Ray Data.
-
-
-def reads_data() -> bool:
-    """True while a thread of this process works for Ray Data.
-
-    Ray 2.60: its threads have several names, but all of them run code of the package ray.data.
-    """
-    package = os.path.join(os.path.dirname(ray.__file__), "data", "")
-    for current in sys._current_frames().values():
-        for frame, _ in traceback.walk_stack(current):
-            if package in frame.f_code.co_filename:
-                return True
-    return False
 
 
 # This machine.

@@ -15,6 +15,9 @@ from typing import Any
 import ray
 from ray.train.backend import Backend, BackendConfig
 
+LOOPBACK = "lo"
+"""Linux's name of the interface that only processes on the same machine reach."""
+
 
 @contextlib.contextmanager
 def on_its_device() -> Iterator[None]:
@@ -33,7 +36,8 @@ class TogetherBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        store = worker_group.execute_single(0, meeting_place)
+        nodes = worker_group.execute(own_node)
+        store = worker_group.execute_single(0, open_store, len(set(nodes)) == 1)
         world = len(worker_group)
         backend = backend_config.backend
         calls = [
@@ -57,22 +61,43 @@ class Together(BackendConfig):
         return on_its_device
 
 
-def meeting_place() -> tuple[str, int]:
+def own_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+@dataclass(frozen=True)
+class Store:
+    """The store of a process group, which rank 0 has opened: a file in its memory, or a socket that listens.
+
+    Anybody who reaches the socket may write, so only workers on several nodes use one. The file is open to processes
+    of the same user, and is gone when rank 0 ends.
+    """
+
+    descriptor: int
+    """Number of the open file in rank 0's process."""
+    file: str = ""
+    address: str = ""
+    port: int = 0
+
+
+def open_store(one_node: bool) -> Store:
+    if one_node:
+        file = os.memfd_create("olora-store")
+        return Store(file, f"/proc/{os.getpid()}/fd/{file}")
     address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
-        free.bind(("", 0))
-        return address, int(free.getsockname()[1])
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    # The port is bound from now on, so that no other process can take it.
+    listening = socket.create_server((address, 0), family=family)
+    port = int(listening.getsockname()[1])
+    return Store(listening.detach(), "", address, port)
 
 
-def join_process_group(backend: str, rank: int, world: int, store: tuple[str, int]) -> None:
+def join_process_group(backend: str, rank: int, world: int, store: Store) -> None:
     """Join torch's process group in this worker, and set torchrun's environment variables. All workers must call it."""
     import ray.train.torch
-    import torch.distributed as dist
 
     context = ray.train.get_context()
     os.environ.update(
-        MASTER_ADDR=store[0],
-        MASTER_PORT=str(store[1]),
         RANK=str(rank),
         WORLD_SIZE=str(world),
         LOCAL_RANK=str(context.get_local_rank()),
@@ -85,4 +110,23 @@ def join_process_group(backend: str, rank: int, world: int, store: tuple[str, in
     # Like Ray's TorchConfig: without it, an exchange over NCCL with a lost worker waits for ever.
     if backend == "nccl" and "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+    connect(backend, rank, world, store)
+
+
+def connect(backend: str, rank: int, world: int, store: Store) -> None:
+    import torch.distributed as dist
+
+    limit = timedelta(minutes=30)
+    meeting: Any
+    if store.file:
+        # No other machine can connect to the workers then.
+        if LOOPBACK in [name for _, name in socket.if_nameindex()]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+        meeting = dist.FileStore(store.file, world)  # type: ignore[attr-defined]
+    else:
+        listening = store.descriptor if rank == 0 else None
+        meeting = dist.TCPStore(  # type: ignore[attr-defined]
+            store.address, store.port, world, rank == 0, limit, master_listen_fd=listening
+        )
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=world, timeout=limit)

@@ -6,9 +6,13 @@ another group, which resumes from the newest checkpoint.
 import contextlib
 import logging
 import math
+import socket
+import statistics
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -87,6 +91,10 @@ MOST_LOST = 30.0
 SHARE = 0.01
 BEGINS_WITHIN = 0.02
 """Difference of a first mean from what it must be that rounding on a GPU may make; on CPUs there is none."""
+STEPS_TO_COMPARE = 20
+"""Last steps whose medians are compared between the workers."""
+SLOW = 1.5
+"""A worker is slow if it computes longer than this many times the median of all workers."""
 
 
 class Worker:
@@ -130,6 +138,9 @@ class Worker:
         self._saving = math.inf
         self._saved_step = self.state.step if self.resumed else -1
         self._memory_said = False
+        self._computed = deque[Sequence[float]](maxlen=STEPS_TO_COMPARE)
+        """Seconds of each worker in the last steps."""
+        self._slow_said = False
         layers = self.trainer.adapted.values()
         # The makers' peaks are those of bfloat16. How many experts a token has is not known here.
         model: Any = self.trainer.loss.model
@@ -233,28 +244,61 @@ class Worker:
 
     def _after_step(self, result: StepResult) -> bool:
         """Evaluate, report and save as due; return whether this was the last step."""
+        began = time.perf_counter()
+        last = self.schedule.last(result.step)
+        for_shards = time.perf_counter() - began
+        seconds = result.seconds + for_shards
+        waited = max(times.waited for times in result.times) + for_shards
         metrics = {
             **{f"train/{name}": value for name, value in result.means.items()},
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
-            "train/tokens_per_second": result.supervised / result.seconds,
-            "train/all_tokens_per_second": result.tokens / result.seconds,
-            "train/step_seconds": result.seconds,
-            "data/wait_fraction": result.waited / result.seconds,
+            "train/tokens_per_second": result.supervised / seconds,
+            "train/all_tokens_per_second": result.tokens / seconds,
+            "train/step_seconds": seconds,
+            # A worker may have waited while rank 0 still wrote a checkpoint.
+            "data/wait_fraction": min(1.0, waited / seconds),
         }
         if self._peak:
             operations = metrics["train/all_tokens_per_second"] * self._operations
             metrics["train/mfu"] = operations / self._peak
             metrics["train/share_of_peak"] = metrics["train/mfu"]  # its old name, for one release
-        last = self.schedule.last(result.step)
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
             metrics |= self.evaluator.measure(self.state)
-        self._tell(metrics)
+        self._tell(metrics, self._pace(result))
         end = last or self._stale()
         overdue = time.monotonic() - self._saved_at >= max(MOST_LOST, self._saving / SHARE)
         if end or overdue or result.step % self.config.train.checkpoint_every == 0:
             self._checkpoint()
         return end
+
+    def _pace(self, result: StepResult) -> dict[str, float]:
+        """Return the metrics that show a slow worker or exchange, and tell the driver once if this worker is slow.
+
+        Empty in the first step.
+        """
+        computed = [times.computed for times in result.times]
+        if not any(computed):
+            return {}
+        # Medians of steps: neither one long step nor a worker with much text in one step is a slow worker.
+        self._computed.append(computed)
+        medians = [statistics.median(seconds) for seconds in zip(*self._computed, strict=True)]
+        with_work = [seconds for seconds in medians if seconds]
+        own = medians[self.context.rank]
+        usual = statistics.median_low(with_work)
+        if own > SLOW * usual and len(self._computed) == STEPS_TO_COMPARE and not self._slow_said:
+            # All workers have the same numbers. Each speaks for itself, because it knows its machine.
+            self._slow_said = True
+            self.channel.send.remote(
+                f"worker {self.context.rank} on {socket.gethostname()} is slow, and each step waits for it: it computes"
+                f" for {own:.2g} s, the others for {usual:.2g} s (medians of {STEPS_TO_COMPARE} steps)"
+            )
+        return {
+            "train/slowest_worker_seconds": max(with_work),
+            "train/fastest_worker_seconds": min(with_work),
+            # The last worker to come waits for nobody.
+            "train/exchange_seconds": min(times.exchanged for times in result.times),
+        }
 
     def _say_memory(self) -> None:
         device = self.context.device
@@ -293,8 +337,9 @@ class Worker:
             )
             self.manager.save(self.state.step, write)
 
-    def _tell(self, metrics: dict[str, float]) -> None:
-        self._tell_driver(self.state.record(self.state.step, metrics))
+    def _tell(self, metrics: dict[str, float], more: Mapping[str, float] | None = None) -> None:
+        """Report metrics; the checkpoints' history lacks `more`."""
+        self._tell_driver({**self.state.record(self.state.step, metrics), **(more or {})})
         reached("step", self.state.step, self.context.rank)
 
     def _tell_driver(self, message: Any) -> None:
@@ -391,10 +436,10 @@ class Evaluator:
         """Return loss and answers before the first step, from `file` if an earlier attempt has written it."""
         origin = self.spec.baseline_identity()
         first = self.context.rank == 0
-        baseline = Baseline.read(file, origin, len(self.questions)) if first else None
-        baseline = collectives.from_first(baseline)
-        if baseline is not None:
-            return baseline
+        known = Baseline.read(file, origin, len(self.questions)) if first else None
+        fields = collectives.from_first(None if known is None else asdict(known))
+        if fields is not None:
+            return Baseline(**fields)
         logger.info("evaluating before the first step")
         loss = means = None
         if self.spec.eval:

@@ -222,8 +222,8 @@ def common_dtype(config: DecidedConfig, device: torch.device, began: str | None 
     """
     if not is_auto(config.model.dtype):
         return config.model.dtype
-    every = collectives.gather(pick_dtype(config.model, device))
-    choices = [str(dtype).removeprefix("torch.") for dtype in every]
+    own = str(pick_dtype(config.model, device)).removeprefix("torch.")
+    choices = collectives.gather(own)
     others = set(choices) - {began}
     if began is not None:
         if others:

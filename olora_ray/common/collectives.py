@@ -3,12 +3,15 @@
 All workers must call each function, in the same order. Without a process group, a process is a group of one, and each
 function returns at once.
 
+Values travel as tensors and JSON, never pickled: another process in the network could send a pickle that runs code.
+
 An exchange raises PeerLost if another worker is lost; the received data is invalid then. Some of the workers may not
 notice the loss by themselves: the driver ends the group.
 """
 
 import contextlib
 import itertools
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,35 +116,43 @@ def transfer(
 
 
 def from_first(value: Value) -> Value:
-    values = [value]
-    if world_size() > 1:
-        with _peers():
-            dist.broadcast_object_list(values, src=0)
-    return values[0]
+    return gather(value)[0]
 
 
 def gather(value: Value) -> list[Value]:
-    """Return the values of all workers in the order of their ranks. They are sent pickled."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        with _peers():
-            dist.all_gather_object(values, value)
-    return values
+    """Return the values of all workers in the order of their ranks. They travel as JSON, so tuples become lists."""
+    text = json.dumps(value).encode()
+    if world_size() == 1:
+        return [json.loads(text)]
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    sizes = _of_all(torch.tensor([len(text)], device=device))
+    longest = max(int(size) for size in sizes)
+    own = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(device)
+    return [json.loads(part.cpu().numpy().tobytes()) for part in _of_all(own)]
+
+
+def _of_all(own: Tensor) -> list[Tensor]:
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    with _peers():
+        dist.all_gather(every, own)
+    return every
 
 
 def wait_for_all(seconds: float = 0.5) -> None:
     """Wait until all workers have called it, without the timeout of an exchange; poll every `seconds`.
 
     A worker that dies is not noticed here: Ray must end the whole group then. Raises PeerLost if the process that
-    holds the group's store is lost.
+    holds the group's store is lost, and the store is a socket.
     """
     if world_size() == 1:
         return
     key = f"all-here-{next(_meetings)}"
     with _peers():
         store = dist.distributed_c10d._get_default_store()
-        store.add(key, 1)
-        while store.add(key, 0) < world_size():
+        if store.add(key, 1) == world_size():
+            store.set(f"{key}-now", "")
+        # Reading only, because a store that is a file grows with each write.
+        while not store.check([f"{key}-now"]):
             time.sleep(seconds)
 
 

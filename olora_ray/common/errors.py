@@ -100,7 +100,8 @@ def of_the_machine(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno not in _FULL | _OF_A_FILE:
         return None
     if error.errno in _FULL:
-        file = f"{error.filename}: " if error.filename else ""
+        written = error.filename2 or error.filename  # of a copy, `filename` is what was read
+        file = f"{written}: " if written else ""
         return f"{file}{error.strerror}; make room, and run the same command again"
     if not error.filename:
         return None

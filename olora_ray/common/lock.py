@@ -33,8 +33,13 @@ SETTLE = 20.0
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOLCK)
 
 
-RUNNING = "is already running"
-"""Text of the error for a lock that another process holds; deploy/night.py reads it in a command's last line."""
+class LockHeld(TryAgain):
+    """Another process holds the lock."""
+
+    def __init__(self, message: str, since: float) -> None:
+        super().__init__(message)
+        self.since = since
+        """Time at which the other process took it, in seconds since 1970."""
 
 
 class LockUnreadable(TryAgain):
@@ -270,7 +275,7 @@ class Lock:
 def held(file: str, subject: str, remedy: str | None = None) -> Iterator[Lock]:
     """Hold the lock in `file` (a path or URI) for the block. `subject` names what it protects, for messages.
 
-    Raises TryAgain, with the holder and the `remedy`, if the lock is held; UserError if the storage allows no lock.
+    Raises LockHeld, with the holder and the `remedy`, if the lock is held; UserError if the storage allows no lock.
     """
     lock = Lock(file, subject)
     with as_user_error(
@@ -284,7 +289,7 @@ def held(file: str, subject: str, remedy: str | None = None) -> Iterator[Lock]:
         advice = "try again later"
         if remedy:
             advice += f" or {remedy}"
-        raise TryAgain(f"{subject} {RUNNING} ({other.describe()}); {advice}")
+        raise LockHeld(f"{subject} is already running ({other.describe()}); {advice}", other.since)
     try:
         yield lock
     finally:

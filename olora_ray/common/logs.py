@@ -105,6 +105,9 @@ def quiet_environment() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     # If workers have not started after 30 s, Ray chooses nodes again: one of the chosen nodes may be gone.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    # A busy machine needs more than 30 s to start Ray's control store, and more than 10 s to start a node.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "60")
 
 
 def quiet_transformers() -> None:

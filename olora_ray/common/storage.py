@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -234,6 +235,15 @@ def files_below(location: str) -> dict[str, int]:
         for each in _infos(location, recursive=True)
         if each.is_file
     }
+
+
+def usage(location: str) -> tuple[dict[str, int], float]:
+    """Return path -> bytes of all files below a folder, and their last change in seconds since 1970.
+
+    The last change is now if there are no files.
+    """
+    times = [each.mtime_ns or 0 for each in _infos(location, recursive=True) if each.is_file]
+    return files_below(location), max(times, default=time.time_ns()) / 1e9
 
 
 def version(location: str) -> str:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from olora_ray.common import logs
+from olora_ray.common import logs, outcome
 from olora_ray.common.errors import (
     Stopped,
     StoreError,
@@ -211,6 +211,9 @@ def resolved(config: Resolved, folder: Path = Path()) -> Resolved:
             for each in config.gate.guard
         )
         config = _changed(config, gate=_changed(config.gate, guard=guard))
+    if isinstance(config, Config) and config.registry.verify:
+        verify = absolute(config.registry.verify, folder, "registry.verify")
+        config = _changed(config, registry=_changed(config.registry, verify=verify))
     storage = absolute(config.run.storage, lasting(folder), "run.storage")
     return _changed(
         config,
@@ -494,6 +497,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             main(sys.argv[1:])
     except (UserError, StoreError) as error:
         lines = getattr(error, "lines", [str(error)])
+        outcome.tell(busy_since=getattr(error, "since", None))  # of a lock
         # A file name or a library's text may contain line breaks.
         _end("error: " + "\n  ".join(" ".join(line.split()) for line in lines), error.exit_code)
     except Stopped as stopped:
@@ -513,6 +517,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def _end(line: str, code: int) -> None:
     sys.stdout.flush()
+    outcome.tell(reason=mask(line))
     # A job's log contains both streams. The error must be its last line, so stdout goes first.
     print(mask(line), file=sys.stderr, flush=True)
     sys.exit(code)

@@ -368,6 +368,11 @@ RETIRED: dict[str, tuple[Any, str]] = {
 """Removed field -> its last default, and what to do instead of another value.
 
 Files of earlier releases name these fields. At its default a removed field is dropped in silence."""
+RETIRED_EARLIER: dict[str, tuple[Any, str]] = {
+    "cluster.spares": (0, "delete it; all workers restart from a checkpoint when one is lost"),
+    "train.precondition": (False, "use train.optimizer: preconditioned"),
+}
+"""The same for fields that the release before this one did not have either: what a run is known by lacks them."""
 ADDED: dict[str, tuple[Any, ...]] = {
     "train.objective": ("auto", "tokens"),
     "train.beta": (0.1,),
@@ -381,7 +386,11 @@ ADDED: dict[str, tuple[Any, ...]] = {
 
 `data.*` is any source."""
 RETIRED_VALUES: dict[str, dict[str, str]] = {
-    "adapter.method": {"lora_ga": "use eva, which starts from the training data too"},
+    "adapter.method": {
+        "lora_ga": "use eva, which starts from the training data too",
+        "olora_even": "use olora",
+        "pissa_fast": "use pissa",
+    },
 }
 """Field -> its removed values, and what to do instead."""
 
@@ -393,7 +402,7 @@ def without_retired(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     """
     kept: dict[str, Any] = _copy(tree)
     problems = []
-    for field, (default, advice) in RETIRED.items():
+    for field, (default, advice) in (RETIRED | RETIRED_EARLIER).items():
         section, last = _section_of(kept, field)
         if last in section and section.pop(last) != default:
             problems.append(f"{field}: this field was removed; {advice}")
@@ -745,14 +754,18 @@ def read_config(location: str) -> Config:
     """Read the config of a run, a path or URI, as `build` does; raise OSError if it cannot be read.
 
     A removed field that never changed the numbers of a run is dropped whatever its value is: the run has ended with it,
-    and its user cannot edit this file.
+    and its user cannot edit this file. If an earlier release allowed other gates and notifications, these are dropped.
     """
     tree = parse_yaml(storage.read_text(location), location)
     if isinstance(tree, dict):
-        for field in RETIRED:
+        for field in RETIRED | RETIRED_EARLIER:
             section, _, name = field.partition(".")
             if field.startswith(FREE_TO_CHANGE) and isinstance(tree.get(section), dict):
                 tree[section].pop(name, None)
+        try:
+            return build(tree, location)
+        except UserError:
+            tree = {section: tree[section] for section in tree if section not in ("gate", "notify")}
     return build(tree, location)
 
 

@@ -115,7 +115,7 @@ class Retrain(Section):
 
 
 class Notify(Section):
-    """Notifications about the outcome of a retraining: promoted, refused, failed, moved or not finished."""
+    """Notifications about the outcome of a retraining: promoted, refused, failed, moved, changed or not finished."""
 
     url: Reference | None = None
     """env:NAME or file:/PATH that holds the address of a webhook, which gets a POST of JSON; null: none."""

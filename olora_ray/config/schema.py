@@ -210,6 +210,9 @@ class Registry(Section):
     """Alias that MLflow sets on the new version."""
     key: Reference | None = None
     """Private EC key (PEM) that signs new versions: file:/PATH, or env:NAME with the key; null: unsigned."""
+    verify: str | None = None
+    """File with a public key (PEM): a version is compared, promoted and loaded only if its private key has signed it.
+    null: the environment variable OLORA_VERIFY; without either, no signature is needed."""
 
     @field_validator("alias")
     @classmethod

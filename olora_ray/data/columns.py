@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import plural
 from olora_ray.config.section import Source
 from olora_ray.data.formats import columns_of, format_named, own_formats
 from olora_ray.data.formats.chat import REASONING
@@ -315,7 +316,7 @@ def described(rows: Sequence[Mapping[Any, Any]]) -> str:
     for name, given in itertools.islice(values.items(), 16):
         about = type_name(given[0]).removeprefix("a ").removeprefix("an ")
         if isinstance(given[0], str):
-            about = f"{words_of(given):g} words"
+            about = plural(round(words_of(given)), "word")
         parts.append(f"{one_line(name, 40)} ({about}, such as {excerpt(given[0], 30)})")
     return ", ".join(parts)
 

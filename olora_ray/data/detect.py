@@ -166,7 +166,7 @@ MARKED = {
     "messages": "; markup: only the answers are trained, in the model's own chat template; markup: none trains the"
     " texts as they are",
 }
-"""What to say about texts with turns in another tool's markup, by the format of their rows."""
+"""Format of rows with another tool's markup -> the end of the line about them."""
 
 
 def _is_marked(rows: Iterable[Mapping[Any, Any]], column: str) -> bool:

@@ -52,10 +52,10 @@ class Monitor:
 
     def collect(self, on_start: Callable[[Started], None]) -> None:
         """Show and track new messages in order; `on_start` gets those of a group that trains."""
-        try:
-            messages: list[Message] = ray.get(self.channel.drain.remote(), timeout=30)
-        except RayError:
-            return  # only progress is delayed: checkpoints contain the history
+        messages: list[Message] = []
+        # An error only delays progress: checkpoints contain the history.
+        with contextlib.suppress(RayError):
+            messages = ray.get(self.channel.drain.remote(), timeout=30)
         rows: dict[int, dict[str, float]] = {}
         for message in messages:
             match message:
@@ -71,6 +71,7 @@ class Monitor:
                     self.highest = max(self.highest, int(message["step"]))
                     self.progress.row(message)
                     self.telemetry.row(message)
+        self.telemetry.refresh()
         if rows:
             self.tracker.metrics(rows)
         if self.on_row:
@@ -210,6 +211,7 @@ class Supervisor:
                     )
                 if self.stop.asked:
                     raise self.stop.stopped("stopped while waiting for room in the cluster")
+                self.monitor.telemetry.refresh()
                 time.sleep(0.5)
 
     def _follow(self, group: Group) -> TrainResult:

@@ -267,16 +267,15 @@ def prepare_tokens(
     auto: Iterable[str] = (),
     *,
     wait: bool = False,
-    cpus_held: float = 0.0,
     check: Check = lambda contents: None,
 ) -> Prepared:
     """Prepare the token stores of a training.
 
     The store of held-out rows is complete on return. The training store is an `Arrival`, which may be written during
     the training: keep the returned build entered as long as tokens are needed; the next run prepares the shards that
-    are then missing. With `wait` both stores are complete. `cpus_held` is the number of CPUs that others hold; if they
-    hold nearly all, this process prepares alone. `planned` are the bytes that the plan expects, `auto` the decided
-    fields. `check` gets the digests before any row is tokenised. Raises UserError for unusable data.
+    are then missing. With `wait` both stores are complete. `planned` are
+    the bytes that the plan expects, `auto` the decided fields. `check` gets the digests before any row is tokenised.
+    Raises UserError for unusable data.
     """
     start = _digest_of_start(config)
     with user_errors():
@@ -296,7 +295,7 @@ def prepare_tokens(
             build.check_against(other)
             held_out = TokenStore.open(other.store.uri)
         if wait:
-            build.run(cpus_held)
+            build.run()
         scores = answers.check_answers(config, held_out, base.tokenizer)
         # This process prepares a small store in a moment. A larger one is prepared by Ray tasks, beside the training.
         if not wait and (build.complete or build.small):

@@ -19,7 +19,19 @@ GAUGES = {
     "olora_learning_rate": ("train/lr", "Learning rate of the last step"),
     "olora_data_wait_fraction": (
         "data/wait_fraction",
-        "Share of the last step spent waiting for data",
+        "Share of the last step spent waiting for data, by the worker that waited longest",
+    ),
+    "olora_slowest_worker_seconds": (
+        "train/slowest_worker_seconds",
+        "Seconds of computation in a step, median of 20 steps, of the slowest worker",
+    ),
+    "olora_fastest_worker_seconds": (
+        "train/fastest_worker_seconds",
+        "Seconds of computation in a step, median of 20 steps, of the fastest worker",
+    ),
+    "olora_exchange_seconds": (
+        "train/exchange_seconds",
+        "Seconds of the exchange in a step, without the wait for slower workers",
     ),
 }
 """Gauge -> (key in a row of metrics, description)."""
@@ -50,21 +62,29 @@ class Telemetry:
             self._metrics[name] = Histogram(name, text, list(BUCKETS), (TAG,))
         for metric in self._metrics.values():
             metric.set_default_tags({TAG: run})
+        self._values = {WORKERS: 0.0}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Set all gauges to their last values. Call it every second: Ray drops a gauge that was not set for 20 s."""
+        for name, value in self._values.items():
+            self._metrics[name].set(value)
 
     def row(self, row: Mapping[str, float]) -> None:
         for name, (field, _) in GAUGES.items():
             if field in row and math.isfinite(row[field]):
-                self._metrics[name].set(row[field])
+                self._values[name] = row[field]
         if "train/step_seconds" in row:
             self._metrics[STEP_SECONDS].observe(row["train/step_seconds"])
 
     def started(self, workers: int, again: bool) -> None:
-        self._metrics[WORKERS].set(workers)
+        self._values[WORKERS] = workers
         if again:
             self._metrics[RESTARTS].inc()
 
     def ended(self) -> None:
-        self._metrics[WORKERS].set(0)
+        self._values[WORKERS] = 0.0
+        self.refresh()
 
     def saved(self, seconds: float) -> None:
         self._metrics[CHECKPOINT_SECONDS].observe(seconds)

@@ -20,7 +20,7 @@ from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, by_step, settings_digest
 from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import checksums, client, models
-from olora_ray.tracking.aliases import Aliases
+from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, Aliases
 from olora_ray.tracking.run import Tracker
 from olora_ray.tracking.start import check_artifacts, mlflow_run, resolve_uri
 
@@ -32,8 +32,13 @@ logger = logging.getLogger(__name__)
 def check_tracking(config: Config, folder: RunFolder) -> None:
     """Raise UserError if MLflow or the hub does not answer or take the results."""
     uri = resolve_uri(config)
-    if config.registry.key:
-        checksums.check_key(config.registry.key)
+    registry = config.registry
+    if registry.key:
+        checksums.check_key(registry.key)
+    elif registry.verify and registry.alias in (CHAMPION, CHALLENGER):
+        raise UserError(
+            "registry.verify: set registry.key, too; without a signature the new version could not be compared or used"
+        )
     # A resumed run needs neither until it has results, so an outage does not delay it.
     if folder.tracking_run(uri, config.run.storage) is None:
         client.check_uri(uri)
@@ -173,10 +178,15 @@ def register(
             models.log_model(tracker, contents, own)
             return None
         logger.info(f"registering the {content} as {registry.model}@{registry.alias}")
-        version = models.register(tracker, contents, registry.model, registry.alias, own)
-        if registry.key:
-            Aliases(tracker.uri, registry.model).sign(str(version), registry.key)
-        return version
+        return models.register(
+            tracker,
+            contents,
+            registry.model,
+            registry.alias,
+            own,
+            key=registry.key,
+            verify=registry.verify,
+        )
 
 
 # The push of the exports to the Hugging Face hub.
@@ -240,10 +250,9 @@ def push_version(config: Config, number: str) -> None:
 
     Raises UserError for a file that is not as it was registered, and as `_upload`.
     """
-    uri = resolve_uri(config)
     name = str(config.registry.model)
     what = f"version {number}"
-    last = Aliases(uri, name).tags().get(PUSHED)
+    last = Aliases.of(config).tags().get(PUSHED)
     repo = config.export.push
     if repo and last != f"{repo} {what}":
         # Not the files of its run folder: another training may have written there since, or it was deleted.
@@ -278,12 +287,11 @@ def _upload(config: Config, repo: str, files: Path, what: str) -> None:
 
 
 def _note_push(config: Config, state: str) -> None:
-    name = config.registry.model
-    if name is None:
+    if config.registry.model is None:
         return
-    aliases = Aliases(resolve_uri(config), name)
+    aliases = Aliases.of(config)
     # A run may have been registered elsewhere, or not at all; then no retraining reads the tag.
-    if aliases.versions():
+    if aliases.exists():
         aliases.tag(PUSHED, state)
 
 

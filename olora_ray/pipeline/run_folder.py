@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.common import records, storage
@@ -24,7 +24,7 @@ from olora_ray.config.load import (
 )
 from olora_ray.config.schema import Config, Export
 from olora_ray.config.section import is_auto
-from olora_ray.tracking.checksums import SETTINGS
+from olora_ray.tracking.checksums import HELD_OUT, SETTINGS
 
 if TYPE_CHECKING:
     from olora_ray.cluster.spec import TrainResult
@@ -409,7 +409,7 @@ MODEL = frozenset({"dtype", "attention", "quantization"})
 TAGS = {
     "base": "olora.base_digest",
     "data": "olora.data_digest",
-    "held_out": "olora.held_out_digest",
+    "held_out": HELD_OUT,
     "settings": SETTINGS,
 }
 WORDS = {
@@ -431,6 +431,8 @@ class Fingerprint:
     """Digest of the held-out token store; empty without held-out rows."""
     settings: str
     """Result of `settings_digest`."""
+    earlier_settings: str = ""
+    """The digest that an earlier release gave to the same settings."""
 
     def tags(self) -> dict[str, str]:
         return {tag: getattr(self, name) for name, tag in TAGS.items()}
@@ -441,9 +443,10 @@ class Fingerprint:
         return cls(**{name: tags.get(tag, "") for name, tag in TAGS.items()})
 
     def changes(self, before: "Fingerprint") -> list[str]:
-        return [
-            word for name, word in WORDS.items() if getattr(self, name) != getattr(before, name)
-        ]
+        now = self
+        if before.settings and before.settings == self.earlier_settings:
+            now = replace(self, settings=self.earlier_settings)
+        return [word for name, word in WORDS.items() if getattr(now, name) != getattr(before, name)]
 
 
 def by_step(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
@@ -454,7 +457,13 @@ def by_step(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
     return found
 
 
-def settings_digest(config: Config) -> str:
+def earlier_settings_digest(config: Config) -> str:
+    """Return the digest that releases gave to the same settings in which `train.micro_batch` counted, by default 4."""
+    counted = {"micro_batch"} if config.train.micro_batch != 4 else set[str]()
+    return settings_digest(config, RESULT_NEUTRAL - counted)
+
+
+def settings_digest(config: Config, neutral: frozenset[str] = RESULT_NEUTRAL) -> str:
     """Return a digest of the settings that change the result: seed, precisions, attention, adapter, train, export.rank.
 
     Paths and names are left out, because the other digests cover the contents. Defaults are left out, so that a new
@@ -462,9 +471,7 @@ def settings_digest(config: Config) -> str:
     """
     sections = {
         "adapter": config.adapter.model_dump(mode="json", exclude_defaults=True),
-        "train": config.train.model_dump(
-            mode="json", exclude_defaults=True, exclude=set(RESULT_NEUTRAL)
-        ),
+        "train": config.train.model_dump(mode="json", exclude_defaults=True, exclude=set(neutral)),
         "model": config.model.model_dump(mode="json", exclude_defaults=True, include=set(MODEL)),
         "seed": config.run.seed,
     }

@@ -27,14 +27,15 @@ from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base, find_model, with_tokenizer
-from olora_ray.pipeline.run_folder import Fingerprint
+from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
 from olora_ray.retrain import gate, recipe
 from olora_ray.retrain.gate import Decision, HeldOut
 from olora_ray.retrain.recipe import Inputs
 from olora_ray.tokens.prepare import plan_here, prepare
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import Aliases
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import AGAINST, Version
+from olora_ray.tracking.old_versions import ANCHOR, GUARD
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import scoring
 from olora_ray.train.objectives.objective import objective_of
@@ -42,10 +43,6 @@ from olora_ray.train.objectives.objective import objective_of
 logger = logging.getLogger(__name__)
 
 
-ANCHOR = "olora.anchor"
-"""Tag of a version: the champion that is best on the held-out rows if this one is promoted."""
-GUARD = "olora.guard"
-"""Tag of a version: the champion that is best on the guard rows if this one is promoted."""
 YEAR = 365 * 86400.0
 """Seconds in which different sets of held-out rows are counted."""
 STALE = 90 * 86400.0
@@ -105,10 +102,12 @@ def decision(
     challenger: Version,
     champion: Version | None,
     versions: Sequence[Version],
+    gone: Sequence[Version] = (),
 ) -> Decision:
     """Measure what is not measured yet, and return the gate's decision on the challenger.
 
-    `versions` are all versions of the model. The tags of the decision name the best champions for the next one.
+    `versions` are all versions of the model, and `gone` those that were pruned. The tags of the decision name the best
+    champions for the next one.
     """
     config = inputs.config
     there = {version.number: version for version in versions if not version.rolled_back}
@@ -143,7 +142,7 @@ def decision(
     anchor = of(best.get(ANCHOR))
     own = of(challenger, guard)
     best_guard = of(best.get(GUARD), guard)
-    uses = uses_of_rows(challenger, champion, versions)
+    uses = uses_of_rows(challenger, champion, [*gone, *versions])
     told = f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}"
     if champion is not None:
         told += f"; the champion is {plural(uses['champion_days'], 'day')} old"
@@ -190,9 +189,7 @@ def uses_of_rows(
     """Return how often versions were judged on held-out rows: on these rows, and on how many sets within a year."""
     now = challenger.created
     rows = {each.number: Fingerprint.from_tags(each.tags).held_out for each in versions}
-    judged = [
-        each for each in versions if each.number == challenger.number or recipe.AGAINST in each.tags
-    ]
+    judged = [each for each in versions if each.number == challenger.number or AGAINST in each.tags]
     same = [each.created for each in judged if rows[each.number] == rows.get(challenger.number)]
     sets = {rows[each.number] for each in judged if each.created > now - YEAR}
     since = min(same, default=now)
@@ -317,32 +314,39 @@ class Compared:
 def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | None]:
     """Return (config whose `model` names the model of the base, base, adapter's folder of an adapter-only version)."""
     name = f"models:/{version.name}/{version.number}"
-    if not storage.is_uri(config.run.storage) or version.adapter_only:
+    root = config.run.storage
+    own = _own_export(config, version)
+    if version.adapter_only or (own is None and not storage.is_uri(root)):
         target = targets.resolve(name, config)
         return target.config, with_tokenizer(target.base, target.config), target.adapter
-    # The nodes read the model from the storage. Only the driver reads from MLflow.
-    named = with_model(config, _in_storage(with_model(config, name), version))
+    if own is None:
+        # Only the driver reads from MLflow. The copy for the nodes is made once.
+        key = digest(resolve_uri(config), version.name, version.number, version.checksum, length=16)
+        own = storage.join(root, "models", key)
+        if not storage.exists(storage.join(own, CONFIG)):
+            registered = models.of_config(with_model(config, name))
+            assert registered is not None
+            node_cache.upload(registered.folder, own, last=CONFIG)
+    named = with_model(config, own)
     base = with_tokenizer(find_model(named), named)
     if version.checksum:
-        aliases = Aliases(resolve_uri(config), version.name)
-        aliases.verify_copy(version.number, Path(base.model.folder))
+        folder = Path(base.model.folder)
+        Aliases.of(config, version.name).verify_copy(version.number, folder)
     return named, base, None
 
 
-def _in_storage(named: Config, version: Version) -> str:
-    """Return the address of a merged version in its run folder, or of a copy if that folder was deleted."""
-    folder = recipe.where_now(version.folder, named.run.storage)
-    merged = storage.join(folder, "export", "merged")
-    if storage.is_uri(folder) and storage.exists(storage.join(merged, CONFIG)):
-        return merged
-    # The copy is made once, under a name that identifies the version.
-    key = digest(resolve_uri(named), version.name, version.number, version.checksum, length=16)
-    copy = storage.join(named.run.storage, "models", key)
-    if not storage.exists(storage.join(copy, CONFIG)):
-        registered = models.of_config(named)
-        assert registered is not None
-        node_cache.upload(registered.folder, copy, last=CONFIG)
-    return copy
+def _own_export(config: Config, version: Version) -> str | None:
+    """Return the merged model in a version's run folder, so that MLflow's files need no copy in the storage.
+
+    None if the folder was deleted, is not in this storage, or has another version since.
+    """
+    folder = RunFolder(recipe.where_now(version.folder, config.run.storage))
+    result = records.read(folder.result, dict[str, Any]) or {}
+    made = result.get("registered") or {}
+    if (made.get("model"), str(made.get("version"))) != (version.name, version.number):
+        return None
+    here = folder.root.startswith(storage.join(config.run.storage, ""))
+    return folder.merged if here else None
 
 
 def _same_tokens(tokenizers: Sequence[str]) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from olora_ray.common.errors import short_reason
+from olora_ray.common.errors import UserError, short_reason
 from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import notify
-from olora_ray.retrain.recipe import AGAINST, CHANGED, Baseline
+from olora_ray.retrain.recipe import CHANGED, Baseline
+from olora_ray.tracking import old_versions
 from olora_ray.tracking.aliases import CHAMPION, Aliases
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import AGAINST, Version
 from olora_ray.tracking.run import newest_runs
 from olora_ray.tracking.start import resolve_uri, start_run
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 DETAILS = "olora.gate_details"
 # Tag of a version: the MLflow run of the gate's decision on it; empty while that run does not exist.
 RECORDED = "olora.decision_run"
+# Tag of a version: the digest of its checksums when a change after its verdict was told.
+CHANGE_TOLD = "olora.change_told"
 What = Literal["unchanged", "promoted", "refused", "failed", "moved"]
 
 
@@ -94,6 +97,17 @@ def of_version(config: Config, version: Version) -> None:
     # Before the tag: a call that is killed here tells again, instead of never.
     notify.tell(config, entry.decision, entry.reason, entry.challenger, entry.champion)
     Aliases(resolve_uri(config), version.name).tag_version(version.number, RECORDED, run_id)
+
+
+def changed(config: Config, aliases: Aliases, version: Version) -> None:
+    """Tell once that a version was changed after its verdict."""
+    try:
+        version.refuse_changed()
+    except UserError as error:
+        if version.tags.get(CHANGE_TOLD) != version.checksum:
+            logger.error(str(error))
+            notify.tell(config, "changed", str(error), version.number)
+            aliases.tag_version(version.number, CHANGE_TOLD, version.checksum)
 
 
 def moved(config: Config, now: Baseline) -> None:
@@ -197,7 +211,8 @@ def nights(aliases: Aliases) -> Nights:
     decided = [
         float(run["when"]) for run in told if run["olora.decision"] in ("promoted", "refused")
     ]
-    judged = [version for version in versions if version.verdict and AGAINST in version.tags]
+    known = [*old_versions.pruned(aliases), *versions]
+    judged = [version for version in known if version.verdict and AGAINST in version.tags]
     rows = [Fingerprint.from_tags(version.tags).held_out for version in judged]
     same = [each.created for each, digest in zip(judged, rows, strict=True) if digest == rows[-1]]
     return Nights(

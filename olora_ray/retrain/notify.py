@@ -15,15 +15,12 @@ from functools import partial
 
 import requests
 
-from olora_ray.common import retry
+from olora_ray.common import outcome, retry
 from olora_ray.common.errors import UserError
 from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
 
 logger = logging.getLogger(__name__)
-
-SENT = "the event {!r} was sent"
-"""Text of a log line: by it deploy/night.py knows what was told, also where the command runs elsewhere, as a job."""
 
 
 def tell(
@@ -43,13 +40,15 @@ def tell(
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "text": f"{name}: {subject}{event}: {reason}",
     }
+    outcome.tell(reason=message["text"])
     body = json.dumps(message)
     for field, value, send in (
         ("url", config.notify.url, _post),
         ("command", config.notify.command, _run),
     ):
         if value and _sent(f"notify.{field}", f"the event {event!r}", partial(send, value, body)):
-            logger.info(f"notify.{field}: {SENT.format(event)}")
+            logger.info(f"notify.{field}: the event {event!r} was sent")
+            outcome.tell(sent=event)
 
 
 def ping(config: Config, signal: str, text: str = "") -> None:

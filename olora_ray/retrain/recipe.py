@@ -31,12 +31,17 @@ from olora_ray.data.formats import format_named
 from olora_ray.evaluation.groups import check_column, count_planned
 from olora_ray.evaluation.rows import lower_is_better
 from olora_ray.model.source import glance
-from olora_ray.pipeline.run_folder import Fingerprint, identity_settings, settings_digest
+from olora_ray.pipeline.run_folder import (
+    Fingerprint,
+    earlier_settings_digest,
+    identity_settings,
+    settings_digest,
+)
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan, Split, sources_of
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, PREVIOUS, Aliases
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import AGAINST, Version
 
 if TYPE_CHECKING:
     from olora_ray.pipeline.base import Base
@@ -44,9 +49,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Changes since the champion was made: found by digests of the contents, without Ray.
-
-# Tag of a version: the version that it had to beat when the gate decided; empty if there was none.
-AGAINST = "olora.gate_against"
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,15 @@ def read_inputs(config: Config) -> Inputs:
     plan = prepare.plan_here(data, base.spec, "train", seen)
     held_out = prepare.plan_here(data, base.spec, "eval", seen)
     made_of = Fingerprint(
-        base.model.digest, plan.digest(), held_out.digest(), settings_digest(config)
+        base.model.digest,
+        plan.digest(),
+        held_out.digest(),
+        settings_digest(config),
+        earlier_settings_digest(config),
     )
     files = [(each.file.uri, each.sha256) for each in (*plan.files, *held_out.files)]
     if model:
-        node_cache.keep(_kept_at(config, model, files), json.dumps(made_of.tags()))
+        node_cache.keep(_kept_at(config, model, files), records.text_of(made_of))
     found: dict[str, Any] = {
         "data.max_length": data.data.max_length,
         "gate.metric": data.gate.metric,
@@ -112,7 +118,7 @@ def cached_fingerprint(config: Config) -> Fingerprint | None:
     kept = node_cache.read(_kept_at(config, model, files))
     if not kept:
         return None
-    return Fingerprint.from_tags(json.loads(kept))
+    return records.parsed(kept, Fingerprint)
 
 
 def _kept_at(config: Config, model: str, files: Sequence[tuple[str, str]]) -> str:
@@ -272,6 +278,12 @@ def changed(inputs: Inputs, champion: Version) -> str:
     now = mask(inputs.base.model.shown())
     if "base model" in words and was and was != now:
         words[words.index("base model")] = f"base model ({was} is now {now})"
+    known = of_version(inputs.config, champion)
+    same = known is not None and known.files == {each.sha256 for each in inputs.plan.files}
+    if "training data" in words and same:
+        words[words.index("training data")] += (
+            " (the same files, of which this config or release makes other sequences)"
+        )
     return ", ".join(words)
 
 
@@ -407,8 +419,9 @@ def _continued(
     # A longer training with the same run.name, which is another version, may have written in the run folder. Not from
     # the checkpoint's config: there a worker has written the precision for `auto`.
     with contextlib.suppress(UserError, FileNotFoundError):  # settings of another release
-        now = settings_digest(read_config(storage.join(folder, "config.yaml")))
-        if now != Fingerprint.from_tags(champion.tags).settings:
+        own = read_config(storage.join(folder, "config.yaml"))
+        made_with = Fingerprint.from_tags(champion.tags).settings
+        if made_with not in (settings_digest(own), earlier_settings_digest(own)):
             return f"{folder} was trained longer since"
     sources = _split(config, inputs.plan, known.files)
     if not sources:

@@ -28,10 +28,10 @@ from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.retrain import decision_run, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
 from olora_ray.retrain.gate import Decision
-from olora_ray.retrain.recipe import AGAINST, Inputs, continued_version, version_to_beat
-from olora_ray.tracking import client, models
+from olora_ray.retrain.recipe import Inputs, continued_version, version_to_beat
+from olora_ray.tracking import client, models, old_versions
 from olora_ray.tracking.aliases import CHAMPION, Aliases, Overtaken
-from olora_ray.tracking.checksums import Version
+from olora_ray.tracking.checksums import AGAINST, JUDGED, Version
 from olora_ray.tracking.start import resolve_uri
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def apply_decision(
             decision = decide(challenger, to_beat.version)
         check()
         try:
-            _move_aliases(aliases, number, to_beat.champion, against, decision)
+            _move_aliases(aliases, challenger, to_beat.champion, against, decision)
             return
         except Overtaken as overtaken:
             logger.info(f"{overtaken}: the gate decides again")
@@ -82,9 +82,11 @@ def apply_decision(
 
 
 def _move_aliases(
-    aliases: Aliases, number: str, champion: str, against: str, decision: Decision
+    aliases: Aliases, challenger: Version, champion: str, against: str, decision: Decision
 ) -> None:
+    number = challenger.number
     tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: "", **decision.tags}
+    tags[JUDGED] = challenger.checksum
     if decision.passed:
         verdict = f"passed: {decision.reason}"
         old = aliases.promote(number, verdict, tags, instead_of=champion, beaten=against or None)
@@ -119,7 +121,7 @@ def run(config: Config) -> None:
         _locked(config)
         # The hub's readers load the repository as they load @champion, so it also follows a promotion or rollback by
         # hand.
-        aliases = Aliases(resolve_uri(config), str(config.registry.model))
+        aliases = Aliases.of(config)
         if config.export.push is not None:
             number = aliases.current().get(CHAMPION)
             if number is not None:
@@ -144,7 +146,7 @@ def _locked(config: Config) -> None:
     path = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(path, f"the retraining of {name}") as lease:
         try:
-            _retrain(config, Aliases(resolve_uri(config), name), lease)
+            _retrain(config, Aliases.of(config), lease)
         except Exception as error:
             if not isinstance(error, TryAgain | StoreUnavailable):
                 entry = Entry("failed", f"{type(error).__name__}: {error}")
@@ -165,7 +167,10 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     # A call that decided may have been killed before it wrote and told the decision.
     for version in to_beat.versions:
         decision_run.of_version(config, version)
+        decision_run.changed(config, aliases, version)
     decision_run.moved(config, to_beat)
+    if to_beat.version is not None:
+        to_beat.version.refuse_changed()
     done = recipe.find_decision(to_beat.versions, to_beat.version, now)
     if done is not None:
         which = to_beat.role if done is to_beat.version else done.verdict
@@ -190,7 +195,8 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
     def decide(challenger: Version, against: Version | None) -> Decision:
         if not learned:
             return NOTHING_LEARNED
-        return compare.decision(inputs, guard, challenger, against, aliases.versions())
+        gone = old_versions.pruned(aliases)
+        return compare.decision(inputs, guard, challenger, against, aliases.versions(), gone)
 
     # If another process has taken the lock, that process decides.
     apply_decision(aliases, version.number, decide, lease.check)

@@ -2,20 +2,20 @@
 
 `Watch.look` is called again and again. A moved alias is one request to MLflow; the files of its version are then copied
 once, and compared with their SHA-256. While MLflow is unreachable, or if a version is refused, the adapter stays the
-one before.
+one before. A process that starts while MLflow is unreachable takes the last one from the cache, and checks its files.
 """
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from olora_ray.common import node_cache
+from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, first_line
 from olora_ray.model import folder
-from olora_ray.tracking import models
+from olora_ray.tracking import checksums, models
 from olora_ray.tracking.checksums import Version
 from olora_ray.tracking.models import BaseOfAdapter
 
@@ -43,6 +43,11 @@ class Adapter:
     @property
     def name(self) -> str:
         return f"{self.version.name}@{self.version.number}"
+
+    @property
+    def engine_name(self) -> str:
+        """The name for an engine that may cache by names: it never stands for two adapters."""
+        return f"{self.name}-{self.version.checksum[:8]}"
 
     def __str__(self) -> str:
         return f"version {self.version.number}"
@@ -94,7 +99,9 @@ class Attempts:
 
 
 class Watch:
-    def __init__(self, name: str, tracking_uri: str, cache: Path = CACHE) -> None:
+    def __init__(
+        self, name: str, tracking_uri: str, cache: Path = CACHE, verify: str | None = None
+    ) -> None:
         model, _, which = name.rpartition("@")
         if not model or not which:
             raise UserError(f"{name}: expected NAME@ALIAS or NAME@VERSION of a registered model")
@@ -104,28 +111,60 @@ class Watch:
         self._uri = f"{models.SCHEME}{model}{separator}{which}"
         self._tracking_uri = tracking_uri
         self._cache = cache
+        self._verify = verify
+        self._record = str(cache / f".{storage.digest(tracking_uri, name, length=16)}.json")
         self._asking = Attempts(name, f"{name}: MLflow names a version again")
         self._fetching = Attempts(name)
-        self._current: Adapter | None = None
+        self.current: Adapter | None = None
+        """The adapter that the last look found; None if none could be loaded since the start."""
         self.answered = time.time()
         """The time of MLflow's last answer."""
+        self.away = True
+        """True until MLflow answers, and while it does not."""
+        self.recalled = False
+        """True if the current adapter is from the cache, and MLflow has not yet named it."""
         self.meant = ""
         """The NAME@NUMBER of that answer."""
 
     def look(self) -> Adapter | None:
-        """Return the current adapter; None if none could be loaded since the start. Log what is wrong."""
+        """Return the current adapter, after a question to MLflow. Log what is wrong."""
         with self._asking.attempt():
-            version = models.resolve(self._uri, self._tracking_uri)
+            try:
+                version = models.resolve(self._uri, self._tracking_uri, self._verify)
+            except Exception as error:
+                self.away = isinstance(error, TryAgain)
+                self.recall()
+                raise
+            self.away = False
             self.answered = time.time()
             self.meant = f"{version.name}@{version.number}"
             key = f"{version.number} {version.checksum}"
-            current = self._current
+            current = self.current
             if current and key == f"{current.version.number} {current.version.checksum}":
+                self.recalled = False
                 node_cache.used(current.folder.parent)
             elif not self._fetching.resting(key):
                 with self._fetching.attempt(key):
-                    self._current = self._fetched(version)
-        return self._current
+                    self.current = self._fetched(version)
+                    self.recalled = False
+        return self.current
+
+    def recall(self) -> None:
+        """Without MLflow and without a current adapter: take the one of the last process from the cache."""
+        if not self.away or self.current:
+            return
+        with self._fetching.attempt():
+            kept = records.read(self._record, Adapter)
+            if kept:
+                # The last process may have needed another signature.
+                version = replace(kept.version, key=checksums.needed(self._verify))
+                kept = replace(kept, version=version)
+                checksums.verify(version, str(kept.folder.parent), self._tracking_uri)
+                self.recalled = True
+                self.current = kept
+                logger.warning(
+                    f"{self.name}: MLflow does not answer; {kept} is what it named last, and is used from the cache"
+                )
 
     def _fetched(self, version: Version) -> Adapter:
         if not version.adapter_only or not version.checksum:
@@ -137,4 +176,6 @@ class Watch:
         assert found.base
         kept = (each for each in self._cache.iterdir() if not each.name.startswith("."))
         node_cache.make_room(self._cache, kept)
-        return Adapter(version, found.base, found.folder)
+        adapter = Adapter(version, found.base, found.folder)
+        records.write(self._record, {**asdict(adapter), "folder": str(found.folder)})
+        return adapter

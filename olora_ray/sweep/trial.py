@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ray
-
 from olora_ray.cluster import shared_base
 from olora_ray.cluster.connection import Stop
 from olora_ray.cluster.failures import reason
@@ -30,11 +28,11 @@ from olora_ray.tracking.run import Tracker
 logger = logging.getLogger(__name__)
 
 
-def trial_spec(sweep_spec: SweepSpec, config: DecidedConfig, cpus_held: float = 0.0) -> TrainSpec:
+def trial_spec(sweep_spec: SweepSpec, config: DecidedConfig) -> TrainSpec:
     """Return the specification of a trial; raise UserError as `open_base` and `prepare_tokens` do.
 
     If the search varies `model.*` or `data.*`, the trial decides for itself what follows from them: formats, chats and
-    packing. Missing tokens are made while other trials hold their CPUs.
+    packing.
     """
     if sweep_spec.shares_data():
         return sweep_spec.spec_of(config)
@@ -42,7 +40,7 @@ def trial_spec(sweep_spec: SweepSpec, config: DecidedConfig, cpus_held: float = 
     data = read_data(sweep_spec.asked(config), base)
     own = with_values(data.config, DecidedConfig, {})
     planned = sweep_spec.train_spec.planned
-    return prepare_tokens(own, base, planned, wait=True, cpus_held=cpus_held).spec
+    return prepare_tokens(own, base, planned, wait=True).spec
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class TrialRun:
     def _train(self) -> None:
         others = self._drop_other_values()
         search = self.sweep_spec
-        spec = trial_spec(search, self.config, ray.cluster_resources().get("CPU", 0.0))
+        spec = trial_spec(search, self.config)
         self.total = search.steps(self.config, spec.train)
         self._file.record = replace(self._file.record, total=self.total)
         with (

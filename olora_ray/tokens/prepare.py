@@ -157,7 +157,7 @@ def make(
 ) -> bool:
     """Build what `status` lacks, in the order of the shards; return False if `stopped` ended it between two.
 
-    `cpus_held` are CPUs of the cluster that others hold meanwhile. The limits apply to the rows of this plan and those
+    `cpus_held` are CPUs that this run will take meanwhile. The limits apply to the rows of this plan and those
     `held_out` of the same sources together. Raise UserError for data that cannot be used, for rows that must be
     `apart`, and for a shard that cannot be rebuilt as it was.
     """
@@ -307,10 +307,8 @@ class StoreBuild:
     def run(self, cpus_held: float = 0.0) -> None:
         """Build what is missing, in this thread; return early after `stop`.
 
-        `cpus_held` are CPUs of the cluster that others hold meanwhile: if they hold almost all, the work continues
-        without asking Ray for any. Raise UserError for data that cannot be used.
+        `cpus_held` are CPUs that this run will take meanwhile. Raise UserError for data that cannot be used.
         """
-        # Ray Data's stream is created, read and closed in one thread: it cannot be closed from another.
         apart = None
         line = None
         held_out = self._held_out

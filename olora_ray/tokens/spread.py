@@ -33,17 +33,31 @@ class Lazy(Sequence[Item]):
         return self._make(self._sources[index])
 
 
+# Seconds without a result after which the tasks are suspected to wait for CPUs that others hold.
+PATIENCE = 20.0
+
+
+class _Stream:
+    """An actor that runs a Ray Data stream: one that waits for a CPU can only be ended with its process."""
+
+    def results(self, dataset: Any) -> Iterator[bytes]:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for result in batch.column("result"):
+                yield result.as_py()
+
+
 def map_ordered(
     work: Callable[[Any, Item], Result], shared: Any, items: Sequence[Item], cpus_held: float = 0.0
 ) -> Generator[Result, None, None]:
     """Yield `work(shared, item)` for all items, in their order, computed by Ray Data's tasks.
 
     `shared` travels once to each node and is unpacked once in each process, an item only to its own task. `work` must
-    be a function of a module and give the same result whenever Ray repeats it after a failure. `cpus_held` are CPUs
-    that others hold all the time. Needs ray.init; close the generator to stop early.
+    be a function of a module and give the same result whenever it is repeated. `cpus_held` are CPUs that this
+    run will take meanwhile. Needs ray.init; close the generator to stop early.
     """
     import ray
-    import ray.data
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     reference = ray.put(shared)
 
@@ -52,27 +66,56 @@ def map_ordered(
         return {"result": pickle.dumps(work(_fetched(reference), item))}
 
     # Ray's dashboard shows these names.
-    task.__name__ = task.__qualname__ = name = getattr(work, "__name__", "work")
-    # Ray packs them block by block, so that the driver never holds all of them.
-    packed: Any = Lazy(lambda item: {"item": pickle.dumps(item)}, items)
-    # In this process Ray Data runs in order, without progress bars and logs.
+    task.__name__ = task.__qualname__ = getattr(work, "__name__", "work")
+    node = ray.get_runtime_context().get_node_id()
+    on_this_node = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    actors: list[Any] = []
+
+    def stream(first: int, cpus: float) -> Any:
+        remote: Any = ray.remote(_Stream)
+        actors.append(remote.options(num_cpus=0, scheduling_strategy=on_this_node).remote())
+        # Ray packs the items block by block, so that the driver never holds all of them.
+        packed = Lazy(
+            lambda number: {"item": pickle.dumps(items[number])}, range(first, len(items))
+        )
+        return actors[-1].results.remote(_dataset(packed, task, cpus))
+
+    cpus = _cpus_of_a_task(cpus_held)
+    results = stream(0, cpus)
+    try:
+        for number in range(len(items)):
+            while not ray.wait([results], timeout=PATIENCE)[0]:
+                # The CPU may be held by a run that waits for tokens itself. The tasks of the first stream continue:
+                # what they have done is not done again.
+                if cpus and _free_cpus() < cpus:
+                    cpus = 0.0
+                    results = stream(number, cpus)
+            yield pickle.loads(ray.get(next(results)))  # noqa: S301 - made by our own task a moment ago
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _dataset(packed: Any, task: Callable[[dict[str, Any]], dict[str, Any]], cpus: float) -> Any:
+    """Return the dataset of the results; tasks without CPUs are few, as each process takes seconds of one to start."""
+    import ray
+    import ray.data
+
+    # It runs in order, without progress bars and logs.
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    blocks = min(len(items), TASKS)
+    most = None
+    if not cpus:
+        most = max(1, int(ray.cluster_resources().get("CPU", 1.0)) // 4)
+    blocks = min(len(packed), TASKS)
     results = ray.data.from_items(packed, override_num_blocks=blocks).map(
-        task, **_resources(cpus_held)
+        task, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(most)
     )
-    results.set_name(name)
-    # Closed here, in the thread that reads: Ray Data cannot stop its threads from within the garbage collector.
-    stream: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
-    with contextlib.closing(stream) as batches:
-        for batch in batches:
-            for result in batch.column("result"):
-                yield pickle.loads(result.as_py())  # noqa: S301 - made by our own task a moment ago
+    results.set_name(task.__name__)
+    return results
 
 
 _last: tuple[Any, Any] = (None, None)
@@ -88,20 +131,18 @@ def _fetched(reference: Any) -> Any:
     return _last[1]
 
 
-def _resources(cpus_held: float) -> dict[str, Any]:
-    """Return the resources of a task: half a CPU if others leave less than two, and none if they leave none.
+def _cpus_of_a_task(cpus_held: float) -> float:
+    """Return the CPUs of a task: half of one if others leave less than two, and none if they leave none."""
+    # Those who hold the CPUs may wait for the tasks, so the tasks must not wait for a CPU.
+    free = _free_cpus() - cpus_held
+    each = 1.0 if free >= 2 else 0.5
+    return each if free >= each else 0.0
 
-    The others that hold the CPUs wait for the tasks, so the tasks must not wait for a CPU. Tasks without CPUs are few,
-    because each process takes seconds of a CPU to start.
-    """
+
+def _free_cpus() -> float:
     import ray
-    import ray.data
 
-    cpus = float(ray.cluster_resources().get("CPU", 1.0))
-    each = 1.0 if cpus - cpus_held >= 2 else 0.5
-    if cpus - cpus_held >= each:
-        return {"num_cpus": each}
-    return {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(max(1, int(cpus) // 4))}
+    return float(ray.available_resources().get("CPU", 0.0))
 
 
 def cores() -> int:

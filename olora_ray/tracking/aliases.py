@@ -25,8 +25,9 @@ from pydantic import StringConstraints
 
 from olora_ray.common import records
 from olora_ray.common.errors import UserError
+from olora_ray.config.schema import Config
 from olora_ray.tracking import checksums
-from olora_ray.tracking.checksums import GATE, ROLLED_BACK, Version, name_filter
+from olora_ray.tracking.checksums import GATE, JUDGED, ROLLED_BACK, Version, name_filter
 from olora_ray.tracking.client import (
     check_uri,
     connect,
@@ -35,6 +36,7 @@ from olora_ray.tracking.client import (
     reachable,
     shown_uri,
 )
+from olora_ray.tracking.start import resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,9 +65,17 @@ class Aliases:
     All methods raise UserError for a missing model or version, and TrackingUnavailable if MLflow does not answer.
     """
 
-    def __init__(self, tracking_uri: str, name: str) -> None:
+    def __init__(self, tracking_uri: str, name: str, verify: str | None = None) -> None:
         self.uri = tracking_uri
         self.name = name
+        self._key = verify
+        """The public key by which versions must be signed."""
+
+    @classmethod
+    def of(cls, config: Config, name: str | None = None) -> "Aliases":
+        """Return the aliases of the config's registered model, or of another one."""
+        registry = config.registry
+        return cls(resolve_uri(config), name or str(registry.model), registry.verify)
 
     @property
     def client(self) -> "MlflowClient":
@@ -94,12 +104,21 @@ class Aliases:
         with reachable(self.uri):
             return self._version(number)
 
-    def versions(self) -> list[Version]:
+    def exists(self) -> bool:
+        """True if the model has a version."""
+        with reachable(self.uri):
+            return bool(self.client.search_model_versions(name_filter(self.name), max_results=1))
+
+    def versions(self, run_id: str | None = None) -> list[Version]:
+        """Return the versions, the oldest first; those of one MLflow run, if it is given."""
+        wanted = name_filter(self.name)
+        if run_id is not None:
+            wanted += f" and run_id = '{run_id}'"
         with reachable(self.uri):
             versions: list[Version] = []
             token = None
             while True:
-                page = self.client.search_model_versions(name_filter(self.name), page_token=token)
+                page = self.client.search_model_versions(wanted, page_token=token)
                 versions.extend(map(Version.of, page))
                 token = page.token
                 if not token:
@@ -133,7 +152,7 @@ class Aliases:
 
     def of_run(self, run_id: str) -> Version | None:
         """Return the version that an MLflow run registered under this name; None if it is missing or deleted."""
-        return next((each for each in reversed(self.versions()) if each.run_id == run_id), None)
+        return next(reversed(self.versions(run_id)), None)
 
     def files_uri(self, number: str) -> str:
         with reachable(self.uri, upload=True):
@@ -145,16 +164,24 @@ class Aliases:
         with reachable(self.uri, upload=True):
             return checksums.verify(version, self.files_uri(number), self.uri)
 
+    def refuse_unjudged(self, champion: Version) -> None:
+        """Raise UserError if something else than this project made a version the champion that was not accepted.
+
+        In a model whose champion this project has never moved, the alias belongs to others.
+        """
+        if champion.accepted or MOVE in champion.tags or SINCE not in self.tags():
+            return
+        raise UserError(
+            f"{self.name}: the alias {CHAMPION} was set to version {champion.number}, which was not judged good"
+            f" ({champion.verdict or 'no verdict'}); if it is, use: olora-ray registry promote {self.name}"
+            f" {champion.number}"
+        )
+
     def sign(self, number: str, key: str) -> None:
         version = self.version(number)
         with reachable(self.uri, upload=True):
             checksums.sign(version, self.files_uri(number), self.uri, key)
             self.client.set_model_version_tag(self.name, number, checksums.SIGNED, key)
-
-    def verify_signature(self, number: str, key: str) -> int:
-        version = self.version(number)
-        with reachable(self.uri, upload=True):
-            return checksums.verify_signature(version, self.files_uri(number), self.uri, key)
 
     def verify_copy(self, number: str, folder: Path) -> None:
         """Check that a local folder is a copy of a version's merged model; raise UserError if it is not."""
@@ -223,6 +250,11 @@ class Aliases:
                 f"{self.name}: nothing to roll back to: {cause}; choose a version with `promote`"
             )
         self.verify(good)
+        verdicts = {bad: f"{ROLLED_BACK}: {why}"}
+        if not self.version(
+            good
+        ).accepted:  # something else than this project had made it the champion
+            verdicts[good] = f"champion again: {why}"
 
         def check() -> None:
             aliases = self._now()
@@ -234,7 +266,8 @@ class Aliases:
 
         with reachable(self.uri):
             self._complete()
-            self._move(good, None, {bad: f"{ROLLED_BACK}: {why}"}, check)
+            self._record(good, {}, check)
+            self._move(good, None, verdicts, check)
         return bad, good
 
     def repair(self) -> None:
@@ -264,14 +297,20 @@ class Aliases:
             raise Overtaken(f"the champion was {was}, and is now {now}")
 
     def _record(self, number: str, tags: Mapping[str, str], check: Callable[[], None]) -> None:
-        """Delete the old verdict, then write the evidence of the new one: evidence without a verdict is ignored."""
+        """Delete the old verdict, then write the evidence of the new one: evidence without a verdict is ignored.
+
+        Raises UserError if the version was changed after an earlier verdict, or after the tag JUDGED among `tags`.
+        """
         check()
-        before = self._version(number).tags if tags else {}
+        version = self._version(number)
+        judged = tags.get(JUDGED, version.checksum)
+        for digest in (version.judged, judged):
+            version.refuse_changed(digest)
         for name in (GATE, MOVE):
-            if name in before:
+            if tags and name in version.tags:
                 check()
                 self.client.delete_model_version_tag(self.name, number, name)
-        for name, text in tags.items():
+        for name, text in {**tags, JUDGED: judged}.items():
             check()
             self.client.set_model_version_tag(self.name, number, name, text)
 
@@ -339,7 +378,7 @@ class Aliases:
         from mlflow.exceptions import MlflowException
 
         try:
-            return Version.of(self.client.get_model_version(self.name, number))
+            return Version.of(self.client.get_model_version(self.name, number), self._key)
         # OverflowError: a number too large for any database.
         except (MlflowException, OverflowError) as error:
             if is_unavailable(error):
@@ -357,11 +396,11 @@ class Aliases:
 _Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 
 
-def registered(uri: str, name: str) -> Aliases:
+def registered(uri: str, name: str, verify: str | None = None) -> Aliases:
     """Return the aliases of a model; raise UserError if MLflow does not answer or has no version of it."""
     check_uri(uri)
-    aliases = Aliases(uri, name)
-    if not name.strip() or not aliases.versions():
+    aliases = Aliases(uri, name, verify)
+    if not name.strip() or not aliases.exists():
         raise UserError(f"no model {name!r} with a version is registered in {shown_uri(uri)}")
     return aliases
 

@@ -4,9 +4,15 @@
 tag of the version, so it is stored in MLflow's database and not beside the files. The list is exact: an added file is
 refused like a changed one, because transformers reads files such as adapter_config.json or chat_template.jinja on its
 own wherever it finds them.
+
+Whoever may write a version's files may often write its tags, too. So a verdict is bound to the digest at that time (tag
+JUDGED), and a public key (registry.verify, or the environment variable VERIFY) makes a signature by its private key a
+condition of every use.
 """
 
 import json
+import logging
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +29,8 @@ from olora_ray.tracking.moved_storage import advice
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
+logger = logging.getLogger(__name__)
+
 # Tag of a version: the folder of the run that made it.
 RUN = "olora.run_folder"
 # Tags of a version: its base model, of the hub with the commit, and the time of the training's workers.
@@ -36,11 +44,19 @@ SETTINGS = "olora.settings_digest"
 # Tag of a version: passed, refused, promoted or rolled back, with the reason.
 GATE = "olora.gate"
 ROLLED_BACK = "rolled back"
+# Tag of a version: the version that it had to beat when the gate decided; empty if there was none.
+AGAINST = "olora.gate_against"
+# Tag of a version: digest of the rows that were held out from its training.
+HELD_OUT = "olora.held_out_digest"
 # Tag of a version, and its value for one that needs its base model.
 EXPORT = "olora.export"
 ADAPTER_ONLY = "adapter only"
 # Tag of a version: digest of its checksums.json.
 TAG = "olora.checksums"
+# Tag of a version: that digest when the verdict was written.
+JUDGED = "olora.judged"
+# Environment variable: the public key for all processes without a config, such as vLLM's.
+VERIFY = "OLORA_VERIFY"
 
 # A version of a registered model, as the rest of the project sees it.
 
@@ -65,6 +81,8 @@ class Version:
     run_id: str | None = None  # the MLflow run that registered it
     created: float = 0.0
     """Seconds since 1970."""
+    key: str = ""
+    """The public key (PEM) by whose private key the version must be signed; empty: no signature is needed."""
 
     @property
     def folder(self) -> str:
@@ -86,18 +104,48 @@ class Version:
         return self.verdict.startswith(ROLLED_BACK)
 
     @property
+    def accepted(self) -> bool:
+        """True if the gate or a person made it the champion, and it was not rolled back."""
+        return bool(self.verdict) and not self.verdict.startswith(("refused", ROLLED_BACK))
+
+    @property
     def checksum(self) -> str:
         """Digest of the version's checksums; empty if another program registered it."""
         return self.tags.get(TAG, "")
+
+    @property
+    def judged(self) -> str:
+        """Digest of the checksums that the verdict is about; empty before a verdict, and in older releases."""
+        return self.tags.get(JUDGED, "")
+
+    def refuse_changed(self, judged: str | None = None) -> None:
+        """Raise UserError if its checksums have another digest than `judged`; None: than at its verdict."""
+        if judged is None:
+            judged = self.judged
+        if judged not in ("", self.checksum):
+            raise UserError(
+                f"{_name(self)} was changed after its verdict ({self.verdict or 'just now'}): {FILE} had the digest"
+                f" {judged[:16]}, and now {self.checksum[:16] or 'none'}; find out who did it, restore the files or"
+                " register the model again, and promote another version if this one is in use"
+            )
 
     @property
     def adapter_only(self) -> bool:
         return self.tags.get(EXPORT) == ADAPTER_ONLY
 
     @classmethod
-    def of(cls, version: "ModelVersion") -> "Version":
+    def of(cls, version: "ModelVersion", key: str | None = None) -> "Version":
+        """Return MLflow's version; `key` None: that of the environment."""
         seconds = (version.creation_timestamp or 0) / 1000
-        return cls(version.name, str(version.version), dict(version.tags), version.run_id, seconds)
+        tags = dict(version.tags)
+        return cls(version.name, str(version.version), tags, version.run_id, seconds, needed(key))
+
+
+def needed(key: str | None) -> str:
+    """Return the public key that versions must be signed by; None: that of the environment, or none."""
+    if key is None:
+        return os.environ.get(VERIFY, "")
+    return key
 
 
 def origin_tags(folder: str, base: str, used: Mapping[str, float]) -> dict[str, str]:
@@ -136,8 +184,9 @@ def of_folders(folders: dict[str, Path]) -> str:
 def read_checksums(version: Version, place: str, tracking_uri: str) -> Files:
     """Return the checksums of a version; `place`, a URI or a local folder, holds its files.
 
-    Raises UserError if the version has no checksums, or if they changed since its registration.
+    Raises UserError if the version has no checksums, or if they changed since its registration or its verdict.
     """
+    version.refuse_changed()
     if not version.checksum:
         raise UserError(
             f"{_name(version)} has no checksums (tag {TAG}), because another program registered it; register it with"
@@ -158,9 +207,10 @@ def read_checksums(version: Version, place: str, tracking_uri: str) -> Files:
 
 
 def verify(version: Version, place: str, tracking_uri: str) -> int:
-    """Check that a version has exactly the files of its registration; return their number.
+    """Check that a version has exactly the files of its registration, and its signature if it needs one.
 
-    Reads all files, one at a time. Raises UserError that names the first added, missing or changed file.
+    Returns the number of files. Reads all, one at a time. Raises UserError that names the first added, missing or
+    changed file, and for a signature that is missing, of another key, or of other files.
     """
     files = read_checksums(version, place, tracking_uri)
     known = files.keys() | {FILE, SIGNATURE} | FROM_MLFLOW
@@ -172,6 +222,13 @@ def verify(version: Version, place: str, tracking_uri: str) -> int:
                 raise UserError(
                     f"{_name(version)}: {name} was changed after the registration; register the model again"
                 )
+    if version.key:
+        _verify_signature(version, place, tracking_uri)
+    if version.verdict and not version.judged:
+        logger.info(
+            f"{_name(version)}: an older release wrote its verdict, without a digest: a change of files and tags since"
+            " would not be noticed"
+        )
     return len(files)
 
 
@@ -186,6 +243,8 @@ def verify_copy(version: Version, place: str, tracking_uri: str, folder: Path) -
             raise UserError(
                 f"{_name(version)}: {folder / name} is not the registered file; delete its folder"
             )
+    if version.key:
+        _verify_signature(version, place, tracking_uri)
 
 
 def _refuse_added(version: Version, present: Iterable[str], known: Iterable[str]) -> None:
@@ -278,12 +337,8 @@ def sign(version: Version, place: str, tracking_uri: str, key: str) -> None:
         repository.log_artifact(f"{folder}/{SIGNATURE}")
 
 
-def verify_signature(version: Version, place: str, tracking_uri: str, key: str) -> int:
-    """Check files and signature of a version by a public key (PEM); return the number of signed files.
-
-    Raises UserError for a changed file, and for a signature that is missing, of another key, or of other files.
-    """
-    count = verify(version, place, tracking_uri)
+def _verify_signature(version: Version, place: str, tracking_uri: str) -> None:
+    key = version.key
     with tempfile.TemporaryDirectory(prefix="olora-") as folder:
         signature = _local(SIGNATURE, version, place, tracking_uri, Path(folder))
         # The package raises what its parts raise: ValueError, InvalidSignature, KeyError, ...
@@ -295,7 +350,6 @@ def verify_signature(version: Version, place: str, tracking_uri: str, key: str) 
             config.use_elliptic_key_verifier(public_key=_pem(key, folder))
             config.set_hashing_config(_known(version, place, tracking_uri))
             config.verify(folder, signature)
-    return count
 
 
 def check_key(key: str) -> None:

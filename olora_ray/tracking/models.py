@@ -28,7 +28,7 @@ from pydantic import TypeAdapter
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.fault_points import reached
-from olora_ray.config.schema import AnyConfig
+from olora_ray.config.schema import AnyConfig, Config
 from olora_ray.tracking import checksums, start
 from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.checksums import ADAPTER_ONLY, EXPORT, SETTINGS, Version, name_filter
@@ -242,10 +242,17 @@ ABOUT = """olora_ray trained the versions of this model. The description of each
 
 
 def register(
-    tracker: Tracker, contents: Contents, name: str, alias: str, tags: Mapping[str, object]
+    tracker: Tracker,
+    contents: Contents,
+    name: str,
+    alias: str,
+    tags: Mapping[str, object],
+    key: str | None = None,
+    verify: str | None = None,
 ) -> int:
     """Log `contents` as a model of the tracker's run, register it under `name`, set `alias`; return the version.
 
+    `key` signs it. `verify` is the public key whose signature is a condition of becoming the champion.
     Safe to repeat: a registration of this run with the same settings is resumed. An alias never moves from a newer to
     an older version, nor to a version that was judged or rolled back. Raises UserError for a name that MLflow refuses.
     """
@@ -268,14 +275,17 @@ def register(
         link = json.dumps([{"name": name, "version": version.version}])
         # For the link on the page.
         client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
-    for key, text in texts.items():
-        client.set_model_version_tag(name, version.version, key, text)
+    for tag, text in texts.items():
+        client.set_model_version_tag(name, version.version, tag, text)
     number = str(version.version)
     # An existing description may have been edited by hand.
     if contents.description and not version.description:
         text = _description(contents, f"models:/{name}/{number}")
         client.update_model_version(name, number, text)
-    _set_alias(Aliases(tracker.uri, name), alias, number)
+    aliases = Aliases(tracker.uri, name, verify)
+    if key:
+        aliases.sign(number, key)
+    _set_alias(aliases, alias, number)
     return int(number)
 
 
@@ -327,14 +337,19 @@ def log_model(tracker: Tracker, contents: Contents, tags: Mapping[str, object]) 
 
 def of_run(tracking_uri: str, run_id: str) -> str | None:
     """Return the id of the newest model that an MLflow run has logged; None if there is no such model or run."""
+    found = logged_by(tracking_uri, run_id)
+    newest = max(found, key=lambda model: model.creation_timestamp, default=None)
+    return None if newest is None else newest.model_id
+
+
+def logged_by(tracking_uri: str, run_id: str) -> "Sequence[LoggedModel]":
+    """Return the models that an MLflow run has logged; none if there is no such run."""
     client = connect(tracking_uri)
     with reachable(tracking_uri):
         run = existing(client.get_run, run_id)
         if run is None:
-            return None
-        found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
-        newest = max(found, key=lambda model: model.creation_timestamp, default=None)
-        return None if newest is None else newest.model_id
+            return ()
+        return client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
 
 
 def _set_alias(aliases: Aliases, alias: str, number: str) -> None:
@@ -400,15 +415,19 @@ class Registered:
     """The logged model that it is a version of, if it is one."""
 
 
-def find(uri: str, tracking_uri: str, cache: Path) -> Registered:
+def find(uri: str, tracking_uri: str, cache: Path, verify: str | None = None) -> Registered:
     """Return the version that `uri` names, with its files (see `fetch`).
 
     Raises UserError for an unknown name, alias or version, with the known ones.
     """
-    return fetch(resolve(uri, tracking_uri), tracking_uri, cache)
+    return fetch(resolve(uri, tracking_uri, verify), tracking_uri, cache)
 
 
-def resolve(uri: str, tracking_uri: str) -> Version:
+def resolve(uri: str, tracking_uri: str, verify: str | None = None) -> Version:
+    """Return the version that `uri` names; it must be signed if there is a public key `verify`.
+
+    Raises UserError for an unknown one, for one that was changed after its verdict, and for a champion without one.
+    """
     from mlflow.exceptions import MlflowException
 
     words = uri.removeprefix(SCHEME).strip("/")
@@ -422,8 +441,13 @@ def resolve(uri: str, tracking_uri: str) -> Version:
     with reachable(tracking_uri):
         try:
             if alias:
-                return Version.of(client.get_model_version_by_alias(name, alias))
-            return Version.of(client.get_model_version(name, number))
+                version = Version.of(client.get_model_version_by_alias(name, alias), verify)
+            else:
+                version = Version.of(client.get_model_version(name, number), verify)
+            version.refuse_changed()
+            if alias == CHAMPION:
+                Aliases(tracking_uri, name).refuse_unjudged(version)
+            return version
         except MlflowException as error:
             if is_unavailable(error):
                 raise
@@ -444,7 +468,7 @@ def fetch(version: Version, tracking_uri: str, cache: Path, copy: bool = False) 
     """Return the files of a version, which are checked against their checksums at each call.
 
     Artifacts on a local disk are used directly, unless `copy` is set; others are downloaded once into `cache`. Raises
-    UserError for files that were changed after the registration.
+    UserError for a version that was changed after the registration or the verdict, or lacks a signature that it needs.
     """
     with reachable(tracking_uri, upload=True):
         place = str(
@@ -458,7 +482,8 @@ def of_config(config: AnyConfig) -> Registered | None:
     """Return the registered version that a config names as its model (models:/...); else None."""
     if not config.model.name.startswith(SCHEME):
         return None
-    return find(config.model.name, resolve_uri(config), cache_folder(config))
+    verify = config.registry.verify if isinstance(config, Config) else None
+    return find(config.model.name, resolve_uri(config), cache_folder(config), verify)
 
 
 def cache_folder(config: AnyConfig) -> Path:
@@ -520,7 +545,7 @@ def _inside(uri: str, version: Version, folder: Path) -> Registered:
 
 
 def _verify(version: Version, folder: Path, tracking_uri: str) -> None:
-    if version.checksum:
+    if version.checksum or version.judged or version.key:
         checksums.verify(version, str(folder), tracking_uri)
     else:
         logger.warning(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class StepResult:
 
     step: int
     """Number of steps done, this step included."""
+    times: Sequence["Times"]
+    """One per worker, in the order of the ranks."""
     loss: float
     """The objective's mean over the global batch, before the update: mean loss per supervised token."""
     lr: float
@@ -46,30 +49,66 @@ class StepResult:
     means: Mapping[str, float] = field(default_factory=dict)
     """The objective's means by name (`Objective.named`)."""
     seconds: float = 0.0
-    waited: float = 0.0
-    """Seconds spent waiting for data, included in `seconds`."""
+
+
+class Times(NamedTuple):
+    """Seconds of a worker. All workers learn them with the losses of a step, so two are of the step before."""
+
+    waited: float
+    """Waiting for the data of this step."""
+    computed: float = 0.0
+    """Computation of the step before, as long as it would be with the largest share of micro-batches.
+
+    0 after a start, and for a worker without micro-batches.
+    """
+    exchanged: float = 0.0
+    """Exchange of the step before; includes waiting for slower workers."""
+
+
+def moment(device: torch.device) -> Any:
+    """Return this moment of the work that `device` was given; no wait for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def between(first: Any, last: Any) -> float:
+    """Return the seconds between two moments that the device has passed."""
+    if isinstance(first, float):
+        return float(last - first)
+    return float(first.elapsed_time(last)) / 1000.0
 
 
 @dataclass(frozen=True)
 class StepNumbers:
     """The numbers that workers exchange in a step beside the gradient: one vector, so that one exchange carries them.
 
-    Each worker fills in its own micro-batches, and the others have 0 there. So the order of the sum over workers
-    changes no bit.
+    Each worker fills in its own micro-batches and times, and the others have 0 there. So the order of the sum over
+    workers changes no bit.
     """
 
     vector: Tensor
+    micro_batches: int
     width: int
     """Number of numbers of a micro-batch: its loss and the objective's `more`."""
 
     @classmethod
     def zeros(cls, micro_batches: int, width: int, device: torch.device) -> "StepNumbers":
-        return cls(torch.zeros(micro_batches * width + 2, device=device), width)
+        times = collectives.world_size() * len(Times._fields)
+        vector = torch.zeros(micro_batches * width + times + 2, device=device)
+        return cls(vector, micro_batches, width)
 
     @property
     def sums(self) -> Tensor:
         """(micro-batches, width) numbers of the objective, divided by the weight of the global batch."""
-        return self.vector[:-2].view(-1, self.width)
+        return self.vector[: self.micro_batches * self.width].view(-1, self.width)
+
+    @property
+    def times(self) -> Tensor:
+        """(workers, fields of Times)."""
+        return self.vector[self.micro_batches * self.width : -2].view(-1, len(Times._fields))
 
     @property
     def signal(self) -> Tensor:
@@ -82,7 +121,7 @@ class StepNumbers:
         return self.vector[-1]
 
     def on_cpu(self) -> "StepNumbers":
-        return StepNumbers(self.vector.cpu(), self.width)
+        return replace(self, vector=self.vector.cpu())
 
 
 @dataclass
@@ -102,13 +141,15 @@ class Trainer:
         chosen = optimizer_named(self.config.train.optimizer)
         self.optimizer = chosen.begin(self.flat, self.config.train, self.sizes)
         self.gradient = tree.TreeSum(self.flat.grad)
+        self._times = Times(0.0)
 
     def steps(self, loader: StepLoader, start: int, schedule: Schedule) -> Generator[StepResult]:
         """Run the steps from `start` (counted from 0) to the end of the schedule; raises as `step`."""
         began = time.perf_counter()
         for number, (data, waited) in enumerate(loader.steps(start, schedule), start):
+            self._times = self._times._replace(waited=waited)
             result = self.step(number, data, schedule)
-            yield replace(result, seconds=time.perf_counter() - began, waited=waited)
+            yield replace(result, seconds=time.perf_counter() - began)
             began = time.perf_counter()
 
     def step(self, number: int, data: StepData, schedule: Schedule) -> StepResult:
@@ -117,6 +158,7 @@ class Trainer:
         The micro-batches, and the order of each sum, depend on the step alone and not on the workers. Raises UserError
         with the step and the source rows if the loss or the gradient is not finite.
         """
+        began = moment(self.device)
         objective = self.objective
         whole = data.whole
         weight_of_step = objective.weight(whole)
@@ -149,8 +191,12 @@ class Trainer:
 
         # The signal travels with the losses, because a second exchange per step would cost more.
         numbers.signal.fill_(self.signal())  # an assignment would wait for the device
+        for place, seconds in zip(numbers.times[collectives.rank()], self._times, strict=True):
+            place.fill_(seconds)
+        computed = moment(self.device)
         collectives.sum_in_place(numbers.vector)
         self.gradient.finish()
+        exchanged = moment(self.device)
         self.optimizer.prepare()
 
         # The only wait for the device in a step: losses, signal and norm come to the CPU in one copy.
@@ -158,6 +204,14 @@ class Trainer:
         known = numbers.on_cpu()
         means = objective.named(tree.total(known.sums).tolist(), whole)
         mean_loss = next(iter(means.values()))
+        most = len(data.micro) + data.padding_batches
+        runs = len(data.micro)
+        if self.loss.sharded:
+            runs = most
+        spent = 0.0
+        if runs:
+            spent = between(began, computed) * most / runs
+        self._times = Times(0.0, spent, between(computed, exchanged))
         norm = float(known.norm)
         if not math.isfinite(mean_loss):
             rows = rows_of_odd_losses(known.sums[:, 0], data, schedule.store)
@@ -171,6 +225,7 @@ class Trainer:
         self.optimizer.step(lr, norm)
         return StepResult(
             step=number + 1,
+            times=[Times(*seconds) for seconds in known.times.tolist()],
             loss=mean_loss,
             lr=lr,
             grad_norm=norm,

@@ -68,15 +68,17 @@ def kept(
     """Return the losses in the store's file of this name; without a good one, measure them and write it."""
     identity = {**named, "tokens": store.digest}
     path = storage.join(store.uri, f"reference-{digest_json(identity, length=16)}.json")
-    first = collectives.rank() == 0
-    found = collectives.from_first(records.read(path, Reference) if first else None)
-    if found is not None and found.sha256 == digest_json(found.losses):
+    # The workers agree on the digest only: the losses of a large store would not fit into an exchange.
+    found = records.read(path, Reference)
+    good = found is not None and found.sha256 == digest_json(found.losses)
+    known = collectives.gather(found.sha256 if found and good else None)
+    if found and known == [found.sha256] * len(known):
         return found
     began = time.perf_counter()
     logger.info("measuring the losses before the first step: the reference of preference pairs")
     losses = [*measure()]
     found = Reference(identity, losses, digest_json(losses))
-    if first:
+    if collectives.rank() == 0:
         records.write(path, vars(found))
     seconds = time.perf_counter() - began
     logger.info(f"reference: {len(store):,} sequences in {seconds:.1f} s")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
@@ -21,6 +21,16 @@ from tests import tiny
 GLOO = RuntimeError(
     "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"
 )
+
+
+KILLED = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, ID: a25) \
+was 23.10GB used / 23.54GB limit (0.981308)
+OOM kill reason: Memory usage
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+261\t12.56\tpython other.py
+308\t2.15\tray::t
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io."""
+"""As Ray 2.60 says it, without some lines."""
 
 
 def dead() -> Exception:
@@ -59,6 +69,12 @@ def preempted() -> Exception:
             True,
         ),
         (WorkerGroupError("", {}), "workers failed", True),
+        (
+            WorkerGroupError("", {1: WorkerHealthCheckFailedError("", OutOfMemoryError(KILLED))}),
+            "worker 1 failed (Ray killed it because node 10.0.0.2 had only 0.44 of 23.54 GB of memory free; the largest"
+            " process there is python other.py (id 261, 12.56 GB); stop it or use less memory)",
+            True,
+        ),
         (
             WorkerGroupError("", {0: raised(GLOO), 1: preempted()}),
             "worker 1 died with its preempted node",

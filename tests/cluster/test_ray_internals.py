@@ -89,7 +89,6 @@ def test_what_a_running_ray_says(ray_with: Callable[[int], None]) -> None:
     assert ray_internals.autoscaler_groups() is None
     only_groups_of_dead_actors_are_freed()
     only_controllers_are_ended()
-    a_thread_that_reads_data_is_found()
     the_limits_of_an_autoscaler_are_read()
 
 
@@ -130,17 +129,6 @@ def only_controllers_are_ended() -> None:
     ):  # a killed actor still answers until it has heard of it
         until(lambda: ray.get(others[0].__ray_ready__.remote()) and None)
     ray.get(others[1].__ray_ready__.remote())
-
-
-def a_thread_that_reads_data_is_found() -> None:
-    import ray.data
-
-    assert not ray_internals.reads_data()
-    batches = iter(ray.data.range(1000).iter_batches(batch_size=10))
-    next(batches)
-    assert ray_internals.reads_data()
-    assert list(batches)
-    until(lambda: not ray_internals.reads_data())
 
 
 def the_limits_of_an_autoscaler_are_read() -> None:

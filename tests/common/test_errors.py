@@ -63,6 +63,10 @@ def test_what_is_wrong_with_a_disk_is_no_bug() -> None:
     assert of_the_machine(failed(errno.EACCES, "/a")) == (
         "/a: Permission denied; fix the cause, and run the same command again"
     )
+    copy = OSError(
+        errno.ENOSPC, os.strerror(errno.ENOSPC), "/read", None, "/written"
+    )  # as shutil's
+    assert str(of_the_machine(copy)).startswith("/written: No space left on device")
     for bug in (failed(errno.EPERM), failed(errno.ENOENT, "/a"), OSError("ours"), KeyError("ours")):
         assert of_the_machine(bug) is None
     assert short_reason(failed(errno.ENOSPC, "/a")) == "No space left on device; make room"

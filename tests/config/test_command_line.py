@@ -50,8 +50,10 @@ def test_relative_paths_are_seen_from_where_the_command_was_given(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
-    read, _ = read_arguments([str(config), "data.chat_template=a.jinja"], "usage")
+    changes = ["data.chat_template=a.jinja", "registry.verify=key.pub"]
+    read, _ = read_arguments([str(config), *changes], "usage")
     assert read.data.chat_template == str(tmp_path / "a.jinja")
+    assert read.registry.verify == str(tmp_path / "key.pub")
     assert (
         read_arguments([str(config), "data.chat_template=plain"], "usage")[0].data.chat_template
         == "plain"

@@ -10,6 +10,7 @@ from olora_ray.common.storage import digest_json
 from olora_ray.config.command_line import loaded
 from olora_ray.config.load import (
     RETIRED,
+    RETIRED_EARLIER,
     RETIRED_VALUES,
     build,
     changed,
@@ -27,14 +28,15 @@ TREE: dict[str, Any] = {
     "data": {"train": ["a.jsonl"]},
     "train": {"lr": 1e-3},
 }
-DEFAULTS = {field: default for field, (default, _) in RETIRED.items()}
+ALL = RETIRED | RETIRED_EARLIER
+DEFAULTS = {field: default for field, (default, _) in ALL.items()}
 
 
 def test_a_removed_field_is_no_field() -> None:
     assert not DEFAULTS.keys() & flatten(build(TREE)).keys()
 
 
-@pytest.mark.parametrize("field", RETIRED)
+@pytest.mark.parametrize("field", ALL)
 def test_a_removed_field_is_dropped_at_its_default_and_refused_with_advice_else(field: str) -> None:
     given = changed(TREE, {field: DEFAULTS[field]})
     before = repr(given)
@@ -42,7 +44,7 @@ def test_a_removed_field_is_dropped_at_its_default_and_refused_with_advice_else(
     assert repr(given) == before, "the caller's tree stays as it is"
     with pytest.raises(UserError) as caught:
         build(changed(TREE, {field: 0.123}), "my.yaml")
-    assert str(caught.value) == f"my.yaml: {field}: this field was removed; {RETIRED[field][1]}"
+    assert str(caught.value) == f"my.yaml: {field}: this field was removed; {ALL[field][1]}"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,19 @@ def test_the_config_of_a_run_stays_readable_if_the_field_did_not_change_its_numb
     file.write_text("model: {name: m}\ndata: {train: a.jsonl}\ntrain: {old: 5}\n")
     with pytest.raises(UserError):
         read_config(str(file))
+
+
+@pytest.mark.parametrize(
+    "section", ["notify: {url: 'https://hooks/x'}", "gate: {must_improve_by: -9.0}"]
+)
+def test_the_config_of_a_run_stays_readable_with_a_gate_or_notification_of_an_earlier_release(
+    tmp_path: Path, section: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: {{name: m}}\ndata: {{train: a.jsonl}}\n{section}\n")
+    assert read_config(str(file)).train.lr == "auto"
+    with pytest.raises(UserError):
+        load_config(file)
 
 
 def test_the_digests_of_a_config_are_those_before_the_removal() -> None:

@@ -1,23 +1,11 @@
 """The dashboard shows every metric that the project exports, and no others."""
 
-import json
 import re
-from pathlib import Path
-from typing import Any
 
-from olora_ray.retrain.decision_run import METRICS
-from tests.telemetry import exported
+from tests.prometheus import panels
+from tests.telemetry import exported, of_others
 
-ROOT = Path(__file__).parents[2]
-DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "olora_ray.json").read_text())
 ENDINGS = {"histogram": ("_bucket", "_sum", "_count"), "gauge": ("",), "counter": ("",)}
-
-
-def queries() -> list[str]:
-    panels = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
-    return panels + [
-        entry["query"] for entry in DASHBOARD["templating"]["list"] if entry["type"] == "query"
-    ]
 
 
 def series() -> dict[str, str]:
@@ -26,6 +14,8 @@ def series() -> dict[str, str]:
 
 
 def test_every_series_of_the_dashboard_is_exported_and_every_metric_is_shown() -> None:
-    used = {name for query in queries() for name in re.findall(r"\b(?:ray|olora)_\w+", query)}
-    assert used - METRICS.keys() - series().keys() == set()
-    assert {series().get(name, name) for name in used} == exported().keys() | METRICS.keys()
+    used = {
+        name for query in panels().values() for name in re.findall(r"\b(?:ray|olora)_\w+", query)
+    }
+    assert used - of_others() - series().keys() == set()
+    assert {series().get(name, name) for name in used} == exported().keys() | of_others()

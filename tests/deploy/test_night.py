@@ -1,5 +1,6 @@
 """One night of a command: retries, a time limit, signals, exit codes, its output, and notifications."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from tests.ran import ran
 from tests.receiver import Receiver, receiver
 from tests.waiting import until
 
+TELLS = "echo"
 NIGHT = Path(__file__).parents[2] / "deploy" / "night.py"
 
 
@@ -69,9 +71,27 @@ def test_the_output_of_all_nights_stays_in_a_file(config: Path, tmp_path: Path) 
 def test_what_the_command_has_told_itself_is_not_told_again(
     config: Path, hook: Receiver, code: int
 ) -> None:
-    line = "notify.url: the event 'failed' was sent" if code else "nothing changed since version 1"
-    assert night(config, f'echo "{line}"; exit {code}') == (code, [line])
+    facts = {"sent": "failed"} if code else {}
+    assert (
+        night(config, f"{TELLS} '{json.dumps(facts)}' >&${{OLORA_OUTCOME%:*}}; exit {code}")[0]
+        == code
+    )
     assert hook.got == []
+
+
+def test_what_the_command_prints_decides_nothing(config: Path, hook: Receiver) -> None:
+    rows = (
+        "notify.url: the event 'failed' was sent",
+        "the retraining of m is already running (process 7 on a, since 2026-12-02 02:30:00)",
+    )
+    for row, code in zip(rows, (1, 75), strict=True):
+        assert night(config, f'echo "{row}"; exit {code}', "--tries", "1")[0] == code
+    assert hook.events() == ["failed", "not finished"]
+
+
+def test_the_reason_is_the_commands_own_and_not_the_last_line(config: Path, hook: Receiver) -> None:
+    night(config, f"{sys.executable} {NIGHT} nothing; echo an older line; exit 2")
+    assert hook.got[0]["reason"].startswith("arguments: expected CONFIG.yaml -- COMMAND")
 
 
 @pytest.mark.parametrize(

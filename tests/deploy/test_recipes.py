@@ -174,7 +174,9 @@ def test_a_worker_pod_announces_its_own_node_before_it_is_stopped(tmp_path: Path
     if subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs root and PID namespaces")
     recorder(tmp_path / "ray", f"echo $* >>{tmp_path}/said")
-    pod = f"bash -c 'sleep 60; true' raylet --node_id=abc & bash {DEPLOY}/drain.sh 0"
+    stands = "until grep --quiet --text node_id=abc /proc/$!/cmdline; do sleep 0.1; done"
+    raylet = "bash -c 'sleep 60; true' raylet --node_id=abc"
+    pod = f"{raylet} & {stands}; bash {DEPLOY}/drain.sh 0"
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     subprocess.run([*inside, "bash", "-c", pod], env=environment, check=True, timeout=60)
     drain, stop = (tmp_path / "said").read_text().splitlines()

@@ -38,9 +38,9 @@ def test_a_job_runs_in_the_name_of_its_submitter(
     here = getpass.getuser()
     if submitter:
         monkeypatch.setenv("LOGNAME", submitter)
-    assert submit.begun(jobs, "nightly", "retrain", None) == "nightly"
+    assert submit.begun(jobs, "nightly", "retrain", None, "word") == "nightly"
     assert "OLORA_COMMIT" not in jobs.variables, "the code of the cluster"
-    submit.begun(jobs, "nightly", "retrain", str(SUBMIT.parent))
+    submit.begun(jobs, "nightly", "retrain", str(SUBMIT.parent), "word")
     assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", jobs.variables["OLORA_COMMIT"])
     monkeypatch.delenv("LOGNAME", raising=False)  # on the cluster
     for name, value in jobs.variables.items():

@@ -79,10 +79,7 @@ def by_nccls_rules() -> Iterator[Rules]:
     """Let the package exchange tensors of the device, as long as NCCL would."""
     rules, steps = Rules(), Trainer.steps
     own = {name: getattr(rules, name) for name in ("all_reduce", "broadcast", "batch_isend_irecv")}
-    own |= {
-        name: rules.objects(getattr(dist, name))
-        for name in ("all_gather_object", "broadcast_object_list")
-    }
+    own["all_gather"] = rules.objects(dist.all_gather)
     with (
         mock.patch.object(collectives, "dist", SimpleNamespace(**vars(dist) | own)),
         mock.patch.object(Trainer, "steps", lambda *arguments: rules.steps(steps, *arguments)),

@@ -21,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -177,9 +178,26 @@ _ANSWERS: dict[str, object] = {
         ("_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed_all"), None
     ),
     "reset_peak_memory_stats": None,
+    "current_stream": None,
 }
+
+
+class _Event:
+    """A moment of the device, which computes at once."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: "_Event") -> float:
+        return 1000.0 * (later.at - self.at)
+
+
 # The device draws from the CPU's generator, so its random state is the CPU's.
 _FUNCTIONS: dict[str, Any] = {name: _answer(value) for name, value in _ANSWERS.items()} | {
+    "Event": _Event,
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
 }

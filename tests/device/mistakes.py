@@ -172,6 +172,6 @@ TWO_WORKERS: dict[str, Mistake] = {
         collectives,
         "sum_in_place",
         _objects,
-        "all_gather_object: a step sends no objects",
+        "all_gather: a step sends no objects",
     ),
 }

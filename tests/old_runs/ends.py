@@ -69,7 +69,7 @@ def of_run(storage: Path, name: str) -> dict[str, Any]:
     return {
         "files": {file: _digest(folder / file, storage.parent) for file in FILES},
         "result": {part: result[part] for part in RESULT},
-        "series": _series(storage, name),
+        "series": series(storage, name),
     }
 
 
@@ -112,15 +112,15 @@ def _digest(file: Path, place: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _series(storage: Path, name: str) -> dict[str, list[list[float]]]:
+def series(storage: Path, name: str) -> dict[str, list[list[float]]]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("olora")
     wanted = f"tags.mlflow.runName = '{name}'"
     (run,) = client.search_runs([experiment.experiment_id], wanted)
-    series = {}
+    found = {}
     for metric in sorted(REPEATABLE & run.data.metrics.keys()):
         points = client.get_metric_history(run.info.run_id, metric)
-        series[metric] = sorted([float(point.step), point.value] for point in points)
-    return series
+        found[metric] = sorted([float(point.step), point.value] for point in points)
+    return found

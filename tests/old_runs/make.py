@@ -1,10 +1,11 @@
 """Make the runs of tests/old_runs with the commands of a checkout, such as that of a release before this one.
 
-    python -m tests.old_runs.make --checkout DIR --out FOLDER
+    python -m tests.old_runs.make --checkout DIR --out FOLDER [--older]
 
 --checkout  the checkout whose pipelines/*.py and olora_ray make the runs
 --out       the folder that gets project.tar.xz (the project with its runs) and wanted.json (what the checkout makes of
             the interrupted runs); tests/old_runs for those that the tests read
+--older     make only older.tar.xz, with a smaller model: a finished and a half-trained run, and one night
 
 Takes about 5 minutes on two cores. test_old_runs.py says what the runs are for.
 """
@@ -28,7 +29,6 @@ from tests.old_runs import ends
 from tests.pipelines import project
 from tests.recovery import processes
 
-FAULTS = project.ROOT / "tests" / "recovery" / "faults"
 SPACE = {
     "search": {"adapter.rank": {"choice": [2, 4]}, "train.lr": {"loguniform": [1e-3, 3e-2]}},
     "set": {"evaluation.scorer": None, "evaluation.samples": 0},
@@ -43,12 +43,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--checkout", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--older", action="store_true")
     asked = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="old-", dir="/tmp"))  # short: Ray's sockets lie below it
     try:
         maker = Maker(asked.checkout.resolve(), place)
-        maker.make()
         asked.out.mkdir(parents=True, exist_ok=True)
+        if asked.older:
+            maker.make_older()
+            pack(maker.project, asked.out / "older.tar.xz")
+            return 0
+        maker.make()
         pack(maker.project, asked.out / "project.tar.xz")
         wanted = maker.wanted()
         (asked.out / "wanted.json").write_text(json.dumps(wanted, indent=1) + "\n")
@@ -68,7 +73,7 @@ class Maker:
 
     def make(self) -> None:
         """Write the inputs, and give the commands one after the other."""
-        write_inputs(self.project)
+        write_inputs(self.project, configs())
         self.call("finetune.py", "finished.yaml")
         for name in ("steady", "automatic"):
             self.interrupt("finetune.py", f"{name}.yaml", after="step 2/6")
@@ -83,6 +88,14 @@ class Maker:
             after="2 of 4 trials have ended",
             exists="runs/trial-part/trials/trial-002/checkpoints/step-0000003",
         )
+
+    def make_older(self) -> None:
+        """The same for the runs of `--older`."""
+        trees = older_configs()
+        write_inputs(self.project, trees, layers=1, width=16)
+        self.call("finetune.py", "finished.yaml")
+        self.interrupt("finetune.py", "steady.yaml", after="step 2/6")
+        self.call("retrain.py", "nightly.yaml")
 
     def wanted(self) -> dict[str, Any]:
         """Resume the interrupted runs; what they are in the end."""
@@ -119,7 +132,9 @@ class Maker:
         """Give a command with slow steps; send it SIGTERM once it has printed `after`, and `exists` does."""
         fault = f"phase=none;kind=watch;pace=1;dir={self.place}"
         environment = self._environment()
-        environment["PYTHONPATH"] = f"{FAULTS}:{environment['PYTHONPATH']}"
+        environment["PYTHONPATH"] = (
+            f"{self.checkout}/tests/recovery/faults:{environment['PYTHONPATH']}"
+        )
         environment["OLORA_FAULT"] = fault
         output = ""
         with subprocess.Popen(
@@ -166,15 +181,17 @@ class Maker:
         return others | own
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(
+    folder: Path, trees: dict[str, dict[str, Any]], layers: int = 2, width: int = 32
+) -> None:
     """Write a tiny model, rows, and the configs and spaces of all runs; their paths are relative."""
     folder.mkdir()
-    project.make_model(folder / "model", width=32)
+    project.make_model(folder / "model", layers, width)
     (folder / "nights").mkdir()
     write_rows(folder / "train.jsonl", range(60))
     write_rows(folder / "nights" / "first.jsonl", range(60))
     write_rows(folder / "eval.jsonl", range(200, 224))  # 24: gate.min_rows
-    for name, tree in configs().items():
+    for name, tree in trees.items():
         tree["run"]["name"] = name
         project.write_config(folder, tree, f"{name}.yaml")
     for name in ("whole", "part"):
@@ -227,6 +244,13 @@ def configs() -> dict[str, dict[str, Any]]:
         "nightly": nightly,
         "trial": trial,
     }
+
+
+def older_configs() -> dict[str, dict[str, Any]]:
+    """The configs of `--older`, without fields that came later."""
+    trees = configs()
+    trees["nightly"]["gate"] = {"min_rows": 24}
+    return {name: trees[name] for name in ("steady", "finished", "nightly")}
 
 
 def _copied(tree: dict[str, Any]) -> dict[str, Any]:

@@ -138,26 +138,41 @@ def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: 
     torch.testing.assert_close(logits(both[0]), logits(both[1]), **CLOSE)
 
 
-def test_where_the_storage_has_an_address_a_merged_version_is_read_from_it_by_all_nodes(
-    run: FinishedRun, tmp_path: Path
-) -> None:
-    """From the run's folder as long as that is there, then from a copy of MLflow's files."""
-    made = finished_run.make(tmp_path / "run", registry__alias="by-all")
-    version = run.aliases.version(made.registered())
-    config = override(run.config, {"run.storage": f"file://{tmp_path}/storage"})
-    folder = tmp_path / "elsewhere"
+def exported(made: FinishedRun, number: str, storage_root: Path) -> Path:
+    """The run's folder in another storage, with what the gate reads there."""
+    folder = storage_root / "exported"
     shutil.copytree(made.folder.merged, folder / "export" / "merged")
-    version = replace(version, tags={**version.tags, RUN: f"file://{folder}"})
-    assert opened(config, version).config.model.name == f"file://{folder}/export/merged"
-    shutil.rmtree(folder)
+    text = json.dumps({"registered": {"model": "small", "version": int(number), "alias": "a"}})
+    (folder / "result.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_merged_version_is_read_from_its_run_folder_by_all_nodes(
+    run: FinishedRun, tmp_path: Path, scheme: str
+) -> None:
+    """Not from a copy of MLflow's files, unless the folder was deleted or has another version since."""
+    made = finished_run.make(tmp_path / "run", registry__alias="by-all")
+    root = tmp_path / "storage"
+    number = made.registered()
+    folder = exported(made, number, root)
+    version = run.aliases.version(number)
+    version = replace(version, tags={**version.tags, RUN: f"{scheme}{folder}"})
+    config = override(run.config, {"run.storage": f"{scheme}{root}"})
+    merged = f"{scheme}{folder}/export/merged"
+    assert opened(config, version).config.model.name == merged
+    assert not (root / "models").exists()
+    (folder / "result.json").write_text("{}")  # it is trained longer
     found = opened(config, version)
-    (copy,) = (tmp_path / "storage" / "models").iterdir()
-    assert found.config.model.name == f"file://{copy}"
+    assert found.config.model.name != merged
     target = targets.Target("", found.base.model, None, found.config)
     torch.testing.assert_close(logits(target), run.case.logits, **CLOSE)
-    (copy / "config.json").write_text("{}")
-    with pytest.raises(UserError):
-        opened(config, version)
+    if scheme:
+        (copy,) = (root / "models").iterdir()
+        assert found.config.model.name == f"file://{copy}"
+        (copy / "config.json").write_text("{}")
+        with pytest.raises(UserError):
+            opened(config, version)
 
 
 def test_as_a_base_it_is_merged_once(run: FinishedRun) -> None:

@@ -107,7 +107,9 @@ def test_a_version_tells_its_data_base_code_image_who_cost_and_decision(
     image = "registry.example.com/olora-ray@sha256:0123"
     for name, text in {"COMMIT": "c0ffee", "IMAGE": image, "SUBMITTER": "alice@desk"}.items():
         monkeypatch.setenv(f"OLORA_{name}", text)
-    log = nightly.call(f"registry.key=file:{private}")
+    verify = f"registry.verify={public}"
+    assert "set registry.key, too" in nightly.call(verify, code=2)
+    log = nightly.call(f"registry.key=file:{private}", verify)
     at = ["nightly", "1", "--tracking-uri", nightly.aliases.uri]
     registry.main(["verify", *at, "--key", str(public)])
     capsys.readouterr()

@@ -14,12 +14,14 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.load import load_config
 from olora_ray.config.schema import Config
 from olora_ray.retrain import notify, recipe
+from olora_ray.retrain.decision_run import RECORDED
 from olora_ray.retrain.recipe import AGAINST
-from olora_ray.tracking.checksums import GATE
+from olora_ray.tracking.checksums import GATE, JUDGED, TAG
 from olora_ray.tracking.client import connect
 from pipelines import retrain
 from tests import mlflow_database, tiny
 from tests.receiver import receiver
+from tests.refused import refused
 from tests.retrain.nightly import Nightly
 
 
@@ -62,6 +64,24 @@ def test_a_decision_is_told_once_with_its_version(
         "run": load_config(nightly.config).run.name,
         "text": f"nightly: version 1 {event}: eval/loss 0.5",
     }
+
+
+def test_a_champion_that_was_changed_is_told_once_and_ends_each_call(
+    nightly: Nightly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(nightly.aliases.uri)
+    client.create_registered_model("nightly")
+    tags = {GATE: "passed: eval/loss 0.5", AGAINST: "", RECORDED: "run", JUDGED: "a", TAG: "b"}
+    now = recipe.read_inputs(load_config(nightly.config)).fingerprint
+    client.create_model_version("nightly", "/nowhere", tags={**now.tags(), **tags})
+    client.set_registered_model_alias("nightly", "champion", "1")
+    with receiver() as hook:
+        monkeypatch.setenv("HOOK", hook.url)
+        for _ in range(2):
+            with refused("nightly version 1 was changed after its verdict"):
+                retrain.main([str(nightly.config), "notify.url=env:HOOK"])
+    assert hook.events() == ["changed", "failed", "failed"]
+    assert hook.got[0]["version"] == "1"
 
 
 def test_a_failure_is_told_also_without_mlflow(

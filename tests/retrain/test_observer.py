@@ -1,6 +1,7 @@
 """A service on another machine hears of each night that fails, and of one that never began; quiet nights are quiet."""
 
 import importlib.util
+import json
 import shutil
 import signal
 import subprocess
@@ -68,25 +69,25 @@ def watched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
         )
 
 
-SINCE = "error: the retraining of nightly is already running (process 7 on a, since {}); try again later"
-LONG_AGO = SINCE.format("2026-01-02 02:30:00")
-HOURS_AGO = SINCE.format(time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - 4 * HOUR)))
+TELL = "echo '{}' >&${{OLORA_OUTCOME%:*}}; echo a row; exit {}"
+
+
+def busy(hours: float) -> str:
+    facts = {"busy_since": time.time() - hours * HOUR, "reason": "already running"}
+    return TELL.format(json.dumps(facts), 75)
+
+
 ENDS = {
     "good, and heard with its decision": (
-        "echo version 2 is the champion; echo \"the event 'promoted' was sent\"",
+        TELL.format('{"reason": "version 2 is the champion", "sent": "promoted"}', 0),
         "ping",
         "version 2 is the champion (exit code 0)",
     ),
-    "another one works on it": (f"echo '{HOURS_AGO}' >&2; exit 75", "ping", "already running"),
+    "another one works on it": (busy(4), "ping", "already running"),
     "another one hangs with the lock": (
-        f"echo '{LONG_AGO}' >&2; exit 75",
+        busy(21),
         "fail",
-        "since 2026-01-02 02:30:00",
-    ),
-    "the error is read before an older line": (
-        "echo error: the cause >&2; sleep 0.3; echo an older line; exit 2",
-        "fail",
-        "the cause (exit code 2)",
+        "already running",
     ),
     "the node is drained": ("kill -TERM $PPID; sleep 5", "fail", "stopped by SIGTERM"),
     "Ray's head is off": (
@@ -178,8 +179,9 @@ def test_mlflow_alone_tells_champion_refusals_and_age(
     assert "0.0 hours ago" in lines[0]
     assert lines[1].endswith(": passed: eval/loss 0.5")
     assert "version 1 since 20" in lines[1]
-    assert lines[2].startswith("held-out rows:   3 versions decided on them")
-    assert [line.partition(" ")[2].partition(" ")[2] for line in lines[3:]] == [
+    assert lines[2].endswith(" 9 bytes in MLflow, which has 3 versions")
+    assert lines[3].startswith("held-out rows:   3 versions decided on them")
+    assert [line.partition(" ")[2].partition(" ")[2] for line in lines[4:]] == [
         "failed: the disk is full",
         "refused version 3: eval/loss 0.3",
         "refused version 2: eval/loss 0.2",

@@ -17,11 +17,11 @@ from olora_ray.config.load import build, dump, load_config, override
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
-from olora_ray.pipeline.run_folder import Fingerprint, settings_digest
+from olora_ray.pipeline.run_folder import Fingerprint, earlier_settings_digest, settings_digest
 from olora_ray.retrain import recipe
 from olora_ray.retrain.recipe import AGAINST, Inputs, find_decision
 from olora_ray.tokens import prepare
-from olora_ray.tracking.checksums import GATE, RUN, Version
+from olora_ray.tracking.checksums import GATE, RUN, SETTINGS, Version
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from tests import mlflow_database, registered, tiny
@@ -315,6 +315,28 @@ def test_the_champions_run_is_found_where_the_storage_lies_now(
     (tmp_path / "runs").rename(tmp_path / "moved")
     found = made(override(config, {"run.storage": str(tmp_path / "moved")}), champion)[0]
     assert found.config.train.start == f"{tmp_path}/moved/nightly-1/checkpoints/step-0000005"
+
+
+def test_other_sequences_of_the_same_files_are_told_as_such(config: Config, tmp_path: Path) -> None:
+    champion = champion_of(config, tmp_path / "run")
+    now = replace(inputs(config).fingerprint, data="of another release")
+    same = recipe.changed(replace(inputs(config), fingerprint=now), champion)
+    assert same.startswith("training data (the same files, ")
+    write(tmp_path / "chats" / "c.jsonl")
+    assert recipe.changed(inputs(config), champion) == "training data"
+
+
+def test_a_champion_whose_settings_have_the_digest_of_an_earlier_release_is_continued(
+    config: Config, tmp_path: Path
+) -> None:
+    config = override(config, {"train.micro_batch": 2})
+    champion = champion_of(config, tmp_path / "run")
+    earlier = earlier_settings_digest(config)
+    assert earlier != settings_digest(config)
+    champion = replace(champion, tags={**champion.tags, SETTINGS: earlier})
+    write(tmp_path / "chats" / "c.jsonl")
+    found, _ = made(config, champion)
+    assert found.config.train.start
 
 
 def test_a_night_without_changes_is_told_without_torch(

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 
-from olora_ray.serving.follow import Engine
+from olora_ray.serving.engine import Engine
 from olora_ray.serving.watch import Watch
 from tests.serving.test_serving import Server, vllm
 from tests.serving.versions import FOLLOWED, NAME, Versions, registered
@@ -27,13 +28,16 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 GOOD, SPOILT, TOO_LARGE = ("1", "2", "3", "4"), "5", "6"
-PROMPTS = [
-    [
-        int(token)
-        for token in torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(seed))
-    ]
-    for seed in range(8)
-]
+
+
+def tokens(number: int, seed: int) -> list[int]:
+    draw = torch.Generator().manual_seed(seed)
+    return [int(token) for token in torch.randint(3, 96, (number,), generator=draw)]
+
+
+# A shared beginning, as of a system message: vLLM keeps its blocks, and must not use them for another version.
+PREFIX = tokens(300, 100)
+PROMPTS = [PREFIX + tokens(12, seed) for seed in range(8)]
 MOVES, ROLLBACKS, REQUESTS, LENGTH = 20, 5, 1000, 12
 LATE = 5.0
 """Seconds after a move until which the old version may answer."""
@@ -143,10 +147,20 @@ def test_two_servers_follow_the_champion_under_load(
                 answer(server, FOLLOWED, PROMPTS[0]) == wanted[number][0] for server in servers
             )
 
+        def names(server: Server) -> list[str]:
+            listed = requests.get(f"{server.address}/v1/models", timeout=30).json()["data"]
+            return [each["id"] for each in listed[1:]]
+
         def told(text: str) -> bool:
             return all(text in log.read_text() for log in logs)
 
         until(lambda: both_answer("1"), 60)
+        assert set(names(servers[0])) == {FOLLOWED, *(f"{NAME}@{number}" for number in GOOD)}
+        body = {"model": FOLLOWED, "prompt": PROMPTS[0], "max_tokens": 1}
+        completion = requests.post(
+            f"{servers[0].address}/v1/completions", json=body, timeout=60
+        ).json()
+        assert completion["model"] == FOLLOWED
         moves = [(0.0, time.monotonic(), "1")]
         """When the command that made it the champion began, and ended; and the version."""
 
@@ -180,8 +194,9 @@ def test_two_servers_follow_the_champion_under_load(
         for number in GOOD[:2]:
             adapter = Watch(f"{NAME}@{number}", versions.server.uri, tmp_path).look()
             assert adapter
-            Engine(servers[0].address, None, None).serve("by-http", adapter)
-            assert [answer(servers[0], "by-http", prompt) for prompt in PROMPTS] == wanted[number]
+            Engine(servers[0].address, None, None, behind=True).serve("by-http", adapter)
+            found = [answer(servers[0], adapter.engine_name, prompt) for prompt in PROMPTS]
+            assert found == wanted[number]
 
         # Versions that must not be loaded: the one before answers, and the log says why.
         for number, why in (

@@ -72,7 +72,6 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
             arguments[-2](step, {"train/loss": loss})
         return ended
 
-    monkeypatch.setattr(trials.ray, "cluster_resources", dict)
     monkeypatch.setattr(trials.publish, "tracked", tracked)
     monkeypatch.setattr(trials.fit, "finished_training", lambda *_: fake.result)
     monkeypatch.setattr(trials.fit, "train", train)

@@ -61,8 +61,11 @@ def test_a_signed_version_is_checked_here_and_on_a_server_without_this_project(
     _, other = make_keys(tmp_path / "other")
     with refused("the signature is not valid for"):
         registry.main(["verify", "signed", number, *at, str(other)])
+    promote = ["promote", "signed", number, *at[:2], "--verify"]
+    with refused("the signature is not valid for"):
+        registry.main([*promote, str(other)])
+    registry.main([*promote, str(public)])
     aliases = Aliases(uri, "signed")
-    aliases.promote(number, "the signature is no added file")
 
     folder = tmp_path / "downloaded"
     shutil.copytree(aliases.files_uri(number).removeprefix("file://"), folder)
@@ -100,13 +103,14 @@ def test_the_signature_of_another_version_and_a_changed_file_are_refused(
     )
     kept = (ours / "model.sig").read_bytes()
     shutil.copyfile(theirs / "model.sig", ours / "model.sig")
+    signed = Aliases(uri, "swapped", str(public))
     with refused("the signature is not valid for"):
-        aliases.verify_signature(first, str(public))
+        signed.verify(first)
     (ours / "model.sig").write_bytes(kept)
-    assert aliases.verify_signature(first, str(public)) == 16
+    assert signed.verify(first) == 16
     (ours / "requirements.txt").write_text("evil==1\n")
     with refused("requirements.txt was changed after the registration"):
-        aliases.verify_signature(first, str(public))
+        signed.verify(first)
 
 
 @pytest.mark.parametrize("public", [False, True])

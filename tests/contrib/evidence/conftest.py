@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 SCRIPTS = Path(__file__).parents[3] / "pipelines" / "contrib" / "evidence"
-MODULES = ("row_files", "wheels", "scorers", "make_reasoning")
+MODULES = ("row_files", "wheels", "scorers", "make_reasoning", "library_functions")
 
 GENERATOR = """
 import re
