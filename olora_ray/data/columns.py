@@ -30,12 +30,12 @@ from olora_ray.data.formats.text import TEXTS
 
 WORD = re.compile(r"[^\W\d_]+")
 DECIDES = {
-    *WORD.findall("label mask weight train kto chosen rejected preferred"),
+    *WORD.findall("label mask weight train kto thumb chosen rejected preferred"),
     *WORD.findall("image img picture photo screenshot pixel audio video speech"),
 }
 """Words of names of columns that decide what is trained, whatever their values are."""
-PREFERENCES = {*WORD.findall("chosen rejected preferred")}
-"""Words of names of columns beside two answers, such as their scores, that decide nothing."""
+PREFERENCES = {*WORD.findall("chosen rejected preferred train")}
+"""Words of names of columns beside two answers, such as their scores and `in_gsm8k_train`, that decide nothing."""
 CHOICES = {*WORD.findall("option choice candidate distractor ending")}
 """Words of names of columns to which an answer may refer by a letter or number."""
 CLASSES = {*WORD.findall("label class category sentiment emotion intent")}
@@ -205,7 +205,7 @@ def require_clear(where: str, source: Source, read: Sequence[tuple[Any, Example]
                     f"{kind} {name!r} may decide what its row means (set {name}: none in {where}.fields to train"
                     " without it)"
                 )
-                if known.has_turns:
+                if known.has_turns or known.makes in FEEDBACK:
                     raise Unclear(f"{where}: {why}: what does it mean? {described(rows)}")
                 raise which(where, why, rows)
             if kind == "column" and not _repeats(value, row, source):

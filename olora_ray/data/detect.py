@@ -288,6 +288,8 @@ def why_not(row: Any, source: Source) -> Rejected | None:
     except Rejected as why:
         return why
     problems = [why for reading in _readings([row], source) for why in reading.rejected]
+    # A class may be called label, too.
+    problems = [why for why in problems if why.reason != "no_rating"]
     # Turns with roles that nobody knows are turns. A format that misses a key of the turns is not what is meant.
     return max(
         problems,

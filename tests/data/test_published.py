@@ -8,7 +8,7 @@ import yaml
 
 from olora_ray.common.errors import UserError
 from olora_ray.data.formats import to_example
-from olora_ray.data.formats.format import Chat, Completion
+from olora_ray.data.formats.format import Chat, Example, Pair, Rated, Text
 from tools import write_datasets
 
 PUBLISHED = yaml.safe_load(write_datasets.ROWS.read_text(encoding="utf-8"))
@@ -30,10 +30,20 @@ def test_a_popular_set_is_read_right_or_asks(entry: dict[str, Any]) -> None:
 def supervised(row: dict[str, Any]) -> list[str]:
     source = write_datasets.found(row).source
     example = to_example(source.format, row, source.fields, as_chat=True, source=source)
-    if isinstance(example, Chat):
-        return [turn["content"] for turn in example.messages if turn["role"] == "assistant"]
-    assert not isinstance(example, Completion)
-    return [example.text]
+    answers: tuple[Example, ...] = (example,)
+    if isinstance(example, Pair):
+        answers = example
+    elif isinstance(example, Rated):
+        answers = (example.answer,)
+    texts = []
+    for answer in answers:
+        if isinstance(answer, Chat):
+            turns = answer.messages
+            texts += [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        else:
+            assert isinstance(answer, Text)
+            texts.append(answer.text)
+    return texts
 
 
 def test_the_page_is_current() -> None:

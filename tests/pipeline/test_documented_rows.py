@@ -23,6 +23,8 @@ VALUES: dict[str, list[Any]] = {
     "turns": [["two and two?", "four"], [["two and two?", "four"]]],
     "prompt": ["two and two?", CHAT[:1], json.dumps(CHAT[:1])],
     "completion": ["four", CHAT[1:], json.dumps(CHAT[1:])],
+    "chosen": [CHAT],
+    "rejected": [[*CHAT[:1], {"role": "assistant", "content": "five"}]],
     "tools": [[TOOL], json.dumps([TOOL])],
     "instruction": ["add"],
     "output": ["four"],
@@ -38,7 +40,8 @@ VALUES: dict[str, list[Any]] = {
     "position_ids": [[*range(len(IDS))]],
 }
 """What each field may hold; the first of one field goes with the first of the others. Other fields hold a text."""
-FORMATS = [format.name for format in own_formats()]
+# A rating needs one of two other fields: tests/data/test_preference.py.
+FORMATS = [format.name for format in own_formats() if format.makes != "rating"]
 
 
 def rows(format: str) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ def config(name: str) -> Config:
     return build(
         {
             "run": {"name": "a"},
+            "train": {"objective": "tokens"},
             "model": {"name": name},
             "data": {"train": [{"path": "/home/someone/data/a.jsonl", "format": "messages"}]},
         }

@@ -60,8 +60,8 @@ def refusals(config: Config) -> list[str]:
 SPEC = helpers.spec()
 DECIDING = {
     "images": with_column(CHATS, images=(["a.png"], ["b.png"])),
-    "rejected": with_column(CHATS, rejected=("b", "c")),
-    "label": with_column(CHATS, label=(True, False)),
+    "rejected": with_column(CHATS, rejected=(True, False)),
+    "label": with_column(CHATS, label=(2, 3)),
     "choices": with_column(QUESTIONS, choices=(["a", "b"], ["c", "d"])),
     "pixel_values": with_column(TOKENS, pixel_values=[[0.5, 0.5]]),
     "loss_mask": with_column(TOKENS, loss_mask=[0, 1, 1]),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from olora_ray.data.formats.chat import SHAREGPT_ROLES, SYSTEM, in_a_cell, to_chat
+from olora_ray.data.formats.chat import SHAREGPT_ROLES, SYSTEM, after_system, in_a_cell, to_chat
 from olora_ray.data.formats.format import (
     Chat,
     Completion,
@@ -62,6 +62,7 @@ def _of_turns(row: Row, chosen: Turns, rejected: Turns, prompt: str | Turns | No
             "missing_field",
             "chosen and rejected begin with different messages, and there is no prompt; add a column prompt",
         )
+    context = after_system(row, context, "role", "content")
     # The assistant's messages of the prompt are context, so they get weight 0.
     context = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in context]
     if chosen == rejected:
@@ -92,11 +93,13 @@ def _answer(row: Row, name: str) -> str | Turns:
     if isinstance(value, Mapping):  # LLaMA-Factory
         value = [value]
     if isinstance(value, list):
-        return [_with_role(turn) for turn in value]
-    text = row.text(name)
-    if not text.strip():
+        return [with_role(turn) for turn in value]
+    if not isinstance(value, str):  # such as a mark that an answer was rejected
+        problem = f"field {row.column(name)!r} is {type_name(value)}, not an answer"
+        raise Rejected("wrong_type", problem)
+    if not value.strip():
         raise Rejected("empty_answer", f"field {row.column(name)!r} is empty")
-    return text
+    return value
 
 
 def _prompt(row: Row) -> str | Turns | None:
@@ -104,9 +107,11 @@ def _prompt(row: Row) -> str | Turns | None:
     value = in_a_cell(row.optional("prompt"))
     if isinstance(value, Mapping) and "messages" in value:  # OpenAI
         value = value["messages"]
+    if isinstance(value, str) and row.as_chat and value.startswith("\n\nHuman:"):  # Anthropic
+        value = [turn for turn in _transcript(value) if turn["content"]]
     turns: Turns = []
     if isinstance(value, list):
-        turns = [_with_role(turn) for turn in value]
+        turns = [with_role(turn) for turn in value]
     elif isinstance(value, str):
         more = row.optional("input")
         if column != row.column("input") and isinstance(more, str) and more.strip():
@@ -123,7 +128,7 @@ def _prompt(row: Row) -> str | Turns | None:
     return value if isinstance(value, str) else turns
 
 
-def _with_role(turn: Any) -> Any:
+def with_role(turn: Any) -> Any:
     if isinstance(turn, Mapping) and "from" in turn and "value" in turn:
         name = str(turn["from"]).lower()
         return {"role": SHAREGPT_ROLES.get(name, name), "content": turn["value"]}
@@ -162,7 +167,7 @@ FORMAT = Format(
         Field(
             "chosen",
             ("preferred", "preferred_output", "chosen_response", "response_chosen"),
-            last_names=("messages",),
+            last_names=("messages", "answer", "response", "output", "completion"),
             needed=True,
         ),
         Field(
@@ -174,11 +179,16 @@ FORMAT = Format(
                 "rejected_response",
                 "response_rejected",
                 "rejected_messages",
+                "rejected_answer",
+                "rejected_output",
+                "rejected_completion",
             ),
             needed=True,
         ),
         Field(
-            "prompt", ("question", "instruction", "query", "conversations"), last_names=("input",)
+            "prompt",
+            ("question", "instruction", "query", "conversations"),
+            last_names=("messages", "input"),
         ),
         Field("input"),
         SYSTEM,

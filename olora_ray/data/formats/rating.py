@@ -15,14 +15,17 @@ from olora_ray.data.formats.format import (
     Rejected,
     Row,
 )
+from olora_ray.data.formats.preference import with_role
 
 THUMBS: dict[Any, bool] = {
     "true": True,
     "1": True,
     "1.0": True,
+    "up": True,
     "false": False,
     "-1": False,
     "-1.0": False,
+    "down": False,
 }
 
 
@@ -33,7 +36,13 @@ def read(row: Row) -> Example:
         raise Rejected(
             "no_rating", f"field {row.column('label')!r} is {value!r}, not true or false"
         )
-    if row.optional("messages") is not None:
+    turns = row.optional("messages")
+    if isinstance(turns, list):
+        turns = [with_role(turn) for turn in turns]
+        answer: Example = messages.read(
+            row._replace(columns={**row.columns, row.column("messages"): turns})
+        )
+    elif turns is not None:
         answer = messages.read(row)
     else:
         answer = prompt_completion.read(row)
