@@ -54,7 +54,7 @@ class StartingPoint:
 
     trainer: Trainer
     attention: str
-    """The base model's attention implementation, which decides the layout of batches."""
+    """The base model's attention implementation and the layout of batches, as `collate` takes them."""
     state: TrainState
     best: Tensor | None
     """The flat vector of the best evaluation so far."""
@@ -309,10 +309,14 @@ def self_tested(context: WorkerContext, spec: TrainSpec, start: StartingPoint) -
     logger.info("self-test: comparing the training step with the model's own attention")
     # The test may pass here and fail on the GPUs of other workers.
     found = collectives.together(lambda: _test(context, spec, start))
+    before = start.state.self_test
+    if start.resumed and before is not None:
+        # The reference with which the run began was measured in its layout.
+        found = replace(found, once=found.once and before["found"].get("once", False))
     start.state.self_test = {"with": used, "found": found.to_json()}
     if kept is not None:
         node_cache.keep(kept, json.dumps(found.to_json()))
-    return _without(context, spec, replace(start, attention=found.attention), found.without)
+    return _without(context, spec, replace(start, attention=found.layout), found.without)
 
 
 def _test(context: WorkerContext, spec: TrainSpec, start: StartingPoint) -> SelfTest:
@@ -439,4 +443,4 @@ def _take_over(
         logger.info(f"self-test: passed earlier with attention={known.attention}")
     else:
         require_layout(loss, spec.config)
-    return str(loss.tested.attention)
+    return str(loss.tested.layout)

@@ -283,8 +283,39 @@ def register(made: Callable[[Any], Any] = lambda function: function) -> None:
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register("segments", made(segment_attention))
-    AttentionInterface.register(VARLEN, made(varlen_attention))
+    AttentionInterface.register("segments", made(with_common_beginnings(segment_attention)))
+    AttentionInterface.register(VARLEN, made(with_common_beginnings(varlen_attention)))
+
+
+JOINS = ("segments", VARLEN)
+"""Implementations that take segments with common beginnings."""
+
+
+def with_common_beginnings(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an attention take segments that have the rows of their first tokens in common (tokens/collate.py).
+
+    The rows (1, H, T, D) are put together to whole segments, on which `attend` computes the same bits as if the rows
+    were there twice: `whole_rows` has the row of each token of all segments, and `own_places` the place of each row
+    among these tokens. The rows that two segments have in common are computed twice here, but only here.
+    """
+
+    def attended(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        whole_rows: Tensor | None = None,
+        own_places: Tensor | None = None,
+        **named: Any,
+    ) -> tuple[Tensor, None]:
+        if whole_rows is None or own_places is None:
+            return attend(module, query, key, value, attention_mask, **named)  # type: ignore[no-any-return]
+        q, k, v = (x.index_select(2, whole_rows) for x in (query, key, value))
+        output, _ = attend(module, q, k, v, attention_mask, **named)
+        return output.index_select(1, own_places), None
+
+    return attended
 
 
 def segment_attention(

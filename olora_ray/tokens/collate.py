@@ -4,6 +4,11 @@ Two layouts of the same examples: *flat* (1, T) without any padding, for attenti
 *padded* (B, L), for attention that takes masks. In both, positions restart with each example. Where a mask is
 needed the model builds it from these positions (transformers.masking_utils), so it is the family's own, with windows
 and chunks.
+
+A flat batch may have the prompt of a pair once: prompt + chosen answer | rejected answer. The positions of the rejected
+answer then begin after the prompt, and attention puts both whole segments together for itself (model/attention.py). The
+last bits of a loss can differ from those of two whole segments, so a run keeps one layout, from the reference to the
+last step. The layout is a part of the attention's name: `segments, prompt once`.
 """
 
 from collections.abc import Sequence
@@ -15,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olora_ray.tokens.plan import Pack
+from olora_ray.tokens.plan import REJECTED, Pack
 
 FLAT_ATTENTION = ("segments", "varlen", "flash_attention_2")
+PROMPT_ONCE = ", prompt once"
+"""End of an attention's name in a run that has the prompt of a pair once in its batches."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ def collate(packs: Sequence[Pack], attention: str) -> Batch:
     """Return the batch of `packs` in the layout that the attention implementation takes."""
     if attention in FLAT_ATTENTION:
         return _flat(packs)
+    if attention.endswith(PROMPT_ONCE):
+        return _prompt_once(_flat(packs), [*chain.from_iterable(pack.segments for pack in packs)])
     return _padded(packs)
 
 
@@ -92,6 +101,38 @@ def _flat(packs: Sequence[Pack]) -> Batch:
         tokens=len(ids),
         **_of_segments(packs),
     )
+
+
+def _prompt_once(batch: Batch, lengths: list[int]) -> Batch:
+    """Leave out of each rejected answer the tokens with which the chosen one begins, too; its last token stays."""
+    ids = batch.inputs["input_ids"]
+    positions = batch.inputs["position_ids"]
+    assert isinstance(ids, Tensor)
+    assert isinstance(positions, Tensor)
+    place = torch.arange(ids.shape[1])
+    same = place.clone()
+    """Place of each token, for a token that is left out the place in the chosen answer."""
+    starts = [0, *accumulate(lengths)]
+    for number, role in enumerate(batch.roles):
+        if role == REJECTED:
+            most = min(lengths[number - 1], lengths[number] - 1)
+            chosen = slice(starts[number - 1], starts[number - 1] + most)
+            rejected = slice(starts[number], starts[number] + most)
+            alike = (ids[0, chosen] == ids[0, rejected]).cumprod(0).bool()
+            same[rejected] = torch.where(alike, place[chosen], place[rejected])
+    own = (same == place).nonzero()[:, 0]
+    if len(own) == len(place):
+        return batch
+    rows = ((same == place).cumsum(0) - 1)[same]
+    # The borders stay those of the whole segments: attention puts these together again.
+    changed = {
+        "input_ids": ids[:, own],
+        "position_ids": positions[:, own],
+        "whole_rows": rows,
+        "own_places": own,
+    }
+    inputs = batch.inputs | changed
+    return replace(batch, inputs=inputs, predicts=rows[batch.predicts], tokens=len(own))
 
 
 def _padded(packs: Sequence[Pack]) -> Batch:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.model.packing import OutputHead, backbone
-from olora_ray.tokens.collate import Batch
+from olora_ray.tokens.collate import PROMPT_ONCE, Batch
 
 # RMSNorm with a backward pass written by hand, for frozen weights.
 #
@@ -154,12 +154,19 @@ class SelfTest:
     seconds: float = 0.0
     without: tuple[str, ...] = ()
     """Layers of "all-linear" that are not adapted, because no gradient reaches them."""
+    once: bool = False
+    """True if the two answers of a pair have their prompt in common in a batch."""
+
+    @property
+    def layout(self) -> str:
+        """The attention with the layout of its batches, for `collate`."""
+        return self.attention + PROMPT_ONCE if self.once else self.attention
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def line(self) -> str:
-        line = f"self-test: passed with attention={self.attention}, in {self.seconds:.1f} s"
+        line = f"self-test: passed with attention={self.layout}, in {self.seconds:.1f} s"
         differences = self.differences
         if differences is None:
             return line

@@ -8,7 +8,8 @@ Each worker runs the model on its device, on three examples, of which one is lon
 - **isolation**: not one bit of an example depends on the other examples, or on later tokens;
 - **gradients**: the gradients of all adapters are those that torch computes with the model's own attention and logits.
 
-The first attention (model/attention.py) that passes is used. `check_adapters` tests adapters.
+The first attention (model/attention.py) that passes is used. `check_adapters` tests adapters. With preference pairs the
+layout that has a prompt once (tokens/collate.py) is used if the outputs and losses of a pair pass in it, too.
 """
 
 import inspect
@@ -19,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -36,8 +37,8 @@ from olora_ray.common.text import some
 from olora_ray.config.decided import AnyDecided
 from olora_ray.model import attention
 from olora_ray.model.packing import check_lengths, why_not_in_one_row
-from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
-from olora_ray.tokens.plan import Pack
+from olora_ray.tokens.collate import FLAT_ATTENTION, PROMPT_ONCE, Batch, collate
+from olora_ray.tokens.plan import CHOSEN, REJECTED, Pack
 from olora_ray.train import parallel
 from olora_ray.train.loss import Differences, LightRMSNorm, SelfTest, SupervisedLoss
 from olora_ray.train.parallel import begin_at_root
@@ -249,6 +250,11 @@ def _positions(groups: Sequence[Sequence[Ids]], ids: Tensor) -> list[Tensor]:
     return positions
 
 
+def _off_losses(measured: Tensor, wanted: Sequence[Tensor]) -> float:
+    expected = torch.cat([*wanted])
+    return float((measured - expected).abs().mean() / (1 + expected.mean()))
+
+
 def _worst(measured: Outputs, wanted: Outputs) -> tuple[float, str]:
     off = []
     for key, outputs in wanted.items():
@@ -347,8 +353,19 @@ def _first_that_passes(
             model.set_attn_implementation(name)
             for rejected, why in failed.items():
                 logger.info(f"attention {name} instead of {rejected}: {why}")
+            once = False
+            if any(pack.roles for pack in packs) and name in attention.JOINS:
+                why_twice = trial.once(name)
+                once = why_twice is None
+                if why_twice:
+                    logger.info(f"both answers of a pair have a prompt of their own: {why_twice}")
             return SelfTest(
-                name, loss.given_masks, failed, differences, seconds=time.perf_counter() - began
+                name,
+                loss.given_masks,
+                failed,
+                differences,
+                seconds=time.perf_counter() - began,
+                once=once,
             )
         failed[name] = problem
     text = _refusal(type(model).__name__, failed, trial)
@@ -431,6 +448,26 @@ class _Trial:
             self.loss.given_masks = False
         return problem, differences
 
+    def once(self, name: str) -> str | None:
+        """Return why this attention, which has passed, does not take a pair with its prompt once; None if it does."""
+        text = self.examples[0][0][:SHORT]
+        answers = ((*text, *text), (*text, *text[::-1]))
+        self.model.set_attn_implementation(attention.own(self.model))
+        given, wanted = zip(*[_alone(self.loss, ids, self.device) for ids in answers], strict=True)
+        self.model.set_attn_implementation(name)
+        pair = replace(one_pack(answers), roles=(CHOSEN, REJECTED))
+        batch = collate([pair], name + PROMPT_ONCE).to(self.device)
+        ids: Any = batch.inputs["input_ids"]
+        whole_rows: Any = batch.inputs["whole_rows"]
+        try:
+            with _parts(self.model, ids.shape, whole_rows.chunk(2), given) as outputs:
+                losses = self.loss.each(batch)
+        except (UserError, ValueError, RuntimeError, TypeError, LookupError) as error:
+            return f"its forward fails: {type(error).__name__}: {first_line(error)}"
+        output, part = max(map(_worst, outputs, given))
+        off = _off_losses(losses, wanted)
+        return Differences(output, part, off, 0.0, "", TOLERANCE[self.model.dtype]).problem()
+
     def _try(self, name: str) -> tuple[str | None, Differences | None]:
         self.only_beside = False
         try:
@@ -473,11 +510,10 @@ class _Trial:
         change, of = _worst(
             second, {key: value for key, value in first[long].items() if key[0] not in self.routing}
         )
-        wanted = torch.cat(own)
         return Differences(
             output=output,
             part=part,
-            loss=float((losses - wanted).abs().mean() / (1 + wanted.mean())),
+            loss=_off_losses(losses, own),
             change=change,
             changed=of,
             tolerance=TOLERANCE[self.model.dtype],

@@ -19,6 +19,7 @@ from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
+from olora_ray.tokens.plan import CHOSEN, REJECTED
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loss import SelfTest, SupervisedLoss
 from tests import tiny
@@ -100,6 +101,24 @@ def test_another_worker_or_version_tests_again(what: str) -> None:
     again, done = _resumed(first.state)
     assert done
     assert again.state.self_test["with"][what] != "another"
+
+
+def test_a_run_with_pairs_keeps_the_layout_in_which_it_began() -> None:
+    config = tiny.decided(train__objective="pairs")
+    pairs = tiny.ListStore([replace(tiny.pack(9, 9), roles=(CHOSEN, REJECTED))])
+    spec = replace(spec_of(config), train=pairs)
+
+    def layout(state: TrainState, resumed: bool) -> str:
+        start = StartingPoint(tiny.trainer(config), "eager", state, None, resumed=resumed)
+        return self_tested(CONTEXT, spec, start).attention
+
+    state = TrainState()
+    assert layout(state, resumed=False) == "segments, prompt once"
+    assert layout(state, resumed=True) == "segments, prompt once"
+    noted: Any = state.self_test
+    noted["with"]["code"] = "another"
+    noted["found"]["once"] = False
+    assert layout(state, resumed=True) == "segments"
 
 
 def _partly_unused(change: Callable[[Any], Any], **settings: Any) -> StartingPoint:
