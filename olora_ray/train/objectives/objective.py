@@ -73,8 +73,6 @@ class Objective:
     """Multiple of the automatic learning rate, which is made for rows with answers."""
     reference: bool = False
     """True if it needs the losses before the first step (`Pack.reference`)."""
-    begins: tuple[str, float] | None = None
-    """Name and value of a mean that the first step of every run must have, as a test of the reference."""
     perplexity: bool = False
     """True if the exponential of the mean loss is a perplexity."""
     forwards: float = 1.0

@@ -16,7 +16,6 @@ with P pairs, S other rows s, T ratings, and N_c and N_s supervised tokens of ch
 one kind are heard. With one side alone w = 1.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -136,5 +135,4 @@ OBJECTIVE = Objective(
     # At the rate for rows one step moved the margin of SmolLM2's next pairs by 31 nats, at a tenth of it by 5.5.
     rate=0.1,
     reference=True,
-    begins=("pairs/loss", math.log(2)),
 )
