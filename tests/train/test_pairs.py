@@ -125,6 +125,26 @@ def test_before_the_first_step_a_pair_is_compared_with_its_two_answers(
         check_pair(known.loss, known.adapted, pack, *rest)
 
 
+def test_the_automatic_rate_moves_the_margins_of_pairs_by_half_a_beta_at_most() -> None:
+    found = []
+    for beta in (0.1, 10.0, 40.0):
+        known = trainer(train__beta=beta, train__global_batch=1)
+        alike = [store(known)[0]] * 2
+        start = known.flat.vector.clone()
+        rate = known.automatic_rate(alike, 20, "segments")
+        assert torch.equal(known.flat.vector, start)
+        assert not known.flat.grad.any()
+        trial = trainer(train__beta=beta, train__global_batch=1, train__lr=rate)
+        next(tiny.steps(trial, tiny.ListStore(alike), count=3))
+        after = held_out(trial.loss, tiny.ListStore(alike), trial.objective, "segments", width=2)
+        found.append((rate, beta * after.means["pairs/margin"]))
+    (free, moved), *limited = found
+    assert moved < 0.4
+    for rate, gain in limited:
+        assert rate < free
+        assert gain == pytest.approx(0.5, rel=0.1)
+
+
 def test_held_out_pairs_give_one_line_each_and_their_means() -> None:
     known = trainer()
     data = store(known)
