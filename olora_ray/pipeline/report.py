@@ -66,7 +66,7 @@ def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str,
         )
     pairs = of_pairs(exported.best_row, "eval")
     if pairs:
-        yield "held-out pairs", pairs.removeprefix(" | pairs: ")
+        yield "held-out pairs", pairs
     scores = result["scores"]
     for name, value in scores.get("after", {}).items():
         text = f"{value:.3f}"
@@ -203,7 +203,7 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
         )
         pairs = of_pairs(exported.best_row, "eval")
         if pairs:
-            lines.append(f"held-out{pairs.removeprefix(' |')}")
+            lines.append(f"held-out pairs: {pairs}")
         if not config.data.eval:
             lines.append(
                 "the held-out rows are from the training files and may be worded alike: ask in new words, too"
