@@ -667,7 +667,8 @@ def check_pair(
             f"train.objective: before the first step a pair has a margin of {margin:.2g} nats, and must have none: the"
             " model computes other losses in a step than before it; set train.micro_batch: 1 or model.attention: sdpa"
         )
-    if not max(differences) <= TOLERANCE[model.dtype]:
+    # In bfloat16 the outputs of two layouts differ, and more from block to block: SmolLM2's gradients by 0.033.
+    if not max(differences) <= OF_ONE * TOLERANCE[model.dtype]:
         raise UserError(
             f"train.objective: with attention {name}, the gradient of a preference pair has a relative error of"
             f" {max(differences):.2g}, more than rounding explains; set model.attention: sdpa"
