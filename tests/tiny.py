@@ -1,7 +1,7 @@
 """Small things to test with: random models, packs, stores in memory, configs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -242,7 +242,8 @@ class ListStore(Arrival):
     def __getitem__(self, index: int) -> Any:
         if index >= len(self):
             raise IndexError(index)
-        return self._packs[index]
+        pack = self._packs[index]
+        return replace(pack, reference=self.reference[index]) if self.reference else pack
 
     def counts(self, indices: Iterable[int]) -> Any:
         """The size of these packs together."""

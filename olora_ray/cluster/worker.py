@@ -40,6 +40,7 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump
+from olora_ray.tokens.plan import CHOSEN
 from olora_ray.train import reference
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
@@ -49,6 +50,7 @@ from olora_ray.train.held_out import evaluate
 from olora_ray.train.loader import Schedule, StepLoader, known_steps
 from olora_ray.train.loop import StepResult
 from olora_ray.train.scoring import Baseline
+from olora_ray.train.self_test import check_pair
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +91,6 @@ class StopRequests:
 MOST_LOST = 30.0
 """Seconds of training that a lost worker may cost, where a checkpoint every so often takes less than `SHARE` of it."""
 SHARE = 0.01
-BEGINS_WITHIN = 0.02
-"""Difference of a first mean from what it must be that rounding on a GPU may make; on CPUs there is none."""
 STEPS_TO_COMPARE = 20
 """Last steps whose medians are compared between the workers."""
 SLOW = 1.5
@@ -178,7 +178,19 @@ class Worker:
             stores = (spec.train, spec.eval)
             origin = spec.reference_origin()
             reference.give(self.trainer, stores, self.attention, origin, self.state.reference)
+            self._check_pair()
             flat.vector.copy_(now)
+
+    def _check_pair(self) -> None:
+        store = self.spec.train
+        known = (store[number] for number in range(len(store)))
+        pack = next((pack for pack in known if CHOSEN in pack.roles), None)
+        if pack is not None:
+            loss, adapted = self.trainer.loss, self.trainer.adapted
+            train, device = self.config.train, self.context.device
+            collectives.together(
+                lambda: check_pair(loss, adapted, pack, train, self.attention, device)
+            )
 
     def _begin(self) -> None:
         if not self.resumed:
@@ -221,26 +233,12 @@ class Worker:
                 if result is None:
                     return False
                 self.state.step = result.step
-                if result.step == 1:
-                    self._require_beginning(result)
                 self._say_memory()
                 if self._after_step(result):
                     return False
                 if result.signal:
                     self._checkpoint()
                     return True
-
-    def _require_beginning(self, result: StepResult) -> None:
-        """Raise UserError if the first step computes other losses than the pass for the reference."""
-        if self.trainer.objective.begins is None:
-            return
-        name, wanted = self.trainer.objective.begins
-        found = result.means.get(name, wanted)
-        if abs(found - wanted) > BEGINS_WITHIN:
-            raise UserError(
-                f"train.objective: train/{name} of the first step is {found:.4f}, and must be {wanted:.4f}: the model"
-                " computes other losses in a step than before it; set train.micro_batch: 1 or model.attention: sdpa"
-            )
 
     def _after_step(self, result: StepResult) -> bool:
         """Evaluate, report and save as due; return whether this was the last step."""

@@ -175,13 +175,21 @@ def check_request(request: EvalRequest, config: AnyConfig) -> None:
 
 
 def base_of_pairs(found: Sequence[Target], config: AnyConfig) -> BaseModel:
-    """Return the base model against which preference pairs are measured, the same for both models."""
+    """Return the base model against which preference pairs are measured, the same for both models.
+
+    Raises UserError if no config and no second model says which it is.
+    """
     for target in found:
         if target.adapter is not None:
             return target.base
     if isinstance(config, Config):
         return find_model(config)
-    return found[0].base
+    if len(found) == 1:
+        raise UserError(
+            f"{found[0].name}: preference pairs are measured against a base model, and these files do not name theirs:"
+            " add it as second model, or --config with the config of the training"
+        )
+    return found[1].base
 
 
 def evaluate(

@@ -85,10 +85,10 @@ class Progress:
         if "train/loss" in row:
             self._step(step, row)
         if "eval/loss" in row:
-            text = f"{self._of(step)} | eval loss {row['eval/loss']:.4f}"
+            text = f"{self._of(step)} | {losses(row, 'eval')}"
             if "eval/perplexity" in row:
                 text += f" | perplexity {row['eval/perplexity']:.2f}"
-            self.line(text + of_pairs(row, "eval"))
+            self.line(text)
 
     def _step(self, step: int, row: dict[str, float]) -> None:
         seconds = row["train/step_seconds"]
@@ -111,7 +111,7 @@ class Progress:
         )
         if step % self.every == 0 or step == self.total or self.seconds >= 30.0:
             text = (
-                f"{self._of(step)} | loss {row['train/loss']:.4f}{of_pairs(row, 'train')} | lr {row['train/lr']:.2e}"
+                f"{self._of(step)} | {losses(row, 'train')} | lr {row['train/lr']:.2e}"
                 f" | {self.tokens / self.seconds:.0f} tok/s, {self.supervised / self.seconds:.0f} supervised"
             )
             if "train/mfu" in row:
@@ -123,8 +123,18 @@ class Progress:
         return f"step {step}/{'?' if self.total is None else self.total}"
 
 
+def losses(row: Mapping[str, float], kind: str) -> str:
+    """Return the losses of a step or an evaluation; those of preference pairs come first."""
+    of = "eval " if kind == "eval" else ""
+    loss = f"{row[f'{kind}/loss']:.4f}"
+    pairs = of_pairs(row, kind)
+    if not pairs:
+        return f"{of}loss {loss}"
+    return f"{of}pairs: {pairs} | {of}loss of right answers {loss}"
+
+
 def of_pairs(row: Mapping[str, float], kind: str) -> str:
-    """Return the part of a line about preference pairs; "" for a step without them."""
+    """Return the results of preference pairs; "" without them."""
     found = {
         name.removeprefix(f"{kind}/pairs/"): value
         for name, value in row.items()
@@ -133,7 +143,7 @@ def of_pairs(row: Mapping[str, float], kind: str) -> str:
     if not found:
         return ""
     return (
-        f" | pairs: loss {found['loss']:.4f}, {found['preferred']:.2f} preferred, margin {found['margin']:+.1f} nats,"
+        f"loss {found['loss']:.4f}, {found['preferred']:.2f} preferred, margin {found['margin']:+.1f} nats,"
         f" log p chosen {found['chosen']:+.1f}"
     )
 

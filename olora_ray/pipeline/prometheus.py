@@ -16,6 +16,18 @@ GAUGES = {
     ),
     "olora_loss": ("train/loss", "Training loss of the last step"),
     "olora_eval_loss": ("eval/loss", "Loss on the held-out rows, last evaluation"),
+    "olora_eval_pairs_preferred": (
+        "eval/pairs/preferred",
+        "Share of held-out preference pairs with a margin above 0, last evaluation",
+    ),
+    "olora_eval_pairs_margin": (
+        "eval/pairs/margin",
+        "Margin of held-out preference pairs in nats, last evaluation",
+    ),
+    "olora_eval_pairs_chosen": (
+        "eval/pairs/chosen",
+        "Change of log p of the chosen held-out answers since the first step, last evaluation",
+    ),
     "olora_learning_rate": ("train/lr", "Learning rate of the last step"),
     "olora_data_wait_fraction": (
         "data/wait_fraction",

@@ -39,10 +39,9 @@ def write_page(
     # The table `samples` in MLflow has all.
     rows = [(each.prompt, each.reference, each.before, each.after) for each in answers[:20]]
     commands = "\n".join(next_steps(result, tracker.url()))
-    curve = page.image(_curve(exported), "Loss of each step", wide=True)
     body = (
         f'<h1>{escape(name)}</h1>\n<div class="card">{page.terms(facts.items())}</div>\n'
-        f'<h2>Loss</h2>\n<div class="figures">{curve}</div>\n'
+        f'<h2>Loss</h2>\n<div class="figures">{_figures(exported)}</div>\n'
     )
     if rows:
         body += f"<h2>Answers to held-out prompts</h2>\n{page.table(heads, rows)}\n"
@@ -59,14 +58,14 @@ def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str,
     state = exported.state
     adapter = spec.config.adapter
     losses = exported.losses()
-    if losses:
-        yield (
-            "held-out loss",
-            f"{losses[0]:.4f} before, {exported.best_loss:.4f} after step {state.best_step}",
-        )
     pairs = of_pairs(exported.best_row, "eval")
     if pairs:
-        yield "held-out pairs", pairs.removeprefix(" | pairs: ")
+        yield "held-out pairs", pairs
+    if losses:
+        text = f"{losses[0]:.4f} before, {exported.best_loss:.4f} after step {state.best_step}"
+        if pairs:
+            text += ", of right answers"
+        yield "held-out loss", text
     scores = result["scores"]
     for name, value in scores.get("after", {}).items():
         text = f"{value:.3f}"
@@ -114,29 +113,42 @@ GAINS = {
 """Metric -> its name in a figure."""
 
 
-def _curve(exported: Exported) -> bytes:
+def _figures(exported: Exported) -> str:
+    curves = [("loss (nats per token)", LOSSES)]
+    if of_pairs(exported.best_row, "eval"):
+        curves = [
+            ("loss of right answers (nats per token)", LOSSES),
+            ("nats per pair since the first step", GAINS),
+        ]
+    wide = len(curves) == 1
+    figures = ""
+    for unit, labels in curves:
+        figure = _curve(exported.state.history, unit, labels, 12.0 if wide else 6.0)
+        figures += page.image(figure, f"{unit}, each step", wide)
+    return figures
+
+
+def _curve(
+    history: Sequence[Mapping[str, float]], unit: str, labels: Mapping[str, str], width: float
+) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure = Figure(figsize=(12.0, 4.8), layout="constrained")
-        curves = [("loss (nats per token)", LOSSES)]
-        if "eval/pairs/margin" in exported.best_row:
-            curves.append(("nats per pair since the first step", GAINS))
-        for number, (unit, labels) in enumerate(curves, 1):
-            axes = figure.add_subplot(1, len(curves), number)
-            for name, label in labels.items():
-                rows = [row for row in exported.state.history if name in row]
-                if rows:
-                    steps = [row["step"] for row in rows]
-                    values = [row[name] for row in rows]
-                    marker = "o" if len(rows) < 20 else ""
-                    axes.plot(steps, values, marker=marker, label=label)
-            axes.set(xlabel="step", ylabel=unit)
-            axes.grid(axis="y", color="#e4e7eb")
-            axes.legend(frameon=False)
+        figure = Figure(figsize=(width, 4.8), layout="constrained")
+        axes = figure.subplots()
+        for name, label in labels.items():
+            rows = [row for row in history if name in row]
+            if rows:
+                steps = [row["step"] for row in rows]
+                values = [row[name] for row in rows]
+                marker = "o" if len(rows) < 20 else ""
+                axes.plot(steps, values, marker=marker, label=label)
+        axes.set(xlabel="step", ylabel=unit)
+        axes.grid(axis="y", color="#e4e7eb")
+        axes.legend(frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -198,12 +210,14 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
         lines.append("")
     losses = exported.losses()
     if losses:
-        lines.append(
-            f"held-out loss: {losses[0]:.4f} before, {exported.best_loss:.4f} after (step {state.best_step})"
-        )
+        name = "loss"
         pairs = of_pairs(exported.best_row, "eval")
         if pairs:
-            lines.append(f"held-out{pairs.removeprefix(' |')}")
+            lines.append(f"held-out pairs: {pairs}")
+            name = "loss of right answers"
+        lines.append(
+            f"held-out {name}: {losses[0]:.4f} before, {exported.best_loss:.4f} after (step {state.best_step})"
+        )
         if not config.data.eval:
             lines.append(
                 "the held-out rows are from the training files and may be worded alike: ask in new words, too"

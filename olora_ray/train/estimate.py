@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.candidates import Target
-from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of
+from olora_ray.adapter.initialise import at_scale, check_rank, initialise, options_of, weight_sizes
 from olora_ray.adapter.inject import Selection, find_targets, inject, select
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import method_named
@@ -34,12 +34,13 @@ from olora_ray.model.quantised import require
 from olora_ray.model.source import BaseModel
 from olora_ray.tokens.collate import FLAT_ATTENTION, Batch, collate
 from olora_ray.tokens.plan import Pack
-from olora_ray.train import first_step, parallel, sharded_reader
+from olora_ray.train import parallel, sharded_reader
 from olora_ray.train.data_driven import refuse
 from olora_ray.train.fake_model import FakeModel, GroupedProducts, LiveBytes, at_blocks
 from olora_ray.train.generate import AT_ONCE, decoding, wanted
-from olora_ray.train.loop import train_mode
+from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SupervisedLoss, chunk_rows
+from olora_ray.train.optimizers.optimizer import optimizer_named
 from olora_ray.train.parallel import load_frozen, packed_size
 from olora_ray.train.sharded_reader import blocks_to_shard
 from olora_ray.train.tree import most_held
@@ -417,18 +418,19 @@ def micro_batch(
         factors, _ = initialise(
             targets, method, adapter.rank, config.run.seed, device, options_of(adapter)
         )
+        sizes = {}
+        if optimizer_named(config.train.optimizer).sizes:
+            sizes = weight_sizes(targets, device)
         adapted = inject(model, at_scale(factors, adapter), adapter.scale())
         loss = SupervisedLoss(model)
-        batch = collate(packs, model.config._attn_implementation)
+        layout = model.config._attn_implementation
+        batch = collate(packs, layout)
         loss.recompute = config.train.activation_checkpointing
         parallel.install(loss)
-        short = collate(first_step.examples(packs), model.config._attn_implementation)
-        moves = (
-            first_step.output_shift(loss, adapted, short, config.train.lr_ratio)
-            if method == adapter.method
-            else {}
-        )
-        rate = first_step.peak_lr(moves, adapter.scale(), steps) if moves else None
+        rate = None
+        if method == adapter.method:
+            trainer = Trainer(loss, adapted, config, device, sizes=sizes)
+            rate = trainer.automatic_rate(packs, steps, layout)
         times = []
         for _ in range(2):  # the first pass is slower, because it allocates its memory
             began = time.perf_counter()

@@ -241,16 +241,46 @@ class Trainer:
         All workers must call it together, with the same sequences.
         """
         known = optimizer_named(self.config.train.optimizer).rate
-        times = self.objective.rate
         if known is not None:
-            return times * first_step.for_steps(known(self.config.adapter.rank), steps)
+            rate = first_step.for_steps(known(self.config.adapter.rank), steps)
+            return self._limited(rate, packs, attention)
         batch = collate(first_step.examples(packs), attention).to(self.device)
         moves = first_step.output_shift(self.loss, self.adapted, batch, self.config.train.lr_ratio)
         # Another type of processor would find other last bits.
         moves = collectives.from_first(moves)
         if not moves:
             return None
-        return times * first_step.peak_lr(moves, self.config.adapter.scale(), steps)
+        rate = first_step.peak_lr(moves, self.config.adapter.scale(), steps)
+        return self._limited(rate, packs, attention)
+
+    def _limited(self, rate: float, packs: Sequence[Pack], attention: str) -> float:
+        """Return the rate for this objective: one at which the first step moves other rows by `Objective.fall` at most.
+
+        The step is one on half of the sequences, and its effect is that on the other half, to first order.
+        """
+        rate *= self.objective.rate
+        most = self.objective.fall
+        if most is None:
+            return rate
+        gradients = []
+        for half in (packs[1::2] or packs, packs[::2]):
+            whole = sum(chain.from_iterable(pack.examples() for pack in half), plan.Counts())
+            weight = self.objective.weight(whole)
+            self.flat.grad.zero_()
+            for pack in half:  # one at a time, which needs no more memory than a step
+                batch = collate([pack], attention).to(self.device)
+                sums = self.objective.loss(self.loss, batch, whole)
+                (sums[0] / weight).backward()
+            gradients.append(self.flat.grad.clone())
+        before = self.flat.vector.clone()
+        chosen = optimizer_named(self.config.train.optimizer)
+        trial = chosen.begin(self.flat, self.config.train, self.sizes)
+        trial.prepare()
+        trial.step(rate)
+        fall = collectives.from_first(float(gradients[0] @ (before - self.flat.vector)))
+        self.flat.vector.copy_(before)
+        self.flat.grad.zero_()
+        return float(f"{rate * most / max(most, fall):.1e}")
 
     @staticmethod
     def rate_for(steps: int, rate: float, made_for: int) -> float:

@@ -8,8 +8,9 @@ Each worker runs the model on its device, on three examples, of which one is lon
 - **isolation**: not one bit of an example depends on the other examples, or on later tokens;
 - **gradients**: the gradients of all adapters are those that torch computes with the model's own attention and logits.
 
-The first attention (model/attention.py) that passes is used. `check_adapters` tests adapters. With preference pairs the
-layout that has a prompt once (tokens/collate.py) is used if the outputs and losses of a pair pass in it, too.
+The first attention (model/attention.py) that passes is used. `check_adapters` tests adapters, and `check_pair` the
+gradient of preference pairs. With pairs the layout that has a prompt once (tokens/collate.py) is used if the outputs and
+losses of a pair pass in it, too.
 """
 
 import inspect
@@ -35,12 +36,14 @@ from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.text import some
 from olora_ray.config.decided import AnyDecided
+from olora_ray.config.schema import Train
 from olora_ray.model import attention
 from olora_ray.model.packing import check_lengths, why_not_in_one_row
 from olora_ray.tokens.collate import FLAT_ATTENTION, PROMPT_ONCE, Batch, collate
-from olora_ray.tokens.plan import CHOSEN, REJECTED, Pack
+from olora_ray.tokens.plan import CHOSEN, REJECTED, Counts, Pack
 from olora_ray.train import parallel
 from olora_ray.train.loss import Differences, LightRMSNorm, SelfTest, SupervisedLoss
+from olora_ray.train.objectives.objective import objective_of
 from olora_ray.train.parallel import begin_at_root
 from olora_ray.train.sharded_reader import decoder_layers
 
@@ -638,6 +641,74 @@ def _try(
             )
         )
     return without, size
+
+
+# Test of preference pairs before the first step: a step must compute the losses of the reference, and the gradient of
+# a pair must be that of its two answers alone, with which `check_adapters` has compared torch's own.
+
+
+FIRST_MARGIN = 1.0
+"""Nats of margin before the first step that rounding on a GPU may make; on CPUs there is none."""
+MARGIN = 3.0
+"""Nats by which a pair is preferred in the test of its gradient."""
+
+
+def check_pair(
+    loss: SupervisedLoss,
+    adapted: Mapping[str, AdaptedWeight],
+    pack: Pack,
+    train: Train,
+    name: str,
+    device: torch.device,
+) -> None:
+    """Raise UserError if a step would compute other losses or gradients of pairs than it must.
+
+    `pack` has pairs and the losses of the present adapter. `name` is the attention. All gradients are zero afterwards.
+    """
+    model: Any = loss.model
+    objective = objective_of(train)
+    with parallel.compiled(loss):
+        batch = collate([pack], name).to(device)
+        numbers = objective.each(loss, batch, sum(pack.examples(), Counts()))
+    margins = numbers[:, 1 + objective.more.index("margin")]
+    margin = float(margins.detach().abs().max())
+
+    parts = np.split(pack.input_ids, np.cumsum(pack.segments)[:-1])
+    first = pack.roles.index(CHOSEN)
+    alone = []
+    for part in parts[first : first + 2]:
+        ids: Ids = tuple(part[-SHORT:].tolist())
+        total: Tensor = loss(collate([one_pack([ids])], name).to(device))
+        total.backward()
+        alone.append((ids, total.item(), torch.cat([*_gradients(adapted).values()])))
+    differences = []
+    # Exchanged answers must have the opposite gradient, so both orders are compared.
+    for chosen, rejected in (alone, alone[::-1]):
+        pair = replace(
+            one_pack([chosen[0], rejected[0]]),
+            roles=(CHOSEN, REJECTED),
+            reference=(chosen[1] + MARGIN, rejected[1]),
+        )
+        [size] = pair.examples()
+        objective.loss(loss, collate([pair], name).to(device), size)[0].backward()
+        found = torch.cat([*_gradients(adapted).values()])
+        # The slope of log(1 + exp(-beta m)), and of the plain training on the chosen answer.
+        slope = train.beta / (1 + math.exp(train.beta * MARGIN))
+        up = (slope + train.chosen / size.chosen) * chosen[2]
+        down = slope * rejected[2]
+        differences.append(float((found - up + down).norm() / (up.norm() + down.norm())))
+
+    if not margin <= FIRST_MARGIN:
+        raise UserError(
+            f"train.objective: before the first step a pair has a margin of {margin:.2g} nats, and must have none: the"
+            " model computes other losses in a step than before it; set train.micro_batch: 1 or model.attention: sdpa"
+        )
+    # In bfloat16 the outputs of two layouts differ, and more from block to block: SmolLM2's gradients by 0.033.
+    if not max(differences) <= OF_ONE * TOLERANCE[model.dtype]:
+        raise UserError(
+            f"train.objective: with attention {name}, the gradient of a preference pair has a relative error of"
+            f" {max(differences):.2g}, more than rounding explains; set model.attention: sdpa"
+        )
 
 
 def _check_compiled(

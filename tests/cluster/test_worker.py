@@ -15,6 +15,7 @@ from olora_ray.cluster.channel import Started
 from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
+from olora_ray.common.storage import digest_json
 from olora_ray.model.source import BaseModel
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loss import SupervisedLoss
@@ -22,6 +23,7 @@ from tests import example_objective, tiny
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.said import said
+from tests.train.test_pairs import packs
 
 SETTINGS: dict[str, Any] = {
     "train__steps": 6,
@@ -353,3 +355,25 @@ def test_a_problem_that_one_worker_meets_alone_is_given_to_the_driver(
         monkeypatch.setattr(module, name, instead)
     spec = SimpleNamespace(config=tiny.decided())
     assert given == [worker.train_worker(spec, "", channel)]
+
+
+def test_a_run_whose_reference_is_of_another_model_ends_before_its_first_step(
+    tmp_path: Path,
+) -> None:
+    settings = {"train__objective": "pairs", "train__steps": 1, "evaluation__samples": 0}
+    config = tiny.decided(**settings)
+
+    def problem(folder: str) -> str | None:
+        data = tiny.ListStore(packs())
+        data.uri = str(tmp_path)
+        spec = TrainSpec(config, BaseModel("m", "/m", ""), "tokenizer", (1,), data, None)
+        shared = SharedBase(SupervisedLoss(tiny.llama(attention="segments")), tiny.CPU)
+        return train_at(SharedBaseContext(shared), spec, str(tmp_path / folder), Channel()).problem
+
+    assert problem("one") is None
+    [file] = tmp_path.glob("reference-*.json")
+    kept = json.loads(file.read_text())
+    kept["losses"][0][0] += 2.0
+    kept["sha256"] = digest_json(kept["losses"])
+    file.write_text(json.dumps(kept))
+    assert "before the first step a pair has a margin of 2 nats" in str(problem("two"))

@@ -47,6 +47,8 @@ FIRING = {
     "FollowFails": {"chats@champion"},
 }
 MINUTES = 30
+PAIRS = {"eval/pairs/preferred": 0.9, "eval/pairs/margin": 7.0, "eval/pairs/chosen": -0.5}
+"""What an evaluation has beside the loss in a run on pairs."""
 
 
 def slow(patch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
@@ -168,7 +170,7 @@ def test_each_panel_and_alert_has_a_number_in_each_minute_and_names_what_is_slow
         rows = [line for line in lines if isinstance(line, dict)]
         runs.append((Telemetry(name), itertools.cycle(rows[-10:-1])))
         runs[-1][0].started(2, again=False)
-        runs[-1][0].row(rows[-1])
+        runs[-1][0].row(rows[-1] | PAIRS)
     samples = ""
     for now in range(begin, last + 1):
         agent.now = now

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from olora_ray.cluster.preflight import ClusterFacts
+from olora_ray.config import command_line
 from olora_ray.config.load import build, override
 from olora_ray.config.schema import Config
 from olora_ray.evaluation import held_out, results
@@ -82,6 +83,14 @@ def test_a_score_that_no_row_has_of_both_models_costs_nothing_but_its_interval()
         line for line in results.lines(pair, found) if line.startswith("eval/of 1")
     ]  # only the second has it
     assert line.split()[2:] == ["held-out[:1]", "-", "1.0000", "-", "not", "paired"]
+
+
+def test_pairs_of_a_model_that_names_no_base_need_one_from_the_user() -> None:
+    merged, base = evaluation("merged", (1.0,)).target, evaluation("base", (1.0,)).target
+    alone = command_line.loaded_for("merged", {})
+    with refused("merged: preference pairs are measured against a base model"):
+        results.base_of_pairs([merged], alone)
+    assert results.base_of_pairs([merged, base], alone) == base.base
 
 
 def test_results_are_written_where_asked(tmp_path: Path) -> None:

@@ -71,6 +71,16 @@ def test_a_line_every_few_steps_has_loss_rate_speed_and_the_time_left() -> None:
     )
 
 
+def test_a_line_of_pairs_begins_with_their_results() -> None:
+    of_pairs = {"loss": 0.412, "preferred": 0.86, "margin": 7.1, "chosen": 0.4}
+    step = {f"train/pairs/{name}": value for name, value in of_pairs.items()}
+    held_out = {f"eval/pairs/{name}": value for name, value in of_pairs.items()}
+    trained, evaluated = lines(30, 2, row(20, **step), {"step": 20, "eval/loss": 2.5, **held_out})
+    said = "pairs: loss 0.4120, 0.86 preferred, margin +7.1 nats, log p chosen +0.4"
+    assert trained.startswith(f"step 20/30 | {said} | loss of right answers 1.5000 | lr 3.00e-04")
+    assert evaluated == f"step 20/30 | eval {said} | eval loss of right answers 2.5000"
+
+
 def test_the_time_left_counts_evaluations_and_begins_again_after_a_restart() -> None:
     with said() as told, Progress(40, 1) as progress:
         progress.row(row(1, **{"train/step_seconds": 0.01}))

@@ -128,5 +128,9 @@ def test_of_pairs_the_end_has_the_loss_of_the_chosen_answers_and_not_the_objecti
         spec: Any = SimpleNamespace(config=config)
         exported = Exported(spec, RunFolder(config.folder()), TrainResult(state=state), {})
         finished(exported, [], {**result(tmp_path), "scores": {}}, None)
-    assert [line for line in lines if "2.2500 before, 2.1250 after (step 4)" in line]
+    assert [
+        line
+        for line in lines
+        if "loss of right answers: 2.2500 before, 2.1250 after (step 4)" in line
+    ]
     assert [line for line in lines if "0.75 preferred, margin +4.0 nats, log p chosen -1.0" in line]

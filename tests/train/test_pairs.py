@@ -15,8 +15,11 @@ from olora_ray.tokens.plan import CHOSEN, DOWN, REJECTED, UP
 from olora_ray.train import reference
 from olora_ray.train.held_out import held_out
 from olora_ray.train.layer_inputs import first_tokens, right_answers
+from olora_ray.train.objectives import pairs
+from olora_ray.train.self_test import check_pair
 from tests import tiny
 from tests.families import oracle
+from tests.refused import refused
 
 METHODS = [name for name in tables.METHODS.own if method_named(name).needs == "weight"]
 
@@ -102,6 +105,44 @@ def test_a_step_has_the_loss_and_the_gradient_of_the_formula(micro: int, chosen:
     result = next(tiny.steps(known, data, count=3))
     assert result.loss == pytest.approx(float(wanted.detach()), rel=1e-6)
     assert float((seen[0] - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "olora"])
+def test_before_the_first_step_a_pair_is_compared_with_its_two_answers(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = trainer(train__chosen=0.3, adapter__method=method)
+    pack = store(known)[3]
+    rest = (known.config.train, "segments", tiny.CPU)
+    check_pair(known.loss, known.adapted, pack, *rest)
+    assert not known.flat.grad.any()
+    other = replace(pack, reference=(pack.reference[0] + 1.5, *pack.reference[1:]))
+    with refused("train.objective: before the first step a pair has a margin of 1.5 nats"):
+        check_pair(known.loss, known.adapted, other, *rest)
+    right = pairs.numbers
+    monkeypatch.setattr(pairs, "numbers", lambda *given: right(*given[:3], 0.2, given[4]))
+    with refused("train.objective: with attention segments, the gradient of a preference pair"):
+        check_pair(known.loss, known.adapted, pack, *rest)
+
+
+def test_the_automatic_rate_moves_the_margins_of_pairs_by_half_a_beta_at_most() -> None:
+    found = []
+    for beta in (0.1, 10.0, 40.0):
+        known = trainer(train__beta=beta, train__global_batch=1)
+        alike = [store(known)[0]] * 2
+        start = known.flat.vector.clone()
+        rate = known.automatic_rate(alike, 20, "segments")
+        assert torch.equal(known.flat.vector, start)
+        assert not known.flat.grad.any()
+        trial = trainer(train__beta=beta, train__global_batch=1, train__lr=rate)
+        next(tiny.steps(trial, tiny.ListStore(alike), count=3))
+        after = held_out(trial.loss, tiny.ListStore(alike), trial.objective, "segments", width=2)
+        found.append((rate, beta * after.means["pairs/margin"]))
+    (free, moved), *limited = found
+    assert moved < 0.4
+    for rate, gain in limited:
+        assert rate < free
+        assert gain == pytest.approx(0.5, rel=0.1)
 
 
 def test_held_out_pairs_give_one_line_each_and_their_means() -> None:

@@ -71,10 +71,10 @@ class Objective:
     """The own settings in words, for the identity of a run."""
     rate: float = 1.0
     """Multiple of the automatic learning rate, which is made for rows with answers."""
+    fall: float | None = None
+    """Fall of the mean loss of other rows in the first step that the automatic learning rate may make; None: any."""
     reference: bool = False
     """True if it needs the losses before the first step (`Pack.reference`)."""
-    begins: tuple[str, float] | None = None
-    """Name and value of a mean that the first step of every run must have, as a test of the reference."""
     perplexity: bool = False
     """True if the exponential of the mean loss is a perplexity."""
     forwards: float = 1.0
