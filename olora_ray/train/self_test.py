@@ -9,7 +9,7 @@ Each worker runs the model on its device, on three examples, of which one is lon
 - **gradients**: the gradients of all adapters are those that torch computes with the model's own attention and logits.
 
 The first attention (model/attention.py) that passes is used. `check_adapters` tests adapters, and `check_pair` the
-gradient of preference pairs. With pairs the layout that has a prompt once (tokens/collate.py) is used if the outputs and
+gradient of preference pairs. With pairs the layout that has a prompt once (tokens/collate.py) is used if outputs and
 losses of a pair pass in it, too.
 """
 
