@@ -22,9 +22,18 @@ import yaml
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import plural
 from olora_ray.config.section import Source
-from olora_ray.data.formats import columns_of, format_named, own_formats
+from olora_ray.data.formats import columns_of, format_named, own_formats, to_example
 from olora_ray.data.formats.chat import REASONING
-from olora_ray.data.formats.format import EMPTY, FEEDBACK, NONE, Chat, Example, one_line, type_name
+from olora_ray.data.formats.format import (
+    EMPTY,
+    FEEDBACK,
+    NONE,
+    Chat,
+    Example,
+    Rejected,
+    one_line,
+    type_name,
+)
 from olora_ray.data.formats.prompt_completion import COMPLETION
 from olora_ray.data.formats.text import TEXTS
 
@@ -268,7 +277,10 @@ def _require_context(
 
 
 def of_pairs(where: str, source: Source, rows: Sequence[Mapping[Any, Any]]) -> UserError | None:
-    """Return the error about rows with a column of rejected answers that are no pairs; None for other rows."""
+    """Return the error about rows with a column of rejected answers that are no pairs; None for other rows.
+
+    Half of the rows, or more, are no pairs.
+    """
     for name in rows[0] if rows else ():
         if "rejected" not in _words(str(name)) or name in source.fields:
             continue
@@ -277,6 +289,14 @@ def of_pairs(where: str, source: Source, rows: Sequence[Mapping[Any, Any]]) -> U
             return UserError(
                 f"{where}: column {str(name)!r} has no values; set {line} to train on the chosen answers alone"
             )
+    for row in rows:
+        if {"chosen", "rejected"} <= row.keys() - source.fields.keys():
+            try:
+                to_example("preference", row, {}, as_chat=True)
+            except Rejected as why:
+                return UserError(
+                    f"{where}: most of the rows read are no pairs, such as one with {why}"
+                )
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from olora_ray.data.formats import to_example
-from olora_ray.data.formats.format import Chat, Completion, Pair, Rejected
+from olora_ray.data.formats.format import Chat, Completion, Pair, Rated, Rejected
 from tests import tiny
 from tests.refused import refused
 
@@ -92,6 +92,22 @@ ROWS: dict[str, tuple[list[dict[str, str]], dict[str, Any]]] = {
             "non_preferred_output": [BAD],
         },
     ),
+    "Anthropic": (
+        [*FIRST, USER],
+        {"prompt": HH, "chosen": GOOD["content"], "rejected": BAD["content"]},
+    ),
+    "messages beside two answers": (
+        [SYSTEM, USER],
+        {"messages": [SYSTEM, USER], "chosen": GOOD, "rejected": BAD},
+    ),
+    "a system prompt beside whole conversations": (
+        [SYSTEM, USER],
+        {"system": SYSTEM["content"], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ),
+    "answers of a question": (
+        [USER],
+        {"question": USER["content"], "answer": GOOD["content"], "rejected_answer": BAD["content"]},
+    ),
     "ms-swift": (
         [SYSTEM, USER],
         {"messages": [SYSTEM, USER, GOOD], "rejected_response": BAD["content"]},
@@ -160,3 +176,47 @@ def test_a_column_of_rejected_answers_without_values_needs_an_answer(tmp_path: P
         tiny.read_as(config(tmp_path, row, fields=fields)).data.train[0].format
         == "prompt_completion"
     )
+
+
+PLAIN = {"prompt": USER["content"], "chosen": GOOD["content"], "rejected": BAD["content"]}
+MARKED = {"messages": [USER, GOOD], "rejected": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rejected": GOOD["content"]}, "same_answers: chosen and rejected are the same"),
+        ({"rejected": [BAD]}, "must both be texts, or both be messages"),
+        ({"prompt": None}, "add a column prompt"),
+    ],
+)
+def test_the_first_look_says_why_rows_are_no_pairs(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with refused(told):
+        source_of(tmp_path, PLAIN | change)
+
+
+def test_a_mark_that_an_answer_was_rejected_is_no_answer(tmp_path: Path) -> None:
+    with refused("column 'rejected' may decide"):
+        source_of(tmp_path, MARKED)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "a b", "answer": "c", "thumb": "up"},
+        {"prompt": [USER], "completion": [GOOD], "label": True},
+        {
+            "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "c"}],
+            "kto_tag": 1,
+        },
+    ],
+)
+def test_ratings_of_other_tools_are_read_without_a_setting(
+    row: dict[str, Any], tmp_path: Path
+) -> None:
+    source = source_of(tmp_path, row)
+    found = to_example(source.format, row, source.fields, True, source)
+    assert isinstance(found, Rated)
+    assert found.up
