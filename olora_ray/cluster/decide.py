@@ -102,7 +102,7 @@ def decide_data(
         decisions[PACKING] = kept.decision(PACKING) or _packing(spec.apart)
     if is_auto(config.train.objective):
         decided = with_values(config, Config, values_of(decisions))
-        decisions[OBJECTIVE] = kept.decision(OBJECTIVE) or _objective(decided)
+        decisions[OBJECTIVE] = kept.decision(OBJECTIVE) or objective_decision(decided)
     decided = with_values(config, Config, values_of(decisions))
     pairs = _setting_of_pairs(_held_out(decided), ("pair",))
     if is_auto(config.gate.metric):
@@ -201,7 +201,8 @@ def length_of(config: AnyConfig) -> int:
     return length
 
 
-def _objective(config: AnyConfig) -> Decision:
+def objective_decision(config: AnyConfig) -> Decision:
+    """Return what `train.objective: auto` becomes with the formats of the sources."""
     pairs = _setting_of_pairs(_sources(config))
     if pairs is None:
         return Decision("tokens", "no rows are preference pairs")
@@ -305,7 +306,7 @@ def decide_evaluation(
     if is_auto(config.data.packing):
         decisions[PACKING] = _packing(None if spec is None else spec.apart)
     if is_auto(config.train.objective):
-        decisions[OBJECTIVE] = _objective(config)
+        decisions[OBJECTIVE] = objective_decision(config)
     values: dict[str, Any] = values_of(decisions) | {RECOMPUTE: False}
     if is_auto(config.train.micro_batch):
         values[MICRO] = ON_CPUS

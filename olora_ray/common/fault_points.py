@@ -2,6 +2,7 @@
 
     shard        a shard of the token store will be written next; step: its number
     initialise   all workers have initialised the adapter
+    reference    the losses before the first step are measured, their file is missing
     evaluate     an evaluation begins
     step         a step was reported to the driver; step 0: the measurement of the base model
     checkpoint   one file of a checkpoint is written, the others are not

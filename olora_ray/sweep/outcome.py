@@ -11,6 +11,7 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import dump, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import fit, run
+from olora_ray.pipeline.export import best_row
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import search_folder
 from olora_ray.sweep.record import SearchRecord, TrialRecord, read_all
@@ -144,11 +145,12 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
     step = next(steps, best.step)
     # A failed trial keeps the checkpoint before its failure. After a restart, other workers may have measured the same
     # adapter again, and their loss differs a little.
-    same = state.best_loss is not None and math.isclose(state.best_loss, value, rel_tol=1e-3)
-    if step > state.step or (metric == "eval/loss" and not same):
+    saved = best_row(state).get(metric, state.best_loss)
+    same = saved is not None and math.isclose(saved, value, rel_tol=1e-3)
+    if step > state.step or (metric.startswith("eval/") and not same):
         kept = ""
-        if state.best_loss is not None:
-            kept = f" with the best loss {state.best_loss:.4f} of step {state.best_step}"
+        if saved is not None:
+            kept = f" with the adapter of step {state.best_step}, whose value is {saved:.4f}"
         raise UserError(
             f"{path}: trial {best.number} has its best value {value:.4f} at step {step}, but its last checkpoint"
             f" is of step {state.step}{kept}; pass --refit to train best.yaml instead"

@@ -205,7 +205,15 @@ Values = dict[str, Any]
 """Dotted config field, or the name of a draw -> its value."""
 # Trials that vary only these can share one base model and its data.
 SAME_BASE = ("adapter.", "train.")
-LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "eval/pairs/loss", "train/loss")
+LOWER_IS_BETTER = (
+    "eval/loss",
+    "eval/perplexity",
+    "eval/objective",
+    "eval/pairs/loss",
+    "train/loss",
+)
+# The metrics that a training loss of the same rows stands for.
+OF_TOKENS = ("eval/loss", "eval/perplexity", "train/loss")
 # Of these, trials that vary one of the following have training losses of other rows, or with other dropout.
 OTHER_LOSSES = ("adapter.dropout", "train.epochs", "train.global_batch", "train.steps")
 # Ray Tune keeps all trials of a search in memory and in its state, and each trial is a training.
@@ -241,8 +249,8 @@ class Space(Section):
     set: Annotated[Values, Field(default_factory=dict)]
     """Changes of the config that all trials share, e.g. {train.steps: 40}."""
     metric: str = "eval/loss"
-    """eval/loss, eval/perplexity, eval/pairs/loss, train/loss, or score/NAME of the config's scorer (measured at the
-    end only)."""
+    """eval/loss, eval/perplexity, train/loss, or score/NAME of the config's scorer (measured at the end only). With
+    preference pairs also eval/objective, the default there, and eval/pairs/NAME."""
     mode: Literal["min", "max"] | None = None
     """null: min for losses and perplexity, max for scores."""
     searcher: Literal["random", "grid", "tpe"] = "random"
@@ -300,8 +308,7 @@ class Space(Section):
         comparable = all(
             field.startswith(SAME_BASE) and field not in OTHER_LOSSES for field in self.search
         )
-        of_tokens = self.metric in LOWER_IS_BETTER and self.metric != "eval/pairs/loss"
-        return self.scheduler.kind == "asha" and of_tokens and comparable
+        return self.scheduler.kind == "asha" and self.metric in OF_TOKENS and comparable
 
     def cells(self) -> int:
         """Return the number of combinations of the grids; 1 without grids."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from olora_ray.cluster.decide import DataDecisions, decide
+from olora_ray.cluster.decide import DataDecisions, decide, objective_decision
 from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common.errors import UserError, of_problems
 from olora_ray.config.load import at, flatten, override, read_yaml, validated
@@ -15,8 +15,8 @@ from olora_ray.config.section import is_auto
 from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.sweep import shared_work
-from olora_ray.sweep.space import LOWER_IS_BETTER, SAME_BASE, Draws, Space, Values
-from olora_ray.train.objectives.objective import objective_named
+from olora_ray.sweep.space import SAME_BASE, Draws, Space, Values
+from olora_ray.train.objectives.objective import Objective, objective_named
 
 # A space cannot change these sections: they decide where a run is and what it is called, not its result.
 FIXED = ("run.", "tracking.", "registry.", "cluster.", "gate.", "retrain.", "notify.")
@@ -26,6 +26,11 @@ MEASURE = ("data.eval", "data.max_rejected", "evaluation.", "train.objective")
 IDLE = ("train.activation_checkpointing", "train.keep", "train.log_every")
 
 
+# Trials with other values of these fields cannot be compared by these metrics.
+SCALES = {
+    "train.beta": ("eval/objective", "eval/pairs/loss"),
+    "train.chosen": ("eval/objective",),
+}
 # A search decides these once, so a trial cannot draw auto.
 DECIDED = ("data.max_length", "data.packing", "train.micro_batch")
 
@@ -42,6 +47,8 @@ def load_space(path: str | Path, config: Config) -> Space:
             f"{path}: expected fields (search:, metric:, ...), but it holds a {type(tree).__name__}"
         )
     space = validated(Space, tree, str(path))
+    if "metric" not in space.model_fields_set:
+        space = space.model_copy(update={"metric": _objective(space, config).measures()[0]})
     check_space(space, config, str(path))
     return space
 
@@ -94,25 +101,33 @@ def overlap(field: str, other: str) -> bool:
     return field == other or field.startswith(f"{other}.") or other.startswith(f"{field}.")
 
 
+def _objective(space: Space, config: Config) -> Objective:
+    name = str(space.set.get("train.objective", config.train.objective))
+    if is_auto(name):
+        name = objective_decision(config).value
+    return objective_named(name)
+
+
 def _metric_problems(space: Space, config: Config) -> Iterator[str]:
-    objective = config.train.objective
+    objective = _objective(space, config)
     held_out = config.data.holds_out()
     if space.metric.startswith("score/") and space.metric != "score/":
         if not config.evaluation.scorer or not held_out:
             yield f"metric: {space.metric} needs evaluation.scorer and held-out rows in the config"
         if space.scheduler.kind != "none":
             yield f"metric: {space.metric} is measured once, at the end; set scheduler.kind: none"
-    elif space.metric not in LOWER_IS_BETTER:
-        known = ", ".join(LOWER_IS_BETTER)
-        yield f"metric: no trial reports {space.metric!r}; use {known} or score/NAME"
+    elif space.metric not in (*objective.measures(), "train/loss"):
+        known = ", ".join(objective.measures())
+        yield (
+            f"metric: train.objective={objective.name} does not report {space.metric!r}; use {known}, train/loss or"
+            " score/NAME"
+        )
     elif space.metric.startswith("eval/") and not held_out:
         yield f"metric: {space.metric} needs held-out rows: set data.eval or data.eval_fraction"
-    elif (
-        space.metric == "eval/perplexity"
-        and not is_auto(objective)
-        and not objective_named(objective).perplexity
-    ):
-        yield f"metric: train.objective={objective} has no perplexity; use eval/loss"
+
+    for field in space.search:
+        if space.metric in SCALES.get(field, ()):
+            yield f"search.{field}: it changes the scale of {space.metric}; set metric: eval/pairs/preferred"
 
 
 def _applied(config: Config, changes: Draws, where: str) -> Config:

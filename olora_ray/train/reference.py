@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from olora_ray.common import collectives, records, storage
+from olora_ray.common import collectives, fault_points, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.storage import digest_json
 from olora_ray.tokens.plan import CHOSEN, DOWN
@@ -77,6 +77,7 @@ def kept(
     began = time.perf_counter()
     logger.info("measuring the losses before the first step: the reference of preference pairs")
     losses = [*measure()]
+    fault_points.reached("reference", rank=collectives.rank())
     found = Reference(identity, losses, digest_json(losses))
     if collectives.rank() == 0:
         records.write(path, vars(found))

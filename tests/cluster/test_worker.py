@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.storage import digest_json
 from olora_ray.model.source import BaseModel
+from olora_ray.tokens.plan import CHOSEN, REJECTED
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loss import SupervisedLoss
 from tests import example_objective, tiny
@@ -53,9 +55,13 @@ class Channel:
 
 
 def train(
-    folder: Path, measured_on: Any = None, model: Any = None, **changes: Any
+    folder: Path,
+    measured_on: Any = None,
+    model: Any = None,
+    trained_on: Any = None,
+    **changes: Any,
 ) -> tuple[TrainResult, Channel]:
-    store = tiny.store(8)
+    store = trained_on or tiny.store(8)
     held_out = measured_on or tiny.store(3, seed=9)
     settings = tiny.decided(**(SETTINGS | changes))
     base = BaseModel("m", "/m", type(model).__name__)  # the node keeps what passes of a base
@@ -189,6 +195,52 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert same(adapter(tmp_path, 6), adapter(whole[0], 6))
     assert result.answers == whole[1].answers
     assert channel.metrics("eval/loss").items() <= whole[2].metrics("eval/loss").items()
+
+
+class Pairs(tiny.ListStore):
+    """A token store of pairs and rows; the file of its reference lies in a folder."""
+
+    reference: Any = ()
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        roles = (0, CHOSEN, REJECTED)
+        packs = [replace(tiny.pack(5, 9, 7, seed=seed), roles=roles) for seed in range(8)]
+        super().__init__(packs)
+        self.uri = str(folder)
+
+    def __getitem__(self, index: int) -> Any:
+        pack = super().__getitem__(index)
+        return replace(pack, reference=self.reference[index]) if self.reference else pack
+
+
+def test_a_resumed_run_with_pairs_measures_a_lost_reference_again_and_takes_no_other(
+    tmp_path: Path,
+) -> None:
+    """The present adapter has other losses than the first one."""
+    changes = {"train__objective": "pairs", "adapter__dropout": 0.0, "evaluation__samples": 0}
+
+    def trained(name: str) -> tuple[TrainResult, Path]:
+        store = Pairs(tmp_path / f"store-{name}")
+        result, _ = train(tmp_path / name, store, trained_on=store, **changes)
+        [file] = Path(store.uri).iterdir()
+        return result, file
+
+    _, whole = trained("whole")
+    _, lost = trained("resumed")
+    lost.unlink()
+    (tmp_path / "resumed" / checkpoints.name_of(6) / "manifest.json").unlink()
+    _, again = trained("resumed")
+    assert again.read_bytes() == whole.read_bytes()
+    assert same(adapter(tmp_path / "resumed", 6), adapter(tmp_path / "whole", 6))
+
+    content = json.loads(again.read_text())
+    content["losses"][0][0] += 1.0
+    content["sha256"] = digest_json(content["losses"])
+    again.write_text(json.dumps(content))
+    (tmp_path / "resumed" / checkpoints.name_of(6) / "manifest.json").unlink()
+    result, _ = trained("resumed")
+    assert result.problem.startswith("reference: token store")
 
 
 def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -77,15 +77,39 @@ def make_rows(folder: Path) -> Path:
     return folder
 
 
+def make_pairs(file: Path, rows: int, first: int = 0) -> Path:
+    """Preference pairs that prefer the next number to the number itself."""
+    with file.open("w") as out:
+        for number in range(first, first + rows):
+            question = [{"role": "user", "content": f"and after {number}?"}]
+            chosen, rejected = (
+                [{"role": "assistant", "content": str(answer)}] for answer in (number + 1, number)
+            )
+            row = {"prompt": question, "chosen": chosen, "rejected": rejected}
+            out.write(json.dumps(row) + "\n")
+    return file
+
+
+def with_pairs(folder: str | Path) -> dict[str, Any]:
+    """The section data of a config: rows with answers and preference pairs, in the same packs."""
+    return {
+        "train": [{"path": f"{folder}/train.jsonl"}, {"path": f"{folder}/pairs.jsonl"}],
+        "eval": [{"path": f"{folder}/eval.jsonl"}, {"path": f"{folder}/eval-pairs.jsonl"}],
+        "max_length": 64,
+    }
+
+
 def make_tiny(folder: Path) -> Path:
-    """Fill a folder with model/, train.jsonl (60 rows) and eval.jsonl (7 rows)."""
+    """Fill a folder with model/, rows (train.jsonl 60, eval.jsonl 7) and pairs (pairs.jsonl 30, eval-pairs.jsonl 5)."""
     make_model(folder / "model")
+    make_pairs(folder / "pairs.jsonl", 30)
+    make_pairs(folder / "eval-pairs.jsonl", 5, first=100)
     make_corpus(folder / "train.jsonl", 60)
     make_corpus(folder / "eval.jsonl", 7, first=100)
     return folder
 
 
-def on_s3(folder: Path, bucket: str, database: Path) -> dict[str, Any]:
+def on_s3(folder: Path, bucket: str, database: Path, pairs: bool = False) -> dict[str, Any]:
     """Copy a tiny project into a bucket; the fields that put model, data and storage of a config there."""
     root = f"{bucket.removesuffix('/runs')}/project"
     node_cache.upload(folder, root)
@@ -97,7 +121,7 @@ def on_s3(folder: Path, bucket: str, database: Path) -> dict[str, Any]:
     return {
         "run__storage": bucket,
         "model__name": f"{root}/model",
-        "data": data,
+        "data": with_pairs(root) if pairs else data,
         "tracking": {"uri": f"sqlite:///{database}"},
     }
 

@@ -102,6 +102,31 @@ def test_a_search_leaves_what_the_docs_promise(searched: tuple[Path, str]) -> No
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [1, 8])
+def test_sixteen_trials_with_pairs_share_one_pass_for_the_reference(
+    tiny_model: Path, tmp_path: Path, together: int
+) -> None:
+    project.make_rows(tmp_path)
+    project.make_pairs(tmp_path / "pairs.jsonl", 30)
+    project.make_pairs(tmp_path / "eval-pairs.jsonl", 5, first=100)
+    space = {
+        "search": {"train.lr": {"loguniform": [1e-4, 1e-2]}, "adapter.rank": {"choice": [2, 4]}},
+        "scheduler": {"reduction": 2},
+        "trials_per_worker": together,
+    }
+    given = write(tmp_path, tiny_model, space, data=project.with_pairs(tmp_path), train__steps=6)
+    done = sweep(*given, "--register")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "runs" / "small-space"
+    logs = [done.stdout, *(file.read_text() for file in folder.glob("trials/*/log.txt"))]
+    passes = sum(log.count("measuring the losses before the first step") for log in logs)
+    files = [*(tmp_path / "runs" / "tokens").rglob("reference-*.json")]
+    assert (len(logs), passes, len(files)) == (17, 2, 2)  # training and held-out rows
+    assert json.loads((folder / "leaderboard.json").read_text())["metric"] == "eval/objective"
+    assert "registered: small version 1" in done.stdout
+
+
 def test_a_trial_that_fails_has_its_reason_and_the_search_resumes(
     searched: tuple[Path, str],
 ) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from olora_ray.common import storage
 from tests.pipelines import project
 from tests.recovery import moments, processes
 
@@ -24,6 +25,11 @@ ABOUT_MACHINES = {
 }
 """Metrics of which a checkpoint has no history: a driver that is killed may not have logged the last ones."""
 REPEATABLE = {"train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/perplexity"}
+REPEATABLE |= {
+    f"{split}/{name}"
+    for split in ("train", "eval")
+    for name in ("objective", "pairs/loss", "pairs/margin", "pairs/chosen", "pairs/rejected")
+}
 """Metrics whose values are the same in every run; others are times."""
 
 RESUMED = re.compile(
@@ -253,6 +259,8 @@ class EndState:
     """What a run has left."""
 
     adapter: bytes
+    others: dict[str, bytes]
+    """Moments, and the losses before the first step of a run with pairs."""
     statuses: tuple[str, ...]
     """Of all MLflow runs there are."""
     series: dict[str, tuple[tuple[int, float], ...]]
@@ -266,9 +274,9 @@ def end_state(place: Path) -> EndState:
     """What the run has left whose config lies in this folder."""
     from mlflow import MlflowClient
 
-    storage = place / "runs"
-    folder = storage / NAME
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    root = place / "runs"
+    folder = root / NAME
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
     logged = runs[0].data.metrics if runs else {}
     names = [
@@ -276,6 +284,7 @@ def end_state(place: Path) -> EndState:
     ]
     return EndState(
         adapter=(folder / "export" / "adapter" / "adapter_model.safetensors").read_bytes(),
+        others=others(str(root)),
         statuses=tuple(run.info.status for run in runs),
         series={
             name: _series(client.get_metric_history(runs[0].info.run_id, name)) for name in names
@@ -283,6 +292,16 @@ def end_state(place: Path) -> EndState:
         versions=tuple(int(one.version) for one in client.search_model_versions(f"name='{NAME}'")),
         result=json.loads((folder / "result.json").read_text()),
     )
+
+
+def others(folder: str) -> dict[str, bytes]:
+    """Moments and reference files in a storage, by file name."""
+    files = storage.files_below(folder)
+    last = max(
+        file for file in files if file.startswith(NAME) and file.endswith("/optimizer.safetensors")
+    )
+    wanted = [last, *(file for file in files if "/reference-" in file)]
+    return {file.rpartition("/")[2]: storage.read_bytes(f"{folder}/{file}") for file in wanted}
 
 
 def _series(history: Iterable[Any]) -> tuple[tuple[int, float], ...]:
@@ -294,6 +313,8 @@ def differences(found: EndState, wanted: EndState) -> list[str]:
     problems = []
     if found.adapter != wanted.adapter:
         problems.append("the adapter has other bytes")
+    if found.others != wanted.others:
+        problems.append(f"{[*found.others]} have other bytes than {[*wanted.others]}")
     if found.statuses != ("FINISHED",):
         problems.append(f"MLflow runs: {found.statuses}")
     if found.versions != (1,):

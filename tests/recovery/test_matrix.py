@@ -1,10 +1,14 @@
 """Interrupt a run at any moment: what it leaves is what an untouched run leaves."""
 
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.pipelines import project
 from tests.recovery import processes, runs
 from tests.recovery.runs import EndState, Fault, Run
 
@@ -14,6 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]  # in make test: tests/pipeline
 POINTS: dict[str, tuple[str, int | None, int | None]] = {
     "preparation": ("shard", None, None),
     "initialisation": ("initialise", None, 1),
+    "reference pass": ("reference", None, 1),
     "early step": ("step", 1, 0),
     "middle step": ("step", 5, 1),
     "last step": ("step", 8, 0),
@@ -22,10 +27,18 @@ POINTS: dict[str, tuple[str, int | None, int | None]] = {
     "export": ("export", None, None),
     "registration": ("register", None, None),
 }
-TRAINING = ("initialisation", "early step", "middle step", "last step", "evaluation", "checkpoint")
+TRAINING = (
+    "initialisation",
+    "reference pass",
+    "early step",
+    "middle step",
+    "last step",
+    "evaluation",
+    "checkpoint",
+)
 UNDER_WAY = ("early step", "middle step", "evaluation", "checkpoint")
 """Points at which a checkpoint lies behind and steps lie ahead."""
-UNSAVED = ("preparation", "initialisation")
+UNSAVED = ("preparation", "initialisation", "reference pass")
 """Points that initialised factors may not outlive: workers begin while the tokens are made, and save at step 0."""
 HAPPENINGS = {
     "kill worker": [point for point in POINTS if point != "registration"],
@@ -34,10 +47,17 @@ HAPPENINGS = {
     "SIGTERM": list(POINTS),
     "kill everything": list(POINTS),
 }
+WITH_PAIRS = ("reference pass", "middle step", "evaluation")
 CASES = [
-    pytest.param(what, where, id=f"{what}, {where}")
+    pytest.param(what, where, False, id=f"{what}, {where}")
     for what, points in HAPPENINGS.items()
     for where in points
+    if where != "reference pass"
+]
+CASES += [
+    pytest.param(what, where, True, id=f"{what}, {where}, pairs")
+    for what in HAPPENINGS
+    for where in WITH_PAIRS
 ]
 
 HEARD_SECONDS = 1.5
@@ -47,19 +67,38 @@ STEP_SECONDS = 0.1
 
 
 @pytest.fixture(scope="module")
-def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> EndState:
-    return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"))
+def clean(
+    tiny_project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[bool], EndState]:
+    @cache
+    def of(pairs: bool) -> EndState:
+        changes = data(tiny_project, pairs)
+        return runs.run_clean(tiny_project, tmp_path_factory.mktemp("clean"), **changes)
+
+    return of
 
 
-@pytest.mark.parametrize(("what", "where"), CASES)
+def data(tiny_project: Path, pairs: bool) -> dict[str, Any]:
+    """The changes for a run on rows, or on rows and pairs in the same packs."""
+    return {"data": project.with_pairs(tiny_project)} if pairs else {}
+
+
+@pytest.mark.parametrize(("what", "where", "pairs"), CASES)
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(
-    what: str, where: str, clean: EndState, tiny_project: Path, tmp_path: Path
+    what: str,
+    where: str,
+    pairs: bool,
+    clean: Callable[[bool], EndState],
+    tiny_project: Path,
+    tmp_path: Path,
 ) -> None:
+    wanted = clean(pairs)
     with processes.scratch() as scratch:
-        run = Run(runs.written(tiny_project, tmp_path), scratch, fault(what, where))
+        config = runs.written(tiny_project, tmp_path, **data(tiny_project, pairs))
+        run = Run(config, scratch, fault(what, where))
         interrupt(run, what, where)
         end = runs.end_state(tmp_path)
-        problems = [*runs.differences(end, clean), *log_problems(run, what, where)]
+        problems = [*runs.differences(end, wanted), *log_problems(run, what, where)]
         assert not problems, "\n".join([*problems, run.tail()])
 
 

@@ -16,38 +16,42 @@ from tests.recovery import cluster as clusters
 from tests.recovery import hosts, processes, runs
 from tests.recovery.cluster import Cluster
 from tests.recovery.disturbances import BUSY, send
-from tests.recovery.runs import Fault, Run
+from tests.recovery.runs import EndState, Fault, Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-WORLDS: dict[str, tuple[int | list[int], str, str, str]] = {
-    "2 workers": (2, "ddp", "disk", "adamw"),
-    "1 worker": (1, "ddp", "disk", "adamw"),
-    "3 workers, spectral": (3, "ddp", "disk", "spectral"),
-    "[1, 3] workers": ([1, 3], "ddp", "disk", "adamw"),
-    "2 workers, S3": (2, "ddp", "s3", "adamw"),
-    "2 workers, fsdp": (2, "fsdp", "disk", "adamw"),
-    "3 workers, fsdp, S3": (3, "fsdp", "s3", "adamw"),
-    "[1, 3] workers, fsdp, S3, spectral": ([1, 3], "fsdp", "s3", "spectral"),
+WORLDS: dict[str, tuple[int | list[int], str, str, str, str]] = {
+    "2 workers": (2, "ddp", "disk", "adamw", "rows"),
+    "1 worker": (1, "ddp", "disk", "adamw", "rows"),
+    "3 workers, spectral": (3, "ddp", "disk", "spectral", "rows"),
+    "[1, 3] workers": ([1, 3], "ddp", "disk", "adamw", "rows"),
+    "2 workers, S3": (2, "ddp", "s3", "adamw", "rows"),
+    "2 workers, fsdp": (2, "fsdp", "disk", "adamw", "rows"),
+    "3 workers, fsdp, S3": (3, "fsdp", "s3", "adamw", "rows"),
+    "[1, 3] workers, fsdp, S3, spectral": ([1, 3], "fsdp", "s3", "spectral", "rows"),
+    "[1, 3] workers, pairs": ([1, 3], "ddp", "disk", "adamw", "pairs"),
+    "2 workers, S3, pairs": (2, "ddp", "s3", "adamw", "pairs"),
+    "3 workers, fsdp, pairs": (3, "fsdp", "disk", "adamw", "pairs"),
 }
-"""Workers, strategy, store, optimizer."""
+"""Workers, strategy, store, optimizer, and what is trained on: rows, or rows and pairs in the same packs."""
+Clean = Callable[[str, str, str], EndState]
 EVENTS = ("a worker", "all workers", "SIGSTOP", "the driver", "SIGTERM", "a node")
 MIDDLE = Fault("step", "hold", step=5, rank=0, pace=0.1)
 
 
 @pytest.fixture(scope="module")
-def clean(
-    tiny_project: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], bytes]:
-    """The adapter of two workers that nobody touched, by strategy and optimizer."""
+def clean(tiny_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+    """What two workers leave that nobody touched, by strategy, optimizer and data."""
 
     @cache
-    def adapter(strategy: str, optimizer: str) -> bytes:
-        folder = tmp_path_factory.mktemp(f"{strategy}-{optimizer}")
-        changes = {"cluster__strategy": strategy, "train__optimizer": optimizer}
-        return runs.run_clean(tiny_project, folder, **changes).adapter
+    def end(strategy: str, optimizer: str, data: str) -> EndState:
+        folder = tmp_path_factory.mktemp(f"{strategy}-{optimizer}-{data}")
+        changes: dict[str, Any] = {"cluster__strategy": strategy, "train__optimizer": optimizer}
+        if data == "pairs":
+            changes["data"] = project.with_pairs(tiny_project)
+        return runs.run_clean(tiny_project, folder, **changes)
 
-    return adapter
+    return end
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -55,22 +59,25 @@ def clean(
 def test_the_bytes_are_those_of_an_undisturbed_run(
     event: str,
     world: str,
-    clean: Callable[[str, str], bytes],
+    clean: Clean,
     tiny_project: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    workers, strategy, store, optimizer = WORLDS[world]
-    undisturbed = clean(strategy, optimizer)
+    workers, strategy, store, optimizer, data = WORLDS[world]
+    undisturbed = clean(strategy, optimizer, data)
     changes: dict[str, Any] = {
         "cluster__workers": workers,
         "cluster__strategy": strategy,
         "train__optimizer": optimizer,
     }
+    if data == "pairs":
+        changes["data"] = project.with_pairs(tiny_project)
     runs_folder = str(tmp_path / "runs")
     if store == "s3":
         runs_folder = request.getfixturevalue("bucket")
-        changes |= project.on_s3(tiny_project, runs_folder, tmp_path / "mlflow.db")
+        database = tmp_path / "mlflow.db"
+        changes |= project.on_s3(tiny_project, runs_folder, database, data == "pairs")
     config = runs.written(tiny_project, tmp_path, **changes)
     with (
         node_cluster(config, store) if event == "a node" else one_machine(config) as (
@@ -86,7 +93,8 @@ def test_the_bytes_are_those_of_an_undisturbed_run(
             code = run.attempt()
         assert code == 0, run.tail()
     adapter = f"{runs_folder}/small/export/adapter/adapter_model.safetensors"
-    assert storage.read_bytes(adapter) == undisturbed
+    assert storage.read_bytes(adapter) == undisturbed.adapter
+    assert runs.others(runs_folder) == undisturbed.others
 
 
 @contextlib.contextmanager

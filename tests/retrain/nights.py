@@ -27,6 +27,8 @@ class Kind:
     """Clusters of very different sizes."""
     best_of: int = 1
     """Challenger and champion are each the best of this many equal models on the same rows."""
+    pairs: bool = False
+    """Preference pairs: the deviation moves their margins, and half as much the loss of the chosen answers."""
 
 
 KINDS = (
@@ -37,6 +39,8 @@ KINDS = (
     Kind("20 clusters of 10 rows", 20, 10, alike=0.5),
     Kind("40 clusters of 1 to 100 rows", 40, 8, alike=0.5, uneven=True),
     Kind("20 clusters of 20 rows, a score of 0 or 1", 20, 20, alike=0.5, metric="eval/match"),
+    Kind("40 pairs", 40, 1, metric="auto", pairs=True),
+    Kind("400 pairs", 400, 1, metric="auto", pairs=True),
 )
 
 
@@ -70,8 +74,13 @@ def night(kind: Kind, seed: int, effect: float) -> tuple[RowResults, RowResults,
 
 
 def _results(kind: Kind, hard: np.ndarray, deviation: np.ndarray, tokens: np.ndarray) -> RowResults:
-    losses = 0.2 * deviation + hard
-    scores = {"match": dict(enumerate((losses < 3.0).astype(float).tolist()))}
+    if kind.pairs:
+        margins = 10.0 * (hard - 2.5 - deviation)
+        scores = {"pairs/loss": dict(enumerate(np.logaddexp(0.0, -0.1 * margins).tolist()))}
+        losses = 0.1 * deviation + hard
+    else:
+        losses = 0.2 * deviation + hard
+        scores = {"match": dict(enumerate((losses < 3.0).astype(float).tolist()))}
     origins = tuple((0, row) for row in range(len(losses)))
     return RowResults(
         "rows", tuple(tokens.tolist()), tuple((losses * tokens).tolist()), scores, origins
@@ -85,3 +94,20 @@ def promoted(kind: Kind, nights: int, effect: float) -> float:
         challenger, champion, clusters = night(kind, seed, effect)
         passed += decide(gate, challenger, champion, HeldOut(clusters)).passed
     return passed / nights
+
+
+def worse_years(kind: Kind, years: int) -> float:
+    """Return the share of years whose last champion is truly worse than the first.
+
+    A year has ten nights with rows of their own; a challenger is truly better or worse by 0.25 at random.
+    """
+    gate, worse = Gate.model_validate({"metric": kind.metric}), 0
+    for year in range(years):
+        qualities = np.random.default_rng(year).normal(0.0, BETTER, 10)
+        champion = 0.0
+        for number, quality in enumerate(qualities.tolist()):
+            found = night(kind, 10 * year + number, quality - champion)
+            if decide(gate, *found[:2], HeldOut(found[2], sets=number + 1)).passed:
+                champion = quality
+        worse += champion < 0
+    return worse / years

@@ -8,9 +8,10 @@ from tests.retrain.nights import KINDS
 
 def test_an_equal_challenger_is_rarely_promoted_and_a_better_one_often() -> None:
     """A part of the kinds; 60 nights at 0.13 % have more than 2 promotions once in 15,000 times."""
-    for kind in (KINDS[1], KINDS[4]):
+    for kind in (KINDS[1], KINDS[4], KINDS[7]):
         assert nights.promoted(kind, 60, 0.0) * 60 <= 2, kind.name
-    assert nights.promoted(KINDS[2], 20, nights.BETTER) >= 0.6
+    for kind in (KINDS[2], KINDS[8]):
+        assert nights.promoted(kind, 20, nights.BETTER) >= 0.6, kind.name
 
 
 @pytest.mark.slow
@@ -19,3 +20,9 @@ def test_an_equal_challenger_is_promoted_in_at_most_1_percent_of_1000_nights(
     kind: nights.Kind,
 ) -> None:
     assert nights.promoted(kind, 1000, 0.0) <= 0.01
+
+
+@pytest.mark.slow
+def test_hardly_a_year_of_corrections_ends_with_a_worse_champion() -> None:
+    """Ten nights of 40 held-out pairs each."""
+    assert nights.worse_years(KINDS[7], 100) <= 0.03

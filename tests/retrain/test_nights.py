@@ -1,6 +1,7 @@
 """Retraining through its entry script, with real Ray and MLflow: night after night, killed, and two at once."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from olora_ray.common import lock
 from olora_ray.tracking.checksums import GATE
 from pipelines import registry
 from tests.pipelines import project
-from tests.retrain.nightly import Nightly
+from tests.retrain.nightly import ANSWERS, Nightly
 
 pytestmark = pytest.mark.ray
 
@@ -107,6 +108,57 @@ def longer(model: Path) -> dict[str, Any]:
         "global_batch": 4,
         "lr": 1e-2,
     }
+
+
+def corrections(file: Path, words: Sequence[str], mark: str, wrong: bool = False) -> None:
+    """Write pairs that prefer a word's answer to another word's; the other way round if `wrong`."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w") as out:
+        for number in range(24):
+            word = words[number % len(words)]
+            answers = [ANSWERS[word], ANSWERS["one" if word != "one" else "two"]]
+            if wrong:
+                answers.reverse()
+            row = {
+                "question": f"{mark}{word} {number}",
+                "chosen": answers[0],
+                "rejected": answers[1],
+            }
+            out.write(json.dumps(row) + "\n")
+
+
+@pytest.mark.slow
+def test_nights_of_corrections_are_judged_by_held_out_pairs(folder: Path, model: Path) -> None:
+    pairs = folder / "corrections"
+    corrections(pairs / "0.jsonl", ["one", "two"], ".")
+    corrections(folder / "heldout-pairs.jsonl", ["one", "two", "three"], "-")
+    data = {
+        "train": [{"path": str(folder / "data")}, {"path": str(pairs)}],
+        "eval": [
+            {"path": str(folder / "heldout.jsonl")},
+            {"path": str(folder / "heldout-pairs.jsonl")},
+        ],
+        "max_length": 96,
+    }
+    settings = {"data": data, "train": {**longer(model), "lr": 2e-3, "chosen": 0.1}}
+    nightly = Nightly(folder, model, retrain={"from": "champion", "replay": 0.5}, **settings)
+    log = nightly.call()
+    assert "gate.metric: auto is eval/pairs/loss" in log, log
+    assert nightly.aliases.current() == {"champion": "1"}, log
+
+    corrections(pairs / "1.jsonl", ["three"], ".")
+    log = nightly.call()
+    assert nightly.aliases.current() == {"champion": "2", "previous": "1"}, log
+    verdict = nightly.aliases.version("2").tags[GATE]
+    assert verdict.startswith("passed: eval/pairs/loss"), log
+    assert "chosen answers: eval/loss" in verdict
+    metrics = nightly.decisions()[-1].data.metrics
+    assert metrics["challenger/eval/pairs/preferred"] >= 0.8
+
+    corrections(pairs / "2.jsonl", ["one", "two", "three"], "?", wrong=True)
+    log = nightly.call()
+    assert nightly.aliases.current()["champion"] == "2", log
+    assert "refused: " in log, log
 
 
 KILLED_AT = {

@@ -148,7 +148,7 @@ CURVE = ((0, 2.0), (4, 1.5), (8, 0.9))
 def with_checkpoint(folder: Path, state: TrainState) -> SweepSpec:
     """Return a search whose trial 0 ended early, with this state in its last checkpoint."""
     store: Any = tiny.store()
-    config = tiny.config(run__storage=str(folder))
+    config = tiny.decided(run__storage=str(folder))
     train_spec = TrainSpec(
         config, BaseModel("tiny", str(folder), "digest"), "digest", (0,), store, None
     )
@@ -207,3 +207,16 @@ def test_a_stopped_trial_is_registered_whose_checkpoint_has_its_best(
     registered(spec, status="stopped")
     registered(spec, "train/loss", status="stopped")
     assert exported == [9, 9]
+
+
+def test_of_a_trial_with_pairs_the_value_is_that_of_the_exported_step(
+    tmp_path: Path, exported: list[int]
+) -> None:
+    """The checkpoint's best loss is the objective, and the search's metric may be another one."""
+    row = {"step": 8.0, "eval/objective": 0.4, "eval/loss": 1.7, "eval/pairs/preferred": 0.9}
+    spec = with_checkpoint(tmp_path, TrainState(9, best_loss=0.4, best_step=8, history=[row]))
+    registered(spec, "eval/pairs/preferred", status="stopped")
+    for metric in ("eval/loss", "eval/objective"):
+        with refused("of step 9 with the adapter of step 8"):
+            registered(spec, metric, status="stopped")
+    assert exported == [9]

@@ -68,7 +68,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metric that nobody reports": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "eval/los"},
-        "'eval/los'; use eval/loss, eval/perplexity, eval/pairs/loss, train/loss or score/NAME",
+        "'eval/los'; use eval/loss, eval/perplexity, train/loss or score/NAME",
     ),
     "score with a scheduler": (
         {"search": {"train.lr": {"choice": [1e-3]}}, "metric": "score/exact_match"},
@@ -209,6 +209,18 @@ def test_trials_are_measured_by_one_objective_that_has_the_metric(
         with pytest.raises(UserError) as error:
             space(tmp_path, search=both)
         assert "search.train.objective" in str(error.value)
+
+
+def test_trials_with_pairs_are_ranked_by_what_they_train_on(tmp_path: Path) -> None:
+    pairs = {"train.objective": "pairs"}
+    found = space(tmp_path, search=LR, set=pairs)
+    assert (found.metric, found.better(), found.paired()) == ("eval/objective", "min", False)
+    beta = {"train.beta": {"choice": [0.05, 0.2]}}
+    with refused("search.train.beta: it changes the scale of eval/objective"):
+        space(tmp_path, search=beta, set=pairs)
+    found = space(tmp_path, search=beta, set=pairs, metric="eval/pairs/preferred")
+    assert found.better() == "max"
+    assert space(tmp_path, search=LR).metric == "eval/loss"
 
 
 @pytest.mark.parametrize("case", BAD)
