@@ -29,11 +29,12 @@ SECTIONS = {
     "throughput": "Throughput",
     "start": "Start of a run",
     "early": "Early start",
+    "pairs_peers": "Preference pairs",
     "gpu": "On a GPU",
     "gpu_defaults": "Defaults on GPUs",
     "settings": "Settings",
 }
-NAMED_ONLY = ("gpu", "early", "settings")
+NAMED_ONLY = ("gpu", "early", "pairs_peers", "settings")
 """Skipped unless they are named: each needs a GPU, or takes twenty minutes or more."""
 TOGETHER = {"throughput": ("--rows", "32", "--rounds", "3"), "start": ("--rounds", "3")}
 """Options that shorten a benchmark when all run."""

@@ -7,6 +7,9 @@
 A recipe is a folder with make_rows.py (writes train.jsonl and heldout.jsonl into the folder that it is given),
 config.yaml and README.md. The held-out rows are measured with the fine-tuned model, with the base model, with the base
 model and up to eight solved examples before each question, and with the function `rule` of make_rows.py, if any.
+
+If the rows are preference pairs, a second training takes their chosen answers alone, in as many steps. Both are also
+measured on the rows of the gate's guard.
 """
 
 import hashlib
@@ -42,6 +45,18 @@ SHOTS = 8
 LONGEST = 4000
 """Most characters of the examples, as JSON: fewer examples are shown than SHOTS if they are longer."""
 
+PLAIN = "plain training on the chosen answers"
+ALONE = (
+    "data.packing=false",
+    "train.objective=tokens",
+    "train.chosen=0",
+    "train.lr=auto",
+    "gate.metric=eval/loss",
+)
+GUARD = ROOT / "olora_ray" / "retrain" / "guard.jsonl"
+PREFERRED = "eval/pairs/preferred"
+MARGIN = "eval/pairs/margin"
+CHOSEN = "eval/pairs/chosen"
 PREDICTORS = ("fine-tuned", "base model", "base model with examples")
 GALLERY = """# Recipes
 
@@ -167,6 +182,12 @@ def numbers(recipe: Path) -> str:
         )
         command("olora-ray", "evaluate", base, *evaluate, rows / "solved", *shown)
         others[f"it with {plural(shots, 'example')} in the prompt"] = scores(rows / "solved", base)
+    of_pairs: list[list[str]] = []
+    if PREFERRED in tuned["models"][0]["metrics"]:
+        plain, spent = plain_training(config, recipe, rows)
+        seconds += spent + command("olora-ray", "evaluate", plain, *evaluate, rows / "plain")
+        others[PLAIN] = scores(rows / "plain", plain)
+        of_pairs = pair_rows(tuned, rows, (run, base, plain), evaluate)
     others |= by_rule(recipe, rows, config.get("evaluation", {}).get("scorer"))
     group = config.get("gate", {}).get("group")
     names = [str(row.get(group, line)) for line, row in enumerate(lines_of(rows / "heldout.jsonl"))]
@@ -179,6 +200,7 @@ def numbers(recipe: Path) -> str:
     table += [
         ["eval/loss", f"{loss:.3f}", f"{before:.3f}; {gain(tuned['differences']['eval/loss'])}"]
     ]
+    table += of_pairs
     table += [
         [
             f"eval/{name}",
@@ -197,6 +219,42 @@ def numbers(recipe: Path) -> str:
         f"took {seconds / 60:.0f} CPU minutes, so {seconds / 120:.0f} or more on two cores ({time.strftime('%B %Y')}).",
     ]
     return f"<!-- numbers {digest(recipe)} -->\n" + "\n".join(lines) + "\n<!-- end -->\n"
+
+
+def plain_training(config: Mapping[str, Any], recipe: Path, rows: Path) -> tuple[str, float]:
+    """Train on the chosen answers of the pairs alone; return the run's folder and the CPU seconds."""
+    name = f"{config['run']['name']}-plain"
+    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+    changes = [f"run.name={name}", "evaluation.rows=8", *ALONE]
+    for field, file in (("train", "train"), ("eval", "heldout")):
+        path = rows / f"{file}.jsonl"
+        changes.append(f"data.{field}=[{{path: {path}, fields: {{rejected: none}}}}]")
+    return f"runs/{name}", command("olora-ray", "finetune", recipe / "config.yaml", *changes)
+
+
+def pair_rows(
+    tuned: Mapping[str, Any], rows: Path, models: Sequence[str], evaluate: Sequence[object]
+) -> list[list[str]]:
+    """Return the table's rows of held-out pairs and of the guard, for run, base and plain training."""
+    run, base, plain = models
+    held_out = [each["metrics"] for each in tuned["models"]]
+    held_out += [each["metrics"] for each in read(rows / "plain" / "evaluation.json")["models"]]
+    without = ("data.eval=[" + str(GUARD) + "]", "evaluation.scorer=null")
+    guarded = []
+    for name, both in (("guard", (run, base)), ("guard-plain", (plain,))):
+        command("olora-ray", "evaluate", *both, *evaluate, rows / name, *without)
+        measured = read(rows / name / "evaluation.json")["models"]
+        guarded += [each["metrics"]["eval/loss"] for each in measured]
+    found = []
+    for label, (ours, before, alone), digits in (
+        ("pairs preferred", [each[PREFERRED] for each in held_out], 2),
+        ("pairs' margin, nats", [each[MARGIN] for each in held_out], 1),
+        ("log p chosen, nats", [each[CHOSEN] for each in held_out], 1),
+        ("loss on the guard rows", guarded, 3),
+    ):
+        cells = [f"{value:.{digits}f}" for value in (ours, before, alone)]
+        found.append([label, *cells[:2], "", cells[2]])
+    return found
 
 
 def gain(interval: Mapping[str, float]) -> str:
@@ -244,7 +302,10 @@ def with_examples(rows: Path) -> int:
 
     Returns the number of examples, at most SHOTS; 0 if the rows are no chats.
     """
-    train, held_out = lines_of(rows / "train.jsonl"), lines_of(rows / "heldout.jsonl")
+    train, held_out = (
+        [as_chat(row) for row in lines_of(rows / f"{split}.jsonl")]
+        for split in ("train", "heldout")
+    )
     if "messages" not in train[0]:
         return 0
     examples = [spoken(row) for row in train[:SHOTS]]
@@ -257,6 +318,14 @@ def with_examples(rows: Path) -> int:
                 json.dumps({**row, "messages": [*system, *chain(*examples), *spoken(row)]}) + "\n"
             )
     return len(examples)
+
+
+def as_chat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row; a preference pair as a chat with the chosen answer."""
+    if "chosen" not in row:
+        return row
+    turns = {"user": row["prompt"], "assistant": row["chosen"]}
+    return {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
 
 
 def spoken(row: dict[str, Any]) -> list[dict[str, Any]]:

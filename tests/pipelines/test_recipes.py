@@ -25,7 +25,9 @@ def asked(file: Path) -> set[str]:
     turns = [
         turn
         for row in rows
-        for turn in row.get("messages", [{"role": "user", "content": row.get("text")}])
+        for turn in row.get(
+            "messages", [{"role": "user", "content": row.get("prompt", row.get("text"))}]
+        )
     ]
     return {turn["content"] for turn in turns if turn["role"] == "user"}
 
