@@ -434,7 +434,8 @@ def plugins_in(config: AnyConfig) -> list[tuple[Table, str]]:
         if isinstance(config.gate.guard, tuple):
             sources += [each for each in config.gate.guard if isinstance(each, Source)]
         used.append((METHODS, config.adapter.method))
-        used.append((OBJECTIVES, config.train.objective))
+        if not is_auto(config.train.objective):
+            used.append((OBJECTIVES, config.train.objective))
         used.append((OPTIMIZERS, config.train.optimizer))
         used += [(EXPORTERS, name) for name in config.export.also]
     used += [(FORMATS, source.format) for source in sources if not is_auto(source.format)]

@@ -73,7 +73,7 @@ def test_peft_reads_the_padded_folder_as_a_plain_lora(
 
 def trainer(start: dict[str, Factors]) -> Trainer:
     model = tiny.llama(attention="segments")
-    settings = tiny.config()
+    settings = tiny.decided()
     return Trainer(
         SupervisedLoss(model), inject(model, start, settings.adapter.scale()), settings, CPU
     )

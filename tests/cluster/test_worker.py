@@ -162,7 +162,7 @@ def test_an_installed_objective_is_trained_and_measured_to_the_end(
         result, channel = train(tmp_path / "run", train__objective="examples")
     assert result.problem is None
     assert list(channel.metrics("train/hard")) == [1, 2, 3, 4, 5, 6]
-    assert list(channel.metrics("eval/hard")) == [2, 4, 6]
+    assert list(channel.metrics("eval/hard")) == [0, 2, 4, 6]
     assert channel.metrics("eval/perplexity") == {}
     losses = channel.metrics("eval/loss")
     assert list(losses) == [0, 2, 4, 6]
@@ -345,7 +345,7 @@ def test_the_base_is_measured_once_in_a_run(tmp_path: Path) -> None:
     for step in (0, 3, 6):
         (tmp_path / checkpoints.name_of(step) / "manifest.json").unlink()
     kept = json.loads((tmp_path / "baseline.json").read_text())
-    (tmp_path / "baseline.json").write_text(json.dumps(kept | {"loss": 99.0}))
+    (tmp_path / "baseline.json").write_text(json.dumps(kept | {"means": {"loss": 99.0}}))
     _, channel = train(tmp_path)
     assert channel.metrics("eval/loss")[0] == 99.0
 

@@ -46,7 +46,7 @@ def base(bases: Any) -> SharedBase:
 
 def spec_of(**changes: Any) -> TrainSpec:
     store: Any = tiny.store(4)
-    settings = tiny.config(evaluation__samples=0, adapter__rank=8, adapter__alpha=4, **changes)
+    settings = tiny.decided(evaluation__samples=0, adapter__rank=8, adapter__alpha=4, **changes)
     return TrainSpec(settings, BaseModel("m", "/m", "base"), "tokenizer", (1,), store, store)
 
 
