@@ -27,7 +27,11 @@ TABLE = parse_yaml(
 )
 
 
-def _rows(entry: Given) -> tuple[Given, list[str]]:
+def _of_pairs(given: Given) -> bool:
+    return "dpo" in (given.get("stage"), given.get("rl")) or "beta" in given
+
+
+def _rows(entry: Given, pairs: bool) -> tuple[Given, list[str]]:
     """Return a source for an entry of `datasets` or of dataset_info.json, and its settings that have no place."""
     left: Given = {}
     for name, value in entry.items():
@@ -47,11 +51,15 @@ def _rows(entry: Given) -> tuple[Given, list[str]]:
         if options:
             path += f"?{'&'.join(options)}"
     fields = {}
-    if str(kind).startswith("chat_template"):
+    if str(kind).startswith("chat_template") and not pairs:
         fields = {"conversations": "messages", "from": "role", "value": "content"}
-    fields |= {field: left.pop(name) for name, field in TABLE["columns"].items() if name in left}
+    columns = TABLE["pairs" if pairs else "columns"]
+    fields |= {field: left.pop(name) for name, field in columns.items() if name in left}
     form = "alpaca" if "instruction" in fields else "auto"
-    if kind in TABLE["formats"]:
+    if pairs:
+        left.pop("type", None)
+        left.pop("ranking", None)
+    elif kind in TABLE["formats"]:
         form = TABLE["formats"][left.pop("type")]
     source = {"path": path, "format": form}
     fields = {field: column for field, column in fields.items() if field != column}
@@ -60,11 +68,11 @@ def _rows(entry: Given) -> tuple[Given, list[str]]:
     return source, [*left]
 
 
-def _sources(field: str, entries: list[Given], _: Given) -> Meaning:
+def _sources(field: str, entries: list[Given], given: Given) -> Meaning:
     sources = []
     left = []
     for number, entry in enumerate(entries):
-        source, rest = _rows(entry)
+        source, rest = _rows(entry, _of_pairs(given))
         sources.append(source)
         left += [f"{number}.{name}" for name in rest]
     notes = []
@@ -117,6 +125,15 @@ def _warmup(value: float, given: Given) -> Meaning:
     return {"train.warmup": share}, "a share of the steps, not their number"
 
 
+def _dropout(share: float, given: Given) -> Meaning:
+    if _of_pairs(given):
+        return (
+            {},
+            "no dropout with preference pairs, as noise in one of two answers would be a margin",
+        )
+    return {"adapter.dropout": share}, ""
+
+
 def _name(path: str, _: Given) -> Meaning:
     name = re.sub(r"[^A-Za-z0-9]+", "-", path).strip("-")[:100]
     return {"run.name": name, "registry.model": name}, "a run is a folder of run.storage, ./runs"
@@ -136,6 +153,7 @@ COMPUTED: dict[str, Callable[[Any, Given], Meaning]] = {
         {"adapter.targets": "all-linear" if x == "all" else re.split(r",\s*", x)},
         "",
     ),
+    "lora_dropout": _dropout,
     "micro_batch_size per_device_train_batch_size": _batch,
     "warmup_ratio warmup_steps": _warmup,
     "deepspeed": lambda x, _: (
@@ -195,7 +213,7 @@ def convert(file: str, changes: Given) -> tuple[Given, list[str]]:
         except (LookupError, TypeError, ValueError, AttributeError, OSError, UserError) as error:
             if name in " ".join(TABLE["trained"]).split():
                 raise UserError(
-                    f"--from {file}: {label}: only adapters are trained, on supervised rows"
+                    f"--from {file}: {label}: only adapters are trained, on answers or by DPO on preference pairs"
                 ) from None
             why = "another value than those known here"
             if isinstance(error, UserError | OSError):
@@ -253,11 +271,14 @@ def _settings(file: str) -> Given:
             script = word
         else:
             values.append(parse_yaml(word, word))
-    if "sft" not in script and "stage" not in flags:
+    if not re.search("sft|dpo", script) and "stage" not in flags:
         raise UserError(
-            f"--from {file}: {script} is not sft: only adapters are trained, on supervised rows"
+            f"--from {file}: {script} is not sft or dpo: only adapters are trained, on answers or by DPO on preference"
+            " pairs"
         )
     settings: Given = {}
+    if "dpo" in script:
+        settings["beta"] = 0.1
     for name, values in flags.items():
         settings[name] = values
         if len(values) < 2:

@@ -74,7 +74,7 @@ class Pack:
     """Tokens of each segment; they sum up to the length of the sequence. A segment is an example, or an answer of a
     pair."""
     roles: tuple[int, ...] = ()
-    """Of each segment: 0, UP, DOWN, or CHOSEN and, for the next one, REJECTED. Empty in a store without feedback."""
+    """A number for each segment: 0, UP, DOWN, or CHOSEN and, for the next one, REJECTED. Empty without feedback."""
     reference: tuple[float, ...] = ()
     """Loss of each segment before the first step, summed over its supervised tokens; empty if it is not known."""
 

@@ -21,7 +21,7 @@ from olora_ray.train.loop import Trainer
 
 logger = logging.getLogger(__name__)
 Losses = list[tuple[float, ...]]
-"""Of each sequence, the losses of its segments."""
+"""The losses of the segments of each sequence."""
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,17 @@ def test_each_field_is_named_and_each_value_that_is_said_is_in_the_config(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("base_model: a\nrl: dpo\nadapter: lora", 'rl: "dpo": only adapters are trained'),
+        ("base_model: a\nrl: ipo\nadapter: lora", 'rl: "ipo": only adapters are trained'),
+        (
+            "model_name_or_path: a\nstage: dpo\ndo_train: true\npref_loss: orpo",
+            'pref_loss: "orpo": only',
+        ),
         ("base_model: a", "adapter: null (default of Axolotl): only adapters are trained"),
         (
             "model_name_or_path: a\nstage: sft\ndo_train: true\nfinetuning_type: full",
             'finetuning_type: "full": only',
         ),
-        ("trl dpo --model_name_or_path a", "dpo is not sft: only adapters are trained"),
+        ("trl kto --model_name_or_path a", "kto is not sft or dpo: only adapters are trained"),
         ("base_model: a\nadapter: lora", "its rows are not known here"),
         (
             "model_name_or_path: a\ndo_train: true\ndataset: b\ndataset_dir: none",

@@ -93,7 +93,7 @@ class Objective:
 
     @property
     def numbers(self) -> int:
-        """How many numbers `loss` and `each` give."""
+        """The number of numbers that `loss` and `each` give."""
         return 1 + len(self.more)
 
     def named(self, numbers: Sequence[float], whole: Counts) -> dict[str, float]:
