@@ -36,6 +36,7 @@ from olora_ray.config.schema import OF_PAIRS, AnyConfig, Config, Train
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data.formats import format_named
 from olora_ray.data.formats.format import FEEDBACK, MAY_BE_CHATS
+from olora_ray.data.sources import say_once
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
@@ -114,14 +115,16 @@ def decide_data(
 
 
 def _require_fit_for_pairs(config: DataConfig, apart: str | None) -> None:
-    """Raise UserError for pairs that cannot be trained so, and for their settings without pairs."""
+    """Raise UserError for pairs that cannot be trained so; name settings of pairs that are not used."""
     pairs = _setting_of_pairs(_sources(config))
     train = config.train
     if pairs is None:
         for name, value in {"beta": train.beta, "chosen": train.chosen}.items():
             if value != Train.model_fields[name].default:
-                raise UserError(
-                    f"train.{name}: only for preference pairs, and data.train has none; delete it"
+                # No error: a night may have new rows and no new pairs.
+                say_once(
+                    f"train.{name}: not used, because data.train has no preference pairs",
+                    logging.WARNING,
                 )
     elif config.adapter.dropout:
         raise UserError(
