@@ -11,7 +11,6 @@ from olora_ray.common.text import plural
 from olora_ray.config.load import dump, override
 from olora_ray.config.schema import Config
 from olora_ray.pipeline import fit, run
-from olora_ray.pipeline.export import best_row
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.sweep import search_folder
 from olora_ray.sweep.record import SearchRecord, TrialRecord, read_all
@@ -145,7 +144,10 @@ def _stopped(folder: RunFolder, best: TrialRecord, metric: str) -> TrainResult:
     step = next(steps, best.step)
     # A failed trial keeps the checkpoint before its failure. After a restart, other workers may have measured the same
     # adapter again, and their loss differs a little.
-    saved = best_row(state).get(metric, state.best_loss)
+    saved = state.best_loss
+    for row in state.history:
+        if row["step"] == state.best_step and metric in row:
+            saved = row[metric]
     same = saved is not None and math.isclose(saved, value, rel_tol=1e-3)
     if step > state.step or (metric.startswith("eval/") and not same):
         kept = ""

@@ -17,7 +17,9 @@ from olora_ray.cluster.spec import TrainResult, TrainSpec
 from olora_ray.cluster.worker import train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.storage import digest_json
+from olora_ray.config.load import override
 from olora_ray.model.source import BaseModel
+from olora_ray.sweep import shared_work
 from olora_ray.tokens.plan import CHOSEN, REJECTED
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.loss import SupervisedLoss
@@ -241,6 +243,33 @@ def test_a_resumed_run_with_pairs_measures_a_lost_reference_again_and_takes_no_o
     (tmp_path / "resumed" / checkpoints.name_of(6) / "manifest.json").unlink()
     result, _ = trained("resumed")
     assert result.problem.startswith("reference: token store")
+
+
+def test_trials_with_pairs_read_the_reference_of_their_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def base(*_: Any) -> SharedBase:
+        return SharedBase(SupervisedLoss(tiny.llama(attention="segments")), torch.device("cpu"))
+
+    monkeypatch.setattr(SharedBase, "of", base)
+    store = Pairs(tmp_path / "store")
+    changes = {"adapter__dropout": 0.0, "evaluation__samples": 0, "train__steps": 2}
+    config = tiny.decided(train__objective="pairs", **changes)
+    made: Any = store
+    spec = TrainSpec(config, BaseModel("m", "/m", "base"), "tokenizer", (1,), made, made)
+    folder = str(tmp_path / "shared")
+    with said() as lines:
+        shared_work.make(spec, folder, [])
+        assert len([*Path(store.uri).iterdir()]) == 1  # before trials run side by side
+        for method in ("lora", "olora", "pissa"):
+            trial = replace(
+                spec, config=override(config, {"adapter.method": method}), shared=folder
+            )
+            context = SharedBaseContext(base())
+            result = train_at(context, trial, str(tmp_path / method), Channel())
+            assert result.problem is None
+            assert result.state.reference.keys() == {store.digest}
+    assert sum("measuring the losses before the first step" in line for line in lines) == 1
 
 
 def test_a_run_that_is_made_longer_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.waiting import until
 
 END = EndState(
     adapter=b"weights",
+    others={"optimizer.safetensors": b"moments"},
     statuses=("FINISHED",),
     series={"eval/loss": ((0, 2.0), (4, 1.0), (8, 0.5))},
     versions=(1,),
@@ -35,6 +36,7 @@ OTHER = ((0, 2.0), (4, 1.0), (8, 0.6))
     ("change", "problem"),
     [
         ({"adapter": b"weighus"}, "the adapter has other bytes"),
+        ({"others": {"optimizer.safetensors": b"momenta"}}, "['optimizer.safetensors'] have"),
         ({"statuses": ("FINISHED", "FAILED")}, "MLflow runs: "),
         ({"versions": (2, 1)}, "registered versions: "),
         ({"series": END.series | {"eval/loss": TWICE}}, "eval/loss: "),
