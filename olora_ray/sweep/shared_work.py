@@ -124,7 +124,10 @@ def _measure(spec: TrainSpec, shared: SharedBase) -> Baseline:
     adapted = inject(model, factors, 1.0)
     shared.loss.to(shared.device)
     trainer = Trainer(shared.loss, adapted, config, shared.device)
-    attention = str(model.config._attn_implementation)  # type: ignore[union-attr]
+    tested = shared.loss.tested
+    assert tested is not None
+    # The layout, too: trials name their reference by it.
+    attention = tested.layout
     if trainer.objective.reference:
         stores = (spec.train, spec.eval)
         reference.give(trainer, stores, attention, spec.reference_origin(), {})
