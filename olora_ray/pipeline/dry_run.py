@@ -67,10 +67,12 @@ def dry_run(
         print(
             f"\n{_short(example.origin)}: {len(example.input_ids):,} tokens, {int(example.mask.sum()):,} supervised"
         )
-        print(_shown(base.tokenizer, example.right()))
         rejected = example.rejected()
         if rejected:
-            print("  rejected:")
+            print("  prompt and chosen answer:")
+        print(_shown(base.tokenizer, example.right()))
+        if rejected:
+            print("  rejected answer:")
             print(_shown(base.tokenizer, rejected))
     if not address.elsewhere():
         preflight.refuse_here(decided.config, base.model, decided.size, decided.expected, here)

@@ -181,7 +181,7 @@ def test_a_pair_is_shown_as_one_prompt_with_both_answers(shown: Shown, tmp_path:
     told = r"24, \d\.\d per sequence; prompt \d+, chosen 4, rejected 6 tokens \(medians\)"
     assert re.fullmatch(told, value(page, "pairs"))
     example = page.partition("examples")[2]
-    assert "[[a b" in example.partition("  rejected:\n    [[ccccc")[0]
+    assert "[[a b" in example.partition("  rejected answer:\n    [[ccccc")[0]
     assert [line for line in lines if "gate.metric" in line] == []
 
 
