@@ -20,8 +20,10 @@ An example with more than `max_length` tokens is rejected or shortened (`data.to
 beginning: all tokens up to `max_length`, as in TRL and Axolotl, or those up to the end of the last answer that fits.
 """
 
+import copy
 import itertools
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -178,7 +180,9 @@ class ExampleTokenizer:
                     finish=lambda: [begun.finish()[-1]._replace(rated=example.up)],
                 )
             case Pair():
-                both = [self.begin(each) for each in example]
+                whole = copy.copy(self)  # the lengths of both answers are judged together
+                whole._max_length = sys.maxsize
+                both = [whole.begin(each) for each in example]
                 answers = [answer for begun in both for answer in begun.answers]
                 of_both = [text for begun in both for text in begun.texts]
                 size = sum(begun.size for begun in both)
@@ -482,10 +486,10 @@ class ExampleTokenizer:
                 "the chat template writes the prompt differently before the two answers",
             )
         segments = (len(chosen.ids), len(rejected.ids))
-        if chosen.shortened or rejected.shortened or sum(segments) > self._max_length:
+        if sum(segments) > self._max_length:
             parts = f"prompt {prompt} twice, chosen {segments[0] - prompt}, rejected {segments[1] - prompt}"
             raise Rejected(
-                "too_long",
+                "pair_too_long",
                 f"{sum(segments)} tokens ({parts}), more than data.max_length = {self._max_length}",
             )
         ids = np.concatenate([chosen.ids, rejected.ids])

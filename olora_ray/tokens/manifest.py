@@ -189,6 +189,7 @@ class RejectedRows:
 
 REMEDIES = {
     "too_long": "raise data.max_length{longest}",
+    "pair_too_long": "raise data.max_length{longest}",
     "not_utf8": "save the file as UTF-8",
     "no_embedding": "put the model's own tokenizer into its folder, or add embeddings to the model for all its tokens",
     **dict.fromkeys(
@@ -291,7 +292,9 @@ class Limits:
         first = "; ".join(f"{e['file']}:{e['line']}: {e['reason']}: {e['message']}" for e in shown)
         sources = {entry["source"] for entry in listed()}
         counts = (
-            re.match(r"\d+(?= tokens)", e["message"]) for e in listed() if e["reason"] == "too_long"
+            re.match(r"\d+(?= tokens)", e["message"])
+            for e in listed()
+            if e["reason"] in ("too_long", "pair_too_long")
         )
         longest = max((int(count[0]) for count in counts if count), default=0)
         where = self.setting
@@ -304,7 +307,9 @@ class Limits:
         most = ""
         if longest:
             most = f" (up to {longest:,}, as far as the model has positions)"
-        remedy = rejection_remedy(reasons, rows, where, most + shorter.get(self.too_long, ""))
+        if "pair_too_long" not in reasons:  # pairs are not cut
+            most += shorter.get(self.too_long, "")
+        remedy = rejection_remedy(reasons, rows, where, most)
         raise UserError(f"{where}: {problem} ({reason_counts(reasons)}); {first}; {remedy}")
 
 

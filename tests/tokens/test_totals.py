@@ -58,6 +58,25 @@ def test_rows_that_are_held_out_of_a_source_are_judged_with_its_training_rows(
             read(config, tiny_spec)
 
 
+def test_pairs_that_are_too_long_need_a_longer_sequence(
+    tmp_path: Path, tiny_spec: TokenizerSpec
+) -> None:
+    """Regression: the message said to cut them, and pairs are not cut."""
+    pairs = [{"prompt": "q" * n, "chosen": "a", "rejected": "b"} for n in (5, 60, 70)]
+    path = helpers.write_jsonl(tmp_path / "a.jsonl", pairs)
+
+    def config(most: int) -> DecidedConfig:
+        source = {"path": str(path), "format": "preference"}
+        return helpers.config(tmp_path / "runs", source, max_length=most)
+
+    with pytest.raises(UserError) as caught:
+        prepare(config(64), tiny_spec, "train")
+    told = str(caught.value)
+    assert "data.too_long" not in told
+    most = int(told.split("raise data.max_length (up to ")[1].partition(",")[0])
+    assert len(prepare(config(most), tiny_spec, "train")) > 0
+
+
 @pytest.mark.parametrize(
     ("too_long", "shorter"), [("reject", "drop_turns or cut"), ("drop_turns", "cut")]
 )
