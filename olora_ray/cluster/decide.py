@@ -101,10 +101,9 @@ def decide_data(
         decisions[LENGTH] = kept.decision(LENGTH) or _length(config, facts.lengths)
     if is_auto(config.data.packing):
         decisions[PACKING] = kept.decision(PACKING) or _packing(spec.apart)
-    if is_auto(config.train.objective):
-        decided = with_values(config, Config, values_of(decisions))
-        decisions[OBJECTIVE] = kept.decision(OBJECTIVE) or objective_decision(decided)
     decided = with_values(config, Config, values_of(decisions))
+    if is_auto(config.train.objective):
+        decisions[OBJECTIVE] = kept.decision(OBJECTIVE) or objective_decision(decided)
     pairs = _setting_of_pairs(_held_out(decided), ("pair",))
     if is_auto(config.gate.metric):
         decisions[METRIC] = _metric(pairs)

@@ -290,9 +290,9 @@ IN_STORAGE = (
     *("mlflow.db", "mlflow.db-wal", "mlflow.db-shm", "mlflow.db-journal"),
 )
 """Names in `run.storage` that are reserved, so no run may have them."""
-OF_PAIRS = tuple(
-    f"eval/pairs/{name}" for name in ("loss", "preferred", "margin", "chosen", "rejected")
-)
+PAIR_MEANS = ("loss", "preferred", "margin", "chosen", "rejected")
+"""Means over preference pairs (train/objectives/pairs.py)."""
+OF_PAIRS = tuple(f"eval/pairs/{name}" for name in PAIR_MEANS)
 """Metrics of held-out preference pairs."""
 NO_GATE: Mapping[str, Any] = {"gate.metric": "auto", "gate.and": []}
 """Changes to a config for an evaluation or a search: no gate decides there, so nothing must measure its metrics."""

@@ -243,6 +243,8 @@ class RowFormat(Protocol):
     @property
     def has_turns(self) -> bool: ...
 
+    def is_chat(self, wanted: bool) -> bool: ...
+
     def takes(self, chat: Literal["auto"] | bool) -> bool: ...
 
 
@@ -322,9 +324,7 @@ class Source(Section):
     def unfit(self, format: str) -> str | None:
         """Return the problem if this source sets something that rows of this format do not have."""
         rows = row_format(format)
-        is_chat = rows.makes == "chat" or (
-            rows.makes in ("completion", "pair", "rating") and self.chat is not False
-        )
+        is_chat = rows.is_chat(self.chat is not False)
         fits = {
             "markup": format == "messages" or self.markup in ("auto", "none"),
             "roles": rows.has_turns or not self.roles,

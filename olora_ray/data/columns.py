@@ -277,9 +277,9 @@ def _require_context(
 
 
 def of_pairs(where: str, source: Source, rows: Sequence[Mapping[Any, Any]]) -> UserError | None:
-    """Return the error about rows with a column of rejected answers that are no pairs; None for other rows.
+    """Return why rows with rejected answers could not be read as pairs; None if they have none.
 
-    Half of the rows, or more, are no pairs.
+    `rows` were read in another format.
     """
     for name in rows[0] if rows else ():
         if "rejected" not in _words(str(name)) or name in source.fields:

@@ -236,7 +236,7 @@ class TokenStore:
         return ROLES in self._map(0).schema.names
 
     def counts(self, indices: Iterable[int]) -> Counts:
-        """Return the size of these sequences together; reads none of their tokens."""
+        """Return the size of these sequences together; reads tokens of a store with feedback only."""
         total = Counts()
         for index in indices:
             batch, row = self._find(int(index))

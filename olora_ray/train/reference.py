@@ -70,9 +70,11 @@ def kept(
     path = storage.join(store.uri, f"reference-{digest_json(identity, length=16)}.json")
     # The workers agree on the digest only: the losses of a large store would not fit into an exchange.
     found = records.read(path, Reference)
-    good = found is not None and found.sha256 == digest_json(found.losses)
-    known = collectives.gather(found.sha256 if found and good else None)
-    if found and known == [found.sha256] * len(known):
+    digest = ""
+    if found and found.sha256 == digest_json(found.losses):
+        digest = found.sha256
+    digests = collectives.gather(digest)
+    if found and set(digests) == {found.sha256}:
         return found
     began = time.perf_counter()
     logger.info("measuring the losses before the first step: the reference of preference pairs")

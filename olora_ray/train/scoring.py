@@ -212,11 +212,9 @@ class Baseline:
         if kept is None or kept.identity != identity or len(kept.answers or []) != questions:
             return None
         # A loss that is not finite is measured again, because the measurement raises the error that says why.
-        return (
-            cls(kept.loss, kept.answers, kept.means)
-            if kept.loss is None or math.isfinite(kept.loss)
-            else None
-        )
+        if kept.loss is not None and not math.isfinite(kept.loss):
+            return None
+        return cls(kept.loss, kept.answers, kept.means)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 from olora_ray.data.formats.chat import SHAREGPT_ROLES, SYSTEM, after_system, in_a_cell, to_chat
 from olora_ray.data.formats.format import (
-    Chat,
     Completion,
     Example,
     Field,
@@ -34,7 +33,8 @@ def read(row: Row) -> Example:
     prompt = _prompt(row)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, str) and not row.as_chat:
-            return _different(Completion(prompt, chosen), Completion(prompt, rejected))
+            _require_two(chosen, rejected)
+            return Pair(Completion(prompt, chosen), Completion(prompt, rejected))
         as_turns = _turns if prompt is not None else _transcript
         return _of_turns(row, as_turns(chosen), as_turns(rejected), prompt)
     if isinstance(chosen, str):
@@ -65,20 +65,18 @@ def _of_turns(row: Row, chosen: Turns, rejected: Turns, prompt: str | Turns | No
     context = after_system(row, context, "role", "content")
     # The assistant's messages of the prompt are context, so they get weight 0.
     context = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in context]
-    if chosen == rejected:
-        raise Rejected("same_answers", "chosen and rejected are the same")
+    _require_two(chosen, rejected)
     pairs = []
     for name, turns in (("chosen", chosen[same:]), ("rejected", rejected[same:])):
         if not any(_is_answer(turn) for turn in turns):
             raise Rejected("no_answer", f"field {name!r} has no assistant message of its own")
         pairs.append(to_chat([*context, *turns], row.optional("tools")))
-    return _different(*pairs)
+    return Pair(*pairs)
 
 
-def _different(chosen: Chat | Completion, rejected: Chat | Completion) -> Pair:
+def _require_two(chosen: str | Turns, rejected: str | Turns) -> None:
     if chosen == rejected:
         raise Rejected("same_answers", "chosen and rejected are the same")
-    return Pair(chosen, rejected)
 
 
 def _answer(row: Row, name: str) -> str | Turns:

@@ -1,7 +1,6 @@
 """Format rating: an answer with a thumb up or down, as KTO trainers read it."""
 
 from dataclasses import replace
-from typing import Any
 
 from olora_ray.data.formats import messages, prompt_completion
 from olora_ray.data.formats.chat import SYSTEM
@@ -17,7 +16,7 @@ from olora_ray.data.formats.format import (
 )
 from olora_ray.data.formats.preference import with_role
 
-THUMBS: dict[Any, bool] = {
+THUMBS = {
     "true": True,
     "1": True,
     "1.0": True,

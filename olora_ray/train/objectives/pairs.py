@@ -16,25 +16,22 @@ with P pairs, S other rows s, T ratings, and N_c and N_s supervised tokens of ch
 one kind are heard. With one side alone w = 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olora_ray.config.schema import Train
+from olora_ray.config.schema import PAIR_MEANS, Train
 from olora_ray.tokens.collate import Batch
 from olora_ray.tokens.plan import CHOSEN, DOWN, REJECTED, UP, Counts
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.objectives.objective import Objective, RowNumbers
 
-RIGHT = "right"
-WRONG = "wrong"
-OF_PAIRS = ("loss", "preferred", "margin", "chosen", "rejected")
-"""Means over pairs: f; 1 if the margin is above 0; margin; change of log p of each answer since the first step."""
-OF_RATINGS = ("up", "down")
-"""Change of log p since the first step, of the answers with a thumb up and down."""
+NUMBERS = (*PAIR_MEANS, "up", "down", "right", "wrong")
+"""Numbers of an example beside its loss. Of a pair: f; 1 if the margin is above 0; margin; and the change of log p of
+each answer since the first step. Of an answer with a thumb: this change. Then the losses of right and wrong answers."""
 
 
 def objective_with(train: Train) -> Objective:
@@ -59,9 +56,15 @@ def numbers(losses: Tensor, batch: Batch, whole: Counts, beta: float, chosen: fl
     Without a reference the losses are their own: every margin is 0.
     """
     roles = batch.roles or (0,) * len(batch.segments)
-    first = [number for number, role in enumerate(roles) if role != REJECTED]
+    first: list[int] = []
+    second: list[int] = []  # of a pair the rejected answer, of other examples the same as `first`
+    for number, role in enumerate(roles):
+        if role == REJECTED:
+            second[-1] = number
+        else:
+            first.append(number)
+            second.append(number)
     of_first = [roles[number] for number in first]
-    second = [number + (roles[number] == CHOSEN) for number in first]
     plain = whole.examples - whole.pairs - whole.ups - whole.downs
     weights = {0: plain / max(whole.plain, 1), CHOSEN: chosen * whole.pairs / max(whole.chosen, 1)}
     both = 2 if whole.ups and whole.downs else 1
@@ -83,7 +86,7 @@ def numbers(losses: Tensor, batch: Batch, whole: Counts, beta: float, chosen: fl
     pushed = is_pair * F.softplus(-beta * margins)
     rated_losses = rating_weights * torch.sigmoid(-beta * (is_up - is_down) * own)
     total = own_weights * losses[first] + pushed + rated_losses
-    won = is_pair * ((margins > 0).double() + (margins >= 0).double()) / 2
+    won = is_pair * (margins.sign() + 1) / 2
     others = [pushed, won, is_pair * margins, is_pair * own, is_pair * gains[second]]
     others += [is_up * own, is_down * own]
     others += [(1 - is_down) * losses[first], is_pair * losses[second] + is_down * losses[first]]
@@ -95,26 +98,26 @@ def _weight(counts: Counts) -> int:
 
 
 def _means(numbers: Sequence[float], whole: Counts) -> dict[str, float]:
-    sums = [value * whole.examples for value in numbers]
-    means = {"objective": numbers[0], "loss": sums[-2] / max(whole.right, 1)}
-    if whole.pairs:
-        for name, value in zip(OF_PAIRS, sums[1:], strict=False):
-            means[f"pairs/{name}"] = value / whole.pairs
-    for name, value, count in zip(OF_RATINGS, sums[-4:], (whole.ups, whole.downs), strict=False):
-        if count:
-            means[f"ratings/{name}"] = value / count
-    return means
+    sums = {name: value * whole.examples for name, value in zip(NUMBERS, numbers[1:], strict=True)}
+    means = {"objective": numbers[0], "loss": sums["right"] / max(whole.right, 1)}
+    return means | _of_feedback(sums, whole)
 
 
 def _row(numbers: Sequence[float], size: Counts) -> RowNumbers:
-    scores: dict[str, float] = {}
+    known = dict(zip(NUMBERS, numbers[1:], strict=True))
+    return RowNumbers(known["right"], size.right, _of_feedback(known, size))
+
+
+def _of_feedback(sums: Mapping[str, float], size: Counts) -> dict[str, float]:
+    """Return the means over the pairs and over the ratings of some examples."""
+    means = {}
     if size.pairs:
-        for name, value in zip(OF_PAIRS, numbers[1:], strict=False):
-            scores[f"pairs/{name}"] = value
-    for name, value, count in zip(OF_RATINGS, numbers[-4:], (size.ups, size.downs), strict=False):
+        for name in PAIR_MEANS:
+            means[f"pairs/{name}"] = sums[name] / size.pairs
+    for name, count in (("up", size.ups), ("down", size.downs)):
         if count:
-            scores[f"ratings/{name}"] = value
-    return RowNumbers(numbers[-2], size.right, scores)
+            means[f"ratings/{name}"] = sums[name] / count
+    return means
 
 
 def _unset(*_: object) -> Tensor:
@@ -128,7 +131,7 @@ OBJECTIVE = Objective(
     weight=_weight,
     unit="row",
     takes=frozenset({"pair", "rating", "chat", "completion", "text", "ids"}),
-    more=(*OF_PAIRS, *OF_RATINGS, RIGHT, WRONG),
+    more=NUMBERS,
     means=_means,
     row=_row,
     with_settings=objective_with,
