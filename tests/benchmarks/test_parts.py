@@ -1,11 +1,13 @@
 """What the benchmarks are made of works with the product as it is: nothing else would notice a rename."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from olora_ray.train.loader import Schedule, StepLoader
+from tests import tiny
 from tests.pipelines import project
 
 
@@ -30,3 +32,13 @@ def test_a_loader_reads_the_store_in_memory(benchmark: Any) -> None:
     steps = [data for data, _ in loader.steps(0, schedule)]
     assert len(steps) == 3  # into the second pass
     assert [data.whole.supervised for data in steps] == [8, 8, 8]
+
+
+def test_a_trainer_is_made_without_a_driver(benchmark: Any, tmp_path: Path) -> None:
+    common = benchmark("common")
+    tiny.save(tmp_path)
+    model = {"name": str(tmp_path), "dtype": "float32"}
+    trainer, _ = common.our_trainer(
+        common.config(str(tmp_path), model, train={"micro_batch": 1}), str(tmp_path)
+    )
+    assert trainer.objective.measures()  # with the default, train.objective=auto, this failed
