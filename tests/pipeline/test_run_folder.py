@@ -50,10 +50,12 @@ def test_a_name_is_held_from_the_first_checkpoint_on(config: Config) -> None:
 
 
 def test_what_was_decided_is_kept_with_its_reason(config: Config) -> None:
-    asked = override(config, {"data.max_length": "auto", "cluster.workers": "auto"})
+    auto = dict.fromkeys(("data.max_length", "cluster.workers", "train.objective"), "auto")
+    asked = override(config, auto)
     decisions = {
         "data.max_length": Decision(640, "the longest of 9 rows has 600 tokens"),
         "cluster.workers": Decision(2, "without GPUs there are two"),
+        "train.objective": Decision("pairs", "the training rows have preference pairs"),
     }
     folder = begin(asked)
     folder.write_config(asked, decisions, folder.state())
