@@ -88,11 +88,14 @@ def finetune(
     after a restart of the workers, some steps again.
 
     >>> rows = [{"prompt": f"after {n}?", "completion": f"{n + 1}"} for n in range(40)]
-    >>> result = olora_ray.finetune(model="model", data=rows, name="my_run", steps=6)
+    >>> seen = []
+    >>> result = olora_ray.finetune(
+    ...     model="model", data=rows, name="my_run", steps=6, on_step=seen.append
+    ... )
     >>> result.loss < result.loss_before
     True
-    >>> len([row for row in result.history if "train/loss" in row])
-    6
+    >>> seen[-1]["step"] == result.history[-1]["step"] == 6
+    True
     """
     logs = _ready()
     on_row = None
@@ -105,14 +108,12 @@ def finetune(
         from olora_ray.calls import settings
         from olora_ray.data import detect
 
-        named = {"model.name": model, "run.name": name}
-        given = {field: str(value) for field, value in named.items() if value is not None}
-        given |= {**(changes or {}), **settings.changes_of(fields)}
-        both = {"data": data, "eval": eval}
-        rows = {argument: value for argument, value in both.items() if value is not None}
-        if config is None and (model is None or data is None):
-            raise UserError("arguments: expected a config, or both model and data")
-        read = settings.config_of(config, given, rows)
+        given = {**(changes or {}), **settings.changes_of(fields)}
+        if model is not None:
+            given["model.name"] = str(model)
+        if name is not None:
+            given["run.name"] = name
+        read = settings.config_of(config, given, {"data": data, "eval": eval})
         found = detect.check_data(read)
         from olora_ray.pipeline import publish, run, run_folder
 
@@ -169,7 +170,7 @@ def evaluate(
     >>> rows = [{"prompt": "after 100?", "completion": "101"}]
     >>> def longest(answers):
     ...     return {"longest": max(len(row["answer"]) for row in answers)}
-    >>> sorted(olora_ray.evaluate("my_run", rows, metrics=[longest]))
+    >>> sorted(olora_ray.evaluate("runs/my_run", rows, metrics=[longest]))
     ['eval/exact_match', 'eval/longest', 'eval/loss', 'eval/perplexity']
     """
     logs = _ready()

@@ -22,9 +22,9 @@ def sources(data: Given, argument: str) -> tuple[list[Any], str]:
     """
     if isinstance(data, str | PathLike):
         data = [data]
-    if isinstance(data, list | tuple) and data and isinstance(data[0], str | PathLike):
-        return [*map(fspath, data)], ""
     try:
+        if isinstance(data, list | tuple) and data and isinstance(data[0], str | PathLike):
+            return [*map(fspath, data)], ""
         text = _json_lines(data)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(

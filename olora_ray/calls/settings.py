@@ -29,10 +29,11 @@ def config_of(
     """
     texts = {}
     given: dict[str, Any] = {}
-    for argument, value in data.items():
-        field = SOURCES[argument]
-        given[field], texts[field] = rows.sources(value, argument)
-    if "eval" in data:
+    for argument, field in SOURCES.items():
+        value = data.get(argument)
+        if value is not None:
+            given[field], texts[field] = rows.sources(value, argument)
+    if "data.eval" in given:
         given["data.eval_fraction"] = None
     given |= changes  # they may change a field of a source
 
