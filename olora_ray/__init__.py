@@ -213,8 +213,8 @@ def compare(config: Path, changes: Mapping[str, Any] | None = None, **options: A
 def retrain(config: Path, changes: Mapping[str, Any] | None = None) -> Entry:
     """Retrain a registered model as `olora-ray retrain`, with a config file; return the decision.
 
-    Its `decision` is unchanged, promoted or refused, with the `reason`; `challenger` and `champion` (the champion of
-    before) are numbers of versions.
+    Its `decision` is unchanged, promoted or refused, with the `reason`; `challenger` and `champion`, the champion until
+    then, are numbers of versions.
     """
     entry: Entry = _command("retrain", [str(config)], changes, {})
     return entry
