@@ -222,5 +222,5 @@ class Answers:
 
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(work)
-            yield from streamer
+            yield from filter(None, streamer)
             job.result()
