@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from olora_ray.common.errors import Stopped, TryAgain, UserError
@@ -257,3 +258,14 @@ def _ready() -> Any:
         )
     logs.quiet_environment()  # Ray reads these variables when it is imported
     return logs
+
+
+class _Front(ModuleType):
+    """Keeps the functions `sweep` and `retrain`: importing a subpackage of that name would replace them."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in __all__:
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Front

@@ -148,3 +148,13 @@ def test_a_mistake_is_one_error_that_names_its_argument(
 def test_init_returns_the_config_it_writes() -> None:
     written = olora_ray.init("train.jsonl", model="model", name="numbers", out="numbers.yaml")
     assert settings.config_of(written, {}, {}).run.name == "numbers"
+
+
+def test_functions_stay_when_packages_of_their_name_are_imported() -> None:
+    from olora_ray.retrain import gate
+    from olora_ray.sweep import space
+
+    assert gate.__name__ == "olora_ray.retrain.gate"
+    assert space.__name__ == "olora_ray.sweep.space"
+    assert callable(olora_ray.sweep)
+    assert callable(olora_ray.retrain)
