@@ -6,11 +6,11 @@ Commands, in the order of use:
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from olora_ray.calls.script import script
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
 from olora_ray.common.text import aligned
@@ -87,25 +87,17 @@ def _main(argv: list[str]) -> None:
         raise UserError(f"argument {name}: unknown command; {hint}")
 
 
-def _command(name: str) -> Callable[[list[str]], None]:
-    module = COMMANDS[name][1]
-    if module:
-        return importlib.import_module(module).main  # type: ignore[no-any-return]
-    # The scripts are no modules of the package: `python pipelines/finetune.py` runs the same files.
-    folder = command_line.ROOT / "pipelines"
-    sys.path.insert(0, str(folder))  # as Python does for a script: scorers are found there
-    file = folder / f"{name}.py"
-    if not file.is_file():
-        file = next(folder.glob(f"contrib/*/{name}.py"))
-    spec = importlib.util.spec_from_file_location(f"olora_ray_{name}", file)
-    assert spec
-    assert spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.__doc__ = (script.__doc__ or "").replace(
+def _command(name: str) -> Callable[[list[str]], object]:
+    place = COMMANDS[name][1]
+    if place:
+        return importlib.import_module(place).main  # type: ignore[no-any-return]
+    # As Python does for a script: scorers are found there.
+    sys.path.insert(0, str(command_line.ROOT / "pipelines"))
+    module = script(name)
+    module.__doc__ = (module.__doc__ or "").replace(
         f"python pipelines/{name}.py", f"olora-ray {name}"
     )
-    return script.main  # type: ignore[no-any-return]
+    return module.main  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ MANY = 5000
 """Rows from which one epoch has enough steps; data of the hub counts as so many."""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> str:
+    """Write the config; return its path."""
     parsed = command_line.parse(
         argv, usage=__doc__ or "", options=["--from", "--model", "--name", "--out"]
     )
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> None:
     if other:
         text += yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     else:
-        text += _config(given)
+        text += config_text(given)
     with as_user_error(f"--out {out}", OSError, reason=short_reason):
         out.write_text(text, encoding="utf-8")
     print(
@@ -132,6 +133,7 @@ def main(argv: list[str]) -> None:
         f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}",
         sep="\n",
     )
+    return str(out)
 
 
 def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, Any], list[str]]:
@@ -184,7 +186,8 @@ def _is_model(word: str) -> bool:
     )
 
 
-def _config(given: Config) -> str:
+def config_text(given: Config) -> str:
+    """Return the YAML of a config for the model and the rows that `given` names; print what is found in them."""
     config = command_line.resolved(given, Path.cwd())
     train = [*given.data.train]
     looks = []
@@ -226,7 +229,14 @@ def _config(given: Config) -> str:
         if look.held_out:
             beside = shown.model_copy(update={"path": look.held_out, "weight": 1.0})
             others.append(_yaml(beside.model_dump(mode="json", exclude_defaults=True)))
-    if others:
+    if given.data.eval:
+        named = [
+            _yaml(each.model_dump(mode="json", exclude_defaults=True)) for each in given.data.eval
+        ]
+        words = f"eval: [{', '.join(named)}]"
+    elif given.data.eval_fraction:
+        words = f"eval_fraction: {given.data.eval_fraction:g}  # of the rows"
+    elif others:
         words = f"eval: [{', '.join(others)}]  # by its name"
     elif hub:
         words = "eval_fraction: 0.05  # of the rows"

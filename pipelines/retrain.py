@@ -13,22 +13,28 @@ Exit codes: 0 the decision is made, also if the challenger is refused or nothing
 traceback; 2 an error that you can fix; 75 run the same command again later; 130 or 143 stopped by Ctrl+C or SIGTERM.
 """
 
+from typing import TYPE_CHECKING
+
 from olora_ray.common.logs import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
 from olora_ray.config import command_line  # noqa: E402
 
+if TYPE_CHECKING:
+    from olora_ray.retrain.decision_run import Entry
+
 FIELDS = ("registry.model", "retrain", "gate", "notify")
 """The fields and sections that --help shows."""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> "Entry":
+    """Retrain; return the decision."""
     # The retraining is imported late: a mistake in the config is reported at once.
     config, _ = command_line.read_arguments(argv, usage=__doc__ or "", flags=(), first=FIELDS)
     from olora_ray.retrain import run
 
-    run.run(config)
+    return run.run(config)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,20 @@ Exit codes: 0 the search is complete; 1 a bug, with its traceback; 2 an error th
 again later; 130 or 143 stopped by Ctrl+C or SIGTERM.
 """
 
+from typing import TYPE_CHECKING
+
 from olora_ray.common.logs import quiet_environment
 
 quiet_environment()  # before Ray is imported
 
 from olora_ray.config import command_line  # noqa: E402
 
+if TYPE_CHECKING:
+    from olora_ray.sweep.record import SearchRecord
 
-def main(argv: list[str]) -> None:
+
+def main(argv: list[str]) -> "tuple[str, SearchRecord]":
+    """Search; return the search's folder and its record."""
     # Imports that take seconds come after the checks of config and space file, so that mistakes are reported at once.
     config, file, flags = command_line.read_search_arguments(argv, usage=__doc__ or "")
     from olora_ray.data import detect
@@ -57,6 +63,7 @@ def main(argv: list[str]) -> None:
                     outcome.register(sweep_spec, results)
         if "--refit" in flags:
             run.run(outcome.best_config(config, sweep_spec, results.ranked()[0], refit=True))
+    return sweep_spec.folder, results
 
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ def read_search_arguments(argv: Sequence[str], usage: str) -> tuple[Config, str,
     return loaded(files[0], arguments.changes()), files[1], arguments.flags
 
 
-def loaded(source: str | Path | Mapping[str, Any], changes: dict[str, Any]) -> Config:
+def loaded(source: str | os.PathLike[str] | Mapping[str, Any], changes: dict[str, Any]) -> Config:
     """Return the config of a file, or of a mapping with its content, after `changes`, with absolute paths."""
     if isinstance(source, Mapping):
         return resolved(build(changed(source, changes)))
@@ -477,7 +477,7 @@ def _check_versions() -> None:
             raise UserError(f"{package} {found} is too old: {needed}, on all nodes")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], object]) -> None:
     """Run an entry script, print its error as one line (or a list of Problems) on stderr, and exit.
 
     Exit codes: 2 for an error that the user can fix; 75 if the same command resumes the work later; 143 (SIGTERM) and

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
 
@@ -162,7 +163,7 @@ def _set_twice(name: str, field: str) -> UserError:
 
 
 @cache
-def _fields() -> dict[str, str]:
+def _own_names() -> dict[str, str]:
     own: dict[str, list[str]] = {}
     for section, field in Config.model_fields.items():
         inner: Any = next(iter(get_args(field.annotation)), field.annotation)
@@ -170,10 +171,24 @@ def _fields() -> dict[str, str]:
             word = each.alias or name
             own.setdefault(word, []).append(f"{section}.{word}")
     # A field's own name means that field only if no other section has a field of this name.
-    fields = {_plain(word): names[0] for word, names in own.items() if len(names) == 1}
+    return {_plain(word): names[0] for word, names in own.items() if len(names) == 1}
+
+
+@cache
+def _fields() -> dict[str, str]:
+    fields = dict(_own_names())
     for name, words in PLAIN.items():
         fields |= dict.fromkeys(map(_plain, words.split()), name)
     return fields
+
+
+def keyword(word: str) -> str | None:
+    """Return the field that a name without its section means exactly; None if there is none, or several.
+
+    Unlike `meant`, another tool's name counts only if its values mean the same (SYNONYMS).
+    """
+    same = {name.partition(".")[2]: field for name, field in SYNONYMS.items()}
+    return _own_names().get(word) or same.get(word)
 
 
 def _plain(word: str) -> str:
@@ -690,7 +705,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return None
 
 
-def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+def load_config(path: str | PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
     """Read a config file and apply dotted `changes`; raise UserError that lists every problem with its field."""
     file = read_tree(path)
     changes = changes or {}
@@ -706,7 +721,7 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> C
     return config
 
 
-def read_tree(path: str | Path) -> dict[str, Any]:
+def read_tree(path: str | PathLike[str]) -> dict[str, Any]:
     """Read a config file without validation; raise UserError if it is no YAML mapping."""
     tree = read_yaml(path, "config file")
     if not isinstance(tree, dict):
@@ -716,7 +731,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     return renamed(tree)
 
 
-def read_yaml(path: str | Path, what: str) -> Any:
+def read_yaml(path: str | PathLike[str], what: str) -> Any:
     """Return the content of a user's file; raise a UserError that begins with `what` if it cannot be read."""
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))

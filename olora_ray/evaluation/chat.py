@@ -2,7 +2,7 @@
 
     olora-ray chat RUN [PROMPT] [--system TEXT] [section.field=value ...]
 
-RUN       name of a finished run in ./runs, or its folder
+RUN       name of a finished run in ./runs, its folder, a checkpoint, an adapter, or models:/NAME@ALIAS
 PROMPT    in quotes; without it, each line that you type is a prompt, until Ctrl-D
 --system  system message before the prompt; default: the one that all rows of the data have
 
@@ -16,6 +16,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -41,14 +42,27 @@ def main(argv: list[str]) -> None:
     changes = replace(arguments, words=settings).changes()
     answers = Answers(run, changes, arguments.options.get("--system"))
     for prompt in prompts or _lines():
-        for name, adapted in (("base", False), ("fine-tuned", True)):
+        asked = {"base": False, "fine-tuned": True}
+        if not answers.has_base:
+            del asked["base"]
+        for name, adapted in asked.items():
             text = answers(prompt, adapted) or "(nothing)"
             print(f"{name}:\n{textwrap.indent(text, '    ')}\n", flush=True)
 
 
-def _finished(name: str) -> str:
+def _place(name: str) -> str:
+    """Return the name of a model for `targets.resolve`: of a run, its exported adapter.
+
+    Raises UserError if there is no such model, or the run is not finished.
+    """
+    if name.startswith("models:/"):
+        return name
     root = command_line.absolute("runs")
     for folder in (command_line.absolute(name), storage.join(root, name)):
+        # Of an adapter, a checkpoint and a model.
+        for file in ("adapter_config.json", "manifest.json", "config.json"):
+            if storage.exists(storage.join(folder, file)):
+                return folder
         if storage.exists(storage.join(folder, "config.yaml")):
             break
     else:
@@ -59,7 +73,7 @@ def _finished(name: str) -> str:
         )
     if not storage.exists(storage.join(folder, "result.json")):
         raise UserError(f"run {name}: not finished; run its training command again to resume")
-    return folder
+    return storage.join(folder, "export", "adapter")
 
 
 def _lines() -> Iterator[str]:
@@ -101,10 +115,14 @@ def _system(sources: Sequence[Source]) -> str | None:
 
 
 class Answers:
-    """The base model of a run with its exported adapter, which can be switched off."""
+    """A fine-tuned model that answers prompts: `model("...")`, or `model.generate([...])`.
 
-    def __init__(self, run: str, changes: Mapping[str, Any], system: str | None) -> None:
-        folder = _finished(run)  # before torch is imported, which takes seconds
+    If it is an adapter on its base model, the adapter can be switched off.
+    """
+
+    def __init__(self, name: str, changes: Mapping[str, Any], system: str | None) -> None:
+        place = _place(name)  # before torch is imported, which takes seconds
+        self.place = place
         import torch
 
         from olora_ray.common.logs import quiet_transformers
@@ -112,38 +130,97 @@ class Answers:
         from olora_ray.evaluation import held_out, targets
         from olora_ray.pipeline.base import with_tokenizer
 
-        logger.info(f"{folder}: loading the base model and the adapter")
+        logger.info(f"{place}: loading the model")
         quiet_transformers()
-        adapter = storage.join(folder, "export", "adapter")
-        target = targets.resolve(adapter, targets.settings([adapter], None, changes))
+        # Nothing is scored here, so a scorer in Python that the run's config names is not imported.
+        unscored = {"evaluation.scorer": None, **changes}
+        target = targets.resolve(place, targets.settings([place], None, unscored))
+        self.has_base = target.adapter is not None
+        """False for a merged model, which cannot answer as its base model."""
         self.base = with_tokenizer(target.base, target.config)
         self.limit = target.config.evaluation.max_new_tokens
         self.tokens = ExampleTokenizer(self.base.spec, max_length=sys.maxsize)
         sources = target.config.data.train
         self.chat = any(asks_in_chats(source, self.base.spec) for source in sources)
+        if not sources:  # of a model that belongs to no run here
+            self.chat = self.base.spec.has_template
         if system and not self.chat:
             raise UserError(
-                f"argument --system: {folder} was trained on texts without a chat template; leave it out"
+                f"argument --system: {place} was trained on texts without a chat template; leave it out"
             )
         if system is None and self.chat:
             system = _system(sources)
         self.system = system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = held_out.load_adapted(target.base, adapter, target.config, self.device)
+        self.model = held_out.load_adapted(target.base, target.adapter, target.config, self.device)
+
+    def __str__(self) -> str:
+        return self.place
 
     def __call__(self, prompt: str, adapted: bool = True) -> str:
-        """Return the answer of the fine-tuned model (`adapted`) or of the base model.
+        """Return the answer of the fine-tuned model (`adapted`) or of the base model. Raises as `generate`."""
+        answer: str = self.generate(prompt, adapted=adapted)
+        return answer
 
-        Raises UserError if the chat template refuses the prompt.
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int | None = None,
+        stream: bool = False,
+        adapted: bool = True,
+    ) -> Any:
+        """Return the greedy answer to a prompt, or the answers to a list of prompts, which are computed in batches.
+
+        With `stream`, return an iterator over the pieces of the answer to one prompt. An answer has at most
+        `max_new_tokens` tokens; None: evaluation.max_new_tokens of the run. `adapted=False` asks the base model. Raises
+        UserError if the chat template refuses a prompt, or if a merged model is asked for its base model.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         from olora_ray.pipeline.answers import as_text
-        from olora_ray.train.generate import greedy
+        from olora_ray.train.generate import AT_ONCE, greedy
 
+        asked = prompts
+        if isinstance(prompts, str):
+            asked = [prompts]
+        tokens = [self.tokens.prompt(prompt, self.chat, self.system) for prompt in asked]
+        limit = max_new_tokens or self.limit
+        if not adapted and not self.has_base:
+            raise UserError(
+                f"{self.place}: is a merged model, without the answers of its base model; load its run or its adapter"
+            )
         for layer in self.model.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.enable_adapters(adapted)
-        asked = self.tokens.prompt(prompt, self.chat, self.system)
-        (answer,) = greedy(self.model, [asked], self.limit, self.base.eos, self.device)
-        return as_text(self.base.tokenizer, answer)
+        if stream:
+            if len(tokens) != 1:
+                raise UserError("generate: stream=True takes one prompt, not several")
+            return self._streamed(tokens[0], limit)
+        texts = []
+        for first in range(0, len(tokens), AT_ONCE):
+            group = tokens[first : first + AT_ONCE]
+            for answer in greedy(self.model, group, limit, self.base.eos, self.device):
+                texts.append(as_text(self.base.tokenizer, answer))
+        if isinstance(prompts, str):
+            return texts[0]
+        return texts
+
+    def _streamed(self, tokens: tuple[int, ...], limit: int) -> Iterator[str]:
+        from transformers import TextIteratorStreamer
+
+        from olora_ray.train.generate import greedy
+
+        streamer = TextIteratorStreamer(
+            self.base.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+
+        def work() -> None:
+            try:
+                greedy(self.model, [tokens], limit, self.base.eos, self.device, streamer=streamer)
+            finally:
+                streamer.end()  # also after an error, which the reader would wait for
+
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(work)
+            yield from filter(None, streamer)
+            job.result()

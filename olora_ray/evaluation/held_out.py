@@ -140,6 +140,8 @@ class Answer:
     text: str
     reference: str
     scores: Mapping[str, float]
+    prompt: str = ""
+    """With its special tokens."""
 
 
 def measure(
@@ -331,6 +333,7 @@ def _judged(
         text = as_text(tokenizer, ids)
         reference = as_text(tokenizer, item.reference)
         scores = judge(text, reference)
-        judged.append(Answer(item.row, origin_of[item.row], text, reference, scores))
+        prompt = as_text(tokenizer, item.prompt, special=True)
+        judged.append(Answer(item.row, origin_of[item.row], text, reference, scores, prompt))
     judge.tell_partial([item.scores for item in judged])
     return tuple(judged)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 OPTIONS = ("--config", "--tasks", "--task-data", "--limit", "--scorer", "--out")
 
 
+Metric = Callable[[Sequence[Mapping[str, str]]], Mapping[str, float]]
+"""From the scored rows {prompt, reference, answer} to named numbers."""
+
+
 @dataclass(frozen=True)
 class EvalRequest:
     models: tuple[str, ...]
@@ -55,6 +59,8 @@ class EvalRequest:
     limit: int | None = None
     """Number of rows of each task; None: all."""
     out: str | None = None
+    own: Sequence[Metric] = ()
+    """Metrics over all answers."""
 
 
 def read_request(argv: Sequence[str], usage: str) -> EvalRequest:
@@ -99,17 +105,19 @@ class EvalResult:
     tasks: Mapping[str, TaskResult]
     answers: Sequence[Answer] = ()
     """Answers to held-out prompts; empty without evaluation.scorer."""
+    own: Mapping[str, float] = field(default_factory=dict)
+    """Results of the request's own metrics."""
 
     def metrics(self) -> dict[str, float]:
         """Return eval/loss, eval/perplexity, eval/SCORE, TASK/acc, TASK/acc_norm, ... -> value."""
-        metrics = {}
+        metrics: dict[str, float] = {}
         if self.held_out is not None:
             for name in self.held_out.names():
                 metrics[name] = self.held_out.metric(name)
         for task, item in self.tasks.items():
             for name, value in item.metrics.items():
                 metrics[f"{task}/{name}"] = value
-        return metrics
+        return {**metrics, **self.own}
 
     def errors(self) -> dict[str, float]:
         errors = {}
@@ -148,11 +156,26 @@ def run(request: EvalRequest) -> tuple[list[EvalResult], dict[str, Interval]]:
         preflight.require(decide_evaluation(config, cluster), cluster)
         base = partial(base_of_pairs, found, config)
         measured = [evaluate(target, cluster, sets, request.limit, base) for target in found]
+    measured = [replace(each, own=own_metrics(request.own, each.answers)) for each in measured]
     intervals = {}
     if len(measured) == 2:
         intervals = differences(*measured)
     write_results(request, measured, intervals, uri)
     return measured, intervals
+
+
+def own_metrics(metrics: Sequence[Metric], answers: Sequence[Answer]) -> dict[str, float]:
+    """Return eval/NAME -> value; raise UserError if there are no answers."""
+    rows = [
+        {"prompt": each.prompt, "reference": each.reference, "answer": each.text}
+        for each in answers
+    ]
+    if metrics and not rows:
+        raise UserError("metrics: no held-out row has a question and an answer to measure")
+    found: dict[str, float] = {}
+    for metric in metrics:
+        found |= {f"eval/{name}": value for name, value in metric(rows).items()}
+    return found
 
 
 def check_request(request: EvalRequest, config: AnyConfig) -> None:

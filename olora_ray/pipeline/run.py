@@ -83,11 +83,13 @@ def run(
     tags: Mapping[str, str] | None = None,
     base: Base | None = None,
     found: Mapping[str, Source] | None = None,
+    on_row: fit.OnRow | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, export, check and register as the config says; return the content of result.json.
 
     `tags` are set on the registered version, and override its own tags. `base` is the config's base model if the
-    caller has opened it, `found` the result of `detect.check_data`. A finished run is only reported. Raises
+    caller has opened it, `found` the result of `detect.check_data`. `on_row` gets
+    the metrics of each step. A finished run is only reported. Raises
     UserError for a problem that the user can fix, TryAgain for one that passes (another driver works on the run, MLflow
     does not answer), and Stopped after a signal.
     """
@@ -107,7 +109,7 @@ def run(
         publish.check_license(config, base.model)
         prepare.check_settings(config)
         data = prepare.read_data(config, base, state.kept, found)
-        return _run(config, data, folder, state, driver, tags or {}, base)
+        return _run(config, data, folder, state, driver, tags or {}, base, on_row)
 
 
 def _finished(config: Config, state: RunState) -> dict[str, Any] | None:
@@ -130,6 +132,7 @@ def _run(
     driver: Driver,
     tags: Mapping[str, str],
     base: Base,
+    on_row: fit.OnRow | None,
 ) -> dict[str, Any]:
     state.require_same(config, {"base model": base.model.digest, "tokenizer": base.spec.digest})
     # The first checks come before Ray starts, so what this machine would decide is enough.
@@ -151,7 +154,7 @@ def _run(
             result = fit.finished_training(spec, folder, state)
             folder.write_config(config, decided.decisions, state)
             with publish.tracked(spec, folder) as tracker:
-                result = result or fit.train(spec, folder, build, tracker, stop)
+                result = result or fit.train(spec, folder, build, tracker, stop, on_row)
                 exported = export.run_export(spec, folder, result)
                 answers = answered(result, base.tokenizer)
                 scores = publish.log_scores(exported, tracker, answers)

@@ -6,7 +6,7 @@ A run is identified by its settings and by the contents of its model and data. T
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -447,6 +447,16 @@ class Fingerprint:
         if before.settings and before.settings == self.earlier_settings:
             now = replace(self, settings=self.earlier_settings)
         return [word for name, word in WORDS.items() if getattr(now, name) != getattr(before, name)]
+
+
+def history(root: str) -> Sequence[Mapping[str, float]]:
+    """Return the rows of metrics of a finished training, each with its `step`; () if they are lost."""
+    from olora_ray.cluster.spec import TrainResult
+
+    trained = records.read(RunFolder(root).training, TrainResult)
+    if trained is None or trained.state is None:
+        return ()
+    return trained.state.history
 
 
 def by_step(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:

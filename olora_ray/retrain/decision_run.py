@@ -79,20 +79,25 @@ def write_decision(config: Config, entry: Entry) -> str:
     return tracker.run_id
 
 
-def of_version(config: Config, version: Version) -> None:
-    """Write and tell the gate's decision on a version once; it is read from its tags, so a crash loses nothing."""
+def entry_of(version: Version) -> Entry:
+    """Return the decision on a version, by the gate or by hand, as its tags have it."""
     tags = version.tags
-    verdict = version.verdict
-    if not verdict or AGAINST not in tags or tags.get(RECORDED):
-        return
-    decision: What = "promoted"
-    if verdict.startswith("refused"):
-        decision = "refused"
-    reason = verdict.partition(": ")[2] or verdict
+    decision: What = "refused"
+    if version.accepted:
+        decision = "promoted"
+    reason = version.verdict.partition(": ")[2] or version.verdict
     if tags.get(CHANGED):
         reason += f"; {tags[CHANGED]}"
     details = json.loads(tags.get(DETAILS, "{}"))
-    entry = Entry(decision, reason, version.number, tags[AGAINST] or None, details)
+    return Entry(decision, reason, version.number, tags.get(AGAINST) or None, details)
+
+
+def of_version(config: Config, version: Version) -> None:
+    """Write and tell the gate's decision on a version once; it is read from its tags, so a crash loses nothing."""
+    tags = version.tags
+    if not version.verdict or AGAINST not in tags or tags.get(RECORDED):
+        return
+    entry = entry_of(version)
     run_id = write_decision(config, entry)
     # Before the tag: a call that is killed here tells again, instead of never.
     notify.tell(config, entry.decision, entry.reason, entry.challenger, entry.champion)

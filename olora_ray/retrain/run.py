@@ -111,14 +111,15 @@ NOTHING_LEARNED = Decision(
 )
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Entry:
     """Retrain the config's registered model if there is a reason, and send the result to the config's notify section.
 
+    Return the decision.
     Raises UserError for problems that the user can fix, TryAgain if another retraining of the model runs or MLflow does
     not answer, and Stopped after a signal; deploy/night.py sends the notification of these two.
     """
     try:
-        _locked(config)
+        entry = _locked(config)
         # The hub's readers load the repository as they load @champion, so it also follows a promotion or rollback by
         # hand.
         aliases = Aliases.of(config)
@@ -136,9 +137,10 @@ def run(config: Config) -> None:
                 reason = str(error)
             notify.tell(config, "failed", reason)
         raise
+    return entry
 
 
-def _locked(config: Config) -> None:
+def _locked(config: Config) -> Entry:
     name = config.registry.model
     if name is None:
         raise UserError("registry.model: not set; retraining needs the name of a registered model")
@@ -146,7 +148,7 @@ def _locked(config: Config) -> None:
     path = storage.join(config.run.storage, "locks", f"{name}.json")
     with lock.held(path, f"the retraining of {name}") as lease:
         try:
-            _retrain(config, Aliases.of(config), lease)
+            return _retrain(config, Aliases.of(config), lease)
         except Exception as error:
             if not isinstance(error, TryAgain | StoreUnavailable):
                 entry = Entry("failed", f"{type(error).__name__}: {error}")
@@ -156,7 +158,7 @@ def _locked(config: Config) -> None:
             raise
 
 
-def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
+def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry:
     aliases.repair()
     inputs = None
     now = recipe.cached_fingerprint(config)
@@ -177,8 +179,9 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
         reason = f"nothing changed since version {done.number} of {done.name} ({which})"
         logger.info(reason)
         champion = to_beat.version.number if to_beat.version else None
-        decision_run.unchanged(config, Entry("unchanged", reason, champion=champion))
-        return
+        entry = Entry("unchanged", reason, champion=champion)
+        decision_run.unchanged(config, entry)
+        return entry
     inputs = inputs or recipe.read_inputs(config)
     config = inputs.config
     if to_beat.version is None:
@@ -200,7 +203,9 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> None:
 
     # If another process has taken the lock, that process decides.
     apply_decision(aliases, version.number, decide, lease.check)
-    decision_run.of_version(config, aliases.version(version.number))
+    decided = aliases.version(version.number)
+    decision_run.of_version(config, decided)
+    return decision_run.entry_of(decided)
 
 
 def _trained(

@@ -163,8 +163,11 @@ def greedy(
     eos: Sequence[int],
     device: torch.device,
     together: bool = False,
+    streamer: Any = None,
 ) -> list[list[int]]:
     """Return greedy continuations of token ids, without prompt and end token.
+
+    A `streamer` of transformers gets the tokens of a single prompt one by one.
 
     Without end tokens (`eos` is empty) each continuation has `max_new_tokens`, or fewer if the model has no positions
     for more. `together`: all workers run until the last of them is done, because each holds a shard of the model. If
@@ -196,6 +199,7 @@ def greedy(
             eos_token_id=list(eos) or None,
             pad_token_id=eos[0] if eos else 0,
             synced_gpus=together,
+            streamer=streamer,
         )
     ends = set(eos)
     results = []

@@ -17,15 +17,13 @@ from tests.ran import ran
 @pytest.mark.ray
 def test_the_examples_of_the_functions_are_true(tiny_model: Path, tmp_path: Path) -> None:
     project.make_rows(tmp_path)
-    settings = project.settings(tmp_path, tiny_model)
-    settings["run"]["name"], settings["evaluation"] = "my_run", {"samples": 1, "max_new_tokens": 4}
-    project.write_config(tmp_path, settings).rename(tmp_path / "my_run.yaml")
+    (tmp_path / "model").symlink_to(tiny_model)
     lines = []
-    for function in (olora_ray.finetune, olora_ray.load, olora_ray.evaluate):
+    for function in (olora_ray.init, olora_ray.finetune, olora_ray.load, olora_ray.evaluate):
         for example in doctest.DocTestParser().get_examples(function.__doc__ or ""):
             source, wanted = example.source.strip(), example.want.strip()
             lines.append(f"assert repr(got := {source}) == {wanted!r}, got" if wanted else source)
-    assert len(lines) >= 5
+    assert len(lines) >= 10
     program = tmp_path / "program.py"
     program.write_text("\n".join(["import olora_ray", *lines]))
     done = ran([sys.executable, program], cwd=tmp_path, env=os.environ)

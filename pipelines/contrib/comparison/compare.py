@@ -23,6 +23,7 @@ command again later; 130 or 143 stopped by Ctrl+C or SIGTERM.
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from olora_ray.common.logs import quiet_environment
 
@@ -34,8 +35,12 @@ quiet_environment()  # before Ray is imported
 
 from olora_ray.config import command_line  # noqa: E402
 
+if TYPE_CHECKING:
+    from comparison.record import ComparisonRecord
 
-def main(argv: list[str]) -> None:
+
+def main(argv: list[str]) -> "tuple[str, ComparisonRecord]":
+    """Compare; return the comparison's folder and its record."""
     # Imports that take seconds come after the checks of arguments and rows, so that mistakes are reported at once.
     from comparison import arguments
 
@@ -76,6 +81,7 @@ def main(argv: list[str]) -> None:
             driver.check()
             record = recorded(work, tuning, finals, run.machine())
             report.conclude(record, best_config(comparison, record), config.folder(), tracker)
+    return config.folder(), record
 
 
 if __name__ == "__main__":
