@@ -135,7 +135,7 @@ class _Adapted(torch.autograd.Function):
         grad_da = grad_hidden[:, -rank:].T @ entered.reshape(-1, down.shape[1])
         grad_x = grad_inner = None
         if ctx.needs_input_grad[1]:
-            grad_x = grad @ ctx.base.weight
+            grad_x = grad @ ctx.base.weight.to(grad.dtype)  # they differ under autocast
         if ctx.needs_input_grad[2]:
             grad_inner = (grad_hidden @ down).view(entered.shape)
         elif grad_x is not None:
@@ -167,13 +167,16 @@ class AdaptedWeight(nn.Module):
     `da` and `db` are the trainable parameters, float32, zero at the start, so that the first output equals the base's
     exactly in every precision. Shapes as in `Factors`.
 
-    Whoever sets `training` promises that dA and dB stay the same until it is set again. They do while a step sums the
-    gradients of its micro-batches, so down and up are computed once per step. After it was set to true, a backward pass
-    adds the gradients to `grad` itself, if there is one, so that torch.autograd.grad does not return them.
+    With `whole_steps`, whoever sets `training` promises that dA and dB stay the same until it is set again. They do
+    while a step sums the gradients of its micro-batches, so down and up are computed once per step. After it was set to
+    true, a backward pass adds the gradients to `grad` itself, if there is one, so that torch.autograd.grad does not
+    return them.
     """
 
     a0: Tensor
     b0: Tensor | None
+    whole_steps = True
+    """False in a foreign loop, which sets `training` once for many steps, and whose hooks wait for gradients."""
 
     def __init__(self, factors: Factors, m: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -194,7 +197,8 @@ class AdaptedWeight(nn.Module):
 
     @training.setter
     def training(self, on: bool) -> None:
-        self._training = self._stand_still = on
+        self._training = on
+        self._stand_still = on and self.whole_steps
         self._made: dict[object, tuple[Tensor, Tensor]] = {}
 
     def joined(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
@@ -202,7 +206,7 @@ class AdaptedWeight(nn.Module):
         if not self._stand_still:
             return self._join(dtype, expert)
         # The versions show a change of the parameters themselves, against the promise. They do not show the
-        # optimizer's: it changes one vector that holds all dA and dB (train/optimizers/).
+        # optimizer's: it changes one vector that holds all dA and dB (adapter/optimizers/).
         key = (dtype, expert, self.da.device, self.da._version, self.db._version)
         if key not in self._made:
             self._made[key] = self._join(dtype, expert)
@@ -216,6 +220,10 @@ class AdaptedWeight(nn.Module):
         return joined(self.da[expert], self.db[expert], self.a0[expert], b0, dtype)
 
     def dropped_out(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # The base's product comes in this precision, and the low-rank path is added to it in place.
+            x = x.to(torch.get_autocast_dtype(device))
         if self.training and self.dropout:
             return F.dropout(x, self.dropout)
         return x
