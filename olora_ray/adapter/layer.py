@@ -220,10 +220,6 @@ class AdaptedWeight(nn.Module):
         return joined(self.da[expert], self.db[expert], self.a0[expert], b0, dtype)
 
     def dropped_out(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            # The base's product comes in this precision, and the low-rank path is added to it in place.
-            x = x.to(torch.get_autocast_dtype(device))
         if self.training and self.dropout:
             return F.dropout(x, self.dropout)
         return x
@@ -295,6 +291,10 @@ class AdaptedLinear(AdaptedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.dropped_out(x)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # The base's product comes in this precision, and the low-rank path is added to it in place.
+            inner = inner.to(torch.get_autocast_dtype(device))
         down, up = self.joined(inner.dtype)
         known = type(self.base) in (nn.Linear, QuantisedLinear)
         if known and not any(part.requires_grad for part in self.base.parameters()):
@@ -449,7 +449,7 @@ class _Expert(_StandIn):
 
     def add(self, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
         """Add the low-rank path to the product y, for x (T x n)."""
-        inner = self.stack.dropped_out(x)
+        inner = self.stack.dropped_out(x).to(y.dtype)
         down, up = self.stack.joined(inner.dtype, self.expert)
         return add_low_rank(y, inner, self.da, self.db, down, up, self.stack.scale)
 
@@ -488,7 +488,7 @@ class _Stack(_StandIn):
     def add_sorted(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         """Add the low-rank path for rows sorted by expert; `ends` has the row after the last of each expert."""
         stack = self.stack
-        inner = stack.dropped_out(x)
+        inner = stack.dropped_out(x).to(y.dtype)
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
         result: Tensor = low_rank.apply(
             y, inner, stack.da, stack.db, *stack.joined(inner.dtype), ends, stack.scale
