@@ -56,7 +56,7 @@ Adapters = Mapping[str, AdapterWeights]
 
 
 class Size(Protocol):
-    """What a folder says of the config's section `adapter`."""
+    """Settings that a folder takes from the config's section `adapter`."""
 
     @property
     def rank(self) -> int: ...

@@ -21,7 +21,7 @@ from olora_ray.config.tables import OPTIMIZERS
 
 
 class Settings(Protocol):
-    """What an optimizer may read of the config's section `train`; adapt() has no other settings."""
+    """Settings that an optimizer may read from the config's section `train`; adapt() has no other settings."""
 
     @property
     def weight_decay(self) -> float: ...
