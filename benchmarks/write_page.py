@@ -27,6 +27,7 @@ PAGE = ROOT / "docs" / "generated" / "benchmarks.md"
 SECTIONS = {
     "init": "Initialisation",
     "throughput": "Throughput",
+    "adapt": "A training loop of your own",
     "start": "Start of a run",
     "early": "Early start",
     "pairs_peers": "Preference pairs",

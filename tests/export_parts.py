@@ -11,12 +11,12 @@ from olora_ray.adapter.candidates import Target, stored_transposed
 from olora_ray.adapter.initialise import initialise
 from olora_ray.adapter.inject import find_targets, inject
 from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.config.schema import Adapter
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.merge import write_merged
-from olora_ray.pipeline.peft_folder import write_adapter
 from tests import tiny
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % (tiny.VOCABULARY - 2) + 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olora_ray.adapter.peft_folder import new_adapter
 from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
 from olora_ray.config.load import build
 from olora_ray.config.schema import Config
@@ -12,7 +13,6 @@ from olora_ray.model.load import load_tokenizer
 from olora_ray.pipeline import publish
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.export import Exported, about_data, complete
-from olora_ray.pipeline.peft_folder import new_adapter
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.prepare import prepare
 from olora_ray.tracking.aliases import Aliases

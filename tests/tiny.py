@@ -275,9 +275,9 @@ def trainer(
     """A Trainer over a tiny Llama, or this model, with adapters on all linear layers."""
     from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
     from olora_ray.adapter.inject import find_targets, inject
+    from olora_ray.adapter.optimizers.optimizer import optimizer_named
     from olora_ray.train.loop import Trainer
     from olora_ray.train.loss import SupervisedLoss
-    from olora_ray.train.optimizers.optimizer import optimizer_named
     from olora_ray.train.parallel import place_model
 
     model, settings = model or llama(attention=attention), decided(config)

@@ -135,7 +135,7 @@ class _Adapted(torch.autograd.Function):
         grad_da = grad_hidden[:, -rank:].T @ entered.reshape(-1, down.shape[1])
         grad_x = grad_inner = None
         if ctx.needs_input_grad[1]:
-            grad_x = grad @ ctx.base.weight
+            grad_x = grad @ ctx.base.weight.to(grad.dtype)  # they differ under autocast
         if ctx.needs_input_grad[2]:
             grad_inner = (grad_hidden @ down).view(entered.shape)
         elif grad_x is not None:
@@ -167,13 +167,16 @@ class AdaptedWeight(nn.Module):
     `da` and `db` are the trainable parameters, float32, zero at the start, so that the first output equals the base's
     exactly in every precision. Shapes as in `Factors`.
 
-    Whoever sets `training` promises that dA and dB stay the same until it is set again. They do while a step sums the
-    gradients of its micro-batches, so down and up are computed once per step. After it was set to true, a backward pass
-    adds the gradients to `grad` itself, if there is one, so that torch.autograd.grad does not return them.
+    With `whole_steps`, whoever sets `training` promises that dA and dB stay the same until it is set again. They do
+    while a step sums the gradients of its micro-batches, so down and up are computed once per step. After it was set to
+    true, a backward pass adds the gradients to `grad` itself, if there is one, so that torch.autograd.grad does not
+    return them.
     """
 
     a0: Tensor
     b0: Tensor | None
+    whole_steps = True
+    """False in a foreign loop, which sets `training` once for many steps, and whose hooks wait for gradients."""
 
     def __init__(self, factors: Factors, m: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -194,7 +197,8 @@ class AdaptedWeight(nn.Module):
 
     @training.setter
     def training(self, on: bool) -> None:
-        self._training = self._stand_still = on
+        self._training = on
+        self._stand_still = on and self.whole_steps
         self._made: dict[object, tuple[Tensor, Tensor]] = {}
 
     def joined(self, dtype: torch.dtype, expert: int | None = None) -> tuple[Tensor, Tensor]:
@@ -202,7 +206,7 @@ class AdaptedWeight(nn.Module):
         if not self._stand_still:
             return self._join(dtype, expert)
         # The versions show a change of the parameters themselves, against the promise. They do not show the
-        # optimizer's: it changes one vector that holds all dA and dB (train/optimizers/).
+        # optimizer's: it changes one vector that holds all dA and dB (adapter/optimizers/).
         key = (dtype, expert, self.da.device, self.da._version, self.db._version)
         if key not in self._made:
             self._made[key] = self._join(dtype, expert)
@@ -287,6 +291,10 @@ class AdaptedLinear(AdaptedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.dropped_out(x)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # The base's product comes in this precision, and the low-rank path is added to it in place.
+            inner = inner.to(torch.get_autocast_dtype(device))
         down, up = self.joined(inner.dtype)
         known = type(self.base) in (nn.Linear, QuantisedLinear)
         if known and not any(part.requires_grad for part in self.base.parameters()):
@@ -441,7 +449,7 @@ class _Expert(_StandIn):
 
     def add(self, y: Tensor, x: Tensor, named: Mapping[str, Any]) -> Tensor:
         """Add the low-rank path to the product y, for x (T x n)."""
-        inner = self.stack.dropped_out(x)
+        inner = self.stack.dropped_out(x).to(y.dtype)
         down, up = self.stack.joined(inner.dtype, self.expert)
         return add_low_rank(y, inner, self.da, self.db, down, up, self.stack.scale)
 
@@ -480,7 +488,7 @@ class _Stack(_StandIn):
     def add_sorted(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         """Add the low-rank path for rows sorted by expert; `ends` has the row after the last of each expert."""
         stack = self.stack
-        inner = stack.dropped_out(x)
+        inner = stack.dropped_out(x).to(y.dtype)
         low_rank: Any = _GroupedLowRank  # torch leaves `apply` untyped
         result: Tensor = low_rank.apply(
             y, inner, stack.da, stack.db, *stack.joined(inner.dtype), ends, stack.scale

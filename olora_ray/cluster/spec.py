@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from olora_ray.adapter.initialise import StoredFactors
+from olora_ray.adapter.factor_cache import StoredFactors
 from olora_ray.adapter.methods import method_named
 from olora_ray.common import storage
 from olora_ray.config.decided import DecidedConfig

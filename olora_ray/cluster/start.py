@@ -20,6 +20,7 @@ from olora_ray.adapter.initialise import InitReport, at_scale
 from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import method_named
+from olora_ray.adapter.optimizers.optimizer import optimizer_named
 from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import (
@@ -41,7 +42,6 @@ from olora_ray.train.data_driven import new_factors, sizes_of
 from olora_ray.train.loader import planned_steps
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SelfTest, SupervisedLoss
-from olora_ray.train.optimizers.optimizer import optimizer_named
 from olora_ray.train.parallel import place_model
 from olora_ray.train.self_test import check_adapters, choose_attention, require_layout
 

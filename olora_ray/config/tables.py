@@ -193,8 +193,8 @@ OBJECTIVES = Table(
 OPTIMIZERS = Table(
     "olora_ray.optimizers",
     {
-        "adamw": "olora_ray.train.optimizers.adamw:OPTIMIZER",
-        "preconditioned": "olora_ray.train.optimizers.preconditioned:OPTIMIZER",
-        "spectral": "olora_ray.train.optimizers.spectral:OPTIMIZER",
+        "adamw": "olora_ray.adapter.optimizers.adamw:OPTIMIZER",
+        "preconditioned": "olora_ray.adapter.optimizers.preconditioned:OPTIMIZER",
+        "spectral": "olora_ray.adapter.optimizers.spectral:OPTIMIZER",
     },
 )

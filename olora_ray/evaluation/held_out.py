@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
+from olora_ray.adapter.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.worker_context import assigned_device, platform_of
 from olora_ray.common import node_cache
@@ -24,8 +26,6 @@ from olora_ray.model.load import load_model, pick_dtype
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.pipeline.answers import as_text, check_answers
 from olora_ray.pipeline.base import Base
-from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
-from olora_ray.pipeline.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import reference, scoring

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.adapter.layer import AdapterWeights
+from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
@@ -24,8 +26,6 @@ from olora_ray.config.schema import NO_GATE, AnyConfig, Config
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
-from olora_ray.pipeline.peft_folder import CONFIG as ADAPTER_CONFIG
-from olora_ray.pipeline.peft_folder import write_adapter
 from olora_ray.pipeline.run_folder import RunFolder, read_for_others
 from olora_ray.tracking import models
 from olora_ray.train import checkpoint, checkpoints

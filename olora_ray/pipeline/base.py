@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from olora_ray.adapter import peft_folder
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import TryAgain, UserError, as_user_error, short_reason
 from olora_ray.config.load import with_model
@@ -14,7 +15,7 @@ from olora_ray.model import stored
 from olora_ray.model.load import end_tokens, load_tokenizer, skeleton
 from olora_ray.model.packing import why_apart
 from olora_ray.model.source import BaseModel, obtain
-from olora_ray.pipeline import model_files, peft_folder
+from olora_ray.pipeline import model_files
 from olora_ray.pipeline.merge import write_merged
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Registered

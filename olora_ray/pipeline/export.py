@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 
+from olora_ray.adapter.peft_folder import CONFIG, compress, new_adapter, replacing
 from olora_ray.cluster.channel import make_channel, sent_to
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
@@ -39,7 +40,6 @@ from olora_ray.pipeline.parity import (
     check_adapter,
     measure_logits,
 )
-from olora_ray.pipeline.peft_folder import CONFIG, compress, new_adapter, replacing
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 
 from olora_ray.adapter.inject import remove
+from olora_ray.adapter.peft_folder import Adapters
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common.errors import first_line
 from olora_ray.model.load import pick_dtype, too_large
 from olora_ray.pipeline.exporter import Work
 from olora_ray.pipeline.parity import with_adapter
-from olora_ray.pipeline.peft_folder import Adapters
 from olora_ray.tokens.plan import Pack
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train.held_out import held_out

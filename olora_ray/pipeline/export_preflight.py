@@ -15,6 +15,7 @@ import torch
 
 from olora_ray.adapter.candidates import is_stack, parameter_of, stored_transposed
 from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.common import node_cache
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
@@ -23,7 +24,6 @@ from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import exporter
 from olora_ray.pipeline.parity import BOUND, check_adapter
-from olora_ray.pipeline.peft_folder import write_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

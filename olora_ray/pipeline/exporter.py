@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from olora_ray.adapter.layer import AdapterWeights
+from olora_ray.adapter.peft_folder import replacing
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.config.schema import Config
 from olora_ray.config.tables import EXPORTERS
 from olora_ray.model.load import load_tokenizer, skeleton
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.model.stored import Group, groups
-from olora_ray.pipeline.peft_folder import replacing
 from olora_ray.train import checkpoints
 from olora_ray.train.checkpoint import TrainState
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from olora_ray.adapter.candidates import stored_transposed
 from olora_ray.adapter.layer import AdapterWeights
+from olora_ray.adapter.peft_folder import Adapters, replacing
 from olora_ray.common.errors import UserError
 from olora_ray.common.fault_points import reached
 from olora_ray.model.folder import INDEX
 from olora_ray.model.stored import Group, groups, is_stale_index, tensors, weight_files
 from olora_ray.pipeline import model_files
-from olora_ray.pipeline.peft_folder import Adapters, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from olora_ray.adapter.candidates import parameter_of, stored_transposed
 from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import AdaptedWeight
+from olora_ray.adapter.peft_folder import WEIGHTS, Adapters
 from olora_ray.common.errors import first_line
 from olora_ray.common.text import some
 from olora_ray.model import attention
 from olora_ray.model.folder import foreign, text_class
 from olora_ray.model.stored import Group
 from olora_ray.pipeline.merge import AT_ONCE, Change, Worst, changes_of
-from olora_ray.pipeline.peft_folder import WEIGHTS, Adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

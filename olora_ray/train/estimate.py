@@ -22,6 +22,7 @@ from olora_ray.adapter.initialise import at_scale, check_rank, initialise, optio
 from olora_ray.adapter.inject import Selection, find_targets, inject, select
 from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import method_named
+from olora_ray.adapter.optimizers.optimizer import optimizer_named
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.config.load import override
@@ -40,7 +41,6 @@ from olora_ray.train.fake_model import FakeModel, GroupedProducts, LiveBytes, at
 from olora_ray.train.generate import AT_ONCE, decoding, wanted
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SupervisedLoss, chunk_rows
-from olora_ray.train.optimizers.optimizer import optimizer_named
 from olora_ray.train.parallel import load_frozen, packed_size
 from olora_ray.train.sharded_reader import blocks_to_shard
 from olora_ray.train.tree import most_held

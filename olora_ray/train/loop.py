@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight, AdapterWeights, Factors
+from olora_ray.adapter.optimizers.optimizer import FlatAdapters, optimizer_named
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import some
@@ -26,7 +27,6 @@ from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepData, StepLoader
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.objectives.objective import objective_of
-from olora_ray.train.optimizers.optimizer import FlatAdapters, optimizer_named
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_ray.adapter.initialise import DESCRIPTION, TENSORS, StoredFactors
+from olora_ray.adapter.factor_cache import DESCRIPTION, TENSORS, StoredFactors
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import method_named
 

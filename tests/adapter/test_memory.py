@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from olora_ray.model import stored
 from olora_ray.pipeline import merge
 from olora_ray.pipeline.parity import check_adapter
-from olora_ray.pipeline.peft_folder import write_adapter
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.config.schema import Adapter
 from tests.export_parts import random_adapter, skeleton_of
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from olora_ray.adapter.peft_folder import read_adapter
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Adapter
 from olora_ray.pipeline.parity import check_adapter
-from olora_ray.pipeline.peft_folder import read_adapter
 from tests import tiny
 from tests.export_parts import Case, logits, make_case, make_stacked_case
 from tests.families import zoo

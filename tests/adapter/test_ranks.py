@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from olora_ray.adapter.inject import find_targets, inject, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
+from olora_ray.adapter.peft_folder import compress, read_adapter
 from olora_ray.cluster.start import resume
 from olora_ray.config.schema import Adapter
 from olora_ray.pipeline.parity import check_adapter
-from olora_ray.pipeline.peft_folder import compress, read_adapter
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.loader import Schedule, StepLoader

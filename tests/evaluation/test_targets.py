@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.config import command_line
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.evaluation import held_out, targets
 from olora_ray.model.source import obtain
-from olora_ray.pipeline.peft_folder import write_adapter
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from olora_ray.adapter.inject import find_targets
+from olora_ray.adapter.peft_folder import write_adapter
 from olora_ray.config.schema import Adapter
 from olora_ray.model import folder as model_folder
-from olora_ray.pipeline.peft_folder import write_adapter
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.checksums import GATE

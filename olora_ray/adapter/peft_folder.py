@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,6 @@ from olora_ray.adapter.candidates import is_stack, stored_transposed
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
-from olora_ray.config.schema import Adapter
-from olora_ray.model.folder import read_json
 
 # A folder that exists only when it is complete.
 
@@ -57,6 +55,19 @@ Adapters = Mapping[str, AdapterWeights]
 """Full name of a layer -> its adapter."""
 
 
+class Size(Protocol):
+    """Settings that a folder takes from the config's section `adapter`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def rank_stabilized(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Names:
     """The names by which PEFT learns which layers are adapted."""
@@ -70,7 +81,7 @@ class Names:
 
 def write_adapter(
     adapter: Adapters,
-    config_adapter: Adapter,
+    config_adapter: Size,
     base_name: str,
     out: Path,
     model: nn.Module,
@@ -83,7 +94,7 @@ def write_adapter(
 @contextmanager
 def new_adapter(
     adapter: Adapters,
-    config_adapter: Adapter,
+    config_adapter: Size,
     base_name: str,
     out: Path,
     model: nn.Module,
@@ -152,16 +163,19 @@ def _other_way_round(model: nn.Module, layer: str) -> bool:
 
 
 def _peft_fields(
-    config: Adapter, rank: int, names: Names, base_name: str, model: nn.Module
+    config: Size, rank: int, names: Names, base_name: str, model: nn.Module
 ) -> dict[str, object]:
     # alpha grows with the stacked rank, so that s = alpha / r (or alpha / sqrt(r)) stays the same.
     growth = rank / config.rank
     if config.rank_stabilized:
         growth = math.sqrt(growth)
     alpha = config.alpha * growth
+    task_type = None
+    if hasattr(model, "prepare_inputs_for_generation"):
+        task_type = "CAUSAL_LM"
     fields: dict[str, object] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": rank,
@@ -206,15 +220,16 @@ def names_of(model: nn.Module, layers: Iterable[str]) -> Names:
 
 
 def _mistaken(model: Any) -> frozenset[str]:
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family is None:
+        return frozenset()
     try:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:  # PEFT's versions for transformers 4 have no such table
         return frozenset()
     tables: Any = conversion
-    family = tables._MODEL_TO_CONVERSION_PATTERN.get(
-        getattr(getattr(model, "config", None), "model_type", None)
-    )
-    return frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(family, ()))
+    pattern = tables._MODEL_TO_CONVERSION_PATTERN.get(family)
+    return frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
 
 
 # Compression of an adapter to a smaller rank, for servers with a limit: the best approximation in the Frobenius norm.
@@ -266,6 +281,8 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[dict[str, AdapterWeigh
     The whole change is in dA and dB, with B0 = 0. Raises UserError for an adapter of another form or of another model:
     PEFT may load these, but they cannot be merged here.
     """
+    from olora_ray.model.folder import read_json  # with pydantic, which a writer does not need
+
     fields = read_json(folder / CONFIG)
     if (
         fields.get("peft_type") != "LORA"

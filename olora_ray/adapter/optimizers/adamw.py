@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from olora_ray.config.schema import Train
-from olora_ray.train.optimizers.optimizer import FlatAdapters, Optimizer, Update
+from olora_ray.adapter.optimizers.optimizer import FlatAdapters, Optimizer, Settings, Update
 
 
 class AdamW(Update):
@@ -15,7 +14,7 @@ class AdamW(Update):
     def __init__(
         self,
         flat: FlatAdapters,
-        config: Train,
+        config: Settings,
         sizes: Mapping[str, Tensor] | None = None,
         fused: bool | None = None,
     ) -> None:

@@ -22,8 +22,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from olora_ray.config.schema import Train
-from olora_ray.train.optimizers.optimizer import FlatAdapters, Optimizer, Update
+from olora_ray.adapter.optimizers.optimizer import FlatAdapters, Optimizer, Settings, Update
 
 MOMENTUM = 0.9
 KAPPA = 3.0
@@ -42,7 +41,7 @@ class Spectral(Update):
     keys = ("momentum",)
 
     def __init__(
-        self, flat: FlatAdapters, config: Train, sizes: Mapping[str, Tensor] | None = None
+        self, flat: FlatAdapters, config: Settings, sizes: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__(flat, config, sizes)
         self.adapted = flat.layers

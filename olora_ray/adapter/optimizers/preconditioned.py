@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.train.optimizers.adamw import AdamW
-from olora_ray.train.optimizers.optimizer import Optimizer
+from olora_ray.adapter.optimizers.adamw import AdamW
+from olora_ray.adapter.optimizers.optimizer import Optimizer
 
 
 class Preconditioned(AdamW):

@@ -10,9 +10,9 @@ from torch import Tensor
 from olora_ray.adapter.candidates import candidates
 from olora_ray.adapter.initialise import weight_sizes
 from olora_ray.adapter.layer import AdaptedWeight, Factors
+from olora_ray.adapter.optimizers.optimizer import FlatAdapters
+from olora_ray.adapter.optimizers.spectral import Spectral
 from olora_ray.config.schema import Train
-from olora_ray.train.optimizers.optimizer import FlatAdapters
-from olora_ray.train.optimizers.spectral import Spectral
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL

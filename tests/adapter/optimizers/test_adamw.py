@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from olora_ray.adapter.layer import AdaptedLinear, Factors
+from olora_ray.adapter.optimizers.adamw import AdamW
+from olora_ray.adapter.optimizers.optimizer import FlatAdapters
 from olora_ray.config.schema import Train
 from olora_ray.train.loader import lr_at
-from olora_ray.train.optimizers.adamw import AdamW
-from olora_ray.train.optimizers.optimizer import FlatAdapters
 
 SHAPES = {"first": (5, 3), "second": (4, 7)}
 RANK = 2

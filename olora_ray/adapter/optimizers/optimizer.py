@@ -11,14 +11,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight
-from olora_ray.config.schema import Train
 from olora_ray.config.tables import OPTIMIZERS
+
+
+class Settings(Protocol):
+    """Settings that an optimizer may read from the config's section `train`; adapt() has no other settings."""
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def lr_ratio(self) -> float: ...
+
+    @property
+    def clip(self) -> float | None: ...
 
 
 class FlatAdapters:
@@ -72,7 +84,7 @@ class Update(ABC):
     """Names of the moments: flat vectors that start at 0 and are kept in checkpoints."""
 
     def __init__(
-        self, flat: FlatAdapters, config: Train, sizes: Mapping[str, Tensor] | None = None
+        self, flat: FlatAdapters, config: Settings, sizes: Mapping[str, Tensor] | None = None
     ) -> None:
         """`sizes`: the `weight_sizes` of the adapted weights, if `Optimizer.sizes` asks for them."""
         self.flat = flat
@@ -128,7 +140,7 @@ class Update(ABC):
             self.flat.load(moment, part)
 
 
-Begin = Callable[[FlatAdapters, Train, Mapping[str, Tensor] | None], Update]
+Begin = Callable[[FlatAdapters, Settings, Mapping[str, Tensor] | None], Update]
 
 
 @dataclass(frozen=True)

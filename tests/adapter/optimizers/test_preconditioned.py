@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedWeight, Factors
-from olora_ray.train.optimizers.preconditioned import precondition
+from olora_ray.adapter.optimizers.preconditioned import precondition
 from tests import tiny
 
 M, N, RANK = 9, 6, 3

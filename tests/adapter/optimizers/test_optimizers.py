@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from olora_ray.adapter.optimizers.optimizer import optimizer_named
 from olora_ray.config.tables import OPTIMIZERS
-from olora_ray.train.optimizers.optimizer import optimizer_named
 from tests import plugins, tiny
 
 LION = """
-from olora_ray.train.optimizers.optimizer import Optimizer, Update
+from olora_ray.adapter.optimizers.optimizer import Optimizer, Update
 
 
 class Lion(Update):
