@@ -10,19 +10,17 @@ Decoding is greedy, as in the sample answers of a run. An answer has at most eva
 """
 
 import contextlib
-import itertools
 import logging
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.section import Source
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ def main(argv: list[str]) -> None:
             print(f"{name}:\n{textwrap.indent(text, '    ')}\n", flush=True)
 
 
-def _finished(name: str) -> str:
+def finished_run(name: str) -> str:
     root = command_line.absolute("runs")
     for folder in (command_line.absolute(name), storage.join(root, name)):
         if storage.exists(storage.join(folder, "config.yaml")):
@@ -71,46 +69,18 @@ def _lines() -> Iterator[str]:
                 yield line
 
 
-def _system(sources: Sequence[Source]) -> str | None:
-    """Return the system message of all rows at the beginning of the data; None if there is none or the data is gone."""
-    from olora_ray.data import reader, scan
-    from olora_ray.data.formats import columns_of, to_example
-    from olora_ray.data.formats.format import Chat, Rejected
-    from olora_ray.data.sources import list_files
-
-    found = set[str | None]()
-    for source in sources:
-        columns = columns_of(source.format, source.fields)
-        with contextlib.suppress(UserError, OSError, IndexError):
-            file = scan.head(list_files(source, "data.train", "")[0])
-            assert file.file
-            read = reader.read_unit(file.file, file.units[0], file.columns, columns)
-            for _, row in itertools.islice(read, 100):
-                with contextlib.suppress(Rejected):
-                    example = to_example(source.format, row, source.fields, True, source)
-                    content = None
-                    if isinstance(example, Chat) and example.messages[0].get("role") == "system":
-                        content = example.messages[0].get("content")
-                    found.add(content)
-    if len(found) != 1:
-        return None
-    system = found.pop()
-    if system:
-        logger.info(f"system message of the data: {system} (--system TEXT sets another)")
-    return system
-
-
 class Answers:
     """The base model of a run with its exported adapter, which can be switched off."""
 
     def __init__(self, run: str, changes: Mapping[str, Any], system: str | None) -> None:
-        folder = _finished(run)  # before torch is imported, which takes seconds
+        folder = finished_run(run)  # before torch is imported, which takes seconds
         import torch
 
         from olora_ray.common.logs import quiet_transformers
         from olora_ray.data.tokenize import ExampleTokenizer, asks_in_chats
         from olora_ray.evaluation import held_out, targets
         from olora_ray.pipeline.base import with_tokenizer
+        from olora_ray.pipeline.exporter import system_message
 
         logger.info(f"{folder}: loading the base model and the adapter")
         quiet_transformers()
@@ -126,7 +96,9 @@ class Answers:
                 f"argument --system: {folder} was trained on texts without a chat template; leave it out"
             )
         if system is None and self.chat:
-            system = _system(sources)
+            system = system_message(sources)
+            if system:
+                logger.info(f"system message of the data: {system} (--system TEXT sets another)")
         self.system = system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = held_out.load_adapted(target.base, adapter, target.config, self.device)
