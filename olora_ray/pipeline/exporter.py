@@ -65,7 +65,7 @@ def prepare(spec: TrainSpec, checkpoint: str) -> Work:
 
 @dataclass(frozen=True)
 class Trained:
-    """What an export may say of the model beside its weights."""
+    """Facts of the model, beside its weights, that an export may write."""
 
     name: str
     """Name of the run or of the registered model."""

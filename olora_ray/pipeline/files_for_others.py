@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Given:
-    """What a run or a version has kept, on this machine."""
+    """The kept files of a run or a version, on this machine."""
 
     name: str
     about: str
