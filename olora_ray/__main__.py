@@ -47,6 +47,14 @@ COMMANDS = {
         None,
     ),
     "nights": ("show how the nights of a model went: last good one, champion, refusals", None),
+    "export": (
+        "write a run or a version into a folder: adapter, merged, gguf, for Ollama",
+        "olora_ray.evaluation.export",
+    ),
+    "push": (
+        "upload a run or a version to the Hugging Face hub; --dry-run sends nothing",
+        "olora_ray.evaluation.push",
+    ),
     "prune": (
         "delete old run folders, token stores and copies of models in a storage",
         "olora_ray.pipeline.prune",
@@ -57,6 +65,17 @@ COMMANDS = {
     ),
 }
 """Command -> (description, module with its `main`); None: the script of that name, in pipelines/ or a contrib/NAME/."""
+
+MEANT = {
+    "merge": "export RUN --to FOLDER --form merged",
+    "gguf": "export RUN --to FOLDER --form gguf",
+    "ollama": "export RUN --to FOLDER --form ollama",
+    "convert": "export RUN --to FOLDER --form gguf",
+    "upload": "push RUN ORG/NAME",
+    "publish": "push RUN ORG/NAME",
+    "serve": "export RUN --to FOLDER, and an engine (docs/serving.md), or follow NAME@ALIAS",
+}
+"""Words of other tools -> what does it here."""
 
 
 def main() -> None:
@@ -82,7 +101,9 @@ def _main(argv: list[str]) -> None:
     else:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"use one of {', '.join(COMMANDS)}"
-        if near:
+        if name in MEANT:
+            hint = f"use olora-ray {MEANT[name]}"
+        elif near:
             hint = f"did you mean {near[0]}?"
         raise UserError(f"argument {name}: unknown command; {hint}")
 

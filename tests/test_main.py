@@ -31,7 +31,7 @@ COMMANDS = [
     "registry",
     "retrain",
 ]
-COMMANDS += ["nights", "prune", "follow"]
+COMMANDS += ["nights", "export", "push", "prune", "follow"]
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])
@@ -54,6 +54,7 @@ def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> Non
     [
         (["--version"], 0, r"olora-ray \d+\.\d+\.\d+"),
         (["finetun"], 2, r"error: argument finetun: unknown command; did you mean finetune\?"),
+        (["merge"], 2, "error: argument merge: .*olora-ray export .*"),
         (["x"], 2, f"error: argument x: unknown command; use one of {', '.join(COMMANDS)}"),
         (
             ["finetune", "nowhere.yaml"],

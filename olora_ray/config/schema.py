@@ -187,7 +187,8 @@ class Export(Section):
     """License in the model cards, such as apache-2.0. null: that of the base model's card."""
     also: dict[Annotated[str, NameIn(EXPORTERS)], str] = Field(default_factory=dict)
     """Further exports: NAME: OPTION. gguf: the merged model as a GGUF file for llama.cpp, in the precision f32, f16,
-    bf16 or q8_0 (8 bits per weight); needs a model of type llama, qwen2 or qwen3 with a byte-level tokenizer."""
+    bf16, q8_0 (8 bits per weight) or q4_k_m (needs llama.cpp's llama-quantize on the PATH); needs a model of type
+    llama, qwen2 or qwen3 with a byte-level tokenizer. ollama: the same file with a Modelfile for Ollama."""
 
     @model_validator(mode="before")
     @classmethod

@@ -175,10 +175,13 @@ METHODS = Table(
     },
 )
 
+FORMS = ("adapter", "merged")
+"""The exports of each run; EXPORTERS has further ones, which are made of these."""
 EXPORTERS = Table(
     "olora_ray.exporters",
     {
         "gguf": "olora_ray.contrib.gguf:EXPORTER",
+        "ollama": "olora_ray.contrib.ollama:EXPORTER",
     },
 )
 

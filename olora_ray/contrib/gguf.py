@@ -13,6 +13,8 @@ is never guessed from the model's family. llama.cpp skips Unicode normalisation 
 import json
 import logging
 import math
+import shutil
+import subprocess
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +23,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from olora_ray.common.errors import as_user_error
-from olora_ray.config.schema import Config
+from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.config.schema import AnyConfig
 from olora_ray.model.folder import foreign, loaded_files
 from olora_ray.model.load import tokenizer_in
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.exporter import Exporter, Work
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.exporter import Exporter, Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,9 +43,14 @@ _FAMILIES = {
 }
 """Model type, which is also llama.cpp's name -> the layers that may have a bias there."""
 _INSTEAD = (
-    "delete this line, and after the run convert the merged model with llama.cpp's script:"
-    " python convert_hf_to_gguf.py {merged} --outtype {type}"
+    "export the merged model instead, and convert it with llama.cpp's script:"
+    " python convert_hf_to_gguf.py MERGED --outtype {type}"
 )
+_QUANTIZE = "llama-quantize"
+_LLAMA_CPP = ("q4_k_m",)
+"""Precisions that the package gguf cannot write, and llama.cpp's own tool can."""
+_BOUNDS = {"f32": 0.0, "f16": 1e-3, "bf16": 5e-3, "q8_0": 0.02, "q4_k_m": 0.2}
+"""Precision -> the largest relative error of a tensor that its rounding explains."""
 _ENDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -73,7 +79,7 @@ _IGNORES_MERGES = ("llama-bpe",)
 
 
 def problem(
-    base: BaseModel, model: "PreTrainedModel", config: Config, precision: str
+    base: BaseModel, model: "PreTrainedModel", config: AnyConfig, precision: str
 ) -> str | None:
     """Return why llama.cpp could not read a model like `base`, and what to do; None if it could."""
     folder = Path(base.folder)
@@ -84,10 +90,18 @@ def problem(
     with foreign(f"model.name: the tokenizer in {folder} does not load"):
         tokenizer = tokenizer_in(folder, config.model.trust_remote_code)
     why = _why_not(folder, model.config) or _why_other_tokens(tokenizer, model.config)
-    if why is None:
-        return None
-    instead = _INSTEAD.format(merged=RunFolder(config.folder()).merged, type=precision)
-    return f"{why}; {instead}"
+    if why:
+        return f"{why}; {_INSTEAD.format(type=_written_as(precision))}"
+    if precision in _LLAMA_CPP and not shutil.which(_QUANTIZE):
+        return (
+            f"{precision} is made by llama.cpp's {_QUANTIZE}, which is not on the PATH here; use f16, and then"
+            f" where llama.cpp is: {_QUANTIZE} NAME-F16.gguf NAME-{precision.upper()}.gguf {precision.upper()}"
+        )
+    return None
+
+
+def _written_as(precision: str) -> str:
+    return "f16" if precision in _LLAMA_CPP else precision
 
 
 def _why_not(folder: Path, shape: Any) -> str | None:
@@ -120,7 +134,7 @@ def _why_other_tokens(tokenizer: Any, shape: Any) -> str | None:
         return "it cannot write tokens that take in the spaces beside them"
     if max(tokenizer.get_vocab().values()) >= shape.vocab_size:
         return "the tokenizer has more tokens than the model"
-    if _frame(tokenizer) is None:
+    if frame(tokenizer) is None:
         return "it cannot write the tokens that the tokenizer puts around a text"
     return None
 
@@ -144,7 +158,7 @@ def _splitting(state: dict[str, Any]) -> str | None:
     return name if bool(bpe.get("ignore_merges")) == (name in _IGNORES_MERGES) else None
 
 
-def _frame(tokenizer: Any) -> tuple[bool, bool] | None:
+def frame(tokenizer: Any) -> tuple[bool, bool] | None:
     """Return whether a text gets the token bos before it and eos after it; None if it gets others."""
     text, framed = (
         tokenizer("a", add_special_tokens=special).input_ids for special in (False, True)
@@ -154,41 +168,78 @@ def _frame(tokenizer: Any) -> tuple[bool, bool] | None:
     return next((case for case in cases if bos * case[0] + text + eos * case[1] == framed), None)
 
 
-def write(work: Work, merged: Path, folder: Path, precision: str) -> None:
-    """Write the file into `folder`, under the name of the run."""
-    config = work.spec.config
-    file = folder / f"{config.run.name}-{precision.upper()}.gguf"
-    logger.info(f"writing {file.name}")
-    write_gguf(merged, file, work.model, config, work.spec.eos, precision)
+def write(trained: Trained, merged: Path, folder: Path, precision: str) -> None:
+    """Write the file into `folder`, under the name of the run; raise UserError if it has other weights."""
+    write_file(trained, merged, folder / f"{trained.name}-{precision.upper()}.gguf", precision)
 
 
-def write_gguf(
-    merged: Path,
-    out: Path,
-    model: "PreTrainedModel",
-    config: Config,
-    ends: Collection[int],
-    precision: str,
-) -> None:
-    """Write the merged model with its tokenizer and template to the file `out`; `ends` are the ids that end an answer.
+def write_file(trained: Trained, merged: Path, out: Path, precision: str) -> None:
+    """Write the file `out`, and compare its tensors with those of the merged model; UserError if they differ."""
+    logger.info(f"writing {out.name}")
+    if precision in _LLAMA_CPP:
+        plain = out.with_suffix(".f16")
+        write_gguf(merged, plain, trained, "f16")
+        _quantize(plain, out, precision)
+        plain.unlink()
+    else:
+        write_gguf(merged, out, trained, precision)
+    error, name = _largest_error(merged, out, trained.model.config)
+    if not error <= _BOUNDS[precision]:
+        raise UserError(
+            f"{out.name}: the tensor {name} has a relative error of {error:.3g}, more than {precision} explains"
+            f" ({_BOUNDS[precision]:g}); use another precision"
+        )
+    logger.info(
+        f"{out.name}: each tensor is the merged model's with a relative error of at most {error:.2g}"
+    )
+
+
+def _quantize(plain: Path, out: Path, precision: str) -> None:
+    command = [_QUANTIZE, str(plain), str(out), precision.upper()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise UserError(f"{' '.join(command)} failed: {last}")
+
+
+def _largest_error(merged: Path, out: Path, shape: Any) -> tuple[float, str]:
+    """Return the largest relative error (Frobenius norm) of a tensor in the file `out`, and the tensor's name."""
+    from gguf import GGUFReader, quants
+
+    stored = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+    names = _Names(shape)
+    worst = (0.0, "")
+    for (name, _), exact in zip(_slices(merged, shape), _tensors(merged, shape), strict=True):
+        tensor = stored[str(names.of(name))]
+        read = quants.dequantize(tensor.data, tensor.tensor_type).reshape(exact.shape)
+        size = float(np.linalg.norm(exact)) or 1.0
+        error = float(np.linalg.norm(read - exact)) / size
+        if not error <= worst[0]:
+            worst = (error, name)
+        if math.isnan(error):
+            break
+    return worst
+
+
+def write_gguf(merged: Path, out: Path, trained: Trained, precision: str) -> None:
+    """Write the merged model with its tokenizer and template to the file `out`.
 
     `problem` must have found nothing. Memory holds one tensor at a time.
     """
     from gguf import GGML_QUANT_SIZES, GGUFWriter, quants
     from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, LlamaFileType
 
-    shape: Any = model.config
+    shape: Any = trained.model.config
     label = precision.upper()
     writer = GGUFWriter(out, shape.model_type)
-    writer.add_name(config.run.name)
+    writer.add_name(trained.name)
     writer.add_file_type(
         LlamaFileType.ALL_F32 if label == "F32" else LlamaFileType[f"MOSTLY_{label}"]
     )
     writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_shape(writer, shape)
-    _add_tokenizer(
-        writer, tokenizer_in(merged, config.model.trust_remote_code), shape.vocab_size, ends
-    )
+    tokenizer = tokenizer_in(merged, trained.config.model.trust_remote_code)
+    _add_tokenizer(writer, tokenizer, shape.vocab_size, trained.eos)
 
     names, wanted, types = _Names(shape), GGMLQuantizationType[label], []
     for name, stored in _slices(merged, shape):
@@ -249,7 +300,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int, ends: Collection[int]
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
-    first, last = _frame(tokenizer) or (False, False)
+    first, last = frame(tokenizer) or (False, False)
     writer.add_add_bos_token(first)
     writer.add_add_eos_token(last)
     if tokenizer.bos_token_id is not None:
@@ -325,7 +376,7 @@ def _divisors(shape: Any) -> np.ndarray | None:
 EXPORTER = Exporter(
     label="GGUF (llama.cpp)",
     needs="merged",
-    options=("f32", "f16", "bf16", "q8_0"),
+    options=tuple(_BOUNDS),
     problem=problem,
     write=write,
 )

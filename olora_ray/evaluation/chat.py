@@ -10,7 +10,6 @@ Decoding is greedy, as in the sample answers of a run. An answer has at most eva
 """
 
 import contextlib
-import itertools
 import logging
 import re
 import sys
@@ -23,7 +22,6 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
-from olora_ray.config.section import Source
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +55,25 @@ def _place(name: str) -> str:
     """
     if name.startswith("models:/"):
         return name
-    root = command_line.absolute("runs")
-    for folder in (command_line.absolute(name), storage.join(root, name)):
+    for folder in _candidates(name):
         # Of an adapter, a checkpoint and a model.
         for file in ("adapter_config.json", "manifest.json", "config.json"):
             if storage.exists(storage.join(folder, file)):
                 return folder
+    return storage.join(finished_run(name), "export", "adapter")
+
+
+def _candidates(name: str) -> tuple[str, str]:
+    return command_line.absolute(name), storage.join(command_line.absolute("runs"), name)
+
+
+def finished_run(name: str) -> str:
+    """Return the folder of a finished run; raises UserError if there is none, or if it is not finished."""
+    for folder in _candidates(name):
         if storage.exists(storage.join(folder, "config.yaml")):
             break
     else:
+        root = command_line.absolute("runs")
         names = storage.names(root)
         runs = [each for each in names if storage.exists(storage.join(root, each, "config.yaml"))]
         raise UserError(
@@ -73,7 +81,7 @@ def _place(name: str) -> str:
         )
     if not storage.exists(storage.join(folder, "result.json")):
         raise UserError(f"run {name}: not finished; run its training command again to resume")
-    return storage.join(folder, "export", "adapter")
+    return folder
 
 
 def _lines() -> Iterator[str]:
@@ -83,35 +91,6 @@ def _lines() -> Iterator[str]:
             line = input(mark)
             if line.strip():
                 yield line
-
-
-def _system(sources: Sequence[Source]) -> str | None:
-    """Return the system message of all rows at the beginning of the data; None if there is none or the data is gone."""
-    from olora_ray.data import reader, scan
-    from olora_ray.data.formats import columns_of, to_example
-    from olora_ray.data.formats.format import Chat, Rejected
-    from olora_ray.data.sources import list_files
-
-    found = set[str | None]()
-    for source in sources:
-        columns = columns_of(source.format, source.fields)
-        with contextlib.suppress(UserError, OSError, IndexError):
-            file = scan.head(list_files(source, "data.train", "")[0])
-            assert file.file
-            read = reader.read_unit(file.file, file.units[0], file.columns, columns)
-            for _, row in itertools.islice(read, 100):
-                with contextlib.suppress(Rejected):
-                    example = to_example(source.format, row, source.fields, True, source)
-                    content = None
-                    if isinstance(example, Chat) and example.messages[0].get("role") == "system":
-                        content = example.messages[0].get("content")
-                    found.add(content)
-    if len(found) != 1:
-        return None
-    system = found.pop()
-    if system:
-        logger.info(f"system message of the data: {system} (--system TEXT sets another)")
-    return system
 
 
 class Answers:
@@ -129,6 +108,7 @@ class Answers:
         from olora_ray.data.tokenize import ExampleTokenizer, asks_in_chats
         from olora_ray.evaluation import held_out, targets
         from olora_ray.pipeline.base import with_tokenizer
+        from olora_ray.pipeline.exporter import system_message
 
         logger.info(f"{place}: loading the model")
         quiet_transformers()
@@ -149,7 +129,9 @@ class Answers:
                 f"argument --system: {place} was trained on texts without a chat template; leave it out"
             )
         if system is None and self.chat:
-            system = _system(sources)
+            system = system_message(sources)
+            if system:
+                logger.info(f"system message of the data: {system} (--system TEXT sets another)")
         self.system = system
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = held_out.load_adapted(target.base, target.adapter, target.config, self.device)

@@ -166,7 +166,7 @@ def _of_run(name: str, root: str, shared: AnyConfig) -> Target:
         known = (result.get("base") or {}).get("digest")
         if newest:
             known = newest[1].identity.get("base model")
-        base, config = _base_of(name, known, own, shared)
+        base, config = base_of(name, known, own, shared)
         return Target(name, base, folder.adapter, config, run_id=run_id)
     if newest is None:
         raise UserError(
@@ -178,7 +178,7 @@ def _of_run(name: str, root: str, shared: AnyConfig) -> Target:
     return _of_checkpoint(name, newest[1], newest[1].best_adapter(), own, shared)
 
 
-def _base_of(
+def base_of(
     name: str, known: str | None, own: Config, shared: AnyConfig
 ) -> tuple[BaseModel, AnyConfig]:
     """Return the base of a run and the settings with it; raises UserError if its digest is no longer `known`."""
@@ -198,7 +198,7 @@ def _of_checkpoint(
     own: Config,
     shared: AnyConfig,
 ) -> Target:
-    base, config = _base_of(name, saved.identity.get("base model"), own, shared)
+    base, config = base_of(name, saved.identity.get("base model"), own, shared)
     text = json.dumps([name, saved.state.step, saved.identity, own.adapter.identity()])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = storage.join(

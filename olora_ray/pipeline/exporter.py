@@ -4,7 +4,9 @@ An exporter is one object in a module of its own and one line in config/tables.p
 package. `export.also: {NAME: OPTION}` asks for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,8 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.peft_folder import replacing
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.config.schema import Config
+from olora_ray.common.errors import UserError
+from olora_ray.config.schema import AnyConfig, Config
+from olora_ray.config.section import Source
 from olora_ray.config.tables import EXPORTERS
+from olora_ray.data import reader, scan
+from olora_ray.data.formats import columns_of, to_example
+from olora_ray.data.formats.format import Chat, Rejected
+from olora_ray.data.sources import list_files
 from olora_ray.model.load import load_tokenizer, skeleton
 from olora_ray.model.source import BaseModel, on_this_node
 from olora_ray.model.stored import Group, groups
@@ -56,6 +64,21 @@ def prepare(spec: TrainSpec, checkpoint: str) -> Work:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Facts of the model, beside its weights, that an export may write."""
+
+    name: str
+    """Name of the run or of the registered model."""
+    model: "PreTrainedModel"
+    """The base model without weights."""
+    config: AnyConfig
+    eos: tuple[int, ...]
+    """Ids of the tokens that end an answer."""
+    system: str | None
+    """The system message of all training rows, if they have the same."""
+
+
+@dataclass(frozen=True)
 class Exporter:
     """A further export: its check before step 0, and its files."""
 
@@ -65,10 +88,10 @@ class Exporter:
     """The export that it is made of."""
     options: tuple[str, ...]
     """Texts that `export.also` may have as its value."""
-    problem: Callable[[BaseModel, "PreTrainedModel", Config, str], str | None]
+    problem: Callable[[BaseModel, "PreTrainedModel", AnyConfig, str], str | None]
     """(base model, model without weights, config, option) -> why it cannot be written and what to do, or None."""
-    write: Callable[[Work, Path, Path, str], None]
-    """(work, folder of the export that it needs, empty folder to fill, option)."""
+    write: Callable[[Trained, Path, Path, str], None]
+    """(model, folder of the export that it needs, empty folder to fill, option)."""
 
 
 @cache
@@ -94,5 +117,29 @@ def problems(base: BaseModel, model: "PreTrainedModel", config: Config) -> Itera
 def write(work: Work, name: str, sources: Mapping[str, Path], out: Path) -> None:
     """Write one further export into the folder `out`; `sources` has the folders adapter and merged."""
     exporter = exporter_named(name)
+    config = work.spec.config
+    system = system_message(config.data.train)
+    trained = Trained(config.run.name, work.model, config, work.spec.eos, system)
     with replacing(out) as folder:
-        exporter.write(work, sources[exporter.needs], folder, work.spec.config.export.also[name])
+        exporter.write(trained, sources[exporter.needs], folder, config.export.also[name])
+
+
+def system_message(sources: Sequence[Source]) -> str | None:
+    """Return the system message of all rows at the beginning of the data; None if there is none or the data is gone."""
+    found = set[str | None]()
+    for source in sources:
+        columns = columns_of(source.format, source.fields)
+        with contextlib.suppress(UserError, OSError, IndexError):
+            file = scan.head(list_files(source, "data.train", "")[0])
+            assert file.file
+            read = reader.read_unit(file.file, file.units[0], file.columns, columns)
+            for _, row in itertools.islice(read, 100):
+                with contextlib.suppress(Rejected):
+                    example = to_example(source.format, row, source.fields, True, source)
+                    content = None
+                    if isinstance(example, Chat) and example.messages[0].get("role") == "system":
+                        content = example.messages[0].get("content")
+                    found.add(content)
+    if len(found) != 1:
+        return None
+    return found.pop()

@@ -196,13 +196,22 @@ _STALE = ["adapter_*", "model*.safetensors*"]
 """Files of an earlier push that would be loaded beside the new ones: an adapter's, or weights in more parts."""
 
 
-def check_hub(repo: str) -> None:
-    """Raise UserError if the hub's token here is known not to write to `repo`, TryAgain if there is no answer."""
-    from huggingface_hub import HfApi
+def check_name(repo: str, field: str) -> None:
+    """Raise UserError if `repo` is no name of a repository, ORG/NAME."""
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    with as_user_error(f"export.push: {repo}", Exception, reason=_hub_problem, passes=is_temporary):
+    with as_user_error(f"{field}: {repo}", Exception):
         validate_repo_id(repo)
+    if "/" not in repo:
+        raise UserError(f"{field}: {repo}: expected ORG/NAME")
+
+
+def check_hub(repo: str, field: str = "export.push") -> None:
+    """Raise UserError if the hub's token here is known not to write to `repo`, TryAgain if there is no answer."""
+    from huggingface_hub import HfApi
+
+    check_name(repo, field)
+    with as_user_error(f"{field}: {repo}", Exception, reason=_hub_problem, passes=is_temporary):
         user = HfApi().whoami()
     # A fine-grained token may not see all organisations, and another hub may answer less; the push itself decides then.
     role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
@@ -210,11 +219,11 @@ def check_hub(repo: str) -> None:
     owners = [str(each.get("name")) for each in places]
     if role == "read":
         raise UserError(
-            f"export.push: {repo}: the hub's token here may only read; set HF_TOKEN to one that may write"
+            f"{field}: {repo}: the hub's token here may only read; set HF_TOKEN to one that may write"
         )
     if role == "write" and repo.partition("/")[0] not in owners:
         raise UserError(
-            f"export.push: {repo}: the hub's token here writes only for {', '.join(owners)}; set HF_TOKEN"
+            f"{field}: {repo}: the hub's token here writes only for {', '.join(owners)}; set HF_TOKEN"
         )
 
 
@@ -232,7 +241,7 @@ PUSHED = "olora.pushed"
 
 
 def push(config: Config) -> None:
-    """Push the config's finished run to export.push, unless that is done; raise UserError and TryAgain as `_upload`."""
+    """Push the config's finished run to export.push, unless that is done; raise UserError and TryAgain as `upload`."""
     repo = config.export.push
     if not repo:
         return
@@ -248,7 +257,7 @@ def push(config: Config) -> None:
 def push_version(config: Config, number: str) -> None:
     """Push a registered version's own files to export.push, unless they were the last push.
 
-    Raises UserError for a file that is not as it was registered, and as `_upload`.
+    Raises UserError for a file that is not as it was registered, and as `upload`.
     """
     name = str(config.registry.model)
     what = f"version {number}"
@@ -265,25 +274,32 @@ def push_version(config: Config, number: str) -> None:
 
 
 def _upload(config: Config, repo: str, files: Path, what: str) -> None:
-    """Upload a merged model or an adapter, and note it in the tag PUSHED; the hub skips files that it has.
+    # After a crash in the upload, nobody knows what the repository has.
+    _note_push(config, f"{repo} unfinished")
+    subject = f"export.push: {repo}: {what} is not pushed; the same command only pushes"
+    upload(repo, files, f"{config.registry.model or ''} {what}", subject)
+    _note_push(config, f"{repo} {what}")
 
-    Raises UserError if the hub refuses it, and TryAgain if the hub does not answer.
+
+def upload(repo: str, files: Path, what: str, subject: str, private: bool = True) -> str:
+    """Upload a merged model or an adapter, and return the address of the commit; the hub skips files that it has.
+
+    Raises UserError, which begins with `subject`, if the hub refuses it, and TryAgain if the hub does not answer.
     """
     from huggingface_hub import HfApi
 
     hub = HfApi()
-    subject = f"export.push: {repo}: {what} is not pushed; the same command only pushes"
     logger.info(f"pushing {what} to {repo}")
-    # After a crash in the upload, nobody knows what the repository has.
-    _note_push(config, f"{repo} unfinished")
     with as_user_error(subject, Exception, reason=_hub_problem, passes=is_temporary):
-        hub.create_repo(repo, private=True, exist_ok=True)
-        message = f"olora_ray: {config.registry.model or ''} {what}"
+        hub.create_repo(repo, private=private, exist_ok=True)
         done = hub.upload_folder(
-            repo_id=repo, folder_path=files, commit_message=message, delete_patterns=_STALE
+            repo_id=repo,
+            folder_path=files,
+            commit_message=f"olora_ray: {what}",
+            delete_patterns=_STALE,
         )
-    _note_push(config, f"{repo} {what}")
     logger.info(f"pushed: {done.commit_url}")
+    return str(done.commit_url)
 
 
 def _note_push(config: Config, state: str) -> None:

@@ -168,9 +168,9 @@ def already_finished(config: Config, state: RunState, result: dict[str, Any]) ->
     changes = state.delivered_otherwise(config)
     if changes:
         logger.warning(
-            f"the run was exported and registered with other settings ({changes}); to export and register it again"
-            f" without training, delete {state.root}/result.json and run the same command; MLflow keeps its earlier"
-            " version"
+            f"the run was exported and registered with other settings ({changes}), which change nothing now; for other"
+            f" files: olora-ray export {state.root} --to FOLDER (--help shows the forms); to register it again without"
+            f" training, delete {state.root}/result.json and run the same command"
         )
 
 

@@ -1,4 +1,4 @@
-"""The pages of `make site` in a real browser, narrow and wide, light and dark; `make site` runs this after its build."""
+"""The pages of `make site` in a real browser, narrow and wide, light and dark; `make site` runs this."""
 
 import os
 from collections.abc import Iterator

@@ -81,7 +81,8 @@ def written(folder: Path, kind: str = "f32", ends: tuple[int, ...] = (1,)) -> Pa
     assert problem(folder, kind) is None
     out = folder / f"model-{kind}.gguf"
     model = skeleton(BaseModel(str(folder), str(folder), ""), config.model)
-    export_gguf.write_gguf(folder, out, model, config, ends, kind)
+    trained = exporter.Trained(config.run.name, model, config, ends, None)
+    export_gguf.write_file(trained, folder, out, kind)
     return out
 
 
@@ -268,9 +269,7 @@ def test_a_model_that_cannot_be_written_is_refused_before_the_training(
     line = str(error.value)
     assert line.startswith("export.also.gguf: ")
     assert why in line
-    assert line.endswith(
-        f"python convert_hf_to_gguf.py {tmp_path}/runs/test/export/merged --outtype q8_0"
-    )
+    assert line.endswith("--outtype q8_0")
 
 
 def test_layers_with_a_window_are_refused(tmp_path: Path) -> None:
