@@ -31,6 +31,15 @@ class Result:
     model: str | None
     """models:/NAME/VERSION in MLflow; None without registry.model."""
 
+    def _repr_html_(self) -> str:
+        """Return the run's page for a notebook."""
+        from html import escape
+
+        from olora_ray.common import storage
+
+        page = storage.read_text(storage.join(self.folder, "report.html"))
+        return f'<iframe srcdoc="{escape(page)}" style="width: 100%; height: 700px"></iframe>'
+
 
 def finetune(
     config: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None
