@@ -407,23 +407,19 @@ def _labels(ended: Ended) -> dict[str, Any]:
     if not 1 < len(names) <= min(LABELS, len(wanted) // 2) or any("\n" in name for name in names):
         return {}
     from sklearn.metrics import (  # type: ignore[import-untyped]
+        classification_report,
         confusion_matrix,
-        precision_recall_fscore_support,
     )
 
-    parts = precision_recall_fscore_support(wanted, given, labels=names, zero_division=0)
-    given = [answer if answer in names else OTHER for answer in given]
     columns = [*names, OTHER]
+    given = [answer if answer in names else OTHER for answer in given]
     matrix = confusion_matrix(wanted, given, labels=columns)
-    rows = []
-    for number, (name, precision, recall, f1, support) in enumerate(
-        zip(names, *parts, strict=True)
-    ):
-        row = {"name": name, "precision": precision, "recall": recall, "f1": f1}
-        rows.append({**row, "rows": int(support), "answered": int(matrix[:, number].sum())})
     return {
-        "labels": rows,
-        "macro_f1": float(parts[2].mean()),
+        "labels": names,
+        "numbers": classification_report(
+            wanted, given, labels=names, output_dict=True, zero_division=0
+        ),
+        "answered": matrix.sum(axis=0).tolist(),
         "columns": columns,
         "confusion": matrix[:-1].tolist(),
     }
@@ -437,11 +433,11 @@ def _advice(ended: Ended, found: Mapping[str, Any]) -> Iterator[str]:
         yield f"Measure on {few} rows or more: raise evaluation.rows, data.eval_fraction or add rows to data.eval."
     if ended.state.best_step == 0 < ended.state.step:
         yield "No step has improved the held-out loss, so the export is the untrained model: lower train.lr."
-    labels = found.get("labels", [])
-    for label in labels:
-        if label["rows"] <= 2:
-            yield f"Collect rows of {label['name']!r}: of it, the held-out rows are {label['rows']}."
-    names = [label["name"] for label in labels]
+    names = found.get("labels", [])
+    wanted = Counter(each.reference for each in ended.answers)
+    for name in names:
+        if wanted[name] <= 2:
+            yield f"Collect rows of {name!r}: {wanted[name]} of it held out says little."
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault("".join(name.split()).casefold(), name)
