@@ -67,21 +67,22 @@ def main(argv: list[str]) -> None:
 def _folder(name: str, tracking_uri: str | None) -> str:
     """Return the folder of a run, search or comparison; raise UserError if there is none."""
     model, at, alias = name.removeprefix("models:/").partition("@")
-    places = [
-        command_line.absolute(name, Path.cwd()),
-        storage.join(str(Path("runs").resolve()), name),
-    ]
+    runs = command_line.absolute("runs")
+    places = [command_line.absolute(name), storage.join(runs, name)]
     if at and "/" not in model:
         from olora_ray.tracking import models, start
 
         version = models.resolve(f"models:/{model}@{alias}", start.chosen_uri(tracking_uri))
-        places = [version.folder]
-    for place in filter(None, places):
+        if not version.folder:
+            raise UserError(f"{name}: the version does not name its run; name the run's folder")
+        # The storage may have been moved since.
+        places = [version.folder, storage.join(runs, version.folder.rpartition("/")[2])]
+    for place in places:
         with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
             if storage.names(place):
                 return place.rstrip("/")
     raise UserError(
-        f"{name}: no such run folder: {' or '.join(places) or 'its version names none'}; olora-ray runs lists the runs"
+        f"{name}: no such run folder: {' or '.join(places)}; olora-ray runs lists the runs"
     )
 
 
