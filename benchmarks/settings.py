@@ -37,8 +37,8 @@ from transformers import AutoTokenizer
 from olora_ray.adapter.inject import install, remove
 from olora_ray.cluster.malloc import keep_freed_memory
 from olora_ray.common.errors import UserError
+from olora_ray.common.statistics import Difference, crossed, per_token, simultaneous
 from olora_ray.config.schema import Config
-from olora_ray.evaluation.statistics import Difference, crossed, per_token, simultaneous
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.plan import Pack
 from olora_ray.train import first_step

@@ -64,6 +64,15 @@ class Outcome:
     record: Any
     """All its numbers: `record.best()` is the best trial (`params`, `value`) or the best arm (`name`, `loss`)."""
 
+    def _repr_html_(self) -> str:
+        """Return the run's page for a notebook."""
+        from html import escape
+
+        from olora_ray.common import storage
+
+        page = storage.read_text(storage.join(self.folder, "report.html"))
+        return f'<iframe srcdoc="{escape(page)}" style="width: 100%; height: 700px"></iframe>'
+
 
 def finetune(
     config: Path | Mapping[str, Any] | None = None,

@@ -31,6 +31,10 @@ COMMANDS = {
         "send a prompt to the base model and to the fine-tuned model",
         "olora_ray.evaluation.chat",
     ),
+    "look": (
+        "say whether a run is better, by how much, and where it is wrong: a page in one file",
+        "olora_ray.pipeline.look",
+    ),
     "runs": (
         "list all runs of a storage, or show what a run decided and why",
         "olora_ray.pipeline.runs",

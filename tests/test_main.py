@@ -24,6 +24,7 @@ COMMANDS = [
     "init",
     "finetune",
     "chat",
+    "look",
     "runs",
     "evaluate",
     "sweep",

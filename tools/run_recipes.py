@@ -31,8 +31,8 @@ from typing import Any
 import psutil
 import yaml
 
+from olora_ray.common.statistics import difference
 from olora_ray.common.text import plural
-from olora_ray.evaluation.statistics import difference
 from olora_ray.train.scoring import resolve
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,51 +1,23 @@
-"""A page in one file: the style of the reports of runs, searches and comparisons."""
+"""A page in one file: the style of the pages of runs, searches and comparisons (pages/*.html)."""
 
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
-from string import Template
+from typing import Any
 
-# The Content-Security-Policy makes the browser refuse anything that is not in the page itself.
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1f2933; --muted: #5f6c7b; --line: #e1e5ea; --page: #f4f6f8; --card: #fff;
-  --best: #d55e00; --soft: #fdf0e6; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --muted: #9aa7b5; --line: #333d48; --page: #14191f;
-  --card: #1d242c; --best: #f28a3c; --soft: #3a2a1d; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1320px; padding: 28px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-.about, .label, .reason, dt, footer { color: var(--muted); }
-.cards, .figures { display: grid; gap: 14px; grid-template-columns: 1fr 1fr; }
-.card, figure, .scroll { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; }
-.card.best { border-left: 5px solid var(--best); }
-.value { font-size: 38px; font-weight: 700; color: var(--best); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 16px; } dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 0; background: #fff; } figure.wide { grid-column: 1 / -1; } img { width: 100%; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { padding: 6px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-tr.best { background: var(--soft); font-weight: 600; }
-.number { text-align: right; } td:last-child:not(.number) { white-space: normal; min-width: 260px; }
-td.text, td.text:last-child, pre { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; min-width: 0; }
-@media (max-width: 900px) { .cards, .figures { grid-template-columns: 1fr; } }
-</style>
-</head>
-<body>
-$body
-</body>
-</html>
-""")
+import jinja2
 
 
-def document(title: str, body: str) -> str:
-    return _PAGE.substitute(title=escape(title), body=body)
+def rendered(name: str, **values: Any) -> str:
+    """Return the page of a template in pages/; `title` and `verdict` (plain text) are those of base.html."""
+    loader = jinja2.PackageLoader("olora_ray.common", "pages")
+    pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return pages.get_template(name).render(values)
+
+
+def document(title: str, body: str, verdict: str) -> str:
+    """Return a page of HTML `body` below its verdict."""
+    return rendered("base.html", title=title, body=body, verdict=verdict)
 
 
 def image(png: bytes, described: str, wide: bool) -> str:

@@ -17,6 +17,7 @@ from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
+from olora_ray.common.statistics import Interval, difference
 from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.config.load import flatten
@@ -26,7 +27,6 @@ from olora_ray.evaluation.groups import group_names, origins
 from olora_ray.evaluation.held_out import Answer, measure
 from olora_ray.evaluation.lm_eval_tasks import PAPER, TaskResult, Tasks
 from olora_ray.evaluation.rows import RowResults
-from olora_ray.evaluation.statistics import Interval, difference
 from olora_ray.evaluation.targets import Target, run_of
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, with_tokenizer

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
+from olora_ray.common.statistics import Interval, difference
 from olora_ray.common.text import plural
-from olora_ray.evaluation.statistics import Interval, difference
 
 LOSS = "eval/loss"
 PERPLEXITY = "eval/perplexity"

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 Scores = dict[str, dict[str, float]]
 """{"before": {name: mean}, "after": {name: mean}}."""
+Judged = tuple[list[dict[str, float]], list[dict[str, float]]]
+"""The scores of each answer before the training, and of each answer after it."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,27 @@ def answered(result: TrainResult, tokenizer: Any) -> list[Sample]:
     ]
 
 
-def score(config: Config, answers: Sequence[Sample]) -> Scores:
-    """Return the mean scores before and after training, {} without a scorer; raise UserError if the scorer fails."""
+def judged(config: Config, answers: Sequence[Sample]) -> Judged:
+    """Return the scores of each answer, ([], []) without a scorer; raise UserError if the scorer fails."""
     if not config.evaluation.scorer or not answers:
-        return {}
+        return [], []
     judge = scoring.Judge(config.evaluation.scorer)
     before = [judge(item.before, item.reference) for item in answers]
     after = [judge(item.after, item.reference) for item in answers]
     judge.tell_partial(after)
+    return before, after
+
+
+def means(scored: Judged) -> Scores:
+    before, after = scored
+    if not after:
+        return {}
     return {"before": scoring.means(before), "after": scoring.means(after)}
 
 
 def scores_after(config: Config, result: TrainResult, tokenizer: Any) -> dict[str, float]:
     """Return the mean scores after a training; raise UserError if the scorer fails."""
-    return score(config, answered(result, tokenizer)).get("after", {})
+    return means(judged(config, answered(result, tokenizer))).get("after", {})
 
 
 def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> frozenset[str]:

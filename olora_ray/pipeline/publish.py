@@ -15,7 +15,7 @@ from olora_ray.common.retry import is_temporary
 from olora_ray.config.load import flatten, with_model
 from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
-from olora_ray.pipeline.answers import Sample, Scores, score
+from olora_ray.pipeline.answers import Sample, Scores
 from olora_ray.pipeline.export import Exported, license_of
 from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, by_step, settings_digest
 from olora_ray.pipeline.version import contents_of
@@ -81,20 +81,16 @@ def log_data(tracker: Tracker, spec: TrainSpec) -> None:
 # The results of a finished run, and the registration of its version.
 
 
-def log_scores(exported: Exported, tracker: Tracker, answers: Sequence[Sample]) -> Scores:
-    """Score the answers, and log scores and samples; safe to repeat.
-
-    Call it before `publish`: if the scorer fails, no version is registered. Raises UserError for a failing scorer, and
-    TrackingUnavailable if MLflow does not answer.
-    """
-    scores = score(exported.spec.config, answers)
+def log_scores(
+    exported: Exported, tracker: Tracker, answers: Sequence[Sample], scores: Scores
+) -> None:
+    """Log scores and samples; safe to repeat. Raises TrackingUnavailable if MLflow does not answer."""
     for step, when in ((exported.state.step, "after"), (0, "before")):
         tracker.metrics(
             {step: {f"score/{name}": value for name, value in scores.get(when, {}).items()}}
         )
     columns = ("prompt", "reference", "before", "after")
     tracker.table("samples", columns, [astuple(item) for item in answers])
-    return scores
 
 
 def publish(

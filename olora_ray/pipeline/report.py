@@ -1,13 +1,10 @@
 """The output of a finished run for people."""
 
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from shlex import quote
 from typing import Any
 
-from olora_ray.common import page, storage
 from olora_ray.common.secrets import mask
 from olora_ray.common.text import duration, plural, shortened
 from olora_ray.config.schema import Config
@@ -19,38 +16,13 @@ from olora_ray.pipeline.run_folder import RunState
 from olora_ray.tokens.store import TokenStore
 from olora_ray.tracking import models
 from olora_ray.tracking.aliases import CHALLENGER
-from olora_ray.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
 
-# report.html in the run's folder, and the description of its MLflow run.
 
-
-PAGE = "report.html"
-
-
-def write_page(
-    exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], tracker: Tracker
-) -> None:
-    """Write the page of the run, and the description of its MLflow run; `result` is the content of result.json."""
-    facts = dict(_facts(exported, result))
-    name = exported.spec.config.run.name
-    heads = [(column, "text", "") for column in ("prompt", "wanted", "before", "after")]
-    # The table `samples` in MLflow has all.
-    rows = [(each.prompt, each.reference, each.before, each.after) for each in answers[:20]]
-    commands = "\n".join(next_steps(result, tracker.url()))
-    body = (
-        f'<h1>{escape(name)}</h1>\n<div class="card">{page.terms(facts.items())}</div>\n'
-        f'<h2>Loss</h2>\n<div class="figures">{_figures(exported)}</div>\n'
-    )
-    if rows:
-        body += f"<h2>Answers to held-out prompts</h2>\n{page.table(heads, rows)}\n"
-    body += f'<h2>Next</h2>\n<div class="card"><pre>{escape(commands)}</pre></div>'
-    storage.write_text(
-        storage.join(exported.folder.root, PAGE), page.document(f"{name}: run", body)
-    )
-    note = "\n".join(f"- **{fact}**: {said}" for fact, said in facts.items())
-    tracker.tags({"mlflow.note.content": note})
+def facts(exported: Exported, result: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the page and MLflow's description say of the run; `result` is the content of result.json."""
+    return dict(_facts(exported, result))
 
 
 def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -105,55 +77,6 @@ def _rows(store: TokenStore) -> str:
     )
 
 
-LOSSES = {"train/loss": "training, each step on its own rows", "eval/loss": "held out"}
-GAINS = {
-    "eval/pairs/margin": "margin, held out",
-    "eval/pairs/chosen": "log p of the chosen answers, held out",
-}
-"""Metric -> its name in a figure."""
-
-
-def _figures(exported: Exported) -> str:
-    curves = [("loss (nats per token)", LOSSES)]
-    if of_pairs(exported.best_row, "eval"):
-        curves = [
-            ("loss of right answers (nats per token)", LOSSES),
-            ("nats per pair since the first step", GAINS),
-        ]
-    wide = len(curves) == 1
-    figures = ""
-    for unit, labels in curves:
-        figure = _curve(exported.state.history, unit, labels, 12.0 if wide else 6.0)
-        figures += page.image(figure, f"{unit}, each step", wide)
-    return figures
-
-
-def _curve(
-    history: Sequence[Mapping[str, float]], unit: str, labels: Mapping[str, str], width: float
-) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure = Figure(figsize=(width, 4.8), layout="constrained")
-        axes = figure.subplots()
-        for name, label in labels.items():
-            rows = [row for row in history if name in row]
-            if rows:
-                steps = [row["step"] for row in rows]
-                values = [row[name] for row in rows]
-                marker = "o" if len(rows) < 20 else ""
-                axes.plot(steps, values, marker=marker, label=label)
-        axes.set(xlabel="step", ylabel=unit)
-        axes.grid(axis="y", color="#e4e7eb")
-        axes.legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
 # The lines that a run prints at its end.
 
 
@@ -175,9 +98,13 @@ def already_finished(config: Config, state: RunState, result: dict[str, Any]) ->
 
 
 def finished(
-    exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any], url: str | None
+    exported: Exported,
+    answers: Sequence[Sample],
+    result: Mapping[str, Any],
+    url: str | None,
+    verdict: str,
 ) -> None:
-    """Print answers, losses and scores before and after training, and commands that use the model.
+    """Print answers, losses and scores before and after training, commands that use the model, and the verdict.
 
     `result` is the content of result.json, `url` the address of the run's page on an MLflow server.
     """
@@ -192,6 +119,7 @@ def finished(
             f"no step has improved the held-out {measured}, so the export is the untrained model; lower train.lr, or"
             " check that the held-out rows resemble the training rows"
         )
+    logger.info(verdict)
 
 
 def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str, Any]) -> list[str]:
@@ -230,7 +158,7 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     quantised = exported.parity.get("quantised")
     if quantised:
         lines.append(f"adapter: {quantised['in_words']}")
-    lines.append(f"report:               {storage.join(folder.root, PAGE)}")
+    lines.append(f"report:               {folder.page}")
     lines.append(f"adapter (PEFT, vLLM): {folder.adapter}")
     if config.export.merged:
         lines.append(f"merged model:         {folder.merged}")

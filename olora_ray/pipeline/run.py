@@ -20,8 +20,8 @@ from olora_ray.common import lock, storage
 from olora_ray.common.errors import TakenOver, TryAgain
 from olora_ray.config.schema import Config
 from olora_ray.config.section import Source
-from olora_ray.pipeline import export, fit, prepare, publish, report
-from olora_ray.pipeline.answers import answered
+from olora_ray.pipeline import export, fit, look, prepare, publish, report
+from olora_ray.pipeline.answers import answered, judged, means
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.run_folder import RunFolder, RunState
 
@@ -157,15 +157,30 @@ def _run(
                 result = result or fit.train(spec, folder, build, tracker, stop, on_row)
                 exported = export.run_export(spec, folder, result)
                 answers = answered(result, base.tokenizer)
-                scores = publish.log_scores(exported, tracker, answers)
+                scored = judged(config, answers)  # a scorer that fails stops the registration
+                scores = means(scored)
+                publish.log_scores(exported, tracker, answers, scores)
                 driver.check()
                 content = publish.publish(exported, tracker, tags, scores)
                 url = tracker.url()
-                report.write_page(exported, answers, content, tracker)
+                facts = report.facts(exported, content)
+                ended = look.Ended(
+                    folder.root,
+                    config,
+                    exported.state,
+                    content,
+                    answers,
+                    scored,
+                    look.special_tokens(base.tokenizer),
+                    facts,
+                    look.held_out_rows(spec.eval),
+                )
+                verdict = look.write(ended, tracker.url())
+                tracker.tags({"mlflow.note.content": look.note(verdict, facts)})
                 driver.check()
             # Last: result.json marks the run as finished, so an earlier failure is retried by the next attempt.
             folder.write_result(content)
-            report.finished(exported, answers, content, url)
+            report.finished(exported, answers, content, url, verdict)
     return content
 
 

@@ -238,6 +238,7 @@ class RunFolder:
         self.parity = self.export("parity.json")
         self.training = storage.join(root, "training.json")
         self.result = storage.join(root, "result.json")
+        self.page = storage.join(root, "report.html")
         self._tracking = storage.join(root, "tracking.json")
         self._used = storage.join(root, "used.json")
 

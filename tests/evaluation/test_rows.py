@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.common.statistics import difference
 from olora_ray.evaluation import held_out
 from olora_ray.evaluation.held_out import Measurer
 from olora_ray.evaluation.rows import RowResults, compare
-from olora_ray.evaluation.statistics import difference
 from olora_ray.model.source import BaseModel
 from olora_ray.train.generate import questions
 from tests import tiny

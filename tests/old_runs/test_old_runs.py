@@ -30,6 +30,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -265,6 +266,22 @@ def test_an_old_finished_run_is_finished(own: Path) -> None:
     assert result.loss == kept["metrics"]["eval/loss"]
     assert result.model == "models:/finished/1"
     assert file.read_bytes() == before
+
+
+def test_an_old_finished_run_gets_a_page(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from olora_ray.pipeline import look
+
+    page = own / "runs" / "finished" / "report.html"
+    page.unlink(missing_ok=True)
+    for name in ("finished", "finished@candidate"):
+        look.main([name])
+        verdict, path = capsys.readouterr().out.rsplit("\n", 2)[:2]
+        assert path == str(page)
+        assert "0 of 6 right" in verdict
+    page.unlink()
+    shutil.rmtree(page.with_name("export"))
+    look.main(["finished"])
+    assert "export/adapter" in page.read_text()
 
 
 def test_an_old_finished_run_answers_as_it_did(own: Path) -> None:

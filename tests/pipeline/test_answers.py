@@ -75,7 +75,7 @@ def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.M
     )
     samples = [Sample("", "y", "y", "y"), Sample("", "y", "", "n"), Sample("", "y", "", "")]
     with said() as lines:
-        found = answers.score(tiny.config(evaluation__scorer="some"), samples)
+        found = answers.means(answers.judged(tiny.config(evaluation__scorer="some"), samples))
     assert found == {"before": {"all": 1.0, "yes": 1.0}, "after": {"all": 1.0, "yes": 0.5}}
     assert "2 of 3 answers" in "".join(lines)
-    assert answers.score(tiny.config(), samples) == {}
+    assert answers.means(answers.judged(tiny.config(), samples)) == {}

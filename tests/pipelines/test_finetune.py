@@ -72,8 +72,10 @@ def test_its_page_and_its_mlflow_run_say_what_it_gave(finished: tuple[Path, str]
     for said in (loss, "olora rank ", " tokens, ", "rejected: none", "loaded with PEFT"):
         assert said in page
         assert said in run.data.tags["mlflow.note.content"]
-    for shown in ("models:/small@candidate", "data:image/png;base64,", ">wanted</th>"):
+    for shown in ("models:/small@candidate", "<svg", ">wanted</dt>"):
         assert shown in page
+    verdict = run.data.tags["mlflow.note.content"].splitlines()[0]
+    assert printed.rstrip().endswith(verdict)
 
 
 def test_ray_has_the_runs_result(finished: tuple[Path, str]) -> None:

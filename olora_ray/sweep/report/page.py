@@ -62,6 +62,7 @@ def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about)}</p>\n{_cards(record)}\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{table}\n'
         "<footer>The figures are also PNG files beside this page, and leaderboard.json has the numbers.</footer>",
+        text.verdict(record),
     )
 
 

@@ -149,6 +149,12 @@ def facts(record: SearchRecord) -> list[tuple[str, str]]:
     return [(name, sentence) for name, sentence in all_facts if sentence]
 
 
+def verdict(record: SearchRecord) -> str:
+    """Return what the search has found, and whether it is better than the unchanged config."""
+    found = dict(facts(record))
+    return ". ".join(found[name] for name in ("best", "default") if name in found)
+
+
 def against_default(record: SearchRecord) -> str:
     best = record.best()
     default = record.unchanged()

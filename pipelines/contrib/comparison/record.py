@@ -15,10 +15,10 @@ from comparison.run import Final, Run, TuningResult
 from comparison.tuning import Tuned
 from olora_ray.cluster.spec import TrainResult
 from olora_ray.common import records, storage
+from olora_ray.common.statistics import Interval, Values, crossed, per_token, simultaneous
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
 from olora_ray.config.section import is_auto
-from olora_ray.evaluation.statistics import Interval, Values, crossed, per_token, simultaneous
 from olora_ray.pipeline import answers
 from olora_ray.sweep.record import finite
 

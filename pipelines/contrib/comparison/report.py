@@ -319,7 +319,6 @@ def write(record: ComparisonRecord, folder: str) -> list[str]:
 def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> str:
     """Return the page; `pictures` are PNGs by the names of FIGURES, `folder` is the comparison's."""
     shown = "\n".join(page.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
-    verdicts = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(record))
     facts = [("next", line)] if (line := next_command(record, folder)) else []
     facts += [("how to read this", HOW_TO_READ), *(("score", line) for line in scores(record))]
     facts += [
@@ -330,9 +329,10 @@ def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> s
     return page.document(
         f"{record.name}: comparison",
         f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about(record))}</p>\n'
-        f'<div class="card">{verdicts}</div>\n<div class="card">{page.terms(facts)}</div>\n<h2>Arms</h2>\n'
+        f'<div class="card">{page.terms(facts)}</div>\n<h2>Arms</h2>\n'
         f"{page.table(heads, [cells(record, each) for each in record.arms])}\n"
         f'<div class="card">{page.terms(list(MEANS.items()))}</div>\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n'
         "<footer>comparison.json has all numbers, for each seed too.</footer>",
+        " ".join(sentences(record)),
     )

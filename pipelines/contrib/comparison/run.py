@@ -26,12 +26,11 @@ from olora_ray.cluster.decide import DataDecisions, Decided, decide
 from olora_ray.cluster.preflight import ClusterFacts
 from olora_ray.cluster.resources import worker_resources
 from olora_ray.cluster.spec import TrainSpec
-from olora_ray.common import storage
+from olora_ray.common import statistics, storage
 from olora_ray.common.errors import UserError
 from olora_ray.common.text import duration, plural
 from olora_ray.config.load import flatten, leaves
 from olora_ray.config.schema import NO_GATE
-from olora_ray.evaluation import statistics
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.prepare import check_settings, plan, prepare_tokens
 from olora_ray.pipeline.run_folder import RunFolder

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from stays import MINUTES, Stay, When
 
 from olora_ray.common.errors import UserError, as_user_error
+from olora_ray.common.statistics import Interval, difference
 from olora_ray.common.text import aligned, plural
 from olora_ray.config import command_line
 from olora_ray.evaluation.rows import numbered
-from olora_ray.evaluation.statistics import Interval, difference
 
 KERNEL, MOVING = "time kernel", "time kernel, never the last place"
 LEVEL = 0.95

@@ -4,7 +4,7 @@ import pytest
 
 from comparison import report
 from comparison.record import Against
-from olora_ray.evaluation.statistics import Interval
+from olora_ray.common.statistics import Interval
 
 
 def against(low: float, high: float) -> Against:

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from comparison.run import seeds_needed, visible
-from olora_ray.evaluation import statistics as bootstrap
-from olora_ray.evaluation.statistics import Difference, crossed
+from olora_ray.common import statistics as bootstrap
+from olora_ray.common.statistics import Difference, crossed
 
 
 def drawn(
