@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from olora_ray.adapter.peft_folder import read_adapter, replacing
 from olora_ray.common.errors import UserError, of_problems
 from olora_ray.config.schema import AnyConfig
 from olora_ray.config.tables import FORMS
@@ -20,7 +21,6 @@ from olora_ray.pipeline import merge, model_files
 from olora_ray.pipeline.base import with_tokenizer
 from olora_ray.pipeline.exporter import Trained, exporter_named, system_message
 from olora_ray.pipeline.parity import MergedFolder, Parity, check_adapter
-from olora_ray.pipeline.peft_folder import read_adapter, replacing
 
 logger = logging.getLogger(__name__)
 
