@@ -98,14 +98,16 @@ recipes: $(VENV)/.dev ## run pipelines/recipes, some minutes each, and write the
 dist: $(VENV)/.dev ## dist/: wheel and source distribution of the last commit, the same bytes at each build
 	$(BIN)/python tools/build_release.py dist
 
+site: export PAGES := $(CURDIR)/build/pages
+site: export SITE := $(CURDIR)/build/site
 site: $(VENV)/.dev ## build/site: README and docs/ as a site with search; a broken link or a page without a place fails
-	rm -rf build/pages
-	mkdir -p build/pages/benchmarks build/pages/pipelines/contrib/mobility
-	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md llms.txt docs skills) build/pages
-	ln -s $(CURDIR)/pipelines/recipes build/pages/pipelines
-	ln -s $(CURDIR)/pipelines/contrib/mobility/next_places build/pages/pipelines/contrib/mobility
-	ln -s $(CURDIR)/benchmarks/settings_rules.md $(CURDIR)/benchmarks/gpu.py build/pages/benchmarks
-	printf '# From Python\n\n::: olora_ray\n' > build/pages/python.md
+	rm -rf $(PAGES)
+	mkdir -p $(PAGES)/benchmarks $(PAGES)/pipelines/contrib/mobility
+	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md llms.txt docs skills) $(PAGES)
+	ln -s $(CURDIR)/pipelines/recipes $(PAGES)/pipelines
+	ln -s $(CURDIR)/pipelines/contrib/mobility/next_places $(PAGES)/pipelines/contrib/mobility
+	ln -s $(CURDIR)/benchmarks/settings_rules.md $(CURDIR)/benchmarks/gpu.py $(PAGES)/benchmarks
+	printf '# From Python\n\n::: olora_ray\n' > $(PAGES)/python.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 versions: $(VENV)/.dev ## docs/generated/versions.md: other versions of Ray, MLflow, transformers and Python; planned for two hours

@@ -13,7 +13,12 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
-LOADED = """new Promise(done => document.readyState == "complete" ? done() : addEventListener("load", done))"""
+# The colours of another scheme come with the next frames, and some of them fade in.
+SETTLED = """(async () => {
+    if (document.readyState != "complete") await new Promise(done => addEventListener("load", done))
+    for (const _ of [1, 2]) await new Promise(requestAnimationFrame)
+    await Promise.allSettled(document.getAnimations().map(each => each.finished))
+})()"""
 
 
 class Browser:
@@ -23,6 +28,7 @@ class Browser:
         self.commands = os.fdopen(commands, "wb", buffering=0)
         self.answers = os.fdopen(answers, "rb")
         self.calls = 0
+        self.page: Path | None = None
         self.session: dict[str, str] = {}
         target = self.call("Target.createTarget", url="about:blank")
         attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
@@ -47,14 +53,12 @@ class Browser:
 
     def value(self, script: str) -> Any:
         """The value, through JSON, of a JavaScript expression in the open page; a promise is awaited."""
-        done = self.call(
-            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
-        )
+        done = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
     def measured(self, page: Path, script: str, width: int, dark: bool = False) -> Any:
-        """`value` in a page that is `width` pixels wide and 900 high."""
+        """`value` in a page that is `width` pixels wide and 900 high; the page is loaded unless it is open."""
         scheme = "dark" if dark else "light"
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -65,8 +69,10 @@ class Browser:
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
-        self.call("Page.navigate", url=page.as_uri())
-        self.value(LOADED)
+        if page != self.page:
+            self.call("Page.navigate", url=page.as_uri())
+            self.page = page
+        self.value(SETTLED)
         return self.value(script)
 
     def picture(self, file: Path) -> None:
