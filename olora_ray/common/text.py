@@ -73,8 +73,8 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> list[s
 
 # A terminal: its window limits the width of a line. A file or pipe gets all, because scripts read it.
 
-LEAST = 16
-"""Characters to which a cell may be shortened before a column is left out."""
+CELL = 20
+"""Most characters of a cell on a terminal: a longer one loses its middle."""
 
 
 def window() -> int | None:
@@ -85,55 +85,37 @@ def window() -> int | None:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return the lines of `aligned`; on a terminal, those of `fitted`."""
-    width = window()
-    lines = aligned(rows) if width is None else fitted(rows, width)
-    return "\n".join(lines)
-
-
-def fitted(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Return lines of at most `width` characters: long cells lose their middle, and the last columns may be left out.
+    """Return the lines of `aligned`; on a terminal shortened, with as many of the first columns as fit.
 
     The first row has the names of the columns. A last line names those that are left out.
     """
-    count = len(rows[0])
-    while count > 1 and _width(rows, count, LEAST) > width:
-        count -= 1
-    most = width
-    while most > LEAST and _width(rows, count, most) > width:
-        most -= 1
-    lines = aligned([[_without_middle(cell, most) for cell in row[:count]] for row in rows])
-    if count < len(rows[0]):
-        names = ", ".join(rows[0][count:])
-        lines.append(_filled(f"(left out: {names}; a wider window or `| cat` shows all)", width, 2))
-    return lines
+    width = window()
+    if width is None:
+        return "\n".join(aligned(rows))
+    shown = [[_without_middle(cell) for cell in row] for row in rows]
+    lines = aligned(shown)
+    while max(map(len, lines)) > width and len(shown[0]) > 1:
+        shown = [row[:-1] for row in shown]
+        lines = aligned(shown)
+    rest = rows[0][len(shown[0]) :]
+    if rest:
+        lines.append(paragraph(f"(not shown: {', '.join(rest)}; `| cat` shows all)"))
+    return "\n".join(lines)
 
 
-def _width(rows: Sequence[Sequence[str]], count: int, most: int) -> int:
-    columns = list(zip(*rows, strict=True))[:count]
-    return sum(min(most, max(map(len, column))) + 2 for column in columns) - 2
-
-
-def _without_middle(cell: str, most: int) -> str:
-    if len(cell) <= most:
+def _without_middle(cell: str) -> str:
+    if len(cell) <= CELL:
         return cell
-    end = most // 2 - 1
-    return f"{cell[: most - 2 - end]}..{cell[-end:]}"
+    half = CELL // 2 - 1
+    return f"{cell[:half]}..{cell[-half:]}"
 
 
 def paragraph(line: str, indent: int = 2) -> str:
     """Return a line; on a terminal it is wrapped, and its other lines begin after `indent` blanks."""
-    width = window()
-    if width is None:
-        return line
-    return _filled(line, width, indent)
-
-
-def _filled(line: str, width: int, indent: int) -> str:
-    # A path or digest that is longer than the window stays whole, so that it can be copied.
+    # A path that is longer than the window stays whole, so that it can be copied.
     return textwrap.fill(
         line,
-        width,
+        window() or sys.maxsize,
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,

@@ -25,7 +25,7 @@ from olora_ray.common.text import aligned, minute, paragraph, table, window
 from olora_ray.config import command_line
 from olora_ray.config.load import leaves
 from olora_ray.config.schema import IN_STORAGE, Config
-from olora_ray.pipeline.run_folder import PREFERRED, RunFolder, main_score, read_decisions
+from olora_ray.pipeline.run_folder import RunFolder, main_score, read_decisions
 
 HEAD = ("name", "state", "loss", "score", "changed", "version", "steps", "data", "model")
 KINDS = {
@@ -75,7 +75,14 @@ def show(arguments: Sequence[str]) -> None:
         decisions = read_decisions(place)
         state = RunFolder(place).state()
     result = state.result or {}
-    rows = _results(result)
+    rows = [
+        ("eval/loss", _losses(result), "held-out rows, before > after training"),
+        (
+            "score",
+            main_score(result) or "-",
+            "the lowest of the scorer's means, or pairs preferred",
+        ),
+    ]
     for field, decision in decisions.items():
         rows.append((field, json.dumps(decision.value), decision.why))
     measured = {
@@ -94,26 +101,7 @@ def show(arguments: Sequence[str]) -> None:
         print("\n".join(aligned([("field", "value", "why"), *rows])))
         return
     for field, shown, why in rows:
-        print(paragraph(f"{field} = {shown}", 4))
-        print(paragraph(f"    {why}", 4))
-
-
-def _results(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return rows with the losses and scores in result.json, before and after training."""
-    rows = []
-    if result.get("eval_loss_before") is not None:
-        rows.append(("eval/loss", _losses(result), "held-out rows, before > after training"))
-    preferred = result.get("metrics", {}).get(PREFERRED)
-    if preferred is not None:
-        rows.append((PREFERRED, f"{preferred:.2f}", "share of the held-out pairs"))
-    scores = result.get("scores", {})
-    before = scores.get("before", {})
-    for name, after in scores.get("after", {}).items():
-        shown = f"{after:.3f}"
-        if name in before:
-            shown = f"{before[name]:.3f} > {shown}"
-        rows.append((f"eval/{name}", shown, "mean of the scored answers, before > after training"))
-    return rows
+        print(paragraph(f"{field} = {shown}: {why}", 4))
 
 
 def _set(config: Config | None) -> dict[str, Any]:

@@ -108,9 +108,9 @@ def test_what_a_run_decided_and_was_given_is_shown_with_its_reasons(
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "runs/mine", folder.root):
         runs.main(["show", name])
-        head, loss, _, score, decision, *others = capsys.readouterr().out.splitlines()
+        head, loss, score, decision, *others = capsys.readouterr().out.splitlines()
         assert loss.split()[:4] == ["eval/loss", "1.2500", ">", "0.5000"]
-        assert score.split()[:4] == ["eval/strict", "0.000", ">", "0.250"]
+        assert score.split()[:3] == ["score", "0.250", "strict"]
         assert head.split() == ["field", "value", "why"]
         assert decision.split(maxsplit=2) == ["train.micro_batch", "2", why]
         values = {line.split()[0]: line.split()[1] for line in others}
