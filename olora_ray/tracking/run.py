@@ -255,7 +255,7 @@ class Tracker:
 
 
 def took(uri: str, run_id: str | None) -> float | None:
-    """Return the seconds from the start to the end of a run; None if it has not ended, or is not there."""
+    """Return the seconds from the start to the end of a run; None if it has not ended, or was deleted."""
     if run_id is None:
         return None
     with reachable(uri):

@@ -1,5 +1,7 @@
 """The table of runs says what a storage has, also where something in it is damaged."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,11 @@ def test_what_a_run_decided_and_was_given_is_shown_with_its_reasons(
         runs.main(["show", "another"])
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_lines_that_fit(
     width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -133,11 +140,11 @@ def test_a_terminal_gets_lines_that_fit(
     piped = capsys.readouterr().out
     assert long in piped
     assert f"org/{'base' * 30}" in piped
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
     for words in ([str(tmp_path)], ["show", f"{tmp_path}/{long}"]):
-        runs.main(words)
-        out = capsys.readouterr().out
+        with contextlib.redirect_stdout(Terminal()) as screen:
+            runs.main(words)
+        out = screen.getvalue()
         assert "1.2500 > 0.5000" in out
         # A value that is longer than the window stays whole: it may be copied.
         assert all(len(line) <= width or "base" * 30 in line for line in out.splitlines())
