@@ -13,6 +13,7 @@ from setuptools.command.build_py import build_py
 SHIPPED = (
     *("pipelines/*.py", "pipelines/other_tools.yaml"),
     *("pipelines/configs/quickstart.yaml", "pipelines/quickstart/*.jsonl"),
+    "pipelines/recipes/*/[!_]*.*",
     *("pipelines/contrib/**/*.py", "pipelines/contrib/**/*.yaml"),
     *("tune_spaces/*.yaml", "docs/generated/*.json"),
 )

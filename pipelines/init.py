@@ -3,12 +3,14 @@
     python pipelines/init.py DATA [DATA ...] [MODEL] [data.train.0.FIELD=value ...]
         [--model MODEL] [--name NAME] [--out FILE]
     python pipelines/init.py --from FILE [section.field=value ...] [--name NAME] [--out FILE]
+    python pipelines/init.py --recipe [RECIPE [--out FOLDER]]
 
 DATA     file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt), hf://ORG/NAME, s3://, gs://
 MODEL    base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which trains on any machine
 FIELD    a field of a source that the rows do not show: format, fields, ...; `finetune --help all` lists all fields
 --from   a config of Axolotl or LLaMA-Factory, or the arguments of `trl sft` (YAML, or a file with the command line);
          each of its fields is named: those that map, mean something else or have no place here
+--recipe copy a recipe, a config and the program that makes its rows, into a folder of its name; alone: list them
 --model  the model; every other word is then DATA
 --name   name of the run and of the registered model; default: the name of the data
 --out    the config's file, my_run.yaml by default; an existing file is never overwritten
@@ -20,6 +22,7 @@ import glob
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,6 +35,7 @@ import yaml
 
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
+from olora_ray.common.text import aligned
 from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
@@ -93,6 +97,7 @@ HELD_OUT = (
     "test",
 )
 """Words that replace `train` in the name of a file of held-out rows."""
+RECIPES = command_line.ROOT / "pipelines" / "recipes"
 FEWEST = 10
 """Rows below which none are left to hold out."""
 ALIKE = {"<|im_start|>": "chatml-tools", "<start_of_turn>": "gemma", DEFAULT: "chatml-tools"}
@@ -102,10 +107,16 @@ MANY = 5000
 
 
 def main(argv: list[str]) -> str:
-    """Write the config; return its path."""
+    """Write the config, or copy a recipe; return the config's path."""
+    if argv == ["--recipe"]:
+        print("\n".join(aligned([*_recipes().items()])))
+        return ""
     parsed = command_line.parse(
-        argv, usage=__doc__ or "", options=["--from", "--model", "--name", "--out"]
+        argv, usage=__doc__ or "", options=["--from", "--recipe", "--model", "--name", "--out"]
     )
+    recipe = parsed.options.get("--recipe")
+    if recipe is not None:
+        return _copy(recipe, parsed)
     out = Path(parsed.options.get("--out", "my_run.yaml"))
     other = parsed.options.get("--from")
     said: list[str] = []
@@ -134,6 +145,42 @@ def main(argv: list[str]) -> str:
         sep="\n",
     )
     return str(out)
+
+
+def _recipes() -> dict[str, str]:
+    """Return name -> title of the recipes."""
+    found = {}
+    for page in sorted(RECIPES.glob("*/README.md")):
+        title = page.read_text(encoding="utf-8").partition("\n")[0]
+        found[page.parent.name] = title.removeprefix("# ")
+    return found
+
+
+def _copy(recipe: str, parsed: command_line.Arguments) -> str:
+    names = _recipes()
+    if recipe not in names:
+        raise UserError(f"--recipe {recipe}: not a recipe; use one of {', '.join(names)}")
+    if parsed.words or not parsed.options.keys() <= {"--recipe", "--out"}:
+        raise UserError("argument --recipe: copies the recipe as it is; leave out all but --out")
+    folder = Path(parsed.options.get("--out", recipe))
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; name another folder with --out")
+    with as_user_error(f"--out {folder}", OSError, reason=short_reason):
+        shutil.copytree(RECIPES / recipe, folder, ignore=shutil.ignore_patterns("__*"))
+        # Its chat template lies beside it, and not in a checkout.
+        config = folder / "config.yaml"
+        text = config.read_text(encoding="utf-8").replace(
+            f"pipelines/recipes/{recipe}/", f"{folder}/"
+        )
+        config.write_text(text, encoding="utf-8")
+    print(
+        f"written: {folder}\n\nnext:",
+        f"  python {folder}/make_rows.py runs/recipes/{recipe}  # then put your rows in their place",
+        f"  olora-ray finetune {folder}/config.yaml --dry-run",
+        f"  olora-ray finetune {folder}/config.yaml",
+        sep="\n",
+    )
+    return str(config)
 
 
 def _converted(other: str, parsed: command_line.Arguments) -> tuple[dict[str, Any], list[str]]:

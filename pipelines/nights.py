@@ -6,8 +6,8 @@ MODEL           the registered model (registry.model)
 --within        exit code 1 if the last good night is older than this many hours, or was never recorded
 --tracking-uri  as for `olora-ray registry`
 
-It prints the last good night, the champion with its verdict, how often the held-out rows were used, and the last
-decisions and failures. A night is good if its call ended with exit code 0: promoted, refused or unchanged.
+It prints the last good night, the champion with its verdict, loss and score, how often the held-out rows were used, and
+the last decisions and failures. A night is good if its call ended with exit code 0: promoted, refused or unchanged.
 
 Exit codes: 0 done; 1 no good night within --within; 2 an error that you can fix; 75 MLflow is unreachable.
 """
@@ -16,7 +16,7 @@ import time
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.text import minute, plural
+from olora_ray.common.text import minute, paragraph, plural
 from olora_ray.config import command_line
 from olora_ray.tracking import old_versions, start
 from olora_ray.tracking.aliases import registered
@@ -50,9 +50,14 @@ def main(argv: list[str]) -> None:
         print("champion:        none")
     else:
         verdict = found.champion.verdict or "set by another program"
+        number = found.champion.number
         print(
-            f"champion:        version {found.champion.number} since {minute(found.since)}: {verdict}"
+            paragraph(
+                f"champion:        version {number} since {minute(found.since)}: {verdict}", 17
+            )
         )
+        print(f"its loss:        {found.champion.losses or 'not measured'}")
+        print(f"its score:       {found.champion.tags.get('olora.score') or 'not measured'}")
         size = old_versions.size(aliases, found.champion)
         count = plural(len(aliases.versions()), "version")
         print(f"its files:       {size:,} bytes in MLflow, which has {count}")
@@ -64,7 +69,7 @@ def main(argv: list[str]) -> None:
         what = run["olora.decision"]
         if version:
             what += f" version {version}"
-        print(f"{minute(float(run['when']))} {what}: {run['olora.reason']}")
+        print(paragraph(f"{minute(float(run['when']))} {what}: {run['olora.reason']}", 17))
     if within is not None and age > float(within):
         raise SystemExit(1)
 

@@ -20,26 +20,26 @@ OLD, NEW        the folder of a storage (run.storage) before it was moved or cop
 --verify        for promote, rollback and show: a public key, whose private key must have signed VERSION; default:
                 OLORA_VERIFY
 
-list prints a line per version, show all about one version: data, base model, code, who made it, cost, decision and
-files. promote makes VERSION the champion; rollback makes the previous champion the champion again. sign writes a
-signature beside the files; verify checks it. prune deletes older versions in MLflow with their files, never one with an
-alias, the last champion, or the best version that the gate still compares with. All but list, prune and moved check
-the files against their checksums. moved corrects the paths in MLflow's SQLite database after a storage was moved: runs
-and versions stay the same.
+list prints a line per version, with the held-out loss before > after training and the lowest of the scorer's means (of
+preference pairs the share preferred); show prints all about one version: loss, score, decision, base model, data, code,
+who made it, cost and files. On a terminal both fit its window. promote makes VERSION the champion; rollback makes the
+previous champion the champion again. sign writes a signature beside the files; verify checks it. prune deletes older
+versions in MLflow with their files, never one with an alias, the last champion, or the best version that the gate still
+compares with. All but list, prune and moved check the files against their checksums. moved corrects the paths in
+MLflow's SQLite database after a storage was moved: runs and versions stay the same.
 
 Exit codes: 0 done; 2 an error that you can fix, a wrong file or signature; 75 MLflow or the files are unreachable, try
 again later.
 """
 
 import re
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from olora_ray.common.errors import UserError
 from olora_ray.common.logs import quiet_environment
-from olora_ray.common.text import aligned, minute, plural
+from olora_ray.common.text import minute, paragraph, plural, shortened, table, window
 from olora_ray.config import command_line
 from olora_ray.tracking import checksums, old_versions, start
 from olora_ray.tracking.aliases import Aliases, registered
@@ -95,20 +95,21 @@ def main(argv: list[str]) -> None:
 
 def show_all(aliases: Aliases) -> None:
     named = _aliases_by_version(aliases)
-    rows = [("version", "aliases", "eval loss", "created", "data", "gate")]
+    rows = [("version", "aliases", "loss", "score", "gate", "created", "data")]
     for version in reversed(aliases.versions()):
         tags = version.tags
         rows.append(
             (
                 version.number,
                 ", ".join(named.get(version.number, [])) or "-",
-                tags.get("olora.eval_loss") or "-",
+                version.losses or "-",
+                tags.get("olora.score") or "-",
+                version.verdict or "-",
                 minute(version.created),
                 tags.get("olora.data_digest", "")[:8] or "-",
-                version.verdict or "-",
             )
         )
-    print("\n".join(aligned(rows)))
+    print(table(rows))
 
 
 def show_one(aliases: Aliases, which: str) -> None:
@@ -118,10 +119,14 @@ def show_one(aliases: Aliases, which: str) -> None:
     files_uri = aliases.files_uri(number)
     print(f"{aliases.name} version {number}")
     print(f"aliases: {', '.join(_aliases_by_version(aliases).get(number, [])) or 'none'}")
+    print(f"loss:    {version.losses or 'not measured'}")
+    print(f"score:   {version.tags.get('olora.score') or 'not measured'}")
+    print(paragraph(f"gate:    {version.verdict or 'no decision'}", 9))
     print(f"created: {minute(version.created)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
-    tags = sorted(version.tags.items(), key=lambda tag: (not tag[0].startswith("olora."), tag[0]))
+    tags = sorted(version.tags.items(), key=lambda tag: _place(tag[0]))
+    width = window() or WIDTH
     for name, text in tags[:TAGS]:
-        print(f"  {textwrap.shorten(f'{name} = {text}', WIDTH, placeholder=' ...')}")
+        print(f"  {shortened(f'{name} = {text}', width - 2)}")
     with reachable(aliases.uri, upload=True):
         files = checksums.read_checksums(version, files_uri, aliases.uri)
     for name, entry in sorted(files.items(), key=lambda item: -item[1]["bytes"])[:FILES]:
@@ -129,6 +134,12 @@ def show_one(aliases: Aliases, which: str) -> None:
     if len(tags) > TAGS or len(files) > FILES:
         print(f"  (not shown: {max(0, len(tags) - TAGS)} tags, {max(0, len(files) - FILES)} files)")
     print(f"all {aliases.verify(number)} files have their checksums")
+
+
+def _place(tag: str) -> tuple[bool, bool, str]:
+    """Return the order of a tag in `show`: digests, which only programs compare, come after the facts."""
+    digest = tag.endswith(("digest", ".checksums", ".judged", ".code", ".commit"))
+    return not tag.startswith("olora."), digest, tag
 
 
 def promote(aliases: Aliases, which: str) -> None:

@@ -1,8 +1,10 @@
 """Retrain a registered model if its data, base model or settings have changed, and promote the result if it is better.
 
-    python pipelines/retrain.py CONFIG.yaml [section.field=value ...] [--help]
+    python pipelines/retrain.py CONFIG.yaml [section.field=value ...] [--dry-run] [--help]
 
-CONFIG  a run's config with registry.model; its sections retrain, gate and notify set the conditions
+CONFIG     a run's config with registry.model; its sections retrain, gate and notify set the conditions
+--dry-run  only print what a call would do now: with which rows, from which model, whether the gate can pass, and how
+           long the last trainings took; it starts no Ray
 
 Made for a scheduler: run it as often as you like. If nothing has changed, it says so within seconds. Else it trains a
 challenger, evaluates it and the champion on the same held-out rows, and moves the alias `champion` if the config's gate
@@ -31,7 +33,14 @@ FIELDS = ("registry.model", "retrain", "gate", "notify")
 def main(argv: list[str]) -> "Entry":
     """Retrain; return the decision."""
     # The retraining is imported late: a mistake in the config is reported at once.
-    config, _ = command_line.read_arguments(argv, usage=__doc__ or "", flags=(), first=FIELDS)
+    config, flags = command_line.read_arguments(
+        argv, usage=__doc__ or "", flags=("--dry-run",), first=FIELDS
+    )
+    if flags:
+        from olora_ray.retrain.dry_run import dry_run
+
+        dry_run(config)
+        return
     from olora_ray.retrain import run
 
     return run.run(config)

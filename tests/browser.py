@@ -53,7 +53,9 @@ class Browser:
 
     def value(self, script: str) -> Any:
         """The value, through JSON, of a JavaScript expression in the open page; a promise is awaited."""
-        done = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        done = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 

@@ -18,6 +18,7 @@ def test_the_wheel_has_what_its_commands_name_and_no_name_of_others(wheel: Path)
         *(ROOT / "pipelines").glob("*.py"),
         *(ROOT / "pipelines" / "contrib").rglob("*.py"),
         *(ROOT / "pipelines" / "contrib").rglob("*.yaml"),
+        *(ROOT / "pipelines" / "recipes").glob("*/[!_]*.*"),
         *(ROOT / "pipelines" / "quickstart").glob("*.jsonl"),
         *(ROOT / "tune_spaces").glob("*.yaml"),
         *(ROOT / "docs" / "generated").glob("*.json"),
@@ -63,6 +64,22 @@ def test_a_run_is_planned_and_the_examples_are_there(olora_ray: Command, tmp_pat
     assert (
         refused.stderr == "error: space file tune_spaces/nothing.yaml: No such file or directory\n"
     )
+
+
+def test_a_recipe_is_copied_with_what_makes_its_rows(
+    olora_ray: Command, installed: Path, tmp_path: Path
+) -> None:
+    listed = olora_ray("init", "--recipe", folder=tmp_path).stdout.splitlines()
+    assert "tool_calls" in [line.split()[0] for line in listed]
+    for code in (0, 2):  # the second finds the folder of the first
+        assert olora_ray("init", "--recipe", "tool_calls", folder=tmp_path).returncode == code
+    assert olora_ray("init", "--recipe", "tools", folder=tmp_path).returncode == 2
+    words = ("tool_calls/make_rows.py", "runs/recipes/tool_calls")
+    assert run(installed / "python", *words, folder=tmp_path).returncode == 0
+    project.make_model(tmp_path / "model")
+    words = ("--dry-run", "model.name=model", "data.max_length=4096")
+    done = olora_ray("finetune", "tool_calls/config.yaml", *words, folder=tmp_path)
+    assert (done.returncode, done.stdout.count(", none rejected")) == (0, 2), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ CHOSEN = "eval/pairs/chosen"
 PREDICTORS = ("fine-tuned", "base model", "base model with examples")
 GALLERY = """# Recipes
 
-Copy the folder that is nearest to your task, and put your rows in the place of its rows. Each takes SmolLM2-135M; its
-page says how long. `python tools/run_recipes.py NAME` makes its rows, trains, measures and writes the numbers into its
-page; `make recipes` runs all.
+Copy what is nearest to your task with `olora-ray init --recipe NAME`, and put your rows in the place of its rows. Each
+takes SmolLM2-135M; its page says how long. In a checkout, `python tools/run_recipes.py NAME` makes the rows, trains,
+measures and writes the numbers into the page; `make recipes` runs all.
 
 ![Scores of the recipes](scores.png)
 

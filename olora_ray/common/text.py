@@ -3,6 +3,9 @@
 import difflib
 import glob
 import os
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Sequence
 
@@ -66,3 +69,54 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> list[s
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+# A terminal: its window limits the width of a line. A file or pipe gets all, because scripts read it.
+
+CELL = 20
+"""Most characters of a cell on a terminal: a longer one loses its middle."""
+
+
+def window() -> int | None:
+    """Return the columns of the terminal that shows stdout; None if stdout is no terminal."""
+    if not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return the lines of `aligned`; on a terminal shortened, with as many of the first columns as fit.
+
+    The first row has the names of the columns. A last line names those that are left out.
+    """
+    width = window()
+    if width is None:
+        return "\n".join(aligned(rows))
+    shown = [[_without_middle(cell) for cell in row] for row in rows]
+    lines = aligned(shown)
+    while max(map(len, lines)) > width and len(shown[0]) > 1:
+        shown = [row[:-1] for row in shown]
+        lines = aligned(shown)
+    rest = rows[0][len(shown[0]) :]
+    if rest:
+        lines.append(paragraph(f"(not shown: {', '.join(rest)}; `| cat` shows all)"))
+    return "\n".join(lines)
+
+
+def _without_middle(cell: str) -> str:
+    if len(cell) <= CELL:
+        return cell
+    half = CELL // 2 - 1
+    return f"{cell[:half]}..{cell[-half:]}"
+
+
+def paragraph(line: str, indent: int = 2) -> str:
+    """Return a line; on a terminal it is wrapped, and its other lines begin after `indent` blanks."""
+    # A path that is longer than the window stays whole, so that it can be copied.
+    return textwrap.fill(
+        line,
+        window() or sys.maxsize,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -723,7 +723,12 @@ def load_config(path: str | PathLike[str], changes: Mapping[str, Any] | None = N
 
 def read_tree(path: str | PathLike[str]) -> dict[str, Any]:
     """Read a config file without validation; raise UserError if it is no YAML mapping."""
+    of_rows = f"{path}: a file of rows, not a config; olora-ray init {path} writes a config for it"
+    if Path(path).suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".txt") and Path(path).exists():
+        raise UserError(of_rows)
     tree = read_yaml(path, "config file")
+    if isinstance(tree, list) and Path(path).suffix == ".json":
+        raise UserError(of_rows)
     if not isinstance(tree, dict):
         raise UserError(
             f"{path}: expected sections (run:, model:, data:, ...), not {type(tree).__name__}"

@@ -310,7 +310,8 @@ def rows_of(file: File, content: bytes) -> list[Any]:
     try:
         tree = _JSON.decode(content.removeprefix(BOM).decode())
     except json.JSONDecodeError as error:
-        raise UserError(f"{file.uri}:{error.lineno}: broken JSON: {error.msg}") from None
+        # Not FILE:N, which is row N of a json file in all other messages.
+        raise UserError(f"{file.uri}, line {error.lineno}: broken JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise UserError(f"{file.uri}: not UTF-8 text") from None
     except RecursionError:

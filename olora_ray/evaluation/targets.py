@@ -94,13 +94,13 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
 def _refuse_nowhere(name: str) -> None:
     """Raise UserError for a path that does not exist.
 
-    A name with a single slash is a hub id, unless its first part is a folder.
+    A name with a single slash is a hub id, unless its first part is a folder, or is that of runs.
     """
     path = _absolute(name)
     if not path or storage.is_uri(path) or storage.exists(path):
         return
     parent = Path(path).parent
-    is_path = name.startswith(("/", ".", "~")) or name.strip("/").count("/") != 1
+    is_path = name.startswith(("/", ".", "~", "runs/")) or name.strip("/").count("/") != 1
     if is_path or parent.is_dir():
         siblings: list[str] = []
         if "/" in name and parent.is_dir():

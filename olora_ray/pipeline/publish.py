@@ -17,7 +17,13 @@ from olora_ray.config.schema import Config
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.answers import Sample, Scores
 from olora_ray.pipeline.export import Exported, license_of
-from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, by_step, settings_digest
+from olora_ray.pipeline.run_folder import (
+    Fingerprint,
+    RunFolder,
+    by_step,
+    main_score,
+    settings_digest,
+)
 from olora_ray.pipeline.version import contents_of
 from olora_ray.tracking import checksums, client, models
 from olora_ray.tracking.aliases import CHALLENGER, CHAMPION, Aliases
@@ -162,6 +168,8 @@ def register(
         "olora.rank": config.adapter.rank,
         "olora.automatic_lr": "" if state.lr is None else f"{state.lr:g}",
         "olora.eval_loss": "" if exported.best_loss is None else f"{exported.best_loss:.6f}",
+        "olora.eval_loss_before": "".join(f"{loss:.6f}" for loss in exported.losses()[:1]),
+        "olora.score": main_score({"scores": scores or {}, "metrics": exported.best_row}),
         **tags,
     }
     content = "merged model" if config.export.merged else "adapter, without its base model,"

@@ -460,6 +460,25 @@ def history(root: str) -> Sequence[Mapping[str, float]]:
     return trained.state.history
 
 
+PREFERRED = "eval/pairs/preferred"
+"""Metric: the share of the held-out preference pairs whose preferred answer gained more."""
+
+
+def main_score(result: Mapping[str, Any]) -> str:
+    """Return the number by which a list names a run, such as `0.912 exact_match`; "" if only losses were measured.
+
+    That is the share of pairs preferred, or the lowest of the scorer's means after training: the strictest one.
+    """
+    preferred = result.get("metrics", {}).get(PREFERRED)
+    if preferred is not None:
+        return f"{preferred:.2f} preferred"
+    after = result.get("scores", {}).get("after", {})
+    if not after:
+        return ""
+    name = min(after, key=after.get)
+    return f"{after[name]:.3f} {name}"
+
+
 def by_step(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
     """Return the metrics of rows by their field `step`."""
     found = {}

@@ -4,13 +4,14 @@
     olora-ray runs show RUN         its name in ./runs, or its folder: each field that was decided (decided.json),
                                     set or measured, with its value, and why
 
-Each line of the list has the name, the state, the steps done / all steps, the held-out loss before > after training,
-the registered version, the base model, the data, and the time of the last change. The newest line is the last. Until a
-run that is trained longer ends, its loss and version are those of the shorter training.
+Each line of the list has the name, the state, the held-out loss before > after training, the lowest of the scorer's
+means (of preference pairs the share preferred), the time of the last change, the registered version, the steps done /
+all steps, the data, and the base model. The newest line is the last. On a terminal, long cells are shortened and the
+last columns left out. Until a run that is trained longer ends, its numbers are those of the shorter training.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,13 @@ import yaml
 
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
-from olora_ray.common.text import aligned, minute
+from olora_ray.common.text import aligned, minute, paragraph, table, window
 from olora_ray.config import command_line
 from olora_ray.config.load import leaves
 from olora_ray.config.schema import IN_STORAGE, Config
-from olora_ray.pipeline.run_folder import RunFolder, read_decisions
+from olora_ray.pipeline.run_folder import RunFolder, main_score, read_decisions
 
-HEAD = ("name", "state", "steps", "loss", "version", "model", "data", "changed")
+HEAD = ("name", "state", "loss", "score", "changed", "version", "steps", "data", "model")
 KINDS = {
     "search.json": "search",
     "compare.json": "comparison",
@@ -49,10 +50,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"arguments {' '.join(arguments)}: name one storage")
     storage_root = command_line.absolute(arguments[0] if arguments else "runs", Path.cwd())
     with as_user_error(f"{storage_root}: cannot be read", OSError, reason=short_reason):
-        lines = table(storage_root)
-    if arguments and not lines:
+        rows = listed(storage_root)
+    if rows:
+        print(table([HEAD, *rows]))
+    elif arguments:
         raise UserError(f"{storage_root}: has no runs; name the folder or URI of run.storage")
-    print("\n".join(lines) or f"no runs in {storage_root}")
+    else:
+        print(f"no runs in {storage_root}")
 
 
 def show(arguments: Sequence[str]) -> None:
@@ -70,10 +74,17 @@ def show(arguments: Sequence[str]) -> None:
                 )
         decisions = read_decisions(place)
         state = RunFolder(place).state()
-    rows = [
-        (field, json.dumps(decision.value), decision.why) for field, decision in decisions.items()
-    ]
     result = state.result or {}
+    rows = [
+        ("eval/loss", _losses(result), "held-out rows, before > after training"),
+        (
+            "score",
+            main_score(result) or "-",
+            "the lowest of the scorer's means, or pairs preferred",
+        ),
+    ]
+    for field, decision in decisions.items():
+        rows.append((field, json.dumps(decision.value), decision.why))
     measured = {
         "model.dtype": state.precision,
         "model.attention": result.get("self_test", {}).get("attention"),
@@ -86,7 +97,11 @@ def show(arguments: Sequence[str]) -> None:
     for field, value in measured.items():
         if value is not None:
             rows.append((field, json.dumps(value), "the workers measured it"))
-    print("\n".join(aligned([("field", "value", "why"), *rows])))
+    if window() is None:
+        print("\n".join(aligned([("field", "value", "why"), *rows])))
+        return
+    for field, shown, why in rows:
+        print(paragraph(f"{field} = {shown}: {why}", 4))
 
 
 def _set(config: Config | None) -> dict[str, Any]:
@@ -99,7 +114,8 @@ def _is_run(folder: str) -> bool:
     return any(name in KINDS for name in storage.names(folder))
 
 
-def table(storage_root: str) -> list[str]:
+def listed(storage_root: str) -> list[tuple[str, ...]]:
+    """Return the cells of HEAD for each run, search and comparison, the newest last."""
     names = [
         name
         for name in storage.names(storage_root)
@@ -107,9 +123,7 @@ def table(storage_root: str) -> list[str]:
     ]
     with ThreadPoolExecutor(16) as pool:  # each run needs several requests to an object store
         rows = sorted(filter(None, pool.map(partial(_row, storage_root), names)))
-    if not rows:
-        return []
-    return aligned([HEAD, *(cells for _, cells in rows)])
+    return [cells for _, cells in rows]
 
 
 def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
@@ -134,11 +148,12 @@ def _row(root: str, name: str) -> tuple[float, tuple[str, ...]] | None:
     if folder_type == "run":
         cells = _of_run(folder, state, EARLIER in times)
     cells += ["-"] * (len(HEAD) - 2 - len(cells))
-    return changed, (name, *cells, minute(changed))
+    state, loss, score, *others = cells
+    return changed, (name, state, loss, score, minute(changed), *others)
 
 
 def _of_run(folder: str, state: str, longer: bool) -> list[str]:
-    """Return the cells from state to data, or only `damaged: FILE` if a file cannot be read.
+    """Return the cells from state to model without the time, or only `damaged: FILE` if a file cannot be read.
 
     `longer`: the run had finished before it was trained longer, and its folder has the result of that time.
     """
@@ -161,8 +176,8 @@ def _of_run(folder: str, state: str, longer: bool) -> list[str]:
         result = {}
         if finished or longer:
             result = json.loads(storage.read_text(storage.join(folder, file)))
-        losses = (result.get("eval_loss_before"), result.get("metrics", {}).get("eval/loss"))
-        shown = " > ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
+        loss = _losses(result)
+        score = main_score(result) or "-"
         version = "-"
         made = result.get("registered")
         if made:
@@ -177,7 +192,12 @@ def _of_run(folder: str, state: str, longer: bool) -> list[str]:
             done = max((int(each[5:]) for each in names if each[5:].isdecimal()), default=0)
     except Exception:  # another program may have written anything here
         return [f"damaged: {file}"]
-    return [state, f"{done}{length}", shown, version, model, data]
+    return [state, loss, score, version, f"{done}{length}", data, model]
+
+
+def _losses(result: Mapping[str, Any]) -> str:
+    losses = (result.get("eval_loss_before"), result.get("metrics", {}).get("eval/loss"))
+    return " > ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
 
 
 def _last(path: str) -> str:

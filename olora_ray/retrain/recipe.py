@@ -215,7 +215,7 @@ class KnownFiles:
 
 
 def note(config: Config, plan: Plan) -> None:
-    # Continuing the champion later trains only on the files that are not in this note.
+    """Write down the files of a training, because a later version continues it on other files alone."""
     path = _note(config, plan.digest())
     if not storage.exists(path):
         content = {
@@ -299,7 +299,6 @@ def training_config(
     """
     # Otherwise the gate would say so only after the training.
     check_column(config.gate.group, inputs.held_out)
-    note(config, inputs.plan)
     if champion is not None:
         _refuse_if_shrunk(config, inputs.plan.file_rows, champion)
         _check_held_out(config, inputs, champion)

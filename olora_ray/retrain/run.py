@@ -140,13 +140,18 @@ def run(config: Config) -> Entry:
     return entry
 
 
-def _locked(config: Config) -> Entry:
+def lock_of(config: Config) -> str:
+    """Return the path of the lock of a model's retraining; raise UserError if the config names no model."""
     name = config.registry.model
     if name is None:
         raise UserError("registry.model: not set; retraining needs the name of a registered model")
     client.check_uri(resolve_uri(config))
-    path = storage.join(config.run.storage, "locks", f"{name}.json")
-    with lock.held(path, f"the retraining of {name}") as lease:
+    return storage.join(config.run.storage, "locks", f"{name}.json")
+
+
+def _locked(config: Config) -> Entry:
+    path = lock_of(config)
+    with lock.held(path, f"the retraining of {config.registry.model}") as lease:
         try:
             return _retrain(config, Aliases.of(config), lease)
         except Exception as error:
@@ -184,6 +189,7 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry:
         return entry
     inputs = inputs or recipe.read_inputs(config)
     config = inputs.config
+    recipe.note(config, inputs.plan)
     if to_beat.version is None:
         logger.info("no champion yet: training the first version")
     else:

@@ -52,6 +52,13 @@ class Domain(Section):
     times: Number | Annotated[tuple[Number, ...], Field(min_length=1)] = 1.0
     """Factor for `of`, or a list of factors of which one is drawn."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bare_list(cls, given: object) -> object:
+        if isinstance(given, list):
+            raise ValueError(f"a list; write {{choice: {given}}} to draw one of them")
+        return given
+
     @model_validator(mode="after")
     def _one_form(self) -> "Domain":
         forms = [name for name in FORMS if getattr(self, name) is not None]

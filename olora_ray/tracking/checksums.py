@@ -95,6 +95,13 @@ class Version:
         return self.tags.get(BASE, "")
 
     @property
+    def losses(self) -> str:
+        """The held-out loss before > after its training; empty if none was measured."""
+        after = self.tags.get("olora.eval_loss", "")
+        before = self.tags.get("olora.eval_loss_before", "")  # not in versions of older releases
+        return " > ".join(f"{float(loss):.4f}" for loss in (before, after) if loss)
+
+    @property
     def verdict(self) -> str:
         """The decision of the gate or of a person, with its reason; empty if there is none."""
         return self.tags.get(GATE, "")

@@ -254,6 +254,17 @@ class Tracker:
         return unavailable(self.uri, why)
 
 
+def took(uri: str, run_id: str | None) -> float | None:
+    """Return the seconds from the start to the end of a run; None if it has not ended, or was deleted."""
+    if run_id is None:
+        return None
+    with reachable(uri):
+        run = existing(connect(uri).get_run, run_id)
+    if run is None or run.info.end_time is None:
+        return None
+    return float(run.info.end_time - run.info.start_time) / 1000
+
+
 def newest_runs(uri: str, words: str, most: int, experiment: str | None = None) -> Sequence["Run"]:
     """Return up to `most` runs that MLflow's filter `words` finds, the newest first; of all experiments by default."""
     with reachable(uri):

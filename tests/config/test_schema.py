@@ -334,6 +334,16 @@ def test_what_is_no_config_is_refused(tmp_path: Path, text: str, expected: str) 
         load_config(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("rows.csv", "prompt,completion\na,b\n"), ("rows.jsonl", "{}\n{}\n"), ("a.json", "[{}]")],
+)
+def test_rows_in_place_of_a_config_are_told_from_one(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with refused(f"olora-ray init {tmp_path}/{name}"):
+        load_config(tmp_path / name)
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         load_config(tmp_path / "nowhere.yaml")

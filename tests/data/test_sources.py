@@ -393,7 +393,7 @@ def test_a_data_set_of_the_hub(
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "a.json": (b'[{"prompt": 1},\n{"prompt": }]', r"a.json:2: broken JSON: Expecting value"),
+    "a.json": (b'[{"prompt": 1},\n{"prompt": }]', r"a.json, line 2: broken JSON: Expecting value"),
     "a.parquet": (b"no parquet at all", r"a.parquet: not a readable parquet file"),
     "a.jsonl.gz": (b"no gzip at all, but long enough", r"a.jsonl.gz: not a readable gzip file"),
     "b.jsonl.gz": (gzip.compress(os.urandom(4000))[:2000], r"b.jsonl.gz: not a readable gzip file"),

@@ -103,7 +103,11 @@ def test_each_page_can_be_read(chromium: browser.Browser, tmp_path: Path) -> Non
     [
         ("<pre><code>flowchart LR</code></pre>", "diagram as text"),
         ("<pre><code>" + "long " * 200 + "</code></pre>", "the page is too wide"),
-        ("<pre style='overflow: hidden'><code style='display: block; overflow: hidden'>" + "long " * 200, "code is cut"),
+        (
+            "<pre style='overflow: hidden'><code style='display: block; overflow: hidden'>"
+            + "long " * 200,
+            "code is cut",
+        ),
         ("<table style='width: 2000px'><tr><td>wide</table>", "table is cut"),
         ("<img src='none.png'>", "no picture"),
         ("<p style='color: #ff6e42'>pale</p>", "contrast 2.8"),

@@ -219,6 +219,10 @@ def test_a_path_to_nothing_is_told_before_anything_else(
     with refused(f"{name}: no such file or folder") as caught:
         targets.settings(["org/model", name], None, {})
     assert str(caught.value).endswith("has quickstart") is (name == "runs/nosuch")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with refused(f"{name}: no such file or folder"):
+        targets.settings([name], None, {})
 
 
 @pytest.mark.parametrize("name", ["org/model", "models:/name@champion", "package://yaml/x"])

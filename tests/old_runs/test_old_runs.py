@@ -245,14 +245,13 @@ def test_a_file_or_a_number_that_differs_is_named() -> None:
 def test_old_runs_and_searches_are_listed(old: Path) -> None:
     from olora_ray.pipeline import runs
 
-    rows = [line.split() for line in runs.table(f"{old}/runs")]
-    shown = {name: cells for name, *cells in rows}
-    assert shown["steady"][:2] == ["interrupted", "3/6"]
-    assert shown["automatic"][:2] == ["interrupted", "3/6"]
-    assert shown["finished"][:2] == ["finished", "6/6"]
-    assert "finished/1" in shown["finished"]
-    assert shown["trial-whole"][:2] == ["search,", "finished"]
-    assert shown["trial-part"][:2] == ["search,", "interrupted"]
+    rows = [dict(zip(runs.HEAD, row, strict=True)) for row in runs.listed(f"{old}/runs")]
+    shown = {row["name"]: (row["state"], row["steps"]) for row in rows}
+    assert shown["steady"] == shown["automatic"] == ("interrupted", "3/6")
+    assert shown["finished"] == ("finished", "6/6")
+    assert "finished/1" in [row["version"] for row in rows if row["name"] == "finished"]
+    assert shown["trial-whole"] == ("search, finished", "-")
+    assert shown["trial-part"] == ("search, interrupted", "-")
 
 
 def test_an_old_finished_run_is_finished(own: Path) -> None:

@@ -1,5 +1,7 @@
 """The table of runs says what a storage has, also where something in it is damaged."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ RESULT = {
     "eval_loss_before": 1.25,
     "registered": {"model": "m", "version": 3},
 }
+
+SCORES = {"before": {"strict": 0.0}, "after": {"easy": 0.75, "strict": 0.25}}
 
 
 def made(root: str, name: str, step: int = 4, **changes: object) -> RunFolder:
@@ -45,9 +49,14 @@ def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequ
     storage.write_text(storage.join(root, "x-compare/compare.json"), "{}")
     made(
         root, "done", 6, data__train=["/rows/a.jsonl", "b.jsonl"], model__name="org/base"
-    ).write_result(RESULT)
+    ).write_result({**RESULT, "scores": SCORES})
     made(root, "early", train__steps=None).write_result(
-        {**RESULT, "stopped_early": True, "registered": None}
+        {
+            **RESULT,
+            "stopped_early": True,
+            "registered": None,
+            "metrics": {"eval/loss": 0.5, "eval/pairs/preferred": 0.8},
+        }
     )
     made(root, "longer", 6).write_result(RESULT)
     made(root, "longer", 8, train__steps=12)
@@ -57,23 +66,24 @@ def test_every_folder_of_ours_has_a_line(place: str, request: pytest.FixtureRequ
         storage.write_text(storage.join(folder.root, file), text)
     storage.remove(made(root, "bad").settings)
     with only_driver(made(root, "now").state().config):
-        lines = runs.table(root)
-    assert lines[0].split() == list(runs.HEAD)
-    cells = {line.split("  ")[0]: " ".join(line.split()[1:-2]) for line in lines[1:]}
+        rows = runs.listed(root)
+    when = runs.HEAD.index("changed")
+    cells = {row[0]: " | ".join(row[1:when] + row[when + 1 :]) for row in rows}
+    losses = "1.2500 > 0.5000"
     assert cells == {
-        "done": "finished 6/6 1.2500 > 0.5000 m/3 org/base a.jsonl +1",
-        "early": "finished early 6 (1 epochs) 1.2500 > 0.5000 - unused unused.jsonl",
-        "longer": "interrupted 8/12 1.2500 > 0.5000 m/3 unused unused.jsonl",
-        "found": "search, finished - - - - -",
-        "x-compare": "comparison, interrupted - - - - -",
-        "night-1": "retraining, interrupted 4/6 - > - - unused unused.jsonl",
-        "now": "running 4/6 - > - - unused unused.jsonl",
-        "bad": "damaged: config.yaml - - - - -",
-        "bad-6": "damaged: config.yaml - - - - -",
-        "bad-1": "damaged: result.json - - - - -",
-        "bad-3": "damaged: result.json - - - - -",
+        "done": f"finished | {losses} | 0.250 strict | m/3 | 6/6 | a.jsonl +1 | org/base",
+        "early": f"finished early | {losses} | 0.80 preferred | - | 6 (1 epochs) | unused.jsonl | unused",
+        "longer": f"interrupted | {losses} | - | m/3 | 8/12 | unused.jsonl | unused",
+        "found": "search, finished | - | - | - | - | - | -",
+        "x-compare": "comparison, interrupted | - | - | - | - | - | -",
+        "night-1": "retraining, interrupted | - > - | - | - | 4/6 | unused.jsonl | unused",
+        "now": "running | - > - | - | - | 4/6 | unused.jsonl | unused",
+        "bad": "damaged: config.yaml | - | - | - | - | - | -",
+        "bad-6": "damaged: config.yaml | - | - | - | - | - | -",
+        "bad-1": "damaged: result.json | - | - | - | - | - | -",
+        "bad-3": "damaged: result.json | - | - | - | - | - | -",
     }
-    assert [line[-16:] for line in lines[1:]] == sorted(line[-16:] for line in lines[1:])
+    assert [row[when] for row in rows] == sorted(row[when] for row in rows)
 
 
 def test_a_folder_without_runs_is_an_error_if_it_is_named(
@@ -96,11 +106,13 @@ def test_what_a_run_decided_and_was_given_is_shown_with_its_reasons(
         {"train.micro_batch": Decision(2, why)},
         folder.state(),
     )
-    folder.write_result({**RESULT, "automatic_lr": 0.002})
+    folder.write_result({**RESULT, "scores": SCORES, "automatic_lr": 0.002})
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "runs/mine", folder.root):
         runs.main(["show", name])
-        head, decision, *others = capsys.readouterr().out.splitlines()
+        head, loss, score, decision, *others = capsys.readouterr().out.splitlines()
+        assert loss.split()[:4] == ["eval/loss", "1.2500", ">", "0.5000"]
+        assert score.split()[:3] == ["score", "0.250", "strict"]
         assert head.split() == ["field", "value", "why"]
         assert decision.split(maxsplit=2) == ["train.micro_batch", "2", why]
         values = {line.split()[0]: line.split()[1] for line in others}
@@ -109,3 +121,30 @@ def test_what_a_run_decided_and_was_given_is_shown_with_its_reasons(
         assert "train.epochs" not in values
     with refused("another: no run"):
         runs.main(["show", "another"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_gets_lines_that_fit(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "a-run-whose-name-says-all-about-its-rows-and-rates-7f3a91bc"
+    made(str(tmp_path), long, 6, model__name=f"org/{'base' * 30}").write_result(
+        {**RESULT, "scores": SCORES}
+    )
+    runs.main([str(tmp_path)])
+    piped = capsys.readouterr().out
+    assert long in piped
+    assert f"org/{'base' * 30}" in piped
+    monkeypatch.setenv("COLUMNS", str(width))
+    for words in ([str(tmp_path)], ["show", f"{tmp_path}/{long}"]):
+        with contextlib.redirect_stdout(Terminal()) as screen:
+            runs.main(words)
+        out = screen.getvalue()
+        assert "1.2500 > 0.5000" in out
+        # A value that is longer than the window stays whole: it may be copied.
+        assert all(len(line) <= width or "base" * 30 in line for line in out.splitlines())

@@ -13,6 +13,7 @@ from olora_ray.retrain.recipe import AGAINST, CHANGED
 from olora_ray.tracking.checksums import BASE, GATE, Version
 from pipelines import registry, retrain
 from tests import mlflow_database, registered
+from tests.refused import refused
 from tests.retrain.nightly import Nightly
 from tests.tracking.test_signatures import make_keys
 
@@ -128,3 +129,44 @@ def test_a_version_tells_its_data_base_code_image_who_cost_and_decision(
     assert all(re.fullmatch("[0-9a-f+]{12,}", digest) for digest in digests), digests
     run = nightly.aliases.client.get_run(nightly.aliases.version("1").run_id)
     assert run.data.tags["mlflow.source.git.commit"] == "c0ffee"
+
+
+def written(nightly: Nightly) -> set[Path]:
+    """Return the files of the storage, without the digests of files of rows: a night does not read these again."""
+    files = {each.relative_to(nightly.folder) for each in nightly.folder.glob("runs/**/*")}
+    return {each for each in files if each.parts[1:2] != ("tokens",)}
+
+
+def test_a_dry_run_says_what_a_night_would_do_and_changes_nothing(
+    nightly: Nightly, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(*changes: str) -> dict[str, str]:
+        before = written(nightly)
+        retrain.main([str(nightly.config), "--dry-run", *changes])
+        assert written(nightly) == before
+        lines = capsys.readouterr().out.splitlines()
+        return dict(line.split(maxsplit=1) for line in lines)
+
+    first = planned()
+    assert first["rows"].startswith("40 in 1 file")
+    assert first["time"].startswith("unknown")
+
+    config = load_config(nightly.config)
+    inputs = recipe.read_inputs(config)
+    recipe.note(config, inputs.plan)
+    aliases = registered.model(nightly.folder / "runs", "nightly", 1)
+    aliases.promote("1", "by hand")
+    for name, text in {**inputs.fingerprint.tags(), recipe.ROWS: "40"}.items():
+        aliases.tag_version("1", name, text)
+    assert "nothing changed since version 1" in planned()["tonight"]
+
+    nightly.add("1-more", ["three"], 7)
+    plan = planned()
+    assert plan["rows"].startswith("47 in 2 files")
+    assert plan["new"].endswith("1-more.jsonl (7 rows)")
+    assert "training data" in plan["tonight"]
+    assert "gate.min_rows=20" in plan["gate"]
+    with refused("gate.min_rows"):
+        planned("gate.min_rows=25")
+    assert [version.number for version in aliases.versions()] == ["1"]
+    assert aliases.current() == {"champion": "1"}

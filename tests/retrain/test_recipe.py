@@ -113,7 +113,7 @@ def inputs(config: Config) -> Inputs:
 def champion_of(config: Config, folder: Path, **identity: str) -> Version:
     """Return a champion with a real checkpoint, made from the current data."""
     found = inputs(config)
-    recipe.training_config(config, found, None)  # notes the files
+    recipe.note(config, found.plan)
     weights = AdapterWeights(
         Factors(torch.ones(2, 3), torch.ones(4, 2)), torch.zeros(2, 3), torch.zeros(4, 2)
     )

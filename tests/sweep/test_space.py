@@ -62,6 +62,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": {"train.lr": {"uniform": [1e-3, 1e-4]}}},
         "search.train.lr: uniform [0.001, 0.0001] is an empty range",
     ),
+    "a list": ({"search": {"adapter.rank": [8, 16]}}, "{choice: [8, 16]}"),
     "depends on nothing": (
         {"search": {"adapter.alpha": {"of": "adapter.rank"}}},
         "search.adapter.alpha: of: adapter.rank must be searched",
