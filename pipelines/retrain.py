@@ -30,8 +30,8 @@ FIELDS = ("registry.model", "retrain", "gate", "notify")
 """The fields and sections that --help shows."""
 
 
-def main(argv: list[str]) -> "Entry":
-    """Retrain; return the decision."""
+def main(argv: list[str]) -> "Entry | None":
+    """Retrain; return the decision, or None after a dry run."""
     # The retraining is imported late: a mistake in the config is reported at once.
     config, flags = command_line.read_arguments(
         argv, usage=__doc__ or "", flags=("--dry-run",), first=FIELDS
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> "Entry":
         from olora_ray.retrain.dry_run import dry_run
 
         dry_run(config)
-        return
+        return None
     from olora_ray.retrain import run
 
     return run.run(config)

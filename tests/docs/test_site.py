@@ -44,18 +44,21 @@ const contrast = element => {
 const cut = element => element.scrollWidth > element.clientWidth + 1
 const scrolls = element => {
     const style = getComputedStyle(element)
-    return ["auto", "scroll"].includes(style.overflowX) && !/^(transparent|rgba\(0, 0, 0, 0\))/.test(style.scrollbarColor)
+    const visible = !/^(transparent|rgba\(0, 0, 0, 0\))/.test(style.scrollbarColor)
+    return ["auto", "scroll"].includes(style.overflowX) && visible
 }
 const short = element => element.textContent.trim().slice(0, 30)
 
 if (document.documentElement.scrollWidth > innerWidth) problems.add("the page is too wide")
 for (const code of document.querySelectorAll("pre > code")) {
-    if (/^\s*(flowchart|graph|sequenceDiagram)\b/.test(code.textContent)) problems.add(`diagram as text: ${short(code)}`)
+    const diagram = /^\s*(flowchart|graph|sequenceDiagram)\b/.test(code.textContent)
+    if (diagram) problems.add(`diagram as text: ${short(code)}`)
     if (cut(code) && !scrolls(code)) problems.add(`code is cut: ${short(code)}`)
 }
 for (const table of document.querySelectorAll("table")) {
     let wrapper = table
-    while (wrapper && !(["auto", "scroll"].includes(getComputedStyle(wrapper).overflowX))) wrapper = wrapper.parentElement
+    while (wrapper && !["auto", "scroll"].includes(getComputedStyle(wrapper).overflowX))
+        wrapper = wrapper.parentElement
     const box = (wrapper || table).getBoundingClientRect()
     if (box.right > document.documentElement.clientWidth + 1) problems.add(`table is cut: ${short(table)}`)
 }
