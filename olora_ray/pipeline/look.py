@@ -194,7 +194,7 @@ class Gain:
 
 
 def _interval(change: "Interval") -> str:
-    return f"{change.mean:+.2f}, 95 % interval {change.low:+.2f} to {change.high:+.2f}"
+    return f"{change.mean:+.2f}, 95% interval {change.low:+.2f} to {change.high:+.2f}"
 
 
 def gains(ended: Ended) -> list[Gain]:
@@ -260,7 +260,7 @@ def _of_pairs(ended: Ended, share: float, few: int) -> tuple[str, str]:
     if not rows:
         return f"{said}: their number is not known, so there is no interval", ""
     bounds = binomtest(round(share * rows), rows).proportion_ci(method="wilson")
-    numbers = f"95 % interval {bounds.low:.0%} to {bounds.high:.0%}, {plural(rows, 'pair')}, chance is 50%"
+    numbers = f"95% interval {bounds.low:.0%} to {bounds.high:.0%}, {plural(rows, 'pair')}, chance is 50%"
     return _decided(said, rows, few, (bounds.low - 0.5, bounds.high - 0.5), numbers)
 
 
