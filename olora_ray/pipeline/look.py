@@ -260,7 +260,9 @@ def _of_pairs(ended: Ended, share: float, few: int) -> tuple[str, str]:
     if not rows:
         return f"{said}: their number is not known, so there is no interval", ""
     bounds = binomtest(round(share * rows), rows).proportion_ci(method="wilson")
-    numbers = f"95% interval {bounds.low:.0%} to {bounds.high:.0%}, {plural(rows, 'pair')}, chance is 50%"
+    numbers = (
+        f"95% interval {bounds.low:.0%} to {bounds.high:.0%}, {plural(rows, 'pair')}, chance is 50%"
+    )
     return _decided(said, rows, few, (bounds.low - 0.5, bounds.high - 0.5), numbers)
 
 
