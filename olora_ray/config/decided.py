@@ -136,7 +136,7 @@ Decisions = Mapping[str, Decision]
 
 BEGUN = "kept: the run began with it"
 KEPT = re.compile(
-    r"data\.(train|eval)\.\d+\.(format|chat)|data\.max_length|data\.packing|train\.micro_batch"
+    r"data\.(train|eval)\.\d+\.(format|chat)|data\.max_length|data\.packing|train\.(micro_batch|objective)"
 )
 """Fields whose decisions a resumed run keeps, because the bytes of its result depend on them."""
 

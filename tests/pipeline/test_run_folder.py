@@ -54,6 +54,7 @@ def test_what_was_decided_is_kept_with_its_reason(config: Config) -> None:
     decisions = {
         "data.max_length": Decision(640, "the longest of 9 rows has 600 tokens"),
         "cluster.workers": Decision(2, "without GPUs there are two"),
+        "train.objective": Decision("pairs", "rows of data.train.0 are preference pairs"),
     }
     folder = begin(asked)
     folder.write_config(asked, decisions, folder.state())
