@@ -1,6 +1,7 @@
 """The main job end to end, through its entry script, with real Ray and MLflow."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def finished(
     tiny_model: Path, small_shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """A finished run: (its folder, what it printed)."""
+    """A finished run on rows and preference pairs: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("finished")
     project.make_rows(folder)
+    project.make_pairs(folder / "pairs.jsonl", 30)
+    project.make_pairs(folder / "eval-pairs.jsonl", 5, first=100)
     (folder / "own.jinja").write_text(OWN)
-    settings = project.settings(folder, tiny_model, data__chat_template=str(folder / "own.jinja"))
+    data = project.with_pairs(folder) | {"chat_template": str(folder / "own.jinja")}
+    settings = project.settings(folder, tiny_model, data=data)
     file = project.write_config(folder, settings)
     done = project.finetune(file, env=small_shards, code=0)
     return folder / "runs" / "small", done.stdout
@@ -91,7 +95,9 @@ def test_ray_has_the_runs_result(finished: tuple[Path, str]) -> None:
 def test_the_log_shows_progress_and_no_wall_of_warnings(finished: tuple[Path, str]) -> None:
     _, log = finished
     lines = log.splitlines()
-    assert any("step 4/6 | loss" in line and " tok/s, " in line and "ETA" in line for line in lines)
+    assert any(
+        "step 4/6 | pairs: loss" in line and " tok/s, " in line and "ETA" in line for line in lines
+    )
     assert any("olora initialisation: worker 0: 7 layers" in line for line in lines)
     assert any("held-out loss:" in line for line in lines)
     stages = [
@@ -121,6 +127,8 @@ def test_mlflow_has_one_run_with_an_unbroken_series(finished: tuple[Path, str]) 
     wanted = {"train/loss": [1, 2, 3, 4, 5, 6], "data/wait_fraction": [1, 2, 3, 4, 5, 6]}
     for name, steps in {**wanted, "eval/loss": [0, 3, 6]}.items():
         assert [m.step for m in client.get_metric_history(runs[0].info.run_id, name)] == steps
+    of_pairs = client.get_metric_history(runs[0].info.run_id, "train/pairs/loss")
+    assert of_pairs[0].value == pytest.approx(math.log(2), abs=1e-6)
     artifacts = {item.path for item in client.list_artifacts(runs[0].info.run_id)}
     assert {"parity.json", "samples.json"} <= artifacts
     assert {item.dataset.name for item in runs[0].inputs.dataset_inputs} == {
