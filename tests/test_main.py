@@ -31,7 +31,7 @@ COMMANDS = [
     "registry",
     "retrain",
 ]
-COMMANDS += ["nights", "prune", "follow"]
+COMMANDS += ["nights", "prune", "follow", "feedback"]
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])
