@@ -162,7 +162,7 @@ def _sorted(
                 rows["ratings"] = {**each.row, "label": up}
             else:
                 rows["rows"] = each.row
-        number.update(rows)
+        number.update(rows.keys())
         held_out = each.is_held_out(share)
         number["held out"] += held_out
         for name, row in rows.items():

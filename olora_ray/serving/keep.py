@@ -8,6 +8,7 @@ One thread writes, so that a slow or full disk delays no answer: what does not f
 counted. Answers that were not drawn stay in memory for a while, so that each answer that gets feedback has its row.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -44,6 +45,8 @@ COLUMN = "olora_ray"
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
+KEPT = Counter("olora_follow_answers_kept", "Answers that are rows of --keep")
+LEFT_OUT = Counter("olora_follow_answers_left_out", "Answers that --keep cannot keep", ["reason"])
 
 
 class Told(NamedTuple):
@@ -85,7 +88,8 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
             if written < len(line):
                 file.write(line[written:])
         except OSError as error:
-            file.truncate(before)
+            with contextlib.suppress(OSError):
+                file.truncate(before)
             error.filename = str(path)
             raise
 
@@ -133,8 +137,8 @@ class Keeper:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             others = [*self._folder.iterdir()]
             if others and not (self._folder / LOCK).exists():
-                raise UserError(
-                    "it has other files, and old ones of this folder will be deleted; name a new one"
+                raise FileExistsError(
+                    "has other files; name a new folder, as old files are deleted"
                 )
             self._lock = open(self._folder / LOCK, "w", opener=_private)  # noqa: SIM115
         try:
@@ -158,10 +162,6 @@ class Keeper:
         self._writing = Attempts("--keep", "--keep: answers are kept again")
         self._looking = Attempts("--keep")
         self._failures: set[str] = set()
-        self._kept = Counter("olora_follow_answers_kept", "Answers that are rows of --keep")
-        self._left_out = Counter(
-            "olora_follow_answers_left_out", "Answers that --keep cannot keep", ["reason"]
-        )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -175,7 +175,7 @@ class Keeper:
         if room:
             self._queue.put(answer)
         else:
-            self._left_out.labels("busy").inc()
+            LEFT_OUT.labels("busy").inc()
 
     def said(self, id: str, about: Mapping[str, Any]) -> Future[int]:
         """Take feedback on an answer. The result is 204; 404 for an id that is not known; 503 if it is not written."""
@@ -214,10 +214,10 @@ class Keeper:
             answer = told(job.told)
             row = chat_row(body, answer.text)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-            self._left_out.labels("not_whole").inc()
+            LEFT_OUT.labels("not_whole").inc()
             return
         if answer.end != "stop" or answer.choices != 1 or not answer.id or not answer.text.strip():
-            self._left_out.labels("not_whole").inc()
+            LEFT_OUT.labels("not_whole").inc()
             return
         at = datetime.fromtimestamp(job.at, UTC).isoformat(timespec="seconds")
         row[COLUMN] = {"id": answer.id, "version": job.version, "time": at}
@@ -253,18 +253,18 @@ class Keeper:
 
     def _write(self, row: Row) -> bool:
         if self._full:
-            self._left_out.labels("no_room").inc()
+            LEFT_OUT.labels("no_room").inc()
             return False
         with self._writing.attempt():
             clean = self._clean({name: value for name, value in row.items() if name != COLUMN})
             if clean is None:
-                self._left_out.labels("redacted").inc()
+                LEFT_OUT.labels("redacted").inc()
                 return True
             append(self._folder / f"_{self._day}.jsonl", {**clean, COLUMN: row[COLUMN]})
             self._written.setdefault(self._day, set()).add(row[COLUMN]["id"])
-            self._kept.inc()
+            KEPT.inc()
             return True
-        self._left_out.labels("failed").inc()
+        LEFT_OUT.labels("failed").inc()
         return False
 
     def _clean(self, row: Row) -> Row | None:
