@@ -117,7 +117,7 @@ class _Answered:
 
 @dataclass(frozen=True)
 class _Said:
-    """What people say about an answer; `done` gets the code of the response."""
+    """Feedback on an answer; `done` gets the code of the response."""
 
     id: str
     about: Mapping[str, Any]
