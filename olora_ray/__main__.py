@@ -67,6 +67,10 @@ COMMANDS = {
         "let vLLM, SGLang or Ray Serve answer with the champion when it changes",
         "olora_ray.serving.follow",
     ),
+    "feedback": (
+        "make training data of ratings and corrections of served answers",
+        "olora_ray.serving.collect",
+    ),
 }
 """Command -> (description, module with its `main`); None: the script of that name, in pipelines/ or a contrib/NAME/."""
 

@@ -32,7 +32,7 @@ COMMANDS = [
     "registry",
     "retrain",
 ]
-COMMANDS += ["nights", "export", "push", "prune", "follow"]
+COMMANDS += ["nights", "export", "push", "prune", "follow", "feedback"]
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])

@@ -1,7 +1,8 @@
 """Let an inference engine follow an alias: it answers with the version to which the alias points, within five seconds.
 
     olora-ray follow NAME@ALIAS --engine URL [--base FOLDER] [--key KEY]
-        [--listen HOST:PORT [--challenger NAME@ALIAS [--share 0.1] [--rows FILE]]]
+        [--listen HOST:PORT [--challenger NAME@ALIAS [--share 0.1] [--rows FILE]]
+            [--keep FOLDER [--keep-share 0.05] [--keep-days 30] [--keep-gb 1] [--redact MODULE:FUNCTION]]]
     olora-ray follow NAME@ALIAS --mirror PLACE
 
 NAME@ALIAS      a registered model and its alias (chats@champion), or a version (chats@7)
@@ -18,6 +19,11 @@ NAME@ALIAS      a registered model and its alias (chats@champion), or a version 
 --rows          NAME@ALIAS answers all requests, and of the share of the chats that end by themselves the challenger is
                 asked afterwards, for at most eight at once; both answers are appended to this file, as rows that
                 olora-ray evaluate reads
+--keep          a folder that gets chats which ended by themselves as rows, one file per day (UTC), and the ratings and
+                corrections that POST /feedback sends; `olora-ray feedback` makes training data of them
+--keep-share    how much of the chats, drawn at random; chats with feedback are kept anyway; default: 0.05
+--keep-days     delete files that are older, and the oldest ones of more than --keep-gb; defaults: 30 days, 1 GB
+--redact        a function that gets each row before it is written, and returns the row to write, or None for no row
 --mirror        a folder or bucket that gets each version as PLACE/NAME@VERSION, where Ray Serve LLM loads adapters
                 (dynamic_lora_loading_path), and then the file PLACE/NAME@ALIAS with the name of that folder
 --cache         a folder for the adapters, which the engine can read; default: ~/.cache/olora_ray/adapters
@@ -58,6 +64,11 @@ NEEDS = {
     "--challenger": "--listen",
     "--share": "--challenger",
     "--rows": "--challenger",
+    "--keep": "--listen",
+    "--keep-share": "--keep",
+    "--keep-days": "--keep",
+    "--keep-gb": "--keep",
+    "--redact": "--keep",
 }
 OPTIONS = [
     "--engine",

@@ -5,8 +5,8 @@ replaced by it, and in the answer by the name that was asked for. All other byte
 compressed body, in which no name is found: the engine answers it as it would without this port.
 """
 
+import asyncio
 import json
-import os
 import random
 import re
 import resource
@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -22,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_late
 
 from olora_ray.common.errors import as_user_error, first_line
 from olora_ray.serving.engine import Engine
+from olora_ray.serving.keep import COLUMN, Keeper, append, chat_row, told
 from olora_ray.serving.watch import SECONDS, Adapter, Attempts, Watch
 
 # Bytes of a request's body; of all bodies above SMALL together, so that whatever is sent, the memory is limited.
@@ -32,12 +34,20 @@ SMALL = 2**18
 HEAD = 4 * 2**20
 # vLLM closes a connection that was idle for 5 s. Of two ends that close at once, the later one loses a request.
 KEPT_SECONDS = 4.0
+CHAT = "/v1/chat/completions"
+FEEDBACK = 'expected {"id": "ID OF AN ANSWER", "rating": 1 or -1}, or "correction": "TEXT" in place of the rating'
 SHADOWS = 8
 """Largest number of requests that the challenger answers at once beside the champion (--rows)."""
 # These headers are about one connection.
 _OF_A_CONNECTION = {
     *("connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect", "host"),
     *("content-length", "transfer-encoding"),
+}
+
+CODES = {
+    204: None,
+    404: "no answer with this id is known",
+    503: "the feedback could not be written; the log says why",
 }
 
 
@@ -55,6 +65,7 @@ class Proxy:
         self._challenger = watches[-1]
         self._wake = wake
         self._rows = options.get("--rows", "")
+        self._keeper = Keeper(options) if "--keep" in options else None
         # Two sockets per request: the soft limit, often 1,024, would not do.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -82,11 +93,13 @@ class Proxy:
         )
 
     def run(self) -> None:
-        app = web.Application()
+        app = web.Application(client_max_size=SMALL)
         app.cleanup_ctx.append(self._with_session)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/health", self._health)
         app.router.add_route("*", "/{path:v1/.*}", self._answer)
+        if self._keeper:
+            app.router.add_post("/feedback", self._feedback)
         # A client that leaves ends the engine's work for it.
         web.run_app(
             app,
@@ -99,6 +112,8 @@ class Proxy:
             max_line_size=HEAD,
             max_field_size=HEAD,
         )
+        if self._keeper:
+            self._keeper.stop()
 
     async def _with_session(self, _: web.Application) -> AsyncIterator[None]:
         async with aiohttp.ClientSession(
@@ -171,9 +186,14 @@ class Proxy:
                         continue
                     if answer.status >= 400 and model != name:
                         continue
-                    told, response = await self._relayed(request, answer, name, adapter)
-                if drawn and self._rows and told and adapter:
-                    self._begin_shadow(request, body, told, adapter)
+                    content, response = await self._relayed(request, answer, name, adapter)
+                if adapter and request.path == CHAT and answer.status == 200:
+                    if self._keeper:
+                        # A large question is not copied; without an answer it is left out.
+                        asked = b"" if body.large else b"".join(body.parts)
+                        self._keeper.answered(asked, content, adapter.name)
+                    if drawn and self._rows and content:
+                        self._begin_shadow(body, content, adapter)
                 return response
             except ClientError as error:
                 self._count(model, adapter, 502)
@@ -208,12 +228,13 @@ class Proxy:
             rename = _renaming(names)
         else:
             response.content_length = answer.content_length
+        keeps = adapter and request.path == CHAT and (self._keeper or self._rows)
         kept = bytearray()
         line = b""
         try:
             await response.prepare(request)
             async for chunk in answer.content.iter_any():
-                if self._rows and adapter:
+                if keeps:
                     kept += chunk
                 if rename:
                     # No name goes over the end of a line. A long one without an end has had its name before.
@@ -252,20 +273,49 @@ class Proxy:
         self._wake()
         return True
 
-    def _begin_shadow(
-        self, request: web.Request, body: "_Body", told: bytes, champion: Adapter
-    ) -> None:
-        if request.path != "/v1/chat/completions":
-            return
+    async def _feedback(self, request: web.Request) -> web.Response:
+        try:
+            said = json.loads(await request.read())
+            id = said.pop("id")
+            ((kind, value),) = said.items()
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise web.HTTPBadRequest(text=FEEDBACK) from None
+        rated = kind == "rating" and type(value) is int and value in (1, -1)
+        corrected = kind == "correction" and isinstance(value, str) and value.strip()
+        if not isinstance(id, str) or not (rated or corrected):
+            raise web.HTTPBadRequest(text=FEEDBACK)
+        await self._require_key(request)
+        assert self._keeper
+        try:
+            code = await asyncio.wait_for(asyncio.wrap_future(self._keeper.said(id, said)), 10)
+        except TimeoutError:
+            code = 503
+        return web.Response(status=code, text=CODES[code])
+
+    async def _require_key(self, request: web.Request) -> None:
+        """Raise HTTPUnauthorized unless the engine accepts the request's API key, if it has any."""
+        headers = {}
+        if "Authorization" in request.headers:
+            headers["Authorization"] = request.headers["Authorization"]
+        try:
+            async with self._session.get(
+                f"{self._engine.url}/v1/models", headers=headers
+            ) as answer:
+                if answer.status in (401, 403):
+                    raise web.HTTPUnauthorized(text="the engine does not accept this API key")
+        except ClientError:
+            raise _busy(f"the engine {self._engine.url} does not answer") from None
+
+    def _begin_shadow(self, body: "_Body", content: bytes, champion: Adapter) -> None:
         self._shadows = [each for each in self._shadows if each.is_alive()]
         if body.large or len(self._shadows) >= SHADOWS:
             self._left_out.inc()
             return
-        asked = (b"".join(body.parts), told, champion)
+        asked = (b"".join(body.parts), content, champion)
         self._shadows.append(threading.Thread(target=self._shadow, args=asked, daemon=True))
         self._shadows[-1].start()
 
-    def _shadow(self, content: bytes, told: bytes, champion: Adapter) -> None:
+    def _shadow(self, asked: bytes, content: bytes, champion: Adapter) -> None:
         """Append a row with the champion's answer to a chat, and the challenger's."""
         model = self._challenger.name
         wrong = (LookupError, TypeError, ValueError)
@@ -273,26 +323,22 @@ class Proxy:
             self._asking.attempt(),
             as_user_error("an answer is not that of an OpenAI chat", *wrong),
         ):
-            body = json.loads(content)
-            text, end = _text(told)
+            body = json.loads(asked)
+            ours = told(content)
             adapter = self._engine.served.get(model)
-            if end != "stop" or adapter is None:
+            if ours.end != "stop" or adapter is None:
                 return  # a call of a tool or a part of an answer; or the challenger has just gone
-            asked = {"model": adapter.engine_name, "stream": False, "stream_options": None}
-            answer = self._engine.ask("/v1/chat/completions", **body | asked)
+            again = {"model": adapter.engine_name, "stream": False, "stream_options": None}
+            answer = self._engine.ask(CHAT, **body | again)
             self._count(model, adapter, answer.status_code)
-            other, end = _text(answer.content)
+            theirs = told(answer.content)
             both = {
                 "champion": champion.name,
                 "challenger": adapter.name,
-                "answer": other,
-                "finish_reason": end,
+                "answer": theirs.text,
+                "finish_reason": theirs.end,
             }
-            chat = [*body["messages"], {"role": "assistant", "content": text}]
-            row = json.dumps({"messages": chat, "tools": body.get("tools"), "olora_ray": both})
-            # One write for a line: others append, too. Only this user may read what people have asked.
-            with open(self._rows, "ab", buffering=0, opener=_private) as file:
-                file.write(f"{row}\n".encode())
+            append(Path(self._rows), {**chat_row(body, ours.text), COLUMN: both})
 
     def _challenged(self) -> bool:
         ours = self._engine.served.get(self._challenger.name)
@@ -387,18 +433,3 @@ def _renaming(names: Mapping[str, str]) -> Callable[[bytes], bytes]:
 
 def _busy(text: str) -> web.HTTPException:
     return web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, mode=0o600)
-
-
-def _text(told: bytes) -> tuple[str, str]:
-    # The text of a chat's first answer, whole or streamed, and why it ended.
-    parts = [line[5:] for line in told.splitlines() if line.startswith(b"data: {")] or [told]
-    choices = []
-    for part in parts:
-        choices += [each for each in json.loads(part)["choices"] if each["index"] == 0]
-    texts = [(each.get("message") or each["delta"]).get("content") or "" for each in choices]
-    ends = [each["finish_reason"] for each in choices if each.get("finish_reason")]
-    return "".join(texts), ends[-1]

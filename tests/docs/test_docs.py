@@ -72,7 +72,7 @@ def test_the_readme_stays_short_and_the_pages_few() -> None:
     assert len(readme.splitlines()) <= 200
     assert len(readme.split()) <= 1500
     assert [line for line in readme.splitlines() if len(line) > 120] == []
-    assert len(list((ROOT / "docs").glob("*.md"))) <= 18
+    assert len(list((ROOT / "docs").glob("*.md"))) <= 19
 
 
 # Phrases that a reader with English as a second language reads twice. Use: resumes; earlier, previous; current;

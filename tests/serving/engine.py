@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ class Engine:
         self, request: web.Request, body: dict[str, Any], folder: str
     ) -> web.StreamResponse:
         await asyncio.sleep(self.pace)
-        told = {"object": "chat", "model": body["model"]}
+        id = request.headers.get("X-Request-Id") or uuid.uuid4().hex
+        told = {"id": f"chatcmpl-{id}", "object": "chat", "model": body["model"]}
         if not body.get("stream"):
             message = {"role": "assistant", "content": folder, "tool_calls": []}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
