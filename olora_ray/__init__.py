@@ -97,15 +97,16 @@ def finetune(
     `finetune("my_run.yaml", {"train.steps": 6})`. `on_step` gets each row of metrics in this process, with its `step`;
     after a restart of the workers, some steps again.
 
-    >>> rows = [{"prompt": f"after {n}?", "completion": f"{n + 1}"} for n in range(40)]
-    >>> seen = []
-    >>> result = olora_ray.finetune(
-    ...     model="model", data=rows, name="my_run", steps=6, on_step=seen.append
-    ... )
-    >>> result.loss < result.loss_before
-    True
-    >>> seen[-1]["step"] == result.history[-1]["step"] == 6
-    True
+    Examples:
+        >>> rows = [{"prompt": f"after {n}?", "completion": f"{n + 1}"} for n in range(40)]
+        >>> seen = []
+        >>> result = olora_ray.finetune(
+        ...     model="model", data=rows, name="my_run", steps=6, on_step=seen.append
+        ... )
+        >>> result.loss < result.loss_before
+        True
+        >>> seen[-1]["step"] == result.history[-1]["step"] == 6
+        True
     """
     logs = _ready()
     on_row = None
@@ -149,11 +150,12 @@ def load(model: Path | Result, system: str | None = None) -> Answers:
     `model` is a finished run (its result, its folder, or its name in ./runs), a checkpoint, an adapter, or
     models:/NAME@ALIAS. `system` is the message before each prompt; None: the one that all rows of the run's data have.
 
-    >>> model = olora_ray.load("my_run")
-    >>> answer, before = model("after 100?"), model("after 100?", adapted=False)
-    >>> answers = model.generate(["after 100?", "after 7?"], max_new_tokens=4)
-    >>> "".join(model.generate("after 100?", stream=True)).strip() == answer
-    True
+    Examples:
+        >>> model = olora_ray.load("my_run")
+        >>> answer, before = model("after 100?"), model("after 100?", adapted=False)
+        >>> answers = model.generate(["after 100?", "after 7?"], max_new_tokens=4)
+        >>> "".join(model.generate("after 100?", stream=True)).strip() == answer
+        True
     """
     logs = _ready()
     from olora_ray.evaluation.chat import Answers
@@ -177,11 +179,12 @@ def evaluate(
     `finetune`; by default those that `config` names, else those of the model's run. Each of `metrics` is a function
     from all answers, a list of {"prompt": ..., "reference": ..., "answer": ...}, to {name: number}.
 
-    >>> rows = [{"prompt": "after 100?", "completion": "101"}]
-    >>> def longest(answers):
-    ...     return {"longest": max(len(row["answer"]) for row in answers)}
-    >>> sorted(olora_ray.evaluate("runs/my_run", rows, metrics=[longest]))
-    ['eval/exact_match', 'eval/longest', 'eval/loss', 'eval/perplexity']
+    Examples:
+        >>> rows = [{"prompt": "after 100?", "completion": "101"}]
+        >>> def longest(answers):
+        ...     return {"longest": max(len(row["answer"]) for row in answers)}
+        >>> sorted(olora_ray.evaluate("runs/my_run", rows, metrics=[longest]))
+        ['eval/exact_match', 'eval/longest', 'eval/loss', 'eval/perplexity']
     """
     logs = _ready()
     with logs.printed():
@@ -197,7 +200,8 @@ def init(*data: Path, **options: Any) -> str:
 
     The options are those of the command: `model`, `name` and `out`.
 
-    >>> config = olora_ray.init("train.jsonl", model="model")
+    Examples:
+        >>> config = olora_ray.init("train.jsonl", model="model")
     """
     return str(_command("init", map(str, data), {}, options))
 

@@ -49,7 +49,8 @@ const scrolls = element => {
 }
 const short = element => element.textContent.trim().slice(0, 30)
 
-if (document.documentElement.scrollWidth > innerWidth) problems.add("the page is too wide")
+const page = document.documentElement
+if (page.scrollWidth > innerWidth) problems.add("the page is too wide")
 for (const code of document.querySelectorAll("pre > code")) {
     const diagram = /^\s*(flowchart|graph|sequenceDiagram)\b/.test(code.textContent)
     if (diagram) problems.add(`diagram as text: ${short(code)}`)
@@ -57,10 +58,10 @@ for (const code of document.querySelectorAll("pre > code")) {
 }
 for (const table of document.querySelectorAll("table")) {
     let wrapper = table
-    while (wrapper && !["auto", "scroll"].includes(getComputedStyle(wrapper).overflowX))
-        wrapper = wrapper.parentElement
-    const box = (wrapper || table).getBoundingClientRect()
-    if (box.right > document.documentElement.clientWidth + 1) problems.add(`table is cut: ${short(table)}`)
+    const reaches = element => element.getBoundingClientRect().right <= page.clientWidth + 1
+    const reachable = element => scrolls(element) && reaches(element)
+    while (wrapper && !reachable(wrapper)) wrapper = wrapper.parentElement
+    if (!reaches(table) && !wrapper) problems.add(`table is cut: ${short(table)}`)
 }
 for (const picture of document.querySelectorAll("img")) {
     if (!picture.complete || !picture.naturalWidth) problems.add(`no picture: ${picture.src}`)
