@@ -1,6 +1,8 @@
 """adapt() beside PEFT's OLoRA in the same bare loop: time to adapt the model, and of a step with AdamW, on the CPU.
 
-python benchmarks/adapt.py [--repeats 5]
+    python benchmarks/adapt.py [--repeats 5]
+
+Each number is the median of the repeats.
 """
 
 import argparse

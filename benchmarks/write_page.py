@@ -27,9 +27,9 @@ PAGE = ROOT / "docs" / "generated" / "benchmarks.md"
 SECTIONS = {
     "init": "Initialisation",
     "throughput": "Throughput",
-    "adapt": "A training loop of your own",
     "start": "Start of a run",
     "early": "Early start",
+    "adapt": "A training loop of your own",
     "pairs_peers": "Preference pairs",
     "gpu": "On a GPU",
     "gpu_defaults": "Defaults on GPUs",

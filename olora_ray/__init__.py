@@ -41,8 +41,23 @@ __all__ = [
 ]
 
 
+class _Page:
+    """What a notebook shows: the page in its folder."""
+
+    folder: str
+
+    def _repr_html_(self) -> str:
+        """Return report.html as a frame."""
+        from html import escape
+
+        from olora_ray.common import storage
+
+        page = storage.read_text(storage.join(self.folder, "report.html"))
+        return f'<iframe srcdoc="{escape(page)}" style="width: 100%; height: 700px"></iframe>'
+
+
 @dataclass(frozen=True)
-class Result:
+class Result(_Page):
     folder: str
     """The run's folder: report.html, checkpoints, export/adapter, export/merged."""
     loss_before: float | None
@@ -58,20 +73,11 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(_Page):
     folder: str
     """The folder of a search or comparison: report.html and best.yaml, a config to fine-tune with."""
     record: Any
     """All its numbers: `record.best()` is the best trial (`params`, `value`) or the best arm (`name`, `loss`)."""
-
-    def _repr_html_(self) -> str:
-        """Return the run's page for a notebook."""
-        from html import escape
-
-        from olora_ray.common import storage
-
-        page = storage.read_text(storage.join(self.folder, "report.html"))
-        return f'<iframe srcdoc="{escape(page)}" style="width: 100%; height: 700px"></iframe>'
 
 
 def finetune(

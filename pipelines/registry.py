@@ -126,7 +126,8 @@ def show_one(aliases: Aliases, which: str) -> None:
     tags = sorted(version.tags.items(), key=lambda tag: _place(tag[0]))
     width = window() or WIDTH
     for name, text in tags[:TAGS]:
-        print(f"  {shortened(f'{name} = {text}', width - 2)}")
+        if text:
+            print(f"  {shortened(f'{name} = {text}', width - 2)}")
     with reachable(aliases.uri, upload=True):
         files = checksums.read_checksums(version, files_uri, aliases.uri)
     for name, entry in sorted(files.items(), key=lambda item: -item[1]["bytes"])[:FILES]:

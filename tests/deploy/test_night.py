@@ -100,7 +100,7 @@ def test_the_reason_is_the_commands_own_and_not_the_last_line(config: Path, hook
         (
             ["olora-ray", "retrain", "--nope"],
             2,
-            "argument --nope: unknown; see --help (exit code 2)",
+            "argument --nope: unknown; use --dry-run or --help (exit code 2)",
         ),
         (["/none"], 2, "COMMAND /none: No such file or directory; correct the words after --"),
         (["bash", "-c", "echo token=c4n4ry; exit 3"], 3, "token=*** (exit code 3)"),

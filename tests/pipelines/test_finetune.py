@@ -95,9 +95,11 @@ def test_ray_has_the_runs_result(finished: tuple[Path, str]) -> None:
 def test_the_log_shows_progress_and_no_wall_of_warnings(finished: tuple[Path, str]) -> None:
     _, log = finished
     lines = log.splitlines()
-    assert any(
-        "step 4/6 | pairs: loss" in line and " tok/s, " in line and "ETA" in line for line in lines
-    )
+    (step,) = [line for line in lines if " step 4/6 | " in line]
+    assert "loss" in step
+    assert " tok/s, " in step
+    assert "ETA" in step
+    assert any(" | eval pairs: loss 0.6931" in line for line in lines)
     assert any("olora initialisation: worker 0: 7 layers" in line for line in lines)
     assert any("held-out loss:" in line for line in lines)
     stages = [
@@ -127,7 +129,7 @@ def test_mlflow_has_one_run_with_an_unbroken_series(finished: tuple[Path, str]) 
     wanted = {"train/loss": [1, 2, 3, 4, 5, 6], "data/wait_fraction": [1, 2, 3, 4, 5, 6]}
     for name, steps in {**wanted, "eval/loss": [0, 3, 6]}.items():
         assert [m.step for m in client.get_metric_history(runs[0].info.run_id, name)] == steps
-    of_pairs = client.get_metric_history(runs[0].info.run_id, "train/pairs/loss")
+    of_pairs = client.get_metric_history(runs[0].info.run_id, "eval/pairs/loss")
     assert of_pairs[0].value == pytest.approx(math.log(2), abs=1e-6)
     artifacts = {item.path for item in client.list_artifacts(runs[0].info.run_id)}
     assert {"parity.json", "samples.json"} <= artifacts

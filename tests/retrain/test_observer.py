@@ -179,9 +179,9 @@ def test_mlflow_alone_tells_champion_refusals_and_age(
     assert "0.0 hours ago" in lines[0]
     assert lines[1].endswith(": passed: eval/loss 0.5")
     assert "version 1 since 20" in lines[1]
-    assert lines[2].endswith(" 9 bytes in MLflow, which has 3 versions")
-    assert lines[3].startswith("held-out rows:   3 versions decided on them")
-    assert [line.partition(" ")[2].partition(" ")[2] for line in lines[4:]] == [
+    assert lines[4].endswith(" 9 bytes in MLflow, which has 3 versions")
+    assert lines[5].startswith("held-out rows:   3 versions decided on them")
+    assert [line.partition(" ")[2].partition(" ")[2] for line in lines[6:]] == [
         "failed: the disk is full",
         "refused version 3: eval/loss 0.3",
         "refused version 2: eval/loss 0.2",
