@@ -42,7 +42,7 @@ __all__ = [
 
 
 class _Page:
-    """What a notebook shows: the page in its folder."""
+    """A result that a notebook shows as the page in its folder."""
 
     folder: str
 

@@ -151,6 +151,8 @@ olora_follow_requests_total{{model="chats@champion",version="7",code="502"}} {10
 olora_follow_version{{model="chats@champion"}} 7
 olora_follow_from_cache{{model="chats@champion"}} 0
 olora_follow_rows_left_out_total {minute}
+olora_follow_answers_kept_total {minute}
+olora_follow_answers_left_out_total{{reason="not_whole"}} {minute}
 olora_follow_last_answer_timestamp_seconds{{of="mlflow"}} {at}
 olora_follow_last_answer_timestamp_seconds{{of="engine"}} {at - 600}
 """.splitlines()
