@@ -129,9 +129,12 @@ def main(argv: list[str]) -> None:
     if proxy:
         proxy.run()
     else:
+        caught: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        stop.wait()
+            signal.signal(number, lambda number, _: caught.append(number))
+        # No lock: a wait without an end does not see a signal that another thread has received.
+        while not caught:
+            time.sleep(1)
     stop.set()
     for giver in givers:
         giver.stop()
