@@ -155,9 +155,8 @@ class Keeper:
         self._looked = 0.0
         self._full = False
         self._written: dict[str, set[str]] = {}  # day -> ids of its rows
-        self._recent = OrderedDict[
-            str, tuple[int, Row]
-        ]()  # id -> bytes and row, which is not written yet
+        # id -> bytes and row, which is not written yet
+        self._recent = OrderedDict[str, tuple[int, Row]]()
         self._remembered = 0
         self._writing = Attempts("--keep", "--keep: answers are kept again")
         self._looking = Attempts("--keep")
@@ -272,9 +271,8 @@ class Keeper:
             return row
         try:
             return self._redact(row)
-        except (
-            Exception
-        ) as error:  # the code of the user may raise anything, with parts of the row in its message
+        except Exception as error:  # the user's code may raise anything
+            # Its message may have parts of the row in it, so only its type is told.
             failure = type(error).__name__
             if failure not in self._failures:
                 logger.error(f"--redact fails with {failure}; such rows are not kept")
