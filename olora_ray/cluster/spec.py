@@ -19,6 +19,10 @@ IN_WINDOWS = 512
 run resumes in another one."""
 
 
+GUARD = "eval/guard/loss"
+"""Metric: the loss on texts of no task, which rises if the model forgets."""
+
+
 @dataclass(frozen=True)
 class TrainSpec:
     """The input of a worker. It refers to large data by digests and by paths in the storage."""
@@ -44,6 +48,8 @@ class TrainSpec:
     """Fields that were asked for as auto and are decided in `config`."""
     planned: int = 0
     """Bytes that the plan expects on the device of the model."""
+    guard: TokenStore | None = None
+    """The texts of GUARD."""
 
     def identity(self) -> dict[str, str]:
         """Return what decides the numbers of a run: digests of contents, whatever their path, and adapter settings."""

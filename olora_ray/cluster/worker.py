@@ -23,7 +23,7 @@ from torch import Tensor
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Saved, Started, give_signs_of_life, sent_to
 from olora_ray.cluster.failures import advice_for_memory
-from olora_ray.cluster.spec import AnswerPair, TrainResult, TrainSpec
+from olora_ray.cluster.spec import GUARD, AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.start import (
     StartingPoint,
     measure_first_step,
@@ -380,7 +380,11 @@ class Evaluator:
         with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
             found = evaluate(self.trainer, self.spec.eval, self.attention, step, each)
-        return found.means, found.losses()
+            means = dict(found.means)
+            if self.spec.guard:
+                guard = evaluate(self.trainer, self.spec.guard, self.attention, step)
+                means[GUARD.removeprefix("eval/")] = guard.means["loss"]
+        return means, found.losses()
 
     def answers(self, answering: str) -> list[list[int]]:
         """Return the answers to the held-out prompts as token ids. `answering` names the model in the log.

@@ -268,7 +268,7 @@ class Train(Section):
     warmup: Fraction = 0.03
     """Share of all steps, at the start, in which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight decay; it pulls the adapter back to its initial values."""
+    """Weight decay; it pulls the adapter back to its initial values, and the model to that of the first step."""
     clip: PositiveFloat | None = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. null: no clipping."""
     eval_every: PositiveInt = 50
@@ -409,6 +409,9 @@ class Evaluation(Section):
     """Number of held-out prompts whose answers are printed, before and after training."""
     max_new_tokens: PositiveInt = 128
     """Largest number of tokens of a generated answer."""
+    guard: bool = True
+    """At each evaluation of a run, measure the loss on 80 other texts, too (eval/guard/loss): it rises if the model
+    forgets. Not in searches."""
 
 
 class Tracking(Section):

@@ -15,7 +15,7 @@ from olora_ray.adapter.peft_folder import CONFIG, compress, new_adapter, replaci
 from olora_ray.cluster.channel import make_channel, sent_to
 from olora_ray.cluster.failures import user_errors
 from olora_ray.cluster.resources import worker_resources
-from olora_ray.cluster.spec import TrainResult, TrainSpec
+from olora_ray.cluster.spec import GUARD, TrainResult, TrainSpec
 from olora_ray.cluster.worker_context import assigned_device
 from olora_ray.common import node_cache, storage
 from olora_ray.common.errors import UserError
@@ -119,6 +119,14 @@ class Exported:
     @property
     def best_loss(self) -> float | None:
         return best_loss(self.state)
+
+    @property
+    def guard(self) -> tuple[float, float] | None:
+        """Loss on other texts before the training and of the export; None if it was not measured."""
+        start = self.state.history[:1]
+        if not start or GUARD not in start[0] or GUARD not in self.best_row:
+            return None
+        return start[0][GUARD], self.best_row[GUARD]
 
     def losses(self) -> list[float]:
         return [row["eval/loss"] for row in self.state.history if "eval/loss" in row]

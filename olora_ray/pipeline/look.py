@@ -290,7 +290,11 @@ CHANGES = {
 """Kinds of answers in the order of the page, in words."""
 LABELS = 50
 """References that are more different than these are texts and no labels."""
-LOSSES = {"train/loss": "training, each step on its own rows", "eval/loss": "held out"}
+LOSSES = {
+    "train/loss": "training, each step on its own rows",
+    "eval/loss": "held out",
+    "eval/guard/loss": "other texts",
+}
 MARGINS = {
     "eval/pairs/margin": "margin, held out",
     "eval/pairs/chosen": "log p of the chosen answers, held out",

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from olora_ray.cluster import preflight
 from olora_ray.cluster.decide import (
@@ -23,7 +24,7 @@ from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config.decided import NOTHING, DataConfig, DecidedConfig, Kept
 from olora_ray.config.load import override
-from olora_ray.config.schema import OF_PAIRS, Config
+from olora_ray.config.schema import NO_GATE, OF_PAIRS, Config
 from olora_ray.config.section import Source, is_auto
 from olora_ray.data import detect
 from olora_ray.data.formats import format_named
@@ -35,6 +36,7 @@ from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.progress import batch_split
 from olora_ray.tokens.plan import Split
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
+from olora_ray.tokens.prepare import prepare as prepare_store
 from olora_ray.tokens.preview import describe
 from olora_ray.tokens.store import TokenStore
 from olora_ray.train import checkpoint
@@ -44,6 +46,8 @@ from olora_ray.train.objectives.objective import objective_named
 from olora_ray.train.scoring import Judge
 
 logger = logging.getLogger(__name__)
+GUARD = Path(__file__).with_name("other_texts.jsonl")
+"""Every tenth text of gate.guard=text."""
 
 # The plan of a run: adapted layers, layers that are left out, and memory.
 
@@ -267,14 +271,16 @@ def prepare_tokens(
     auto: Iterable[str] = (),
     *,
     wait: bool = False,
+    guard: bool = False,
     check: Check = lambda contents: None,
 ) -> Prepared:
     """Prepare the token stores of a training.
 
     The store of held-out rows is complete on return. The training store is an `Arrival`, which may be written during
     the training: keep the returned build entered as long as tokens are needed; the next run prepares the shards that
-    are then missing. With `wait` both stores are complete. `planned` are
-    the bytes that the plan expects, `auto` the decided fields. `check` gets the digests before any row is tokenised.
+    are then missing. With `wait` both stores are complete. With `guard`, held-out rows have a third store beside them,
+    of the texts in GUARD. `planned` are the bytes that the plan expects, `auto` the decided fields. `check` gets the
+    digests before any row is tokenised.
     Raises UserError for unusable data.
     """
     start = _digest_of_start(config)
@@ -296,6 +302,9 @@ def prepare_tokens(
             held_out = TokenStore.open(other.store.uri)
         if wait:
             build.run()
+        texts = None
+        if guard and held_out and "text" in objective_named(config.train.objective).takes:
+            texts = prepare_store(_of_guard(config), base.spec, "eval", tell=False)
         scores = answers.check_answers(config, held_out, base.tokenizer)
         # This process prepares a small store in a moment. A larger one is prepared by Ray tasks, beside the training.
         if not wait and (build.complete or build.small):
@@ -316,8 +325,21 @@ def prepare_tokens(
         template=template,
         planned=planned,
         auto=tuple(auto),
+        guard=texts,
     )
     return Prepared(spec, build, scores)
+
+
+def _of_guard(config: DecidedConfig) -> DecidedConfig:
+    """Return the config whose held-out rows are the guard's texts."""
+    changes = {
+        **NO_GATE,
+        "data.eval": [{"path": str(GUARD), "format": "text"}],
+        "data.eval_fraction": None,
+        "data.max_rejected": 1.0,
+        "evaluation.scorer": None,
+    }
+    return override(config, changes)
 
 
 def contents(config: DataConfig, base: Base) -> dict[str, str]:

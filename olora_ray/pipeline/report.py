@@ -18,6 +18,8 @@ from olora_ray.tracking import models
 from olora_ray.tracking.aliases import CHALLENGER
 
 logger = logging.getLogger(__name__)
+FORGETS = 0.03
+"""A larger rise of the loss on other texts is named: the default of gate.guard_margin."""
 
 
 def facts(exported: Exported, result: Mapping[str, Any]) -> dict[str, str]:
@@ -38,6 +40,8 @@ def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str,
         if pairs:
             text += ", of right answers"
         yield "held-out loss", text
+    if exported.guard:
+        yield "loss on other texts", "{:.4f} before, {:.4f} after".format(*exported.guard)
     scores = result["scores"]
     for name, value in scores.get("after", {}).items():
         text = f"{value:.3f}"
@@ -150,6 +154,8 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
             lines.append(
                 "the held-out rows are from the training files and may be worded alike: ask in new words, too"
             )
+    if exported.guard:
+        lines.append(forgotten(*exported.guard))
     for name, value in scores.get("after", {}).items():
         text = f"{value:.3f} after ({len(answers)} rows)"
         if name in scores["before"]:
@@ -165,6 +171,17 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     for name in config.export.also:
         lines.append(f"{exporter_named(name).label + ':':21} {folder.export(name)}")
     return lines
+
+
+def forgotten(before: float, after: float) -> str:
+    """Say whether the model has become worse on texts of no task."""
+    said = f"loss on other texts: {before:.4f} before, {after:.4f} after"
+    if after - before > FORGETS:
+        said += (
+            ": the model has forgotten some of what it knew; a lower train.lr keeps more, and train.weight_decay pulls"
+            " it back to its start"
+        )
+    return said
 
 
 def next_steps(result: Mapping[str, Any], url: str | None) -> list[str]:

@@ -146,6 +146,7 @@ def _run(
             base,
             decided.size.total_bytes(),
             decided.decisions,
+            guard=decided.config.evaluation.guard,
             check=partial(state.require_same, config),
         )
         spec = prepared.spec

@@ -73,7 +73,8 @@ def test_its_page_and_its_mlflow_run_say_what_it_gave(finished: tuple[Path, str]
     loss = (
         f"{result['eval_loss_before']:.4f} before, {result['metrics']['eval/loss']:.4f} after step"
     )
-    for said in (loss, "olora rank ", " tokens, ", "rejected: none", "loaded with PEFT"):
+    guard = f"{result['metrics']['eval/guard/loss']:.4f} after"
+    for said in (loss, guard, "olora rank ", " tokens, ", "rejected: none", "loaded with PEFT"):
         assert said in page
         assert said in run.data.tags["mlflow.note.content"]
     for shown in ("models:/small@candidate", "<svg", ">wanted</dt>"):
@@ -127,7 +128,7 @@ def test_mlflow_has_one_run_with_an_unbroken_series(finished: tuple[Path, str]) 
     assert runs[0].info.status == "FINISHED"
     assert runs[0].data.params["adapter.rank"] == "4"
     wanted = {"train/loss": [1, 2, 3, 4, 5, 6], "data/wait_fraction": [1, 2, 3, 4, 5, 6]}
-    for name, steps in {**wanted, "eval/loss": [0, 3, 6]}.items():
+    for name, steps in {**wanted, "eval/loss": [0, 3, 6], "eval/guard/loss": [0, 3, 6]}.items():
         assert [m.step for m in client.get_metric_history(runs[0].info.run_id, name)] == steps
     of_pairs = client.get_metric_history(runs[0].info.run_id, "eval/pairs/loss")
     assert of_pairs[0].value == pytest.approx(math.log(2), abs=1e-6)

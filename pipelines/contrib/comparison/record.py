@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,8 @@ class ArmRecord:
     tuning_seconds: float
     trainable: int | None
     """Number of trained parameters, counted in an adapter; None if no training finished."""
+    forgotten: float | None = None
+    """Mean rise of the loss on other texts over the seeds; None if it was not measured."""
 
     def broke_off(self) -> int:
         return sum(not math.isfinite(each.loss) for each in self.trainings)
@@ -265,7 +268,14 @@ def _arm(
         tunings=len(tried),
         tuning_seconds=sum(each.record.seconds for each in tried),
         trainable=next((each.losses.trainable for each in trained if each.losses), None),
+        forgotten=_forgotten(trained),
     )
+
+
+def _forgotten(trained: Sequence[Final]) -> float | None:
+    known = [each.losses.forgotten for each in trained if each.losses]
+    measured = [value for value in known if value is not None]
+    return fmean(measured) if measured else None
 
 
 def _rate(tuning: TuningResult, trial: Trial) -> float | None:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from olora_ray.cluster.spec import TrainResult
+from olora_ray.cluster.spec import GUARD, TrainResult
 from olora_ray.common.errors import UserError
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tokens.store import TokenStore
+from olora_ray.train.checkpoint import TrainState
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class RowLosses:
     """Losses, each summed over these tokens."""
     trainable: int
     """Number of trained parameters of the adapter."""
+    forgotten: float | None = None
+    """Rise of the loss on other texts since the start, in nats per token; None in older trainings."""
 
     def mean(self) -> float:
         return sum(self.losses) / sum(self.tokens)
@@ -52,6 +55,7 @@ class Result(NamedTuple):
     trainable: int
     precision: str | None
     """Precision of the base by torch's name."""
+    forgotten: float | None
 
 
 def result_of(root: str, config: Config, count: int) -> Result:
@@ -64,7 +68,15 @@ def result_of(root: str, config: Config, count: int) -> Result:
             " again"
         )
     assert result.state is not None
-    return Result(tuple(losses), result.trainable, result.state.precision)
+    state = result.state
+    return Result(tuple(losses), result.trainable, state.precision, _forgotten(state))
+
+
+def _forgotten(state: TrainState) -> float | None:
+    guard = {row["step"]: row[GUARD] for row in state.history if GUARD in row}
+    if 0 not in guard or state.step not in guard:
+        return None
+    return guard[state.step] - guard[0]
 
 
 def places_of(store: TokenStore | None) -> tuple[str, ...]:

@@ -218,7 +218,9 @@ class Run:
                 " differences between arms may be differences between nodes; set model.dtype, or use equal nodes"
             )
         losses = {
-            name: RowLosses(places, tuple(tokens), result.losses, result.trainable)
+            name: RowLosses(
+                places, tuple(tokens), result.losses, result.trainable, result.forgotten
+            )
             for name, result in results.items()
         }
         return [Final(each, losses.get(each.trial.name())) for each in ended]
@@ -242,7 +244,8 @@ class Run:
         self, held_out: Literal["tuning", "test"], changes: Mapping[str, object]
     ) -> TrainSpec:
         config = self.rows.config(self.config, held_out, changes)
-        return prepare_tokens(config, self.base, self.planned, wait=True).spec
+        guard = held_out == "test" and config.evaluation.guard
+        return prepare_tokens(config, self.base, self.planned, wait=True, guard=guard).spec
 
     def _share(self, spec: TrainSpec) -> None:
         # All trials of the tuning use the same loss of the base model, and those of an arm the same factors.

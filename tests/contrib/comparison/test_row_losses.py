@@ -26,6 +26,7 @@ def test_they_add_up_to_the_last_evaluation(
     monkeypatch.setattr(StopRequests, "_listen", lambda self: None)
     store: Any = tiny.store(8)
     held_out: Any = tiny.store(5, seed=9)
+    guard: Any = tiny.store(2, seed=11)
     settings = tiny.config(
         train__steps=4,
         train__eval_every=1,
@@ -35,13 +36,14 @@ def test_they_add_up_to_the_last_evaluation(
         run__storage=str(tmp_path),
     )
     spec = TrainSpec(
-        settings,
+        tiny.decided(settings),
         BaseModel("m", "/m", "base"),
         "tokenizer",
         (1,),
         store,
         held_out,
         each_example=True,
+        guard=guard,
     )
     channel: Any = SimpleNamespace(
         send=SimpleNamespace(remote=lambda message: None),
@@ -59,10 +61,16 @@ def test_they_add_up_to_the_last_evaluation(
     curve = [row["eval/loss"] for row in result.state.history if "eval/loss" in row]
     if lr > 0.1:
         assert curve[-1] > min(curve) + 0.01  # the best adapter is another
-    losses, trainable, precision = row_losses.result_of(folder.root, settings, len(places))
+    losses, trainable, precision, forgotten = row_losses.result_of(
+        folder.root, settings, len(places)
+    )
     packs = [held_out[number] for number in range(len(held_out))]
     tokens = tuple(each.supervised for pack in packs for each in pack.examples())
     found = RowLosses(places, tokens, losses, trainable)
+    of_guard = [row["eval/guard/loss"] for row in result.state.history if "eval/loss" in row]
+    assert len(of_guard) == len(curve)
+    assert of_guard[0] not in curve
+    assert forgotten == of_guard[-1] - of_guard[0] != 0
     assert precision == result.state.precision is not None
     assert found.mean() == pytest.approx(curve[-1], rel=1e-12)
     assert found.trainable == tiny.trainer(settings).flat.vector.numel()
