@@ -471,7 +471,10 @@ def _curve(history: Sequence[Mapping[str, float]], unit: str, labels: Mapping[st
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         axes = figure.subplots()
         positive = True
-        for (name, label), form in zip(labels.items(), ("-", "o-"), strict=True):
+        known = {name for row in history for name in row}
+        for (name, label), form in zip(labels.items(), ("-", "o-", "s--"), strict=False):
+            if name not in known:
+                continue
             rows = [row for row in history if name in row]
             rows = rows[:: len(rows) // 1000 + 1]
             values = [row[name] for row in rows]

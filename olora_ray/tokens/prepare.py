@@ -304,10 +304,11 @@ class StoreBuild:
         """True if `run` takes a moment and needs no Ray."""
         return small(self._job, self._status)
 
-    def run(self, cpus_held: float = 0.0) -> None:
+    def run(self, cpus_held: float = 0.0, tell: bool = True) -> None:
         """Build what is missing, in this thread; return early after `stop`.
 
-        `cpus_held` are CPUs that this run will take meanwhile. Raise UserError for data that cannot be used.
+        `cpus_held` are CPUs that this run will take meanwhile; `tell` logs what was built. Raise UserError for data that
+        cannot be used.
         """
         apart = None
         line = None
@@ -335,7 +336,8 @@ class StoreBuild:
             made = make(self._job, self._status, self._limits, stopped, cpus_held, apart, judged)
             if not made:
                 return
-            _say(self._job.plan.split, self.store.manifest)
+            if tell:
+                _say(self._job.plan.split, self.store.manifest)
         if apart:
             line = apart.line()
             node_cache.keep(kept, line)
@@ -414,8 +416,8 @@ def _say(split: Split, manifest: Manifest, when: str = "") -> None:
 def prepare(config: AnyData, spec: TokenizerSpec, split: Split, tell: bool = True) -> TokenStore:
     """Return the complete token store of a split; first build what is missing or damaged.
 
-    `tell` logs the existing parts. Needs ray.init unless the data is small. Raise UserError for data that cannot be
-    used.
+    `tell` logs what exists and what is built. Needs ray.init unless the data is small. Raise UserError for data that
+    cannot be used.
     """
     look = look_there(config)
     preparation = begin(config, spec, split, look, tell=tell)
@@ -423,7 +425,7 @@ def prepare(config: AnyData, spec: TokenizerSpec, split: Split, tell: bool = Tru
         held_out = begin(config, spec, "eval", look, tell=tell)
         held_out.run()
         preparation.check_against(held_out)
-    preparation.run()
+    preparation.run(tell=tell)
     return TokenStore.open(preparation.store.uri)
 
 
