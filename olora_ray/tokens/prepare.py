@@ -307,8 +307,8 @@ class StoreBuild:
     def run(self, cpus_held: float = 0.0, tell: bool = True) -> None:
         """Build what is missing, in this thread; return early after `stop`.
 
-        `cpus_held` are CPUs that this run will take meanwhile; `tell` logs what was built. Raise UserError for data that
-        cannot be used.
+        `cpus_held` are CPUs that this run will take meanwhile; `tell` logs what was built. Raise UserError for data
+        that cannot be used.
         """
         apart = None
         line = None
