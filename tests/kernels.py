@@ -3,15 +3,44 @@
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _VIEWS = frozenset(
-    "_reshape_alias _unsafe_view alias as_strided chunk detach diagonal empty empty_like empty_strided expand"
-    " is_same_size lift_fresh narrow new_empty new_empty_strided permute reshape select set_data slice split"
-    " split_with_sizes squeeze sym_size t transpose unbind unfold unsqueeze view".split()
+    (
+        "_reshape_alias",
+        "_unsafe_view",
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "is_same_size",
+        "lift_fresh",
+        "narrow",
+        "new_empty",
+        "new_empty_strided",
+        "permute",
+        "reshape",
+        "select",
+        "set_data",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "sym_size",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+    )
 )
 _WIDE = 512
 """Smallest dimension of a product that does not count as thin."""
@@ -46,4 +75,3 @@ class Kernels(TorchDispatchMode):
         self.counts[name] += 1
         self.bytes[kind] += size
         return result
-

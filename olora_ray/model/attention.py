@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olora_ray.common.device import lacks_memory
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.config.section import is_auto
@@ -122,9 +123,9 @@ def trial(dtype: torch.dtype, device: torch.device) -> str | None:
     """
     try:
         worst = max(_difference(dtype, device, window) for window in (None, _WINDOW))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if lacks_memory(error, device):
+            raise
         return f"its kernel fails here: {first_line(error)}"
     if worst <= _TOLERANCE:
         return None

@@ -1,0 +1,94 @@
+"""Errors of a worker's device, told with the plan of its memory and with advice."""
+
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import DistError
+
+from olora_ray.common.device import is_of_gpu, is_out_of_memory, is_short, memory_of
+from olora_ray.common.errors import UserError, first_line
+from olora_ray.config.decided import DecidedConfig
+from olora_ray.train.checkpoint import TrainState
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 200
+FIRST = 2
+"""Steps of a worker in which its GPU's memory takes its final form: an error there would come again."""
+
+
+@dataclass
+class Progress:
+    """How far a worker has come."""
+
+    began: int = 0
+    """Steps that the run had done when this worker started."""
+    state: TrainState | None = None
+    """None while the model is being loaded."""
+
+    def begin(self, state: TrainState) -> None:
+        self.state = state
+        self.began = state.step
+
+    @property
+    def step(self) -> int:
+        """Number of steps done by the run."""
+        return self.began if self.state is None else self.state.step
+
+
+@contextlib.contextmanager
+def advice_for_device(
+    config: DecidedConfig, device: torch.device, planned: int = 0
+) -> Iterator[Progress]:
+    """Raise a UserError for an error of the device that would come again after a restart.
+
+    These are a lack of memory, and on a GPU each error before the run's first steps are done. `planned` are the bytes
+    that the plan expects on the device.
+    """
+    progress = Progress()
+    try:
+        yield progress
+    except RuntimeError as error:  # errors of GPUs have no narrower type in common
+        if isinstance(error, DistError) and not is_of_gpu(error):
+            raise
+        first = progress.step < progress.began + FIRST
+        memory = _memory(device, planned)
+        if is_out_of_memory(error) or (first and is_short(device)):
+            raise UserError(
+                f"a worker has too little memory for train.micro_batch={config.train.micro_batch} and"
+                f" data.max_length={config.data.max_length}{memory}: set {_smaller(config)}"
+                f" ({first_line(error)[:LONGEST]})"
+            ) from error
+        if device.type == "cuda" and progress.step < FIRST:
+            logger.debug("the first steps have failed", exc_info=True)
+            raise UserError(
+                f"cluster.gpus_per_worker: the GPU of a worker on {socket.gethostname()} fails in step"
+                f" {progress.step + 1} ({type(error).__name__}: {first_line(error)[:LONGEST]}){memory}, so not for a"
+                f" lack of memory: check that torch {torch.__version__} supports this GPU and its driver (nvidia-smi,"
+                " dmesg), or use another node"
+            ) from error
+        raise
+
+
+def _memory(device: torch.device, planned: int) -> str:
+    memory = memory_of(device)
+    if memory is None:
+        return ""
+    free, total = (size / 2**30 for size in memory)
+    plan = f", and {planned / 2**30:.1f} GiB were planned" if planned else ""
+    return f" ({free:.1f} of {total:.1f} GiB of its GPU are free{plan})"
+
+
+def _smaller(config: DecidedConfig) -> str:
+    micro = config.train.micro_batch
+    changes = []
+    if micro > 1:
+        changes.append(f"train.micro_batch={micro // 2}")
+    elif not config.train.activation_checkpointing:
+        changes.append("train.activation_checkpointing=true")
+    changes.append(f"data.max_length={config.data.max_length // 2}")
+    return " or ".join(changes)
