@@ -88,7 +88,7 @@ def _smaller(config: DecidedConfig) -> str:
     changes = []
     if micro > 1:
         changes.append(f"train.micro_batch={micro // 2}")
-    elif not config.train.activation_checkpointing:
+    elif config.train.activation_checkpointing is not True:
         changes.append("train.activation_checkpointing=true")
     changes.append(f"data.max_length={config.data.max_length // 2}")
     return " or ".join(changes)

@@ -237,6 +237,8 @@ def changes(config: DecidedConfig, expected: Expected) -> Iterator[dict[str, Any
     yield from _fewer_answers(config)
     change: dict[str, Any] = {}
     if not config.train.activation_checkpointing:
+        yield {"train.activation_checkpointing": "swiglu"}
+    if config.train.activation_checkpointing is not True:
         change["train.activation_checkpointing"] = True
         yield dict(change)
     micro = config.train.micro_batch
