@@ -79,7 +79,8 @@ def varlen_attention(
         value = F.pad(value, (0, size - narrow))
     if scaling is None:
         scaling = size**-0.5
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Not x[0], whose backward pass fills zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     attend = kernel()
     assert attend is not None
     output = attend(
@@ -94,7 +95,9 @@ def varlen_attention(
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return output[None, :, :, :narrow], None
+    if narrow < size:
+        output = output[:, :, :narrow]
+    return output.unsqueeze(0), None
 
 
 @lru_cache(maxsize=1)

@@ -226,8 +226,9 @@ PEAKS = {
 
 def peak_of(name: str) -> float | None:
     """Return the operations per second that the maker of a GPU states; None for an unknown one, and for a CPU."""
-    # The longest match: "L40S" also contains "L4".
-    known = max((part for part in PEAKS if part.lower() in name.lower()), key=len, default=None)
+    # The longest match of whole words: "A100-SXM4" is one, "RTX A1000" is none.
+    words = f" {name} ".replace("-", " ").lower()
+    known = max((part for part in PEAKS if f" {part.lower()} " in words), key=len, default=None)
     return None if known is None else PEAKS[known] * 1e12
 
 
