@@ -18,6 +18,7 @@ from olora_ray.cluster.preflight import (
     Node,
     fits,
     gpus_per_worker,
+    unknown,
 )
 from olora_ray.common.errors import UserError
 from olora_ray.config.decided import (
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 MICRO = "train.micro_batch"
 RECOMPUTE = "train.activation_checkpointing"
+UNKNOWN = "the memory of a GPU is not known"
 RUNGS: tuple[Recompute, ...] = ("swiglu", True)
 """Recomputation that `auto` tries, the cheapest first."""
 WORKERS = "cluster.workers"
@@ -375,6 +377,8 @@ def _micro_batch(
         return Decision(ON_CPUS, "without GPUs there are four")
     if not nodes:
         return Decision(min(share, ON_CPUS), "no node with a GPU has told its memory")
+    if unknown(nodes):
+        return Decision(1, UNKNOWN)
     parts = sorted({-(-share // number) for number in range(1, share + 1)}, reverse=True)
     why = "no larger part of a step fits on each GPU"
     for again in recompute:
@@ -403,6 +407,9 @@ def recomputation(
     """Decide `train.activation_checkpointing: auto`; return the decision and the size of the training with it."""
     if not nodes:
         return Decision(False, "no node has told its memory"), size
+    if expected.gpu and unknown(nodes):
+        least = config.with_step(config.train.micro_batch, True)
+        return Decision(True, UNKNOWN), estimate(least, base, expected)
     ample = replace(size, activation_bytes=int(AMPLE * size.activation_bytes))
     if fits(config, base, ample, expected, nodes):
         return Decision(False, "a step fits in memory"), size

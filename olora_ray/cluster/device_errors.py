@@ -4,7 +4,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed import DistError
@@ -25,19 +25,9 @@ FIRST = 2
 class Progress:
     """How far a worker has come."""
 
+    state: TrainState = field(default_factory=TrainState)
     began: int = 0
     """Steps that the run had done when this worker started."""
-    state: TrainState | None = None
-    """None while the model is being loaded."""
-
-    def begin(self, state: TrainState) -> None:
-        self.state = state
-        self.began = state.step
-
-    @property
-    def step(self) -> int:
-        """Number of steps done by the run."""
-        return self.began if self.state is None else self.state.step
 
 
 @contextlib.contextmanager
@@ -55,7 +45,8 @@ def advice_for_device(
     except RuntimeError as error:  # errors of GPUs have no narrower type in common
         if isinstance(error, DistError) and not is_of_gpu(error):
             raise
-        first = progress.step < progress.began + FIRST
+        step = progress.state.step
+        first = step < progress.began + FIRST
         memory = _memory(device, planned)
         if is_out_of_memory(error) or (first and is_short(device)):
             raise UserError(
@@ -63,12 +54,14 @@ def advice_for_device(
                 f" data.max_length={config.data.max_length}{memory}: set {_smaller(config)}"
                 f" ({first_line(error)[:LONGEST]})"
             ) from error
-        if device.type == "cuda" and progress.step < FIRST:
+        if device.type == "cuda" and step < FIRST:
+            if memory:
+                memory += ", so memory is not the cause"
             logger.debug("the first steps have failed", exc_info=True)
             raise UserError(
                 f"cluster.gpus_per_worker: the GPU of a worker on {socket.gethostname()} fails in step"
-                f" {progress.step + 1} ({type(error).__name__}: {first_line(error)[:LONGEST]}){memory}, so not for a"
-                f" lack of memory: check that torch {torch.__version__} supports this GPU and its driver (nvidia-smi,"
+                f" {step + 1} ({type(error).__name__}: {first_line(error)[:LONGEST]}){memory}: check that"
+                f" torch {torch.__version__} supports this GPU and its driver (nvidia-smi,"
                 " dmesg), or use another node"
             ) from error
         raise

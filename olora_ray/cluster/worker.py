@@ -505,7 +505,8 @@ def train_at(
             logger.info("loading the base model")
             requests = StopRequests(channel, context)
             start = starting_point(context, spec, checkpoints)
-            progress.begin(start.state)
+            progress.state = start.state
+            progress.began = start.state.step
             return Worker(context, spec, checkpoints, channel, start, requests).run()
     except UserError as error:
         # Returned, not raised: the next group would meet the same problem again.

@@ -46,7 +46,8 @@ def test_what_would_come_again_ends_the_run(
         state = TrainState(step=began)
         config = tiny.decided(train__micro_batch=2)
         with advice_for_device(config, GPU, 61 * 2**30) as progress:
-            progress.begin(state)
+            progress.state = state
+            progress.began = began
             state.step = done
             raise error
 

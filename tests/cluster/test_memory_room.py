@@ -97,6 +97,11 @@ def test_a_base_of_another_precision_is_whole_in_memory_while_it_is_loaded(
     wide = with_gpus(cluster__workers=64, train__global_batch=64)
     many, _ = needs(wide, folder, SIZE, tiny.ON_GPU)
     assert many.size - on_gpu.size == 63 * 2**24  # 63 connections of NCCL
+    nodes = [node(8, memory=GIB)] * 8
+    grouped, _ = needs(wide, folder, SIZE, tiny.ON_GPU, nodes)
+    assert (
+        grouped.size - on_gpu.size == (7 + 7) * 2**24
+    )  # inside a node, and one on each other node
     converted = 0 if stored == "BF16" else 2 * SIZE.parameters
     assert beside.size == PROCESS_BYTES + converted + COPIES * 4 * SIZE.trainable
     assert ("stored in BF16" in str(beside.advice)) == (stored != "BF16")
