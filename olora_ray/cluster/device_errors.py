@@ -47,24 +47,24 @@ def advice_for_device(
             raise
         step = progress.state.step
         first = step < progress.began + FIRST
-        memory = _memory(device, planned)
         if is_out_of_memory(error) or (first and is_short(device)):
-            raise UserError(
+            problem = (
                 f"a worker has too little memory for train.micro_batch={config.train.micro_batch} and"
-                f" data.max_length={config.data.max_length}{memory}: set {_smaller(config)}"
-                f" ({first_line(error)[:LONGEST]})"
-            ) from error
-        if device.type == "cuda" and step < FIRST:
-            if memory:
-                memory += ", so memory is not the cause"
-            logger.debug("the first steps have failed", exc_info=True)
-            raise UserError(
-                f"cluster.gpus_per_worker: the GPU of a worker on {socket.gethostname()} fails in step"
-                f" {step + 1} ({type(error).__name__}: {first_line(error)[:LONGEST]}){memory}: check that"
-                f" torch {torch.__version__} supports this GPU and its driver (nvidia-smi,"
-                " dmesg), or use another node"
-            ) from error
-        raise
+                f" data.max_length={config.data.max_length}"
+            )
+            advice = f"set {_smaller(config)}"
+        elif device.type == "cuda" and step < FIRST:
+            problem = f"cluster.gpus_per_worker: the GPU of a worker fails on {socket.gethostname()} in step {step + 1}"
+            advice = (
+                f"check its driver (nvidia-smi, dmesg), and that torch {torch.__version__} supports it, or use another"
+                " node"
+            )
+        else:
+            raise
+        logger.debug("the device has failed", exc_info=True)
+        raise UserError(
+            f"{problem}{_memory(device, planned)}: {advice} ({first_line(error)[:LONGEST]})"
+        ) from error
 
 
 def _memory(device: torch.device, planned: int) -> str:

@@ -7,7 +7,6 @@ import torch
 SHORT = 2**29
 """Free bytes below which a GPU is short of memory: libraries ask for up to some hundred MiB at once."""
 _accelerator: Any = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)  # since torch 2.8
-GPU_ERRORS = (_accelerator, torch.OutOfMemoryError)
 
 
 def memory_of(device: torch.device) -> tuple[int, int] | None:
@@ -44,4 +43,6 @@ def lacks_memory(error: BaseException, device: torch.device) -> bool:
 def is_of_gpu(error: BaseException) -> bool:
     """True for an error of this process's GPU; some others of its libraries are plain RuntimeErrors."""
     # NCCL says by this name that a call to the own GPU has failed, and by other names that another worker has.
-    return isinstance(error, GPU_ERRORS) or "ncclUnhandledCudaError" in str(error)
+    return isinstance(
+        error, _accelerator | torch.OutOfMemoryError
+    ) or "ncclUnhandledCudaError" in str(error)

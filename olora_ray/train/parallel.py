@@ -67,17 +67,12 @@ def install(loss: SupervisedLoss) -> None:
     for block in decoder_layers(loss.model):
         if not isinstance(block.forward, _Block):
             block.__dict__["forward"] = _Block(block.forward, loss)
+        if loss.recompute == SWIGLU:
             for part in block.modules():
-                if hasattr(part, "act_fn") and _is_swiglu(type(part)):
-                    part.__dict__["forward"] = _SwiGLU(part, loss)
-
-
-def _is_swiglu(kind: type[nn.Module]) -> bool:
-    try:
-        text = inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return False
-    return _FORMULA in "".join(text.split())
+                if hasattr(part, "act_fn") and not isinstance(part.forward, _SwiGLU):
+                    text = inspect.getsource(type(part).forward)
+                    if _FORMULA in "".join(text.split()):
+                        part.__dict__["forward"] = _SwiGLU(part, loss)
 
 
 class _SwiGLU:
@@ -101,11 +96,11 @@ class _SwiGLU:
         kept_up = up.detach()
         again: dict[int, Callable[[], Tensor]] = {}
 
-        def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        def pack(saved: Tensor) -> Any:
             return again.get(saved.untyped_storage()._cdata, saved)
 
-        def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
-            return packed if isinstance(packed, Tensor) else packed()
+        def unpack(packed: Any) -> Any:
+            return packed() if callable(packed) else packed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             active = mlp.act_fn(gate)

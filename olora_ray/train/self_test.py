@@ -561,16 +561,13 @@ class _Trial:
 def _with_gradient(block: nn.Module) -> Iterator[None]:
     """Give the input of a block a gradient, as adapters in the blocks before it would."""
 
-    def hook(
-        _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not inputs:
+            return inputs
         # A copy, because some families change it in place.
-        if inputs:
-            return (inputs[0].detach().requires_grad_().clone(), *inputs[1:]), named
-        hidden = named["hidden_states"].detach().requires_grad_()
-        return inputs, named | {"hidden_states": hidden.clone()}
+        return inputs[0].detach().requires_grad_().clone(), *inputs[1:]
 
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = block.register_forward_pre_hook(hook)
     try:
         yield
     finally:
