@@ -122,8 +122,16 @@ _VARIABLE = "RAY_ADDRESS"
 _ANY = ("", "auto")
 """Values of RAY_ADDRESS that mean a Ray on this machine."""
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+NEW_NAME = "PYTORCH_ALLOC_CONF"
 SEGMENTS = "expandable_segments:True"
 """Micro-batches differ in length, so fixed segments of a GPU's memory would leave gaps. The user's setting stays."""
+
+
+def allocator() -> dict[str, str]:
+    """Return the setting of torch's memory for the workers: the user's, under either of its names, or ours."""
+    # Where both are set, torch takes the older name.
+    given = {name: os.environ[name] for name in (ALLOCATOR, NEW_NAME) if name in os.environ}
+    return given or {ALLOCATOR: SEGMENTS}
 
 
 def find(patience: float = PATIENCE) -> str:
@@ -254,7 +262,7 @@ def _start(**settings: Any) -> None:
     make_own()
     # Ray would start one process per CPU beside the driver's imports, which takes the CPU from them and gains nothing.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    os.environ.setdefault(ALLOCATOR, SEGMENTS)
+    os.environ.update(allocator())
     # The dashboard is ten processes that need six CPU seconds to start, and anyone who reaches its port can run code. A
     # user who wants the dashboard starts Ray before the run.
     # For example, Linux limits the path of a socket to 107 bytes, and a scheduler may set a long TMPDIR.
@@ -292,7 +300,7 @@ def join_or_start() -> bool:
         logger.info(f"connecting to {name(target)}")
         # The environment of a submitted job overrides ours. The processes of an own Ray inherit it, because to make a
         # runtime environment takes Ray a second.
-        variables = {**ENVIRONMENT, ALLOCATOR: os.environ.get(ALLOCATOR, SEGMENTS)}
+        variables = ENVIRONMENT | allocator()
         shared["runtime_env"] = {"env_vars": ray_internals.beside_job(variables)}
     join(target, PATIENCE)
     # With another Python version, for example, or if this machine is no node.

@@ -18,6 +18,7 @@ from olora_ray.cluster.preflight import (
     Node,
     fits,
     gpus_per_worker,
+    unknown,
 )
 from olora_ray.common.errors import UserError
 from olora_ray.config.decided import (
@@ -29,6 +30,7 @@ from olora_ray.config.decided import (
     Decisions,
     Expected,
     Kept,
+    Recompute,
     values_of,
     with_values,
 )
@@ -46,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 MICRO = "train.micro_batch"
 RECOMPUTE = "train.activation_checkpointing"
+UNKNOWN = "the memory of a GPU is not known"
+RUNGS: tuple[Recompute, ...] = ("swiglu", True)
+"""Recomputation that `auto` tries, the cheapest first."""
 WORKERS = "cluster.workers"
 GPUS = "cluster.gpus_per_worker"
 LENGTH = "data.max_length"
@@ -285,7 +290,7 @@ def decide(
     nodes = cluster.with_room(draft.cluster.fewest)
     expected = expect(draft, nodes, kept)
     if is_auto(micro):
-        choices = (False, True) if is_auto(recompute) else (recompute,)
+        choices = (False, *RUNGS) if is_auto(recompute) else (recompute,)
         now = kept.decision(MICRO) or _micro_batch(draft, base, expected, nodes, choices)
         decisions[MICRO] = now
         draft = draft.with_step(now.value, draft.train.activation_checkpointing)
@@ -364,7 +369,7 @@ def _micro_batch(
     base: BaseModel,
     expected: Expected,
     nodes: Sequence[Node],
-    recompute: Sequence[bool],
+    recompute: Sequence[Recompute],
 ) -> Decision:
     """Return the largest equal part of a step, in sequences, that fits in the memory of a GPU."""
     share = -(-config.train.global_batch // config.cluster.most)
@@ -372,6 +377,8 @@ def _micro_batch(
         return Decision(ON_CPUS, "without GPUs there are four")
     if not nodes:
         return Decision(min(share, ON_CPUS), "no node with a GPU has told its memory")
+    if unknown(nodes):
+        return Decision(1, UNKNOWN)
     parts = sorted({-(-share // number) for number in range(1, share + 1)}, reverse=True)
     why = "no larger part of a step fits on each GPU"
     for again in recompute:
@@ -400,17 +407,28 @@ def recomputation(
     """Decide `train.activation_checkpointing: auto`; return the decision and the size of the training with it."""
     if not nodes:
         return Decision(False, "no node has told its memory"), size
+    if expected.gpu and unknown(nodes):
+        least = config.with_step(config.train.micro_batch, True)
+        return Decision(True, UNKNOWN), estimate(least, base, expected)
     ample = replace(size, activation_bytes=int(AMPLE * size.activation_bytes))
     if fits(config, base, ample, expected, nodes):
         return Decision(False, "a step fits in memory"), size
-    less = estimate(config.with_step(config.train.micro_batch, True), base, expected)
-    if size.activation_bytes <= less.activation_bytes:
-        return Decision(False, "it would not save memory"), size
-    why = (
-        f"a step takes {less.activation_bytes / GIB:.2f} GiB; without it,"
-        f" {size.activation_bytes / GIB:.2f} GiB would not fit"
-    )
-    return Decision(True, why), less
+    decision = Decision(False, "it would not save memory")
+    found = size
+    for again in RUNGS:
+        less = estimate(config.with_step(config.train.micro_batch, again), base, expected)
+        if size.activation_bytes <= less.activation_bytes:
+            continue
+        why = (
+            f"a step takes {less.activation_bytes / GIB:.2f} GiB; without it,"
+            f" {size.activation_bytes / GIB:.2f} GiB would not fit"
+        )
+        decision = Decision(again, why)
+        found = less
+        ample = replace(less, activation_bytes=int(AMPLE * less.activation_bytes))
+        if fits(config, base, ample, expected, nodes):
+            break
+    return decision, found
 
 
 def with_room_for(
@@ -432,7 +450,7 @@ def with_room_for(
     if not decision.value:
         return decided
     logger.info(
-        "train.activation_checkpointing=auto: on for all trials, because a trial with"
+        f"train.activation_checkpointing=auto: {str(decision.value).lower()} for all trials, because a trial with"
         f" {MICRO}={largest} would not fit in memory without it"
     )
-    return replace(decided, config=config.with_step(config.train.micro_batch, True))
+    return replace(decided, config=config.with_step(config.train.micro_batch, decision.value))

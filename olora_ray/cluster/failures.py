@@ -14,10 +14,8 @@ from olora_ray.common.errors import (
     StoreUnavailable,
     TryAgain,
     UserError,
-    first_line,
     of_the_machine,
 )
-from olora_ray.config.decided import DecidedConfig
 
 # Parts of the messages of workers that fail because another worker has died. These are consequences, not causes.
 CONSEQUENCES = (
@@ -52,34 +50,6 @@ def user_errors() -> Iterator[None]:
         if isinstance(cause, UserError | StoreError):
             raise UserError(str(cause)) from None
         raise  # a bug keeps its traceback
-
-
-@contextlib.contextmanager
-def advice_for_memory(config: DecidedConfig) -> Iterator[None]:
-    """Raise a UserError where torch gets no memory, because the same step would need as much after a restart."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        micro = config.train.micro_batch
-        length = config.data.max_length
-        changes = []
-        if micro > 1:
-            changes.append(f"train.micro_batch={micro // 2}")
-        elif not config.train.activation_checkpointing:
-            changes.append("train.activation_checkpointing=true")
-        changes.append(f"data.max_length={length // 2}")
-        raise UserError(
-            f"a worker has too little memory for train.micro_batch={micro} and data.max_length={length}: set"
-            f" {' or '.join(changes)} ({first_line(error)[:LONGEST]})"
-        ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    # torch has a type for GPUs only. A worker that the kernel kills for its memory dies without an exception.
-    of_gpu = type(error).__name__ == "OutOfMemoryError"
-    return of_gpu or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def describe(exceptions: Mapping[int, Exception]) -> str:

@@ -4,8 +4,9 @@ import contextlib
 import logging
 import platform
 import re
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from olora_ray.cluster import ray_internals
 from olora_ray.common import node_cache, storage
+from olora_ray.common.device import memory_of
 from olora_ray.common.errors import UserError
 from olora_ray.config.tables import Table
 
@@ -38,7 +40,7 @@ class NodeInfo:
     memory: int
     """Bytes of the machine, or the limit of its container."""
     gpu_memory: int | None = None
-    """Bytes of the smallest GPU; of the machine if its GPU shares the machine's memory; None without a GPU."""
+    """Bytes of the smallest GPU; None without a GPU, and if NVIDIA's driver does not tell them (AMD, MIG, GB10)."""
     storage_problem: str | None = None
     gpu_generation: tuple[int, int] | None = None
     """Compute capability of the oldest GPU, (8, 0) for Ampere; None without an NVIDIA GPU."""
@@ -75,8 +77,6 @@ def node_info(plugins: Sequence[tuple[Table, str]] = ()) -> NodeInfo:
         versions[f"{table.group}:{name}"] = shown
     memory = ray_internals.system_memory()
     oldest = min(ray_internals.gpu_generations(), default=None)
-    # A GPU that reports no memory of its own shares the machine's memory.
-    gpu_memory = min(ray_internals.gpu_memory(), default=None if oldest is None else memory)
     in_use = ray_internals.gpus_in_use()
     processes: list[int] = []
     for _, ids in in_use:
@@ -84,7 +84,7 @@ def node_info(plugins: Sequence[tuple[Table, str]] = ()) -> NodeInfo:
     return NodeInfo(
         versions,
         memory,
-        gpu_memory,
+        ray_internals.gpu_memory(),
         gpu_generation=oldest,
         driver_cuda=ray_internals.driver_cuda(),
         torch_cuda=_torch_cuda(),
@@ -140,6 +140,37 @@ def _answer(folder: str, node: str, plugins: Sequence[tuple[Table, str]]) -> Nod
     except (OSError, ValueError) as error:
         problem = f"cannot be read and written there: {_reason(error)}"
     return replace(info, storage_problem=problem)
+
+
+def gpu_memory_of(nodes: Sequence[dict[str, Any]], wanted: Mapping[str, float]) -> list[int | None]:
+    """Return the bytes that torch has on a worker's GPU on each of these nodes; None if no GPU becomes free there."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    answers = []
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        options = {"num_cpus": 0, "num_gpus": wanted["GPU"], "scheduling_strategy": there}
+        answers.append(ray.remote(_own_gpu).options(**options).remote(wanted["GPU"] >= 1))
+    end = time.monotonic() + WAIT
+    sizes: list[int | None] = []
+    for answer in answers:
+        size = None
+        try:
+            size = ray.get(answer, timeout=max(0.0, end - time.monotonic()))
+        except (TimeoutError, RayError):
+            ray.cancel(answer)
+        sizes.append(size)
+    return sizes
+
+
+def _own_gpu(whole: bool) -> int | None:
+    from olora_ray.cluster.worker_context import assigned_device
+
+    memory = memory_of(assigned_device())
+    if memory is None:
+        return None
+    free, total = memory
+    return free if whole else total  # other workers may hold a part of it
 
 
 @cache  # the nodes are asked several times, and the line is of use once

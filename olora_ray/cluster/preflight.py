@@ -128,12 +128,18 @@ def ask(config: AnyConfig) -> ClusterFacts:
     wanted = resources.of_worker(config.cluster, gpus_per_worker(config.cluster, has_gpus))
     schedulable = resources.schedulable_nodes()
     answers, silent = _answers(config, schedulable)
-    of_node = {node["NodeManagerAddress"]: node["Resources"] for node in schedulable}
-    nodes = []
+    of_node = {node["NodeManagerAddress"]: node for node in schedulable}
+    nodes: list[Node] = []
+    unsized = []
     for address, info in answers:
-        fits = resources.fit(wanted, of_node.get(address, {}))
-        if fits:
+        fits = resources.fit(wanted, of_node[address]["Resources"])
+        if fits and "GPU" in wanted and info.gpu_memory is None:
+            unsized.append(Node(address, info, fits))
+        elif fits:
             nodes.append(Node(address, info, fits))
+    sizes = node_facts.gpu_memory_of([of_node[asked.address] for asked in unsized], wanted)
+    for one, size in zip(unsized, sizes, strict=True):
+        nodes.append(replace(one, info=replace(one.info, gpu_memory=size)))
     now, most = _room(wanted)
     packing = KINDS.get(config.model.quantization)
     library = None if packing is None else packing.library
@@ -172,7 +178,7 @@ def memory_problems(
     """Yield each memory that the fewest workers lack, with advice; `kept`: the run resumes with its micro-batch."""
     if not nodes:
         return
-    for need in needs(config, base, size, expected):
+    for need in needs(config, base, size, expected, nodes):
         problem = missing(config.cluster.fewest, need, nodes)
         if problem is None:
             continue
@@ -208,8 +214,15 @@ def fits(
     nodes: Sequence[Node],
 ) -> bool:
     """True if the config's fewest workers fit, in the memory that depends on the size of the training."""
-    needed = (need for need in needs(config, base, size, expected) if need.advice is None)
+    if expected.gpu and unknown(nodes):
+        return False
+    needed = (need for need in needs(config, base, size, expected, nodes) if need.advice is None)
     return all(missing(config.cluster.fewest, need, nodes) is None for need in needed)
+
+
+def unknown(nodes: Sequence[Node]) -> bool:
+    """True if the memory of a GPU is not known: then the smallest plan is taken, and nothing is refused."""
+    return any(node.info.gpu_memory is None for node in nodes)
 
 
 def smaller(
@@ -237,6 +250,8 @@ def changes(config: DecidedConfig, expected: Expected) -> Iterator[dict[str, Any
     yield from _fewer_answers(config)
     change: dict[str, Any] = {}
     if not config.train.activation_checkpointing:
+        yield {"train.activation_checkpointing": "swiglu"}
+    if config.train.activation_checkpointing is not True:
         change["train.activation_checkpointing"] = True
         yield dict(change)
     micro = config.train.micro_batch
@@ -277,7 +292,11 @@ def _fewer_answers(config: DecidedConfig) -> Iterator[dict[str, Any]]:
 
 
 def needs(
-    config: DecidedConfig, base: BaseModel, size: MemoryEstimate, expected: Expected
+    config: DecidedConfig,
+    base: BaseModel,
+    size: MemoryEstimate,
+    expected: Expected,
+    nodes: Sequence[Node] = (),
 ) -> Iterator[Need]:
     running = size.total_bytes() + PROCESS_BYTES
     gpus = config.cluster.gpus_per_worker
@@ -290,7 +309,7 @@ def needs(
         running = max(running, PROCESS_BYTES + converted)
         yield Need("memory", running, lambda node: node.info.memory, None)
         return
-    running += PEER_BYTES * (config.cluster.fewest - 1)
+    running += PEER_BYTES * _peers(config.cluster.fewest, nodes)
     yield Need("GPU memory", running, lambda node: _gpu_memory(node) * gpus, None, each=True)
     advice = "use fewer workers per node: raise cluster.cpus_per_worker"
     if converted:
@@ -299,6 +318,15 @@ def needs(
         )
     held = PROCESS_BYTES + converted + COPIES * 4 * size.trainable
     yield Need("CPU memory", held, lambda node: node.info.memory, advice)
+
+
+def _peers(workers: int, nodes: Sequence[Node]) -> int:
+    """Return the number of workers with which a worker exchanges data (train/tree.py)."""
+    sizes = {node.fits for node in nodes}
+    each = min(sizes, default=workers)
+    if len(sizes) > 1 or workers % each:
+        return workers - 1
+    return each - 1 + workers // each - 1
 
 
 def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
@@ -316,7 +344,6 @@ def missing(fewest: int, need: Need, nodes: Sequence[Node]) -> str | None:
 
 
 def _gpu_memory(node: Node) -> float:
-    # AMD's GPUs do not report their memory. For them nothing is checked.
     return math.inf if node.info.gpu_memory is None else node.info.gpu_memory
 
 
@@ -499,7 +526,7 @@ def unusable_gpu(info: NodeInfo) -> str | None:
     instead = "or set cluster.gpus_per_worker=0"
     if torch.endswith("+cpu"):
         return f"has GPUs, and torch {torch}, which is for CPUs only: install torch for CUDA there, {instead}"
-    if info.gpu_memory is None and "+rocm" not in torch:
+    if info.gpu_generation is None and info.gpu_memory is None and "+rocm" not in torch:
         return f"has GPUs that NVIDIA's driver does not show: fix the driver, {instead}"
     if info.driver_cuda and info.torch_cuda and info.driver_cuda < info.torch_cuda:
         return (

@@ -302,13 +302,24 @@ def system_memory() -> int:
     return int(get_system_memory())
 
 
-def gpu_memory() -> list[int]:
-    """Return the bytes of each GPU of this machine that reports them; empty without one.
+def gpu_memory() -> int | None:
+    """Return the bytes of the smallest GPU of this machine; None without one, or if one does not tell its own.
 
-    GPUs that share the memory of the machine (GB10) and some parts of a GPU (MIG) do not report their memory. torch
-    would report the same, but takes memory on each GPU for it.
+    GPUs that share the memory of the machine (GB10) do not tell it, and a divided GPU (MIG) tells that of all parts.
     """
-    return _of_each_gpu(lambda pynvml, handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+    sizes = _of_each_gpu(_undivided)
+    if len(sizes) < len(gpu_generations()):
+        return None
+    return min(sizes, default=None)
+
+
+def _undivided(pynvml: Any, handle: Any) -> int:
+    divided = 0
+    with contextlib.suppress(pynvml.NVMLError):  # an older GPU has no such mode
+        divided, _ = pynvml.nvmlDeviceGetMigMode(handle)
+    if divided:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
 
 
 def gpus_in_use() -> list[tuple[int, list[int]]]:

@@ -21,7 +21,6 @@ from olora_ray.adapter.inject import find_targets, install, remove, wrap
 from olora_ray.adapter.layer import AdapterWeights, Factors
 from olora_ray.adapter.methods import method_named
 from olora_ray.adapter.optimizers.optimizer import optimizer_named
-from olora_ray.cluster.failures import is_out_of_memory
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker_context import (
     SharedBaseContext,
@@ -30,6 +29,7 @@ from olora_ray.cluster.worker_context import (
     platform_of,
 )
 from olora_ray.common import collectives, node_cache, records
+from olora_ray.common.device import is_of_gpu, lacks_memory
 from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError, first_line
 from olora_ray.common.fault_points import reached
 from olora_ray.common.text import plural, some
@@ -266,7 +266,8 @@ def _as_user_error(loss: SupervisedLoss) -> Iterator[None]:
         raise
     except Exception as error:
         # A failed exchange of a sharded base has the same types, and may pass.
-        if is_out_of_memory(error) or loss.sharded:
+        device = next(loss.parameters()).device
+        if loss.sharded or is_of_gpu(error) or lacks_memory(error, device):
             raise
         family = type(loss.model).__name__
         frames = traceback.extract_tb(error.__traceback__)

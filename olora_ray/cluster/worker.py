@@ -22,7 +22,7 @@ from torch import Tensor
 
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Saved, Started, give_signs_of_life, sent_to
-from olora_ray.cluster.failures import advice_for_memory
+from olora_ray.cluster.device_errors import advice_for_device
 from olora_ray.cluster.spec import GUARD, AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.start import (
     StartingPoint,
@@ -502,10 +502,15 @@ def train_at(
 ) -> TrainResult:
     """Train a spec. A UserError becomes the `problem` of the result."""
     try:
-        with sent_to(channel, lambda: context.rank == 0), advice_for_memory(spec.config):
+        with (
+            sent_to(channel, lambda: context.rank == 0),
+            advice_for_device(spec.config, context.device, spec.planned) as progress,
+        ):
             logger.info("loading the base model")
             requests = StopRequests(channel, context)
             start = starting_point(context, spec, checkpoints)
+            progress.state = start.state
+            progress.began = start.state.step
             return Worker(context, spec, checkpoints, channel, start, requests).run()
     except UserError as error:
         # Returned, not raised: the next group would meet the same problem again.

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olora_ray.common.device import is_of_gpu
 from olora_ray.common.errors import TryAgain, UserError
 
 Value = TypeVar("Value")
@@ -37,6 +38,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch has no narrower type for the errors of gloo
+        if is_of_gpu(error):
+            raise
         raise PeerLost(str(error).partition("\n")[0]) from error
 
 

@@ -92,6 +92,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables, which `verbose=0` does not turn off
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # With several AMD GPUs Ray would hide all but one from a worker, and Train would take the number of it among all.
+    "RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES": "1",
 }
 """Environment variables of the driver, set before Ray is imported, and of all workers."""
 

@@ -11,7 +11,7 @@ assumes what `Expected` says, and the checkpoint's state holds what was measured
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from olora_ray.config.load import (
     ADDED,
@@ -48,11 +48,15 @@ class DataConfig(Config):
     data: DecidedData
 
 
+Recompute = Literal["swiglu"] | bool
+"""Activations that the backward pass makes again: of all blocks (true), or two of each MLP."""
+
+
 class DecidedTrain(Train):
     """The training without `auto`, except for the learning rate."""
 
     micro_batch: PositiveInt
-    activation_checkpointing: bool
+    activation_checkpointing: Recompute
 
     def micro_batches(self) -> int:
         return -(-self.global_batch // self.micro_batch)
@@ -91,8 +95,8 @@ class DecidedConfig(DataConfig):
         """Return the largest number of micro-batches of one worker in a step; `workers` defaults to the maximum."""
         return -(-self.train.micro_batches() // (workers or self.cluster.most))
 
-    def with_step(self, micro_batch: int, recompute: bool) -> Self:
-        """Return the config with another micro-batch, and with or without recomputation."""
+    def with_step(self, micro_batch: int, recompute: Recompute) -> Self:
+        """Return the config with another micro-batch and recomputation."""
         values = {"train.micro_batch": micro_batch, "train.activation_checkpointing": recompute}
         return override(self, values)
 

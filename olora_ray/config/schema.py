@@ -237,9 +237,10 @@ class Train(Section):
     micro_batch: Literal["auto"] | PositiveInt = "auto"
     """Sequences that a worker processes at once; they are never split over workers. auto: on GPUs the largest equal
     parts of a step that fit in memory, decided once per run; without GPUs 4. A smaller value needs less memory."""
-    activation_checkpointing: Literal["auto"] | bool = "auto"
+    activation_checkpointing: Literal["auto", "swiglu"] | bool = "auto"
     """Recompute each block in the backward pass instead of keeping its activations: less memory, up to 50% more time,
-    the same result. auto: only if a step would otherwise not fit in the memory of a worker."""
+    the same result. swiglu: only act(gate(x)) and its product with up(x), about a third of the activations, in little
+    time. auto: the least of both with which a step fits in the memory of a worker."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that the same run gives the same bits. Slower; not measured how much."""
     objective: Annotated[str, NameIn(OBJECTIVES, also=("auto",))] = "auto"

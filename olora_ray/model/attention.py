@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olora_ray.common.device import lacks_memory
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.config.section import is_auto
@@ -78,7 +79,8 @@ def varlen_attention(
         value = F.pad(value, (0, size - narrow))
     if scaling is None:
         scaling = size**-0.5
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Not x[0], whose backward pass fills zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     attend = kernel()
     assert attend is not None
     output = attend(
@@ -93,7 +95,9 @@ def varlen_attention(
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return output[None, :, :, :narrow], None
+    if narrow < size:
+        output = output[:, :, :narrow]
+    return output.unsqueeze(0), None
 
 
 @lru_cache(maxsize=1)
@@ -122,9 +126,9 @@ def trial(dtype: torch.dtype, device: torch.device) -> str | None:
     """
     try:
         worst = max(_difference(dtype, device, window) for window in (None, _WINDOW))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if lacks_memory(error, device):
+            raise
         return f"its kernel fails here: {first_line(error)}"
     if worst <= _TOLERANCE:
         return None

@@ -24,7 +24,7 @@ from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.adapter.methods import method_named
 from olora_ray.adapter.optimizers.optimizer import optimizer_named
 from olora_ray.common.errors import UserError, first_line
-from olora_ray.config.decided import DecidedConfig, Expected
+from olora_ray.config.decided import DecidedConfig, Expected, Recompute
 from olora_ray.config.load import override
 from olora_ray.config.schema import Adapter
 from olora_ray.model import attention
@@ -140,7 +140,7 @@ def _batch(config: DecidedConfig, name: str) -> Batch:
     return collate([pack] * config.train.micro_batch, name)
 
 
-def _step_bytes(fake: FakeModel, batch: Batch, recompute: bool) -> int:
+def _step_bytes(fake: FakeModel, batch: Batch, recompute: Recompute) -> int:
     fake.run_again(recompute)
     # Only two chunks of the head are run, because the peak is in the second, while the results of the first are alive.
     # The other chunks are counted by hand: each has the hidden states of its positions, and their gradients.
@@ -226,8 +226,9 @@ PEAKS = {
 
 def peak_of(name: str) -> float | None:
     """Return the operations per second that the maker of a GPU states; None for an unknown one, and for a CPU."""
-    # The longest match: "L40S" also contains "L4".
-    known = max((part for part in PEAKS if part.lower() in name.lower()), key=len, default=None)
+    # The longest match of whole words: "A100-SXM4" is one, "RTX A1000" is none.
+    words = f" {name} ".replace("-", " ").lower()
+    known = max((part for part in PEAKS if f" {part.lower()} " in words), key=len, default=None)
     return None if known is None else PEAKS[known] * 1e12
 
 
@@ -251,8 +252,7 @@ class MemoryEstimate:
     selection: Selection
     answer_bytes: int = 0
     """Peak bytes of answers to held-out prompts, between steps."""
-    recompute: bool = False
-    """True if blocks are run again in the backward pass."""
+    recompute: Recompute = False
     gathered_bytes: int = 0
     """Bytes of gathered blocks of a sharded base; for a packed base, bytes of its largest unpacked layer."""
     problem: str | None = None

@@ -21,6 +21,7 @@ from olora_ray.adapter.candidates import Target
 from olora_ray.adapter.inject import inject
 from olora_ray.adapter.layer import Factors
 from olora_ray.adapter.methods import method_named
+from olora_ray.config.decided import Recompute
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch
 from olora_ray.train import parallel
@@ -87,7 +88,7 @@ class FakeModel:
                 inputs[name] = torch.empty_like(value)
         return replace(batch, inputs=inputs)
 
-    def run_again(self, on: bool) -> None:
+    def run_again(self, on: Recompute) -> None:
         self.loss.recompute = on
         parallel.install(self.loss)
         # `install` may have wrapped the forwards of skipped blocks too, so they are replaced after it.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from olora_ray.common import collectives
+from olora_ray.common.device import lacks_memory
 from olora_ray.common.errors import first_line
 from olora_ray.config.schema import Evaluation
 from olora_ray.model.packing import positions, takes_padding
@@ -124,7 +125,7 @@ def answer(
             outputs = greedy(model, prompts, max_new_tokens, eos, trainer.device, together=sharded)
         except Exception as error:
             # With a sharded base the error may be another worker's failure, which a restart may fix.
-            if sharded or isinstance(error, torch.OutOfMemoryError):
+            if sharded or lacks_memory(error, trainer.device):
                 raise
             problem = f"{type(model).__name__} cannot generate ({type(error).__name__}: {first_line(error)})"
             break

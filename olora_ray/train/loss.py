@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from olora_ray.config.decided import Recompute
 from olora_ray.model.packing import OutputHead, backbone
 from olora_ray.tokens.collate import PROMPT_ONCE, Batch
 
@@ -205,8 +206,9 @@ class SupervisedLoss(nn.Module):
         """True if FSDP has sharded the base: then all workers must run the model equally often (`parallel.shard`)."""
         self.given_masks = False
         """True if the model gets masks made of the positions, because its own masks ignore the positions."""
-        self.recompute = False
-        """True if the backward pass runs the blocks again; has no effect before `parallel.install`."""
+        self.recompute: Recompute = False
+        """True if the backward pass runs the blocks again; "swiglu": it makes two results of each MLP again. Has no
+        effect before `parallel.install`."""
         self.compile_blocks = self.compiled = False
         """True if training steps run the blocks compiled; has no effect before `parallel.install`. `compiled` is true
         while a step runs."""

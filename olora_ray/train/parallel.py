@@ -9,6 +9,7 @@ one fixed tree (train/tree.py). So accumulation needs no `no_sync`, the bits of 
 workers, and both strategies write the same checkpoint.
 """
 
+import inspect
 import logging
 import math
 import time
@@ -29,6 +30,7 @@ from olora_ray.adapter.candidates import plain_layers
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight
 from olora_ray.common import collectives, node_cache, storage
 from olora_ray.common.errors import UserError, short_reason
+from olora_ray.config.decided import Recompute
 from olora_ray.config.schema import Config
 from olora_ray.config.schema import Model as ModelConfig
 from olora_ray.model import attention
@@ -45,8 +47,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Two ways to run the blocks in a training step. Recomputation: only the input of each block is kept, and the backward
-# pass runs the block again. Compilation: torch.compile fuses what lies between the adapted layers and the attention.
+# Ways to run the blocks in a training step. Recomputation: only the input of each block is kept, and the backward pass
+# runs the block again; or the backward pass makes two results of each MLP again. Compilation: torch.compile fuses what
+# lies between the adapted layers and the attention.
+
+SWIGLU: Recompute = "swiglu"
+_FORMULA = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
+"""The forward of an MLP whose two results can be made again, without blanks; families share its text."""
 
 
 def install(loss: SupervisedLoss) -> None:
@@ -60,6 +67,47 @@ def install(loss: SupervisedLoss) -> None:
     for block in decoder_layers(loss.model):
         if not isinstance(block.forward, _Block):
             block.__dict__["forward"] = _Block(block.forward, loss)
+        if loss.recompute == SWIGLU:
+            for part in block.modules():
+                if hasattr(part, "act_fn") and not isinstance(part.forward, _SwiGLU):
+                    text = inspect.getsource(type(part).forward)
+                    if _FORMULA in "".join(text.split()):
+                        part.__dict__["forward"] = _SwiGLU(part, loss)
+
+
+class _SwiGLU:
+    """Forward of an MLP that makes act(gate(x)) and its product with up(x) again in the backward pass.
+
+    They are two of the four wide tensors that it would keep, and need no product of matrices.
+    """
+
+    def __init__(self, mlp: Any, loss: SupervisedLoss) -> None:
+        self.__wrapped__ = mlp.forward
+        self._mlp = mlp
+        self._loss = loss
+
+    def __call__(self, x: Tensor) -> Any:
+        if self._loss.recompute != SWIGLU or not torch.is_grad_enabled():
+            return self.__wrapped__(x)
+        mlp = self._mlp
+        gate = mlp.gate_proj(x)
+        up = mlp.up_proj(x)
+        kept_gate = gate.detach()
+        kept_up = up.detach()
+        again: dict[int, Callable[[], Tensor]] = {}
+
+        def pack(saved: Tensor) -> Any:
+            return again.get(saved.untyped_storage()._cdata, saved)
+
+        def unpack(packed: Any) -> Any:
+            return packed() if callable(packed) else packed
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            active = mlp.act_fn(gate)
+            again[active.untyped_storage()._cdata] = lambda: mlp.act_fn(kept_gate)
+            product = active * up
+            again[product.untyped_storage()._cdata] = lambda: mlp.act_fn(kept_gate) * kept_up
+            return mlp.down_proj(product)
 
 
 class _Block:
@@ -79,7 +127,7 @@ class _Block:
         if cached or not torch.is_grad_enabled():
             return self.__wrapped__(*inputs, **named)
         run = self._compiled if self._loss.compiled else self.__wrapped__
-        if not self._loss.recompute:
+        if self._loss.recompute is not True:
             return run(*inputs, **named)
         # `checkpoint` keeps the random state of the devices of its positional arguments, so named inputs are passed as
         # positional ones too.

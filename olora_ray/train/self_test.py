@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight, TakenWeight
+from olora_ray.common.device import lacks_memory
 from olora_ray.common.errors import UserError, as_user_error, first_line
 from olora_ray.common.text import some
 from olora_ray.config.decided import AnyDecided
@@ -473,6 +474,7 @@ class _Trial:
 
     def _try(self, name: str) -> tuple[str | None, Differences | None]:
         self.only_beside = False
+        part = "forward"
         try:
             self.model.set_attn_implementation(name)
             differences = self._differences(name, self.examples)
@@ -480,6 +482,9 @@ class _Trial:
                 alone = self._differences(name, self.examples[1:2])
                 self.only_beside = alone.problem() is None
                 differences = differences if self.only_beside else alone
+            if differences.problem() is None:
+                part = "backward pass"
+                self._run_backward(name)
         except (
             UserError,
             ImportError,
@@ -489,12 +494,12 @@ class _Trial:
             AttributeError,
             LookupError,
         ) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if lacks_memory(error, self.device):
                 raise
             why = first_line(error)
             if isinstance(error, UserError):
                 return why.partition(": ")[2].partition(";")[0], None
-            return f"its forward fails: {type(error).__name__}: {why}", None
+            return f"its {part} fails: {type(error).__name__}: {why}", None
         where = "in its sequence" if self.packed else "in its micro-batch"
         return differences.problem(where if self.only_beside else None), differences
 
@@ -522,17 +527,51 @@ class _Trial:
             tolerance=TOLERANCE[self.model.dtype],
         )
 
+    def _run_backward(self, name: str) -> None:
+        """Run the backward pass of all blocks. Some kernels lack it for a size of heads or a GPU.
+
+        `check_adapters` compares its gradients.
+        """
+        _, batch = self._laid_out(name, [ids for ids, *_ in self.examples])
+        first, *_ = decoder_layers(self.model)
+        with torch.enable_grad(), _with_gradient(first):
+            total: Tensor = self.loss(batch)
+            if total.requires_grad:
+                total.backward()
+
+    def _laid_out(self, name: str, texts: Sequence[Ids]) -> tuple[list[Sequence[Ids]], Batch]:
+        """Return the texts of each sequence, and their batch, as in the training."""
+        groups = [texts[:2], texts[2:]] if self.packed else [[one] for one in texts]
+        packs = [one_pack(group) for group in groups if group]
+        return list(groups), collate(packs, name).to(self.device)
+
     def _run(
         self, name: str, texts: Sequence[Ids], given: Mapping[int, Outputs], but_last: bool = False
     ) -> tuple[list[Outputs], Tensor]:
-        # The texts are laid out as in the training. Outputs are recorded only for the texts in `given`.
-        groups = [texts[:2], texts[2:]] if self.packed else [[one] for one in texts]
-        batch = collate([one_pack(group) for group in groups if group], name).to(self.device)
+        # Outputs are recorded only for the texts in `given`.
+        groups, batch = self._laid_out(name, texts)
         ids: Any = batch.inputs["input_ids"]
         positions = _positions(groups, ids)
         rows = [positions[number][: -1 if but_last else None] for number in given]
         with _parts(self.model, ids.shape, rows, list(given.values())) as outputs:
             return outputs, self.loss.each(batch)
+
+
+@contextmanager
+def _with_gradient(block: nn.Module) -> Iterator[None]:
+    """Give the input of a block a gradient, as adapters in the blocks before it would."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not inputs:
+            return inputs
+        # A copy, because some families change it in place.
+        return inputs[0].detach().requires_grad_().clone(), *inputs[1:]
+
+    handle = block.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 # Test of a model's adapters before the first step: they change nothing yet, and a gradient reaches each.

@@ -1,7 +1,6 @@
 """One line about what happened to a group of workers."""
 
 import pytest
-import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
@@ -10,13 +9,8 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from olora_ray.cluster.failures import (
-    Failure,
-    SharedBaseDied,
-    advice_for_memory,
-)
-from olora_ray.common.errors import StoreUnavailable, TryAgain, UserError
-from tests import tiny
+from olora_ray.cluster.failures import Failure, SharedBaseDied
+from olora_ray.common.errors import StoreUnavailable, TryAgain
 
 GLOO = RuntimeError(
     "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"
@@ -91,14 +85,6 @@ def test_the_cause_is_named_and_whether_it_counts(
 ) -> None:
     assert expected is None or Failure(error).cause == expected
     assert Failure(error).counts is counted
-
-
-@pytest.mark.parametrize(
-    ("error", "advised"), [(torch.OutOfMemoryError("CUDA"), True), (RuntimeError("NCCL"), False)]
-)
-def test_only_a_lack_of_memory_is_advised_as_one(error: RuntimeError, advised: bool) -> None:
-    with pytest.raises(UserError if advised else RuntimeError), advice_for_memory(tiny.decided()):
-        raise error
 
 
 def test_a_store_that_does_not_answer_is_told_apart() -> None:

@@ -1,5 +1,7 @@
 """The defaults on GPUs: each has a worker and as much work as fits; what others hold of it is seen."""
 
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from olora_ray.cluster.node_facts import NodeInfo
 from olora_ray.config.decided import Kept
 from olora_ray.config.load import override
 from olora_ray.config.schema import Config
-from olora_ray.model.source import obtain
+from olora_ray.model.source import BaseModel, obtain
 from tests import tiny
+from tests.pipelines import project
 from tests.refused import refused
 from tests.said import said
 
@@ -75,6 +78,65 @@ def test_every_gpu_has_an_equal_part_of_a_step(
     assert decide(found, tiny.of_data(found), base, cluster).config == found
     kept = Kept({"train.micro_batch": 7})
     assert decide(config, data, base, cluster, kept).config.train.micro_batch == 7
+
+
+@pytest.fixture(scope="module")
+def of_8b(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Llama-3.1-8B without its numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(project.ROOT / "benchmarks")
+        common = importlib.import_module("common")
+    shape = common.llama_shape(128256, 4096, 14336, 32, 32, 8)
+    found: BaseModel = common.hollow(tmp_path_factory.mktemp("8b") / "model", "llama", shape)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("told", "seen", "generation"),
+    [
+        pytest.param(80.0, None, (9, 0), id="H100"),
+        pytest.param(None, 19.5, (9, 0), id="MIG 1g.20gb"),
+        pytest.param(None, 64.0, None, id="AMD"),
+        pytest.param(None, None, None, id="AMD, all busy"),
+        pytest.param(22.5, None, (8, 6), id="A10G"),
+        pytest.param(15.0, None, (7, 5), id="T4"),
+    ],
+)
+def test_a_plan_takes_no_more_than_the_gpu_has(
+    monkeypatch: pytest.MonkeyPatch,
+    of_8b: BaseModel,
+    told: float | None,
+    seen: float | None,
+    generation: tuple[int, int] | None,
+) -> None:
+    config = tiny.config(
+        model__name=of_8b.folder,
+        train__global_batch=16,
+        train__micro_batch="auto",
+        cluster__gpus_per_worker=1,
+        data__max_length=2048,
+    )
+    machine(monkeypatch, gpus=1)
+    sizes = [None if each is None else int(each * GIB) for each in (told, seen)]
+    info = replace(
+        node_facts.node_info(), gpu_memory=sizes[0], gpu_free=None, gpu_generation=generation
+    )
+    monkeypatch.setattr(node_facts, "node_info", lambda *_: info)
+    monkeypatch.setattr(node_facts, "gpu_memory_of", lambda nodes, _: sizes[1:] * len(nodes))
+    cluster = preflight.ask(config)
+    made = decide(config, tiny.of_data(config), of_8b, cluster)
+    planned = made.size.total_bytes() + preflight.PROCESS_BYTES
+    refused = [
+        *preflight.memory_problems(made.config, of_8b, made.size, made.expected, cluster.nodes)
+    ]
+    card = told or seen
+    if card is None:
+        train = made.config.train
+        assert (train.micro_batch, train.activation_checkpointing) == (1, True)
+        assert not refused
+    else:
+        assert bool(refused) == (planned > card * GIB)
+        assert bool(refused) == (card < 16)
 
 
 def _require(config: Config) -> None:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,28 +12,38 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from olora_ray.cluster import node_facts, preflight, ray_internals
+from olora_ray.cluster.address import allocator
 from olora_ray.cluster.resources import free_abandoned
+from olora_ray.cluster.worker_context import VISIBLE, device_of
 from olora_ray.common.logs import ENVIRONMENT
 from tests.waiting import until
 
 PACKAGE = Path(ray_internals.__file__).parents[1]
 
 
-def test_a_gpu_that_shares_the_machines_memory_has_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVIDIA's driver says "Not Supported" of its memory (GB10), and all else."""
+def test_a_gpu_whose_memory_is_not_told_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's driver says "Not Supported" of it (GB10), or tells the memory of all parts (MIG)."""
     put_gpus(monkeypatch, [None], [(12, 1)])
     found = node_facts.node_info()
     assert found.gpu_generation == (12, 1)
-    assert found.gpu_memory == found.memory == ray_internals.system_memory()
+    assert found.gpu_memory is None
     assert preflight.unusable_gpu(replace(found, versions={"torch": "2.13.0+cu130"})) is None
-    put_gpus(monkeypatch, [None, 2**34], [(12, 1)] * 2)  # beside it is one with a memory of its own
+    put_gpus(monkeypatch, [None, 2**34], [(12, 1)] * 2)  # beside it is one that tells its own
+    assert node_facts.node_info().gpu_memory is None
+    put_gpus(monkeypatch, [2**35, 2**34], [(12, 1)] * 2)
     assert node_facts.node_info().gpu_memory == 2**34
+    put_gpus(monkeypatch, [80 * 2**30], [(9, 0)], divided=True)
+    assert node_facts.node_info().gpu_memory is None
 
 
 def put_gpus(
-    monkeypatch: pytest.MonkeyPatch, memory: list[int | None], generations: list[tuple[int, int]]
+    monkeypatch: pytest.MonkeyPatch,
+    memory: list[int | None],
+    generations: list[tuple[int, int]],
+    divided: bool = False,
 ) -> None:
     """Have NVIDIA's library tell of these GPUs."""
     from ray._private.thirdparty import pynvml
@@ -48,6 +59,7 @@ def put_gpus(
         "nvmlDeviceGetCount": lambda: len(memory),
         "nvmlDeviceGetHandleByIndex": lambda number: number,
         "nvmlDeviceGetMemoryInfo": memory_of,
+        "nvmlDeviceGetMigMode": lambda handle: [int(divided)] * 2,
         "nvmlDeviceGetCudaComputeCapability": lambda handle: generations[handle],
     }
     for name, told in answers.items():
@@ -172,3 +184,35 @@ def test_the_coordinator_is_the_one_that_trains_controller_asks_for() -> None:
 
     ours = default_autoscaling_coordinator.get_or_create_autoscaling_coordinator
     assert autoscaling_coordinator_client.get_or_create_autoscaling_coordinator is ours
+
+
+def test_a_worker_on_one_of_several_amd_gpus_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own code, with our variables: hidden GPUs would have other numbers than those that Train gives out."""
+    from ray._private.accelerators.amd_gpu import AMDGPUAcceleratorManager
+
+    for name in VISIBLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    AMDGPUAcceleratorManager.set_current_process_visible_accelerator_ids(["3"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(8))))  # as Train does
+    assert "HIP_VISIBLE_DEVICES" not in os.environ
+    assert device_of(["3"], os.environ) == torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "a:1"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "b:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "b:1"}),
+    ],
+)
+def test_the_users_setting_of_torchs_memory_stays(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert allocator() == expected

@@ -11,14 +11,22 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from olora_ray.cluster.spec import TrainSpec
+from olora_ray.cluster.worker import StopRequests, train_at
+from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common import node_cache
 from olora_ray.model.attention import kernel
+from olora_ray.model.source import BaseModel
+from olora_ray.train.loop import Trainer
+from olora_ray.train.loss import SupervisedLoss
 from tests import crew, device_walk, tiny
+from tests.cluster.test_worker import Channel
 from tests.crew import Crew
 from tests.device import exchange, gpu, runs
 from tests.device.mistakes import ONE_WORKER, TWO_WORKERS, broken, planted
@@ -206,6 +214,75 @@ def _assert_same(here: Outcome, there: Outcome, asked: Run) -> None:
     assert there.losses == pytest.approx(here.losses, rel=OFF[dtype])
     assert there.held_out == pytest.approx(here.held_out, rel=OFF[dtype])
     assert dtype != "float32" or there.answers == here.answers
+
+
+# Errors of the device in its first steps: one sentence with advice, whatever their type.
+
+FULL, FREE = 2**20, 40 * 2**30
+"""Free bytes of the device when an error is looked at."""
+NCCL = (
+    "NCCL error, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to"
+    " CUDA calloc async 25165824 bytes"
+)
+PLANTED: list[tuple[str, str, int, str]] = [
+    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2 GiB", FREE, "micro_batch"),
+    ("OutOfMemoryError", "HIP out of memory. Tried to allocate 2 GiB", FREE, "micro_batch"),
+    ("AcceleratorError", "CUDA error: out of memory", FULL, "micro_batch"),
+    ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED", FULL, "micro_batch"),
+    ("RuntimeError", "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED", FULL, "micro_batch"),
+    ("RuntimeError", "Triton Error [CUDA]: out of memory", FULL, "micro_batch"),
+    ("DistBackendError", NCCL, FULL, "micro_batch"),
+    ("AcceleratorError", "CUDA error: no kernel image is available", FREE, "another node"),
+    ("AcceleratorError", "CUDA error: uncorrectable ECC error", FREE, "another node"),
+    ("RuntimeError", "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", FREE, "another node"),
+]
+
+
+@pytest.mark.parametrize("where", ["base", "step"])
+def test_an_error_of_the_device_ends_in_advice(
+    child: ProcessPoolExecutor, tmp_path: Path, where: str
+) -> None:
+    found = child.submit(_problems, tmp_path, where).result()
+    for (_, text, _, advice), problem in zip(PLANTED, found, strict=True):
+        assert text.partition("\n")[0] in problem
+        if where == "base" and text.endswith("EXECUTION_FAILED"):  # or the model's code is wrong
+            assert problem.endswith("name another model")
+        else:
+            assert "61.0 GiB were planned" in problem
+            assert advice in problem
+
+
+def _problems(folder: Path, where: str) -> list[str | None]:
+    """Return, in the child, how a training ends with each of the errors, in the self-test or in the second step."""
+    types = {
+        each.__name__: each
+        for each in (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistBackendError)
+    }
+    device = gpu.load()
+    found = []
+    for number, (name, text, free, _) in enumerate(PLANTED):
+        config = tiny.decided(**runs.SETTINGS | {"train__micro_batch": 4})
+        base = BaseModel("m", "/m", "")
+        spec = TrainSpec(config, base, "tokenizer", (1,), tiny.store(8), None, planned=61 * 2**30)
+        model = tiny.llama()
+        error = types.get(name, RuntimeError)(text)
+        steps = Trainer.step
+
+        def fails(*given: Any, steps: Any = steps, error: Any = error, **named: Any) -> Any:
+            if where == "base" or given[1] == 1:
+                raise error
+            return steps(*given, **named)
+
+        failing = mock.patch.object(Trainer, "step", fails)
+        if where == "base":
+            failing = mock.patch.object(model.model, "forward", fails)
+        memory = mock.patch.object(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2**36))
+        context = SharedBaseContext(SharedBase(SupervisedLoss(model), device))
+        quiet = mock.patch.object(StopRequests, "_listen")
+        with failing, memory, quiet:
+            result = train_at(context, spec, str(folder / f"{where}{number}"), Channel())
+        found.append(result.problem)
+    return found
 
 
 # Two workers.

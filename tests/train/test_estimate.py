@@ -9,7 +9,7 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
 from olora_ray.model.source import obtain
-from olora_ray.train.estimate import estimate
+from olora_ray.train.estimate import estimate, peak_of
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, COMMON, EXPERTS
@@ -110,3 +110,18 @@ def test_sequences_that_are_too_long_for_the_model_are_refused_at_once(tmp_path:
     config = tiny.decided(model__name=str(tmp_path), data__max_length=65)
     with pytest.raises(UserError):
         estimate(config, obtain(config), tiny.ON_CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A10G", 125),
+    ],
+)
+def test_only_a_gpu_of_this_name_has_its_makers_peak(name: str, tflops: int | None) -> None:
+    assert peak_of(name) == (None if tflops is None else tflops * 1e12)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olora_ray.adapter.layer import AdaptedLinear
+from olora_ray.config.decided import Recompute
 from olora_ray.tokens.collate import Batch, collate
 from olora_ray.train.generate import Question, answer
 from olora_ray.train.held_out import evaluate
@@ -25,7 +26,7 @@ FAMILIES = ["llama", "gemma2", "gpt2", "qwen3_moe", "gpt_oss", "mamba2", "deepse
 CPU = torch.device("cpu")
 
 
-def trainer(model: Any, on: bool, **changes: Any) -> Trainer:
+def trainer(model: Any, on: Recompute, **changes: Any) -> Trainer:
     """Return a trainer whose blocks are recomputed if `on`."""
     made = tiny.trainer(tiny.decided(**changes), model=model)
     made.loss.recompute = on
@@ -68,24 +69,25 @@ def test_packed_sequences_have_the_same_bits(
     attention: str, dtype: torch.dtype, dropout: float
 ) -> None:
     batch = collate([tiny.pack(9, 7, 4), tiny.pack(12)], attention)
-    models = [tiny.llama(attention=attention, dtype=dtype) for _ in range(2)]
+    models = [tiny.llama(attention=attention, dtype=dtype) for _ in range(3)]
     assert_same_bits(models, batch, dropout)
 
 
 def assert_same_bits(models: list[Any], batch: Batch, dropout: float) -> None:
     found = []
-    for model, on in zip(models, (False, True), strict=True):
+    for model, on in zip(models, (False, "swiglu", True), strict=True):
         made = trainer(model, on, adapter__dropout=dropout)
         count = runs(made.loss.model)
         found.append(gradient(made, batch))
-        assert len(count) == (2 if on else 1)
-    assert same(*found)
+        assert len(count) == (2 if on is True else 1)
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_block_has_the_same_bits(family: str) -> None:
     batch = collate([tiny.pack(9), tiny.pack(12, seed=1)], "sdpa")
-    assert_same_bits([zoo.make(ALL[family]) for _ in range(2)], batch, dropout=0.1)
+    assert_same_bits([zoo.make(ALL[family]) for _ in range(3)], batch, dropout=0.1)
 
 
 def _steps(

@@ -103,6 +103,30 @@ def test_a_kernel_that_fails_in_the_first_forward_is_passed_over(dtype: torch.dt
     assert "its forward fails: NotImplementedError: Could not run" in found.passed_over["varlen"]
 
 
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("FlashAttention backward for head dim > 192 needs another GPU")
+
+
+@pytest.mark.usefixtures("varlen_first")
+def test_a_kernel_that_fails_in_the_backward_pass_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def attend(*given: Any, **named: Any) -> Any:
+        output, _ = attention.segment_attention(*given, **named)
+        return NoBackward.apply(output), None  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(attention, "varlen_attention", attend)
+    found = chosen(tiny.llama(attention="varlen"))
+    assert found.attention == "sdpa"
+    assert "its backward pass fails: RuntimeError" in found.passed_over["varlen"]
+
+
 @NEWER
 @DTYPES
 @pytest.mark.usefixtures("varlen_first")

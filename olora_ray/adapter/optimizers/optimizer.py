@@ -8,7 +8,8 @@ and the optimizer has two tensors.
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Protocol
@@ -71,6 +72,38 @@ class FlatAdapters:
         """Write named tensors into a flat vector; raises KeyError if one is missing."""
         for name in self.slots:
             self.view(vector, name).copy_(named[name])
+
+
+def alike(layers: Mapping[str, AdaptedWeight]) -> list[list[str]]:
+    """Return the names of the layers in groups that have one shape, and one scale, each."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        groups[layer.da.shape[-2:], layer.db.shape[-2:], layer.db.dim(), layer.scale].append(name)
+    return list(groups.values())
+
+
+def a_of(layers: Sequence[AdaptedWeight]) -> Sequence[Tensor]:
+    """Return A0 + dA of each of these layers."""
+    return torch._foreach_add([layer.a0 for layer in layers], [layer.da for layer in layers])
+
+
+def b_of(layers: Sequence[AdaptedWeight]) -> Sequence[Tensor]:
+    """Return B0 + dB of each of these layers, of which all have a B0 or none has."""
+    changes: list[Tensor] = [layer.db for layer in layers]
+    starts = [layer.b0 for layer in layers if layer.b0 is not None]
+    if not starts:
+        return changes
+    return torch._foreach_add(starts, changes)
+
+
+def inverse_of(root: Tensor) -> Tensor:
+    """Return (root root^T)^-1 for lower triangles `root` ((L x) r x r)."""
+    if root.device.type == "cpu":
+        return torch.cholesky_inverse(root)
+    # On GPUs cholesky_inverse and cholesky_solve take one matrix after the other, with kernels for each.
+    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    half: Tensor = torch.linalg.solve_triangular(root, eye, upper=False)
+    return half.mT @ half
 
 
 class Update(ABC):

@@ -17,12 +17,21 @@ Related: LoRA-Muon and LoRA-TSD (steps for pairs of factors), LoRA-RITE (arXiv 2
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from olora_ray.adapter.optimizers.optimizer import FlatAdapters, Optimizer, Settings, Update
+from olora_ray.adapter.optimizers.optimizer import (
+    FlatAdapters,
+    Optimizer,
+    Settings,
+    Update,
+    a_of,
+    alike,
+    b_of,
+    inverse_of,
+)
 
 MOMENTUM = 0.9
 KAPPA = 3.0
@@ -32,7 +41,7 @@ RATE = 0.004
 """Peak rate of a training of 20 steps at rank 16 (docs/generated/settings.jsonl: tuned rates of four starts on three
 tasks, 0.0015 to 0.006)."""
 AT_ONCE = 2**20
-"""Numbers of layers of one shape that are computed together."""
+"""Numbers of layers of one shape that a CPU computes together, because they fit its cache."""
 
 
 class Spectral(Update):
@@ -41,28 +50,40 @@ class Spectral(Update):
     keys = ("momentum",)
 
     def __init__(
-        self, flat: FlatAdapters, config: Settings, sizes: Mapping[str, Tensor] | None = None
+        self,
+        flat: FlatAdapters,
+        config: Settings,
+        sizes: Mapping[str, Tensor] | None = None,
+        whole: bool | None = None,
     ) -> None:
+        """Prepare the momentum. `whole`: all layers of a rank are computed together; None: on GPUs only."""
         super().__init__(flat, config, sizes)
-        self.adapted = flat.layers
         self.momentum = self.moments["momentum"]
         self.sizes = {
             name: size.to(flat.vector.device)
             for name, size in self.sizes.items()
-            if name in self.adapted
+            if name in flat.layers
         }
-        alike: dict[tuple[torch.Size, torch.Size], list[str]] = defaultdict(list)
-        for name, layer in self.adapted.items():
-            alike[layer.da.shape[-2:], layer.db.shape[-2:]].append(name)
-        self.groups: list[list[str]] = []
-        for names in alike.values():
-            self.groups += self._parts(names)
+        if whole is None:
+            whole = flat.vector.device.type != "cpu"
+        self.rounds: list[list[list[str]]] = []
+        """Groups of layers of one shape, by the rounds in which they are computed."""
+        if whole:
+            # A kernel for few layers takes a GPU as long as one for all.
+            ranks: dict[int, list[list[str]]] = defaultdict(list)
+            for names in alike(flat.layers):
+                ranks[flat.layers[names[0]].da.shape[-2]].append(names)
+            self.rounds = list(ranks.values())
+        else:
+            for names in alike(flat.layers):
+                self.rounds += [[part] for part in self._parts(names)]
 
     def _parts(self, names: list[str]) -> list[list[str]]:
         parts: list[list[str]] = []
         numbers = AT_ONCE
         for name in names:
-            more = self.adapted[name].da.numel() + self.adapted[name].db.numel()
+            layer = self.flat.layers[name]
+            more = layer.da.numel() + layer.db.numel()
             if numbers + more > AT_ONCE:
                 parts = [*parts, []]
                 numbers = 0
@@ -71,13 +92,8 @@ class Spectral(Update):
         return parts
 
     def update(self, lr: float) -> None:
-        far = {}
-        for name, layer in self.adapted.items():
-            gradient = self.flat.view(self.flat.grad, f"{name}.db")
-            used: Tensor | float = 1.0
-            if gradient.dim() > 2:  # an expert that has seen no token stands still
-                used = gradient.flatten(1).any(1)
-            far[name] = self.sizes[name] * used * (lr / layer.scale)
+        # Before the momentum: an expert that has seen no token in this step stands still.
+        far = [[self._far(names, lr) for names in groups] for groups in self.rounds]
         self.momentum.lerp_(self.flat.grad, 1 - MOMENTUM)
         # Nesterov's momentum, but for its length.
         share = (
@@ -88,25 +104,42 @@ class Spectral(Update):
         )
         self.flat.grad.mul_(share).add_(self.momentum)
         self.flat.vector.mul_(1 - lr * self.config.weight_decay)
-        for names in self.groups:
-            self._move(names, torch.cat([far[name] for name in names])[:, None, None])
+        for groups, each in zip(self.rounds, far, strict=True):
+            self._move(groups, torch.cat(each)[:, None, None])
 
-    def _move(self, names: list[str], far: Tensor) -> None:
-        layers = [self.adapted[name] for name in names]
-        a = _flat([layer.a0 + layer.da for layer in layers])
-        b = _flat([layer.db if layer.b0 is None else layer.b0 + layer.db for layer in layers]).mT
-        of_a = _flat([self.flat.view(self.flat.grad, f"{name}.da") for name in names])
-        of_b = _flat([self.flat.view(self.flat.grad, f"{name}.db") for name in names])
-        root_a = _root(a)
-        limit = (KAPPA * far.double()).square() * torch.cholesky_inverse(root_a)
-        step_b = _step(far * self.config.lr_ratio, root_a, of_b.mT)
-        step_a = _step(far, _root(b, limit), of_a)
-        start = 0
-        for name, layer in zip(names, layers, strict=True):
-            stop = start + len(self.sizes[name])
-            layer.da.add_(step_a[start:stop].view_as(layer.da))
-            layer.db.add_(step_b[start:stop].mT.reshape(layer.db.shape))
-            start = stop
+    def _far(self, names: list[str], lr: float) -> Tensor:
+        """Return how far the weight of each layer or expert moves: one number per weight, divided by the scale."""
+        first = self.flat.layers[names[0]]
+        sizes = torch.cat([self.sizes[name] for name in names])
+        if first.db.dim() > 2:
+            sizes = sizes * self._gradient(names, "db").flatten(1).any(1)
+        return sizes * (lr / first.scale)
+
+    def _move(self, groups: list[list[str]], far: Tensor) -> None:
+        layers = [[self.flat.layers[name] for name in names] for names in groups]
+        root_a = _root(torch.cat([_gram(_flat(a_of(each))) for each in layers]))
+        limit = (KAPPA * far.double()).square() * inverse_of(root_a)
+        root_b = _root(torch.cat([_gram(_flat(b_of(each)).mT) for each in layers]) + limit)
+        of_b = [self._gradient(names, "db").mT for names in groups]
+        of_a = [self._gradient(names, "da") for names in groups]
+        steps = _steps(
+            torch.cat([far * self.config.lr_ratio, far]), torch.cat([root_a, root_b]), of_b + of_a
+        )
+        for names in groups:
+            self._add(names, "db", next(steps).mT)
+        for names in groups:
+            self._add(names, "da", next(steps))
+
+    def _gradient(self, names: list[str], part: str) -> Tensor:
+        return _flat([self.flat.view(self.flat.grad, f"{name}.{part}") for name in names])
+
+    def _add(self, names: list[str], part: str, change: Tensor) -> None:
+        slots = [self.flat.slots[f"{name}.{part}"] for name in names]
+        sizes = [len(self.sizes[name]) for name in names]
+        parts = change.contiguous().split(sizes)
+        torch._foreach_add_(
+            slots, [each.view_as(slot) for each, slot in zip(parts, slots, strict=True)]
+        )
 
     def state(self, copied_to: str | None = None) -> dict[str, Tensor]:
         """Return momenta and sizes as named tensors; `copied_to` as in Update."""
@@ -115,19 +148,26 @@ class Spectral(Update):
 
     def load(self, named: Mapping[str, Tensor], step: int) -> None:
         super().load(named, step)
-        self.sizes = {name: named[f"{name}.size"].to(self.momentum.device) for name in self.adapted}
+        self.sizes = {
+            name: named[f"{name}.size"].to(self.momentum.device) for name in self.flat.layers
+        }
 
 
-def _flat(parts: list[Tensor]) -> Tensor:
+def _flat(parts: Sequence[Tensor]) -> Tensor:
     """Return all layers, and all experts of stacks, behind each other: L x rows x columns."""
     return torch.cat([part.reshape(-1, *part.shape[-2:]) for part in parts])
 
 
-def _root(rows: Tensor, more: Tensor | float = 0.0) -> Tensor:
-    """Return the Cholesky factor of rows rows^T + more in float64, without a check that waits for the device."""
+def _gram(rows: Tensor) -> Tensor:
+    """Return rows rows^T in float64."""
     # In float32 the rounding errors would be larger than what `_lifted` adds, if the rows are dependent.
     wide = rows.double()
-    factor: Tensor = torch.linalg.cholesky_ex(_lifted(wide @ wide.mT + more, 1e-6)).L
+    return wide @ wide.mT
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Return the Cholesky factor of a Gram matrix, without a check that waits for the device."""
+    factor: Tensor = torch.linalg.cholesky_ex(_lifted(gram, 1e-6)).L
     return factor
 
 
@@ -137,14 +177,19 @@ def _lifted(gram: Tensor, share: float) -> Tensor:
     return gram + torch.diag_embed((share * mean + smallest)[..., None].expand(gram.shape[:-1]))
 
 
-def _step(far: Tensor, root: Tensor, momentum: Tensor) -> Tensor:
-    """Return -far root^-T polar(root^-1 M), the step of a momentum M (L x r x n) in the metric root root^T."""
+def _steps(far: Tensor, root: Tensor, momenta: list[Tensor]) -> Iterator[Tensor]:
+    """Yield -far root^-T polar(root^-1 M), the steps of momenta M (L x r x n) in the metric root root^T.
+
+    `far` and `root` have the layers of all momenta behind each other.
+    """
+    sizes = [len(momentum) for momentum in momenta]
     # Not one r x r matrix times M: if the rows are dependent, its numbers differ by more than float32 holds.
     eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-    inverse = torch.linalg.solve_triangular(root, eye, upper=False).to(momentum.dtype)
-    along = inverse @ momentum
-    step: Tensor = (-far * inverse.mT @ _inverse_root(along @ along.mT)) @ along
-    return step
+    inverse = torch.linalg.solve_triangular(root, eye, upper=False).to(momenta[0].dtype)
+    along = [each @ momentum for each, momentum in zip(inverse.split(sizes), momenta, strict=True)]
+    turn = -far * inverse.mT @ _inverse_root(torch.cat([each @ each.mT for each in along]))
+    for each, turned in zip(along, turn.split(sizes), strict=True):
+        yield turned @ each
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""What a layer of Llama-3.1-8B costs on a GPU, counted without one: kernels, bytes, and activations that are kept."""
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from olora_ray.adapter.inject import find_targets, inject
+from olora_ray.adapter.layer import Factors
+from olora_ray.config.decided import Expected, Recompute
+from olora_ray.model import attention
+from olora_ray.tokens.collate import Batch, collate
+from olora_ray.train.estimate import measure
+from olora_ray.train.loop import train_mode
+from olora_ray.train.loss import SupervisedLoss
+from tests import tiny
+from tests.kernels import Kernels
+
+TOKENS = 8192
+RANK = 16
+KERNELS = 153
+"""Most kernels of a layer and micro-batch, forward and backward, without the attention itself."""
+ELEMENTWISE = 12.4
+"""Most GiB that operators between the products and the attention of a layer read and write."""
+pytestmark = pytest.mark.skipif(attention.kernel() is None, reason="needs a newer torch")
+
+
+def llama(layers: int, kind: str) -> Any:
+    with torch.device("meta"):
+        return tiny.llama(
+            vocab_size=128256,
+            attention=kind,
+            dtype=torch.bfloat16,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+        )
+
+
+def counted(layers: int) -> Kernels:
+    """Count the second micro-batch of a step: the first joins the factors."""
+    model = llama(layers, "varlen")
+    loss = SupervisedLoss(model)
+    with torch.device("meta"):
+        factors = {
+            name: Factors(torch.empty(RANK, target.shape[1]), torch.empty(target.shape[0], RANK))
+            for name, target in find_targets(model, "all-linear", RANK).items()
+        }
+        adapted = inject(model, factors, 1.0)
+        for layer in adapted.values():
+            for part in (layer.da, layer.db):
+                part.grad = torch.empty_like(part)
+    train_mode(adapted, True)
+    whole = collate([tiny.pack(*[1024] * (TOKENS // 1024))], "varlen")
+    inputs = {
+        name: value.to("meta") if isinstance(value, Tensor) else value
+        for name, value in whole.inputs.items()
+    }
+    batch = replace(whole, inputs=inputs)
+    # torch knows no autocast for the meta device.
+    with mock.patch.object(torch, "is_autocast_enabled", return_value=False):
+        for _ in range(2):
+            seen = step(loss, batch)
+    return seen
+
+
+def step(loss: SupervisedLoss, batch: Batch) -> Kernels:
+    with Kernels() as seen:
+        hidden = loss.hidden(batch)
+        hidden.backward(torch.empty_like(hidden))
+    return seen
+
+
+def test_a_layer_costs_no_more_than_before() -> None:
+    two, three = counted(2), counted(3)
+    kernels = three.counts - two.counts
+    size = three.bytes - two.bytes
+    assert (kernels["product"], kernels["thin product"]) == (14, 42)
+    assert kernels.total() <= KERNELS
+    assert size["elementwise"] / 2**30 <= ELEMENTWISE
+
+
+@pytest.mark.parametrize(("again", "most"), [(False, 43.3), ("swiglu", 29.3), (True, 4.2)])
+def test_the_activations_that_are_kept(again: Recompute, most: float) -> None:
+    model = llama(32, "sdpa")
+    config = tiny.decided(
+        data__max_length=4096,
+        adapter__rank=RANK,
+        train__micro_batch=2,
+        train__activation_checkpointing=again,
+    )
+    targets = find_targets(model, "all-linear", RANK)
+    found = measure(model, targets, config, Expected(True, "bfloat16", "auto"))
+    assert found.problem is None
+    assert 0.95 * most < found.step / 2**30 <= most
