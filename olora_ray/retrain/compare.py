@@ -66,12 +66,10 @@ class RowSet:
 
 @dataclass(frozen=True)
 class Candidate(Version):
-    """A version with a part of its change, before it is registered."""
+    """A part of a version's change, which is not registered."""
 
-    factor: float = 1.0
-    """The part of the change."""
     adapter: str = ""
-    """Its folder: a plain LoRA for the base model."""
+    """Folder of a plain LoRA for the base model, whose name says which part."""
 
 
 def guard(config: Config, inputs: Inputs) -> RowSet | None:
@@ -272,12 +270,9 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
     if missing:
         with connection.connect(inputs.config) as (_, cluster):
             preflight.require(decide_evaluation(inputs.config, cluster), cluster)
-            opened: dict[str, tuple[AnyConfig, Base, str | None]] = {}
+            opened = {}
             for note, (version, rows) in missing.items():
-                if isinstance(version, Candidate):
-                    opened[note] = (rows.config, inputs.base, version.adapter)
-                else:
-                    opened[note] = _opened(rows.config, version)
+                opened[note] = _opened(inputs.base, rows.config, version)
             _same_tokens([*tokenizers, *(base.spec.digest for _, base, _ in opened.values())])
             for note, (named, own, adapter) in opened.items():
                 version, rows = missing[note]
@@ -326,8 +321,13 @@ class Compared:
     rows: RowResults
 
 
-def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | None]:
-    """Return (config whose `model` names the model of the base, base, adapter's folder of an adapter-only version)."""
+def _opened(base: Base, config: Config, version: Version) -> tuple[AnyConfig, Base, str | None]:
+    """Return (config whose `model` names the model of the base, base, folder of an adapter or None).
+
+    `base` is the config's base model.
+    """
+    if isinstance(version, Candidate):
+        return config, base, version.adapter
     name = f"models:/{version.name}/{version.number}"
     root = config.run.storage
     own = _own_export(config, version)
@@ -391,6 +391,6 @@ def note_file(rows: RowSet, version: Version, base: str = "") -> str:
     if objective.reference:
         parts.append(base)
     if isinstance(version, Candidate):
-        parts.append(f"shrunk to {version.factor}")
+        parts.append(version.adapter)
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")

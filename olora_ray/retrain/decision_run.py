@@ -97,7 +97,7 @@ def of_version(config: Config, version: Version) -> None:
     tags = version.tags
     if not version.verdict or AGAINST not in tags or tags.get(RECORDED):
         return
-    if shrunk_to(version) is not None:  # the decision on the shrunk version is the night's
+    if shrunk_to(version):  # the decision on that version is the night's
         return
     entry = entry_of(version)
     run_id = write_decision(config, entry)

@@ -45,10 +45,11 @@ def tried(
 
     `trained` is the config of its run.
     """
-    logger.info(f"version {challenger.number} does harm: {refused.reason}")
     model = inputs.base.model
     reason = refused.reason
+    decision = refused
     for factor in gate.SHRUNK:
+        logger.info(decision.reason)
         logger.info(f"trying {factor:g} of the change of version {challenger.number}")
         part = _part(trained, factor)
         if part is None:
@@ -57,12 +58,11 @@ def tried(
         with node_cache.local_folder(path) as folder:
             shape = skeleton(model, trained.model)
             write_adapter(part.adapter, trained.adapter, model.folder, folder, shape)
-        decision = decide(Candidate(**vars(challenger), factor=factor, adapter=path))
+        decision = decide(Candidate(**vars(challenger), adapter=path))
         storage.remove(path)
         if decision.passed:
             tags = {**refused.tags, SHRUNK: f"{factor:g}"}
             return replace(refused, reason=f"{reason}; {factor:g} of its change passes", tags=tags)
-        logger.info(f"{factor:g} of the change does not pass: {decision.reason}")
     reason += f"; {factor:g} of its change does not pass either: {decision.reason}"
     return replace(refused, reason=reason)
 

@@ -140,10 +140,7 @@ def _a_quarter(part: float) -> float:
 
 WORLDS = (
     World("better by 2, forgets .25", lambda part, _: 2 * part, _a_quarter),
-    World("better by 1, forgets .25", lambda part, _: part, _a_quarter),
-    World("better by .25, forgets .25", lambda part, _: 0.25 * part, _a_quarter),
     World("gains vary by .5, forgets .25", lambda part, z: 0.5 * z * part, _a_quarter),
-    World("equal, forgets .25", lambda part, _: 0.0, _a_quarter),
     World(
         "better by 1, parts worse by .25", lambda part, _: part if part == 1 else -0.25, _a_quarter
     ),
