@@ -149,23 +149,18 @@ WORLDS = (
 )
 
 
-@dataclass
-class Year:
-    better: int = 0
-    """Promotions of versions that are truly better than their champion, and no worse elsewhere."""
-    parts: int = 0
-    """Promotions of parts of a change."""
-    worse: bool = False
-    """True if the last champion is truly worse than the first on the task, or than the best elsewhere."""
+def year(kind: Kind, world: World, number: int, shrink: bool) -> tuple[int, bool]:
+    """Return a year's promotions of versions that are truly better, and whether it ends worse.
 
-
-def year(kind: Kind, world: World, number: int, shrink: bool) -> Year:
-    """Return a year of ten nights, each with held-out rows of its own, and a guard."""
-    gate = Gate.model_validate({"metric": kind.metric, "guard_margin": FINER * Gate().guard_margin})
-    found = Year()
+    That is: worse than the first champion on the task, or than the best one elsewhere. A year has ten nights, each with
+    held-out rows of its own.
+    """
+    margin = FINER * Gate().guard_margin
+    gate = Gate.model_validate({"metric": kind.metric, "guard_margin": margin})
     task = elsewhere = best = 0.0
+    better = 0
     for night_of_year, z in enumerate(np.random.default_rng(number).normal(size=10).tolist()):
-        for look, part in enumerate((1.0, *SHRUNK)):
+        for look, part in enumerate((1.0, *SHRUNK) if shrink else (1.0,)):
             seed = 4 * (10 * number + night_of_year) + look
             gain = world.gain(part, z)
             lost = elsewhere + world.harm(part)
@@ -177,10 +172,7 @@ def year(kind: Kind, world: World, number: int, shrink: bool) -> Year:
                 task += gain
                 elsewhere = lost
                 best = min(best, lost)
-                found.better += gain > 0 and lost <= best + MARGIN
-                found.parts += look > 0
+                better += gain > 0 and lost <= best + MARGIN
+            if decision.passed or (look == 0 and not decision.harms):
                 break
-            if not shrink or (look == 0 and not decision.harms):
-                break
-    found.worse = task < -SLACK or elsewhere > best + MARGIN + SLACK
-    return found
+    return better, task < -SLACK or elsewhere > best + MARGIN + SLACK
