@@ -64,6 +64,14 @@ class RowSet:
     """lm-eval's tasks, instead of rows."""
 
 
+@dataclass(frozen=True)
+class Candidate(Version):
+    """A part of a version's change, which is not registered."""
+
+    adapter: str = ""
+    """Folder of a plain LoRA for the base model, whose name says which part."""
+
+
 def guard(config: Config, inputs: Inputs) -> RowSet | None:
     """Return the rows of gate.guard; raises UserError if they cannot be read."""
     wanted = config.gate.guard
@@ -103,11 +111,12 @@ def decision(
     champion: Version | None,
     versions: Sequence[Version],
     gone: Sequence[Version] = (),
+    looks: int = 1,
 ) -> Decision:
     """Measure what is not measured yet, and return the gate's decision on the challenger.
 
     `versions` are all versions of the model, and `gone` those that were pruned. The tags of the decision name the best
-    champions for the next one.
+    champions for the next one. `looks` as in `gate.decide`.
     """
     config = inputs.config
     there = {version.number: version for version in versions if not version.rolled_back}
@@ -146,7 +155,8 @@ def decision(
     told = f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}"
     if champion is not None:
         told += f"; the champion is {plural(uses['champion_days'], 'day')} old"
-    logger.info(told)
+    if not isinstance(challenger, Candidate):
+        logger.info(told)
     about = replace(about_rows(config, inputs, ours, champion), sets=uses["sets"])
     tags = {}
     both = None
@@ -157,12 +167,12 @@ def decision(
     if config.gate.anchor is not None:
         metric = gate.metric_of(config.gate, ours)
         tags[ANCHOR] = _best(metric, challenger, ours, best.get(ANCHOR), anchor)
-    decided = gate.decide(config.gate, ours, theirs, about, anchor, both)
+    decided = gate.decide(config.gate, ours, theirs, about, anchor, both, looks)
     reason = decided.reason
     if uses["stale"]:
         reason += f"; {uses['stale']}"
     details = {**decided.details, "uses": uses, "lost": lost_rows(inputs, ours, theirs)}
-    return Decision(decided.passed, reason, details, tags)
+    return replace(decided, reason=reason, details=details, tags=tags)
 
 
 def _best(
@@ -262,7 +272,7 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
             preflight.require(decide_evaluation(inputs.config, cluster), cluster)
             opened = {}
             for note, (version, rows) in missing.items():
-                opened[note] = _opened(rows.config, version)
+                opened[note] = _opened(inputs.base, rows.config, version)
             _same_tokens([*tokenizers, *(base.spec.digest for _, base, _ in opened.values())])
             for note, (named, own, adapter) in opened.items():
                 version, rows = missing[note]
@@ -311,8 +321,13 @@ class Compared:
     rows: RowResults
 
 
-def _opened(config: Config, version: Version) -> tuple[AnyConfig, Base, str | None]:
-    """Return (config whose `model` names the model of the base, base, adapter's folder of an adapter-only version)."""
+def _opened(base: Base, config: Config, version: Version) -> tuple[AnyConfig, Base, str | None]:
+    """Return (config whose `model` names the model of the base, base, folder of an adapter or None).
+
+    `base` is the config's base model.
+    """
+    if isinstance(version, Candidate):
+        return config, base, version.adapter
     name = f"models:/{version.name}/{version.number}"
     root = config.run.storage
     own = _own_export(config, version)
@@ -375,5 +390,7 @@ def note_file(rows: RowSet, version: Version, base: str = "") -> str:
     ]
     if objective.reference:
         parts.append(base)
+    if isinstance(version, Candidate):
+        parts.append(version.adapter)
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")

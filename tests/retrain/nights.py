@@ -1,12 +1,13 @@
 """Simulated nights of a gate: held-out rows, results of two models, and how often the challenger is promoted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from olora_ray.config.nights import Gate
 from olora_ray.evaluation.rows import RowResults
-from olora_ray.retrain.gate import HeldOut, decide
+from olora_ray.retrain.gate import LOOKS, SHRUNK, HeldOut, decide
 
 BETTER = 0.25
 """A real improvement, in standard deviations of a row's difference."""
@@ -111,3 +112,67 @@ def worse_years(kind: Kind, years: int) -> float:
                 champion = quality
         worse += champion < 0
     return worse / years
+
+
+GUARD = Kind("50 rows of other tasks", 50, 1)
+FINER = 4.0
+"""The mean of 800 rows is this many times finer than that of these; so harms and margin are multiplied by it."""
+MARGIN = Gate().guard_margin / 0.2
+"""gate.guard_margin in standard deviations of a row's difference."""
+SLACK = 0.05
+"""Truly worse by no more than this, in the same unit, does not count."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What a night's change does; each part of it is measured with noise of its own."""
+
+    name: str
+    gain: Callable[[float, float], float]
+    """(part, a number with mean 0 and variance 1) -> the true gain on the task."""
+    harm: Callable[[float], float]
+    """Part -> the true loss on other tasks."""
+
+
+def _a_quarter(part: float) -> float:
+    return 0.25 * part
+
+
+WORLDS = (
+    World("better by 2, forgets .25", lambda part, _: 2 * part, _a_quarter),
+    World("gains vary by .5, forgets .25", lambda part, z: 0.5 * z * part, _a_quarter),
+    World(
+        "better by 1, parts worse by .25", lambda part, _: part if part == 1 else -0.25, _a_quarter
+    ),
+    World("better by 1, parts forget .25, too", lambda part, _: part, lambda _: 0.25),
+    World("better by .25, forgets nothing", lambda part, _: 0.25 * part, lambda _: 0.0),
+)
+
+
+def year(kind: Kind, world: World, number: int, shrink: bool) -> tuple[int, bool]:
+    """Return a year's promotions of versions that are truly better, and whether it ends worse.
+
+    That is: worse than the first champion on the task, or than the best one elsewhere. A year has ten nights, each with
+    held-out rows of its own.
+    """
+    margin = FINER * Gate().guard_margin
+    gate = Gate.model_validate({"metric": kind.metric, "guard_margin": margin})
+    task = elsewhere = best = 0.0
+    better = 0
+    for night_of_year, z in enumerate(np.random.default_rng(number).normal(size=10).tolist()):
+        for look, part in enumerate((1.0, *SHRUNK) if shrink else (1.0,)):
+            seed = 4 * (10 * number + night_of_year) + look
+            gain = world.gain(part, z)
+            lost = elsewhere + world.harm(part)
+            *held_out, clusters = night(kind, seed, gain)
+            guard = night(GUARD, seed, FINER * (best - lost))[:2]
+            rows = HeldOut(clusters, sets=night_of_year + 1)
+            decision = decide(gate, *held_out, rows, guard=guard, looks=LOOKS if look else 1)
+            if decision.passed:
+                task += gain
+                elsewhere = lost
+                best = min(best, lost)
+                better += gain > 0 and lost <= best + MARGIN
+            if decision.passed or (look == 0 and not decision.harms):
+                break
+    return better, task < -SLACK or elsewhere > best + MARGIN + SLACK

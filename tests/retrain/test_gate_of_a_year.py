@@ -20,7 +20,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import compare
-from olora_ray.retrain.gate import HeldOut, decide
+from olora_ray.retrain.gate import LOOKS, HeldOut, decide
 from olora_ray.retrain.recipe import AGAINST
 from olora_ray.tracking.checksums import GATE, Version
 from tests import mlflow_database, tiny
@@ -43,6 +43,7 @@ def noisy(count: int, better: float, seed: int = 0) -> tuple[RowResults, RowResu
 def test_every_further_set_of_rows_asks_for_more_confidence() -> None:
     ours, theirs = noisy(100, 0.067)  # 3.3 standard errors
     assert decide(Gate(), ours, theirs).passed
+    assert not decide(Gate(), ours, theirs, looks=LOOKS).passed
     assert "99.75% interval" in decide(Gate(), ours, theirs, HeldOut(sets=20)).reason
     many = decide(Gate(), ours, theirs, HeldOut(sets=365))
     assert (many.passed, "99.99% interval" in many.reason) == (False, True)
@@ -89,6 +90,17 @@ def test_a_version_that_has_forgotten_other_tasks_is_refused() -> None:
     )
     assert kept.passed
     assert kept.details["guard"]["mean"] == pytest.approx(-0.01)
+    assert (lost.harms, kept.harms) == (True, False)
+
+
+def test_only_a_challenger_that_is_better_on_its_task_may_be_shrunk() -> None:
+    ours, theirs = noisy(80, 0.2)
+    guard = noisy(100, 0.0)  # worse by up to 0.04, with 95 %
+    strict = Gate(guard_margin=0.042)
+    assert decide(strict, ours, theirs, guard=guard).passed
+    assert decide(strict, ours, theirs, guard=guard, looks=LOOKS).harms
+    worse = decide(Gate(guard_margin=0.01), theirs, ours, guard=guard)
+    assert (worse.passed, worse.harms) == (False, False)
 
 
 def version(number: int, day: float, rows: str = "same", **tags: str) -> Version:

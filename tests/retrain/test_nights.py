@@ -11,7 +11,7 @@ from olora_ray.common import lock
 from olora_ray.tracking.checksums import GATE
 from pipelines import registry
 from tests.pipelines import project
-from tests.retrain.nightly import ANSWERS, Nightly
+from tests.retrain.nightly import ANSWERS, Nightly, write
 
 pytestmark = pytest.mark.ray
 
@@ -128,7 +128,10 @@ def corrections(file: Path, words: Sequence[str], mark: str, wrong: bool = False
 
 
 @pytest.mark.slow
-def test_nights_of_corrections_are_judged_by_held_out_pairs(folder: Path, model: Path) -> None:
+@pytest.mark.parametrize("origin", ["base", "champion"])
+def test_nights_of_corrections_are_judged_by_held_out_pairs_rows_and_guard(
+    folder: Path, model: Path, origin: str
+) -> None:
     pairs = folder / "corrections"
     corrections(pairs / "0.jsonl", ["one", "two"], ".")
     corrections(folder / "heldout-pairs.jsonl", ["one", "two", "three"], "-")
@@ -141,7 +144,10 @@ def test_nights_of_corrections_are_judged_by_held_out_pairs(folder: Path, model:
         "max_length": 96,
     }
     settings = {"data": data, "train": {**longer(model), "lr": 2e-3, "chosen": 0.1}}
-    nightly = Nightly(folder, model, retrain={"from": "champion", "replay": 0.5}, **settings)
+    gate = {"guard": [{"path": str(folder / "guard.jsonl")}], "guard_margin": 9.0}
+    write(folder / "guard.jsonl", [("-four", "4444")] * 24)
+    retrain = {"from": origin, "replay": 0.5}
+    nightly = Nightly(folder, model, retrain=retrain, gate=gate, **settings)
     log = nightly.call()
     assert nightly.aliases.current() == {"champion": "1"}, log
 
@@ -150,7 +156,8 @@ def test_nights_of_corrections_are_judged_by_held_out_pairs(folder: Path, model:
     assert nightly.aliases.current() == {"champion": "2", "previous": "1"}, log
     verdict = nightly.aliases.version("2").tags[GATE]
     assert verdict.startswith("passed: eval/pairs/loss"), log
-    assert "chosen answers: eval/loss" in verdict
+    for name in ("chosen answers", "other rows", "guard"):
+        assert f"; {name}: eval/loss" in verdict
     metrics = nightly.decisions()[-1].data.metrics
     assert metrics["challenger/eval/pairs/preferred"] >= 0.8
 
@@ -158,6 +165,29 @@ def test_nights_of_corrections_are_judged_by_held_out_pairs(folder: Path, model:
     log = nightly.call()
     assert nightly.aliases.current()["champion"] == "2", log
     assert "refused: " in log, log
+
+
+@pytest.mark.slow
+def test_a_night_that_forgets_is_shrunk_also_if_it_is_killed(folder: Path, model: Path) -> None:
+    """The third word is learned, and the first two are the guard."""
+    guard = {"guard": [{"path": str(folder / "guard.jsonl")}], "guard_margin": 1.0}
+    settings = {"retrain": {"from": "champion", "replay": 0.0}, "export": {"merged": False}}
+    nightly = Nightly(folder, model, train=longer(model), gate=guard, **settings)
+    write(folder / "guard.jsonl", [(f"-{word}", ANSWERS[word]) for word in ("one", "two")] * 12)
+    write(folder / "heldout.jsonl", [("-three", ANSWERS["three"])] * 24)
+    nightly.call()
+    nightly.add("1-more", ["three"], 40)
+    nightly.call_until("trying 0.5 of the change of version 2")
+    nightly.call_until("measuring version 3 on the guard rows")
+    log = nightly.call()
+    assert nightly.aliases.current() == {"champion": "3", "previous": "1"}, log
+    whole = nightly.aliases.version("2")
+    part = nightly.aliases.version("3")
+    assert whole.tags[GATE].endswith("; 0.5 of its change passes")
+    assert part.tags[GATE].startswith("passed: shrunk to 0.5: eval/loss")
+    assert part.tags["olora.eval_loss"] > whole.tags["olora.eval_loss"]
+    decisions = [run.data.tags["olora.challenger"] for run in nightly.decisions()]
+    assert decisions == ["nightly/1", "nightly/3"]
 
 
 KILLED_AT = {
