@@ -112,11 +112,13 @@ def finished(
 
     `result` is the content of result.json, `url` the address of the run's page on an MLflow server.
     """
-    for line in [*_summary(exported, answers, result["scores"]), *next_steps(result, url)]:
+    for line in _summary(exported, answers, result["scores"]):
         if line:
             logger.info(line)
         else:
             print()
+    for line in next_steps(result, url):
+        logger.info(line, extra={"copied": True})
     if exported.state.best_step == 0 < exported.state.step:
         measured = "objective" if "eval/objective" in exported.best_row else "loss"
         logger.warning(

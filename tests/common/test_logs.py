@@ -1,5 +1,6 @@
 """Lines of the log: one form, secrets masked, and a line that cannot be written harms nobody but the main thread."""
 
+import contextlib
 import logging
 import sys
 import threading
@@ -8,12 +9,16 @@ import pytest
 
 from olora_ray.common import logs
 from tests.said import said
+from tests.terminal import Terminal
 
 logger = logging.getLogger("olora_ray.test_logs")
 
 
 class _Broken:
     """A stream whose reader has gone."""
+
+    def isatty(self) -> bool:
+        return False
 
     def write(self, text: str) -> None:
         raise BrokenPipeError
@@ -31,6 +36,19 @@ def test_a_line_has_the_time_and_no_secret(capsys: pytest.CaptureFixture[str]) -
     assert first[2] == first[5] == ":"
     assert first[8:] == " at postgresql://ann:***@db/x"
     assert second[8:] == " warning: 7 values wait"
+
+
+def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    with contextlib.redirect_stdout(Terminal()) as screen, logs.printed():
+        logger.info(f"memory{' and more' * 10}\n  a  table")
+        logger.info(f"serve{' a command' * 10}", extra={"copied": True})
+    *lines, table, command = screen.getvalue().splitlines()
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 40
+    assert {line[:9] for line in lines[1:]} == {" " * 9}
+    assert table == "  a  table"
+    assert command.endswith(f"serve{' a command' * 10}")
 
 
 def test_after_the_last_handler_the_logger_is_as_before() -> None:

@@ -1,5 +1,6 @@
 """What a person meets at the command line: arguments, one-line errors, exit codes."""
 
+import contextlib
 import os
 import pickle
 import re
@@ -13,7 +14,9 @@ import pytest
 from olora_ray.common.errors import Problems, UserError
 from olora_ray.config import command_line
 from olora_ray.config.command_line import parse, read_arguments
+from olora_ray.config.schema import Config
 from tests.refused import refused
+from tests.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "run: {name: a, storage: runs}\nmodel: {name: m}\ndata: {train: [{path: a.jsonl}]}\n"
@@ -154,6 +157,35 @@ def test_help_prints_usage_and_fields_and_ends_well(
     assert "  rank " in printed
     assert "  rank_stabilized " not in printed
     assert len(printed.splitlines()) < 50
+
+
+HELP = """\
+Do it.
+
+    do MODEL
+    do --list
+
+MODEL     the model, by the name that its
+          config has
+--within  hours"""
+FITTING = """\
+Do it.
+
+    do MODEL
+    do --list
+
+MODEL     the model, by the name
+          that its config has
+--within  hours"""
+
+
+def test_a_terminal_gets_help_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "34")
+    with contextlib.redirect_stdout(Terminal()) as screen, pytest.raises(SystemExit):
+        parse(["--help", "all"], HELP, fields=Config)
+    shown, fields = screen.getvalue().split("\n\nFields", 1)
+    assert shown == FITTING
+    assert max(map(len, fields.splitlines())) <= 34
 
 
 def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """A config for rows that nobody has described."""
 
 import csv
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from tests import tiny
 from tests.pipelines import project
 from tests.refused import refused
 from tests.said import said
+from tests.terminal import Terminal
 from tests.tokens import helpers
 from tests.tools.test_configuration_page import mistakes
 
@@ -129,6 +129,27 @@ def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(
         left_out = "copies of held-out rows, left out of the training: "
         assert len([line for line in lines if left_out in line]) == 1
     assert sorted(each.name for each in Path().rglob("*.jsonl")) == ["day1.jsonl", "day2.jsonl"]
+
+
+def test_a_text_of_which_nothing_can_be_held_out_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("notes.txt").write_text("The pump is checked every month.\n" * 90)
+    written("notes.txt", rows("chats.jsonl", range(60)))
+    _, _, after = capsys.readouterr().out.partition("held out: eval_fraction: ")
+    assert re.search(r"^notes\.txt .*data\.eval", after, re.M)
+    assert not re.search(r"^chats\.jsonl", after, re.M)
+
+
+def test_texts_in_a_folder_of_other_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    rows("data/chats.jsonl", range(200))
+    Path("data/notes.txt").write_text("The pump is checked every month.")
+    written("data")
+    assert "*.txt" in capsys.readouterr().out
+    assert (
+        len(written("data/*.txt", "data/*.jsonl", "--out", "b.yaml", out="b.yaml").data.train) == 2
+    )
+    assert "DATA" not in capsys.readouterr().out
 
 
 def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
@@ -253,7 +274,7 @@ def test_what_nothing_reads_is_written_as_left_out_with_an_example(
 
 
 def test_at_a_terminal_the_columns_are_asked_for_and_written(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [{"ticket": f"Where is {n}?", "reply_of_agent": "here"} for n in range(40)]
     Path("asked.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -261,6 +282,9 @@ def test_at_a_terminal_the_columns_are_asked_for_and_written(
     init.main(["asked.jsonl"])
     fields = load_config("my_run.yaml").data.train[0].fields
     assert fields == {"instruction": "ticket", "output": "reply_of_agent"}
+    asked, _, _ = capsys.readouterr().out.partition("question: ")
+    assert re.findall(r"^  (\w+) \(", asked, re.M) == ["ticket", "reply_of_agent"]
+    assert "data.train.0.fields" not in asked  # that is for a script
 
 
 def test_rows_are_counted_where_cells_have_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,7 +389,9 @@ def test_a_template_that_cannot_write_the_chats_is_replaced_by_one_with_its_mark
 ) -> None:
     found = written(chats(**chat), with_template(template))
     assert found.data.chat_template == chosen
-    assert (f"chat_template: {chosen}, because" in capsys.readouterr().out) == bool(chosen)
+    printed = capsys.readouterr().out
+    assert (f"chat_template: {chosen}, because" in printed) == bool(chosen)
+    assert "set data.chat_template" not in printed  # init has set it
 
 
 def test_the_small_models_own_file_shows_its_template() -> None:
@@ -409,11 +435,6 @@ def test_a_template_without_system_messages_gets_none_for_labels() -> None:
     Path("a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     found = written("a.jsonl", with_template(GEMMA))
     assert (found.data.train[0].system, found.data.chat_template) == (None, None)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_pairs_get_one_epoch_and_a_weight_of_their_chosen_answers() -> None:
