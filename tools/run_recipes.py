@@ -33,7 +33,7 @@ import yaml
 
 from olora_ray.common.statistics import difference
 from olora_ray.common.text import plural
-from olora_ray.train.scoring import resolve
+from olora_ray.train.scoring import Judge
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINES = ROOT / "pipelines"
@@ -290,9 +290,10 @@ def by_rule(recipe: Path, rows: Path, scorer: str | None) -> dict[str, Scores]:
     if not rule or not scorer:
         return {}
     found: Scores = {}
+    judge = Judge(scorer)
     for line, row in enumerate(lines_of(rows / "heldout.jsonl"), start=1):
         *asked, answer = row["messages"]
-        for name, value in resolve(scorer)(rule(asked[-1]["content"]), answer["content"]).items():
+        for name, value in judge(rule(asked[-1]["content"]), answer["content"]).items():
             found.setdefault(name, {})[line] = value
     return {rule.__doc__.strip(" ."): found}
 

@@ -30,7 +30,7 @@ from olora_ray.pipeline.run_folder import RunFolder, read_for_others
 from olora_ray.tracking import models
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
-from olora_ray.train.scoring import SCORERS
+from olora_ray.train.scoring import built_in
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
         if name == own.run.name and run != own.folder():
             moved = {"run.storage": parent}
         scorer = own.evaluation.scorer
-        if scorer and scorer not in SCORERS and "evaluation.scorer" not in changes:
+        if scorer and not built_in(scorer) and "evaluation.scorer" not in changes:
             raise UserError(
                 f"evaluation.scorer: the config in {run} names the Python code {scorer}, and others may write there; if"
                 f" you trust that code, add --scorer {scorer}, or name your own config with --config"

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import partial
 from html import unescape
 from pathlib import Path
 from shlex import quote
@@ -91,7 +92,7 @@ def _again(folder: str) -> str:
     from olora_ray.common.logs import quiet_transformers
     from olora_ray.model.load import tokenizer_in
     from olora_ray.pipeline.answers import answered, judged
-    from olora_ray.train.scoring import SCORERS
+    from olora_ray.train.scoring import built_in
 
     state = RunFolder(folder).state()
     if state.config is None or state.result is None:
@@ -116,7 +117,7 @@ def _again(folder: str) -> str:
             answers = answered(training, tokenizer)
             marks = special_tokens(tokenizer)
     scorer = state.config.evaluation.scorer
-    if scorer in SCORERS:
+    if scorer and built_in(scorer):
         scored = judged(state.config, answers)
     elif scorer:
         missing.append(f"right and wrong answers: {scorer} is Python code, which look does not run")
@@ -199,7 +200,9 @@ def _interval(change: "Interval") -> str:
 
 def gains(ended: Ended) -> list[Gain]:
     """Return the scores of a run, the one that decides first: gate.metric, else exact_match, else the first."""
-    from olora_ray.common.statistics import difference
+    from olora_ray.common.statistics import difference, resampled
+    from olora_ray.pipeline.answers import rows_of
+    from olora_ray.train.scoring import Judge
 
     found = []
     means = ended.result.get("scores") or {}
@@ -216,7 +219,14 @@ def gains(ended: Ended) -> list[Gain]:
             count = len(pairs)
             found.append(Gain(name, sum(old) / count, sum(new) / count, count, change, binary))
         elif name in means["before"]:
-            found.append(Gain(name, means["before"][name], after))
+            change = None
+            count = len(ended.answers)
+            if ended.scored[1]:
+                metric = partial(Judge(str(ended.config.evaluation.scorer)).number, name)
+                before = rows_of(ended.answers, "before")
+                both = zip(rows_of(ended.answers, "after"), before, strict=True)
+                change = resampled(metric, [*both], range(count))
+            found.append(Gain(name, means["before"][name], after, count, change))
     wanted = [ended.config.gate.metric.removeprefix("eval/"), "exact_match"]
     found.sort(key=lambda gain: wanted.index(gain.name) if gain.name in wanted else len(wanted))
     return found
@@ -356,10 +366,11 @@ def _rows(ended: Ended, scores: Sequence[Gain]) -> list[dict[str, Any]]:
     """Return the answers, wrong ones first; a score below 1 is wrong."""
     rows = []
     before, after = ended.scored
+    # Not a score of all answers together.
+    name = next((gain.name for gain in scores if any(gain.name in row for row in after)), None)
     for number, each in enumerate(ended.answers):
         change = ""
-        if scores and after:
-            name = scores[0].name
+        if name is not None:
             was = before[number].get(name, 0.0) >= 1
             now = after[number].get(name, 0.0) >= 1
             change = {(1, 0): "broken", (0, 0): "wrong", (0, 1): "fixed", (1, 1): "right"}[was, now]
