@@ -44,6 +44,8 @@ class TrainSpec:
     """Fields that were asked for as auto and are decided in `config`."""
     planned: int = 0
     """Bytes that the plan expects on the device of the model."""
+    eval_sources: tuple[str, ...] = ()
+    """Name of the source of each file of the held-out rows; () if they are of one source."""
 
     def identity(self) -> dict[str, str]:
         """Return what decides the numbers of a run: digests of contents, whatever their path, and adapter settings."""

@@ -46,7 +46,7 @@ from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
-from olora_ray.train.held_out import evaluate
+from olora_ray.train.held_out import evaluate, rows_by_source
 from olora_ray.train.loader import Schedule, StepLoader, known_steps
 from olora_ray.train.loop import StepResult
 from olora_ray.train.scoring import Baseline
@@ -358,6 +358,9 @@ class Evaluator:
         self.attention = start.attention
         self.best: Tensor | None = start.best
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
+        self.sources: Sequence[str] = ()
+        if spec.eval and spec.eval_sources:
+            self.sources = rows_by_source(spec.eval, spec.eval_sources)
 
     def measure(self, state: TrainState) -> dict[str, float]:
         means, losses = self.evaluate(state.step, self.spec.each_example)
@@ -379,7 +382,7 @@ class Evaluator:
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
-            found = evaluate(self.trainer, self.spec.eval, self.attention, step, each)
+            found = evaluate(self.trainer, self.spec.eval, self.attention, step, each, self.sources)
         return found.means, found.losses()
 
     def answers(self, answering: str) -> list[list[int]]:

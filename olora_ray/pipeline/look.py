@@ -301,6 +301,8 @@ CHANGES = {
 LABELS = 50
 """References that are more different than these are texts and no labels."""
 LOSSES = {"train/loss": "training, each step on its own rows", "eval/loss": "held out"}
+SOURCE = "eval/loss/"
+"""Beginning of the metric of a source."""
 MARGINS = {
     "eval/pairs/margin": "margin, held out",
     "eval/pairs/chosen": "log p of the chosen answers, held out",
@@ -318,8 +320,12 @@ def write(ended: Ended, url: str | None, missing: Sequence[str] = ()) -> str:
     counts = Counter(row["change"] for row in rows)
     missing = [*missing, *_missing(ended, scores)]
     labels = _labels(ended)
+    metrics = ended.result.get("metrics", {})
     curves = [_curve(ended.state.history, "loss (nats per token)", LOSSES)]
-    if "eval/pairs/margin" in ended.result.get("metrics", {}):
+    sources = {name: name.removeprefix(SOURCE) for name in metrics if name.startswith(SOURCE)}
+    if sources:
+        curves.append(_curve(ended.state.history, "held-out loss of each source", sources))
+    if "eval/pairs/margin" in metrics:
         curves.append(_curve(ended.state.history, "nats per pair since the first step", MARGINS))
     text = page.rendered(
         "run.html",
@@ -335,6 +341,9 @@ def write(ended: Ended, url: str | None, missing: Sequence[str] = ()) -> str:
         counts=counts,
         gains=scores,
         curves=curves,
+        sources=sources,
+        first=next((row for row in ended.state.history if "eval/loss" in row), {}),
+        last=metrics,
         advice=[*_advice(ended, labels)],
         commands=[
             f"olora-ray chat {quote(ended.root)}",
@@ -478,7 +487,8 @@ def _curve(history: Sequence[Mapping[str, float]], unit: str, labels: Mapping[st
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         axes = figure.subplots()
         positive = True
-        for (name, label), form in zip(labels.items(), ("-", "o-"), strict=True):
+        for name, label in labels.items():
+            form = "-" if name.startswith("train/") else "o-"
             rows = [row for row in history if name in row]
             rows = rows[:: len(rows) // 1000 + 1]
             values = [row[name] for row in rows]

@@ -1,7 +1,9 @@
 """The losses of a model on held-out sequences."""
 
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Protocol
 
@@ -91,17 +93,47 @@ def held_out(
     return HeldOut(numbers, whole, objective.named(means, whole))
 
 
+def rows_by_source(store: TokenStore, names: Sequence[str]) -> list[str]:
+    """Return the source of each example; `names` has that of each file."""
+    source_of = dict(zip(store.files, names, strict=True))
+    origins = chain.from_iterable(store.origins(index) for index in range(len(store)))
+    return [source_of[origin.rpartition(":")[0]] for origin in origins]
+
+
+def _with_sources(
+    found: HeldOut, store: TokenStore, objective: Objective, sources: Sequence[str]
+) -> HeldOut:
+    sizes = chain.from_iterable(store[index].examples() for index in range(len(store)))
+    losses: dict[str, float] = defaultdict(float)
+    weights: dict[str, int] = defaultdict(int)
+    for source, numbers, size in zip(sources, found.numbers.tolist(), sizes, strict=True):
+        row = objective.of_row(numbers, size)
+        losses[f"loss/{source}"] += row.loss
+        weights[f"loss/{source}"] += row.weight
+    means = {name: losses[name] / weight for name, weight in weights.items() if weight}
+    return replace(found, means=found.means | means)
+
+
 def evaluate(
-    trainer: Trainer, store: TokenStore, attention: str, step: int = 0, each: bool = False
+    trainer: Trainer,
+    store: TokenStore,
+    attention: str,
+    step: int = 0,
+    each: bool = False,
+    sources: Sequence[str] = (),
 ) -> HeldOut:
     """Measure the adapter of a training on a store; all workers must call it together.
 
-    `step` is the number of steps done, for messages. Raises UserError on all workers, with the step and the source
-    rows, if the loss is not finite.
+    `sources` are those of the examples (`rows_by_source`); the means then have the loss of each source, too. `step` is
+    the number of steps done, for messages. Raises UserError on all workers, with the step and the source rows, if the
+    loss is not finite.
     """
     width = trainer.config.train.micro_batch
+    each = each or bool(sources)
     found = held_out(trainer.loss, store, trainer.objective, attention, width, each)
     if math.isfinite(found.loss):
+        if sources:
+            return _with_sources(found, store, trainer.objective, sources)
         return found
     origins = [store.origins(index) for index in range(len(store))]
     units = [[origin] for origin in chain.from_iterable(origins)]

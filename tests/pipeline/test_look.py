@@ -18,10 +18,11 @@ MARKS = ["<|im_start|>", "<|im_end|>"]
 LONG = "word " * 40 + "a" * 300
 PROMPT = f"<|im_start|>user\n{LONG}<|im_end|>\n<|im_start|>assistant"
 LABELS = ("billing", "delivery and damage", "refund")
+SOURCES = ("eval/loss/mails.jsonl", "eval/loss/a_long_name_of_a_file_of_questions.jsonl")
 HISTORY = [
-    {"step": 0.0, "eval/loss": 2.0},
+    {"step": 0.0, "eval/loss": 2.0, **dict.fromkeys(SOURCES, 2.0)},
     {"step": 1.0, "train/loss": 1.5},
-    {"step": 2.0, "train/loss": 1.0, "eval/loss": 0.5},
+    {"step": 2.0, "train/loss": 1.0, "eval/loss": 0.5, **dict.fromkeys(SOURCES, 0.25)},
 ]
 
 
@@ -60,7 +61,7 @@ def ended(folder: Path, answers: Sequence[Sample], scorer: str | None) -> look.E
     scored = judged(config, answers)
     result: dict[str, Any] = {
         "scores": means(config, answers, scored),
-        "metrics": {"eval/loss": 0.5},
+        "metrics": HISTORY[-1],
         "eval_loss_before": 2.0,
         "mlflow": {"uri": "sqlite:////runs/mlflow.db", "run_id": "cafe"},
         "registered": None,
@@ -134,6 +135,7 @@ def test_macro_f1_is_the_verdict_if_the_gate_names_it(tmp_path: Path) -> None:
     look.write(run, None)
     page = Path(run.root, "report.html").read_text()
     assert page.count('data-change="wrong"') == 3
+    assert all(f'<th scope="row">{each[10:]}</th>' in page for each in SOURCES)
 
 
 def test_a_name_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
