@@ -19,9 +19,9 @@ from olora_ray.common.errors import Stopped, TryAgain, UserError
 if TYPE_CHECKING:
     from olora_ray.evaluation.chat import Answers
     from olora_ray.retrain.decision_run import Entry
-    from olora_ray.train.scoring import Metric
 
     Path = str | PathLike[str]
+    Metric = Callable[[Sequence[Mapping[str, str]]], Mapping[str, float]]
 
 # Everything else is imported in the functions, because each process of a cluster imports this module.
 

@@ -111,8 +111,7 @@ def first_screen(page: Path) -> list[tuple[bool, bool]]:
         document.querySelector(".verdict").getBoundingClientRect().bottom < 700]"""
     with opened() as browser:
         return [
-            tuple(browser.measured(page, script, width, dark=width == 390))
-            for width in (390, 1400)
+            tuple(browser.measured(page, script, width, dark=width == 390)) for width in (390, 1400)
         ]
 
 

@@ -85,7 +85,7 @@ def given(name: str, changes: Mapping[str, Any]) -> Iterator["Given"]:
         uri = f"{models.SCHEME}{name}@{alias}"
         if alias.isdigit():
             uri = f"{models.SCHEME}{name}/{alias}"
-        config = targets.settings([uri], None, changes)
+        config = targets.settings_of_version(uri, changes)
         entry = models.of_config(config)
         assert entry
         about = f"{name} version {entry.version.number}"

@@ -29,7 +29,7 @@ from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config import command_line
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.run_folder import RunFolder, where_now
 from olora_ray.tokens.plan import CHOSEN
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def _folder(name: str, tracking_uri: str | None) -> str:
         version = models.resolve(f"models:/{model}@{alias}", start.chosen_uri(tracking_uri))
         if not version.folder:
             raise UserError(f"{name}: the version does not name its run; name the run's folder")
-        # The storage may have been moved since.
-        places = [version.folder, storage.join(runs, version.folder.rpartition("/")[2])]
+        places = [where_now(version.folder, runs)]
     for place in places:
         with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
             if storage.names(place):

@@ -27,7 +27,7 @@ from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base, find_model, with_tokenizer
-from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
+from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, where_now
 from olora_ray.retrain import gate, recipe
 from olora_ray.retrain.gate import Decision, HeldOut
 from olora_ray.retrain.recipe import Inputs
@@ -346,7 +346,7 @@ def _own_export(config: Config, version: Version) -> str | None:
 
     None if the folder was deleted, is not in this storage, or has another version since.
     """
-    folder = RunFolder(recipe.where_now(version.folder, config.run.storage))
+    folder = RunFolder(where_now(version.folder, config.run.storage))
     result = records.read(folder.result, dict[str, Any]) or {}
     made = result.get("registered") or {}
     if (made.get("model"), str(made.get("version"))) != (version.name, version.number):
