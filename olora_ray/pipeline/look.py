@@ -465,15 +465,6 @@ def _advice(ended: Ended, found: Mapping[str, Any]) -> Iterator[str]:
         other = seen.setdefault("".join(name.split()).casefold(), name)
         if other != name:
             yield f"Make {other!r} and {name!r} one label: they differ only by blanks or capitals."
-    mistakes = {
-        (name, answer): count
-        for name, counts in zip(names, found.get("confusion", ()), strict=True)
-        for answer, count in zip(found["columns"], counts, strict=True)
-        if name != answer
-    }
-    name, answer = max(mistakes, key=mistakes.__getitem__, default=("", ""))
-    if mistakes.get((name, answer)):
-        yield f"Look at the rows of {name!r} that the model answers with {answer!r}: {mistakes[name, answer]}."
 
 
 def _curve(history: Sequence[Mapping[str, float]], unit: str, labels: Mapping[str, str]) -> str:
