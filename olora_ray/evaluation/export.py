@@ -62,8 +62,7 @@ def _check_form(form: str | None, quantize: str | None) -> None:
                 "argument --quantize: only for --form gguf or ollama; leave it out, or add --form gguf"
             )
     elif not EXPORTERS.knows(form):
-        known = ", ".join([*FORMS, *EXPORTERS.names()])
-        raise UserError(f"argument --form: {form} is none of {known}")
+        raise UserError(f"argument --form: {EXPORTERS.unknown(form, FORMS)}")
     elif quantize and quantize not in exporter_named(form).options:
         known = ", ".join(exporter_named(form).options)
         raise UserError(f"argument --quantize: {quantize} is none of {known}")

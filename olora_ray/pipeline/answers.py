@@ -119,12 +119,7 @@ def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any
             ]
             raise UserError(f"{origins[question.row]}: {error}") from error
     best = rows_of([Sample("", each, each, each) for each in references], "after")
-    over_all = judge.over_all(best).keys()
-    if over_all & names:
-        raise UserError(
-            f"evaluation.scorer: two scorers return {', '.join(over_all & names)}; give one another name"
-        )
-    names |= over_all
+    names |= judge.over_all(best).keys()
     if config.evaluation.rows and isinstance(config, Config):
         _check_gate(config, names, why)
     return frozenset(names)

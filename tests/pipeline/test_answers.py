@@ -94,12 +94,3 @@ def test_macro_f1_stands_beside_the_scores_per_answer() -> None:
     check(evaluation__scorer="macro_f1", gate__metric="eval/macro_f1")
     with refused("gate: eval/macro_f1"):
         check(evaluation__scorer="exact_match", gate__metric="eval/macro_f1")
-
-
-def test_two_scorers_that_return_the_same_name_are_refused() -> None:
-    with refused("evaluation.scorer"):
-        check(evaluation__scorer=f"exact_match, {__name__}:same_name")
-
-
-def same_name(rows: list[scoring.Row]) -> dict[str, float]:
-    return {"exact_match": float(len(rows))}
