@@ -40,13 +40,13 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump
-from olora_ray.tokens.plan import CHOSEN
+from olora_ray.tokens.plan import CHOSEN, Counts
 from olora_ray.train import reference
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
-from olora_ray.train.held_out import evaluate, rows_by_source
+from olora_ray.train.held_out import by_source, evaluate
 from olora_ray.train.loader import Schedule, StepLoader, known_steps
 from olora_ray.train.loop import StepResult
 from olora_ray.train.scoring import Baseline
@@ -358,9 +358,9 @@ class Evaluator:
         self.attention = start.attention
         self.best: Tensor | None = start.best
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
-        self.sources: Sequence[str] = ()
+        self.sources: Mapping[str, tuple[list[int], Counts]] = {}
         if spec.eval and spec.eval_sources:
-            self.sources = rows_by_source(spec.eval, spec.eval_sources)
+            self.sources = by_source(spec.eval, spec.eval_sources)
 
     def measure(self, state: TrainState) -> dict[str, float]:
         means, losses = self.evaluate(state.step, self.spec.each_example)
@@ -382,8 +382,14 @@ class Evaluator:
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
-            found = evaluate(self.trainer, self.spec.eval, self.attention, step, each, self.sources)
-        return found.means, found.losses()
+            each = each or bool(self.sources)
+            found = evaluate(self.trainer, self.spec.eval, self.attention, step, each)
+        objective = self.trainer.objective
+        means = dict(found.means)
+        for source, (rows, size) in self.sources.items():
+            numbers = (found.numbers[rows].sum(0) / objective.weight(size)).tolist()
+            means[f"loss/{source}"] = objective.named(numbers, size)["loss"]
+        return means, found.losses()
 
     def answers(self, answering: str) -> list[list[int]]:
         """Return the answers to the held-out prompts as token ids. `answering` names the model in the log.

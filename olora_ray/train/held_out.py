@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Protocol
 
@@ -93,47 +93,32 @@ def held_out(
     return HeldOut(numbers, whole, objective.named(means, whole))
 
 
-def rows_by_source(store: TokenStore, names: Sequence[str]) -> list[str]:
-    """Return the source of each example; `names` has that of each file."""
+def by_source(store: TokenStore, names: Sequence[str]) -> dict[str, tuple[list[int], Counts]]:
+    """Return the numbers of each source's examples, and their size; `names` has the source of each file."""
     source_of = dict(zip(store.files, names, strict=True))
-    origins = chain.from_iterable(store.origins(index) for index in range(len(store)))
-    return [source_of[origin.rpartition(":")[0]] for origin in origins]
-
-
-def _with_sources(
-    found: HeldOut, store: TokenStore, objective: Objective, sources: Sequence[str]
-) -> HeldOut:
-    sizes = chain.from_iterable(store[index].examples() for index in range(len(store)))
-    losses: dict[str, float] = defaultdict(float)
-    weights: dict[str, int] = defaultdict(int)
-    for source, numbers, size in zip(sources, found.numbers.tolist(), sizes, strict=True):
-        row = objective.of_row(numbers, size)
-        losses[f"loss/{source}"] += row.loss
-        weights[f"loss/{source}"] += row.weight
-    means = {name: losses[name] / weight for name, weight in weights.items() if weight}
-    return replace(found, means=found.means | means)
+    every = range(len(store))
+    origins = chain.from_iterable(store.origins(index) for index in every)
+    sizes = chain.from_iterable(store[index].examples() for index in every)
+    rows: dict[str, list[int]] = defaultdict(list)
+    wholes: dict[str, Counts] = defaultdict(Counts)
+    for number, (origin, size) in enumerate(zip(origins, sizes, strict=True)):
+        source = source_of[origin.rpartition(":")[0]]
+        rows[source].append(number)
+        wholes[source] += size
+    return {source: (rows[source], wholes[source]) for source in rows}
 
 
 def evaluate(
-    trainer: Trainer,
-    store: TokenStore,
-    attention: str,
-    step: int = 0,
-    each: bool = False,
-    sources: Sequence[str] = (),
+    trainer: Trainer, store: TokenStore, attention: str, step: int = 0, each: bool = False
 ) -> HeldOut:
     """Measure the adapter of a training on a store; all workers must call it together.
 
-    `sources` are those of the examples (`rows_by_source`); the means then have the loss of each source, too. `step` is
-    the number of steps done, for messages. Raises UserError on all workers, with the step and the source rows, if the
-    loss is not finite.
+    `step` is the number of steps done, for messages. Raises UserError on all workers, with the step and the source
+    rows, if the loss is not finite.
     """
     width = trainer.config.train.micro_batch
-    each = each or bool(sources)
     found = held_out(trainer.loss, store, trainer.objective, attention, width, each)
     if math.isfinite(found.loss):
-        if sources:
-            return _with_sources(found, store, trainer.objective, sources)
         return found
     origins = [store.origins(index) for index in range(len(store))]
     units = [[origin] for origin in chain.from_iterable(origins)]
