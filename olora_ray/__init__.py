@@ -18,10 +18,10 @@ from olora_ray.common.errors import Stopped, TryAgain, UserError
 
 if TYPE_CHECKING:
     from olora_ray.evaluation.chat import Answers
-    from olora_ray.evaluation.results import Metric
     from olora_ray.retrain.decision_run import Entry
 
     Path = str | PathLike[str]
+    Metric = Callable[[Sequence[Mapping[str, str]]], Mapping[str, float]]
 
 # Everything else is imported in the functions, because each process of a cluster imports this module.
 
@@ -99,9 +99,9 @@ def finetune(
 
     Other fields are keywords: a field's own name (`lr=1e-3`), its name in Hugging Face's libraries
     (`num_train_epochs=2`), or a section (`cluster={"workers": 2}`). `scorer` may be a function (answer, reference) ->
-    {name: number}. `config` is a config file or a nested mapping, and `changes` are dotted fields:
-    `finetune("my_run.yaml", {"train.steps": 6})`. `on_step` gets each row of metrics in this process, with its `step`;
-    after a restart of the workers, some steps again.
+    {name: number}, or (rows) -> {name: number} for a number of all answers together. `config` is a config file or a
+    nested mapping, and `changes` are dotted fields: `finetune("my_run.yaml", {"train.steps": 6})`. `on_step` gets each
+    row of metrics in this process, with its `step`; after a restart of the workers, some steps again.
 
     Examples:
         >>> rows = [{"prompt": f"after {n}?", "completion": f"{n + 1}"} for n in range(40)]

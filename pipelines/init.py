@@ -75,9 +75,9 @@ TOO_LONG = "\n  too_long: {}  # rows with more tokens than max_length {}"
 CHOSEN = """
   chosen: 0.1  # weight of plain training on the chosen answers, so that their probability does not fall"""
 LABELS = """\
-# The answers are labels: held-out rows are scored by equality, and the longest label fits. If data.train has a system
-# message, send it with each request, too.
-evaluation: {{scorer: exact_match, max_new_tokens: {longest}}}
+# The answers are labels: held-out rows are scored by equality and macro F1, and the longest label fits. If data.train
+# has a system message, send it with each request, too.
+evaluation: {{scorer: macro_f1, max_new_tokens: {longest}}}
 """
 MOST_LABELS = 50
 """Different answers above which they are no labels."""

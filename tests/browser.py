@@ -105,6 +105,16 @@ def opened() -> Iterator[Browser]:
             started.wait()
 
 
+def first_screen(page: Path) -> list[tuple[bool, bool]]:
+    """True where nothing is wider than the page, and where the verdict ends in the first 700 pixels; on two screens."""
+    script = """[document.documentElement.scrollWidth <= innerWidth,
+        document.querySelector(".verdict").getBoundingClientRect().bottom < 700]"""
+    with opened() as browser:
+        return [
+            tuple(browser.measured(page, script, width, dark=width == 390)) for width in (390, 1400)
+        ]
+
+
 def measured(page: Path, script: str, width: int, dark: bool = False) -> Any:
     with opened() as browser:
         return browser.measured(page, script, width, dark)

@@ -3,6 +3,7 @@
     python tools/run_recipes.py [NAME ...]     without a name: all
     python tools/run_recipes.py --check        name the pages whose numbers are older than their files
     python tools/run_recipes.py --gallery      only README.md and scores.png of pipelines/recipes
+    python tools/run_recipes.py --rows         only the rows, configs and answers on all pages; trains nothing
 
 A recipe is a folder with make_rows.py (writes train.jsonl and heldout.jsonl into the folder that it is given),
 config.yaml and README.md. The held-out rows are measured with the fine-tuned model, with the base model, with the base
@@ -10,6 +11,8 @@ model and up to eight solved examples before each question, and with the functio
 
 If the rows are preference pairs, a second training takes their chosen answers alone, in as many steps. Both are also
 measured on the rows of the gate's guard.
+
+Each page also shows three rows, the config, and three held-out answers before and after, once a run has kept them.
 """
 
 import hashlib
@@ -32,8 +35,8 @@ import psutil
 import yaml
 
 from olora_ray.common.statistics import difference
-from olora_ray.common.text import plural
-from olora_ray.train.scoring import resolve
+from olora_ray.common.text import plural, shortened
+from olora_ray.train.scoring import Judge
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINES = ROOT / "pipelines"
@@ -41,6 +44,11 @@ RECIPES = PIPELINES / "recipes"
 Scores = dict[str, dict[int, float]]
 NUMBERS = re.compile(r"<!-- numbers (\w*) -->\n.*?<!-- end -->\n", re.DOTALL)
 """The part of a page that this program writes, with the digest of the files that the numbers are of."""
+SHOWN = re.compile(r"<!-- rows -->\n.*?<!-- end of rows -->\n", re.DOTALL)
+"""The part with rows, config and answers."""
+EXAMPLES = 3
+CELL = 240
+"""Most characters of a text in a row or answer."""
 SHOTS = 8
 LONGEST = 4000
 """Most characters of the examples, as JSON: fewer examples are shown than SHOTS if they are longer."""
@@ -82,6 +90,10 @@ def main(argv: Sequence[str]) -> int:
             )
         )
         return int(bool(old))
+    if list(argv) == ["--rows"]:
+        for page in pages().values():
+            write_rows(page)
+        return 0
     names = argv or list(pages())
     sys.path.append(str(PIPELINES))
     for name in [] if names == ["--gallery"] else names:
@@ -89,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
         text = numbers(page.parent)
         before, _, after = NUMBERS.split(page.read_text(encoding="utf-8"))
         page.write_text(before + text + after, encoding="utf-8")
+        write_rows(page)
         print(text)
     write_gallery()
     return 0
@@ -155,6 +168,61 @@ def write_gallery() -> None:
     axes.set(xlim=(0, 1), xlabel="score on held-out rows", ylim=(len(scores) - 0.5, -0.5))
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
     figure.savefig(RECIPES / "scores.png", dpi=120)
+
+
+def write_rows(page: Path) -> None:
+    """Write the rows, the config and the answers of a recipe into its page, behind the numbers."""
+    recipe = page.parent
+    rows = ROOT / "runs" / "recipes" / recipe.name
+    if not (rows / "train.jsonl").is_file():
+        command(sys.executable, recipe / "make_rows.py", rows)
+    examples = lines_of(rows / "train.jsonl")[:EXAMPLES]
+    parts = ["## Three rows", "", "```json"]
+    parts += [json.dumps(cut(row), ensure_ascii=False) for row in examples]
+    config = (recipe / "config.yaml").read_text(encoding="utf-8").strip()
+    parts += ["```", "", "## The config", "", "```yaml", config, "```", ""]
+    answers = answers_of(rows)
+    if answers:
+        parts += ["## Three held-out answers", "", "```text", *answers, "```", ""]
+    text = "\n".join(["<!-- rows -->", *parts, "<!-- end of rows -->", ""])
+    old = page.read_text(encoding="utf-8")
+    before, end, after = SHOWN.sub("", old).rstrip("\n").partition("<!-- end -->\n")
+    page.write_text(f"{before}{end}{after}\n\n{text}", encoding="utf-8")
+
+
+def cut(value: Any) -> Any:
+    """Return a row with its long texts shortened."""
+    if isinstance(value, str):
+        return shortened(value, CELL)
+    if isinstance(value, list):
+        return [cut(each) for each in value]
+    if isinstance(value, dict):
+        return {name: cut(each) for name, each in value.items()}
+    return value
+
+
+def answers_of(rows: Path) -> list[str]:
+    """Return the first held-out answers of the run and of its base model; [] if no run has kept them."""
+    file = rows / "tuned" / "answers.jsonl"
+    if not file.is_file():
+        return []
+    asked = lines_of(rows / "heldout.jsonl")
+    by_origin: dict[str, list[dict[str, Any]]] = {}
+    for answer in lines_of(file):
+        by_origin.setdefault(answer["origin"], []).append(answer)
+    found = []
+    for origin, (tuned, base) in [*by_origin.items()][:EXAMPLES]:
+        row = as_chat(asked[int(origin.rpartition(":")[2]) - 1])
+        texts = {
+            "prompt": row["messages"][-2]["content"],
+            "wanted": tuned["reference"],
+            "before": base["text"],
+            "after": tuned["text"],
+        }
+        for name, text in texts.items():
+            found.append(f"{name + ':':8}{shortened(' '.join(str(text).split()), CELL)}")
+        found.append("")
+    return found[:-1]
 
 
 def numbers(recipe: Path) -> str:
@@ -290,9 +358,10 @@ def by_rule(recipe: Path, rows: Path, scorer: str | None) -> dict[str, Scores]:
     if not rule or not scorer:
         return {}
     found: Scores = {}
+    judge = Judge(scorer)
     for line, row in enumerate(lines_of(rows / "heldout.jsonl"), start=1):
         *asked, answer = row["messages"]
-        for name, value in resolve(scorer)(rule(asked[-1]["content"]), answer["content"]).items():
+        for name, value in judge(rule(asked[-1]["content"]), answer["content"]).items():
             found.setdefault(name, {})[line] = value
     return {rule.__doc__.strip(" ."): found}
 

@@ -6,6 +6,7 @@ from typing import Any
 from olora_ray.calls import rows
 from olora_ray.common import storage
 from olora_ray.evaluation import results, targets
+from olora_ray.train.scoring import Metric
 
 
 def evaluate(
@@ -13,7 +14,7 @@ def evaluate(
     config: str | None,
     given: dict[str, Any],
     data: rows.Given,
-    metrics: Sequence[results.Metric],
+    metrics: Sequence[Metric],
 ) -> dict[str, float]:
     """Return the metrics of a model; `given` are dotted fields, and `data` is None for the rows of the config."""
     shared = targets.settings((model,), config, given)

@@ -50,6 +50,8 @@ class TrainSpec:
     """Bytes that the plan expects on the device of the model."""
     guard: TokenStore | None = None
     """The texts of GUARD."""
+    eval_sources: tuple[str, ...] = ()
+    """Name of the source of each file of the held-out rows; () if they are of one source."""
 
     def identity(self) -> dict[str, str]:
         """Return what decides the numbers of a run: digests of contents, whatever their path, and adapter settings."""

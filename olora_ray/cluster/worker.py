@@ -40,13 +40,13 @@ from olora_ray.common.fault_points import reached
 from olora_ray.common.logs import quiet_transformers
 from olora_ray.common.text import plural
 from olora_ray.config.load import dump
-from olora_ray.tokens.plan import CHOSEN
+from olora_ray.tokens.plan import CHOSEN, Counts
 from olora_ray.train import reference
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
 from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
-from olora_ray.train.held_out import evaluate
+from olora_ray.train.held_out import by_source, evaluate
 from olora_ray.train.loader import Schedule, StepLoader, known_steps
 from olora_ray.train.loop import StepResult
 from olora_ray.train.scoring import Baseline
@@ -364,6 +364,9 @@ class Evaluator:
         self.attention = start.attention
         self.best: Tensor | None = start.best
         self.questions = wanted_questions(spec.config.evaluation, spec.eval)
+        self.sources: Mapping[str, tuple[list[int], Counts]] = {}
+        if spec.eval and spec.eval_sources:
+            self.sources = by_source(spec.eval, spec.eval_sources)
 
     def measure(self, state: TrainState) -> dict[str, float]:
         means, losses = self.evaluate(state.step, self.spec.each_example)
@@ -385,11 +388,16 @@ class Evaluator:
         assert self.spec.eval is not None
         with self.context.activate(self.trainer.adapted):
             reached("evaluate", step, self.context.rank)
+            each = each or bool(self.sources)
             found = evaluate(self.trainer, self.spec.eval, self.attention, step, each)
             means = dict(found.means)
             if self.spec.guard:
                 guard = evaluate(self.trainer, self.spec.guard, self.attention, step)
                 means[GUARD.removeprefix("eval/")] = guard.means["loss"]
+        objective = self.trainer.objective
+        for source, (rows, size) in self.sources.items():
+            numbers = (found.numbers[rows].sum(0) / objective.weight(size)).tolist()
+            means[f"loss/{source}"] = objective.named(numbers, size)["loss"]
         return means, found.losses()
 
     def answers(self, answering: str) -> list[list[int]]:

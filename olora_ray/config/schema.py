@@ -403,7 +403,8 @@ class Evaluation(Section):
     """Generated answers to held-out prompts, before and after training."""
 
     scorer: str | None = None
-    """exact_match, json_fields or package.module:function, which is imported; null: answers are not scored."""
+    """exact_match, json_fields, macro_f1 (of labels, over all rows), or package.module:function, which is imported;
+    several with commas; null: answers are not scored."""
     rows: Annotated[int, Field(ge=0)] = 80
     """Number of held-out rows whose answers are scored, before and after training."""
     samples: Annotated[int, Field(ge=0)] = 3

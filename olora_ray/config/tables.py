@@ -43,6 +43,13 @@ class Plugin:
         return f"{self.package} {self.version} {self.digest}"
 
 
+ELSEWHERE = {
+    "qlora": "of QLoRA's parts, set model.quantization=nf4, and leave this field at olora or lora",
+    "rslora": "set adapter.rank_stabilized=true",
+}
+"""Methods of other tools that are another field here -> what to do."""
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     group: str
@@ -119,6 +126,8 @@ class Table:
         known = [*also, *self.names()]
         *most, last = [repr(each) for each in known]
         message = f"input should be {', '.join(most)} or {last}"
+        if name in ELSEWHERE:
+            return f"{message}; {ELSEWHERE[name]}"
         near = difflib.get_close_matches(name, known, n=1)
         if near:
             return f"{message}; did you mean {near[0]!r}?"

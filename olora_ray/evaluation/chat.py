@@ -114,7 +114,11 @@ class Answers:
         quiet_transformers()
         # Nothing is scored here, so a scorer in Python that the run's config names is not imported.
         unscored = {"evaluation.scorer": None, **changes}
-        target = targets.resolve(place, targets.settings([place], None, unscored))
+        if place.startswith("models:/"):
+            settings = targets.settings_of_version(place, unscored)
+        else:
+            settings = targets.settings([place], None, unscored)
+        target = targets.resolve(place, settings)
         self.has_base = target.adapter is not None
         """False for a merged model, which cannot answer as its base model."""
         self.base = with_tokenizer(target.base, target.config)

@@ -62,8 +62,7 @@ def _check_form(form: str | None, quantize: str | None) -> None:
                 "argument --quantize: only for --form gguf or ollama; leave it out, or add --form gguf"
             )
     elif not EXPORTERS.knows(form):
-        known = ", ".join([*FORMS, *EXPORTERS.names()])
-        raise UserError(f"argument --form: {form} is none of {known}")
+        raise UserError(f"argument --form: {EXPORTERS.unknown(form, FORMS)}")
     elif quantize and quantize not in exporter_named(form).options:
         known = ", ".join(exporter_named(form).options)
         raise UserError(f"argument --quantize: {quantize} is none of {known}")
@@ -85,7 +84,7 @@ def given(name: str, changes: Mapping[str, Any]) -> Iterator["Given"]:
         uri = f"{models.SCHEME}{name}@{alias}"
         if alias.isdigit():
             uri = f"{models.SCHEME}{name}/{alias}"
-        config = targets.settings([uri], None, changes)
+        config = targets.settings_of_version(uri, changes)
         entry = models.of_config(config)
         assert entry
         about = f"{name} version {entry.version.number}"

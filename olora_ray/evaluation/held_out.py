@@ -143,6 +143,9 @@ class Answer:
     prompt: str = ""
     """With its special tokens."""
 
+    def as_row(self) -> scoring.Row:
+        return {"prompt": self.prompt, "reference": self.reference, "answer": self.text}
+
 
 def measure(
     base: Base,
@@ -189,6 +192,10 @@ def measure(
     scores: dict[str, dict[int, float]] = {}
     for name in scoring.means([item.scores for item in judged]):
         scores[name] = {item.row: item.scores[name] for item in judged if name in item.scores}
+    scorer = config.evaluation.scorer
+    kept: dict[int, scoring.Row] = {}
+    if scorer and scoring.Judge(scorer).takes_all:
+        kept = {item.row: item.as_row() for item in judged}
     objective = objective_of(config.train)
     examples = chain.from_iterable(pack.examples() for pack in packs)
     numbers = chain.from_iterable(done[len(groups) :])
@@ -203,6 +210,8 @@ def measure(
         scores=scores,
         origins=origins(store),
         perplexity=objective.perplexity,
+        answers=kept,
+        scorer=scorer if kept else None,
     )
     return results, judged
 

@@ -33,7 +33,7 @@ from olora_ray.pipeline.base import find_model, with_tokenizer
 from olora_ray.tokens import prepare
 from olora_ray.tracking import client, models
 from olora_ray.tracking.start import resolve_uri, start_run
-from olora_ray.train.scoring import Judge
+from olora_ray.train.scoring import Judge, Metric
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,6 @@ logger = logging.getLogger(__name__)
 
 
 OPTIONS = ("--config", "--tasks", "--task-data", "--limit", "--scorer", "--out")
-
-
-Metric = Callable[[Sequence[Mapping[str, str]]], Mapping[str, float]]
-"""From the scored rows {prompt, reference, answer} to named numbers."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +162,7 @@ def run(request: EvalRequest) -> tuple[list[EvalResult], dict[str, Interval]]:
 
 def own_metrics(metrics: Sequence[Metric], answers: Sequence[Answer]) -> dict[str, float]:
     """Return eval/NAME -> value; raise UserError if there are no answers."""
-    rows = [
-        {"prompt": each.prompt, "reference": each.reference, "answer": each.text}
-        for each in answers
-    ]
+    rows = [each.as_row() for each in answers]
     if metrics and not rows:
         raise UserError("metrics: no held-out row has a question and an answer to measure")
     found: dict[str, float] = {}

@@ -1,15 +1,17 @@
 """Held-out results of one model, row by row, and the comparison of two models on the same rows."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from olora_ray.common.errors import UserError
-from olora_ray.common.statistics import Interval, difference
+from olora_ray.common.statistics import Interval, difference, resampled
 from olora_ray.common.text import plural
+from olora_ray.train.scoring import Judge, Row
 
 LOSS = "eval/loss"
 PERPLEXITY = "eval/perplexity"
@@ -31,6 +33,8 @@ class Column:
     values: NDArray[np.float64]
     weights: NDArray[np.float64]
     """The metric is the weighted mean of the values; eval/perplexity is the exponential of the weighted mean."""
+    over_all: Callable[[Sequence[Row]], float] | None = None
+    """The metric of answered rows, if it is no mean; the values are then NaN."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class RowResults:
     """Origin of each row; several rows of the store may come from one row of a file."""
     perplexity: bool = True
     """True if the exponential of the mean loss is a perplexity (`Objective.perplexity`)."""
+    answers: Mapping[int, Row] = field(default_factory=dict)
+    """Index of a row -> what a scorer of all answers takes; empty without such a scorer."""
+    scorer: str | None = None
+    """evaluation.scorer, if it has such a scorer."""
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.losses) == len(self.origins):
@@ -59,7 +67,10 @@ class RowResults:
         names = [LOSS]
         if self.perplexity:
             names.append(PERPLEXITY)
-        return names + [f"{SCORE}{name}" for name in self.scores]
+        scores = [*self.scores]
+        if self.scorer:
+            scores += Judge(self.scorer).over_all([*self.answers.values()])
+        return names + [f"{SCORE}{name}" for name in scores]
 
     def metric(self, name: str) -> float:
         """Return the mean over all rows that have the metric: eval/loss (per token), eval/perplexity or eval/SCORE.
@@ -69,6 +80,8 @@ class RowResults:
         column = self.column(name)
         if not len(column.rows):
             return math.nan
+        if column.over_all:
+            return column.over_all([*self.answers.values()])
         mean = math.fsum(column.values * column.weights) / math.fsum(column.weights)
         if name == PERPLEXITY:
             return math.exp(min(mean, HIGHEST))
@@ -85,6 +98,11 @@ class RowResults:
         values = None
         if name.startswith(SCORE):
             values = self.scores.get(name.removeprefix(SCORE))
+        if values is None and self.scorer and name in self.names():
+            rows = np.array(sorted(self.answers), dtype=np.int64)
+            blank = np.full(len(rows), math.nan)
+            metric = partial(Judge(self.scorer).number, name.removeprefix(SCORE))
+            return Column(rows, blank, blank, metric)
         if values is None:
             raise UserError(
                 f"metric {name}: not measured on the held-out rows; use one of {', '.join(self.names())}"
@@ -110,13 +128,14 @@ class RowResults:
         scores = {}
         for name, values in self.scores.items():
             scores[name] = {position[row]: values[row] for row in values if row in position}
-        return RowResults(
-            self.data,
-            tuple(self.tokens[row] for row in rows),
-            tuple(self.losses[row] for row in rows),
-            scores,
-            tuple(self.origins[row] for row in rows),
-            self.perplexity,
+        answers = {position[row]: each for row, each in self.answers.items() if row in position}
+        return replace(
+            self,
+            tokens=tuple(self.tokens[row] for row in rows),
+            losses=tuple(self.losses[row] for row in rows),
+            scores=scores,
+            origins=tuple(self.origins[row] for row in rows),
+            answers=answers,
         )
 
     def gain(self, theirs: "RowResults", metric: str, level: float = 0.95) -> "Comparison":
@@ -171,14 +190,18 @@ def compare(name: str, ours: RowResults, theirs: RowResults, level: float = 0.95
             f"metric {name}: no held-out row has it for both models; choose another metric"
         )
     group = np.asarray(numbered(ours.origins))[rows]
-    shift = difference(
-        first.values[at_first],
-        second.values[at_second],
-        first.weights[at_first],
-        level,
-        of=_perplexities if name == PERPLEXITY else None,
-        groups=group,
-    )
+    if first.over_all:
+        both = [(ours.answers[row], theirs.answers[row]) for row in rows.tolist()]
+        shift = resampled(first.over_all, both, group, level)
+    else:
+        shift = difference(
+            first.values[at_first],
+            second.values[at_second],
+            first.weights[at_first],
+            level,
+            of=_perplexities if name == PERPLEXITY else None,
+            groups=group,
+        )
     return Comparison(shift, len(rows), len(np.unique(group)))
 
 

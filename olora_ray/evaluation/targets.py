@@ -28,11 +28,12 @@ from olora_ray.config.section import is_auto
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
-from olora_ray.pipeline.run_folder import RunFolder, read_decisions, read_for_others
+from olora_ray.pipeline.run_folder import RunFolder, read_decisions, read_for_others, where_now
 from olora_ray.tracking import models
+from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
-from olora_ray.train.scoring import SCORERS
+from olora_ray.train.scoring import built_in
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,27 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
     return config
 
 
+def settings_of_version(uri: str, changes: Mapping[str, Any]) -> AnyConfig:
+    """Return the settings of the run that made a registered version, with the version as model.
+
+    The defaults instead if its folder has no longer that run. A scorer of the run is left out.
+    """
+    config = settings([uri], None, changes)
+    tracking_uri = resolve_uri(config)
+    version = models.resolve(uri, tracking_uri)
+    folder = where_now(version.folder, config.run.storage)
+    result = records.read(RunFolder(folder).result, dict[str, Any]) or {}
+    if not folder or (result.get("mlflow") or {}).get("run_id") != version.run_id:
+        return config
+    own = settings([folder], None, {"evaluation.scorer": None, **changes})
+    here = {
+        "run.storage": config.run.storage,
+        "tracking.uri": tracking_uri,
+        "model.trust_remote_code": config.model.trust_remote_code,  # the registry may name any folder
+    }
+    return with_model(override(own, here), uri)
+
+
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
         config = command_line.loaded(file, {**NO_GATE, **changes})
@@ -90,7 +112,7 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
         if name == own.run.name and run != own.folder():
             moved = {"run.storage": parent}
         scorer = own.evaluation.scorer
-        if scorer and scorer not in SCORERS and "evaluation.scorer" not in changes:
+        if scorer and not built_in(scorer) and "evaluation.scorer" not in changes:
             raise UserError(
                 f"evaluation.scorer: the config in {run} names the Python code {scorer}, and others may write there; if"
                 f" you trust that code, add --scorer {scorer}, or name your own config with --config"

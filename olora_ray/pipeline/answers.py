@@ -54,16 +54,29 @@ def judged(config: Config, answers: Sequence[Sample]) -> Judged:
     return before, after
 
 
-def means(scored: Judged) -> Scores:
-    before, after = scored
-    if not after:
+def rows_of(answers: Sequence[Sample], when: str) -> list[scoring.Row]:
+    """Return the answers "before" or "after" the training as rows for a scorer of all answers."""
+    return [
+        {"prompt": each.prompt, "reference": each.reference, "answer": getattr(each, when)}
+        for each in answers
+    ]
+
+
+def means(config: Config, answers: Sequence[Sample], scored: Judged) -> Scores:
+    """Return the mean of each score, and the scores of all answers together; {} without a scorer."""
+    if not config.evaluation.scorer or not answers:
         return {}
-    return {"before": scoring.means(before), "after": scoring.means(after)}
+    judge = scoring.Judge(config.evaluation.scorer)
+    found = {}
+    for when, scores in zip(("before", "after"), scored, strict=True):
+        found[when] = {**scoring.means(scores), **judge.over_all(rows_of(answers, when))}
+    return found
 
 
 def scores_after(config: Config, result: TrainResult, tokenizer: Any) -> dict[str, float]:
-    """Return the mean scores after a training; raise UserError if the scorer fails."""
-    return means(judged(config, answered(result, tokenizer))).get("after", {})
+    """Return the scores after a training; raise UserError if the scorer fails."""
+    samples = answered(result, tokenizer)
+    return means(config, samples, judged(config, samples)).get("after", {})
 
 
 def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any) -> frozenset[str]:
@@ -105,6 +118,8 @@ def check_answers(config: AnyConfig, held_out: TokenStore | None, tokenizer: Any
                 origin for index in range(len(held_out)) for origin in held_out.origins(index)
             ]
             raise UserError(f"{origins[question.row]}: {error}") from error
+    best = rows_of([Sample("", each, each, each) for each in references], "after")
+    names |= judge.over_all(best).keys()
     if config.evaluation.rows and isinstance(config, Config):
         _check_gate(config, names, why)
     return frozenset(names)

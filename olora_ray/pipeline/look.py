@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import partial
 from html import unescape
 from pathlib import Path
 from shlex import quote
@@ -28,7 +29,7 @@ from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config import command_line
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.run_folder import RunFolder
+from olora_ray.pipeline.run_folder import RunFolder, where_now
 from olora_ray.tokens.plan import CHOSEN
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def _folder(name: str, tracking_uri: str | None) -> str:
         version = models.resolve(f"models:/{model}@{alias}", start.chosen_uri(tracking_uri))
         if not version.folder:
             raise UserError(f"{name}: the version does not name its run; name the run's folder")
-        # The storage may have been moved since.
-        places = [version.folder, storage.join(runs, version.folder.rpartition("/")[2])]
+        places = [where_now(version.folder, runs)]
     for place in places:
         with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
             if storage.names(place):
@@ -91,7 +91,7 @@ def _again(folder: str) -> str:
     from olora_ray.common.logs import quiet_transformers
     from olora_ray.model.load import tokenizer_in
     from olora_ray.pipeline.answers import answered, judged
-    from olora_ray.train.scoring import SCORERS
+    from olora_ray.train.scoring import built_in
 
     state = RunFolder(folder).state()
     if state.config is None or state.result is None:
@@ -116,7 +116,7 @@ def _again(folder: str) -> str:
             answers = answered(training, tokenizer)
             marks = special_tokens(tokenizer)
     scorer = state.config.evaluation.scorer
-    if scorer in SCORERS:
+    if scorer and built_in(scorer):
         scored = judged(state.config, answers)
     elif scorer:
         missing.append(f"right and wrong answers: {scorer} is Python code, which look does not run")
@@ -199,7 +199,9 @@ def _interval(change: "Interval") -> str:
 
 def gains(ended: Ended) -> list[Gain]:
     """Return the scores of a run, the one that decides first: gate.metric, else exact_match, else the first."""
-    from olora_ray.common.statistics import difference
+    from olora_ray.common.statistics import difference, resampled
+    from olora_ray.pipeline.answers import rows_of
+    from olora_ray.train.scoring import Judge
 
     found = []
     means = ended.result.get("scores") or {}
@@ -216,7 +218,14 @@ def gains(ended: Ended) -> list[Gain]:
             count = len(pairs)
             found.append(Gain(name, sum(old) / count, sum(new) / count, count, change, binary))
         elif name in means["before"]:
-            found.append(Gain(name, means["before"][name], after))
+            change = None
+            count = len(ended.answers)
+            if ended.scored[1]:
+                metric = partial(Judge(str(ended.config.evaluation.scorer)).number, name)
+                before = rows_of(ended.answers, "before")
+                both = zip(rows_of(ended.answers, "after"), before, strict=True)
+                change = resampled(metric, [*both], range(count))
+            found.append(Gain(name, means["before"][name], after, count, change))
     wanted = [ended.config.gate.metric.removeprefix("eval/"), "exact_match"]
     found.sort(key=lambda gain: wanted.index(gain.name) if gain.name in wanted else len(wanted))
     return found
@@ -295,6 +304,8 @@ LOSSES = {
     "eval/loss": "held out",
     "eval/guard/loss": "other texts",
 }
+SOURCE = "eval/loss/"
+"""Beginning of the metric of a source."""
 MARGINS = {
     "eval/pairs/margin": "margin, held out",
     "eval/pairs/chosen": "log p of the chosen answers, held out",
@@ -312,8 +323,12 @@ def write(ended: Ended, url: str | None, missing: Sequence[str] = ()) -> str:
     counts = Counter(row["change"] for row in rows)
     missing = [*missing, *_missing(ended, scores)]
     labels = _labels(ended)
+    metrics = ended.result.get("metrics", {})
     curves = [_curve(ended.state.history, "loss (nats per token)", LOSSES)]
-    if "eval/pairs/margin" in ended.result.get("metrics", {}):
+    sources = {name: name.removeprefix(SOURCE) for name in metrics if name.startswith(SOURCE)}
+    if sources:
+        curves.append(_curve(ended.state.history, "held-out loss of each source", sources))
+    if "eval/pairs/margin" in metrics:
         curves.append(_curve(ended.state.history, "nats per pair since the first step", MARGINS))
     text = page.rendered(
         "run.html",
@@ -329,6 +344,9 @@ def write(ended: Ended, url: str | None, missing: Sequence[str] = ()) -> str:
         counts=counts,
         gains=scores,
         curves=curves,
+        sources=sources,
+        first=next((row for row in ended.state.history if "eval/loss" in row), {}),
+        last=metrics,
         advice=[*_advice(ended, labels)],
         commands=[
             f"olora-ray chat {quote(ended.root)}",
@@ -360,10 +378,11 @@ def _rows(ended: Ended, scores: Sequence[Gain]) -> list[dict[str, Any]]:
     """Return the answers, wrong ones first; a score below 1 is wrong."""
     rows = []
     before, after = ended.scored
+    # Not a score of all answers together.
+    name = next((gain.name for gain in scores if any(gain.name in row for row in after)), None)
     for number, each in enumerate(ended.answers):
         change = ""
-        if scores and after:
-            name = scores[0].name
+        if name is not None:
             was = before[number].get(name, 0.0) >= 1
             now = after[number].get(name, 0.0) >= 1
             change = {(1, 0): "broken", (0, 0): "wrong", (0, 1): "fixed", (1, 1): "right"}[was, now]
@@ -450,15 +469,6 @@ def _advice(ended: Ended, found: Mapping[str, Any]) -> Iterator[str]:
         other = seen.setdefault("".join(name.split()).casefold(), name)
         if other != name:
             yield f"Make {other!r} and {name!r} one label: they differ only by blanks or capitals."
-    mistakes = {
-        (name, answer): count
-        for name, counts in zip(names, found.get("confusion", ()), strict=True)
-        for answer, count in zip(found["columns"], counts, strict=True)
-        if name != answer
-    }
-    name, answer = max(mistakes, key=mistakes.__getitem__, default=("", ""))
-    if mistakes.get((name, answer)):
-        yield f"Look at the rows of {name!r} that the model answers with {answer!r}: {mistakes[name, answer]}."
 
 
 def _curve(history: Sequence[Mapping[str, float]], unit: str, labels: Mapping[str, str]) -> str:
@@ -472,9 +482,10 @@ def _curve(history: Sequence[Mapping[str, float]], unit: str, labels: Mapping[st
         axes = figure.subplots()
         positive = True
         known = {name for row in history for name in row}
-        for (name, label), form in zip(labels.items(), ("-", "o-", "s--"), strict=False):
+        for name, label in labels.items():
             if name not in known:
                 continue
+            form = "-" if name.startswith("train/") else "o-"
             rows = [row for row in history if name in row]
             rows = rows[:: len(rows) // 1000 + 1]
             values = [row[name] for row in rows]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline import answers, export_preflight
 from olora_ray.pipeline.base import Base
 from olora_ray.pipeline.progress import batch_split
-from olora_ray.tokens.plan import Split
+from olora_ray.tokens.plan import Plan, Split
 from olora_ray.tokens.prepare import StoreBuild, begin, look_here, look_there, plan_here
 from olora_ray.tokens.prepare import prepare as prepare_store
 from olora_ray.tokens.preview import describe
@@ -333,6 +334,7 @@ def prepare_tokens(
         planned=planned,
         auto=tuple(auto),
         guard=texts,
+        eval_sources=_names_of_sources(other.plan) if other else (),
     )
     return Prepared(spec, build, scores)
 
@@ -347,6 +349,19 @@ def _of_guard(config: DecidedConfig) -> DecidedConfig:
         "evaluation.scorer": None,
     }
     return override(config, changes)
+
+
+def _names_of_sources(plan: Plan) -> tuple[str, ...]:
+    """Return a name for metrics of the source of each file; () if there is one source."""
+    if len(plan.sources) == 1:
+        return ()
+    names = [
+        re.sub(r"[^\w.-]", "_", source.path.rstrip("/").rpartition("/")[2])
+        for source in plan.sources
+    ]
+    if len(set(names)) < len(names):
+        names = [f"{number}-{name}" for number, name in enumerate(names)]
+    return tuple(names[file.source] for file in plan.files)
 
 
 def contents(config: DataConfig, base: Base) -> dict[str, str]:

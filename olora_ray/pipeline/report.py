@@ -27,27 +27,42 @@ def facts(exported: Exported, result: Mapping[str, Any]) -> dict[str, str]:
     return dict(_facts(exported, result))
 
 
-def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    spec = exported.spec
-    state = exported.state
-    adapter = spec.config.adapter
+def _held_out(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     losses = exported.losses()
     pairs = of_pairs(exported.best_row, "eval")
     if pairs:
         yield "held-out pairs", pairs
     if losses:
-        text = f"{losses[0]:.4f} before, {exported.best_loss:.4f} after step {state.best_step}"
+        step = exported.state.best_step
+        text = f"{losses[0]:.4f} before, {exported.best_loss:.4f} after step {step}"
         if pairs:
             text += ", of right answers"
         yield "held-out loss", text
     if exported.guard:
-        yield "loss on other texts", "{:.4f} before, {:.4f} after".format(*exported.guard)
+        yield "loss on other texts", _forgotten(*exported.guard)
     scores = result["scores"]
     for name, value in scores.get("after", {}).items():
         text = f"{value:.3f}"
         if name in scores["before"]:
             text = f"{scores['before'][name]:.3f} before, {text} after"
         yield f"held-out {name}", text
+
+
+def _forgotten(before: float, after: float) -> str:
+    text = f"{before:.4f} before, {after:.4f} after"
+    if after - before > FORGETS:
+        text += (
+            "; the model has forgotten some of what it knew: a lower train.lr keeps more, and train.weight_decay pulls"
+            " it back to its start"
+        )
+    return text
+
+
+def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    spec = exported.spec
+    state = exported.state
+    adapter = spec.config.adapter
+    yield from _held_out(exported, result)
     text = (
         f"{mask(spec.base.shown())}; {adapter.method} rank {adapter.rank}, alpha {adapter.alpha:g}"
     )
@@ -112,7 +127,7 @@ def finished(
 
     `result` is the content of result.json, `url` the address of the run's page on an MLflow server.
     """
-    for line in _summary(exported, answers, result["scores"]):
+    for line in _summary(exported, answers, result):
         if line:
             logger.info(line)
         else:
@@ -128,8 +143,7 @@ def finished(
     logger.info(verdict)
 
 
-def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str, Any]) -> list[str]:
-    state = exported.state
+def _summary(exported: Exported, answers: Sequence[Sample], result: Mapping[str, Any]) -> list[str]:
     folder = exported.folder
     config = exported.spec.config
     lines = [""]
@@ -142,27 +156,11 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
         }
         lines += [f"{label} {_one_line(text)}" for label, text in texts.items()]
         lines.append("")
-    losses = exported.losses()
-    if losses:
-        name = "loss"
-        pairs = of_pairs(exported.best_row, "eval")
-        if pairs:
-            lines.append(f"held-out pairs: {pairs}")
-            name = "loss of right answers"
+    lines += [f"{name}: {text}" for name, text in _held_out(exported, result)]
+    if exported.losses() and not config.data.eval:
         lines.append(
-            f"held-out {name}: {losses[0]:.4f} before, {exported.best_loss:.4f} after (step {state.best_step})"
+            "the held-out rows are from the training files and may be worded alike: ask in new words, too"
         )
-        if not config.data.eval:
-            lines.append(
-                "the held-out rows are from the training files and may be worded alike: ask in new words, too"
-            )
-    if exported.guard:
-        lines.append(forgotten(*exported.guard))
-    for name, value in scores.get("after", {}).items():
-        text = f"{value:.3f} after ({len(answers)} rows)"
-        if name in scores["before"]:
-            text = f"{scores['before'][name]:.3f} before, {text}"
-        lines.append(f"held-out {name}: {text}")
     quantised = exported.parity.get("quantised")
     if quantised:
         lines.append(f"adapter: {quantised['in_words']}")
@@ -173,17 +171,6 @@ def _summary(exported: Exported, answers: Sequence[Sample], scores: Mapping[str,
     for name in config.export.also:
         lines.append(f"{exporter_named(name).label + ':':21} {folder.export(name)}")
     return lines
-
-
-def forgotten(before: float, after: float) -> str:
-    """Say whether the model has become worse on texts of no task."""
-    said = f"loss on other texts: {before:.4f} before, {after:.4f} after"
-    if after - before > FORGETS:
-        said += (
-            ": the model has forgotten some of what it knew; a lower train.lr keeps more, and train.weight_decay pulls"
-            " it back to its start"
-        )
-    return said
 
 
 def next_steps(result: Mapping[str, Any], url: str | None) -> list[str]:

@@ -159,7 +159,7 @@ def _run(
                 exported = export.run_export(spec, folder, result)
                 answers = answered(result, base.tokenizer)
                 scored = judged(config, answers)  # a scorer that fails stops the registration
-                scores = means(scored)
+                scores = means(config, answers, scored)
                 publish.log_scores(exported, tracker, answers, scores)
                 driver.check()
                 content = publish.publish(exported, tracker, tags, scores)

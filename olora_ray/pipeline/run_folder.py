@@ -460,6 +460,14 @@ def history(root: str) -> Sequence[Mapping[str, float]]:
     return trained.state.history
 
 
+def where_now(folder: str, storage_root: str) -> str:
+    """Return `folder`, or the folder of the same name in `storage_root` if the whole storage was moved."""
+    moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
+    if folder and not storage.exists(folder) and storage.exists(moved):
+        return moved
+    return folder
+
+
 PREFERRED = "eval/pairs/preferred"
 """Metric: the share of the held-out preference pairs whose preferred answer gained more."""
 

@@ -27,7 +27,7 @@ from olora_ray.evaluation.rows import LOSS, RowResults, lower_is_better
 from olora_ray.model.folder import CONFIG
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import Base, find_model, with_tokenizer
-from olora_ray.pipeline.run_folder import Fingerprint, RunFolder
+from olora_ray.pipeline.run_folder import Fingerprint, RunFolder, where_now
 from olora_ray.retrain import gate, recipe
 from olora_ray.retrain.gate import Decision, HeldOut
 from olora_ray.retrain.recipe import Inputs
@@ -285,7 +285,13 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
                     )
                 known[note] = Compared(own.spec.digest, results)
                 records.write(note, known[note])
-    return [known[note].rows for note in notes]
+    found = []
+    for note, (_, rows) in zip(notes, wanted, strict=True):
+        results = known[note].rows
+        # The config names the code of a scorer, because others may write the stored results.
+        scorer = results.scorer and rows.config.evaluation.scorer
+        found.append(replace(results, scorer=scorer))
+    return found
 
 
 def results_on(
@@ -355,7 +361,7 @@ def _own_export(config: Config, version: Version) -> str | None:
 
     None if the folder was deleted, is not in this storage, or has another version since.
     """
-    folder = RunFolder(recipe.where_now(version.folder, config.run.storage))
+    folder = RunFolder(where_now(version.folder, config.run.storage))
     result = records.read(folder.result, dict[str, Any]) or {}
     made = result.get("registered") or {}
     if (made.get("model"), str(made.get("version"))) != (version.name, version.number):

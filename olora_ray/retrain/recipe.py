@@ -36,6 +36,7 @@ from olora_ray.pipeline.run_folder import (
     earlier_settings_digest,
     identity_settings,
     settings_digest,
+    where_now,
 )
 from olora_ray.tokens import prepare
 from olora_ray.tokens.plan import Plan, Split, sources_of
@@ -440,14 +441,6 @@ def _continued(
     if not sources:
         return "there is no new file"
     return path, sources
-
-
-def where_now(folder: str, storage_root: str) -> str:
-    """Return `folder`, or the folder of the same name in `storage_root` if the whole storage was moved."""
-    moved = storage.join(storage_root, folder.rstrip("/").rpartition("/")[2])
-    if folder and not storage.exists(folder) and storage.exists(moved):
-        return moved
-    return folder
 
 
 def _split(config: Config, plan: Plan, known: Collection[str]) -> tuple[Source, ...]:

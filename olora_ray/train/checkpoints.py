@@ -80,13 +80,6 @@ def newest(root: str) -> tuple[int | None, Kept]:
     return (int(listed[-1].removeprefix(PREFIX)) if listed else None), kept
 
 
-def precision_now(root: str) -> str | None:
-    """Return the precision in which a run started; None if it is unknown."""
-    with contextlib.suppress(OSError):
-        return newest(root)[1].precision
-    return None
-
-
 def latest_good(root: str) -> tuple[str, Checkpoint] | None:
     """Return the folder and content of the newest good checkpoint; damaged ones are skipped with a warning.
 

@@ -1,6 +1,8 @@
 """The losses of a model on held-out sequences."""
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Protocol
@@ -89,6 +91,21 @@ def held_out(
     if each:  # one after the other, so that the last bits stay those of searches of older versions
         means = [sum(column) / weight for column in numbers.T.tolist()]
     return HeldOut(numbers, whole, objective.named(means, whole))
+
+
+def by_source(store: TokenStore, names: Sequence[str]) -> dict[str, tuple[list[int], Counts]]:
+    """Return the numbers of each source's examples, and their size; `names` has the source of each file."""
+    source_of = dict(zip(store.files, names, strict=True))
+    every = range(len(store))
+    origins = chain.from_iterable(store.origins(index) for index in every)
+    sizes = chain.from_iterable(store[index].examples() for index in every)
+    rows: dict[str, list[int]] = defaultdict(list)
+    wholes: dict[str, Counts] = defaultdict(Counts)
+    for number, (origin, size) in enumerate(zip(origins, sizes, strict=True)):
+        source = source_of[origin.rpartition(":")[0]]
+        rows[source].append(number)
+        wholes[source] += size
+    return {source: (rows[source], wholes[source]) for source in rows}
 
 
 def evaluate(

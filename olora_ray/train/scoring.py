@@ -1,6 +1,8 @@
-"""Scorers of generated answers: each maps (prediction, reference) to named scores in [0, 1].
+"""Scorers of generated answers: of one answer, or of all answers together.
 
-A scorer may leave out a score that does not apply to an answer; its mean is over the answers that have it.
+A scorer of one answer maps (prediction, reference) to named scores in [0, 1]. It may leave out a score that does not
+apply to an answer; the mean is over the answers that have it. A scorer of all answers has one parameter, the list of
+rows, and returns named numbers that are no means over rows, such as macro F1; more is better.
 """
 
 import contextlib
@@ -13,17 +15,23 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from olora_ray.common import records
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.storage import digest, digest_file
+from olora_ray.common.text import plural
 from olora_ray.config import command_line
 
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[[str, str], dict[str, float]]
+Row = Mapping[str, str]
+"""An answered row: its prompt, reference and answer."""
+Metric = Callable[[Sequence[Row]], Mapping[str, float]]
 
 
 def exact_match(prediction: str, reference: str) -> dict[str, float]:
@@ -52,22 +60,44 @@ def json_fields(prediction: str, reference: str) -> dict[str, float]:
     }
 
 
+def macro_f1(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the mean of the F1 of all labels among the references. Each label has the same weight."""
+    wanted = [row["reference"].strip() for row in rows]
+    given = [row["answer"].strip() for row in rows]
+    hits = Counter(label for label, answer in zip(wanted, given, strict=True) if label == answer)
+    sizes = Counter(wanted)
+    answers = Counter(given)
+    # Not scikit-learn's: a bootstrap takes a thousand of them, and this one is fifty times as fast.
+    values = [2 * hits[label] / (size + answers[label]) for label, size in sizes.items()]
+    return {"macro_f1": sum(values) / len(values)}
+
+
 SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "json_fields": json_fields}
+OVER_ALL: dict[str, Metric] = {"macro_f1": macro_f1}
 
 
-def resolve(name: str) -> Scorer:
-    """Return the scorer `name`: one of SCORERS, `package.module:function` or `package.module.function`.
+def names_in(scorer: str) -> list[str]:
+    """Return the names in evaluation.scorer, which has commas between several."""
+    return [name.strip() for name in scorer.split(",")]
+
+
+def built_in(scorer: str) -> bool:
+    return all(name in SCORERS or name in OVER_ALL for name in names_in(scorer))
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """Return one scorer: a built-in one, `package.module:function` or `package.module.function`.
 
     Imports the module, so its code runs. It may be one of pipelines/contrib: `mobility.answer:next_place`. Raises
     UserError if there is no such function.
     """
-    if name in SCORERS:
-        return SCORERS[name]
+    known: dict[str, Callable[..., Any]] = {**SCORERS, **OVER_ALL}
+    if name in known:
+        return known[name]
     module_name, _, function_name = name.rpartition(":" if ":" in name else ".")
     if not module_name or not function_name:
-        known = ", ".join(SCORERS)
         raise UserError(
-            f"evaluation.scorer: no scorer is called {name!r}; use {known}, or package.module:function"
+            f"evaluation.scorer: no scorer is called {name!r}; use {', '.join(known)}, or package.module:function"
         )
     applications = str(command_line.ROOT / "pipelines" / "contrib")
     if applications not in sys.path:
@@ -91,20 +121,29 @@ def resolve(name: str) -> Scorer:
     return scorer  # type: ignore[no-any-return]
 
 
-def source_digest(name: str) -> str:
-    """Return a digest of the scorer's files: the module in its name, and the module that defines the function.
+def _takes_all(function: Callable[..., Any]) -> bool:
+    """Return True if a scorer takes all rows together: it has one parameter."""
+    try:
+        parameters = [*inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):  # some functions in C have no signature
+        return False
+    return len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+
+
+def source_digest(scorer: str) -> str:
+    """Return a digest of the scorers' files: the modules in their names, and the modules that define the functions.
 
     Modules that these import are not included. Raises the UserErrors of `resolve`.
     """
-    scorer = resolve(name)
-    named = name.rpartition(":" if ":" in name else ".")[0]
-    modules = [
-        sys.modules.get(each)
-        for each in (named, getattr(inspect.unwrap(scorer), "__module__", None))
-        if each
-    ]
-    files = [Path(file) for each in modules if (file := getattr(each, "__file__", None))]
-    return digest(*(digest_file(file) for file in files if file.is_file()), length=16)
+    files = []
+    for name in names_in(scorer):
+        named = name.rpartition(":" if ":" in name else ".")[0]
+        defines = getattr(inspect.unwrap(resolve(name)), "__module__", None)
+        for module in (named, defines):
+            file = getattr(sys.modules.get(module or ""), "__file__", None)
+            if file and Path(file).is_file():
+                files.append(digest_file(Path(file)))
+    return digest(*files, length=16)
 
 
 TAKEN = ("loss", "perplexity")
@@ -112,48 +151,47 @@ TAKEN = ("loss", "perplexity")
 
 
 class Judge:
-    """A scorer whose mistakes become UserErrors of one line; creating it raises the UserErrors of `resolve`."""
+    """Scorers whose mistakes become UserErrors of one line; creating it raises the UserErrors of `resolve`.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._scorer = resolve(name)
+    Without a scorer of one answer, exact_match is that.
+    """
+
+    def __init__(self, scorer: str) -> None:
+        self._each: dict[str, Scorer] = {}
+        self._over_all: dict[str, Metric] = {}
+        for name in names_in(scorer):
+            function = resolve(name)
+            if _takes_all(function):
+                self._over_all[name] = function
+            else:
+                self._each[name] = function
+        if not self._each:
+            self._each["exact_match"] = exact_match
+
+    @property
+    def takes_all(self) -> bool:
+        """True if there is a scorer of all answers."""
+        return bool(self._over_all)
 
     def __call__(self, prediction: str, reference: str) -> dict[str, float]:
-        """Return the scores of an answer; raises UserError if the scorer fails, or a score is not a finite number."""
-        try:
-            raw = self._scorer(prediction, reference)
-        except Exception as error:  # the user's function may raise anything
-            if isinstance(error, UserError):
-                raise
-            cause = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(
-                f"evaluation.scorer: {self.name} fails on the answer {_short(prediction)} and the reference"
-                f" {_short(reference)}: {cause}"
-            ) from error
-        try:
-            if not isinstance(raw, Mapping) or not all(
-                isinstance(name, str) and name for name in raw
-            ):
-                raise TypeError
-            scores = {name: float(value) for name, value in raw.items()}
-        except (TypeError, ValueError, OverflowError):
-            raise UserError(
-                f"evaluation.scorer: {self.name} must return {{name: number}}, not {_short(raw)}"
-            ) from None
-        for name in TAKEN:
-            if name in scores:
-                raise UserError(
-                    f"evaluation.scorer: {self.name} returns a score {name!r}, but eval/{name} is a metric of the"
-                    " held-out rows; give the score another name"
-                )
-        # One value that is not finite would make the mean of all answers useless.
-        for name, value in scores.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"evaluation.scorer: {self.name} returns {value} as {name!r} for the answer {_short(prediction)}"
-                    f" and the reference {_short(reference)}; leave out a score that does not apply"
-                )
+        """Return the scores of an answer; raises UserError if a scorer fails, or a score is not a finite number."""
+        scores: dict[str, float] = {}
+        on = f"the answer {_short(prediction)} and the reference {_short(reference)}"
+        for name, scorer in self._each.items():
+            scores |= _checked(name, partial(scorer, prediction, reference), on)
         return scores
+
+    def over_all(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Return the numbers of all answers together; raises as a call. {} without such a scorer, or without rows."""
+        numbers: dict[str, float] = {}
+        if rows:
+            for name, metric in self._over_all.items():
+                numbers |= _checked(name, partial(metric, rows), plural(len(rows), "row"))
+        return numbers
+
+    def number(self, name: str, rows: Sequence[Row]) -> float:
+        """Return one of these numbers; NaN if it is not among them."""
+        return self.over_all(rows).get(name, math.nan)
 
     def tell_partial(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Log each score that only some of the answers have."""
@@ -162,6 +200,37 @@ class Judge:
                 logger.info(
                     f"score {name}: only {count} of {len(rows)} answers have it, and its mean is over these"
                 )
+
+
+def _checked(name: str, score: Callable[[], object], on: str) -> dict[str, float]:
+    """Return the numbers of the scorer `name`; `on` says in messages what it was called with."""
+    try:
+        raw = score()
+    except Exception as error:  # the user's function may raise anything
+        if isinstance(error, UserError):
+            raise
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"evaluation.scorer: {name} fails on {on}: {cause}") from error
+    try:
+        if not isinstance(raw, Mapping) or not all(isinstance(key, str) and key for key in raw):
+            raise TypeError
+        scores = {key: float(value) for key, value in raw.items()}
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"evaluation.scorer: {name} must return {{name: number}}, not {_short(raw)}"
+        ) from None
+    for key, value in scores.items():
+        if key in TAKEN:
+            raise UserError(
+                f"evaluation.scorer: {name} returns a score {key!r}, but eval/{key} is a metric of the held-out rows;"
+                " give the score another name"
+            )
+        # One value that is not finite would make the mean of all answers useless.
+        if not math.isfinite(value):
+            raise UserError(
+                f"evaluation.scorer: {name} returns {value} as {key!r} for {on}; leave out a score that does not apply"
+            )
+    return scores
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

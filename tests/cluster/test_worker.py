@@ -61,18 +61,48 @@ def train(
     measured_on: Any = None,
     model: Any = None,
     trained_on: Any = None,
+    sources: tuple[str, ...] = (),
     **changes: Any,
 ) -> tuple[TrainResult, Channel]:
     store = trained_on or tiny.store(8)
     held_out = measured_on or tiny.store(3, seed=9)
     settings = tiny.decided(**(SETTINGS | changes))
     base = BaseModel("m", "/m", type(model).__name__)  # the node keeps what passes of a base
-    spec = TrainSpec(settings, base, "tokenizer", (1,), store, held_out)
+    spec = TrainSpec(settings, base, "tokenizer", (1,), store, held_out, eval_sources=sources)
     channel = Channel()
     shared = SharedBase(
         SupervisedLoss(model or tiny.llama(attention="segments")), torch.device("cpu")
     )
     return train_at(SharedBaseContext(shared), spec, str(folder), channel), channel
+
+
+class OfTwoFiles(tiny.ListStore):
+    """Packs whose first example is of another file than the others."""
+
+    def __init__(self, store: tiny.ListStore) -> None:
+        super().__init__([store[index] for index in range(len(store))])
+        self.files = ("a.jsonl", "b.jsonl")
+
+    def origins(self, index: int) -> list[str]:
+        return [f"{self.files[row > 0]}:{index + 1}" for row in range(len(self[index].segments))]
+
+
+def test_the_held_out_loss_of_each_source_is_recorded(tmp_path: Path) -> None:
+    held_out = OfTwoFiles(tiny.store(3, seed=9))
+    result, channel = train(tmp_path / "both", measured_on=held_out, sources=("short", "texts"))
+    plain, _ = train(tmp_path / "one", measured_on=held_out)
+    assert result.problem is None
+    weights = {"short": 0, "texts": 0}
+    for index in range(len(held_out)):
+        for row, size in enumerate(held_out[index].examples()):
+            weights["texts" if row else "short"] += size.supervised
+    for step, loss in channel.metrics("eval/loss").items():
+        parts = {name: channel.metrics(f"eval/loss/{name}")[step] for name in weights}
+        whole = sum(parts[name] * weights[name] for name in weights)
+        assert whole == pytest.approx(loss * sum(weights.values()))
+    assert result.state
+    assert plain.state
+    assert result.state.best_loss == pytest.approx(plain.state.best_loss)
 
 
 def test_a_model_that_cannot_answer_is_trained_without_answers(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_every_shipped_config_parses(path: Path) -> None:
         ({"adapter": {"rank": "9" * 5000}}, ["adapter.rank: "]),
         ({"adapter": {"rank": "many"}}, ["config: adapter.rank: ", "integer", "(got 'many')"]),
         ({"adapter": {"rank": 0}}, ["adapter.rank: ", "greater than or equal to 1", "(got 0)"]),
+        ({"adapter": {"method": "qlora"}}, ["adapter.method: ", "model.quantization=nf4"]),
         ({"adapter": {"method": "svd"}}, ["adapter.method: ", "'olora', 'lora'", "(got 'svd')"]),
         (
             {"adapter": {"method": "eva", "init_tokens": 32}},

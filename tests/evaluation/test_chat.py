@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import ray
 
+from olora_ray.common import records
 from olora_ray.evaluation import chat
+from olora_ray.tracking import models
 from tests import finished_run
 from tests.finished_run import FinishedRun
 from tests.refused import refused
@@ -87,11 +89,24 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(
             chat.main(["mine", "after 5?"])
         assert capsys.readouterr().out == expected(run, [system, user("after 5?")])
         assert "system message of the data: count (--system TEXT sets another)" in lines
+        as_version(run)
+        chat.main(["models:/small@candidate", "after 5?"])
+        tuned = capsys.readouterr().out
+        assert tuned in expected(run, [system, user("after 5?")])
+        assert tuned not in expected(run, [user("after 5?")])
         rows.write_text(before + rows.read_text())
         chat.main(["mine", "after 5?"])
         assert capsys.readouterr().out == expected(run, [user("after 5?")])
     finally:
         rows.write_text(before)
+
+
+def as_version(run: FinishedRun) -> None:
+    """Register the run, and name the run of MLflow in its result, as the end of a training does."""
+    run.registered()
+    version = models.resolve("models:/small@candidate", run.aliases.uri)
+    result = records.read(run.folder.result, dict[str, Any]) or {}
+    run.folder.write_result({**result, "mlflow": {"run_id": version.run_id}})
 
 
 def test_each_line_of_the_input_is_a_prompt_of_its_own(

@@ -1,6 +1,7 @@
 """Metrics from row results equal those that are computed from the model directly, and intervals cover the truth."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olora_ray.adapter.peft_folder import write_adapter
-from olora_ray.common.statistics import difference
+from olora_ray.common import records
+from olora_ray.common.statistics import Interval, difference
 from olora_ray.evaluation import held_out
 from olora_ray.evaluation.held_out import Measurer
 from olora_ray.evaluation.rows import RowResults, compare
@@ -49,6 +51,46 @@ def test_the_middle_of_a_comparison_is_the_difference_of_the_metrics(name: str) 
     found = compare(name, BETTER, ROWS).interval
     assert found.mean == pytest.approx(BETTER.metric(name) - ROWS.metric(name))
     assert found.low <= found.mean <= found.high
+
+
+def labelled(answers: str) -> RowResults:
+    """Results on eight rows, of which two come from one row of a file, with one letter as answer to each."""
+    kept = {
+        row: {"prompt": "", "reference": wanted, "answer": answer}
+        for row, (wanted, answer) in enumerate(zip("aaabbbcc", answers, strict=True))
+    }
+    origins = ((0, 0), *((0, row) for row in range(7)))
+    ones = (1,) * 8
+    return RowResults("store", ones, (1.0,) * 8, {}, origins, answers=kept, scorer="macro_f1")
+
+
+def test_a_score_of_all_answers_is_computed_again_for_each_draw() -> None:
+    good = labelled("aaabbbca")
+    bad = labelled("aaaaaaaa")
+    assert good.names()[-1] == "eval/macro_f1"
+    assert bad.metric("eval/macro_f1") == pytest.approx(6 / 11 / 3)
+    assert bad.only([0, 1, 3]).metric("eval/macro_f1") == pytest.approx(0.4)
+    found = good.gain(bad, "eval/macro_f1")
+    assert (found.rows, found.groups) == (8, 7)
+    shift = good.metric("eval/macro_f1") - bad.metric("eval/macro_f1")
+    assert found.interval.mean == pytest.approx(shift)
+    assert found.interval.low < shift < found.interval.high
+    turned = compare("eval/macro_f1", bad, good).interval
+    assert turned.mean == pytest.approx(-shift)
+    assert good.gain(good, "eval/macro_f1").interval == Interval(0.0, 0.0, 0.0)
+
+
+def test_stored_results_with_answers_are_read_again_and_so_are_those_without(
+    tmp_path: Path,
+) -> None:
+    file = str(tmp_path / "rows.json")
+    records.write(file, labelled("aaabbbca"))
+    assert records.read(file, RowResults) == labelled("aaabbbca")
+    earlier = {
+        name: value for name, value in asdict(ROWS).items() if name not in ("answers", "scorer")
+    }
+    records.write(file, earlier)
+    assert records.read(file, RowResults) == ROWS
 
 
 def test_other_tokens_are_not_compared() -> None:

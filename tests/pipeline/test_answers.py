@@ -75,7 +75,22 @@ def test_the_mean_of_a_score_is_over_the_rows_that_have_it(monkeypatch: pytest.M
     )
     samples = [Sample("", "y", "y", "y"), Sample("", "y", "", "n"), Sample("", "y", "", "")]
     with said() as lines:
-        found = answers.means(answers.judged(tiny.config(evaluation__scorer="some"), samples))
+        found = scores(samples, "some")
     assert found == {"before": {"all": 1.0, "yes": 1.0}, "after": {"all": 1.0, "yes": 0.5}}
     assert "2 of 3 answers" in "".join(lines)
-    assert answers.means(answers.judged(tiny.config(), samples)) == {}
+    assert scores(samples, None) == {}
+
+
+def scores(samples: list[Sample], scorer: str | None) -> answers.Scores:
+    config = tiny.config(evaluation__scorer=scorer)
+    return answers.means(config, samples, answers.judged(config, samples))
+
+
+def test_macro_f1_stands_beside_the_scores_per_answer() -> None:
+    samples = [Sample("", label, "b", "b") for label in ("a", "b", "b", "b")]
+    after = {"exact_match": 0.75, "macro_f1": pytest.approx(3 / 7)}
+    assert scores(samples, "macro_f1")["after"] == after
+    assert scores(samples, "exact_match, macro_f1")["after"] == after
+    check(evaluation__scorer="macro_f1", gate__metric="eval/macro_f1")
+    with refused("gate: eval/macro_f1"):
+        check(evaluation__scorer="exact_match", gate__metric="eval/macro_f1")

@@ -1,6 +1,7 @@
 """The page of a run says first whether it is better and by how much, then where it is wrong."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ MARKS = ["<|im_start|>", "<|im_end|>"]
 LONG = "word " * 40 + "a" * 300
 PROMPT = f"<|im_start|>user\n{LONG}<|im_end|>\n<|im_start|>assistant"
 LABELS = ("billing", "delivery and damage", "refund")
+SOURCES = ("eval/loss/mails.jsonl", "eval/loss/a_long_name_of_a_file_of_questions.jsonl")
 HISTORY = [
-    {"step": 0.0, "eval/loss": 2.0},
+    {"step": 0.0, "eval/loss": 2.0, **dict.fromkeys(SOURCES, 2.0)},
     {"step": 1.0, "train/loss": 1.5},
-    {"step": 2.0, "train/loss": 1.0, "eval/loss": 0.5},
+    {"step": 2.0, "train/loss": 1.0, "eval/loss": 0.5, **dict.fromkeys(SOURCES, 0.25)},
 ]
 
 
@@ -49,7 +51,7 @@ KINDS: dict[str, tuple[list[Sample], str | None, str]] = {
     "good": (texts(0, 24, 25), "exact_match", "24 of 25 right, the base model 0 of 25"),
     "bad": (texts(20, 2, 25), "exact_match", "2 of 25 right, the base model 20 of 25"),
     "few": (texts(0, 3, 4), "exact_match", "3 of 4 right, the base model 0 of 4"),
-    "labels": (labelled(), "exact_match", "27 of 30 right, the base model 0 of 30"),
+    "labels": (labelled(), "macro_f1", "27 of 30 right, the base model 0 of 30"),
     "texts": (texts(0, 0, 3), None, "0.5000, the base model 2.0000"),
 }
 
@@ -58,8 +60,8 @@ def ended(folder: Path, answers: Sequence[Sample], scorer: str | None) -> look.E
     config = tiny.config(run__name="mine", run__storage=str(folder), evaluation__scorer=scorer)
     scored = judged(config, answers)
     result: dict[str, Any] = {
-        "scores": means(scored),
-        "metrics": {"eval/loss": 0.5},
+        "scores": means(config, answers, scored),
+        "metrics": HISTORY[-1],
         "eval_loss_before": 2.0,
         "mlflow": {"uri": "sqlite:////runs/mlflow.db", "run_id": "cafe"},
         "registered": None,
@@ -119,6 +121,21 @@ def test_pairs_have_an_interval_of_the_share_that_is_preferred(tmp_path: Path) -
         of_pairs = look.Ended(run.root, run.config, run.state, result, [], ([], []), held_out=rows)
         grades.append(look.verdict(of_pairs, [])[1])
     assert grades == ["good", "", "bad", ""]
+
+
+def test_macro_f1_is_the_verdict_if_the_gate_names_it(tmp_path: Path) -> None:
+    run = ended(tmp_path, labelled(), "macro_f1")
+    gate = run.config.gate.model_copy(update={"metric": "eval/macro_f1"})
+    run = replace(run, config=run.config.model_copy(update={"gate": gate}))
+    first, other = look.gains(run)
+    assert (first.name, other.name) == ("macro_f1", "exact_match")
+    assert first.change
+    assert first.change.low < first.change.mean == first.after < first.change.high
+    assert look.verdict(run, [first])[1] == "good"
+    look.write(run, None)
+    page = Path(run.root, "report.html").read_text()
+    assert page.count('data-change="wrong"') == 3
+    assert all(f'<th scope="row">{each[10:]}</th>' in page for each in SOURCES)
 
 
 def test_a_name_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

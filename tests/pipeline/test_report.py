@@ -110,7 +110,7 @@ def test_the_end_says_that_nothing_became_better_and_that_held_out_rows_were_dra
         spec: Any = SimpleNamespace(config=config)
         exported = Exported(spec, RunFolder(config.folder()), TrainResult(state=state), {})
         finished(exported, [], {**result(tmp_path), "scores": {}}, None, "no verdict")
-    assert [line for line in lines if f"1.0000 after (step {best})" in line]
+    assert [line for line in lines if f"1.0000 after step {best}" in line]
     assert any("no step has improved the held-out loss" in line for line in lines) == (best == 0)
     assert any("ask in new words, too" in line for line in lines) == drawn
 
@@ -129,8 +129,6 @@ def test_of_pairs_the_end_has_the_loss_of_the_chosen_answers_and_not_the_objecti
         exported = Exported(spec, RunFolder(config.folder()), TrainResult(state=state), {})
         finished(exported, [], {**result(tmp_path), "scores": {}}, None, "no verdict")
     assert [
-        line
-        for line in lines
-        if "loss of right answers: 2.2500 before, 2.1250 after (step 4)" in line
+        line for line in lines if "2.2500 before, 2.1250 after step 4, of right answers" in line
     ]
     assert [line for line in lines if "0.75 preferred, margin +4.0 nats, log p chosen -1.0" in line]

@@ -147,7 +147,7 @@ def settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
             "log_every": 2,
         },
         "cluster": {"workers": 2, "cpus_per_worker": 0.5},
-        "evaluation": {"scorer": "exact_match", "rows": 6, "samples": 2, "max_new_tokens": 5},
+        "evaluation": {"scorer": "macro_f1", "rows": 6, "samples": 2, "max_new_tokens": 5},
         "registry": {"model": "small"},
     }
     for field, value in changes.items():

@@ -92,7 +92,7 @@ def test_missing_values_are_null_and_labels_have_names() -> None:
     assert {row["note"] for row in rows_of(asked(frame))} == {None}
     config = asked(LABELS)
     assert config.data.train[0].labels == {"completion": ("bad", "good")}
-    assert config.evaluation.scorer == "exact_match"
+    assert config.evaluation.scorer == "macro_f1"
 
 
 def test_keywords_are_fields_by_their_own_or_hugging_faces_names() -> None:

@@ -310,7 +310,7 @@ def test_labels_are_scored_by_equality_and_named_in_the_system_message(
     init.main(["train.jsonl", "data.train.0.fields={instruction: text, output: kind}"])
     assert "2 labels; the rarest, 'in work', has 20 rows" in capsys.readouterr().out
     found = load_config("my_run.yaml")
-    assert (found.evaluation.scorer, found.evaluation.max_new_tokens) == ("exact_match", 8)
+    assert (found.evaluation.scorer, found.evaluation.max_new_tokens) == ("macro_f1", 8)
     for source in (*found.data.train, *found.data.eval):
         assert source.system == "Answer with one of: open, in work"
         assert source.fields == {"instruction": "text", "output": "kind"}
@@ -334,7 +334,7 @@ def test_labels_of_a_prompt_get_no_system_message_because_it_may_be_no_chat() ->
     lines = [{"prompt": f"{n}?", "completion": ["even", "odd"][n % 2]} for n in range(60)]
     Path("a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     found = written("a.jsonl")
-    assert found.evaluation.scorer == "exact_match"
+    assert found.evaluation.scorer == "macro_f1"
     assert found.data.train[0].system is None
 
 

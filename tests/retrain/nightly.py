@@ -48,7 +48,7 @@ class Nightly:
             "lr": 2e-2,
         }
         tree["cluster"] |= {"workers": 1, "cpus_per_worker": 1}
-        tree["evaluation"] = {"scorer": "exact_match", "rows": 6, "samples": 0, "max_new_tokens": 6}
+        tree["evaluation"] = {"scorer": "macro_f1", "rows": 6, "samples": 0, "max_new_tokens": 6}
         tree["registry"] = {"model": "nightly"}
         tree["gate"] = {
             "guard": None,

@@ -60,6 +60,25 @@ def test_losses_count_downwards_and_scores_upwards() -> None:
     assert good.gain(bad, "eval/match").interval.mean == pytest.approx(0.5)
 
 
+def test_a_score_of_all_answers_decides_if_the_gate_names_it() -> None:
+    def answering(right: int) -> RowResults:
+        answers = {
+            row: {"prompt": "", "reference": "ab"[row % 2], "answer": "ab"[row % 2 and row < right]}
+            for row in range(40)
+        }
+        return replace(results([1.0] * 40), answers=answers, scorer="macro_f1")
+
+    named = gate(metric="eval/macro_f1", **{"and": [{"metric": "eval/macro_f1", "at_least": 0.5}]})
+    passed = decide(named, answering(40), answering(10))
+    assert passed.passed
+    assert passed.details["challenger"]["eval/macro_f1"] == 1.0
+    assert not decide(named, answering(10), answering(10)).passed
+    unseen = HeldOut(unseen=range(20))
+    assert decide(named, answering(20), answering(0), unseen).details["groups"] == 20
+    with refused("eval/macro_f1"):
+        decide(named, answering(20), results([1.0] * 40))
+
+
 def test_noise_passes_as_a_point_but_not_with_confidence() -> None:
     rng = np.random.default_rng(1)
     champion = rng.normal(2.0, 0.5, 80)

@@ -40,3 +40,19 @@ def test_the_page_of_all_recipes_has_the_numbers_of_their_pages() -> None:
     assert run_recipes.gallery()[0] == (run_recipes.RECIPES / "README.md").read_text(
         encoding="utf-8"
     )
+
+
+def test_the_answers_of_a_finished_run_stand_before_and_after(tmp_path: Path) -> None:
+    assert run_recipes.answers_of(tmp_path) == []
+    rows = [chat(number, 10) for number in range(5)]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tuned").mkdir()
+    lines = [
+        {"model": model, "origin": f"heldout.jsonl:{line}", "reference": "yes", "text": text}
+        for model, text in (("run", "yes"), ("base", "no\nidea"))
+        for line in range(1, 6)
+    ]
+    answers = tmp_path / "tuned" / "answers.jsonl"
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = run_recipes.answers_of(tmp_path)
+    assert shown.count("before: no idea") == shown.count("after:  yes") == run_recipes.EXAMPLES

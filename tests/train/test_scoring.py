@@ -1,11 +1,16 @@
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 
 from olora_ray.train.scoring import (
     SCORERS,
     Judge,
+    Row,
     exact_match,
     json_fields,
     means,
@@ -127,6 +132,38 @@ def test_a_score_that_is_not_finite_is_refused_with_its_answer(
     told = f"evaluation.scorer: mine returns {float(value)} as 'part' for the answer '' and"
     with refused(told):
         Judge("mine")("", "b")
+
+
+def longest(rows: Sequence[Row]) -> dict[str, float]:
+    return {"longest": max(len(row["answer"]) for row in rows)}
+
+
+def answered(wanted: Sequence[str], given: Sequence[str]) -> list[Row]:
+    return [
+        {"prompt": "", "reference": reference, "answer": answer}
+        for reference, answer in zip(wanted, given, strict=True)
+    ]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abcd")), min_size=1))
+def test_macro_f1_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
+    wanted, answers = zip(*pairs, strict=True)
+    found = Judge("macro_f1").over_all(answered(wanted, answers))
+    labels = sorted(set(wanted))
+    expected = f1_score(wanted, answers, labels=labels, average="macro", zero_division=0)
+    assert found == {"macro_f1": pytest.approx(expected)}
+
+
+def test_a_scorer_with_one_parameter_gets_all_answers() -> None:
+    rows = answered(["yes", "no"], ["yes", "perhaps"])
+    judge = Judge(f"{__name__}:longest")
+    assert (judge("a", "a"), judge.over_all(rows)) == ({"exact_match": 1.0}, {"longest": 7.0})
+    both = Judge(f"json_fields,macro_f1, {__name__}:longest")
+    assert both("{}", "{}") == {"valid_json": 1.0, "exact_match": 1.0}
+    assert both.over_all(rows) == {"macro_f1": 0.5, "longest": 7.0}
+    with refused(f"{__name__}:longest"):
+        judge.over_all([{}])
+    assert judge.over_all([]) == {}
 
 
 def test_a_mean_is_over_the_answers_that_have_the_score() -> None:

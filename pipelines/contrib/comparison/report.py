@@ -107,6 +107,17 @@ def sentence(record: ComparisonRecord, arm: ArmRecord) -> str:
     )
 
 
+def verdict(record: ComparisonRecord) -> str:
+    """Return the result of each arm, without what it was measured with."""
+    found = []
+    for arm in record.others():
+        said = "not compared"
+        if arm.against is not None:
+            said = conclusion(arm.against, record.relevant)
+        found.append(f"{arm.name} beside {record.baseline}: {said}")
+    return ". ".join(found)
+
+
 def conclusion(difference: Against, relevant: float) -> str:
     """Return the result in words; but for the word for an undecided one it follows from the interval alone."""
     low, high, bound = difference.adjusted.low, difference.adjusted.high, f"{relevant:g}"
@@ -322,6 +333,7 @@ def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> s
     """Return the page; `pictures` are PNGs by the names of FIGURES, `folder` is the comparison's."""
     shown = "\n".join(page.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
     facts = [("next", line)] if (line := next_command(record, folder)) else []
+    facts += [("result", line) for line in sentences(record)]
     facts += [("how to read this", HOW_TO_READ), *(("score", line) for line in scores(record))]
     facts += [
         *(("seeds", line) for line in seeds(record)),
@@ -336,5 +348,5 @@ def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> s
         f'<div class="card">{page.terms(list(MEANS.items()))}</div>\n'
         f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n'
         "<footer>comparison.json has all numbers, for each seed too.</footer>",
-        " ".join(sentences(record)),
+        verdict(record),
     )
