@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -123,7 +123,8 @@ class Opened(NamedTuple):
 
 
 def opened(config: Config, version: Version) -> Opened:
-    return Opened(*compare._opened(config, version))
+    base: Any = None  # of candidates only
+    return Opened(*compare._opened(base, config, version))
 
 
 def test_the_gate_compares_it_with_a_merged_version(run: FinishedRun, tmp_path: Path) -> None:
