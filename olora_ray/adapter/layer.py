@@ -57,6 +57,14 @@ class AdapterWeights:
         b = self.db if b0 is None else b0 + self.db
         return scale * (self.db @ self.factors.a0 + b @ self.da)
 
+    def shrunk(self, start: "AdapterWeights | None", factor: float) -> "AdapterWeights":
+        """Return the weights with `factor` times their change since `start` (None: since dA = dB = 0)."""
+        if start is None:
+            return replace(self, da=factor * self.da, db=factor * self.db)
+        da = torch.lerp(start.da, self.da, factor)
+        db = torch.lerp(start.db, self.db, factor)
+        return replace(self, da=da, db=db)
+
     def plain_rank(self) -> int:
         return self.factors.rank * (1 if self.factors.b0 is None else 2)
 

@@ -207,6 +207,12 @@ class Worker:
 
     def _train(self) -> bool:
         """Train to the end, or to a stop on request; True in the second case."""
+        if self.state.shrunk is not None:
+            if self.state.best_step is None:
+                self._tell(self.evaluator.measure(self.state))
+                self._saved_step = -1  # the checkpoint of this step lacks the loss
+                self._checkpoint()
+            return False
         if self.state.step == 0 and not self.state.history:
             baseline = self.evaluator.baseline(
                 storage.join(self.spec.shared or self.checkpoints, "baseline.json")

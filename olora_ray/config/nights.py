@@ -67,6 +67,10 @@ class Gate(Section):
     the champion, with confidence; also the limit for the loss of the other rows if `metric` is of pairs, and for
     eval/pairs/loss if it is not."""
 
+    shrink: bool = True
+    """true: if a challenger is better by `metric`, but fails guard, anchor or chosen_margin, try 0.75, 0.5 and 0.25 of
+    its change, with stricter intervals, and promote the first that passes. false: refuse it."""
+
     @field_validator(
         "guard",
         mode="before",

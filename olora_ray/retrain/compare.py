@@ -64,6 +64,16 @@ class RowSet:
     """lm-eval's tasks, instead of rows."""
 
 
+@dataclass(frozen=True)
+class Candidate(Version):
+    """A version with a part of its change, before it is registered."""
+
+    factor: float = 1.0
+    """The part of the change."""
+    adapter: str = ""
+    """Its folder: a plain LoRA for the base model."""
+
+
 def guard(config: Config, inputs: Inputs) -> RowSet | None:
     """Return the rows of gate.guard; raises UserError if they cannot be read."""
     wanted = config.gate.guard
@@ -103,11 +113,12 @@ def decision(
     champion: Version | None,
     versions: Sequence[Version],
     gone: Sequence[Version] = (),
+    looks: int = 1,
 ) -> Decision:
     """Measure what is not measured yet, and return the gate's decision on the challenger.
 
     `versions` are all versions of the model, and `gone` those that were pruned. The tags of the decision name the best
-    champions for the next one.
+    champions for the next one. `looks` as in `gate.decide`.
     """
     config = inputs.config
     there = {version.number: version for version in versions if not version.rolled_back}
@@ -146,7 +157,8 @@ def decision(
     told = f"held-out rows: used for {plural(uses['versions'], 'version')} since {uses['since']}"
     if champion is not None:
         told += f"; the champion is {plural(uses['champion_days'], 'day')} old"
-    logger.info(told)
+    if not isinstance(challenger, Candidate):
+        logger.info(told)
     about = replace(about_rows(config, inputs, ours, champion), sets=uses["sets"])
     tags = {}
     both = None
@@ -157,12 +169,12 @@ def decision(
     if config.gate.anchor is not None:
         metric = gate.metric_of(config.gate, ours)
         tags[ANCHOR] = _best(metric, challenger, ours, best.get(ANCHOR), anchor)
-    decided = gate.decide(config.gate, ours, theirs, about, anchor, both)
+    decided = gate.decide(config.gate, ours, theirs, about, anchor, both, looks)
     reason = decided.reason
     if uses["stale"]:
         reason += f"; {uses['stale']}"
     details = {**decided.details, "uses": uses, "lost": lost_rows(inputs, ours, theirs)}
-    return Decision(decided.passed, reason, details, tags)
+    return replace(decided, reason=reason, details=details, tags=tags)
 
 
 def _best(
@@ -260,9 +272,12 @@ def measured(inputs: Inputs, wanted: Sequence[tuple[Version, RowSet]]) -> list[R
     if missing:
         with connection.connect(inputs.config) as (_, cluster):
             preflight.require(decide_evaluation(inputs.config, cluster), cluster)
-            opened = {}
+            opened: dict[str, tuple[AnyConfig, Base, str | None]] = {}
             for note, (version, rows) in missing.items():
-                opened[note] = _opened(rows.config, version)
+                if isinstance(version, Candidate):
+                    opened[note] = (rows.config, inputs.base, version.adapter)
+                else:
+                    opened[note] = _opened(rows.config, version)
             _same_tokens([*tokenizers, *(base.spec.digest for _, base, _ in opened.values())])
             for note, (named, own, adapter) in opened.items():
                 version, rows = missing[note]
@@ -375,5 +390,7 @@ def note_file(rows: RowSet, version: Version, base: str = "") -> str:
     ]
     if objective.reference:
         parts.append(base)
+    if isinstance(version, Candidate):
+        parts.append(f"shrunk to {version.factor}")
     key = digest_json(parts, length=32)
     return storage.join(config.run.storage, "retraining", "rows", f"{key}.json")

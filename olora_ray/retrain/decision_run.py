@@ -12,7 +12,7 @@ from olora_ray.common.secrets import looked_up, mask
 from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import Fingerprint
 from olora_ray.retrain import notify
-from olora_ray.retrain.recipe import CHANGED, Baseline
+from olora_ray.retrain.recipe import CHANGED, Baseline, shrunk_to
 from olora_ray.tracking import old_versions
 from olora_ray.tracking.aliases import CHAMPION, Aliases
 from olora_ray.tracking.checksums import AGAINST, Version
@@ -96,6 +96,8 @@ def of_version(config: Config, version: Version) -> None:
     """Write and tell the gate's decision on a version once; it is read from its tags, so a crash loses nothing."""
     tags = version.tags
     if not version.verdict or AGAINST not in tags or tags.get(RECORDED):
+        return
+    if shrunk_to(version) is not None:  # the decision on the shrunk version is the night's
         return
     entry = entry_of(version)
     run_id = write_decision(config, entry)

@@ -12,6 +12,15 @@ that are used again hardly add to the error: the champion's luck on them is a ba
 each set of rows in a year gets its share of the error. benchmarks/gate_years.py, at the tag before-open, simulates
 years, and chose the numbers.
 
+A challenger that is better on its task, but fails a limit on harm elsewhere (anchor, guard, chosen answers, other
+rows), may be shrunk: its change times 0.75, 0.5 or 0.25, and the first that passes everything is promoted. That is four
+looks a night instead of one, yet a night's error stays what it was:
+
+- If the whole change is not better, it must pass its own comparison by luck before anything is shrunk, at the usual
+  level. So shrinking adds no error here.
+- If the whole change is better, but a shrunk one is not, or does harm, that one must pass by luck. Each interval of a
+  shrunk change has a quarter of the usual error, so the three together have less than the usual one.
+
 With `gate.confident: false` the improvement itself decides. Without a champion only the conditions count. A
 challenger's value that is not a number never passes, and fewer than gate.min_rows independent rows are not compared.
 """
@@ -36,6 +45,10 @@ from olora_ray.evaluation.rows import (
 
 LEVEL = 0.95
 """Confidence of the intervals against anchor and guard."""
+SHRUNK = (0.75, 0.5, 0.25)
+"""Factors of a challenger's change, in the order in which they are tried."""
+LOOKS = 1 + len(SHRUNK)
+"""The error of each interval of a shrunk challenger is divided by this (Bonferroni)."""
 SETS = 20
 """Up to this many different sets of held-out rows in a year, each interval has the level 1 - 0.05 / 20."""
 
@@ -53,6 +66,8 @@ class Decision:
     """The numbers behind the decision, as JSON types."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Further tags of the version."""
+    harms: bool = False
+    """True if the challenger is better on its task, but fails a limit on harm elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +89,13 @@ def decide(
     held_out: HeldOut = HeldOut(),
     anchor: RowResults | None = None,
     guard: tuple[RowResults, RowResults] | None = None,
+    looks: int = 1,
 ) -> Decision:
     """Return the gate's decision; `champion` is None if there is none yet.
 
     `anchor` has the results of the best champion so far (None: the champion's). `guard` has the results on the guard
-    rows of the challenger and of the champion that is best there; None: no guard, or nothing to compare with.
+    rows of the challenger and of the champion that is best there; None: no guard, or nothing to compare with. The error
+    of each interval is divided by `looks`.
     Raises UserError for a metric that was not measured, or for results on different rows.
     """
     gate = gate.model_copy(update={"metric": metric_of(gate, challenger)})
@@ -90,30 +107,36 @@ def decide(
         "rows": len(challenger.column(gate.metric).rows),
         "conditions": [{"holds": holds, "text": text} for holds, text in checks],
     }
+    elsewhere = []
+    better = False
+    level = 1 - (1 - LEVEL) / looks
     if champion is None:
         value = f"{gate.metric} {challenger.metric(gate.metric):.4f}, no champion to compare with"
         checks.insert(0, (True, value))
     else:
-        holds, text, numbers = _compared(gate, challenger, champion, held_out)
-        checks.insert(0, (holds, text))
+        better, text, numbers = _compared(gate, challenger, champion, held_out, looks)
+        checks.insert(0, (better, text))
         details |= numbers
-        if holds and gate.anchor is not None:
+        if better and gate.anchor is not None:
             best = anchor or champion
             holds, text, details["anchor"] = _not_worse(
-                gate.metric, challenger, best, held_out, gate, "anchor"
+                gate.metric, challenger, best, held_out, gate, "anchor", level
             )
-            checks.append((holds, text))
-    if champion is not None:
-        for name, check in _of_pairs(gate, challenger, champion, held_out):
+            elsewhere.append((holds, text))
+        for name, check in _of_pairs(gate, challenger, champion, held_out, level):
             holds, text, details[name] = check
-            checks.append((holds, f"{name}: {text}"))
+            elsewhere.append((holds, f"{name}: {text}"))
     if guard:
-        holds, text, details["guard"] = _not_worse(LOSS, *guard, HeldOut(), gate, "guard_margin")
-        checks.append((holds, f"guard: {text}"))
+        holds, text, details["guard"] = _not_worse(
+            LOSS, *guard, HeldOut(), gate, "guard_margin", level
+        )
+        elsewhere.append((holds, f"guard: {text}"))
+    harms = better and not all(holds for holds, _ in elsewhere)
+    checks += elsewhere
     passed = all(holds for holds, _ in checks)
     # A refusal names only the failed checks.
     shown = [text for holds, text in checks if holds is passed]
-    return Decision(passed, "; ".join(shown), details)
+    return Decision(passed, "; ".join(shown), details, harms=harms)
 
 
 def metric_of(gate: Gate, results: RowResults) -> str:
@@ -137,7 +160,7 @@ def _considered(results: RowResults, held_out: HeldOut) -> RowResults:
 
 
 def _compared(
-    gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
+    gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut, looks: int
 ) -> Checked:
     total = len(challenger.losses)
     challenger = _considered(challenger, held_out)
@@ -175,7 +198,7 @@ def _compared(
     ours = challenger.only(both)
     theirs = champion.only(both)
     text = f"{gate.metric} {ours.metric(gate.metric):.4f}, the champion's {theirs.metric(gate.metric):.4f}"
-    level = 1 - 0.05 / max(SETS, held_out.sets)
+    level = 1 - 0.05 / max(SETS, held_out.sets) / looks
     gain = ours.gain(theirs, gate.metric, level)
     numbers = {"improvement": asdict(gain.interval), "level": level, "groups": gain.groups}
     text += f": {gain.shown(level)}{left_out}"
@@ -201,9 +224,18 @@ def _broken(metric: str, results: RowResults) -> list[int]:
 
 
 def _not_worse(
-    metric: str, ours: RowResults, best: RowResults, held_out: HeldOut, gate: Gate, field: str
+    metric: str,
+    ours: RowResults,
+    best: RowResults,
+    held_out: HeldOut,
+    gate: Gate,
+    field: str,
+    level: float,
 ) -> Checked:
-    """Check that the challenger is worse than the best champion by at most the margin `field`, with confidence."""
+    """Check that the challenger is worse than the best champion by at most the margin `field`, with confidence.
+
+    `level` is that of the interval.
+    """
     value = best.metric(metric)
     if not math.isfinite(value):
         return True, f"{metric}: the best champion's is not finite", {}
@@ -211,9 +243,9 @@ def _not_worse(
     best = _considered(best, held_out)
     if not lower_is_better(metric):
         ours, best, _ = _scored_alike(metric, ours, best)
-    gain = ours.gain(best, metric, LEVEL)
+    gain = ours.gain(best, metric, level)
     whose = "the champion's" if field == "chosen_margin" else "the best champion's"
-    text = f"{metric} {ours.metric(metric):.4f}, {whose} {value:.4f}: {gain.shown(LEVEL)}"
+    text = f"{metric} {ours.metric(metric):.4f}, {whose} {value:.4f}: {gain.shown(level)}"
     margin = getattr(gate, field)
     holds = gain.interval.low > -margin
     if not holds:
@@ -222,7 +254,7 @@ def _not_worse(
 
 
 def _of_pairs(
-    gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut
+    gate: Gate, challenger: RowResults, champion: RowResults, held_out: HeldOut, level: float
 ) -> Iterator[tuple[str, Checked]]:
     """Yield the checks of held-out pairs: their chosen answers, and the rows that the gate's metric leaves out."""
     ours = _considered(challenger, held_out)
@@ -239,7 +271,13 @@ def _of_pairs(
             yield (
                 name,
                 _not_worse(
-                    metric, ours.only(rows), theirs.only(rows), HeldOut(), gate, "chosen_margin"
+                    metric,
+                    ours.only(rows),
+                    theirs.only(rows),
+                    HeldOut(),
+                    gate,
+                    "chosen_margin",
+                    level,
                 ),
             )
 

@@ -145,7 +145,9 @@ def find_decision(
     for version in reversed(versions):
         if not version.verdict or now.changes(Fingerprint.from_tags(version.tags)):
             continue
-        if version.rolled_back or version.tags.get(AGAINST) == against:
+        # A call may have been killed between the refusal of a version and the decision on its shrunk one.
+        judged = version.tags.get(AGAINST) == against and shrunk_to(version) is None
+        if version.rolled_back or judged:
             return version
     return None
 
@@ -269,6 +271,18 @@ ROWS = "olora.data_rows"
 _CONTINUED = "champion, version "
 # Tag of a version: the inputs that differ from those of the version that it had to beat.
 CHANGED = "olora.changed"
+
+
+# Tag of a refused version: the part of its change that passes, and is decided as a version of its own; "" if none.
+SHRUNK = "olora.shrunk_to"
+
+
+def shrunk_to(version: Version) -> float | None:
+    """Return the part of a refused version's change that is decided in its place; None if there is none."""
+    part = version.tags.get(SHRUNK)
+    if not part or not version.verdict.startswith("refused"):
+        return None
+    return float(part)
 
 
 def changed(inputs: Inputs, champion: Version) -> str:

@@ -13,6 +13,8 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from olora_ray.common import lock, storage
@@ -27,8 +29,8 @@ from olora_ray.config.schema import Config
 from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.retrain import decision_run, notify, recipe
 from olora_ray.retrain.decision_run import DETAILS, RECORDED, Entry
-from olora_ray.retrain.gate import Decision
-from olora_ray.retrain.recipe import Inputs, continued_version, version_to_beat
+from olora_ray.retrain.gate import LOOKS, Decision
+from olora_ray.retrain.recipe import SHRUNK, Inputs, continued_version, shrunk_to, version_to_beat
 from olora_ray.tracking import client, models, old_versions
 from olora_ray.tracking.aliases import CHAMPION, Aliases, Overtaken
 from olora_ray.tracking.checksums import AGAINST, JUDGED, Version
@@ -85,8 +87,8 @@ def _move_aliases(
     aliases: Aliases, challenger: Version, champion: str, against: str, decision: Decision
 ) -> None:
     number = challenger.number
-    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: "", **decision.tags}
-    tags[JUDGED] = challenger.checksum
+    tags = {AGAINST: against, DETAILS: json.dumps(decision.details), RECORDED: "", SHRUNK: ""}
+    tags |= {**decision.tags, JUDGED: challenger.checksum}
     if decision.passed:
         verdict = f"passed: {decision.reason}"
         old = aliases.promote(number, verdict, tags, instead_of=champion, beaten=against or None)
@@ -195,33 +197,51 @@ def _retrain(config: Config, aliases: Aliases, lease: lock.Lock) -> Entry:
     else:
         changes = recipe.changed(inputs, to_beat.version)
         logger.info(f"changed since {to_beat.role}, version {to_beat.version.number}: {changes}")
-    from olora_ray.retrain import compare  # imports Ray, which a call without changes does not need
+    from olora_ray.retrain import compare, shrink  # Ray, which a call without changes does not need
 
     # Before the training, so that a mistake in gate.guard costs nothing.
     guard = compare.guard(config, inputs)
-    version, learned = _trained(config, aliases, inputs, to_beat.version)
+    wanted, about = recipe.training_config(config, inputs, to_beat.version)
+    version, learned = _trained(wanted, about, aliases, inputs)
+
+    def judged(challenger: Version, against: Version | None, looks: int = 1) -> Decision:
+        gone = old_versions.pruned(aliases)
+        versions = aliases.versions()
+        return compare.decision(inputs, guard, challenger, against, versions, gone, looks)
 
     def decide(challenger: Version, against: Version | None) -> Decision:
         if not learned:
             return NOTHING_LEARNED
-        gone = old_versions.pruned(aliases)
-        return compare.decision(inputs, guard, challenger, against, aliases.versions(), gone)
+        decision = judged(challenger, against)
+        if not (decision.harms and config.gate.shrink):
+            return decision
+        of_part = partial(judged, against=against, looks=LOOKS)
+        return shrink.tried(decision, challenger, wanted, inputs, of_part)
 
     # If another process has taken the lock, that process decides.
     apply_decision(aliases, version.number, decide, lease.check)
     decided = aliases.version(version.number)
+    part = shrunk_to(decided)
+    if part is not None:
+
+        def decide_part(challenger: Version, against: Version | None) -> Decision:
+            decision = judged(challenger, against, LOOKS)
+            return replace(decision, reason=f"shrunk to {part:g}: {decision.reason}")
+
+        version, _ = _trained(shrink.prepare(wanted, part), about, aliases, inputs)
+        apply_decision(aliases, version.number, decide_part, lease.check)
+        decided = aliases.version(version.number)
     decision_run.of_version(config, decided)
     return decision_run.entry_of(decided)
 
 
 def _trained(
-    config: Config, aliases: Aliases, inputs: Inputs, champion: Version | None
+    wanted: Config, tags: Mapping[str, str], aliases: Aliases, inputs: Inputs
 ) -> tuple[Version, bool]:
     """Train, export and register, or resume that. Return the version, and False if training improved nothing."""
     # Imported here, because it imports Ray, which a call without changes does not need.
     from olora_ray.pipeline import run as pipeline
 
-    wanted, tags = recipe.training_config(config, inputs, champion)
     folder = RunFolder(wanted.folder())
     done = folder.state().finished(wanted)
     if done and _version_of(aliases, done) is None:

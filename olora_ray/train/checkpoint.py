@@ -69,6 +69,8 @@ class TrainState:
 
     reference: dict[str, str] = field(default_factory=dict)
     """Digest of a token store -> digest of its losses before the first step, with which the run began (pairs only)."""
+    shrunk: float | None = None
+    """Factor by which a retraining has scaled the change of another run: this one is measured, and never trained."""
 
     def record(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         row = {"step": float(step), **metrics}

@@ -157,6 +157,29 @@ def test_a_run_is_told_step_by_step(whole: Whole) -> None:
     assert [list(pair.before) for pair in result.answers] == result.state.before
 
 
+def test_a_part_of_another_run_s_change_is_measured_once_and_never_trained(
+    whole: Whole, tmp_path: Path
+) -> None:
+    """That run could have stopped early, before its last step."""
+    full = checkpoints.read(str(whole[0] / checkpoints.name_of(3)))
+    part = {name: each.shrunk(None, 0.5) for name, each in full.adapter.items()}
+    state = replace(
+        full.state, best_loss=None, best_step=None, history=full.state.history[:1], shrunk=0.5
+    )
+    place = tmp_path / checkpoints.name_of(3)
+    checkpoint.save(place, part, None, full.optimizer, state, full.identity, "")
+    result, channel = train(tmp_path)
+    assert channel.metrics("train/loss") == {}
+    [loss] = channel.metrics("eval/loss").values()
+    assert loss not in whole[2].metrics("eval/loss").values()
+    found = checkpoints.read(str(place))
+    assert (found.state.step, found.state.best_step, found.state.best_loss) == (3, 3, loss)
+    assert same(adapter(tmp_path, 3, best=True), adapter(tmp_path, 3))
+    assert len(result.answers) == 1
+    again, channel = train(tmp_path)
+    assert (again.state, channel.metrics("eval/loss")) == (result.state, {})
+
+
 def test_an_installed_objective_is_trained_and_measured_to_the_end(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Begun:
     return Begun(folder, nights.config)
 
 
-def replaced(patch: pytest.MonkeyPatch, nights: Nights) -> None:
+def replaced(patch: pytest.MonkeyPatch, nights: Nights, measured: Any = measured) -> None:
     patch.setattr(pipeline, "run", nights.train)
     patch.setattr(compare, "measured", measured)
 

@@ -31,7 +31,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
             folder.write_result(result("ours", made))
         return folder.state().result or {}
 
-    monkeypatch.setattr(recipe, "training_config", lambda *_: (found, {}))
     monkeypatch.setattr(pipeline, "run", run)
     registered.model(tmp_path / "runs", "m", 0)
     return found
@@ -56,7 +55,7 @@ def trained(config: Config) -> tuple[str, str | None]:
     """Return number and MLflow run of the version that a night judges."""
     aliases = Aliases(f"sqlite:///{config.run.storage}/mlflow.db", "m")
     inputs: Any = SimpleNamespace(base="opened")
-    version, _ = retraining._trained(config, aliases, inputs, None)
+    version, _ = retraining._trained(config, {}, aliases, inputs)
     return version.number, version.run_id
 
 
