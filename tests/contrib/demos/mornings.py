@@ -74,10 +74,14 @@ DAYS = (
     Day("what is in stock", ("stock",), "promoted"),
 )
 TRAIN = {"chosen": 0.1, "epochs": 2}
-CORRECTED = {
-    "train": [{"path": "data/*/rows.jsonl"}, {"path": "data/*/pairs.jsonl"}],
-    "eval": [{"path": "data/*/held_out_rows.jsonl"}, {"path": "data/*/held_out_pairs.jsonl"}],
-}
+FORMATS = {"pairs": "preference", "rows": "messages", "ratings": "rating"}
+
+
+def sources(held_out: str = "") -> list[dict[str, str]]:
+    """Return the sources of docs/feedback.md: files of some formats come later, or never."""
+    return [
+        {"path": f"data/*/{held_out}{name}.jsonl", "format": each} for name, each in FORMATS.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Shop:
         (self.folder / "guard.jsonl").write_text("".join(guard[::GUARD]))
         self.call("init", "init", "data/*/rows.jsonl", "--name", "chats", "--out", "chats.yaml")
         self.change(
+            data={"train": sources(), "eval": sources("held_out_")},
             export={"merged": False},
             gate={"guard": [{"path": "guard.jsonl", "format": "text"}], "min_rows": 10},
             retrain={"from": "champion", "replay": 0.5},
@@ -334,7 +339,7 @@ def live(shop: Shop, number: int, served: Served) -> Morning:
     if not folder.exists():
         shop.call(date, "feedback", "kept", *words)
     if number == 1:
-        shop.change(data=CORRECTED, train=TRAIN)
+        shop.change(train=TRAIN)
     shop.call(date, "retrain", "chats.yaml", *day.words)
     night, guard = ended(shop, old)
     after = served.wait_for(shop.champion())
