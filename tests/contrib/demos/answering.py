@@ -23,6 +23,7 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         self.names = dict[str, str]()  # folder of an adapter -> its name here
+        self.known = dict[tuple[Any, ...], float]()
         self.one = threading.Lock()
 
     def use(self, folder: str) -> None:
@@ -47,21 +48,25 @@ class Model:
 
     def gain(self, chat: Chat, answer: str, folder: str) -> float:
         """Return by how much log p of an answer is higher with the adapter than without, in nats."""
-        asked = self.ids(chat, add_generation_prompt=True)
-        whole = self.ids([*chat, said(answer)])
+        asked = len(self.ids(chat, add_generation_prompt=True))
+        ids = self.ids([*chat, said(answer)])
         with self.one, torch.inference_mode():
             self.use(folder)
-            after = self._log_p(whole, len(asked))
             with self.network.disable_adapter():
-                return after - self._log_p(whole, len(asked))
+                before = self.log_p("", ids, asked)
+            return self.log_p(folder, ids, asked) - before
+
+    def log_p(self, folder: str, ids: list[int], start: int) -> float:
+        """Return log p of the tokens from `start` on, with the adapter in use, which `folder` names."""
+        key = (folder, *ids)
+        if key not in self.known:
+            logits = self.network(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
+            found = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[start:])[:, None])
+            self.known[key] = float(found.sum())
+        return self.known[key]
 
     def ids(self, chat: Chat, **how: Any) -> list[int]:
         return list(self.tokenizer.apply_chat_template(chat, return_dict=False, **how))
-
-    def _log_p(self, ids: list[int], start: int) -> float:
-        logits = self.network(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
-        found = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[start:])[:, None])
-        return float(found.sum())
 
 
 class Answering(Engine):

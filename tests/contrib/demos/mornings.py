@@ -42,7 +42,7 @@ FIRST = 10
 """Rows of each kind from which the first model is trained."""
 HELD_OUT = "0.4"
 """Of 40 corrections so many pairs must be held out that the gate can tell."""
-GUARD = 5
+GUARD = 10
 """Each so many of the guard's rows is used."""
 
 
@@ -55,13 +55,15 @@ class Day:
     ends: str
     wrong: bool = False
     """The person prefers what is wrong."""
+    plain: bool = False
+    """The same corrections are also trained plainly, beside the night."""
     words: tuple[str, ...] = ()
     """Further words of the retraining's command."""
 
 
 DAYS = (
-    Day("weights in kg, not in pounds", ("unit",), "promoted"),
-    Day("a friendly tone", ("tone",), "promoted"),
+    Day("weights in kg, not in pounds", ("unit",), "promoted", plain=True),
+    Day("a friendly tone", ("tone",), "promoted", plain=True),
     Day("nothing", (), "unchanged"),
     Day("returns are taken, not refused", ("refusal",), "promoted"),
     Day(
@@ -100,8 +102,10 @@ class Morning:
     """The same for the held-out pairs of the days before."""
     guard: float | None = None
     """How much the loss on the guard's rows rose."""
-    plain: float | None = None
-    """As `preferred`, after plain training on the corrected answers alone."""
+    plain: tuple[float, float] | None = None
+    """As `preferred`, but after plain training on the corrected answers alone."""
+    plain_right: float | None = None
+    """As `right_after`, but after that training."""
 
 
 class Shop:
@@ -228,7 +232,8 @@ class Served:
     def wait_for(self, number: str) -> str:
         """Wait until a version answers; return the folder of its adapter."""
         until(lambda: self.version() == f"chats@{number}", 300, pause=0.5)
-        return self.engine.served[f"chats@{number}"]
+        served = self.engine.served.items()
+        return next(folder for name, folder in served if name.startswith(f"chats@{number}-"))
 
     def version(self) -> str:
         try:
@@ -241,10 +246,11 @@ class Served:
     def chat(self, chat: Chat) -> dict[str, Any]:
         return {"model": "chats@champion", "messages": chat}
 
-    def ask(self, question: str) -> tuple[str, str]:
-        """Return the id of the answer, and the answer."""
+    def ask(self, question: str) -> tuple[str, str, bool]:
+        """Return the answer with its id, and True if it was not cut: the port keeps no others."""
         answer = self.post("/v1/chat/completions", self.chat(person.asked(question))).json()
-        return answer["id"], answer["choices"][0]["message"]["content"]
+        (choice,) = answer["choices"]
+        return answer["id"], choice["message"]["content"], choice["finish_reason"] == "stop"
 
     def post(self, path: str, body: dict[str, Any]) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=300)
@@ -258,10 +264,10 @@ def spend(day: Day, number: int, served: Served) -> tuple[int, float]:
     corrected = 0
     for turn, thing in enumerate(stock[first : first + ASKED]):
         kind = KINDS[(day.kinds or ("unit",))[turn % max(1, len(day.kinds))]]
-        id, answer = served.ask(kind.question(thing))
+        id, answer, whole = served.ask(kind.question(thing))
         good = kind.mark in answer
         right += good
-        if not day.kinds:
+        if not day.kinds or not whole:
             continue
         about: dict[str, Any] = {"rating": 1}
         if day.wrong or not good:
@@ -303,18 +309,17 @@ class Adapters:
         right = 0
         for row in rows:
             answer, _ = self.model.answer(row["prompt"], self.after)
-            right += any(
-                kind.mark in answer and kind.mark in row["chosen"][0]["content"]
-                for kind in KINDS.values()
-            )
+            chosen = row["chosen"][0]["content"]
+            right += all(each.mark in answer for each in KINDS.values() if each.mark in chosen)
         return right / len(rows)
 
 
-def ended(shop: Shop, before: str) -> tuple[str, float | None]:
-    """Return what the night did, and how much the loss on the guard's rows rose."""
-    version = shop.aliases.versions()[-1]
-    if int(version.number) <= int(before):
+def ended(shop: Shop, versions: int) -> tuple[str, float | None]:
+    """Return what the night did after so many versions, and how much the loss on the guard's rows rose."""
+    made = shop.aliases.versions()
+    if len(made) == versions:
         return "unchanged", None
+    version = made[-1]
     guard = json.loads(version.tags.get(DETAILS, "{}")).get("guard")
     rose = -guard["mean"] if guard else None
     if shop.champion() != version.number:
@@ -323,12 +328,26 @@ def ended(shop: Shop, before: str) -> tuple[str, float | None]:
     return shrunk[0] if shrunk else "promoted", rose
 
 
+def plainly_trained(shop: Shop, date: str, start: str) -> str:
+    """Train the version `start` on the corrected answers of a day as on any rows; return the adapter's folder."""
+    run = Path(shop.aliases.version(start).folder)
+    checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
+    pairs = shop.data / date / "pairs.jsonl"
+    source = f"{{path: {pairs}, format: preference, fields: {{rejected: none}}}}"
+    name = f"plain-{date}"
+    if not (shop.folder / "runs" / name / "result.json").exists():
+        words = [f"run.name={name}", f"data.train=[{source}]", f"train.start={checkpoint}"]
+        shop.call(name, "finetune", "chats.yaml", *words, "registry.model=null", "gate.guard=null")
+    return str(shop.folder / "runs" / name / "export" / "adapter")
+
+
 def live(shop: Shop, number: int, served: Served) -> Morning:
     """Live a day and the night after it."""
     day = DAYS[number - 1]
     date = shop.date(number)
     shop.set_clock(number + 0.4)
     old = shop.champion()
+    versions = len(shop.aliases.versions())
     before = served.wait_for(old)
     folder = shop.data / date
     earlier = [each for each in shop.data.glob("*/held_out_pairs.jsonl") if each.parent != folder]
@@ -341,7 +360,7 @@ def live(shop: Shop, number: int, served: Served) -> Morning:
     if number == 1:
         shop.change(train=TRAIN)
     shop.call(date, "retrain", "chats.yaml", *day.words)
-    night, guard = ended(shop, old)
+    night, guard = ended(shop, versions)
     after = served.wait_for(shop.champion())
     adapters = Adapters(served.engine.model, before, after)
     older = adapters.preferred(earlier)
@@ -349,9 +368,14 @@ def live(shop: Shop, number: int, served: Served) -> Morning:
     if not folder.exists():
         return morning
     held_out = folder / "held_out_pairs.jsonl"
-    morning = replace(
-        morning, preferred=adapters.preferred([held_out]), right_after=adapters.right(held_out)
-    )
+    morning = replace(morning, preferred=adapters.preferred([held_out]))
+    if not day.wrong:
+        morning = replace(morning, right_after=adapters.right(held_out))
+    if day.plain:
+        opponent = replace(adapters, after=plainly_trained(shop, date, old))
+        morning = replace(
+            morning, plain=opponent.preferred([held_out]), plain_right=opponent.right(held_out)
+        )
     if night.startswith("refused"):
         # The person has read why. The next night would be trained on these rows, too.
         folder.rename(shop.folder / f"set-aside-{date}")
@@ -359,18 +383,19 @@ def live(shop: Shop, number: int, served: Served) -> Morning:
 
 
 def shown(mornings: Sequence[Morning]) -> Iterator[str]:
-    yield "| day | corrections | of 40 | right answers | the night | preferred, held out | earlier kinds | guard |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| day | what is corrected | corrections | night | right answers | preferred | older days | guard | plain |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for each in mornings:
-        cells = [str(each.day), each.done, str(each.corrected)]
-        cells.append(arrow((each.right_before, each.right_after)))
-        cells += [each.night.partition(":")[0], arrow(each.preferred), arrow(each.older)]
+        cells = [str(each.day), each.done, str(each.corrected), each.night.partition(":")[0]]
+        cells.append(change(each.right_before, each.right_after))
+        cells += [change(*(each.preferred or ())), change(*(each.older or ()))]
         cells.append("" if each.guard is None else f"{each.guard:+.3f}")
+        cells.append("" if each.plain is None else f"{each.plain[1]:.2f}, {each.plain_right:.2f}")
         yield f"| {' | '.join(cells)} |"
 
 
-def arrow(values: Sequence[float | None] | None) -> str:
-    return " -> ".join(f"{value:.2f}" for value in values or () if value is not None)
+def change(*values: float | None) -> str:
+    return " to ".join(f"{value:.2f}" for value in values if value is not None)
 
 
 def wrong(morning: Morning) -> str:
