@@ -1,12 +1,13 @@
 """Simulated nights of a gate: held-out rows, results of two models, and how often the challenger is promoted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from olora_ray.config.nights import Gate
 from olora_ray.evaluation.rows import RowResults
-from olora_ray.retrain.gate import HeldOut, decide
+from olora_ray.retrain.gate import LOOKS, SHRUNK, HeldOut, decide
 
 BETTER = 0.25
 """A real improvement, in standard deviations of a row's difference."""
@@ -111,3 +112,78 @@ def worse_years(kind: Kind, years: int) -> float:
                 champion = quality
         worse += champion < 0
     return worse / years
+
+
+GUARD = Kind("50 rows of other tasks", 50, 1)
+FINER = 4.0
+"""The mean of 800 rows is this many times finer than that of these; so harms and margin are multiplied by it."""
+MARGIN = Gate().guard_margin / 0.2
+"""gate.guard_margin in standard deviations of a row's difference."""
+SLACK = 0.05
+"""Truly worse by no more than this, in the same unit, does not count."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What a night's change does; each part of it is measured with noise of its own."""
+
+    name: str
+    gain: Callable[[float, float], float]
+    """(part, a number with mean 0 and variance 1) -> the true gain on the task."""
+    harm: Callable[[float], float]
+    """Part -> the true loss on other tasks."""
+
+
+def _a_quarter(part: float) -> float:
+    return 0.25 * part
+
+
+WORLDS = (
+    World("better by 2, forgets .25", lambda part, _: 2 * part, _a_quarter),
+    World("better by 1, forgets .25", lambda part, _: part, _a_quarter),
+    World("better by .25, forgets .25", lambda part, _: 0.25 * part, _a_quarter),
+    World("gains vary by .5, forgets .25", lambda part, z: 0.5 * z * part, _a_quarter),
+    World("equal, forgets .25", lambda part, _: 0.0, _a_quarter),
+    World(
+        "better by 1, parts worse by .25", lambda part, _: part if part == 1 else -0.25, _a_quarter
+    ),
+    World("better by 1, parts forget .25, too", lambda part, _: part, lambda _: 0.25),
+    World("better by .25, forgets nothing", lambda part, _: 0.25 * part, lambda _: 0.0),
+)
+
+
+@dataclass
+class Year:
+    better: int = 0
+    """Promotions of versions that are truly better than their champion, and no worse elsewhere."""
+    parts: int = 0
+    """Promotions of parts of a change."""
+    worse: bool = False
+    """True if the last champion is truly worse than the first on the task, or than the best elsewhere."""
+
+
+def year(kind: Kind, world: World, number: int, shrink: bool) -> Year:
+    """Return a year of ten nights, each with held-out rows of its own, and a guard."""
+    gate = Gate.model_validate({"metric": kind.metric, "guard_margin": FINER * Gate().guard_margin})
+    found = Year()
+    task = elsewhere = best = 0.0
+    for night_of_year, z in enumerate(np.random.default_rng(number).normal(size=10).tolist()):
+        for look, part in enumerate((1.0, *SHRUNK)):
+            seed = 4 * (10 * number + night_of_year) + look
+            gain = world.gain(part, z)
+            lost = elsewhere + world.harm(part)
+            *held_out, clusters = night(kind, seed, gain)
+            guard = night(GUARD, seed, FINER * (best - lost))[:2]
+            rows = HeldOut(clusters, sets=night_of_year + 1)
+            decision = decide(gate, *held_out, rows, guard=guard, looks=LOOKS if look else 1)
+            if decision.passed:
+                task += gain
+                elsewhere = lost
+                best = min(best, lost)
+                found.better += gain > 0 and lost <= best + MARGIN
+                found.parts += look > 0
+                break
+            if not shrink or (look == 0 and not decision.harms):
+                break
+    found.worse = task < -SLACK or elsewhere > best + MARGIN + SLACK
+    return found
