@@ -141,6 +141,7 @@ class Shop:
             export={"merged": False},
             gate={"guard": [{"path": "guard.jsonl", "format": "text"}], "min_rows": 10},
             retrain={"from": "champion", "replay": 0.5},
+            train={"global_batch": 1, "micro_batch": 1},  # packs, of several short rows each
             cluster={"workers": 1, "cpus_per_worker": 2},
         )
 
@@ -333,10 +334,11 @@ def plainly_trained(shop: Shop, date: str, start: str) -> str:
     run = Path(shop.aliases.version(start).folder)
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
     pairs = shop.data / date / "pairs.jsonl"
-    source = f"{{path: {pairs}, format: preference, fields: {{rejected: none}}}}"
+    source = f"{{path: {pairs}, fields: {{rejected: none}}}}"
     name = f"plain-{date}"
     if not (shop.folder / "runs" / name / "result.json").exists():
         words = [f"run.name={name}", f"data.train=[{source}]", f"train.start={checkpoint}"]
+        words += ["data.eval=[{path: data/first/held_out_rows.jsonl}]"]
         shop.call(name, "finetune", "chats.yaml", *words, "registry.model=null", "gate.guard=null")
     return str(shop.folder / "runs" / name / "export" / "adapter")
 
