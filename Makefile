@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: recipes dist site outside platforms quickstart sweep-demo compare-demo nights-demo serving-demo mobility-demo test test-ray test-others test-slow contrib serve-test quick durations check style types setup docs models versions lock bench clean
+.PHONY: recipes dist site outside platforms quickstart sweep-demo compare-demo nights-demo mornings-demo serving-demo mobility-demo test test-ray test-others test-slow contrib serve-test quick durations check style types setup docs models versions lock bench clean
 
 quickstart: $(VENV)/.quickstart ## fine-tune SmolLM2-135M on this machine, from nothing
 	$(BIN)/python pipelines/finetune.py pipelines/configs/quickstart.yaml
@@ -15,6 +15,9 @@ compare-demo: $(VENV)/.quickstart ## OLoRA against LoRA on the quickstart's mode
 
 nights-demo: $(VENV)/.dev ## ten nights that go wrong or well, heard in another network namespace; as root
 	$(BIN)/python -m tests.contrib.demos.nights
+
+mornings-demo: $(VENV)/.dev ## ten mornings of a served model whose answers a scripted person corrects, in about 40 minutes
+	$(BIN)/python -m tests.contrib.demos.mornings
 
 serving-demo: $(VENV)/.dev ## the port of olora-ray follow: 1,000 clients, bombs, restarts, MLflow away; in some minutes
 	$(BIN)/python -m tests.serving.demo

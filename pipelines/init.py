@@ -619,6 +619,12 @@ def _held_out(data: str, source: Source, files: Sequence[File]) -> str | None:
     if is_uri(data):
         return None
     path = Path(data)
+    # As `olora-ray feedback` names them: of a folder in all folders below it, else beside each file.
+    named = path / "**" / "held_out_*"
+    if not path.is_dir():
+        named = path.with_name(f"held_out_{path.name}")
+    if glob.glob(str(named), recursive=True):
+        return str(named)
     if not path.is_file():
         others = set(list_files(source, "data.eval.0", ""))
         return data if others.isdisjoint(files) else None

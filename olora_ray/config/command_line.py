@@ -2,6 +2,7 @@
 
 import difflib
 import gc
+import glob
 import importlib.util
 import io
 import itertools
@@ -44,7 +45,9 @@ from olora_ray.config.load import (
 )
 from olora_ray.config.nights import Condition
 from olora_ray.config.schema import TEMPLATES, AnyConfig, Config, Data, EvaluationConfig
-from olora_ray.config.section import AnySection, NameIn, Section, Source, described
+from olora_ray.config.section import AnySection, NameIn, Section, Source, described, is_auto
+
+logger = logging.getLogger(__name__)
 
 # The schema in words: the values that a field accepts, its default, and the fields of --help.
 
@@ -301,9 +304,24 @@ def package_file(name: str, field: str = "model.name") -> Path:
 
 
 def _sources(sources: Sequence[Source], folder: Path, setting: str) -> tuple[Source, ...]:
-    return tuple(
+    """Return the sources with absolute paths, without those whose files may come later, unless there is no other."""
+    found = [
         _source(source, folder, f"{setting}.{number}") for number, source in enumerate(sources)
-    )
+    ]
+    later = [source for source in found if _may_come_later(source)]
+    if len(later) == len(found):
+        return tuple(found)
+    for source in later:
+        logger.info(f"{setting}: no file matches {source.path} yet")
+    return tuple(source for source in found if source not in later)
+
+
+def _may_come_later(source: Source) -> bool:
+    """True for a glob of a named format without a file: a day of feedback need not have files of all formats."""
+    path = source.path
+    if is_auto(source.format) or is_uri(path) or not glob.has_magic(path):
+        return False
+    return not os.path.exists(path) and next(glob.iglob(path, recursive=True), None) is None
 
 
 def _source(source: Source, folder: Path, where: str) -> Source:

@@ -285,7 +285,8 @@ class Source(Section):
     """One source of rows: a file, a folder, a glob or a hub dataset."""
 
     path: Place
-    """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://."""
+    """File, folder or glob (jsonl, json, parquet, csv, tsv, txt; .gz ...), hf://ORG/NAME?split=..., s3:// or gs://. A
+    glob with a set format may have no file yet, if another source has one."""
     format: Annotated[str, NameIn(FORMATS, also=("auto",), more=fields_of_formats)] = "auto"
     """Format of the rows, which decides the columns to read. auto: the first rows decide the format and its fields. The
     fields are:"""

@@ -294,7 +294,8 @@ KINDS = {
 }
 _TRAINING = re.compile(r"[/._ -](train|training)(?=[/._ -]|\d|$)", re.IGNORECASE)
 _HELD_OUT = re.compile(
-    r"[/._ -](test|testing|validation|valid|val|dev|eval|evaluation)(?=[/._ -]|\d|$)", re.IGNORECASE
+    r"[/._ -](held[_ -]?out|test|testing|validation|valid|val|dev|eval|evaluation)(?=[/._ -]|\d|$)",
+    re.IGNORECASE,
 )
 _HELD_OUT_FIRST = re.compile(_HELD_OUT.pattern.replace("[/._ -]", "/", 1), re.IGNORECASE)
 _NOTES = re.compile(r"/(dataset_infos?\.json|(readme|licen[cs]e|notice)(\.\w+)?)$", re.IGNORECASE)

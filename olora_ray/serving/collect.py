@@ -4,7 +4,7 @@
 
 FOLDER       the folder of --keep
 --out        a new folder for the files below; it is refused if it exists
---day        only feedback of this day (UTC); default: feedback of all days
+--day        only feedback of this day (UTC), which has ended; default: feedback of all days
 --held-out   share of the questions whose feedback goes into files held_out_...; default: 0.1
 --rows       also write each correction as a row
 
@@ -24,6 +24,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,21 @@ def main(argv: list[str]) -> None:
     out = Path(command_line.absolute(parsed.options["--out"], field="argument --out"))
     if out.exists():
         raise UserError(f"argument --out: {out}: exists already; name a new folder")
+    day = parsed.options.get("--day")
+    if day is not None:
+        with as_user_error("argument --day: expected a day such as 2026-12-02", ValueError):
+            day = f"{date.fromisoformat(day)}"
+        today = f"{datetime.now(UTC).date()}"
+        if day >= today:
+            # The rest of the day would be lost, because the next call is for another day.
+            raise UserError(
+                f"argument --day: {day} has not ended, as it is {today} (UTC); name an earlier day, or leave"
+                " it out to use all feedback"
+            )
     folder = Path(command_line.absolute(parsed.words[0]))
     left_out: Counter[str] = Counter()
     with as_user_error(f"{folder}", OSError, reason=short_reason):
-        judged = [*_judged(folder, parsed.options.get("--day"), left_out)]
+        judged = [*_judged(folder, day, left_out)]
     files, table = _sorted(judged, share, "--rows" in parsed.flags)
     if files:
         with as_user_error(f"argument --out: {out}", OSError, reason=short_reason):

@@ -41,6 +41,27 @@ def start(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[s
     )
 
 
+def test_a_glob_of_a_named_format_may_have_no_file_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "rows.jsonl").write_text("{}\n")
+    globs = {name: f"{{path: '*/{name}.jsonl', format: messages}}" for name in ("rows", "others")}
+
+    def used(*sources: str) -> list[str]:
+        changes = [f"data.train=[{', '.join(sources)}]"]
+        (tmp_path / "run.yaml").write_text(CONFIG)
+        read, _ = read_arguments(["run.yaml", *changes], "usage")
+        return [str(Path(source.path).relative_to(tmp_path)) for source in read.data.train]
+
+    assert used(globs["others"], globs["rows"]) == ["*/rows.jsonl"]
+    # What a typing error may be stays, so that the run refuses it.
+    assert used(globs["others"]) == ["*/others.jsonl"]
+    for typed in ("{path: '*/others.jsonl'}", "{path: others.jsonl, format: messages}"):
+        assert len(used(globs["rows"], typed)) == 2
+
+
 def test_file_assignments_and_flag_come_in_any_order(config: Path) -> None:
     words = ["adapter.rank=3", "--dry-run", str(config), "train.lr=1e-4"]
     for argv in (words, words[::-1]):

@@ -73,6 +73,7 @@ SPLITS: dict[str, tuple[list[str], list[str]]] = {
         ["squad.dev2", "Test"],
     ),
     "no file for training": (["a.jsonl", "eval.jsonl", "unit-test-chats.jsonl"], ["eval"]),
+    "feedback": (["pairs.jsonl", "held_out_pairs.jsonl", "heldout.jsonl"], ["held_", "heldo"]),
     "only held out": (["test.jsonl", "val.jsonl"], []),
     "other words": (["testimonials.jsonl", "developers.jsonl", "train.jsonl"], []),
     "one file": (["LICENSE.txt"], []),

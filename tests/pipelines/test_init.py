@@ -97,6 +97,9 @@ def test_more_rows_are_used_less_often_and_a_smaller_share_is_held_out(count: in
         (["train.jsonl", "validation.jsonl", "test.jsonl"], "train.jsonl", "validation.jsonl"),
         (["d/train-00000-of-00001.jsonl", "d/test-00000-of-00001.jsonl"], "d", "d"),
         (["chats.jsonl", "test.jsonl"], "chats.jsonl", None),
+        (["d/rows.jsonl", "d/held_out_rows.jsonl"], "d/rows.jsonl", "d/held_out_rows.jsonl"),
+        (["d/1/rows.jsonl", "d/1/held_out_rows.jsonl"], "d", "d/**/held_out_*"),
+        (["d/1/rows.jsonl", "d/1/held_out_rows.jsonl"], "d/*/r*", "d/*/held_out_r*"),
     ],
 )
 def test_rows_that_are_held_out_by_name_are_held_out(

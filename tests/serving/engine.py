@@ -158,6 +158,10 @@ class Engine:
         finally:
             self.busy[folder] -= 1
 
+    async def said(self, body: dict[str, Any], folder: str) -> tuple[str, str]:
+        """The answer to a chat that is not streamed, and why it ended."""
+        return folder, "stop"
+
     async def _answer(
         self, request: web.Request, body: dict[str, Any], folder: str
     ) -> web.StreamResponse:
@@ -165,8 +169,9 @@ class Engine:
         id = request.headers.get("X-Request-Id") or uuid.uuid4().hex
         told = {"id": f"chatcmpl-{id}", "object": "chat", "model": body["model"]}
         if not body.get("stream"):
-            message = {"role": "assistant", "content": folder, "tool_calls": []}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            text, end = await self.said(body, folder)
+            message = {"role": "assistant", "content": text, "tool_calls": []}
+            choice = {"index": 0, "message": message, "finish_reason": end}
             return web.json_response({**told, "choices": [choice]})
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +279,6 @@ def test_thumbs_and_sides(tmp_path: Path) -> None:
     assert 0 < len(held_out) < 12
     collect.main([str(kept.folder), "--out", str(tmp_path / "none"), "--day", "2024-10-06"])
     assert not (tmp_path / "none").exists()
+    for day in ("2024-13-01", f"{datetime.now(UTC).date()}"):
+        with refused("argument --day"):
+            collect.main([str(kept.folder), "--out", str(tmp_path / "none"), "--day", day])
