@@ -107,7 +107,9 @@ def first_that_fits(storage: str, base: BaseModel, gpus: int) -> tuple[str, ...]
             refused = str(error)
             continue
         size = found.size
-        row = described(found.config, size.total_bytes() + PROCESS_BYTES, size.recompute, gpus)
+        row = described(
+            found.config, size.total_bytes() + PROCESS_BYTES, bool(size.recompute), gpus
+        )
         return *row, ", ".join(f"{field}={value}" for field, value in more.items())
     return *(["-"] * 6), refused[:100]
 
