@@ -107,9 +107,7 @@ def first_that_fits(storage: str, base: BaseModel, gpus: int) -> tuple[str, ...]
             refused = str(error)
             continue
         size = found.size
-        row = described(
-            found.config, size.total_bytes() + PROCESS_BYTES, bool(size.recompute), gpus
-        )
+        row = described(found.config, size.total_bytes() + PROCESS_BYTES, size.recompute, gpus)
         return *row, ", ".join(f"{field}={value}" for field, value in more.items())
     return *(["-"] * 6), refused[:100]
 
@@ -121,7 +119,7 @@ def described(
     busy = min(workers, train.micro_batches())
     at_once = micro * config.data.max_length
     tokens, step = (
-        f"{at_once:,}{', recomputed' * recomputed}",
+        f"{at_once:,}{', recomputed' * bool(recomputed)}",
         train.global_batch * config.data.max_length,
     )
     return str(workers), str(micro), tokens, f"{step:,}", f"{planned / 2**30:.1f}", str(gpus - busy)
