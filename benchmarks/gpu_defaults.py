@@ -119,7 +119,7 @@ def described(
     busy = min(workers, train.micro_batches())
     at_once = micro * config.data.max_length
     tokens, step = (
-        f"{at_once:,}{', recomputed' * recomputed}",
+        f"{at_once:,}{', recomputed' * bool(recomputed)}",
         train.global_batch * config.data.max_length,
     )
     return str(workers), str(micro), tokens, f"{step:,}", f"{planned / 2**30:.1f}", str(gpus - busy)

@@ -23,7 +23,7 @@ FIRST = 2
 
 @dataclass
 class Progress:
-    """How far a worker has come."""
+    """Steps of a run, and of its present worker."""
 
     state: TrainState = field(default_factory=TrainState)
     began: int = 0

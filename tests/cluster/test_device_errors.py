@@ -1,6 +1,6 @@
 """Errors of a device: which of them end a run, and which may pass with a restart."""
 
-from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ import torch.distributed as dist
 from olora_ray.cluster.device_errors import advice_for_device
 from olora_ray.common import collectives
 from olora_ray.common.collectives import PeerLost
-from olora_ray.common.device import lacks_memory
 from olora_ray.common.errors import UserError
 from olora_ray.train.checkpoint import TrainState
 from tests import tiny
@@ -38,10 +37,8 @@ REMOTE = dist.DistBackendError("NCCL error in: NCCLUtils.cpp:77, ncclRemoteError
     ],
 )
 def test_what_would_come_again_ends_the_run(
-    monkeypatch: Any, error: RuntimeError, free: int, began: int, done: int, told: str | None
+    error: RuntimeError, free: int, began: int, done: int, told: str | None
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
-
     def train() -> None:
         state = TrainState(step=began)
         config = tiny.decided(train__micro_batch=2)
@@ -51,17 +48,14 @@ def test_what_would_come_again_ends_the_run(
             state.step = done
             raise error
 
-    with pytest.raises(UserError if told else type(error), match=told):
+    memory = mock.patch.object(torch.cuda, "mem_get_info", return_value=(free, 80 * 2**30))
+    with memory, pytest.raises(UserError if told else type(error), match=told):
         train()
 
 
-def test_a_gpu_that_does_not_answer_any_more_is_told_without_its_memory(monkeypatch: Any) -> None:
-    def fails(device: object) -> None:
-        raise ASSERTED
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
-    assert not lacks_memory(ASSERTED, GPU)
-    with pytest.raises(UserError), advice_for_device(tiny.decided(), GPU):
+def test_a_gpu_that_does_not_answer_any_more_is_told_without_its_memory() -> None:
+    silent = mock.patch.object(torch.cuda, "mem_get_info", side_effect=ASSERTED)
+    with silent, pytest.raises(UserError), advice_for_device(tiny.decided(), GPU):
         raise ASSERTED
 
 
@@ -80,12 +74,9 @@ def test_on_a_cpu_an_error_of_torch_keeps_its_type() -> None:
     ],
 )
 def test_only_an_error_of_another_worker_is_a_lost_peer(
-    monkeypatch: Any, error: RuntimeError, expected: type[Exception]
+    error: RuntimeError, expected: type[Exception]
 ) -> None:
-    def fails(tensor: torch.Tensor) -> None:
-        raise error
-
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", fails)
-    with pytest.raises(expected):
+    two = mock.patch.object(collectives, "world_size", return_value=2)
+    failing = mock.patch.object(dist, "all_reduce", side_effect=error)
+    with two, failing, pytest.raises(expected):
         collectives.sum_in_place(torch.zeros(1))

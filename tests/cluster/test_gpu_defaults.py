@@ -36,8 +36,18 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free: float = 80.0, busy: int = 0) -> None:
-    """Have Ray tell of one node with GPUs of 80 GiB, of which some are busy and one has `free` GiB."""
+def machine(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    free: float = 80.0,
+    busy: int = 0,
+    seen: int | None = None,
+    **facts: Any,
+) -> None:
+    """Have Ray tell of one node with GPUs of 80 GiB, of which some are busy and one has `free` GiB.
+
+    `seen` are the bytes that torch sees of a GPU, `facts` other facts of the node.
+    """
     here = node_facts.node_info()
     info = NodeInfo(
         here.versions, 999 * GIB, 80 * GIB, None, (9, 0), 13, 13, int(free * GIB), (4711,)
@@ -47,8 +57,10 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int, free: float = 80.0, busy
         "NodeID": "a",
         "Resources": {"CPU": 64.0, "GPU": float(gpus)},
     }
+    info = replace(info, **facts)
     told: dict[Any, Any] = {
         (node_facts, "node_info"): lambda *_: info,
+        (node_facts, "gpu_memory_of"): lambda nodes, _: [seen] * len(nodes),
         (resources, "schedulable_nodes"): lambda: [node],
         (resources, "autoscaler_limits"): list,
         (resources.ray_internals, "free_resources"): lambda: {
@@ -116,13 +128,9 @@ def test_a_plan_takes_no_more_than_the_gpu_has(
         cluster__gpus_per_worker=1,
         data__max_length=2048,
     )
-    machine(monkeypatch, gpus=1)
-    sizes = [None if each is None else int(each * GIB) for each in (told, seen)]
-    info = replace(
-        node_facts.node_info(), gpu_memory=sizes[0], gpu_free=None, gpu_generation=generation
-    )
-    monkeypatch.setattr(node_facts, "node_info", lambda *_: info)
-    monkeypatch.setattr(node_facts, "gpu_memory_of", lambda nodes, _: sizes[1:] * len(nodes))
+    known, found = (None if each is None else int(each * GIB) for each in (told, seen))
+    facts: dict[str, Any] = {"gpu_memory": known, "gpu_generation": generation, "gpu_free": None}
+    machine(monkeypatch, gpus=1, seen=found, **facts)
     cluster = preflight.ask(config)
     made = decide(config, tiny.of_data(config), of_8b, cluster)
     planned = made.size.total_bytes() + preflight.PROCESS_BYTES
