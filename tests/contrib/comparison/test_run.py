@@ -13,6 +13,7 @@ from comparison.record import ComparisonRecord, best_config, recorded
 from olora_ray.common.errors import UserError
 from olora_ray.config.load import dump, parse_yaml
 from olora_ray.config.schema import Config
+from tests import browser
 from tests.contrib.comparison import made
 from tests.contrib.comparison.made import Cluster
 
@@ -191,6 +192,8 @@ def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.M
     assert "http" not in text.replace("http-equiv", "")
     for sentence in report.sentences(record):
         assert sentence.replace("'", "&#x27;") in text
+    if browser.CHROMIUM is not None:
+        assert browser.first_screen(tmp_path / "out" / "report.html") == [(True, True)] * 2
     tree = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert tree["arms"][1]["against"]["adjusted"]["low"] == record.of("olora").against.adjusted.low  # type: ignore[union-attr]
     assert len(tree["arms"][0]["trainings"]) == 4

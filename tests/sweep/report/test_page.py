@@ -5,6 +5,7 @@ import pytest
 
 from olora_ray.sweep.report import page
 from olora_ray.sweep.report.figures import FIGURES
+from tests import browser
 from tests.sweep.odd import NASTY, ODD
 from tests.sweep.searches import realistic
 
@@ -14,6 +15,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("report")
     page.write_report(realistic(), str(made))
     return made
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium")
+def test_the_page_fits_and_begins_with_the_verdict(folder: Path) -> None:
+    assert browser.first_screen(folder / "report.html") == [(True, True)] * 2
 
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:
