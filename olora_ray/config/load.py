@@ -392,6 +392,8 @@ ADDED: dict[str, tuple[Any, ...]] = {
     "train.objective": ("auto", "tokens"),
     "train.beta": (0.1,),
     "train.chosen": (0.0,),
+    "evaluation.guard": (True, False),
+    "gate.shrink": (True, False),
     "data.*.roles": ({},),
     "data.*.labels": ({},),
     "data.*.system": (None,),

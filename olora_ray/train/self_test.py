@@ -533,8 +533,10 @@ class _Trial:
         `check_adapters` compares its gradients.
         """
         _, batch = self._laid_out(name, [ids for ids, *_ in self.examples])
-        first, *_ = decoder_layers(self.model)
-        with torch.enable_grad(), _with_gradient(first):
+        blocks = decoder_layers(self.model)
+        if not blocks:
+            return
+        with torch.enable_grad(), _with_gradient(blocks[0]):
             total: Tensor = self.loss(batch)
             if total.requires_grad:
                 total.backward()

@@ -114,9 +114,10 @@ with logs.printed():
 def on_a_terminal() -> str:
     """What TRAINING sends to a terminal."""
     main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     command = [sys.executable, "-c", TRAINING]
-    with subprocess.Popen(command, stdout=terminal, stderr=terminal) as process:
+    env = {**os.environ, "COLUMNS": "200"}
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=env) as process:
         os.close(terminal)
         sent = b""
         with contextlib.suppress(OSError):  # what a terminal's end raises

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.contrib.gguf.test_ollama import as_go_does
+from tests.go_template import as_go_does
 from tests.pipelines import project
 from tests.ran import ran
 from tests.ray_head import free_port

@@ -344,7 +344,7 @@ def test_what_is_not_there(add: Add) -> None:
     with refused("no model 'nothing' is registered"):
         Aliases(aliases.uri, "nothing").version("1")
     assert Aliases(aliases.uri, "nothing").current() == {}
-    with refused("few"):
+    with refused("registered:"):
         aliases_of.registered(aliases.uri, "my_run.yaml")
     client = connect(aliases.uri)
     client.create_registered_model("foreign")

@@ -13,6 +13,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.exporter import Trained
 from tests import tiny
 from tests.contrib.gguf.test_gguf import llama
+from tests.go_template import as_go_does
 from tests.said import said
 
 CHATML = (
@@ -36,30 +37,6 @@ CHATS = [
     [("user", "one"), ("assistant", "two"), ("user", "three")],
     [("system", "rules"), ("user", "one"), ("assistant", "two"), ("user", "three")],
 ]
-
-
-def as_go_does(template: str, chat: list[tuple[str, str]]) -> str:
-    """Execute a template of Ollama that has the one loop over the messages, and comparisons in it."""
-    found = re.fullmatch(
-        r"\{\{- range \$i, \$m := \.Messages \}\}(.*)\{\{ end \}\}((?:(?!\{\{).)*)",
-        template,
-        re.DOTALL,
-    )
-    assert found
-    text = ""
-    for number, (role, content) in enumerate(chat):
-        shown = [True]
-        for part in re.split(r"(\{\{.*?\}\})", found[1]):
-            if asked := re.fullmatch(r'\{\{ if eq \$m\.Role "(\w+)" \}\}', part):
-                shown.append(shown[-1] and asked[1] == role)
-            elif part == "{{ if eq $i 0 }}":
-                shown.append(shown[-1] and number == 0)
-            elif part == "{{ end }}":
-                shown.pop()
-            elif shown[-1]:
-                text += content if part == "{{ $m.Content }}" else part
-        assert shown == [True]
-    return text + found[2]
 
 
 def made(folder: Path, template: str | None, system: str | None = None) -> tuple[str, Any]:
