@@ -29,7 +29,7 @@ from olora_ray.tracking.aliases import Aliases
 from tests import mlflow_database
 from tests.contrib.demos import person
 from tests.contrib.demos.answering import Answering, Model
-from tests.contrib.demos.person import KINDS, Chat
+from tests.contrib.demos.person import KINDS
 from tests.pipelines import project
 from tests.ray_head import free_port
 from tests.recovery.processes import scratch
@@ -103,9 +103,7 @@ class Morning:
     guard: float | None = None
     """How much the loss on the guard's rows rose."""
     plain: tuple[float, float] | None = None
-    """As `preferred`, but after plain training on the corrected answers alone."""
-    plain_right: float | None = None
-    """As `right_after`, but after that training."""
+    """Preferred, and right answers, after plain training on the corrected answers alone."""
 
 
 class Shop:
@@ -237,19 +235,20 @@ class Served:
         return next(folder for name, folder in served if name.startswith(f"chats@{number}-"))
 
     def version(self) -> str:
+        """Return the name of the version that answers; empty while the port does not."""
         try:
-            return self.post("/v1/chat/completions", self.chat(person.asked("Hello"))).headers.get(
-                "x-olora-version", ""
-            )
+            answer = self.chat("Hello")
         except requests.ConnectionError:
             return ""
+        return answer.headers.get("x-olora-version", "")
 
-    def chat(self, chat: Chat) -> dict[str, Any]:
-        return {"model": "chats@champion", "messages": chat}
+    def chat(self, question: str) -> requests.Response:
+        body = {"model": "chats@champion", "messages": person.asked(question)}
+        return self.post("/v1/chat/completions", body)
 
     def ask(self, question: str) -> tuple[str, str, bool]:
         """Return the answer with its id, and True if it was not cut: the port keeps no others."""
-        answer = self.post("/v1/chat/completions", self.chat(person.asked(question))).json()
+        answer = self.chat(question).json()
         (choice,) = answer["choices"]
         return answer["id"], choice["message"]["content"], choice["finish_reason"] == "stop"
 
@@ -261,13 +260,13 @@ def spend(day: Day, number: int, served: Served) -> tuple[int, float]:
     """Ask the day's questions, and correct or praise the answers; return how many were corrected, and right ones."""
     stock = [*person.things()]
     first = (len(KINDS) + 2) * FIRST + (number - 1) * ASKED
-    right = 0
+    praised = 0
     corrected = 0
     for turn, thing in enumerate(stock[first : first + ASKED]):
         kind = KINDS[(day.kinds or ("unit",))[turn % max(1, len(day.kinds))]]
         id, answer, whole = served.ask(kind.question(thing))
         good = kind.mark in answer
-        right += good
+        praised += good
         if not day.kinds or not whole:
             continue
         about: dict[str, Any] = {"rating": 1}
@@ -276,43 +275,33 @@ def spend(day: Day, number: int, served: Served) -> tuple[int, float]:
             corrected += 1
         # The port takes feedback as soon as its writer has seen the answer.
         until(lambda id=id, about=about: served.post("/feedback", {"id": id, **about}).ok)
-    return corrected, right / ASKED
+    return corrected, praised / ASKED
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """Folders of the adapters that answer on a day, and on the next one."""
+def rows_of(*files: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
-    model: Model
-    before: str
-    after: str
 
-    def preferred(self, pairs: Sequence[Path]) -> tuple[float, float] | None:
-        """Return the shares of pairs whose chosen answer has gained more than the other since the base model."""
-        rows = [json.loads(line) for file in pairs for line in file.read_text().splitlines()]
-        if not rows:
-            return None
-        return self.share(rows, self.before), self.share(rows, self.after)
+def preferred(model: Model, rows: Sequence[dict[str, Any]], adapter: str) -> float:
+    """Return the share of pairs whose chosen answer has gained more than the other since the base model."""
+    agreed = 0
+    for row in rows:
+        gains = [
+            model.gain(row["prompt"], row[side][0]["content"], adapter)
+            for side in ("chosen", "rejected")
+        ]
+        agreed += gains[0] > gains[1]
+    return agreed / len(rows)
 
-    def share(self, rows: Sequence[dict[str, Any]], adapter: str) -> float:
-        agreed = 0
-        for row in rows:
-            chosen, rejected = (
-                self.model.gain(row["prompt"], row[side][0]["content"], adapter)
-                for side in ("chosen", "rejected")
-            )
-            agreed += chosen > rejected
-        return agreed / len(rows)
 
-    def right(self, pairs: Path) -> float:
-        """Return the share of the held-out questions to which the answer has the mark of the correction."""
-        rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-        right = 0
-        for row in rows:
-            answer, _ = self.model.answer(row["prompt"], self.after)
-            chosen = row["chosen"][0]["content"]
-            right += all(each.mark in answer for each in KINDS.values() if each.mark in chosen)
-        return right / len(rows)
+def right(model: Model, rows: Sequence[dict[str, Any]], adapter: str) -> float:
+    """Return the share of questions to which the answer has the mark of the correction."""
+    good = 0
+    for row in rows:
+        answer, _ = model.answer(row["prompt"], adapter)
+        chosen = row["chosen"][0]["content"]
+        good += all(kind.mark in answer for kind in KINDS.values() if kind.mark in chosen)
+    return good / len(rows)
 
 
 def ended(shop: Shop, versions: int) -> tuple[str, float | None]:
@@ -353,7 +342,7 @@ def live(shop: Shop, number: int, served: Served) -> Morning:
     before = served.wait_for(old)
     folder = shop.data / date
     earlier = [each for each in shop.data.glob("*/held_out_pairs.jsonl") if each.parent != folder]
-    corrected, right = shop.once(f"{date}.json", lambda: spend(day, number, served))
+    corrected, share = shop.once(f"{date}.json", lambda: spend(day, number, served))
     print(f"{date}: {corrected} of {ASKED} answers corrected", flush=True)
     shop.set_clock(number + 1.1)
     words = ["--out", str(folder), "--day", date, "--held-out", HELD_OUT]
@@ -364,20 +353,23 @@ def live(shop: Shop, number: int, served: Served) -> Morning:
     shop.call(date, "retrain", "chats.yaml", *day.words)
     night, guard = ended(shop, versions)
     after = served.wait_for(shop.champion())
-    adapters = Adapters(served.engine.model, before, after)
-    older = adapters.preferred(earlier)
-    morning = Morning(number, day.done, corrected, right, night, older=older, guard=guard)
+    model = served.engine.model
+    morning = Morning(number, day.done, corrected, share, night, guard=guard)
+    if earlier:
+        rows = rows_of(*earlier)
+        older = preferred(model, rows, before), preferred(model, rows, after)
+        morning = replace(morning, older=older)
     if not folder.exists():
         return morning
-    held_out = folder / "held_out_pairs.jsonl"
-    morning = replace(morning, preferred=adapters.preferred([held_out]))
+    rows = rows_of(folder / "held_out_pairs.jsonl")
+    agreed = preferred(model, rows, before), preferred(model, rows, after)
+    morning = replace(morning, preferred=agreed)
     if not day.wrong:
-        morning = replace(morning, right_after=adapters.right(held_out))
+        morning = replace(morning, right_after=right(model, rows, after))
     if day.plain:
-        opponent = replace(adapters, after=plainly_trained(shop, date, old))
-        morning = replace(
-            morning, plain=opponent.preferred([held_out]), plain_right=opponent.right(held_out)
-        )
+        plain = plainly_trained(shop, date, old)
+        told = preferred(model, rows, plain), right(model, rows, plain)
+        morning = replace(morning, plain=told)
     if night.startswith("refused"):
         # The person has read why. The next night would be trained on these rows, too.
         folder.rename(shop.folder / f"set-aside-{date}")
@@ -392,7 +384,7 @@ def shown(mornings: Sequence[Morning]) -> Iterator[str]:
         cells.append(change(each.right_before, each.right_after))
         cells += [change(*(each.preferred or ())), change(*(each.older or ()))]
         cells.append("" if each.guard is None else f"{each.guard:+.3f}")
-        cells.append("" if each.plain is None else f"{each.plain[1]:.2f}, {each.plain_right:.2f}")
+        cells.append(", ".join(f"{share:.2f}" for share in each.plain or ()))
         yield f"| {' | '.join(cells)} |"
 
 
