@@ -16,7 +16,7 @@ compare-demo: $(VENV)/.quickstart ## OLoRA against LoRA on the quickstart's mode
 nights-demo: $(VENV)/.dev ## ten nights that go wrong or well, heard in another network namespace; as root
 	$(BIN)/python -m tests.contrib.demos.nights
 
-mornings-demo: $(VENV)/.dev ## ten mornings of a served model whose answers a scripted person corrects, in about 40 minutes
+mornings-demo: $(VENV)/.dev ## ten mornings of a served model whose answers a scripted person corrects; not yet played to its end
 	$(BIN)/python -m tests.contrib.demos.mornings
 
 serving-demo: $(VENV)/.dev ## the port of olora-ray follow: 1,000 clients, bombs, restarts, MLflow away; in some minutes

@@ -6,6 +6,9 @@ Real parts: `olora-ray follow` with its port, `olora-ray feedback`, `olora-ray r
 stand-in that generates its answers with transformers and PEFT. Only the clock of `follow` is not this machine's: the
 days are the last ten. Each night is checked; then the table is printed. With FOLDER what was done stays there, and the
 next call continues it, by at most so many DAYS.
+
+Not yet played to its end: the first night and one day were, with a tiny model and a scripted engine. What each night
+must do (DAYS), the settings of the training and the duration are guesses until then.
 """
 
 import json
