@@ -1,4 +1,4 @@
-"""Fine-tune a language model with OLoRA on a Ray cluster, try it, register it, and retrain it.
+"""Fine-tune a language model with OLoRA on Ray, try it, register it, retrain it.
 
     olora-ray COMMAND [ARGUMENTS ...]
 
@@ -18,53 +18,41 @@ from olora_ray.config import command_line
 
 QUICKSTART = "pipelines/configs/quickstart.yaml"
 COMMANDS = {
-    "quickstart": (
-        "finetune with the quickstart's own model and rows, in some minutes on any machine",
-        None,
-    ),
+    "quickstart": ("finetune a small model with rows of its own, in some minutes", None),
     "init": ("write a config for your rows: format, held-out rows, length, model", None),
-    "finetune": (
-        "train an adapter, check it and register it; --dry-run only prints the plan",
-        None,
-    ),
+    "finetune": ("train an adapter, check it, register it; --dry-run: only the plan", None),
     "chat": (
         "send a prompt to the base model and to the fine-tuned model",
         "olora_ray.evaluation.chat",
     ),
     "look": (
-        "say whether a run is better, by how much, and where it is wrong: a page in one file",
+        "write a page that says if a run is better, how much, where wrong",
         "olora_ray.pipeline.look",
     ),
     "runs": (
         "list all runs of a storage, or show what a run decided and why",
         "olora_ray.pipeline.runs",
     ),
-    "evaluate": (
-        "evaluate one model, or compare two, on held-out rows and on tasks of lm-eval",
-        None,
-    ),
+    "evaluate": ("measure one or two models on held-out rows, tasks of lm-eval", None),
     "sweep": ("search rank, alpha, learning rate and other settings", None),
     "compare": ("compare adapters on your data, each at its own learning rate", None),
     "registry": ("list registered versions, and set the champion by hand", None),
-    "retrain": (
-        "retrain if something has changed, and promote a better model; made for a scheduler",
-        None,
-    ),
-    "nights": ("show how the nights of a model went: last good one, champion, refusals", None),
+    "retrain": ("every night: train if something is new, promote what is better", None),
+    "nights": ("say how a model's nights went: champion, last good one, refusals", None),
     "export": (
-        "write a run or a version into a folder: adapter, merged, gguf, for Ollama",
+        "write a model into a folder: adapter, merged, gguf, for Ollama",
         "olora_ray.evaluation.export",
     ),
     "push": (
-        "upload a run or a version to the Hugging Face hub; --dry-run sends nothing",
+        "upload a model to the Hugging Face hub; --dry-run sends nothing",
         "olora_ray.evaluation.push",
     ),
     "prune": (
-        "delete old run folders, token stores and copies of models in a storage",
+        "delete old runs, token stores and copies of models in a storage",
         "olora_ray.pipeline.prune",
     ),
     "follow": (
-        "let vLLM, SGLang or Ray Serve answer with the champion when it changes",
+        "let vLLM, SGLang or Ray Serve answer with the current champion",
         "olora_ray.serving.follow",
     ),
     "feedback": (
@@ -95,9 +83,7 @@ def _main(argv: list[str]) -> None:
     if name in command_line.HELP:
         table = aligned([(f"  {command}", about) for command, (about, _) in COMMANDS.items()])
         print((__doc__ or "").strip(), *table, "", sep="\n")
-        print(
-            "olora-ray COMMAND --help explains a command; olora-ray --version prints the release."
-        )
+        print("olora-ray COMMAND --help explains one; olora-ray --version prints the release.")
     elif name == command_line.VERSION:
         command_line.parse(argv, usage="")
     elif name in COMMANDS:

@@ -35,7 +35,7 @@ import yaml
 
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.storage import is_uri
-from olora_ray.common.text import aligned
+from olora_ray.common.text import aligned, paragraph
 from olora_ray.config import command_line
 from olora_ray.config.load import Dumper, build, changed
 from olora_ray.config.schema import IN_STORAGE, Config
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> str:
     print(
         *said,
         f"written: {out}, with a comment on each field that you may want to change\n\nnext:",
-        f"  olora-ray finetune {out} --dry-run  # rows, tokens and time; trains nothing",
+        f"  olora-ray finetune {out} --dry-run  # shows rows, tokens and time",
         f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}",
         sep="\n",
     )
@@ -295,7 +295,7 @@ def config_text(given: Config) -> str:
         raise UserError(
             f"{train[0].path}: {rows} rows are too few to hold some out; at least {FEWEST} are needed"
         )
-    print(f"held out: {words}")
+    print(paragraph(f"held out: {words}"))
     data = ""
     for shown, look in zip(train, looks, strict=True):
         data += _written(shown, look)
@@ -362,7 +362,9 @@ def _template(
         for mark, name in ALIKE.items():
             other = spec_of_templates(own, model, name)
             if mark in spec.chat_template and not spec.chosen and not _refused(other, looks):
-                print(f"chat_template: {name}, because {refused[0]['message']}")
+                print(
+                    f"chat_template: {name}, because the model's own cannot write {count:,} of the chats"
+                )
                 return other
         raise
     for each in refused:
@@ -445,7 +447,7 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
         except Unclear as question:
             if not sys.stdin.isatty():
                 raise
-            print(question)
+            print(question.asked)
             try:
                 said = {**source.fields, **_answered()}
             except EOFError:
@@ -472,11 +474,11 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
         count = f"about {rows:,}"
     if shown.startswith("hf://"):
         count = f"its first {rows:,}"
-    print(f"{shown}: {count} {seen or f'{source.format} rows'}")
+    print(paragraph(f"{shown}: {count} {seen or f'{source.format} rows'}"))
     unusable = [entry for entry in rejected if entry["reason"] not in NOTHING]
     if unusable:
         first = "{file}:{line}: {reason}: {message}".format_map(unusable[0])
-        print(f"{len(unusable):,} of them cannot be used, the first is {first}")
+        print(paragraph(f"{len(unusable):,} of them cannot be used, the first is {first}"))
     empty = len(rejected) - len(unusable)
     if empty:
         print(f"{empty:,} of them are empty, and are left out")
@@ -489,7 +491,7 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
 
 
 def _answered() -> dict[str, str]:
-    print("Name a column for each; with no answer, the question's column is plain text to train.")
+    print("Name a column for each; without an answer, the question is plain text to train.")
     question = input("question: ").strip()
     answer = input("answer: ").strip()
     if not answer:

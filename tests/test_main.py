@@ -47,7 +47,7 @@ def test_one_screen_says_what_each_command_is_for(words: tuple[str, ...]) -> Non
     assert listed == COMMANDS
     assert "\n    olora-ray COMMAND [ARGUMENTS ...]\n" in done.stdout
     assert len(done.stdout.splitlines()) <= 24
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from olora_ray.common.secrets import mask
+from olora_ray.common.text import paragraph
 
 PACKAGE = "olora_ray"
 
@@ -38,6 +39,11 @@ class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
     def emit(self, record: logging.LogRecord) -> None:
         with _Printer.around():
             super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        # On a terminal, below the message and not below the time of day.
+        lines = super().format(record).split("\n")
+        return "\n".join(paragraph(each, 9) for each in lines)
 
     def handleError(self, record: logging.LogRecord) -> None:
         # After `python ... | head` every line fails. Raising in the main thread ends the script, instead of a traceback

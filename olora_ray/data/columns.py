@@ -195,6 +195,11 @@ def unresolved_error(
 class Unclear(UserError):
     """Rows whose meaning a person must say, with columns that could be question and answer."""
 
+    def __init__(self, message: str, asked: str = "") -> None:
+        super().__init__(message)
+        self.asked = asked or message
+        """The same for a terminal that asks for the columns: a line for each, and no arguments."""
+
 
 def require_clear(where: str, source: Source, read: Sequence[tuple[Any, Example]]) -> None:
     """Raise the question that rows in a known format leave open, if there is one.
@@ -215,7 +220,9 @@ def require_clear(where: str, source: Source, read: Sequence[tuple[Any, Example]
                     " without it)"
                 )
                 if known.has_turns or known.makes in FEEDBACK:
-                    raise Unclear(f"{where}: {why}: what does it mean? {described(rows)}")
+                    raise Unclear(
+                        f"{where}: {why}: what does it mean? {', '.join(_described(rows))}"
+                    )
                 raise which(where, why, rows)
             if kind == "column" and not _repeats(value, row, source):
                 left.setdefault(name, []).append(value)
@@ -307,22 +314,25 @@ def _either(
     yes: Mapping[str, str],
     no: Mapping[str, str],
 ) -> Unclear:
+    columns = ", ".join(_described(rows))
     return Unclear(
-        f"{where}: {question} {described(rows)}; if so, set {fields(where, yes)}; if not, {fields(where, no)}"
+        f"{where}: {question} {columns}; if so, set {fields(where, yes)}; if not, {fields(where, no)}"
     )
 
 
 def which(where: str, why: str, rows: Sequence[Mapping[Any, Any]]) -> Unclear:
     """Return the question which column is the answer; it proposes none, because nothing supports a guess."""
     form = fields(where, {"instruction": "COLUMN", "output": "COLUMN"})
+    columns = _described(rows)
     return Unclear(
-        f"{where}: {why}; which column is the answer? {described(rows)}; say it as {form}; a template such as"
-        " '{a}: {b}' joins columns, and COLUMN: none leaves one out"
+        f"{where}: {why}; which column is the answer? {', '.join(columns)}; say it as {form}; a template such as"
+        " '{a}: {b}' joins columns, and COLUMN: none leaves one out",
+        "\n  ".join([f"{why}; its columns:", *columns]),
     )
 
 
-def described(rows: Sequence[Mapping[Any, Any]]) -> str:
-    """Return the columns of rows, and the keys of objects, with their types, lengths and an example, in one line."""
+def _described(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
+    """Return each column of rows, and each key of objects, with type, length and an example."""
     values: dict[str, list[Any]] = {}
     for row in rows:
         for name, value in row.items():
@@ -338,7 +348,7 @@ def described(rows: Sequence[Mapping[Any, Any]]) -> str:
         if isinstance(given[0], str):
             about = plural(round(words_of(given)), "word")
         parts.append(f"{one_line(name, 40)} ({about}, such as {excerpt(given[0], 30)})")
-    return ", ".join(parts)
+    return parts
 
 
 def words_of(values: Iterable[Any]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 from olora_ray.cluster import address, preflight
 from olora_ray.cluster.decide import Decided, decide
 from olora_ray.cluster.preflight import ClusterFacts
-from olora_ray.common.text import aligned, duration
+from olora_ray.common.text import aligned, duration, window
 from olora_ray.config.decided import DataConfig
 from olora_ray.config.load import dump
 from olora_ray.config.schema import Config
@@ -197,7 +197,8 @@ def _shown(tokenizer: Any, example: Example) -> str:
         part = str(tokenizer.decode([token for token, _ in pairs]))
         part = _shortened(part.replace("\n", "\\n"), 360)
         text += f"[[{part}]]" if supervised else part
-    return textwrap.indent(textwrap.fill(_shortened(text, 900), 116), "    ")
+    width = (window() or 120) - 4
+    return textwrap.indent(textwrap.fill(_shortened(text, 900), width), "    ")
 
 
 def _shortened(text: str, most: int) -> str:

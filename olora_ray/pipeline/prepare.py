@@ -190,7 +190,12 @@ def _lengths(config: DataConfig, base: Base, most: int) -> Lengths:
     looks = [describe(config, base.spec, split, tell=False) for split in splits]
     return Lengths(
         longest=max(look.longest for look in looks),
-        rows=sum(look.read for look in looks),
+        rows=sum(
+            each.rows
+            for look in looks
+            for each in look.sources
+            if not each.source.has_no_questions()
+        ),
         exact=all(look.exact for look in looks),
         over=sum(look.too_long for look in looks),
         most=most,
@@ -202,6 +207,8 @@ def tell(decided: Decided, assumed: str = "") -> None:
     for name, decision in decided.decisions.items():
         if name == LENGTH:
             logger.info(f"{name}: auto is {decision.value:,}: {decision.why}")
+        elif name == "train.objective" and decision.value == "tokens":
+            continue  # nobody who has no pairs asks
         elif name.startswith(("cluster.", "train.")) or decision.value in OF_PAIRS:
             value = str(decision.value).lower()
             logger.info(f"{name}: auto is {value}: {decision.why}{assumed}")

@@ -1,5 +1,6 @@
 """Lines of the log: one form, secrets masked, and a line that cannot be written harms nobody but the main thread."""
 
+import io
 import logging
 import sys
 import threading
@@ -14,6 +15,9 @@ logger = logging.getLogger("olora_ray.test_logs")
 
 class _Broken:
     """A stream whose reader has gone."""
+
+    def isatty(self) -> bool:
+        return False
 
     def write(self, text: str) -> None:
         raise BrokenPipeError
@@ -31,6 +35,24 @@ def test_a_line_has_the_time_and_no_secret(capsys: pytest.CaptureFixture[str]) -
     assert first[2] == first[5] == ":"
     assert first[8:] == " at postgresql://ann:***@db/x"
     assert second[8:] == " warning: 7 values wait"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    screen = _Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    with logs.printed():
+        logger.info(f"memory{' and more' * 10}\n  a  table")
+    *lines, table = screen.getvalue().splitlines()
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 40
+    assert {line[:9] for line in lines[1:]} == {" " * 9}
+    assert table == "  a  table"
 
 
 def test_after_the_last_handler_the_logger_is_as_before() -> None:

@@ -106,7 +106,8 @@ def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_pos
         ]
     }
     (tmp_path / "long.jsonl").write_text(project.json.dumps(long) + "\n")
-    sources = [str(tmp_path / "train.jsonl"), str(tmp_path / "long.jsonl")]
+    (tmp_path / "notes.txt").write_text("a text is cut into pieces " * 40)
+    sources = [str(tmp_path / name) for name in ("train.jsonl", "long.jsonl", "notes.txt")]
     page, lines = shown(data__train=sources, data__max_length="auto", data__too_long=too_long)
     [line] = [line for line in lines if line.startswith("data.max_length: ")]
     assert line.startswith(f"data.max_length: auto is {number:,}: ")
@@ -115,7 +116,7 @@ def test_the_length_of_sequences_is_that_of_the_longest_row_up_to_the_models_pos
     rejected = (
         "1 rejected (too_long 1;" if (letters, too_long) == (3000, "reject") else "none rejected"
     )
-    assert value(page, "rows").startswith(f"61, {rejected}")
+    assert value(page, "rows").startswith(f"62, {rejected}")
 
 
 def test_rejected_rows_are_counted_by_reason(shown: Shown, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_what_nothing_reads_is_written_as_left_out_with_an_example(
 
 
 def test_at_a_terminal_the_columns_are_asked_for_and_written(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [{"ticket": f"Where is {n}?", "reply_of_agent": "here"} for n in range(40)]
     Path("asked.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -261,6 +261,9 @@ def test_at_a_terminal_the_columns_are_asked_for_and_written(
     init.main(["asked.jsonl"])
     fields = load_config("my_run.yaml").data.train[0].fields
     assert fields == {"instruction": "ticket", "output": "reply_of_agent"}
+    asked, _, _ = capsys.readouterr().out.partition("question: ")
+    assert re.findall(r"^  (\w+) \(", asked, re.M) == ["ticket", "reply_of_agent"]
+    assert "data.train.0.fields" not in asked  # that is for a script
 
 
 def test_rows_are_counted_where_cells_have_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,7 +368,9 @@ def test_a_template_that_cannot_write_the_chats_is_replaced_by_one_with_its_mark
 ) -> None:
     found = written(chats(**chat), with_template(template))
     assert found.data.chat_template == chosen
-    assert (f"chat_template: {chosen}, because" in capsys.readouterr().out) == bool(chosen)
+    printed = capsys.readouterr().out
+    assert (f"chat_template: {chosen}, because" in printed) == bool(chosen)
+    assert "set data.chat_template" not in printed  # init has set it
 
 
 def test_the_small_models_own_file_shows_its_template() -> None:

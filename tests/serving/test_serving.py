@@ -6,6 +6,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.contrib.gguf.test_ollama import as_go_does
+from tests.pipelines import project
+from tests.ran import ran
 from tests.ray_head import free_port
 from tests.serving import served
 from tests.serving.served import Answer, Served
@@ -125,13 +129,15 @@ def vllm(command: list[str], model: str, log: Path) -> Iterator[Server]:
         process.wait(60)
 
 
-def agrees(engine: "Server | LlamaCpp", answers: list[Answer], run: Served) -> None:
-    worst = [max(answer.differences(engine.scores(answer), EXACT)) for answer in answers]
-    clear = served.same_answers(answers, engine.told, run.chats, EXACT)
+def agrees(
+    engine: "Server | LlamaCpp", answers: list[Answer], run: Served, within: float = EXACT
+) -> None:
+    worst = [max(answer.differences(engine.scores(answer), within)) for answer in answers]
+    clear = served.same_answers(answers, engine.told, run.chats, within)
     print(
         f"log-probabilities within {max(worst):.1e}; {clear} of {len(answers)} answers without a tie"
     )
-    assert max(worst) < EXACT
+    assert max(worst) < within
     assert clear > len(answers) / 2
 
 
@@ -183,6 +189,28 @@ class LlamaCpp:
 @LLAMA_CPP
 def test_llama_cpp_answers_with_the_file_in_float32(run: Served, merged: list[Answer]) -> None:
     agrees(LlamaCpp(run.gguf), merged, run)
+
+
+@LLAMA_CPP
+@pytest.mark.parametrize(("precision", "within"), [("f32", EXACT), ("q8_0", 0.2)])
+def test_llama_cpp_answers_with_the_folder_for_ollama_of_a_finished_run(
+    run: Served, merged: list[Answer], tmp_path: Path, precision: str, within: float
+) -> None:
+    Path(run.config.folder(), "result.json").write_text("{}")  # it is finished
+    folder = tmp_path / "tickets"
+    words = ["export", run.config.folder(), "--to", folder, "--form", "ollama"]
+    done = ran(
+        [sys.executable, "-m", "olora_ray", *words, "--quantize", precision], cwd=project.ROOT
+    )
+    print(done.stdout.splitlines()[-1])
+    engine = LlamaCpp(folder / "model.gguf")
+    agrees(engine, merged, run, within)
+    # Ollama itself is not here; what it sends for these chats are the tokens that transformers makes.
+    template = re.search(r'^TEMPLATE """(.*?)"""$', (folder / "Modelfile").read_text(), re.M | re.S)
+    assert template
+    for chat, answer in zip(run.chats, merged, strict=True):
+        text = as_go_does(template[1], [(turn["role"], turn["content"]) for turn in chat[:-1]])
+        assert engine.model.tokenize(text.encode(), special=True) == answer.prompt
 
 
 @LLAMA_CPP
