@@ -298,6 +298,11 @@ def config_text(given: Config) -> str:
     print(paragraph(f"held out: {words}"))
     data = ""
     for shown, look in zip(train, looks, strict=True):
+        if look.rows == 1 and words.startswith("eval_fraction"):
+            alone = (
+                "is one row, which is trained: to measure such texts, too, name others in data.eval"
+            )
+            print(paragraph(f"{shown.path} {alone}"))
         data += _written(shown, look)
     fields: dict[str, object] = {
         "schema": command_line.ROOT / "docs" / "generated" / "config.schema.json",

@@ -131,6 +131,16 @@ def test_copies_and_rows_without_an_answer_leave_the_data_where_it_is(
     assert sorted(each.name for each in Path().rglob("*.jsonl")) == ["day1.jsonl", "day2.jsonl"]
 
 
+def test_a_text_of_which_nothing_can_be_held_out_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("notes.txt").write_text("The pump is checked every month.\n" * 90)
+    written("notes.txt", rows("chats.jsonl", range(60)))
+    _, _, after = capsys.readouterr().out.partition("held out: eval_fraction: ")
+    assert re.search(r"^notes\.txt .*data\.eval", after, re.M)
+    assert not re.search(r"^chats\.jsonl", after, re.M)
+
+
 def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
     Path("q.csv").write_text(
         "question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102))
