@@ -13,6 +13,7 @@ from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.exporter import Trained
 from tests import tiny
 from tests.contrib.gguf.test_gguf import llama
+from tests.said import said
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -87,6 +88,18 @@ def test_the_template_renders_chats_as_the_tokenizers_own(tmp_path: Path, templa
     assert 'SYSTEM """Be brief."""' in text
     assert 'PARAMETER stop "</s>"' in text
     assert 'PARAMETER stop "<|user|>"' in text
+
+
+def test_a_model_that_calls_tools_is_told_to_be_served_otherwise(tmp_path: Path) -> None:
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    with said() as lines:
+        text, _ = made(tmp_path, tools + CHATML)
+    assert "\nTEMPLATE" in text  # for chats without tools
+    assert "llama-server --jinja" in text
+    assert "tools" in lines[-1]
+    with said() as lines:
+        assert "llama-server" not in made(tmp_path, CHATML)[0]
+    assert lines == []
 
 
 @pytest.mark.parametrize("template", [COUNTS, None])
