@@ -148,7 +148,9 @@ def modelfile(trained: Trained, tokenizer: Any) -> str:
             if "tools" in str(tokenizer.chat_template):
                 missing = "the TEMPLATE writes no tools, which Ollama then refuses"
                 logger.warning(f"Modelfile: {missing}; serve the file with llama-server --jinja")
-                lines.append(f"# {missing}: for tool calls serve {_FILE} with llama-server --jinja.")
+                lines.append(
+                    f"# {missing}: for tool calls serve {_FILE} with llama-server --jinja."
+                )
         else:
             missing = "Ollama has no template for this model: its prompts would not be those of the training"
             logger.warning(f"Modelfile: {missing}; serve the file with llama-server --jinja")

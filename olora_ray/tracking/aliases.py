@@ -25,6 +25,7 @@ from pydantic import StringConstraints
 
 from olora_ray.common import records
 from olora_ray.common.errors import UserError
+from olora_ray.common.text import some
 from olora_ray.config.schema import Config
 from olora_ray.tracking import checksums
 from olora_ray.tracking.checksums import GATE, JUDGED, ROLLED_BACK, Version, name_filter
@@ -401,7 +402,12 @@ def registered(uri: str, name: str, verify: str | None = None) -> Aliases:
     check_uri(uri)
     aliases = Aliases(uri, name, verify)
     if not name.strip() or not aliases.exists():
-        raise UserError(f"no model {name!r} with a version is registered in {shown_uri(uri)}")
+        with reachable(uri):
+            others = [each.name for each in aliases.client.search_registered_models()]
+        known = some(others) or "none"
+        raise UserError(
+            f"no model {name!r} with a version is registered in {shown_uri(uri)}; registered: {known}"
+        )
     return aliases
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from olora_ray.tracking import aliases as aliases_of
 from olora_ray.tracking import checksums
 from olora_ray.tracking.aliases import LAST, MOVE, SINCE, Aliases, Overtaken
 from olora_ray.tracking.checksums import GATE
@@ -343,6 +344,8 @@ def test_what_is_not_there(add: Add) -> None:
     with refused("no model 'nothing' is registered"):
         Aliases(aliases.uri, "nothing").version("1")
     assert Aliases(aliases.uri, "nothing").current() == {}
+    with refused("few"):
+        aliases_of.registered(aliases.uri, "my_run.yaml")
     client = connect(aliases.uri)
     client.create_registered_model("foreign")
     client.create_model_version("foreign", str(files_of(aliases, "1")))
