@@ -141,6 +141,17 @@ def test_a_text_of_which_nothing_can_be_held_out_is_named(
     assert not re.search(r"^chats\.jsonl", after, re.M)
 
 
+def test_texts_in_a_folder_of_other_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    rows("data/chats.jsonl", range(200))
+    Path("data/notes.txt").write_text("The pump is checked every month.")
+    written("data")
+    assert "*.txt" in capsys.readouterr().out
+    assert (
+        len(written("data/*.txt", "data/*.jsonl", "--out", "b.yaml", out="b.yaml").data.train) == 2
+    )
+    assert "DATA" not in capsys.readouterr().out
+
+
 def test_rows_that_cannot_be_used_are_refused_as_a_run_refuses_them() -> None:
     Path("q.csv").write_text(
         "question,answer\n" + "".join(f"{n}?,{n if n % 3 else ''}\n" for n in range(102))
