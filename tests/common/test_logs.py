@@ -1,5 +1,6 @@
 """Lines of the log: one form, secrets masked, and a line that cannot be written harms nobody but the main thread."""
 
+import contextlib
 import io
 import logging
 import sys
@@ -44,9 +45,7 @@ class _Terminal(io.StringIO):
 
 def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    screen = _Terminal()
-    monkeypatch.setattr(sys, "stdout", screen)
-    with logs.printed():
+    with contextlib.redirect_stdout(_Terminal()) as screen, logs.printed():
         logger.info(f"memory{' and more' * 10}\n  a  table")
     *lines, table = screen.getvalue().splitlines()
     assert len(lines) > 2
