@@ -32,6 +32,7 @@ from olora_ray.common.errors import (
 )
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import is_uri
+from olora_ray.common.text import page, window
 from olora_ray.config.load import (
     build,
     changed,
@@ -161,7 +162,7 @@ def _section(
         start = f"{indent}{field.alias or name:<18} "
         yield textwrap.fill(
             text,
-            WIDTH,
+            min(WIDTH, window() or WIDTH),
             initial_indent=start,
             subsequent_indent=" " * len(start),
             break_on_hyphens=False,
@@ -352,7 +353,7 @@ def parse(
         print(f"olora-ray {version('olora-ray')}")
         raise SystemExit(0)
     if set(HELP) & set(argv):
-        print(usage.strip())
+        print(page(usage.strip()))
         if fields and "all" in argv:
             print(f"\nFields, with their defaults:\n\n{help_text(fields)}")
         elif fields:
