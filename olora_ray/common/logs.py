@@ -18,6 +18,8 @@ from olora_ray.common.secrets import mask
 from olora_ray.common.text import paragraph
 
 PACKAGE = "olora_ray"
+COPIED = {"copied": True}
+"""The `extra` of a line with a command: a terminal gets it whole, because a wrapped command cannot be copied."""
 
 
 def line(record: logging.LogRecord) -> str:
@@ -41,8 +43,11 @@ class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if hasattr(record, "copied"):
+            return text
         # On a terminal, below the message and not below the time of day.
-        lines = super().format(record).split("\n")
+        lines = text.split("\n")
         return "\n".join(paragraph(each, 9) for each in lines)
 
     def handleError(self, record: logging.LogRecord) -> None:

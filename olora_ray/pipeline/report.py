@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from shlex import quote
 from typing import Any
 
+from olora_ray.common.logs import COPIED
 from olora_ray.common.secrets import mask
 from olora_ray.common.text import duration, plural, shortened
 from olora_ray.config.schema import Config
@@ -108,11 +109,13 @@ def finished(
 
     `result` is the content of result.json, `url` the address of the run's page on an MLflow server.
     """
-    for line in [*_summary(exported, answers, result["scores"]), *next_steps(result, url)]:
+    for line in _summary(exported, answers, result["scores"]):
         if line:
             logger.info(line)
         else:
             print()
+    for line in next_steps(result, url):
+        logger.info(line, extra=COPIED)
     if exported.state.best_step == 0 < exported.state.step:
         measured = "objective" if "eval/objective" in exported.best_row else "loss"
         logger.warning(

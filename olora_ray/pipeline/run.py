@@ -7,7 +7,7 @@ has written, so a run that was stopped resumes with the same command.
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -180,7 +180,8 @@ def _run(
                 driver.check()
             # Last: result.json marks the run as finished, so an earlier failure is retried by the next attempt.
             folder.write_result(content)
-            report.finished(exported, answers, content, url, verdict)
+            shown = [replace(each, prompt=look.plain(each.prompt, ended.marks)) for each in answers]
+            report.finished(exported, shown, content, url, verdict)
     return content
 
 

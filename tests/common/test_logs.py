@@ -47,11 +47,13 @@ def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("COLUMNS", "40")
     with contextlib.redirect_stdout(_Terminal()) as screen, logs.printed():
         logger.info(f"memory{' and more' * 10}\n  a  table")
-    *lines, table = screen.getvalue().splitlines()
+        logger.info(f"serve{' a command' * 10}", extra=logs.COPIED)
+    *lines, table, command = screen.getvalue().splitlines()
     assert len(lines) > 2
     assert max(map(len, lines)) <= 40
     assert {line[:9] for line in lines[1:]} == {" " * 9}
     assert table == "  a  table"
+    assert command.endswith(f"serve{' a command' * 10}")
 
 
 def test_after_the_last_handler_the_logger_is_as_before() -> None:

@@ -28,6 +28,8 @@ def test_the_examples_of_the_functions_are_true(tiny_model: Path, tmp_path: Path
     program.write_text("\n".join(["import olora_ray", *lines]))
     done = ran([sys.executable, program], cwd=tmp_path, env=os.environ)
     assert "held-out loss: " in done.stdout
+    # Without the marks of the chat template, as on the page.
+    assert re.search(r"^\S+ prompt: +after \d+\?$", done.stdout, re.M)
 
 
 @pytest.mark.ray
