@@ -18,15 +18,17 @@ from typing import Any
 from olora_ray.adapter.layer import AdapterWeights
 from olora_ray.adapter.peft_folder import CONFIG as ADAPTER_CONFIG
 from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.cluster.decide import LENGTH
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError, as_user_error
 from olora_ray.config import command_line
 from olora_ray.config.load import override, read_config, with_model
 from olora_ray.config.schema import NO_GATE, AnyConfig, Config
+from olora_ray.config.section import is_auto
 from olora_ray.model.load import skeleton
 from olora_ray.model.source import BaseModel
 from olora_ray.pipeline.base import find_model, parts
-from olora_ray.pipeline.run_folder import RunFolder, read_for_others
+from olora_ray.pipeline.run_folder import RunFolder, read_decisions, read_for_others
 from olora_ray.tracking import models
 from olora_ray.train import checkpoint, checkpoints
 from olora_ray.train.checkpoint import Checkpoint
@@ -72,7 +74,13 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     if file is not None:
-        return command_line.loaded(file, {**NO_GATE, **changes})
+        config = command_line.loaded(file, {**NO_GATE, **changes})
+        if is_auto(config.data.max_length):
+            # `init` writes auto; the run of this config, if it has begun, has decided the number.
+            decision = read_decisions(config.folder()).get(LENGTH)
+            if decision:
+                return override(config, {LENGTH: decision.value})
+        return config
     run = next(filter(None, map(run_of, names)), None)
     if run is not None:
         own = read_for_others(run)

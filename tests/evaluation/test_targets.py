@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from olora_ray.adapter.peft_folder import write_adapter
+from olora_ray.cluster.decide import LENGTH
 from olora_ray.config import command_line
+from olora_ray.config.decided import Decision
 from olora_ray.config.load import build, dump, override
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.evaluation import held_out, targets
 from olora_ray.model.source import obtain
+from olora_ray.pipeline.run_folder import RunFolder
 from olora_ray.tracking.start import resolve_uri
 from olora_ray.train import checkpoint
 from olora_ray.train.checkpoint import TrainState
@@ -85,6 +88,20 @@ def test_models_are_measured_on_the_weights_that_they_are_exported_for(
         export_parts.logits(loaded),
         export_parts.logits(held_out.load_adapted(obtain(mine), None, found, torch.device("cpu"))),
     )
+
+
+def test_a_config_with_an_automatic_length_has_the_one_that_its_run_decided(
+    case: export_parts.Case, tmp_path: Path
+) -> None:
+    mine = override(config(case.base, tmp_path), {LENGTH: "auto"})
+    (tmp_path / "my_run.yaml").write_text(dump(mine))
+    folder = RunFolder(mine.folder())
+    for decisions, length in (({}, "auto"), ({LENGTH: Decision(192, "of the rows")}, 192)):
+        folder.write_config(mine, decisions, folder.state())
+        # The base model, which belongs to no run, beside that of a run.
+        for file in (tmp_path / "my_run.yaml", Path(folder.settings)):
+            found = targets.settings([str(case.base)], str(file), {})
+            assert found.data.max_length == length
 
 
 def test_a_checkpoint_is_the_adapter_of_its_step_and_a_run_without_exports_its_best(
