@@ -484,8 +484,8 @@ def _look(source: Source, number: int, storage_root: str, shown: str) -> Look:
     if unusable:
         first = "{file}:{line}: {reason}: {message}".format_map(unusable[0])
         print(paragraph(f"{len(unusable):,} of them cannot be used, the first is {first}"))
-        texts = [file for file in files if file.kind == "text"]
-        if texts and len(texts) < len(files):
+        kinds = {file.kind for file in files}
+        if "text" in kinds and len(kinds) > 1:
             print("To train its texts, too, name two sources, such as DATA/*.txt DATA/*.jsonl.")
     empty = len(rejected) - len(unusable)
     if empty:

@@ -18,8 +18,6 @@ from olora_ray.common.secrets import mask
 from olora_ray.common.text import paragraph
 
 PACKAGE = "olora_ray"
-COPIED = {"copied": True}
-"""The `extra` of a line with a command: a terminal gets it whole, because a wrapped command cannot be copied."""
 
 
 def line(record: logging.LogRecord) -> str:
@@ -44,7 +42,7 @@ class _Printer(logging.StreamHandler):  # type: ignore[type-arg]
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        if hasattr(record, "copied"):
+        if hasattr(record, "copied"):  # a wrapped command could not be copied
             return text
         # On a terminal, below the message and not below the time of day.
         lines = text.split("\n")

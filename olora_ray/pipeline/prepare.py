@@ -207,8 +207,8 @@ def tell(decided: Decided, assumed: str = "") -> None:
     for name, decision in decided.decisions.items():
         if name == LENGTH:
             logger.info(f"{name}: auto is {decision.value:,}: {decision.why}")
-        elif name == "train.objective" and decision.value == "tokens":
-            continue  # nobody who has no pairs asks
+        elif decision.value == "tokens":
+            continue  # train.objective without pairs: nobody asks
         elif name.startswith(("cluster.", "train.")) or decision.value in OF_PAIRS:
             value = str(decision.value).lower()
             logger.info(f"{name}: auto is {value}: {decision.why}{assumed}")

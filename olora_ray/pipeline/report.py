@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from shlex import quote
 from typing import Any
 
-from olora_ray.common.logs import COPIED
 from olora_ray.common.secrets import mask
 from olora_ray.common.text import duration, plural, shortened
 from olora_ray.config.schema import Config
@@ -115,7 +114,7 @@ def finished(
         else:
             print()
     for line in next_steps(result, url):
-        logger.info(line, extra=COPIED)
+        logger.info(line, extra={"copied": True})
     if exported.state.best_step == 0 < exported.state.step:
         measured = "objective" if "eval/objective" in exported.best_row else "loss"
         logger.warning(

@@ -1,7 +1,6 @@
 """Lines of the log: one form, secrets masked, and a line that cannot be written harms nobody but the main thread."""
 
 import contextlib
-import io
 import logging
 import sys
 import threading
@@ -10,6 +9,7 @@ import pytest
 
 from olora_ray.common import logs
 from tests.said import said
+from tests.terminal import Terminal
 
 logger = logging.getLogger("olora_ray.test_logs")
 
@@ -38,16 +38,11 @@ def test_a_line_has_the_time_and_no_secret(capsys: pytest.CaptureFixture[str]) -
     assert second[8:] == " warning: 7 values wait"
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_a_terminal_gets_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    with contextlib.redirect_stdout(_Terminal()) as screen, logs.printed():
+    with contextlib.redirect_stdout(Terminal()) as screen, logs.printed():
         logger.info(f"memory{' and more' * 10}\n  a  table")
-        logger.info(f"serve{' a command' * 10}", extra=logs.COPIED)
+        logger.info(f"serve{' a command' * 10}", extra={"copied": True})
     *lines, table, command = screen.getvalue().splitlines()
     assert len(lines) > 2
     assert max(map(len, lines)) <= 40

@@ -1,7 +1,6 @@
 """The table of runs says what a storage has, also where something in it is damaged."""
 
 import contextlib
-import io
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from olora_ray.pipeline.run import only_driver
 from olora_ray.pipeline.run_folder import RunFolder
 from tests import tiny
 from tests.refused import refused
+from tests.terminal import Terminal
 
 RESULT = {
     "steps": 6,
@@ -121,11 +121,6 @@ def test_what_a_run_decided_and_was_given_is_shown_with_its_reasons(
         assert "train.epochs" not in values
     with refused("another: no run"):
         runs.main(["show", "another"])
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -1,7 +1,6 @@
 """A config for rows that nobody has described."""
 
 import csv
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from tests import tiny
 from tests.pipelines import project
 from tests.refused import refused
 from tests.said import said
+from tests.terminal import Terminal
 from tests.tokens import helpers
 from tests.tools.test_configuration_page import mistakes
 
@@ -435,11 +435,6 @@ def test_a_template_without_system_messages_gets_none_for_labels() -> None:
     Path("a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     found = written("a.jsonl", with_template(GEMMA))
     assert (found.data.train[0].system, found.data.chat_template) == (None, None)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_pairs_get_one_epoch_and_a_weight_of_their_chosen_answers() -> None:
