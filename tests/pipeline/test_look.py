@@ -105,6 +105,21 @@ def test_the_verdict_and_the_page_in_a_browser(
         assert found["label"] == (10 if kind == "labels" else len(answers))
 
 
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium")
+def test_the_end_of_a_long_prompt_is_seen(tmp_path: Path) -> None:
+    run = ended(tmp_path, [Sample("a tool\n" * 60 + "Why?", "so", "no", "so")], None)
+    look.write(run, None)
+    script = """(() => {
+        const prompt = document.querySelector(".prompt"), text = document.createRange();
+        text.selectNodeContents(prompt);
+        const [box, all] = [prompt, text].map(each => each.getBoundingClientRect());
+        return {hidden: all.bottom - box.bottom, above: box.top - all.top};
+    })()"""
+    found = browser.measured(Path(run.root, "report.html"), script, 390)
+    assert found["hidden"] < 1
+    assert found["above"] > 100
+
+
 def test_the_marks_of_a_template_are_no_part_of_a_prompt() -> None:
     assert look.plain("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant", MARKS) == "Why?"
     assert look.plain("Why? assistant", MARKS) == "Why? assistant"

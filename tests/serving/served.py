@@ -55,7 +55,9 @@ def make(folder: Path) -> Served:
     settings["export"] = {"also": {"gguf": "f32"}}
     for split in ("train", "eval"):
         settings["data"][split][0]["path"] = str(ROOT / settings["data"][split][0]["path"])
-    config = build(settings)
+    asked = build(settings)
+    tiny.claimed(asked)
+    config = tiny.decided(asked)
     base = open_base(config)
     train, held_out = prepare(config, base.spec, "train"), prepare(config, base.spec, "eval")
     trainer = tiny.trainer(
