@@ -70,6 +70,8 @@ def make(folder: Path) -> Served:
     trainer.snapshot(TrainState(STEPS), None, {}, dump(config))(checkpoint)
     spec = TrainSpec(config, base.model, base.spec.digest, base.eos, train, held_out)
     export.export_run(spec, run, STEPS)
+    result = {"run": config.run.name, "base": base.model.to_json()}
+    Path(run.result).write_text(json.dumps(result))
     return Served(config, Path(base.model.folder), run)
 
 
