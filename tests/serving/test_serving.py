@@ -196,7 +196,6 @@ def test_llama_cpp_answers_with_the_file_in_float32(run: Served, merged: list[An
 def test_llama_cpp_answers_with_the_folder_for_ollama_of_a_finished_run(
     run: Served, merged: list[Answer], tmp_path: Path, precision: str, within: float
 ) -> None:
-    Path(run.config.folder(), "result.json").write_text('{"run": "quickstart"}')  # it is finished
     folder = tmp_path / "tickets"
     words = ["export", run.config.folder(), "--to", folder, "--form", "ollama"]
     done = ran(
