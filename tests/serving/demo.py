@@ -1,4 +1,4 @@
-"""`make serving-demo`: what the port of `olora-ray follow` costs and survives, beside the engine without it.
+"""`make serving-demo`: what the port of `olora-ray follow` costs and survives, beside the engine without it. As root.
 
 An engine's stand-in, the port and MLflow are processes; this one is the clients. Prints a table of goals, and fails if
 one is missed. For forged versions and for the dashboards it runs their tests.
@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ from tests.serving.versions import FOLLOWED, Versions, registered
 from tests.waiting import until
 
 MIB = 2**20
+DISK = "1m"
+"""Of the kept answers: room for those of `cost`, not for all that come after them."""
 
 
 @dataclass
@@ -145,7 +150,7 @@ def health(port: Port) -> Row:
     return Row("/health is never 200 when a chat would get 404", shown, wrong == 0)
 
 
-def cost(port: Port) -> list[Row]:
+def cost(port: Port, how: str = "") -> list[Row]:
     name = port.restarted()
     one: dict[str, list[float]] = {port.engine: [], port.url: []}
     for _ in range(4):  # by turns, because the machine may be busy
@@ -160,12 +165,12 @@ def cost(port: Port) -> list[Row]:
     first, second = (1000 * statistics.median(each) for each in many.values())
     return [
         Row(
-            "added median of one client below 3 ms",
+            f"added median of one client below 3 ms{how}",
             f"{alone:.2f} ms, with port {through:.2f} ms",
             through - alone < 3,
         ),
         Row(
-            "200 streams: at most 1.2 times to the first byte",
+            f"200 streams: at most 1.2 times to the first byte{how}",
             f"{first:.0f} ms, with port {second:.0f} ms: {second / first:.2f}",
             second < 1.2 * first,
         ),
@@ -204,6 +209,34 @@ def bombs(port: Port, printed: Printed, folder: Path) -> list[Row]:
     ]
 
 
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "olora-serving", str(folder)], check=True
+    )
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def without_room(port: Port, printed: Printed, kept: Path) -> list[Row]:
+    """Ask until the disk is full, and more; then remove the folder, and ask again."""
+    rows = []
+    port.restarted()
+    for goal in ("a full disk loses no answer, and is told once", "a removed folder, too"):
+        before = printed("--keep: ")
+        found, _ = asyncio.run(load(port.url, FOLLOWED, 3000, 200))
+        until(lambda before=before: printed("--keep: ") > before, 60)
+        told = printed("--keep: ") - before
+        rows.append(
+            Row(goal, f"{dict(found)}, told {told} time", found == {"200": 3000} and told == 1)
+        )
+        shutil.rmtree(kept, ignore_errors=True)
+    return rows
+
+
 def without_mlflow(versions: Versions, port: Port, words: list[str], folder: Path) -> Row:
     versions.server.kill()
     port.start()
@@ -225,6 +258,10 @@ def measure(versions: Versions, folder: Path) -> list[Row]:
     try:
         with following(FOLLOWED, versions.server.uri, folder, *words) as printed:
             rows = [*cost(port), *bombs(port, printed, folder), many(port), health(port)]
+        with small_disk(folder / "small") as disk:
+            keep = ["--keep", str(disk / "kept"), "--keep-share", "1"]
+            with following(FOLLOWED, versions.server.uri, folder, *words, *keep) as printed:
+                rows += [*cost(port, ", keeping all"), *without_room(port, printed, disk / "kept")]
         rows.append(without_mlflow(versions, port, words, folder))
     finally:
         port.stop()

@@ -1,17 +1,25 @@
-"""A stand-in for an engine that generates its answers, by transformers and PEFT with the adapter that it serves."""
+"""The engine of the ten mornings: vLLM, or a stand-in that answers by transformers and PEFT."""
 
 import asyncio
+import os
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
+import requests
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.contrib.demos.person import Chat, said
+from tests.pipelines.project import ROOT
+from tests.ray_head import free_port
 from tests.serving.engine import Engine
+from tests.waiting import until
 
+VLLM = ROOT / "build" / "serve" / "bin" / "vllm"
+"""Installed by `make serve-test`."""
 LONGEST = 40
 """Tokens after which an answer is cut."""
 
@@ -72,9 +80,44 @@ class Model:
 class Answering(Engine):
     """Answers with the model's own words, one chat at a time."""
 
-    def __init__(self, base: Path, port: int = 0) -> None:
+    def __init__(self, base: Path) -> None:
         self.model = Model(base)
-        super().__init__("vllm", base, port)
+        super().__init__("vllm", base)
 
     async def said(self, body: dict[str, Any], folder: str) -> tuple[str, str]:
         return await asyncio.to_thread(self.model.answer, body["messages"], folder)
+
+
+class Vllm:
+    """A server of vLLM in float32 on loopback, whose adapters `olora-ray follow` loads by HTTP."""
+
+    def __init__(self, base: Path, log: Path) -> None:
+        self.model = Model(base)
+        """For what the person measures, beside the engine."""
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        words = f"serve {base} --host 127.0.0.1 --port {port} --dtype float32 --max-model-len 512"
+        words += " --enforce-eager --enable-lora --max-lora-rank 64 --max-loras 2"
+        own = {
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_PLUGINS": "",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with log.open("a") as out:
+            self.process = subprocess.Popen(
+                [str(VLLM), *words.split()], stdout=out, stderr=out, env=os.environ | own
+            )
+        until(self.is_healthy, 600, pause=1)
+
+    def is_healthy(self) -> bool:
+        assert self.process.poll() is None
+        try:
+            return requests.get(f"{self.url}/health", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)

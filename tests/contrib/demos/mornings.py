@@ -2,10 +2,10 @@
 
     python -m tests.contrib.demos.mornings [FOLDER [DAYS]]
 
-Real parts: `olora-ray follow` with its port, `olora-ray feedback`, `olora-ray retrain` on Ray, MLflow. The engine is a
-stand-in that generates its answers with transformers and PEFT. Only the clock of `follow` is not this machine's: the
-days are the last ten. Each night is checked; then the table is printed. With FOLDER what was done stays there, and the
-next call continues it, by at most so many DAYS.
+Real parts: `olora-ray follow` with its port, `olora-ray feedback`, `olora-ray retrain` on Ray, MLflow. The engine is
+vLLM, if `make serve-test` has installed it, or a stand-in that answers by transformers and PEFT. Only the clock of
+`follow` is not this machine's: the days are the last ten. Each night is checked; then the table is printed. With FOLDER
+what was done stays there, and the next call continues it, by at most so many DAYS.
 
 Not yet played to its end: the first night and one day were, with a tiny model and a scripted engine. What each night
 must do (DAYS), the settings of the training and the duration are guesses until then.
@@ -31,7 +31,7 @@ from olora_ray.retrain.decision_run import DETAILS
 from olora_ray.tracking.aliases import Aliases
 from tests import mlflow_database
 from tests.contrib.demos import person
-from tests.contrib.demos.answering import Answering, Model
+from tests.contrib.demos.answering import LONGEST, VLLM, Answering, Model, Vllm
 from tests.contrib.demos.person import KINDS
 from tests.pipelines import project
 from tests.ray_head import free_port
@@ -45,6 +45,8 @@ FIRST = 10
 """Rows of each kind from which the first model is trained."""
 HELD_OUT = "0.4"
 """Of 40 corrections so many pairs must be held out that the gate can tell."""
+PREFERRED = {"metric": "eval/pairs/preferred", "at_least": 0.9}
+"""Limit of the gate: pairs that contradict one another cannot all be preferred."""
 GUARD = 10
 """Each so many of the guard's rows is used."""
 
@@ -205,7 +207,7 @@ class Shop:
     @contextmanager
     def served(self) -> Iterator["Served"]:
         (base,) = (self.folder / "runs" / "models").glob("*")
-        engine = Answering(base)
+        engine = Vllm(base, self.logs / "vllm.txt") if VLLM.exists() else Answering(base)
         port = free_port()
         words = ["follow", "chats@champion", "--engine", engine.url, "--cache", "cache"]
         words += ["--listen", f"127.0.0.1:{port}", "--keep", "kept"]
@@ -228,14 +230,14 @@ class Shop:
 class Served:
     """The engine, and the port before it."""
 
-    engine: Answering
+    engine: Answering | Vllm
     url: str
 
     def wait_for(self, number: str) -> str:
         """Wait until a version answers; return the folder of its adapter."""
         until(lambda: self.version() == f"chats@{number}", 300, pause=0.5)
-        served = self.engine.served.items()
-        return next(folder for name, folder in served if name.startswith(f"chats@{number}-"))
+        served = requests.get(f"{self.engine.url}/v1/models", timeout=30).json()["data"]
+        return next(each["root"] for each in served if each["id"].startswith(f"chats@{number}-"))
 
     def version(self) -> str:
         """Return the name of the version that answers; empty while the port does not."""
@@ -247,6 +249,7 @@ class Served:
 
     def chat(self, question: str) -> requests.Response:
         body = {"model": "chats@champion", "messages": person.asked(question)}
+        body |= {"temperature": 0, "max_tokens": LONGEST}
         return self.post("/v1/chat/completions", body)
 
     def ask(self, question: str) -> tuple[str, str, bool]:
@@ -331,7 +334,8 @@ def plainly_trained(shop: Shop, date: str, start: str) -> str:
     if not (shop.folder / "runs" / name / "result.json").exists():
         words = [f"run.name={name}", f"data.train=[{source}]", f"train.start={checkpoint}"]
         words += ["data.eval=[{path: data/first/held_out_rows.jsonl}]"]
-        shop.call(name, "finetune", "chats.yaml", *words, "registry.model=null", "gate.guard=null")
+        words += ["registry.model=null", "gate.guard=null", "gate.and=[]"]
+        shop.call(name, "finetune", "chats.yaml", *words)
     return str(shop.folder / "runs" / name / "export" / "adapter")
 
 
@@ -352,7 +356,7 @@ def live(shop: Shop, number: int, served: Served) -> Morning:
     if not folder.exists():
         shop.call(date, "feedback", "kept", *words)
     if number == 1:
-        shop.change(train=TRAIN)
+        shop.change(train=TRAIN, gate={"and": [PREFERRED]})
     shop.call(date, "retrain", "chats.yaml", *day.words)
     night, guard = ended(shop, versions)
     after = served.wait_for(shop.champion())
