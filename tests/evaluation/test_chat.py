@@ -82,19 +82,19 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(
     before = rows.read_text()
     system = {"role": "system", "content": "count"}
     try:
-        rows.write_text(
-            before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"')
-        )
+        told = before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"')
+        rows.write_text(told)
         with said() as lines:
             chat.main(["mine", "after 5?"])
         assert capsys.readouterr().out == expected(run, [system, user("after 5?")])
         assert "system message of the data: count (--system TEXT sets another)" in lines
         as_version(run)
-        chat.main(["models:/small@candidate", "after 5?"])
+        rows.unlink()  # the version has kept the message
+        chat.main(["small@candidate", "after 5?"])
         tuned = capsys.readouterr().out
         assert tuned in expected(run, [system, user("after 5?")])
         assert tuned not in expected(run, [user("after 5?")])
-        rows.write_text(before + rows.read_text())
+        rows.write_text(before + told)
         chat.main(["mine", "after 5?"])
         assert capsys.readouterr().out == expected(run, [user("after 5?")])
     finally:
