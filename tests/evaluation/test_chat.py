@@ -12,6 +12,7 @@ import ray
 
 from olora_ray.common import records
 from olora_ray.evaluation import chat
+from olora_ray.evaluation.export import given
 from olora_ray.tracking import models
 from tests import finished_run
 from tests.finished_run import FinishedRun
@@ -90,6 +91,8 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(
         assert "system message of the data: count (--system TEXT sets another)" in lines
         as_version(run)
         rows.unlink()  # the version has kept the message
+        with given("small@candidate", {}) as exported:
+            assert exported.system == "count"
         chat.main(["small@candidate", "after 5?"])
         tuned = capsys.readouterr().out
         assert tuned in expected(run, [system, user("after 5?")])
