@@ -153,8 +153,8 @@ def finetune(
 def load(model: Path | Result, system: str | None = None) -> Answers:
     """Load a fine-tuned model into this process; call it with a prompt to get an answer.
 
-    `model` is a finished run (its result, its folder, or its name in ./runs), a checkpoint, an adapter, or
-    models:/NAME@ALIAS. `system` is the message before each prompt; None: the one that all rows of the run's data have.
+    `model` is a finished run (its result, its folder, or its name in ./runs), a checkpoint, an adapter, or NAME@ALIAS
+    of the registry. `system` is the message before each prompt; None: the one that all rows of the run's data have.
 
     Examples:
         >>> model = olora_ray.load("my_run")

@@ -1,19 +1,29 @@
-"""Write a config for your rows. It looks at the rows to set format, held-out rows, length of the training and workers.
+"""Write a config for your rows. It looks at the rows to set format, held-out
+rows, length of the training and workers.
 
-    python pipelines/init.py DATA [DATA ...] [MODEL] [data.train.0.FIELD=value ...]
+    python pipelines/init.py DATA [DATA ...] [MODEL]
+        [data.train.0.FIELD=value ...]
         [--model MODEL] [--name NAME] [--out FILE]
-    python pipelines/init.py --from FILE [section.field=value ...] [--name NAME] [--out FILE]
+    python pipelines/init.py --from FILE [section.field=value ...]
+        [--name NAME] [--out FILE]
     python pipelines/init.py --recipe [RECIPE [--out FOLDER]]
 
-DATA      file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt), hf://ORG/NAME, s3://, gs://
-MODEL     base model: hub id, folder or package://PACKAGE/FILE; default: SmolLM2-135M, which trains on any machine
-FIELD     a field of a source that the rows do not show: format, fields, ...; `finetune --help all` lists all fields
---from    a config of Axolotl or LLaMA-Factory, or the arguments of `trl sft` (YAML, or a file with the command line);
-          each of its fields is named: those that map, mean something else or have no place here
---recipe  copy a recipe, a config and the program that makes its rows, into a folder of its name; alone: list them
+DATA      file, folder or glob of rows (jsonl, json, parquet, csv, tsv, txt),
+          hf://ORG/NAME, s3://, gs://
+MODEL     base model: hub id, folder or package://PACKAGE/FILE; default:
+          SmolLM2-135M, which trains on any machine
+FIELD     a field of a source that the rows do not show: format, fields, ...;
+          `finetune --help all` lists all fields
+--from    a config of Axolotl or LLaMA-Factory, or the arguments of `trl sft`
+          (YAML, or a file with the command line); each of its fields is named:
+          those that map, mean something else or have no place here
+--recipe  copy a recipe, a config and the program that makes its rows, into a
+          folder of its name; alone: list them
 --model   the model; every other word is then DATA
---name    name of the run and of the registered model; default: the name of the data
---out     the config's file, my_run.yaml by default; an existing file is never overwritten
+--name    name of the run and of the registered model; default: the name of the
+          data
+--out     the config's file, my_run.yaml by default; an existing file is never
+          overwritten
 
 Exit codes: 0 the config is written; 2 an error that you can fix.
 """

@@ -1,15 +1,20 @@
-"""Show how the nights of a registered model went. This command asks MLflow alone, from any machine, and writes nothing.
+"""Show how the nights of a registered model went. This command asks MLflow
+alone, from any machine, and writes nothing.
 
     python pipelines/nights.py MODEL [--within HOURS] [--tracking-uri URI]
 
 MODEL           the registered model (registry.model)
---within        exit code 1 if the last good night is older than this many hours, or was never recorded
+--within        exit code 1 if the last good night is older than this many
+                hours, or was never recorded
 --tracking-uri  as for `olora-ray registry`
 
-It prints the last good night, the champion with its verdict, loss and score, how often the held-out rows were used, and
-the last decisions and failures. A night is good if its call ended with exit code 0: promoted, refused or unchanged.
+It prints the last good night, the champion with its verdict, loss and score,
+how often the held-out rows were used, and the last decisions and failures. A
+night is good if its call ended with exit code 0: promoted, refused or
+unchanged.
 
-Exit codes: 0 done; 1 no good night within --within; 2 an error that you can fix; 75 MLflow is unreachable.
+Exit codes: 0 done; 1 no good night within --within; 2 an error that you can
+fix; 75 MLflow is unreachable.
 """
 
 import time

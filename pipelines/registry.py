@@ -1,4 +1,5 @@
-"""Look at the versions of a registered model, and move the alias `champion` by hand.
+"""Look at the versions of a registered model, and move the alias `champion` by
+hand.
 
     python pipelines/registry.py list NAME
     python pipelines/registry.py show NAME VERSION
@@ -11,25 +12,32 @@
 
 NAME            the registered model
 VERSION         a number or an alias
-OLD, NEW        the folder of a storage (run.storage) before it was moved or copied, and now
---tracking-uri  MLflow's server or database, or env:VARIABLE or file:/PATH that holds its address; default:
-                MLFLOW_TRACKING_URI, else ./runs/mlflow.db; for moved: NEW/mlflow.db
+OLD, NEW        the folder of a storage (run.storage) before it was moved or
+                copied, and now
+--tracking-uri  MLflow's server or database, or env:VARIABLE or file:/PATH that
+                holds its address; default: MLFLOW_TRACKING_URI, else
+                ./runs/mlflow.db; for moved: NEW/mlflow.db
 --keep          the number of newest versions that stay
 --dry-run       only print what prune would delete
---key           an EC key in PEM: a path, file:/PATH, or env:VARIABLE that holds the key
---verify        for promote, rollback and show: a public key, whose private key must have signed VERSION; default:
-                OLORA_VERIFY
+--key           an EC key in PEM: a path, file:/PATH, or env:VARIABLE that holds
+                the key
+--verify        for promote, rollback and show: a public key, whose private key
+                must have signed VERSION; default: OLORA_VERIFY
 
-list prints a line per version, with the held-out loss before > after training and the lowest of the scorer's means (of
-preference pairs the share preferred); show prints all about one version: loss, score, decision, base model, data, code,
-who made it, cost and files. On a terminal both fit its window. promote makes VERSION the champion; rollback makes the
-previous champion the champion again. sign writes a signature beside the files; verify checks it. prune deletes older
-versions in MLflow with their files, never one with an alias, the last champion, or the best version that the gate still
-compares with. All but list, prune and moved check the files against their checksums. moved corrects the paths in
-MLflow's SQLite database after a storage was moved: runs and versions stay the same.
+list prints a line per version, with the held-out loss before > after training
+and the lowest of the scorer's means (of preference pairs the share preferred);
+show prints all about one version: loss, score, decision, base model, data,
+code, who made it, cost and files. On a terminal both fit its window. promote
+makes VERSION the champion; rollback makes the previous champion the champion
+again. sign writes a signature beside the files; verify checks it. prune deletes
+older versions in MLflow with their files, never one with an alias, the last
+champion, or the best version that the gate still compares with. All but list,
+prune and moved check the files against their checksums. moved corrects the
+paths in MLflow's SQLite database after a storage was moved: runs and versions
+stay the same.
 
-Exit codes: 0 done; 2 an error that you can fix, a wrong file or signature; 75 MLflow or the files are unreachable, try
-again later.
+Exit codes: 0 done; 2 an error that you can fix, a wrong file or signature; 75
+MLflow or the files are unreachable, try again later.
 """
 
 import re
@@ -46,8 +54,7 @@ from olora_ray.tracking.aliases import Aliases, registered
 from olora_ray.tracking.client import reachable, shown_uri
 from olora_ray.tracking.moved_storage import DATABASE, relocate_artifacts
 
-# Limits of the one screen of `show`: tags, characters of a tag, and files.
-TAGS = 26
+# Limits of `show`: characters of a tag, and files.
 WIDTH = 160
 FILES = 8
 
@@ -113,7 +120,7 @@ def show_all(aliases: Aliases) -> None:
 
 
 def show_one(aliases: Aliases, which: str) -> None:
-    """Print all facts about a version on one screen, and check its files."""
+    """Print all facts about a version, with its largest files, and check them."""
     version = aliases.version(_number(aliases, which))
     number = version.number
     files_uri = aliases.files_uri(number)
@@ -125,15 +132,13 @@ def show_one(aliases: Aliases, which: str) -> None:
     print(f"created: {minute(version.created)}\nrun:     {version.run_id}\nfiles:   {files_uri}")
     tags = sorted(version.tags.items(), key=lambda tag: _place(tag[0]))
     width = window() or WIDTH
-    for name, text in tags[:TAGS]:
+    for name, text in tags:
         if text:
             print(f"  {shortened(f'{name} = {text}', width - 2)}")
     with reachable(aliases.uri, upload=True):
         files = checksums.read_checksums(version, files_uri, aliases.uri)
     for name, entry in sorted(files.items(), key=lambda item: -item[1]["bytes"])[:FILES]:
         print(f"  {entry['sha256'][:16]}  {entry['bytes']:>13,}  {name}")
-    if len(tags) > TAGS or len(files) > FILES:
-        print(f"  (not shown: {max(0, len(tags) - TAGS)} tags, {max(0, len(files) - FILES)} files)")
     print(f"all {aliases.verify(number)} files have their checksums")
 
 

@@ -1,17 +1,22 @@
-"""Search adapter and training settings with Ray Tune, and register the best model.
+"""Search adapter and training settings with Ray Tune, and register the best
+model.
 
-    python pipelines/sweep.py CONFIG.yaml SPACE.yaml [section.field=value ...] [--register] [--refit]
+    python pipelines/sweep.py CONFIG.yaml SPACE.yaml [section.field=value ...]
+        [--register] [--refit]
 
 CONFIG      a run's config, such as pipelines/configs/quickstart.yaml
 SPACE       the fields that vary, and how they are searched (tune_spaces/*.yaml)
---register  export, check and register the best trial's model, without a new training
---refit     train the best config as a run of its own, with all the steps of CONFIG; it is registered if CONFIG says so
+--register  export, check and register the best trial's model, without a new
+            training
+--refit     train the best config as a run of its own, with all the steps of
+            CONFIG; it is registered if CONFIG says so
 
-The command writes the trials and report.html into the search's folder in run.storage, and logs them to MLflow. Run the
-same command again to resume.
+The command writes the trials and report.html into the search's folder in
+run.storage, and logs them to MLflow. Run the same command again to resume.
 
-Exit codes: 0 the search is complete; 1 a bug, with its traceback; 2 an error that you can fix; 75 run the same command
-again later; 130 or 143 stopped by Ctrl+C or SIGTERM.
+Exit codes: 0 the search is complete; 1 a bug, with its traceback; 2 an error
+that you can fix; 75 run the same command again later; 130 or 143 stopped by
+Ctrl+C or SIGTERM.
 """
 
 from typing import TYPE_CHECKING

@@ -103,6 +103,8 @@ def test_a_command_has_help(command: str, tmp_path: Path) -> None:
     done = olora_ray(command, "--help", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"    olora-ray {command} " in done.stdout
+    usage = done.stdout.partition("\nFields")[0]
+    assert max(map(len, usage.splitlines())) <= 80
     assert "python pipelines" not in done.stdout
 
 

@@ -141,6 +141,17 @@ def _means(sums: Values, draws: int, rng: np.random.Generator) -> Values:
     return np.concatenate(parts, axis=1)
 
 
+def share(part: float, rows: int) -> Interval:
+    """Return the share `part` of independent rows with its 95% interval after Wilson.
+
+    Unlike the interval of a mean, it has a width where all rows agree.
+    """
+    from scipy.stats import binomtest  # type: ignore[import-untyped] # a second
+
+    bounds = binomtest(round(part * rows), rows).proportion_ci(method="wilson")
+    return Interval(part, bounds.low, bounds.high)
+
+
 # Seeds and rows as samples: the mean difference of two methods.
 
 

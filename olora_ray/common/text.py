@@ -3,7 +3,6 @@
 import difflib
 import glob
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -109,27 +108,6 @@ def _without_middle(cell: str) -> str:
         return cell
     half = CELL // 2 - 1
     return f"{cell[:half]}..{cell[-half:]}"
-
-
-def page(text: str) -> str:
-    """Return a page of help; on a terminal its paragraphs, and the cells beside a first column, are wrapped."""
-    if window() is None:
-        return text
-    lines: list[tuple[str, int]] = []
-    begin = indent = 0
-    for line in text.splitlines():
-        blanks = len(line) - len(line.lstrip())
-        first_column = re.match(r" *\S+( \S+)* {2,}", line)
-        joined = lines and lines[-1][0] and line and blanks == indent and not first_column
-        # Several commands below one another are no paragraph.
-        if joined and (indent > begin or indent == 0):
-            lines[-1] = (f"{lines[-1][0]} {line.strip()}", indent)
-            continue
-        begin = indent = blanks
-        if first_column:
-            indent = first_column.end()
-        lines.append((line, indent))
-    return "\n".join(paragraph(line, indent) for line, indent in lines)
 
 
 def paragraph(line: str, indent: int = 2) -> str:

@@ -33,7 +33,7 @@ from olora_ray.common.errors import (
 )
 from olora_ray.common.secrets import mask
 from olora_ray.common.storage import is_uri
-from olora_ray.common.text import page, window
+from olora_ray.common.text import window
 from olora_ray.config.load import (
     build,
     changed,
@@ -371,7 +371,7 @@ def parse(
         print(f"olora-ray {version('olora-ray')}")
         raise SystemExit(0)
     if set(HELP) & set(argv):
-        print(page(usage.strip()))
+        print(usage.strip())
         if fields and "all" in argv:
             print(f"\nFields, with their defaults:\n\n{help_text(fields)}")
         elif fields:

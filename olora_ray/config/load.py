@@ -16,7 +16,7 @@ from yaml.constructor import ConstructorError
 
 from olora_ray.common import secrets, storage
 from olora_ray.common.errors import UserError, of_problems
-from olora_ray.common.text import did_you_mean
+from olora_ray.common.text import did_you_mean, shortened
 from olora_ray.config.schema import Config, EvaluationConfig
 from olora_ray.config.section import (
     EXPERIMENT,
@@ -325,9 +325,7 @@ def _problem(node: yaml.Node, text: str) -> ConstructorError:
 def _quoted(value: object) -> str:
     if not isinstance(value, str):
         value = "this"
-    if len(value) > 40:
-        value = f"{value[:37]}..."
-    return ascii(value)
+    return ascii(shortened(value, 40))
 
 
 # Dotted fields: a config as flat names and values, and changes to it by such names.
@@ -677,10 +675,7 @@ def _excerpt(value: Any) -> str:
 
 def _short(text: str, length: int) -> str:
     # Mask before cutting: a secret that is cut in half is not recognised.
-    line = " ".join(secrets.mask(text).splitlines())
-    if len(line) > length:
-        line = f"{line[: length - 3]}..."
-    return line
+    return shortened(" ".join(secrets.mask(text).splitlines()), length)
 
 
 def instead(field: str, text: str) -> str:

@@ -1,12 +1,17 @@
-"""Send a prompt to the base model and to the fine-tuned model of a run, and show both answers. Starts no Ray.
+"""Send a prompt to the base model and to the fine-tuned model of a run, and
+show both answers. Starts no Ray.
 
     olora-ray chat RUN [PROMPT] [--system TEXT] [section.field=value ...]
 
-RUN       name of a finished run in ./runs, its folder, a checkpoint, an adapter, or models:/NAME@ALIAS
-PROMPT    in quotes; without it, each line that you type is a prompt, until Ctrl-D
---system  system message before the prompt; default: the one that all rows of the data have
+RUN       name of a finished run in ./runs, its folder, a checkpoint, an
+          adapter, or NAME@ALIAS of the registry
+PROMPT    in quotes; without it, each line that you type is a prompt, until
+          Ctrl-D
+--system  system message before the prompt; default: the one that all rows of
+          the data have
 
-Decoding is greedy, as in the sample answers of a run. An answer has at most evaluation.max_new_tokens tokens.
+Decoding is greedy, as in the sample answers of a run. An answer has at most
+evaluation.max_new_tokens tokens.
 """
 
 import contextlib
@@ -22,6 +27,8 @@ from typing import Any
 from olora_ray.common import storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
+from olora_ray.pipeline.run_folder import named
+from olora_ray.tracking import models
 
 logger = logging.getLogger(__name__)
 
@@ -53,32 +60,20 @@ def _place(name: str) -> str:
 
     Raises UserError if there is no such model, or the run is not finished.
     """
-    if name.startswith("models:/"):
-        return name
-    for folder in _candidates(name):
-        # Of an adapter, a checkpoint and a model.
-        for file in ("adapter_config.json", "manifest.json", "config.json"):
-            if storage.exists(storage.join(folder, file)):
-                return folder
+    uri = models.uri_of(name)
+    if uri or name.startswith("models:/"):
+        return uri or name
+    folder = command_line.absolute(name)
+    # Of an adapter, a checkpoint and a model.
+    for file in ("adapter_config.json", "manifest.json", "config.json"):
+        if storage.exists(storage.join(folder, file)):
+            return folder
     return storage.join(finished_run(name), "export", "adapter")
-
-
-def _candidates(name: str) -> tuple[str, str]:
-    return command_line.absolute(name), storage.join(command_line.absolute("runs"), name)
 
 
 def finished_run(name: str) -> str:
     """Return the folder of a finished run; raises UserError if there is none, or if it is not finished."""
-    for folder in _candidates(name):
-        if storage.exists(storage.join(folder, "config.yaml")):
-            break
-    else:
-        root = command_line.absolute("runs")
-        names = storage.names(root)
-        runs = [each for each in names if storage.exists(storage.join(root, each, "config.yaml"))]
-        raise UserError(
-            f"run {name}: no such run folder; {root} has {', '.join(runs) or 'no runs'}"
-        )
+    folder = named(name)
     if not storage.exists(storage.join(folder, "result.json")):
         raise UserError(f"run {name}: not finished; run its training command again to resume")
     return folder
@@ -133,7 +128,7 @@ class Answers:
                 f"argument --system: {place} was trained on texts without a chat template; leave it out"
             )
         if system is None and self.chat:
-            system = system_message(sources)
+            system = (target.version and target.version.system) or system_message(sources)
             if system:
                 logger.info(f"system message of the data: {system} (--system TEXT sets another)")
         self.system = system

@@ -1,15 +1,22 @@
-"""Write the model of a finished run, or a registered version, into a folder that others can use. Starts no Ray.
+"""Write the model of a finished run, or a registered version, into a folder
+that others can use. Starts no Ray.
 
-    olora-ray export RUN|NAME@ALIAS --to FOLDER [--form FORM] [--quantize TYPE] [section.field=value ...]
+    olora-ray export RUN|NAME@ALIAS --to FOLDER [--form FORM] [--quantize TYPE]
+        [section.field=value ...]
 
 RUN         name of a finished run in ./runs, or its folder; stays as it is
-NAME@ALIAS  a registered model and its alias, or NAME@VERSION: its files are verified as whenever a version is loaded
+NAME@ALIAS  a registered model and its alias, or NAME@VERSION: its files are
+            verified as whenever a version is loaded
 --to        a new or empty folder; it is written whole or not at all
---form      adapter (for PEFT, vLLM), merged (for transformers, vLLM), gguf (for llama.cpp), ollama (gguf and a
-            Modelfile), or that of an installed package; default: merged, or adapter for a run with export.merged: false
---quantize  precision of gguf and ollama: f32, f16, bf16, q8_0 (default), or q4_k_m by llama.cpp's llama-quantize
+--form      adapter (for PEFT, vLLM), merged (for transformers, vLLM), gguf (for
+            llama.cpp), ollama (gguf and a Modelfile), or that of an installed
+            package; default: merged, or adapter for a run with export.merged:
+            false
+--quantize  precision of gguf and ollama: f32, f16, bf16, q8_0 (default), or
+            q4_k_m by llama.cpp's llama-quantize
 
-What is written is compared with the trained adapter on its base model. Nothing is registered.
+What is written is compared with the trained adapter on its base model. Nothing
+is registered.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,20 +86,18 @@ def given(name: str, changes: Mapping[str, Any]) -> Iterator["Given"]:
     from olora_ray.tracking import models
 
     quiet_transformers()
-    if "@" in name and "/" not in name.partition("@")[0]:
-        name, _, alias = name.partition("@")
-        uri = f"{models.SCHEME}{name}@{alias}"
-        if alias.isdigit():
-            uri = f"{models.SCHEME}{name}/{alias}"
+    uri = models.uri_of(name)
+    if uri:
         config = targets.settings_of_version(uri, changes)
         entry = models.of_config(config)
         assert entry
+        name = entry.version.name
         about = f"{name} version {entry.version.number}"
         if entry.base is None:
-            yield Given(name, about, config, None, None, entry.folder)
+            yield Given(name, about, config, None, None, entry.folder, system=entry.system)
         else:
             own, base, _ = parts(entry, entry.base, config)
-            yield Given(name, about, own, entry.folder, base, None)
+            yield Given(name, about, own, entry.folder, base, None, system=entry.system)
         return
     root = finished_run(name)
     own = targets.settings([root], None, changes)

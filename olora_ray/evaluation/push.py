@@ -1,15 +1,19 @@
-"""Upload the model of a finished run, or a registered version, to the Hugging Face hub. Starts no Ray.
+"""Upload the model of a finished run, or a registered version, to the Hugging
+Face hub. Starts no Ray.
 
-    olora-ray push RUN|NAME@ALIAS ORG/NAME [--form adapter|merged] [--public] [--dry-run]
+    olora-ray push RUN|NAME@ALIAS ORG/NAME [--form adapter|merged] [--public]
+        [--dry-run]
 
 RUN         name of a finished run in ./runs, or its folder
-NAME@ALIAS  a registered model and its alias, or NAME@VERSION: its files are verified as whenever a version is loaded
+NAME@ALIAS  a registered model and its alias, or NAME@VERSION: its files are
+            verified as whenever a version is loaded
 ORG/NAME    the repository; a new one is private, an old one stays as it is
 --form      default: merged, or adapter for a run with export.merged: false
 --public    make a new repository public
 --dry-run   print the files and their sizes, and send nothing
 
-The token is HF_TOKEN or that of `hf auth login`. Read the model card (README.md) before you publish it.
+The token is HF_TOKEN or that of `hf auth login`. Read the model card
+(README.md) before you publish it.
 """
 
 from olora_ray.common.errors import UserError

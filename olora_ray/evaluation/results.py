@@ -400,7 +400,7 @@ def _track(result: EvalResult, text: str) -> None:
         tracker.dataset("evaluation", held_out.data, shown, len(held_out.losses), "evaluation")
         of_rows = held_out.names()
         data = ("evaluation", held_out.data)
-    model_id = target.model_id
+    model_id = target.version and target.version.model_id
     if not model_id and target.run_id:
         model_id = models.of_run(tracker.uri, target.run_id)
     if model_id and tracker.evaluates(model_id):

@@ -49,8 +49,8 @@ class Target:
     """Folder of a plain LoRA for the base."""
     config: AnyConfig
     """The settings of the evaluation, with the base as `model`."""
-    model_id: str | None = None
-    """The model in MLflow, if it was registered there."""
+    version: models.Registered | None = None
+    """The registered version, if it is one."""
     run_id: str | None = None
     """The MLflow run of a finished training."""
 
@@ -175,9 +175,9 @@ def resolve(name: str, shared: AnyConfig) -> Target:
     if version is None:
         return Target(name, find_model(config), None, config)
     if version.base is None:
-        return Target(name, find_model(config, version), None, config, version.model_id)
+        return Target(name, find_model(config, version), None, config, version)
     config, base, adapter = parts(version, version.base, config)
-    return Target(name, base, adapter, config, version.model_id)
+    return Target(name, base, adapter, config, version)
 
 
 def _of_run(name: str, root: str, shared: AnyConfig) -> Target:

@@ -39,6 +39,8 @@ class Given:
     merged: Path | None
     compressed: bool = False
     """True if `adapter` is an approximation of what was trained (export.rank)."""
+    system: str | None = None
+    """The system message of all training rows, if the version has kept it."""
 
     @property
     def form(self) -> str:
@@ -129,7 +131,7 @@ def _write_further(found: Given, form: str, precision: str, out: Path) -> str:
         assert model
         shape = skeleton(model, found.config.model)
         eos = with_tokenizer(model, found.config).eos
-        system = system_message(found.config.data.train)
+        system = found.system or system_message(found.config.data.train)
         trained = Trained(found.name, shape, found.config, eos, system)
         exporter.write(trained, source, out, precision)
     return checked

@@ -1,13 +1,16 @@
-"""Say whether a finished run is better, by how much, and where it is wrong: a verdict, and a page in one file.
+"""Say whether a finished run is better, by how much, and where it is wrong: a
+verdict, and a page in one file.
 
     olora-ray look RUN [--open]
 
-RUN             name in ./runs, or folder, of a finished run, search or comparison; or NAME@ALIAS of the registry
+RUN             name in ./runs, or folder, of a finished run, search or
+                comparison; or NAME@ALIAS of the registry
 --open          open the page in a browser
---tracking-uri  for NAME@ALIAS: MLflow's address; default: MLFLOW_TRACKING_URI, else ./runs/mlflow.db
+--tracking-uri  for NAME@ALIAS: MLflow's address; default: MLFLOW_TRACKING_URI,
+                else ./runs/mlflow.db
 
-The page is report.html in that folder. It needs no network. For a run of a release without a verdict it is written
-again from the files of the run.
+The page is report.html in that folder. It needs no network. Pages of earlier
+releases have no verdict.
 """
 
 import io
@@ -29,8 +32,7 @@ from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.text import plural
 from olora_ray.config import command_line
 from olora_ray.config.schema import Config
-from olora_ray.pipeline.run_folder import RunFolder, where_now
-from olora_ray.tokens.plan import CHOSEN
+from olora_ray.pipeline.run_folder import RunFolder, named, where_now
 
 if TYPE_CHECKING:
     from olora_ray.common.statistics import Interval
@@ -54,10 +56,14 @@ def main(argv: list[str]) -> None:
     folder = _folder(given.words[0], given.options.get("--tracking-uri"))
     path = RunFolder(folder).page
     with as_user_error(f"{folder}: cannot be read", OSError, reason=short_reason):
-        known = None
-        if storage.exists(path):
-            known = VERDICT.search(storage.read_text(path))
-        said = unescape(known[1]) if known else _again(folder)
+        if not storage.exists(path):
+            raise UserError(
+                f"{path}: missing; the command of a run that is not finished resumes it"
+            )
+        known = VERDICT.search(storage.read_text(path))
+    said = "no verdict: an earlier release wrote this page"
+    if known:
+        said = unescape(known[1])
     print(textwrap.fill(said, 80))
     print(path)
     if "--open" in given.flags:
@@ -67,69 +73,22 @@ def main(argv: list[str]) -> None:
 
 def _folder(name: str, tracking_uri: str | None) -> str:
     """Return the folder of a run, search or comparison; raise UserError if there is none."""
-    model, at, alias = name.removeprefix("models:/").partition("@")
-    runs = command_line.absolute("runs")
-    places = [command_line.absolute(name), storage.join(runs, name)]
-    if at and "/" not in model:
-        from olora_ray.tracking import models, start
+    from olora_ray.tracking import models, start
 
-        version = models.resolve(f"models:/{model}@{alias}", start.chosen_uri(tracking_uri))
-        if not version.folder:
-            raise UserError(f"{name}: the version does not name its run; name the run's folder")
-        places = [where_now(version.folder, runs)]
-    for place in places:
-        with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
-            if storage.names(place):
-                return place.rstrip("/")
-    raise UserError(
-        f"{name}: no such run folder: {' or '.join(places)}; olora-ray runs lists the runs"
-    )
-
-
-def _again(folder: str) -> str:
-    """Write the page of a run from its files, and return the verdict; raise UserError if the run is not finished."""
-    from olora_ray.common.logs import quiet_transformers
-    from olora_ray.model.load import tokenizer_in
-    from olora_ray.pipeline.answers import answered, judged
-    from olora_ray.train.scoring import built_in
-
-    state = RunFolder(folder).state()
-    if state.config is None or state.result is None:
-        raise UserError(
-            f"{folder}: has no verdict and is no finished run; run its command again to resume it or to write its page"
-        )
-    training = state.training
-    if training is None or training.state is None:
-        raise UserError(f"{folder}/training.json: missing or damaged, so there is nothing to show")
-    answers: Sequence[Sample] = ()
-    scored: Judged = ([], [])
-    missing = []
-    marks: Sequence[str] = ()
-    if training.answers:
-        quiet_transformers()
-        try:
-            with node_cache.fetched(storage.join(folder, "export", "adapter")) as files:
-                tokenizer = tokenizer_in(files, False)
-        except (OSError, ValueError):
-            missing.append("answers: export/adapter, which has the tokenizer, does not open")
-        else:
-            answers = answered(training, tokenizer)
-            marks = special_tokens(tokenizer)
-    scorer = state.config.evaluation.scorer
-    if scorer and built_in(scorer):
-        scored = judged(state.config, answers)
-    elif scorer:
-        missing.append(f"right and wrong answers: {scorer} is Python code, which look does not run")
-    ended = Ended(folder, state.config, training.state, state.result, answers, scored, marks)
-    return write(ended, None, missing)
+    uri = models.uri_of(name)
+    if not uri:
+        return named(name)
+    version = models.resolve(uri, start.chosen_uri(tracking_uri))
+    if not version.folder:
+        raise UserError(f"{name}: the version does not name its run; name the run's folder")
+    return where_now(version.folder, command_line.absolute("runs"))
 
 
 def held_out_rows(store: "TokenStore | None") -> int | None:
     """Return the number of held-out rows; of preference pairs if there are some."""
     if store is None:
         return None
-    roles = Counter(role for index in range(len(store)) for role in store[index].roles or ())
-    return roles[CHOSEN] or store.manifest.rows
+    return store.counts(range(len(store))).pairs or store.manifest.rows
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -260,15 +219,15 @@ def _of_scores(ended: Ended, gain: Gain, few: int) -> tuple[str, str]:
     return _decided(said, gain.rows, few, (gain.change.low, gain.change.high), numbers)
 
 
-def _of_pairs(ended: Ended, share: float, few: int) -> tuple[str, str]:
+def _of_pairs(ended: Ended, preferred: float, few: int) -> tuple[str, str]:
     """Return the verdict on the share of pairs whose better answer gained more; by chance it is 1/2."""
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
+    from olora_ray.common.statistics import share
 
-    said = f"the model prefers the better answer in {share:.0%} of the held-out pairs"
+    said = f"the model prefers the better answer in {preferred:.0%} of the held-out pairs"
     rows = ended.held_out
     if not rows:
         return f"{said}: their number is not known, so there is no interval", ""
-    bounds = binomtest(round(share * rows), rows).proportion_ci(method="wilson")
+    bounds = share(preferred, rows)
     numbers = (
         f"95% interval {bounds.low:.0%} to {bounds.high:.0%}, {plural(rows, 'pair')}, chance is 50%"
     )
@@ -313,7 +272,7 @@ MARGINS = {
 """Metric -> its name in a figure."""
 
 
-def write(ended: Ended, url: str | None, missing: Sequence[str] = ()) -> str:
+def write(ended: Ended, url: str | None) -> str:
     """Write the page of a run, and return its verdict; `url` is the run's page on an MLflow server."""
     from olora_ray.pipeline.report import next_steps
 
@@ -321,7 +280,6 @@ def write(ended: Ended, url: str | None, missing: Sequence[str] = ()) -> str:
     said, grade = verdict(ended, scores)
     rows = _rows(ended, scores)
     counts = Counter(row["change"] for row in rows)
-    missing = [*missing, *_missing(ended, scores)]
     labels = _labels(ended)
     metrics = ended.result.get("metrics", {})
     curves = [_curve(ended.state.history, "loss (nats per token)", LOSSES)]
@@ -336,7 +294,7 @@ def write(ended: Ended, url: str | None, missing: Sequence[str] = ()) -> str:
         run=ended.config.run.name,
         verdict=said,
         grade=grade,
-        missing=missing,
+        missing=[*_missing(ended, scores)],
         answers=rows[:SHOWN],
         total=len(rows),
         scored=any(row["change"] for row in rows),

@@ -1,16 +1,19 @@
-"""Delete what a storage no longer needs: run folders, token stores, and copies of models.
+"""Delete what a storage no longer needs: run folders, token stores, and copies
+of models.
 
     olora-ray prune STORAGE --older DAYS [--dry-run] [--tracking-uri URI]
 
 STORAGE         a folder or URI as in run.storage
 --older         only what has not changed for so many days, such as 30d
 --dry-run       only print what would be deleted
---tracking-uri  as for `olora-ray registry`; default: MLFLOW_TRACKING_URI, else STORAGE/mlflow.db
+--tracking-uri  as for `olora-ray registry`; default: MLFLOW_TRACKING_URI, else
+                STORAGE/mlflow.db
 
-A run folder stays while its run is at work, while its version is in use (an alias, the last champion, the best
-champions with which the gate compares), and while another run, search or comparison names it. A token store stays while
-one of these uses it, or while anything is at work. Searches, comparisons and all that MLflow has stay. After a kill the
-same command completes what it has begun.
+A run folder stays while its run is at work, while its version is in use (an
+alias, the last champion, the best champions with which the gate compares), and
+while another run, search or comparison names it. A token store stays while one
+of these uses it, or while anything is at work. Searches, comparisons and all
+that MLflow has stay. After a kill the same command completes what it has begun.
 """
 
 import os

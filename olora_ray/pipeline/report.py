@@ -22,11 +22,6 @@ FORGETS = 0.03
 """A larger rise of the loss on other texts is named: the default of gate.guard_margin."""
 
 
-def facts(exported: Exported, result: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the page and MLflow's description say of the run; `result` is the content of result.json."""
-    return dict(_facts(exported, result))
-
-
 def _held_out(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     losses = exported.losses()
     pairs = of_pairs(exported.best_row, "eval")
@@ -58,7 +53,8 @@ def _forgotten(before: float, after: float) -> str:
     return text
 
 
-def _facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def facts(exported: Exported, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what the page and MLflow's description say of the run; `result` is the content of result.json."""
     spec = exported.spec
     state = exported.state
     adapter = spec.config.adapter

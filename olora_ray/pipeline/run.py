@@ -164,7 +164,7 @@ def _run(
                 driver.check()
                 content = publish.publish(exported, tracker, tags, scores)
                 url = tracker.url()
-                facts = report.facts(exported, content)
+                facts = dict(report.facts(exported, content))
                 ended = look.Ended(
                     folder.root,
                     config,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from olora_ray.common import records, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
 from olora_ray.common.secrets import mask
+from olora_ray.common.text import some
+from olora_ray.config import command_line
 from olora_ray.config.decided import KEPT, NOTHING, Decision, Decisions, Kept, lasting_settings
 from olora_ray.config.load import (
     LENGTH,
@@ -22,7 +24,7 @@ from olora_ray.config.load import (
     override,
     read_config,
 )
-from olora_ray.config.schema import Config, Export
+from olora_ray.config.schema import IN_STORAGE, Config, Export
 from olora_ray.config.section import is_auto
 from olora_ray.tracking.checksums import HELD_OUT, SETTINGS
 
@@ -458,6 +460,24 @@ def history(root: str) -> Sequence[Mapping[str, float]]:
     if trained is None or trained.state is None:
         return ()
     return trained.state.history
+
+
+MARKS = {"config.yaml", "checkpoints", "search.json", "compare.json", "report.html"}
+"""Names of which the folder of each run, search or comparison has one."""
+
+
+def named(name: str) -> str:
+    """Return the folder of the run, search or comparison `name`, a name in ./runs or a folder; raise UserError if none.
+
+    The name in ./runs comes first: a recipe's folder, which has a config.yaml too, may have the same name.
+    """
+    runs = command_line.absolute("runs")
+    for folder in (storage.join(runs, name), command_line.absolute(name)):
+        with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
+            if not MARKS.isdisjoint(storage.names(folder)):
+                return folder.rstrip("/")
+    there = [each for each in storage.names(runs) if each not in IN_STORAGE]
+    raise UserError(f"run {name}: no such run folder; {runs} has {some(there, 8) or 'no runs'}")
 
 
 def where_now(folder: str, storage_root: str) -> str:

@@ -1,13 +1,18 @@
-"""List the runs, searches and comparisons of a storage, or show what one decided. Writes and starts nothing.
+"""List the runs, searches and comparisons of a storage, or show what one
+decided. Writes and starts nothing.
 
-    olora-ray runs [STORAGE]        a folder or URI as in run.storage; the default is ./runs
-    olora-ray runs show RUN         its name in ./runs, or its folder: each field that was decided (decided.json),
-                                    set or measured, with its value, and why
+    olora-ray runs [STORAGE]        a folder or URI as in run.storage; the
+                                    default is ./runs
+    olora-ray runs show RUN         its name in ./runs, or its folder: each
+                                    field that was decided (decided.json), set
+                                    or measured, with its value, and why
 
-Each line of the list has the name, the state, the held-out loss before > after training, the lowest of the scorer's
-means (of preference pairs the share preferred), the time of the last change, the registered version, the steps done /
-all steps, the data, and the base model. The newest line is the last. On a terminal, long cells are shortened and the
-last columns left out. Until a run that is trained longer ends, its numbers are those of the shorter training.
+Each line of the list has the name, the state, the held-out loss before > after
+training, the lowest of the scorer's means (of preference pairs the share
+preferred), the time of the last change, the registered version, the steps done
+/ all steps, the data, and the base model. The newest line is the last. On a
+terminal, long cells are shortened and the last columns left out. Until a run
+that is trained longer ends, its numbers are those of the shorter training.
 """
 
 import json
@@ -21,11 +26,11 @@ import yaml
 
 from olora_ray.common import lock, storage
 from olora_ray.common.errors import UserError, as_user_error, short_reason
-from olora_ray.common.text import aligned, minute, paragraph, table, window
+from olora_ray.common.text import minute, paragraph, table
 from olora_ray.config import command_line
 from olora_ray.config.load import leaves
 from olora_ray.config.schema import IN_STORAGE, Config
-from olora_ray.pipeline.run_folder import RunFolder, main_score, read_decisions
+from olora_ray.pipeline.run_folder import RunFolder, main_score, named, read_decisions
 
 HEAD = ("name", "state", "loss", "score", "changed", "version", "steps", "data", "model")
 KINDS = {
@@ -63,15 +68,8 @@ def show(arguments: Sequence[str]) -> None:
     """Print what a run or search has decided, and why."""
     if len(arguments) != 1:
         raise UserError(f"arguments show {' '.join(arguments)}: name one run")
-    name = arguments[0]
-    place = command_line.absolute(storage.join("runs", name), Path.cwd())
-    with as_user_error(f"{name}: cannot be read", OSError, reason=short_reason):
-        if "/" in name or not _is_run(place):
-            place = command_line.absolute(name, Path.cwd())
-            if not _is_run(place):
-                raise UserError(
-                    f"{name}: no run has this name in ./runs, and no run lies in this folder"
-                )
+    place = named(arguments[0])
+    with as_user_error(f"{place}: cannot be read", OSError, reason=short_reason):
         decisions = read_decisions(place)
         state = RunFolder(place).state()
     result = state.result or {}
@@ -97,9 +95,6 @@ def show(arguments: Sequence[str]) -> None:
     for field, value in measured.items():
         if value is not None:
             rows.append((field, json.dumps(value), "the workers measured it"))
-    if window() is None:
-        print("\n".join(aligned([("field", "value", "why"), *rows])))
-        return
     for field, shown, why in rows:
         print(paragraph(f"{field} = {shown}: {why}", 4))
 
@@ -108,10 +103,6 @@ def _set(config: Config | None) -> dict[str, Any]:
     if config is None:
         return {}
     return dict(leaves(config.model_dump(mode="json", exclude_defaults=True), ""))
-
-
-def _is_run(folder: str) -> bool:
-    return any(name in KINDS for name in storage.names(folder))
 
 
 def listed(storage_root: str) -> list[tuple[str, ...]]:

@@ -1,6 +1,5 @@
 """The content of a version in MLflow's registry: its files and its description."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +7,12 @@ from pathlib import Path
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.common import node_cache
 from olora_ray.common.secrets import mask
+from olora_ray.common.statistics import share
 from olora_ray.common.text import plural, shortened
 from olora_ray.config.load import flatten
 from olora_ray.pipeline.answers import Scores
 from olora_ray.pipeline.export import Exported
+from olora_ray.pipeline.exporter import system_message
 from olora_ray.pipeline.model_card import facts_of
 from olora_ray.tracking import models
 from olora_ray.tracking.models import BaseOfAdapter, Contents, has_chat_template
@@ -66,15 +67,11 @@ def _of_pairs(exported: Exported) -> str:
     store = exported.spec.eval
     assert store is not None
     pairs = store.counts(range(len(store))).pairs
-    share = exported.best_row["eval/pairs/preferred"]
-    # Wilson's interval of a share: unlike that of a mean, it has a width where all pairs agree.
-    squared = 1.96**2 / pairs
-    middle = (share + squared / 2) / (1 + squared)
-    half = math.sqrt(squared * (share * (1 - share) + squared / 4)) / (1 + squared)
+    preferred = share(exported.best_row["eval/pairs/preferred"], pairs)
     than = "the version from which it continued" if exported.spec.start else "the base model"
     return (
-        f"On {plural(pairs, 'held-out pair')} it gives the preferred answer the higher gain over {than} in {share:.2f}"
-        f" (95% interval {middle - half:.2f} to {middle + half:.2f})."
+        f"On {plural(pairs, 'held-out pair')} it gives the preferred answer the higher gain over {than} in"
+        f" {preferred.mean:.2f} (95% interval {preferred.low:.2f} to {preferred.high:.2f})."
     )
 
 
@@ -116,6 +113,7 @@ def contents_of(exported: Exported, scores: Scores) -> Iterator[Contents]:
             files,
             base,
             answers_as=config.registry.model or config.run.name,
+            system=system_message(config.data.train),
             description=describe(exported, scores, base, files),
             params=flatten(config),
             measured=measured,

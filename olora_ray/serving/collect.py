@@ -1,21 +1,26 @@
 """Make training data of the feedback that `olora-ray follow --keep` has kept.
 
-    olora-ray feedback FOLDER --out FOLDER [--day 2026-12-02] [--held-out 0.1] [--rows]
+    olora-ray feedback FOLDER --out FOLDER [--day 2026-12-02] [--held-out 0.1]
+        [--rows]
 
 FOLDER       the folder of --keep
 --out        a new folder for the files below; it is refused if it exists
---day        only feedback of this day (UTC), which has ended; default: feedback of all days
---held-out   share of the questions whose feedback goes into files held_out_...; default: 0.1
+--day        only feedback of this day (UTC), which has ended; default: feedback
+             of all days
+--held-out   share of the questions whose feedback goes into files held_out_...;
+             default: 0.1
 --rows       also write each correction as a row
 
 pairs.jsonl    a correction is preferred to the model's answer
 ratings.jsonl  answers with a thumb up or down
-rows.jsonl     answers with a thumb up, if there is no thumb down; corrections with --rows
+rows.jsonl     answers with a thumb up, if there is no thumb down; corrections
+               with --rows
 
-Each file has one format, so each is a source of its own (data.train). Of several corrections of an answer the last one
-counts, and a correction counts more than a thumb. A digest of the first question of a chat decides on which side it is,
-so the same question is on the same side on all days. A file without rows is not written; without any feedback nothing
-is written.
+Each file has one format, so each is a source of its own (data.train). Of
+several corrections of an answer the last one counts, and a correction counts
+more than a thumb. A digest of the first question of a chat decides on which
+side it is, so the same question is on the same side on all days. A file without
+rows is not written; without any feedback nothing is written.
 
 Exit codes: 0 done; 2 an error that you can fix.
 """

@@ -1,40 +1,59 @@
-"""Let an inference engine follow an alias: it answers with the version to which the alias points, within five seconds.
+"""Let an inference engine follow an alias: it answers with the version to which
+the alias points, within five seconds.
 
     olora-ray follow NAME@ALIAS --engine URL [--base FOLDER] [--key KEY]
-        [--listen HOST:PORT [--challenger NAME@ALIAS [--share 0.1] [--rows FILE]]
-            [--keep FOLDER [--keep-share 0.05] [--keep-days 30] [--keep-gb 1] [--redact MODULE:FUNCTION]]]
+        [--listen HOST:PORT
+            [--challenger NAME@ALIAS [--share 0.1] [--rows FILE]]
+            [--keep FOLDER [--keep-share 0.05] [--keep-days 30] [--keep-gb 1]
+                [--redact MODULE:FUNCTION]]]
     olora-ray follow NAME@ALIAS --mirror PLACE
 
-NAME@ALIAS      a registered model and its alias (chats@champion), or a version (chats@7)
---engine        a vLLM or SGLang server on this machine, http://HOST:PORT: it serves the adapter as model NAME@ALIAS,
-                but with --listen under a name of the version, and clients ask --listen for NAME@ALIAS
---base          the folder of the engine's base model, if the engine does not name one that this process can read
---key           the engine's API key: env:VARIABLE or file:/PATH, not the key itself
---listen        answer HTTP here: /v1/ as the engine does, which also checks its API key, but for loading adapters; the
-                header x-olora-version says which version answered; /health is the engine's own, and 503 while it has no
-                version; /metrics is for Prometheus
---challenger    what answers a share of the requests for NAME@ALIAS; NAME@ALIAS answers if it fails before it has begun
-                its answer, and while no version of it can be loaded
+NAME@ALIAS      a registered model and its alias (chats@champion), or a version
+                (chats@7)
+--engine        a vLLM or SGLang server on this machine, http://HOST:PORT: it
+                serves the adapter as model NAME@ALIAS, but with --listen under
+                a name of the version, and clients ask --listen for NAME@ALIAS
+--base          the folder of the engine's base model, if the engine does not
+                name one that this process can read
+--key           the engine's API key: env:VARIABLE or file:/PATH, not the key
+                itself
+--listen        answer HTTP here: /v1/ as the engine does, which also checks its
+                API key, but for loading adapters; the header x-olora-version
+                says which version answered; /health is the engine's own, and
+                503 while it has no version; /metrics is for Prometheus
+--challenger    what answers a share of the requests for NAME@ALIAS; NAME@ALIAS
+                answers if it fails before it has begun its answer, and while no
+                version of it can be loaded
 --share         how much of the requests, drawn at random; default: 0.1
---rows          NAME@ALIAS answers all requests, and of the share of the chats that end by themselves the challenger is
-                asked afterwards, for at most eight at once; both answers are appended to this file, as rows that
-                olora-ray evaluate reads
---keep          a folder that gets chats which ended by themselves as rows, one file per day (UTC), and the ratings and
-                corrections that POST /feedback sends; `olora-ray feedback` makes training data of them
---keep-share    how much of the chats, drawn at random; chats with feedback are kept anyway; default: 0.05
---keep-days     delete files that are older, and the oldest ones of more than --keep-gb; defaults: 30 days, 1 GB
---redact        a function that gets each row before it is written, and returns the row to write, or None for no row
---mirror        a folder or bucket that gets each version as PLACE/NAME@VERSION, where Ray Serve LLM loads adapters
-                (dynamic_lora_loading_path), and then the file PLACE/NAME@ALIAS with the name of that folder
---cache         a folder for the adapters, which the engine can read; default: ~/.cache/olora_ray/adapters
---verify        a file with a public key (PEM): only versions that its private key has signed are loaded; default:
-                OLORA_VERIFY
+--rows          NAME@ALIAS answers all requests, and of the share of the chats
+                that end by themselves the challenger is asked afterwards, for
+                at most eight at once; both answers are appended to this file,
+                as rows that olora-ray evaluate reads
+--keep          a folder that gets chats which ended by themselves as rows, one
+                file per day (UTC), and the ratings and corrections that POST
+                /feedback sends; `olora-ray feedback` makes training data of
+                them
+--keep-share    how much of the chats, drawn at random; chats with feedback are
+                kept anyway; default: 0.05
+--keep-days     delete files that are older, and the oldest ones of more than
+                --keep-gb; defaults: 30 days, 1 GB
+--redact        a function that gets each row before it is written, and returns
+                the row to write, or None for no row
+--mirror        a folder or bucket that gets each version as PLACE/NAME@VERSION,
+                where Ray Serve LLM loads adapters (dynamic_lora_loading_path),
+                and then the file PLACE/NAME@ALIAS with the name of that folder
+--cache         a folder for the adapters, which the engine can read; default:
+                ~/.cache/olora_ray/adapters
+--verify        a file with a public key (PEM): only versions that its private
+                key has signed are loaded; default: OLORA_VERIFY
 --tracking-uri  as for `olora-ray registry`
 
-The command asks MLflow every two seconds and prints a line per change. It loads a version only if all its files have
-their checksums and the engine has its base model; otherwise, and while MLflow is unreachable, the engine keeps the
-version that it has. A start without MLflow takes the last version from the cache. An engine that was restarted gets the
-adapter again. SIGTERM or Ctrl+C ends the command, after the answers that --listen has begun; the engine keeps its
+The command asks MLflow every two seconds and prints a line per change. It loads
+a version only if all its files have their checksums and the engine has its base
+model; otherwise, and while MLflow is unreachable, the engine keeps the version
+that it has. A start without MLflow takes the last version from the cache. An
+engine that was restarted gets the adapter again. SIGTERM or Ctrl+C ends the
+command, after the answers that --listen has begun; the engine keeps its
 adapter.
 
 Exit codes: 0 ended by a signal; 2 an error that you can fix.

@@ -102,13 +102,12 @@ class Watch:
     def __init__(
         self, name: str, tracking_uri: str, cache: Path = CACHE, verify: str | None = None
     ) -> None:
-        model, _, which = name.rpartition("@")
-        if not model or not which:
+        uri = models.uri_of(name)
+        if not uri:
             raise UserError(f"{name}: expected NAME@ALIAS or NAME@VERSION of a registered model")
         self.name = name
-        self.is_alias = not which.isdecimal()
-        separator = "@" if self.is_alias else "/"
-        self._uri = f"{models.SCHEME}{model}{separator}{which}"
+        self.is_alias = "@" in uri
+        self._uri = uri
         self._tracking_uri = tracking_uri
         self._cache = cache
         self._verify = verify

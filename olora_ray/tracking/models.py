@@ -76,6 +76,8 @@ class Contents:
     """The adapter's base model; None: the folder is a merged model."""
     answers_as: str = ""
     """The served model's name in its answers."""
+    system: str | None = None
+    """The system message of all training rows, if they have the same."""
     description: str = ""
     """Markdown for the page of the version or the logged model; {uri} stands for its models:/ address."""
     params: Mapping[str, object] = field(default_factory=dict)
@@ -103,6 +105,8 @@ class Contents:
 FILE = "MLmodel"
 # Key in an MLmodel's metadata, with the fields of BaseOfAdapter.
 BASE = "base_model"
+# Key in an MLmodel's metadata. No tag: a signature covers the MLmodel, and the data may be gone when it is needed.
+SYSTEM = "system_message"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _NOT_OF_A_TOKENIZER = ("adapter_config.json", "README.md")
 _PACKAGES = ("mlflow", "torch", "transformers")
@@ -172,7 +176,7 @@ def _mlmodel(contents: Contents, logged: "LoggedModel", run_id: str) -> "Model":
         signature = ModelSignature(
             llm.COMPLETIONS_MODEL_INPUT_SCHEMA, llm.COMPLETIONS_MODEL_OUTPUT_SCHEMA
         )
-    metadata: dict[str, Any] = {"task": task}
+    metadata: dict[str, Any] = {"task": task, SYSTEM: contents.system}
     if contents.base:
         metadata[BASE] = asdict(contents.base)
     model = Model(
@@ -401,6 +405,18 @@ def _create(client: "MlflowClient", name: str) -> None:
 # From models:/NAME@ALIAS or models:/NAME/VERSION to local files, checked against their checksums.
 
 SCHEME = "models:/"
+
+
+def uri_of(name: str) -> str | None:
+    """Return the models:/ address of a version that a person names, as NAME@ALIAS or NAME@VERSION; else None."""
+    model, _, which = name.removeprefix(SCHEME).partition("@")
+    if not which or "/" in model:
+        return None
+    if which.isdigit():
+        return f"{SCHEME}{model}/{which}"
+    return f"{SCHEME}{model}@{which}"
+
+
 _BASE = TypeAdapter(BaseOfAdapter)
 
 
@@ -413,6 +429,8 @@ class Registered:
     """The base model of an adapter-only version."""
     model_id: str | None = None
     """The logged model that it is a version of, if it is one."""
+    system: str | None = None
+    """The system message of all its training rows; None also in versions of older releases."""
 
 
 def find(uri: str, tracking_uri: str, cache: Path, verify: str | None = None) -> Registered:
@@ -525,13 +543,16 @@ def _inside(uri: str, version: Version, folder: Path) -> Registered:
     # anything there.
     model_id = None
     base = None
+    system = None
     with contextlib.suppress(Exception):
         model = Model.load(str(folder / FILE))
         model_id = model.model_id
-        base = _BASE.validate_python((model.metadata or {})[BASE])
+        metadata = model.metadata or {}
+        system = metadata.get(SYSTEM)
+        base = _BASE.validate_python(metadata[BASE])
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
-            return Registered(version, candidate, None, model_id)
+            return Registered(version, candidate, None, model_id, system)
     if not (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise UserError(
             f"model.name: {uri} is registered, but has no config.json, so it is not a transformers model"
@@ -541,7 +562,7 @@ def _inside(uri: str, version: Version, folder: Path) -> Registered:
             f"model.name: {uri} is an adapter that another program registered, so its base model cannot be checked;"
             " register it with this project, or register the merged model"
         )
-    return Registered(version, folder / ADAPTER_FOLDER, base, model_id)
+    return Registered(version, folder / ADAPTER_FOLDER, base, model_id, system)
 
 
 def _verify(version: Version, folder: Path, tracking_uri: str) -> None:

@@ -30,7 +30,7 @@ from olora_ray.adapter.methods import method_named
 from olora_ray.adapter.methods.eva import Components, principal
 from olora_ray.common import collectives
 from olora_ray.common.errors import UserError
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, some
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.schema import Adapter
 from olora_ray.tokens.collate import Batch, collate
@@ -73,9 +73,7 @@ class DataReport:
             line += f"; ranks {low} to {high}"
         without = [name for name, rank in self.ranks.items() if rank == 0]
         if without:
-            line += f", none for {', '.join(without[:3])}"
-        if len(without) > 3:
-            line += " ..."
+            line += f", none for {some(without)}"
         return f"{line}; activations {self.held / 2**20:,.1f} MiB per worker, {self.sent / 2**20:,.1f} MiB sent"
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from olora_ray.common import records
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.storage import digest, digest_file
-from olora_ray.common.text import plural
+from olora_ray.common.text import plural, shortened
 from olora_ray.config import command_line
 
 logger = logging.getLogger(__name__)
@@ -242,8 +242,7 @@ def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(repr(value), 80)
 
 
 def _json_object(text: str) -> dict[str, object] | None:

@@ -12,6 +12,7 @@ import ray
 
 from olora_ray.common import records
 from olora_ray.evaluation import chat
+from olora_ray.evaluation.export import given
 from olora_ray.tracking import models
 from tests import finished_run
 from tests.finished_run import FinishedRun
@@ -82,19 +83,21 @@ def test_the_system_message_of_all_rows_is_sent_without_asking(
     before = rows.read_text()
     system = {"role": "system", "content": "count"}
     try:
-        rows.write_text(
-            before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"')
-        )
+        told = before.replace('[{"role": "user"', f'[{json.dumps(system)}, {{"role": "user"')
+        rows.write_text(told)
         with said() as lines:
             chat.main(["mine", "after 5?"])
         assert capsys.readouterr().out == expected(run, [system, user("after 5?")])
         assert "system message of the data: count (--system TEXT sets another)" in lines
         as_version(run)
-        chat.main(["models:/small@candidate", "after 5?"])
+        rows.unlink()  # the version has kept the message
+        with given("small@candidate", {}) as exported:
+            assert exported.system == "count"
+        chat.main(["small@candidate", "after 5?"])
         tuned = capsys.readouterr().out
         assert tuned in expected(run, [system, user("after 5?")])
         assert tuned not in expected(run, [user("after 5?")])
-        rows.write_text(before + rows.read_text())
+        rows.write_text(before + told)
         chat.main(["mine", "after 5?"])
         assert capsys.readouterr().out == expected(run, [user("after 5?")])
     finally:

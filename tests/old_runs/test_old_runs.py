@@ -30,7 +30,6 @@ import contextlib
 import copy
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -272,20 +271,18 @@ def test_an_old_finished_run_is_finished(own: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_an_old_finished_run_gets_a_page(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_an_old_run_is_named(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from olora_ray.pipeline import look
 
     page = own / "runs" / "finished" / "report.html"
-    page.unlink(missing_ok=True)
+    with pytest.raises(UserError):
+        look.main(["finished"])
+    page.write_text(
+        "<h1>finished</h1>"
+    )  # the archive has no pages; those of that release had no verdict
     for name in ("finished", "finished@candidate"):
         look.main([name])
-        verdict, path = capsys.readouterr().out.rsplit("\n", 2)[:2]
-        assert path == str(page)
-        assert "0 of 6 right" in verdict
-    page.unlink()
-    shutil.rmtree(page.with_name("export"))
-    look.main(["finished"])
-    assert "export/adapter" in page.read_text()
+        assert capsys.readouterr().out.splitlines()[-1] == str(page)
 
 
 def test_an_old_finished_run_answers_as_it_did(own: Path) -> None:

@@ -110,16 +110,15 @@ def test_what_a_run_decided_and_was_given_is_shown_with_its_reasons(
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "runs/mine", folder.root):
         runs.main(["show", name])
-        head, loss, score, decision, *others = capsys.readouterr().out.splitlines()
-        assert loss.split()[:4] == ["eval/loss", "1.2500", ">", "0.5000"]
-        assert score.split()[:3] == ["score", "0.250", "strict"]
-        assert head.split() == ["field", "value", "why"]
-        assert decision.split(maxsplit=2) == ["train.micro_batch", "2", why]
-        values = {line.split()[0]: line.split()[1] for line in others}
+        loss, score, decision, *others = capsys.readouterr().out.splitlines()
+        assert loss.startswith("eval/loss = 1.2500 > 0.5000: ")
+        assert score.startswith("score = 0.250 strict: ")
+        assert decision == f"train.micro_batch = 2: {why}"
+        values = dict(line.partition(": ")[0].split(" = ") for line in others)
         assert values["train.steps"] == "6"
         assert values["train.lr"] == "0.002"
         assert "train.epochs" not in values
-    with refused("another: no run"):
+    with refused("run another: no such run folder"):
         runs.main(["show", "another"])
 
 

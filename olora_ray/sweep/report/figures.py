@@ -59,12 +59,10 @@ def render(draws: Mapping[str, Draw]) -> dict[str, bytes]:
     return pictures
 
 
-def new(
-    title: str, caption: str, width: float = 6.8, height: float = 4.4
-) -> tuple["Figure", "Axes"]:
+def new(title: str, caption: str) -> tuple["Figure", "Axes"]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(12.0, 4.8), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", size=13, weight="bold")
     figure.supxlabel(caption, x=0.01, ha="left", size=9, color=MUTED)
     return figure, figure.add_subplot()
@@ -90,12 +88,7 @@ def parallel(record: SearchRecord) -> "Figure":
     default = record.unchanged()
     low, high, beyond = _metric_range(record)
     caption = f"one line per trial, darker for better trials ({_better(record)}); dashed: the default config"
-    figure, axes = new(
-        f"Parameters and {_metric(record)}",
-        caption + _orange(best) + beyond,
-        width=12.0,
-        height=4.8,
-    )
+    figure, axes = new(f"Parameters and {_metric(record)}", caption + _orange(best) + beyond)
     if not record.trials:
         say(axes, NOTHING)
         return figure
@@ -140,7 +133,7 @@ def curves(record: SearchRecord) -> "Figure":
             drawn[trial.number] = tuple(zip(*points, strict=True))
     low, high, beyond = _range(record, [values for _, values in drawn.values()])
     caption = f"one line per trial, darker for better trials{_orange(best)}{beyond}"
-    figure, axes = new("Learning curves", caption, width=12.0, height=4.8)
+    figure, axes = new("Learning curves", caption)
     if not drawn:
         say(axes, NOTHING)
         return figure
@@ -192,7 +185,7 @@ def rate(record: SearchRecord) -> "Figure":
         title = f"Learning rate and {_metric(record)}"
     if group:
         title += f" by {names[group]}"
-    figure, axes = new(title, f"hollow: stopped early{_orange(best)}{beyond}", 12.0, 4.8)
+    figure, axes = new(title, f"hollow: stopped early{_orange(best)}{beyond}")
     if not field or best is None:
         say(axes, NOTHING if field else "no field is searched")
         return figure

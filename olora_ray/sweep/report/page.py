@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from html import escape
+from typing import Any
 
 from olora_ray.common import page, storage
 from olora_ray.common.text import duration, plural
@@ -10,15 +10,12 @@ from olora_ray.sweep.record import SearchRecord
 from olora_ray.sweep.report import text
 from olora_ray.sweep.report.figures import FIGURES, render
 
-# Name of a figure -> (text for screen readers, True if it takes the page's full width).
-_DESCRIBED = {
-    "parallel_coordinates": (
-        "Parallel coordinates: the parameters of each trial and its value",
-        True,
-    ),
-    "learning_curves": ("Learning curves of all trials", True),
-    "learning_rate": ("Learning rate against the metric, by rank", True),
+DESCRIBED = {
+    "parallel_coordinates": "Parallel coordinates: the parameters of each trial and its value",
+    "learning_curves": "Learning curves of all trials",
+    "learning_rate": "Learning rate against the metric, by rank",
 }
+"""Name of a figure -> its text for screen readers."""
 
 
 def write_report(record: SearchRecord, folder: str) -> list[str]:
@@ -44,43 +41,40 @@ def files(folder: str, pictures: Mapping[str, bytes], texts: Mapping[str, str]) 
 
 
 def html(record: SearchRecord, pictures: Mapping[str, bytes]) -> str:
-    figures = "\n".join(page.image(png, *_DESCRIBED[name]) for name, png in pictures.items())
-    about = (
-        f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"
-        f" scheduler {record.scheduler}"
-    )
+    best = record.best()
+    facts = text.facts(record)
+    shown: dict[str, Any] = {"label": record.metric, "value": "none", "params": ()}
+    if best is not None and best.value is not None:
+        facts = [(name, said) for name, said in facts if name != "best"]
+        way = "lowest" if record.mode == "min" else "highest"
+        failed = any(trial.measured() and trial.status == "failed" for trial in record.trials)
+        of = ""
+        if failed and best.status != "failed":
+            of = " among the trials that did not fail"
+        shown = {
+            "label": f"{way} {record.metric}{of}, trial {best.number}",
+            "value": text.number(best.value, 5),
+            "params": [(name, text.value(item)) for name, item in best.params.items()],
+        }
     columns = [("trial", "number", "")]
     for field, name in text.short(record.fields).items():
         kind = "number" if text.numeric(record, field) else ""
         columns.append((name, kind, field))
     columns += [(name, "number", "") for name in (record.metric, "steps", "time")]
     columns += [(name, "", "") for name in ("status", "reason")]
-    rows = [text.cells(record, trial) for trial in record.ordered()]
-    table = page.table(columns, rows, 0 if record.best() else None)
-    return page.document(
-        f"{record.name}: search",
-        f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about)}</p>\n{_cards(record)}\n'
-        f'<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n<h2>Trials</h2>\n{table}\n'
-        "<footer>The figures are also PNG files beside this page, and leaderboard.json has the numbers.</footer>",
-        text.verdict(record),
+    return page.rendered(
+        "report.html",
+        title=f"{record.name}: search",
+        verdict=text.verdict(record),
+        name=record.name,
+        about=f"{plural(len(record.trials), 'trial')} in {duration(record.seconds)}; searcher {record.searcher},"
+        f" scheduler {record.scheduler}",
+        best=shown,
+        facts=facts,
+        figures=[(DESCRIBED[name], png) for name, png in pictures.items()],
+        rows_title="Trials",
+        heads=columns,
+        rows=[text.cells(record, trial) for trial in record.ordered()],
+        first_is_best=best is not None,
+        footer="The figures are also PNG files beside this page, and leaderboard.json has the numbers.",
     )
-
-
-def _cards(record: SearchRecord) -> str:
-    best = record.best()
-    facts = text.facts(record)
-    if best is None or best.value is None:
-        left = f'<p class="label">{escape(record.metric)}</p><p class="value">none</p>'
-    else:
-        facts = [(name, said) for name, said in facts if name != "best"]
-        params = [(name, text.value(item)) for name, item in best.params.items()]
-        way = "lowest" if record.mode == "min" else "highest"
-        failed = any(trial.measured() and trial.status == "failed" for trial in record.trials)
-        of = ""
-        if failed and best.status != "failed":
-            of = " among the trials that did not fail"
-        left = (
-            f'<div class="label">{way} {escape(record.metric)}{of}, trial {best.number}</div>'
-            f'<div class="value">{escape(text.number(best.value, 5))}</div>{page.terms(params)}'
-        )
-    return f'<div class="cards"><div class="card best">{left}</div><div class="card">{page.terms(facts)}</div></div>'

@@ -1,23 +1,31 @@
-"""Compare adapters on your data, each at its own learning rate, with intervals of the differences.
+"""Compare adapters on your data, each at its own learning rate, with intervals
+of the differences.
 
     olora-ray compare CONFIG.yaml [section.field=value ...] --methods lora,olora
         [--arm "NAME: field=value, field=value"] [--seeds 4]
 
-CONFIG     a run's config; its section `compare`, which other commands ignore, sets the numbers of rows, the learning
-           rates and the smallest difference that matters
---methods  arms of the comparison that differ in adapter.method (default lora,olora, without --arm)
---arm      one more arm: its name, and the fields of adapter and train in which it differs from the config,
-           e.g. --arm "r64: adapter.rank=64, adapter.alpha=64"; repeat it for each arm
---seeds    number of trainings per arm that are compared, each with its own seed (default 4)
+CONFIG     a run's config; its section `compare`, which other commands ignore,
+           sets the numbers of rows, the learning rates and the smallest
+           difference that matters
+--methods  arms of the comparison that differ in adapter.method (default
+           lora,olora, without --arm)
+--arm      one more arm: its name, and the fields of adapter and train in which
+           it differs from the config, e.g. --arm "r64: adapter.rank=64,
+           adapter.alpha=64"; repeat it for each arm
+--seeds    number of trainings per arm that are compared, each with its own seed
+           (default 4)
 
-All arms are compared with the arm `lora` if there is one, otherwise with the first. The command puts the rows of the
-config into three sets: to train on, to choose each arm's learning rate on, and to compare on. It writes report.html,
-the figures, comparison.json and best.yaml, the config of the arm with the lowest loss, into the folder RUN-compare of
-run.storage, and logs them to MLflow. Run the same command again to resume, or with more seeds or arms: no finished
-training runs again. See docs/evidence.md.
+All arms are compared with the arm `lora` if there is one, otherwise with the
+first. The command puts the rows of the config into three sets: to train on, to
+choose each arm's learning rate on, and to compare on. It writes report.html,
+the figures, comparison.json and best.yaml, the config of the arm with the
+lowest loss, into the folder RUN-compare of run.storage, and logs them to
+MLflow. Run the same command again to resume, or with more seeds or arms: no
+finished training runs again. See docs/evidence.md.
 
-Exit codes: 0 the comparison is complete; 1 a bug, with its traceback; 2 an error that you can fix; 75 run the same
-command again later; 130 or 143 stopped by Ctrl+C or SIGTERM.
+Exit codes: 0 the comparison is complete; 1 a bug, with its traceback; 2 an
+error that you can fix; 75 run the same command again later; 130 or 143 stopped
+by Ctrl+C or SIGTERM.
 """
 
 import sys

@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import partial
-from html import escape
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -239,7 +238,7 @@ def rates(record: ComparisonRecord) -> "Figure":
         f"; base model: {base:.3f}, above the picture" if losses and top < base < math.inf else ""
     )
     caption = f"tuning rows, seed {record.tuning_seed}; dotted: the tuned rate; x: broke off, or above the picture"
-    figure, axes = figures.new("Learning rate and loss", caption + above, width=12.0, height=4.8)
+    figure, axes = figures.new("Learning rate and loss", caption + above)
     if not losses:
         figures.say(axes, figures.NOTHING)
         return figure
@@ -312,16 +311,15 @@ FIGURES = {
     "learning_rates": (
         rates,
         "Loss on the tuning rows against the learning rate, a line for each arm",
-        True,
     ),
-    "differences": (forest, "Differences to the baseline with their intervals", False),
+    "differences": (forest, "Differences to the baseline with their intervals"),
 }
-"""File name -> (drawing function, text for screen readers, True if as wide as the page), in page order."""
+"""File name -> (drawing function, text for screen readers), in page order."""
 
 
 def write(record: ComparisonRecord, folder: str) -> list[str]:
     """Write report.html, comparison.json and the figures into `folder`, a path or URI; return the written files."""
-    pictures = figures.render({name: partial(draw, record) for name, (draw, *_) in FIGURES.items()})
+    pictures = figures.render({name: partial(draw, record) for name, (draw, _) in FIGURES.items()})
     return files(
         folder,
         pictures,
@@ -331,7 +329,6 @@ def write(record: ComparisonRecord, folder: str) -> list[str]:
 
 def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> str:
     """Return the page; `pictures` are PNGs by the names of FIGURES, `folder` is the comparison's."""
-    shown = "\n".join(page.image(png, *FIGURES[name][1:]) for name, png in pictures.items())
     facts = [("next", line)] if (line := next_command(record, folder)) else []
     facts += [("result", line) for line in sentences(record)]
     facts += [("how to read this", HOW_TO_READ), *(("score", line) for line in scores(record))]
@@ -339,14 +336,17 @@ def html(record: ComparisonRecord, pictures: dict[str, bytes], folder: str) -> s
         *(("seeds", line) for line in seeds(record)),
         *(("note", note) for note in record.notes),
     ]
-    heads = [(name, "number", means) for name, means in MEANS.items()]
-    return page.document(
-        f"{record.name}: comparison",
-        f'<h1>{escape(record.name)}</h1>\n<p class="about">{escape(about(record))}</p>\n'
-        f'<div class="card">{page.terms(facts)}</div>\n<h2>Arms</h2>\n'
-        f"{page.table(heads, [cells(record, each) for each in record.arms])}\n"
-        f'<div class="card">{page.terms(list(MEANS.items()))}</div>\n'
-        f'<h2>Figures</h2>\n<div class="figures">\n{shown}\n</div>\n'
-        "<footer>comparison.json has all numbers, for each seed too.</footer>",
-        verdict(record),
+    return page.rendered(
+        "report.html",
+        title=f"{record.name}: comparison",
+        verdict=verdict(record),
+        name=record.name,
+        about=about(record),
+        facts=facts,
+        figures=[(FIGURES[name][1], png) for name, png in pictures.items()],
+        rows_title="Arms",
+        heads=[(name, "number", means) for name, means in MEANS.items()],
+        rows=[cells(record, each) for each in record.arms],
+        legend=MEANS.items(),
+        footer="comparison.json has all numbers, for each seed too.",
     )

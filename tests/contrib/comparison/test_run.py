@@ -191,7 +191,7 @@ def test_the_page_the_figures_and_the_json(tmp_path: Path, monkeypatch: pytest.M
     assert text.count("data:image/png;base64,") == 2
     assert "http" not in text.replace("http-equiv", "")
     for sentence in report.sentences(record):
-        assert sentence.replace("'", "&#x27;") in text
+        assert sentence.replace("'", "&#39;") in text
     if browser.CHROMIUM is not None:
         assert browser.first_screen(tmp_path / "out" / "report.html") == [(True, True)] * 2
     tree = json.loads((tmp_path / "out" / "comparison.json").read_text())

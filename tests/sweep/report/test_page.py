@@ -36,7 +36,7 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 def test_text_of_trials_cannot_become_html() -> None:
     shown = page.html(ODD["nasty text"], {})
     assert "<script>" not in shown
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;$a$" in shown
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;$a$" in shown
     assert NASTY not in shown
 
 
