@@ -23,12 +23,12 @@ from torch import Tensor
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Saved, Started, give_signs_of_life, sent_to
 from olora_ray.cluster.device_errors import advice_for_device
+from olora_ray.cluster.ladder import fitted
 from olora_ray.cluster.spec import GUARD, AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.start import (
     StartingPoint,
     measure_first_step,
     named,
-    self_tested,
     start_adapter,
     starting_point,
 )
@@ -112,13 +112,13 @@ class Worker:
         start: StartingPoint,
         stop_requests: StopRequests | None = None,
     ) -> None:
+        spec, start = fitted(context, spec, start)
         self.context = context
         self.spec = spec
         self.config = spec.config
         self.checkpoints = checkpoints
         self.channel = channel
         self.stop_requests = stop_requests or StopRequests(channel, context)
-        start = self_tested(context, spec, start)
         measure_first_step(context, spec, start)
         self.trainer = start.trainer
         self.trainer.signal = self.stop_requests.pending
@@ -525,7 +525,9 @@ def train_at(
             start = starting_point(context, spec, checkpoints)
             progress.state = start.state
             progress.began = start.state.step
-            return Worker(context, spec, checkpoints, channel, start, requests).run()
+            worker = Worker(context, spec, checkpoints, channel, start, requests)
+            progress.config = worker.config
+            return worker.run()
     except UserError as error:
         # Returned, not raised: the next group would meet the same problem again.
         return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))

@@ -81,7 +81,7 @@ def measure(
             try:
                 model.set_attn_implementation(name)
                 step = _step_bytes(
-                    fake, _batch(config, name), config.train.activation_checkpointing
+                    fake, widest(config, name), config.train.activation_checkpointing
                 )
             except Exception as error:  # the family's code may raise anything on fake tensors
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
@@ -129,7 +129,8 @@ def _implementations(model: Any, config: DecidedConfig, expected: Expected) -> t
     return (attention.stand_in(expected.attention, dtype, flat), attention.own(model))
 
 
-def _batch(config: DecidedConfig, name: str) -> Batch:
+def widest(config: DecidedConfig, name: str) -> Batch:
+    """Return a micro-batch of full length for the attention `name`, with a loss at each token."""
     length = config.data.max_length
     # Short segments need the most memory, because their attention is computed by products (model/attention.py).
     size = min(length, attention.SHORT)
