@@ -68,8 +68,8 @@ def initialisation(job: dict[str, Any]) -> Found:
 def ours(job: dict[str, Any]) -> Found:
     """Run a timed pass; `attention` and `quantization` of the job are those of the config's section `model`."""
     device, store = torch.device(job["device"]), memory_store(_rows(job), job["length"])
-    settings = _settings(job)
-    trainer, tested, packing = _our_trainer(job, settings, store)
+    settings = settings_of(job)
+    trainer, tested, packing = trainer_of(job, settings, store)
     steps = -(-len(store) // settings.train.global_batch)
 
     def one_pass() -> Iterator[Any]:
@@ -106,7 +106,7 @@ def profile(job: dict[str, Any]) -> Found:
     from torch.profiler import profile as profiler
 
     device, store = torch.device(job["device"]), memory_store(_rows(job), job["length"])
-    trainer, tested, _ = _our_trainer(job, _settings(job), store)
+    trainer, tested, _ = trainer_of(job, settings_of(job), store)
     batch = collate(store[: job["batch"]], tested.attention).to(device)
     trainer.loss(batch).backward()  # warms up
     wait(device)
@@ -165,7 +165,7 @@ def _planned(job: dict[str, Any], settings: DecidedConfig) -> float:
     return base + 4 * trainable * (COPIES + 2) + step  # beside the copies: the factors A0 and B0
 
 
-def _settings(job: dict[str, Any]) -> DecidedConfig:
+def settings_of(job: dict[str, Any]) -> DecidedConfig:
     micro = int(job["batch"])
     asked = config(
         "unused",
@@ -185,7 +185,7 @@ def _settings(job: dict[str, Any]) -> DecidedConfig:
     return decided(asked)
 
 
-def _our_trainer(
+def trainer_of(
     job: dict[str, Any], settings: Config, store: Any
 ) -> tuple[Trainer, SelfTest, float]:
     """Return the trainer, the verdict on its attention, and the seconds in which the base was packed."""

@@ -339,18 +339,14 @@ def _in_memory(
     workers = {"cluster__workers": collectives.world_size()}
     config = tiny.decided(**runs.SETTINGS | sizes | workers)
     model = str(folder / "model")
+    base = BaseModel("m", model, model)
+    planned = {"planned": 61 * 2**30, "step_seconds": 0.25}
     spec = TrainSpec(
-        config,
-        BaseModel("m", model, model),
-        "tokenizer",
-        (1,),
-        tiny.store(8),
-        None,
-        auto=tuple(auto),
+        config, base, "tokenizer", (1,), tiny.store(8), None, auto=tuple(auto), **planned
     )
     forward = SupervisedLoss.forward
     found = []
-    for most in (memory, PLENTY):
+    for attempt, most in enumerate((memory, PLENTY)):
 
         def fails(loss: Any, batch: Any, each: bool = False, most: int = most) -> torch.Tensor:
             needed = batch.tokens * NEEDED[loss.recompute] * torch.is_grad_enabled()
@@ -358,10 +354,16 @@ def _in_memory(
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return forward(loss, batch, each)
 
+        channel = Channel()
         limited = mock.patch.object(SupervisedLoss, "forward", fails)
         with limited, mock.patch.object(StopRequests, "_listen"):
-            result = train_at(Context(device), spec, str(folder / name), Channel())
+            result = train_at(Context(device), spec, str(folder / name), channel)
         assert (result.problem, result.state is None) == (None, False)
+        lines = [each for each in channel.messages if "61.0 GiB" in str(each)]
+        # After the second step of a worker, by rank 0; the last step done again is one alone.
+        told = int(attempt + collectives.rank() == 0)
+        assert [*channel.metrics("train/gpu_peak_gib")] == [2] * told
+        assert ["0.25 s" in line for line in lines] == [True] * told
         losses = [row["train/loss"] for row in result.state.history if "train/loss" in row]
         found.append((result.state.rung, losses))
         last = folder / name / checkpoints.name_of(runs.STEPS) / "manifest.json"
