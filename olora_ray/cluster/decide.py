@@ -42,7 +42,9 @@ from olora_ray.data.sources import say_once
 from olora_ray.data.tokenizer_spec import TokenizerSpec
 from olora_ray.model.load import pick_dtype
 from olora_ray.model.source import BaseModel
+from olora_ray.train import price
 from olora_ray.train.estimate import MemoryEstimate, estimate
+from olora_ray.train.price import StepTime
 
 logger = logging.getLogger(__name__)
 
@@ -270,6 +272,14 @@ class Decided:
     size: MemoryEstimate
     """The memory that a worker needs with this config."""
 
+    def step_time(self) -> StepTime | None:
+        """Return the planned time of a step; None on CPUs, for an unknown GPU, and if a part cannot be counted."""
+        card = price.card_of(self.expected.card)
+        plain = self.expected.dtype == "bfloat16" and self.config.model.quantization == "none"
+        if card is None or not plain or not self.size.work:
+            return None
+        return price.step_time(self.size.work, card, self.config.accumulation())
+
 
 def decide(
     config: Config,
@@ -361,7 +371,11 @@ def expect(config: DecidedConfig, nodes: Sequence[Node], kept: Kept = NOTHING) -
         dtype = kept.dtype
     elif is_auto(config.model.dtype) and gpu:
         dtype = "float32" if old else "bfloat16"
-    return Expected(gpu, dtype, attention)
+    cards = {name for node in nodes for name in node.info.gpu_names}
+    card = ""
+    if gpu and len(cards) == 1:
+        (card,) = cards
+    return Expected(gpu, dtype, attention, card)
 
 
 def _micro_batch(

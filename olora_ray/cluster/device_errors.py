@@ -25,6 +25,7 @@ FIRST = 2
 class Progress:
     """Steps of a run, and of its present worker."""
 
+    config: DecidedConfig
     state: TrainState = field(default_factory=TrainState)
     began: int = 0
     """Steps that the run had done when this worker started."""
@@ -39,12 +40,13 @@ def advice_for_device(
     These are a lack of memory, and on a GPU each error before the run's first steps are done. `planned` are the bytes
     that the plan expects on the device.
     """
-    progress = Progress()
+    progress = Progress(config)
     try:
         yield progress
     except RuntimeError as error:  # errors of GPUs have no narrower type in common
         if isinstance(error, DistError) and not is_of_gpu(error):
             raise
+        config = progress.config
         step = progress.state.step
         first = step < progress.began + FIRST
         if is_out_of_memory(error) or (first and is_short(device)):

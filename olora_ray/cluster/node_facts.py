@@ -52,6 +52,8 @@ class NodeInfo:
     """Free bytes of the GPU with the least; None if no GPU reports them."""
     gpu_processes: tuple[int, ...] = ()
     """Ids of the processes that compute on the GPUs."""
+    gpu_names: tuple[str, ...] = ()
+    """The names of NVIDIA's GPUs."""
 
 
 def node_info(plugins: Sequence[tuple[Table, str]] = ()) -> NodeInfo:
@@ -90,6 +92,7 @@ def node_info(plugins: Sequence[tuple[Table, str]] = ()) -> NodeInfo:
         torch_cuda=_torch_cuda(),
         gpu_free=min((free for free, _ in in_use), default=None),
         gpu_processes=tuple(processes),
+        gpu_names=tuple(ray_internals.gpu_names()),
     )
 
 

@@ -338,6 +338,10 @@ def gpu_generations() -> list[tuple[int, int]]:
     )
 
 
+def gpu_names() -> list[str]:
+    return _of_each_gpu(lambda pynvml, handle: str(pynvml.nvmlDeviceGetName(handle)))
+
+
 def driver_cuda() -> int | None:
     """Return the newest major version of CUDA that NVIDIA's driver runs; None without a GPU."""
     of_gpus = _of_each_gpu(lambda pynvml, _: pynvml.nvmlSystemGetCudaDriverVersion() // 1000)

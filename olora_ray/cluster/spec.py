@@ -48,6 +48,8 @@ class TrainSpec:
     """Fields that were asked for as auto and are decided in `config`."""
     planned: int = 0
     """Bytes that the plan expects on the device of the model."""
+    step_seconds: float = 0.0
+    """Seconds of a step by the plan; 0 without one."""
     guard: TokenStore | None = None
     """The texts of GUARD."""
     eval_sources: tuple[str, ...] = ()

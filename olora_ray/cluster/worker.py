@@ -23,12 +23,12 @@ from torch import Tensor
 from olora_ray.cluster import ray_internals
 from olora_ray.cluster.channel import Saved, Started, give_signs_of_life, sent_to
 from olora_ray.cluster.device_errors import advice_for_device
+from olora_ray.cluster.ladder import fitted
 from olora_ray.cluster.spec import GUARD, AnswerPair, TrainResult, TrainSpec
 from olora_ray.cluster.start import (
     StartingPoint,
     measure_first_step,
     named,
-    self_tested,
     start_adapter,
     starting_point,
 )
@@ -44,11 +44,11 @@ from olora_ray.tokens.plan import CHOSEN, Counts
 from olora_ray.train import reference
 from olora_ray.train.checkpoint import TrainState
 from olora_ray.train.checkpoints import CheckpointManager, name_of
-from olora_ray.train.estimate import peak_of
 from olora_ray.train.generate import answer, wanted_questions
 from olora_ray.train.held_out import by_source, evaluate
 from olora_ray.train.loader import Schedule, StepLoader, known_steps
 from olora_ray.train.loop import StepResult
+from olora_ray.train.price import peak_of
 from olora_ray.train.scoring import Baseline
 from olora_ray.train.self_test import check_pair
 
@@ -93,6 +93,8 @@ MOST_LOST = 30.0
 SHARE = 0.01
 STEPS_TO_COMPARE = 20
 """Last steps whose medians are compared between the workers."""
+SETTLED = 2
+"""Step of a worker after which its memory and its time are compared with the plan; the first one warms up."""
 SLOW = 1.5
 """A worker is slow if it computes longer than this many times the median of all workers."""
 
@@ -112,13 +114,13 @@ class Worker:
         start: StartingPoint,
         stop_requests: StopRequests | None = None,
     ) -> None:
+        spec, start = fitted(context, spec, start)
         self.context = context
         self.spec = spec
         self.config = spec.config
         self.checkpoints = checkpoints
         self.channel = channel
         self.stop_requests = stop_requests or StopRequests(channel, context)
-        start = self_tested(context, spec, start)
         measure_first_step(context, spec, start)
         self.trainer = start.trainer
         self.trainer.signal = self.stop_requests.pending
@@ -137,7 +139,7 @@ class Worker:
         self._saved_at = time.monotonic()
         self._saving = math.inf
         self._saved_step = self.state.step if self.resumed else -1
-        self._memory_said = False
+        self._began = self.state.step
         self._computed = deque[Sequence[float]](maxlen=STEPS_TO_COMPARE)
         """Seconds of each worker in the last steps."""
         self._slow_said = False
@@ -232,6 +234,8 @@ class Worker:
             self.context.rank,
             self.context.world,
         )
+        if self.context.device.type == "cuda":  # before this the model was tested and evaluated
+            torch.cuda.reset_peak_memory_stats(self.context.device)
         with closing(self.trainer.steps(loader, self.state.step, self.schedule)) as steps:
             while True:
                 with self.context.activate(self.trainer.adapted):
@@ -239,7 +243,6 @@ class Worker:
                 if result is None:
                     return False
                 self.state.step = result.step
-                self._say_memory()
                 if self._after_step(result):
                     return False
                 if result.signal:
@@ -267,9 +270,12 @@ class Worker:
             operations = metrics["train/all_tokens_per_second"] * self._operations
             metrics["train/mfu"] = operations / self._peak
             metrics["train/share_of_peak"] = metrics["train/mfu"]  # its old name, for one release
+        beside_plan = {}
+        if self.context.device.type == "cuda" and result.step == self._began + SETTLED:
+            beside_plan = self._beside_plan(seconds)
         if self.spec.eval and (last or result.step % self.config.train.eval_every == 0):
             metrics |= self.evaluator.measure(self.state)
-        self._tell(metrics, self._pace(result))
+        self._tell(metrics, self._pace(result) | beside_plan)
         end = last or self._stale()
         overdue = time.monotonic() - self._saved_at >= max(MOST_LOST, self._saving / SHARE)
         if end or overdue or result.step % self.config.train.checkpoint_every == 0:
@@ -304,15 +310,23 @@ class Worker:
             "train/exchange_seconds": min(times.exchanged for times in result.times),
         }
 
-    def _say_memory(self) -> None:
+    def _beside_plan(self, seconds: float) -> dict[str, float]:
+        """Tell the driver memory and time of the first steps beside the plan; return the memory as metrics."""
         device = self.context.device
-        planned = self.spec.planned
-        if device.type == "cuda" and planned and not self._memory_said:
-            self._memory_said = True
-            peak = torch.cuda.max_memory_allocated(device)
-            self._tell_driver(
-                f"GPU memory: {peak / 2**30:.1f} GiB at the peak of a step, {planned / 2**30:.1f} planned"
-            )
+        memory = {
+            "train/gpu_peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "train/gpu_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        }
+        if self.spec.planned:
+            memory["train/gpu_planned_gib"] = self.spec.planned / 2**30
+            peak, reserved, planned = memory.values()
+            line = f"GPU memory: planned {planned:.1f} GiB, measured {peak:.1f} ({reserved:.1f} reserved)"
+            if self.spec.step_seconds:
+                line += (
+                    f"; a step: planned {self.spec.step_seconds:.2g} s, measured {seconds:.2g} s"
+                )
+            self._tell_driver(line)
+        return memory
 
     def _stale(self) -> bool:
         limit = self.config.train.early_stop
@@ -525,7 +539,9 @@ def train_at(
             start = starting_point(context, spec, checkpoints)
             progress.state = start.state
             progress.began = start.state.step
-            return Worker(context, spec, checkpoints, channel, start, requests).run()
+            worker = Worker(context, spec, checkpoints, channel, start, requests)
+            progress.config = worker.config
+            return worker.run()
     except UserError as error:
         # Returned, not raised: the next group would meet the same problem again.
         return TrainResult(problem=str(error), passes=isinstance(error, TryAgain))

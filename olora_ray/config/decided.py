@@ -237,3 +237,5 @@ class Expected:
     """Precision of the base: float32 or bfloat16."""
     attention: str
     """Attention kernel; auto: the fastest that is installed here."""
+    card: str = ""
+    """Name of the workers' GPUs by their driver; empty if it is not known, or if they differ."""

@@ -235,6 +235,9 @@ def tell(decided: Decided, assumed: str = "") -> None:
         f"memory per worker, estimated: {size.total_bytes() / 2**30:.2f} GiB ({shown}),"
         f" plus about 1 GiB for the process{without}"
     )
+    time = decided.step_time()
+    if time is not None:
+        logger.info(f"time, estimated: {time.line(decided.expected.card)}")
     if size.problem:
         logger.info(
             f"memory: the estimate is without {size.problem}: the model's code does not run without weights;"

@@ -149,7 +149,8 @@ def _run(
             guard=decided.config.evaluation.guard,
             check=partial(state.require_same, config),
         )
-        spec = prepared.spec
+        time = decided.step_time()
+        spec = replace(prepared.spec, step_seconds=time.seconds if time else 0.0)
         with prepared.build as build:
             prepare.say_steps(spec)
             result = fit.finished_training(spec, folder, state)

@@ -69,6 +69,8 @@ class TrainState:
 
     reference: dict[str, str] = field(default_factory=dict)
     """Digest of a token store -> digest of its losses before the first step, with which the run began (pairs only)."""
+    rung: dict[str, int | str | bool] = field(default_factory=dict)
+    """Dotted field -> value of what was tried on the workers' GPUs (cluster/ladder.py); empty if nothing was."""
     shrunk: float | None = None
     """Factor by which a retraining has scaled the change of another run: this one is measured, and never trained."""
 

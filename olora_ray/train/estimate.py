@@ -42,6 +42,7 @@ from olora_ray.train.generate import AT_ONCE, decoding, wanted
 from olora_ray.train.loop import Trainer, train_mode
 from olora_ray.train.loss import SupervisedLoss, chunk_rows
 from olora_ray.train.parallel import load_frozen, packed_size
+from olora_ray.train.price import Kernels, Work
 from olora_ray.train.sharded_reader import blocks_to_shard
 from olora_ray.train.tree import most_held
 
@@ -57,6 +58,8 @@ class MeasuredStep:
     answers: int
     problem: str | None = None
     """The part that is not counted, and the reason: the model's code does not run on fake tensors."""
+    work: Work = field(default_factory=dict)
+    """The kernels of the micro-batch's passes; empty if they are not counted."""
 
 
 def measure(
@@ -80,17 +83,17 @@ def measure(
         for name in _implementations(model, config, expected):
             try:
                 model.set_attn_implementation(name)
-                step = _step_bytes(
-                    fake, _batch(config, name), config.train.activation_checkpointing
-                )
+                step, once = _step(fake, config, name)
             except Exception as error:  # the family's code may raise anything on fake tensors
                 problem = f"activations ({type(error).__name__}: {first_line(error)})"
                 continue
+            work = {kernel: times * count for kernel, count in once.items()}
             try:
-                return MeasuredStep(int(times * step), int(times * _answer_bytes(fake, config)))
+                answers = _answer_bytes(fake, config)
+                return MeasuredStep(int(times * step), int(times * answers), work=work)
             except Exception as error:
                 why = f"answers to held-out prompts ({type(error).__name__}: {first_line(error)})"
-                return MeasuredStep(int(times * step), 0, why)
+                return MeasuredStep(int(times * step), 0, why, work)
     return MeasuredStep(0, 0, problem)
 
 
@@ -129,7 +132,8 @@ def _implementations(model: Any, config: DecidedConfig, expected: Expected) -> t
     return (attention.stand_in(expected.attention, dtype, flat), attention.own(model))
 
 
-def _batch(config: DecidedConfig, name: str) -> Batch:
+def widest(config: DecidedConfig, name: str) -> Batch:
+    """Return a micro-batch of full length for the attention `name`, with a loss at each token."""
     length = config.data.max_length
     # Short segments need the most memory, because their attention is computed by products (model/attention.py).
     size = min(length, attention.SHORT)
@@ -140,8 +144,11 @@ def _batch(config: DecidedConfig, name: str) -> Batch:
     return collate([pack] * config.train.micro_batch, name)
 
 
-def _step_bytes(fake: FakeModel, batch: Batch, recompute: Recompute) -> int:
-    fake.run_again(recompute)
+def _step(fake: FakeModel, config: DecidedConfig, name: str) -> tuple[int, Work]:
+    """Return the peak bytes and the kernels of a micro-batch's passes with the attention `name`."""
+    batch = widest(config, name)
+    length = config.data.max_length
+    fake.run_again(config.train.activation_checkpointing)
     # Only two chunks of the head are run, because the peak is in the second, while the results of the first are alive.
     # The other chunks are counted by hand: each has the hidden states of its positions, and their gradients.
     model: Any = fake.loss.model
@@ -149,13 +156,18 @@ def _step_bytes(fake: FakeModel, batch: Batch, recompute: Recompute) -> int:
     numbers = 2 * max(0, len(batch.labels) - rows) * int(model.config.get_text_config().hidden_size)
     few = replace(batch, predicts=batch.predicts[:rows], labels=batch.labels[:rows])
     live = LiveBytes(fake.tensors())
-    with at_blocks(fake.blocks, live) as before, fake.mode:
+    kernels = Kernels(attended=(min(length, attention.SHORT) + 1) / 2)
+    with (
+        at_blocks(fake.blocks, live) as before,
+        fake.counting(kernels, head=len(batch.labels) / max(1, len(few.labels))),
+        fake.mode,
+    ):
         few = fake.without_numbers(few)
-        with live, GroupedProducts():
+        with live, GroupedProducts(), kernels:
             fake.loss(few).backward()
     # The peak is when all blocks have kept their activations: at the head, or in the backward pass of the last block.
     size: int = live.most + _of_skipped(fake, before) + numbers * model.dtype.itemsize
-    return size
+    return size, kernels.work
 
 
 def _of_skipped(fake: FakeModel, before: Sequence[int]) -> int:
@@ -203,35 +215,6 @@ def _most(fake: FakeModel, rows: int, tokens: int, *, decode: bool) -> int:
     return live.most + _of_skipped(fake, before)
 
 
-PEAKS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "H800": 989.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A40": 149.7,
-    "A10G": 125.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-}
-"""Part of a GPU's name -> TFLOP/s in bfloat16, dense, as its maker states it."""
-
-
-def peak_of(name: str) -> float | None:
-    """Return the operations per second that the maker of a GPU states; None for an unknown one, and for a CPU."""
-    # The longest match of whole words: "A100-SXM4" is one, "RTX A1000" is none.
-    words = f" {name} ".replace("-", " ").lower()
-    known = max((part for part in PEAKS if f" {part.lower()} " in words), key=len, default=None)
-    return None if known is None else PEAKS[known] * 1e12
-
-
 COPIES = 8
 """Float32 copies of the trainable numbers beside the factors: update, gradient, AdamW's two moments and the best update
 so far. Three more exist while AdamW computes, or while a checkpoint is written on a CPU."""
@@ -257,6 +240,8 @@ class MemoryEstimate:
     """Bytes of gathered blocks of a sharded base; for a packed base, bytes of its largest unpacked layer."""
     problem: str | None = None
     """The part that is not counted, and the reason (`Measured.problem`)."""
+    work: Work = field(default_factory=dict)
+    """The kernels of a micro-batch's passes (train/price.py); empty if they are not counted."""
     by_rows: bool = False
     """True if no worker ever holds the whole base: each reads only its shard, or packs layer by layer."""
 
@@ -331,6 +316,7 @@ def _estimate(question: _Question) -> MemoryEstimate:
         recompute=config.train.activation_checkpointing,
         gathered_bytes=gathered,
         problem=taken.problem,
+        work=taken.work,
         by_rows=by_rows,
     )
 

@@ -27,6 +27,7 @@ from olora_ray.tokens.collate import Batch
 from olora_ray.train import parallel
 from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.price import Kernels
 from olora_ray.train.sharded_reader import decoder_layers
 
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx"})
@@ -87,6 +88,31 @@ class FakeModel:
             if isinstance(value, Tensor) and value.dtype == torch.int64:
                 inputs[name] = torch.empty_like(value)
         return replace(batch, inputs=inputs)
+
+    @contextmanager
+    def counting(self, kernels: Kernels, head: float) -> Iterator[None]:
+        """Let the kernels of a block that runs count for all blocks of its type, and those of the head `head` times."""
+        # The backward pass of a block begins when the gradient of its output is there.
+
+        def begin(times: float, *_: object) -> None:
+            kernels.times = times
+
+        def end(times: float, _block: nn.Module, _inputs: object, output: Any) -> None:
+            kernels.times = head
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(partial(begin, times))
+
+        handles = []
+        for index in (0, *self.more):
+            times = 1.0 + self.more.get(index, 0)
+            handles.append(self.blocks[index].register_forward_pre_hook(partial(begin, times)))
+            handles.append(self.blocks[index].register_forward_hook(partial(end, times)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def run_again(self, on: Recompute) -> None:
         self.loss.recompute = on

@@ -1,5 +1,6 @@
 """Workers are counted by the memory of their GPUs, and by that of their nodes, which the base goes through."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,8 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     young, old = (
-        NodeInfo({"torch": None}, GIB, GIB, gpu_generation=each) for each in (generation, (6, 1))
+        NodeInfo({"torch": None}, GIB, GIB, gpu_generation=each, gpu_names=("A", "A"))
+        for each in (generation, (6, 1))
     )
     nodes = (
         ("a", {"CPU": 4.0, "GPU": 1.0}, young),
@@ -218,7 +220,9 @@ def test_auto_is_planned_as_the_gpus_load_it_or_as_the_run_began(
     found = expect(config, asked.nodes, Kept(dtype=began))
     assert (found.dtype, found.attention) == (dtype, attention)
     named = with_gpus(model__dtype="bfloat16", model__attention="eager")
-    assert expect(named, asked.nodes) == Expected(True, "bfloat16", "eager")
+    assert expect(named, asked.nodes) == Expected(True, "bfloat16", "eager", "A")
+    other = replace(asked.nodes[0], info=replace(young, gpu_names=("B",)))
+    assert expect(named, [*asked.nodes, other]).card == ""
     on_cpu = expect(tiny.decided(), asked.nodes)
     assert (on_cpu.gpu, on_cpu.attention) == (False, "auto")
 

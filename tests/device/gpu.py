@@ -172,7 +172,15 @@ _ANSWERS: dict[str, object] = {
     "get_device_name": NAME,
     "get_device_capability": (9, 0),
     "mem_get_info": (MEMORY * 7 // 8, MEMORY),
-    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), 0),
+    **dict.fromkeys(
+        (
+            "memory_allocated",
+            "max_memory_allocated",
+            "memory_reserved",
+            "max_memory_reserved",
+        ),
+        0,
+    ),
     **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
     **dict.fromkeys(
         ("_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed_all"), None

@@ -6,7 +6,7 @@ Everything runs in processes of its own, because torch keeps a device for good.
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,12 +20,14 @@ import torch.distributed as dist
 from olora_ray.cluster.spec import TrainSpec
 from olora_ray.cluster.worker import StopRequests, train_at
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
-from olora_ray.common import node_cache
+from olora_ray.common import collectives, node_cache
 from olora_ray.model.attention import kernel
 from olora_ray.model.source import BaseModel
+from olora_ray.train import checkpoints
 from olora_ray.train.loop import Trainer
 from olora_ray.train.loss import SupervisedLoss
 from tests import crew, device_walk, tiny
+from tests.cluster.test_sharded_worker import Context
 from tests.cluster.test_worker import Channel
 from tests.crew import Crew
 from tests.device import exchange, gpu, runs
@@ -285,6 +287,92 @@ def _problems(folder: Path, where: str) -> list[str | None]:
     return found
 
 
+# A GPU with less memory than the plan expects: the widest micro-batch is tried before the first step.
+
+NEEDED = {False: 3, "swiglu": 2, True: 1}
+"""Recomputation -> memory of a token, where a planted error limits the memory."""
+AUTO = ("train.micro_batch", "train.activation_checkpointing")
+LENGTH = 512
+PLENTY = 10 * 4 * LENGTH
+
+
+@pytest.mark.parametrize(
+    ("memory", "auto", "rung"),
+    [
+        (PLENTY, AUTO, (4, False)),
+        (2500, AUTO, (4, True)),
+        (1500, AUTO, (2, True)),
+        (1500, AUTO[:1], (1, False)),
+    ],
+)
+def test_what_fits_is_found_before_the_first_step(
+    child: ProcessPoolExecutor,
+    tmp_path: Path,
+    memory: int,
+    auto: Sequence[str],
+    rung: tuple[int, bool],
+) -> None:
+    _made(tmp_path, LLAMA)
+    (found, losses), again = child.submit(_in_memory, tmp_path, "auto", memory, auto).result()
+    assert found == dict(zip(AUTO, rung, strict=True))
+    assert again == (found, losses)
+    (_, fixed), _ = child.submit(_in_memory, tmp_path, "fixed", PLENTY, (), *rung).result()
+    assert losses == fixed
+
+
+def _in_memory(
+    folder: Path,
+    name: str,
+    memory: int,
+    auto: Sequence[str],
+    micro: int = 4,
+    again: bool = False,
+    full: int = 0,
+) -> list[tuple[dict[str, Any], list[float]]]:
+    """Return rung and losses of a run while worker `full` has this memory, and of its last step done again with more.
+
+    The process has the device.
+    """
+    device = gpu.load()
+    sizes = {"data__max_length": LENGTH, "train__micro_batch": micro}
+    sizes |= {"train__activation_checkpointing": again}
+    workers = {"cluster__workers": collectives.world_size()}
+    config = tiny.decided(**runs.SETTINGS | sizes | workers)
+    model = str(folder / "model")
+    base = BaseModel("m", model, model)
+    planned = {"planned": 61 * 2**30, "step_seconds": 0.25}
+    spec = TrainSpec(
+        config, base, "tokenizer", (1,), tiny.store(8), None, auto=tuple(auto), **planned
+    )
+    forward = SupervisedLoss.forward
+    found = []
+    for attempt, most in enumerate((memory, PLENTY)):
+
+        def fails(loss: Any, batch: Any, each: bool = False, most: int = most) -> torch.Tensor:
+            needed = batch.tokens * NEEDED[loss.recompute] * torch.is_grad_enabled()
+            if collectives.rank() == full and needed > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return forward(loss, batch, each)
+
+        channel = Channel()
+        limited = mock.patch.object(SupervisedLoss, "forward", fails)
+        with limited, mock.patch.object(StopRequests, "_listen"):
+            result = train_at(Context(device), spec, str(folder / name), channel)
+        assert (result.problem, result.state is None) == (None, False)
+        lines = [each for each in channel.messages if "61.0 GiB" in str(each)]
+        # After the second step of a worker, by rank 0; the last step done again is one alone.
+        told = int(attempt + collectives.rank() == 0)
+        assert [*channel.metrics("train/gpu_peak_gib")] == [2] * told
+        assert ["0.25 s" in line for line in lines] == [True] * told
+        losses = [row["train/loss"] for row in result.state.history if "train/loss" in row]
+        found.append((result.state.rung, losses))
+        last = folder / name / checkpoints.name_of(runs.STEPS) / "manifest.json"
+        collectives.wait_for_all()
+        last.unlink(missing_ok=True)
+        collectives.wait_for_all()
+    return found
+
+
 # Two workers.
 
 
@@ -312,6 +400,19 @@ def test_two_workers_exchange_as_nccl_demands(two: Crew, tmp_path: Path) -> None
 def test_a_mistake_of_an_exchange_is_found(two: Crew, tmp_path: Path, mistake: str) -> None:
     for told in two.run(_exchange, mistake, _made(tmp_path, LLAMA)):
         assert re.match(TWO_WORKERS[mistake][-1], told)
+
+
+def test_the_worker_with_the_least_memory_decides_for_all(two: Crew, tmp_path: Path) -> None:
+    _made(tmp_path, LLAMA)
+    found, other = two.run(_of_two, tmp_path)
+    assert found == other
+    rungs = [rung for rung, _ in found]
+    assert rungs == [dict(zip(AUTO, (2, True), strict=True))] * 2
+
+
+def _of_two(folder: Path) -> Any:
+    with exchange.by_nccls_rules():
+        return _in_memory(folder, "two", 1500, AUTO, full=1)
 
 
 def _exchange(mistake: str | None, folder: Path) -> Outcome | str:

@@ -9,7 +9,8 @@ from olora_ray.common.errors import UserError
 from olora_ray.config.decided import DecidedConfig
 from olora_ray.config.load import override
 from olora_ray.model.source import obtain
-from olora_ray.train.estimate import estimate, peak_of
+from olora_ray.train.estimate import estimate
+from olora_ray.train.price import card_of, peak_of
 from tests import tiny
 from tests.families import zoo
 from tests.families.variants import ALL, COMMON, EXPERTS
@@ -125,3 +126,4 @@ def test_sequences_that_are_too_long_for_the_model_are_refused_at_once(tmp_path:
 )
 def test_only_a_gpu_of_this_name_has_its_makers_peak(name: str, tflops: int | None) -> None:
     assert peak_of(name) == (None if tflops is None else tflops * 1e12)
+    assert (card_of(name) is None) == (tflops is None)

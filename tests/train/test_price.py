@@ -13,11 +13,12 @@ from olora_ray.adapter.layer import Factors
 from olora_ray.config.decided import Expected, Recompute
 from olora_ray.model import attention
 from olora_ray.tokens.collate import Batch, collate
-from olora_ray.train.estimate import measure
+from olora_ray.train.estimate import measure, widest
 from olora_ray.train.loop import train_mode
 from olora_ray.train.loss import SupervisedLoss
+from olora_ray.train.parallel import place_model
+from olora_ray.train.price import Card, Kernels, step_time
 from tests import tiny
-from tests.kernels import Kernels
 
 TOKENS = 8192
 RANK = 16
@@ -84,6 +85,36 @@ def test_a_layer_costs_no_more_than_before() -> None:
     assert (kernels["product"], kernels["thin product"]) == (14, 42)
     assert kernels.total() <= KERNELS
     assert size["elementwise"] / 2**30 <= ELEMENTWISE
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_work_of_all_layers_is_counted_on_two(again: bool) -> None:
+    config = tiny.decided(
+        data__max_length=64, train__micro_batch=2, train__activation_checkpointing=again
+    )
+    made = tiny.trainer(config, model=tiny.llama(num_hidden_layers=5, attention="segments"))
+    made.loss.recompute = again
+    place_model(made.loss, "ddp", tiny.CPU)
+    train_mode(made.adapted, True)
+    with Kernels(attended=(64 + 1) / 2) as real:
+        made.loss(widest(config, "segments")).backward()
+    with torch.device("meta"):
+        model = tiny.llama(num_hidden_layers=5, attention="segments")
+    targets = find_targets(model, "all-linear", config.adapter.rank)
+    work = measure(model, targets, config, tiny.ON_CPU).work
+    for number in (0, 1):  # operations, bytes
+        whole, found = (
+            sum(count * kernel[number] for kernel, count in each.items())
+            for each in (real.work, work)
+        )
+        assert found == pytest.approx(whole, rel=0.01)
+
+
+def test_the_slower_of_two_bounds_is_the_time_of_a_kernel() -> None:
+    card = Card(rate=100.0, bandwidth=10.0, launch=0.5)
+    found = step_time({(200.0, 10.0): 1.0, (50.0, 30.0): 2.0}, card, micro_batches=3)
+    assert (found.products, found.memory, found.launches) == (6.0, 18.0, 4.5)
+    assert found.seconds == 28.5
 
 
 @pytest.mark.parametrize(("again", "most"), [(False, 43.3), ("swiglu", 29.3), (True, 4.2)])

@@ -11,7 +11,7 @@ from olora_ray.adapter.optimizers.optimizer import FlatAdapters, optimizer_named
 from olora_ray.adapter.optimizers.preconditioned import precondition
 from olora_ray.adapter.optimizers.spectral import Spectral
 from olora_ray.config.schema import Train
-from tests.kernels import Kernels
+from olora_ray.train.price import Kernels
 
 MOST = 300
 ONE_BY_ONE = {"cholesky_solve", "cholesky_inverse"}
