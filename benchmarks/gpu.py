@@ -121,7 +121,6 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
         )
         yield {"kind": "ours", **each, "attention": "sdpa"}
         yield {"kind": "ours", **each, "recompute": True}
-        yield {"kind": "ours", **each, "compile": True}
         yield {"kind": "trl", **each, "batch": 1}
         yield {"kind": "ours", **each, "length": size.lengths[1], "batch": 1}
         yield from (
@@ -215,7 +214,7 @@ def named(job: Found) -> str:
     if "length" not in job:
         return f"{job['kind']}{', ' + job['size'] if 'size' in job else ''}"
     others = [job[name] for name in ("attention", "quantization") if name in job]
-    others += ["recomputed"] * job["recompute"] + ["compiled"] * job.get("compile", False)
+    others += ["recomputed"] * job["recompute"]
     return ", ".join(
         [f"{job['kind']}, {job['size']}: {job['batch']} x {job['length']} tokens", *others]
     )

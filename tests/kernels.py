@@ -52,14 +52,15 @@ class Kernels(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
-        """Name of the operator; of products `product` or `thin product`, after the smallest of their dimensions."""
+        """Name of an operator, or of a kernel of train/parts.py; of products `product` or `thin product`, after their
+        smallest dimension."""
         self.bytes: Counter[str] = Counter()
         """Bytes that are read and written, for `product`, `thin product`, `attention` and `elementwise`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func.namespace != "aten" or name in _VIEWS:
+        if func.namespace not in ("aten", "olora_ray") or name in _VIEWS:
             return result
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
