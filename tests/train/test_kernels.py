@@ -26,6 +26,7 @@ from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.self_test import check_adapters
 from olora_ray.train.sharded_reader import decoder_layers
 from tests import tiny
+from tests.crew import Crews
 from tests.families import zoo
 from tests.families.variants import ALL
 from tests.train.test_recompute import gradient, trainer
@@ -86,6 +87,30 @@ def test_the_self_test_compares_them_with_the_familys_code() -> None:
         assert 0 < size < 1e-5
     finally:
         parts.switch(found, None)
+
+
+def _steps(strategy: str, kernels: bool) -> tuple[list[float], Tensor]:
+    settings = tiny.decided(
+        cluster__workers=2,
+        cluster__strategy=strategy,
+        train__micro_batch=1,
+        train__activation_checkpointing="swiglu",
+    )
+    made = tiny.moved(tiny.trainer(settings, strategy=strategy))
+    if kernels:
+        assert len(with_kernels(made)) == FAMILIES["llama"]
+    losses = [result.loss for result in tiny.steps(made, count=2)]
+    parts.switch(made.loss.fused or [], None)
+    return losses, made.flat.vector.clone()
+
+
+@computes
+def test_a_sharded_base_has_the_same_bits_and_the_familys_losses(crew: Crews) -> None:
+    losses, vector = crew(2).run(_steps, "ddp", True)[0]
+    for found in crew(2).run(_steps, "fsdp", True):
+        assert found[0] == losses
+        assert torch.equal(found[1], vector)
+    assert losses == pytest.approx(crew(2).run(_steps, "ddp", False)[0][0], rel=1e-5)
 
 
 OPERATORS = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate")
