@@ -16,7 +16,7 @@ compare-demo: $(VENV)/.quickstart ## OLoRA against LoRA on the quickstart's mode
 nights-demo: $(VENV)/.dev ## ten nights that go wrong or well, heard in another network namespace; as root
 	$(BIN)/python -m tests.contrib.demos.nights
 
-mornings-demo: $(VENV)/.dev ## ten mornings of a served model whose answers a scripted person corrects; not yet played to its end
+mornings-demo: $(VENV)/.dev ## ten mornings of a served model whose answers a scripted person corrects; ends with FAILED so far
 	$(BIN)/python -m tests.contrib.demos.mornings
 
 serving-demo: $(VENV)/.dev ## the port of olora-ray follow: 1,000 clients, bombs, restarts, MLflow away; in some minutes
@@ -59,9 +59,11 @@ quick: $(VENV)/.dev ## at every change: style, the budget, and short tests of wh
 durations: $(VENV)/.dev ## tests/durations.json: which tests are too long for make quick
 	$(BIN)/python -m pytest --record-durations --no-processes -m "not slow and not ray"
 
-test-slow: $(VENV)/.dev ## the long proofs, in about two hours: what is left out of make test; one Ray at a time
+test-slow: $(VENV)/.dev build/triton/.installed ## the long proofs, in about two hours: what is left out of make test; one Ray at a time
 	$(BIN)/python -m pytest --ignore=tests/contrib -n 2 --dist loadfile -rP -m "slow and not ray"
 	$(BIN)/python -m pytest --ignore=tests/contrib -m "slow and ray"
+	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/train/test_kernels.py
+	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/train/test_kernels.py
 	$(BIN)/python tools/try_versions.py ray-2.58 mlflow-3.12 server-3.12
 
 contrib: $(VENV)/.dev ## every night: the tests of pipelines/contrib, with a small training of MoBLLM's recipe; in about an hour
@@ -150,6 +152,11 @@ build/platforms/.installed: pyproject.toml
 	$(BIN)/pip freeze --exclude-editable > build/platforms/versions.txt
 	$(INSTALL) --upgrade --target build/platforms -c build/platforms/versions.txt \
 	    google-api-python-client google-auth-httplib2 cel-python uv
+	touch $@
+
+# It comes with torch for GPUs; 286 MB. Its interpreter and its compilers need no GPU.
+build/triton/.installed: pyproject.toml
+	$(INSTALL) --no-deps --upgrade --target build/triton 'triton>=3.9,<3.10'
 	touch $@
 
 build/serve/.installed: pyproject.toml tests/serving/install.py

@@ -135,7 +135,6 @@ def planned(args: argparse.Namespace) -> Iterator[Found]:
         yield {"kind": "ours", **short}
         yield from ({"kind": "ours", **short, "optimizer": "spectral", "rank": r} for r in (16, 64))
         yield {"kind": "ours", **each, "deterministic": True}
-        yield {"kind": "ours", **each, "compile": True}
         yield {"kind": "trl", **each, "batch": 1}
         yield {"kind": "ours", **each, "length": size.lengths[1], "batch": 1}
         yield from (
@@ -233,7 +232,7 @@ def named(job: Found) -> str:
         others.append(f"{job['optimizer']} rank {job['rank']}")
     if job["recompute"]:
         others.append("recomputed" if job["recompute"] is True else job["recompute"])
-    others += [name for name in ("compile", "deterministic") if job.get(name)]
+    others += ["deterministic"] * bool(job.get("deterministic"))
     return ", ".join(
         [f"{job['kind']}, {job['size']}: {job['batch']} x {job['length']} tokens", *others]
     )

@@ -81,7 +81,7 @@ def ours(job: dict[str, Any]) -> Found:
             loader, 0, Schedule(settings.train.model_copy(update={"steps": steps}), store)
         )
 
-    first = timed(lambda: deque(islice(one_pass(), 1), maxlen=0), device)
+    deque(islice(one_pass(), 1), maxlen=0)  # warms up
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = timed(lambda: deque(one_pass(), maxlen=0), device)
@@ -95,7 +95,6 @@ def ours(job: dict[str, Any]) -> Found:
         "attention": tested.attention,
         "passed over": dict(tested.passed_over),
         **({"packed in seconds": packing} if packing else {}),
-        **({"first step in seconds": first} if job.get("compile") else {}),
     }
     card = price.card_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if card and "quantization" not in job:
@@ -211,10 +210,7 @@ def trainer_of(
     kind = job.get("quantization")
     packing = timed(lambda: _pack(model, kind, device), device) if kind else 0.0
     loss: Any = SupervisedLoss(model)
-    loss.recompute, loss.compile_blocks = (
-        job["recompute"],
-        job.get("compile", False),
-    )  # place_model reads them
+    loss.recompute = job["recompute"]  # place_model reads it
     tested = choose_attention(loss, store[:4], settings, device)
     targets = find_targets(model, adapter.targets, adapter.rank)
     factors, _ = initialise(targets, adapter.method, adapter.rank, 0, device, options_of(adapter))

@@ -199,9 +199,7 @@ def load_loss(spec: TrainSpec, device: torch.device, dtype: str) -> SupervisedLo
     If one worker has a UserError, for example because its node has no access to the model, all workers raise it.
     """
     base = collectives.together(lambda: _on_every_node(spec))
-    loss = load_base(base.folder, override(spec.config, {"model.dtype": dtype}), device)
-    loss.compile_blocks = spec.config.model.compile
-    return loss
+    return load_base(base.folder, override(spec.config, {"model.dtype": dtype}), device)
 
 
 def _on_every_node(spec: TrainSpec) -> BaseModel:

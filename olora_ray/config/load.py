@@ -373,6 +373,7 @@ RETIRED: dict[str, tuple[Any, str]] = {
         "delete it; convert the weights to safetensors at https://huggingface.co/spaces/safetensors/convert, and set"
         " model.revision to the pull request that it opens (refs/pr/N)",
     ),
+    "model.compile": (False, "delete it; GPUs with Triton have kernels instead"),
     "gate.confirm": (
         0.0,
         "delete it; the gate looks at all held-out rows at once, which finds better versions as often",

@@ -336,9 +336,6 @@ class Model(Section):
     attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa", "eager"] = "auto"
     """Attention kernel. auto: on a GPU flash_attention_2 if it is installed, otherwise varlen (of torch); on CPUs
     segments. If that kernel differs from the model's own attention, auto tries sdpa, then eager."""
-    compile: bool = False
-    """Train with blocks compiled by torch.compile: fewer GPU kernels, a longer start, other rounding. Needs a C++
-    compiler."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Keep false unless you have read that code."""
 

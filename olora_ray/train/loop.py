@@ -165,7 +165,6 @@ class Trainer:
         numbers = StepNumbers.zeros(data.count, objective.numbers, self.device)
         self.gradient.begin(data.count)
         self.set_training(True)
-        self.loss.compiled = self.loss.compile_blocks
 
         # With a sharded base all workers must run the model equally often, so a worker with fewer micro-batches runs
         # it on padding. This comes first, because each real micro-batch starts with a new gradient and a new seed.
@@ -187,7 +186,6 @@ class Trainer:
                     parts_of_mean[0].backward()
                 numbers.sums[micro_batch] = parts_of_mean.detach()
         self.set_training(False)
-        self.loss.compiled = False
 
         # The signal travels with the losses, because a second exchange per step would cost more.
         numbers.signal.fill_(self.signal())  # an assignment would wait for the device

@@ -21,85 +21,7 @@ from torch import Tensor, nn
 from olora_ray.config.decided import Recompute
 from olora_ray.model.packing import OutputHead, backbone
 from olora_ray.tokens.collate import PROMPT_ONCE, Batch
-
-# RMSNorm with a backward pass written by hand, for frozen weights.
-#
-# A family's own norm keeps its input in float32 for the backward pass. This one keeps the input as it is: in bfloat16
-# SmolLM2-135M then saves 889 instead of 958 KB per token for the backward pass, 7 % less. It takes the same time on a
-# CPU.
-
-
-def replace_rms_norms(model: nn.Module) -> None:
-    """Put a LightRMSNorm in place of each frozen RMSNorm that computes the same."""
-    for parent in list(model.modules()):
-        for name, norm in list(parent.named_children()):
-            if isinstance(norm, LightRMSNorm) or not type(norm).__name__.endswith("RMSNorm"):
-                continue
-            # A family may compute something else under this name. So a norm is replaced only if LightRMSNorm gives the
-            # same bits for random input.
-            if _same(norm):
-                setattr(parent, name, LightRMSNorm(norm))
-
-
-class LightRMSNorm(nn.Module):
-    """Replacement of a family's RMSNorm, with the same weight and the same forward pass."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = norm.weight
-        self.variance_epsilon: float = norm.variance_epsilon
-        self._replaced = (
-            norm,
-        )  # in a tuple, because a module would be a child with a weight of its own name
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
-
-    def plainly(self, x: Tensor) -> Tensor:
-        """Compute `forward` with the family's norm and torch's own backward pass: the self-test compares with it."""
-        # Its own weight may be from before the base was sharded or read from its files.
-        return _with_weight(self._replaced[0], self.weight, x)
-
-
-def _with_weight(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    y: Tensor = torch.func.functional_call(norm, {"weight": weight}, (x,))
-    return y
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, r)
-        return weight * (wide * r).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, r = ctx.saved_tensors
-        g = (grads[0] * weight).float()
-        wide = x.float()
-        total = torch.linalg.vecdot(g, wide)[..., None]
-        return (
-            g.mul_(r).addcmul_(wide, r.pow(3) * total, value=-1 / x.shape[-1]).to(x.dtype),
-            None,
-            None,
-        )
-
-
-@torch.no_grad()
-def _same(norm: Any) -> bool:
-    names = [name for name, _ in norm.named_parameters()]
-    if names != ["weight"] or norm.weight.requires_grad or not hasattr(norm, "variance_epsilon"):
-        return False
-    weight = norm.weight
-    if weight.is_meta:  # it has no numbers to compute with
-        numbers = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
-        weight = numbers.to(weight.dtype)
-    x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    light = _RMSNorm.apply(x, weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
-    return torch.equal(_with_weight(norm, weight, x), light)
-
+from olora_ray.train.parts import Part, replace_rms_norms
 
 # The result of a model's self-test (train/self_test.py).
 
@@ -209,9 +131,8 @@ class SupervisedLoss(nn.Module):
         self.recompute: Recompute = False
         """True if the backward pass runs the blocks again; "swiglu": it makes two results of each MLP again. Has no
         effect before `parallel.install`."""
-        self.compile_blocks = self.compiled = False
-        """True if training steps run the blocks compiled; has no effect before `parallel.install`. `compiled` is true
-        while a step runs."""
+        self.fused: list[Part] | None = None
+        """The parts of the blocks that run as kernels; None before `parallel.use_kernels`, and on CPUs."""
         parameters = inspect.signature(backbone(model).forward).parameters
         kinds = {item.kind for item in parameters.values()}
         self._takes = frozenset(parameters)

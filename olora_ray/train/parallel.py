@@ -9,14 +9,13 @@ one fixed tree (train/tree.py). So accumulation needs no `no_sync`, the bits of 
 workers, and both strategies write the same checkpoint.
 """
 
-import inspect
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,17 +26,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from olora_ray.adapter.candidates import plain_layers
-from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight
+from olora_ray.adapter.layer import AdaptedWeight
 from olora_ray.common import collectives, node_cache, storage
 from olora_ray.common.errors import UserError, short_reason
-from olora_ray.config.decided import Recompute
 from olora_ray.config.schema import Config
 from olora_ray.config.schema import Model as ModelConfig
-from olora_ray.model import attention
 from olora_ray.model.folder import of_folder
 from olora_ray.model.load import empty_model, load_model
 from olora_ray.model.quantised import KINDS, Packed, QuantisedLinear, pack, require
-from olora_ray.train import sharded_reader
+from olora_ray.train import parts, sharded_reader
 from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.sharded_reader import BaseFiles, blocks_to_shard, decoder_layers
 
@@ -47,71 +44,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Ways to run the blocks in a training step. Recomputation: only the input of each block is kept, and the backward pass
-# runs the block again; or the backward pass makes two results of each MLP again. Compilation: torch.compile fuses what
-# lies between the adapted layers and the attention.
-
-SWIGLU: Recompute = "swiglu"
-_FORMULA = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
-"""The forward of an MLP whose two results can be made again, without blanks; families share its text."""
+# Recomputation: only the input of each block is kept, and the backward pass runs the block again; or the backward pass
+# makes two results of each MLP again.
 
 
 def install(loss: SupervisedLoss) -> None:
-    """Wrap the blocks if `loss.recompute` or `loss.compile_blocks` is true; may be called again.
+    """Wrap the blocks, or their MLPs, if `loss.recompute` asks for it; may be called again.
 
-    Afterwards `loss.recompute` and `loss.compiled` turn both on and off. They work with FSDP2, which gathers a block
-    before its backward pass.
+    Afterwards `loss.recompute` turns recomputation on and off. It works with FSDP2, which gathers a block before its
+    backward pass.
     """
-    if not (loss.recompute or loss.compile_blocks):
+    if loss.recompute == parts.SWIGLU:
+        parts.light_mlps(loss, decoder_layers(loss.model))
+    if loss.recompute is not True:
         return
     for block in decoder_layers(loss.model):
         if not isinstance(block.forward, _Block):
             block.__dict__["forward"] = _Block(block.forward, loss)
-        if loss.recompute == SWIGLU:
-            for part in block.modules():
-                if hasattr(part, "act_fn") and not isinstance(part.forward, _SwiGLU):
-                    text = inspect.getsource(type(part).forward)
-                    if _FORMULA in "".join(text.split()):
-                        part.__dict__["forward"] = _SwiGLU(part, loss)
-
-
-class _SwiGLU:
-    """Forward of an MLP that makes act(gate(x)) and its product with up(x) again in the backward pass.
-
-    They are two of the four wide tensors that it would keep, and need no product of matrices.
-    """
-
-    def __init__(self, mlp: Any, loss: SupervisedLoss) -> None:
-        self.__wrapped__ = mlp.forward
-        self._mlp = mlp
-        self._loss = loss
-
-    def __call__(self, x: Tensor) -> Any:
-        if self._loss.recompute != SWIGLU or not torch.is_grad_enabled():
-            return self.__wrapped__(x)
-        mlp = self._mlp
-        gate = mlp.gate_proj(x)
-        up = mlp.up_proj(x)
-        kept_gate = gate.detach()
-        kept_up = up.detach()
-        again: dict[int, Callable[[], Tensor]] = {}
-
-        def pack(saved: Tensor) -> Any:
-            return again.get(saved.untyped_storage()._cdata, saved)
-
-        def unpack(packed: Any) -> Any:
-            return packed() if callable(packed) else packed
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            active = mlp.act_fn(gate)
-            again[active.untyped_storage()._cdata] = lambda: mlp.act_fn(kept_gate)
-            product = active * up
-            again[product.untyped_storage()._cdata] = lambda: mlp.act_fn(kept_gate) * kept_up
-            return mlp.down_proj(product)
 
 
 class _Block:
-    """Forward of a block that may be compiled, and may keep only its inputs, if a gradient is needed."""
+    """Forward of a block that may keep only its inputs, if a gradient is needed."""
 
     def __init__(self, forward: Callable[..., Any], loss: SupervisedLoss) -> None:
         self.__wrapped__ = (
@@ -124,28 +77,12 @@ class _Block:
 
         # With a cache of keys and values a second run of the block would add the same tokens again.
         cached = any(isinstance(value, Cache) for value in (*inputs, *named.values()))
-        if cached or not torch.is_grad_enabled():
-            return self.__wrapped__(*inputs, **named)
-        run = self._compiled if self._loss.compiled else self.__wrapped__
-        if self._loss.recompute is not True:
+        run = self.__wrapped__
+        if cached or not torch.is_grad_enabled() or self._loss.recompute is not True:
             return run(*inputs, **named)
         # `checkpoint` keeps the random state of the devices of its positional arguments, so named inputs are passed as
         # positional ones too.
         return checkpoint(_run, run, inputs, named, use_reentrant=False, preserve_rng_state=True)
-
-    @cached_property
-    def _compiled(self) -> Callable[..., Any]:
-        # Adapted layers, packed weights and attention in segments add in place, keep results between calls, or read
-        # lengths on the host, which no graph can contain. The decorator is not written where they are defined, because
-        # it would import the compiler.
-        parts: Any = (AdaptedLinear, AdaptedExperts, QuantisedLinear)
-        for part in parts:
-            if not hasattr(part.forward, "_torchdynamo_disable"):
-                part.forward = torch.compiler.disable(part.forward)
-        attention.register(torch.compiler.disable)
-        # Without `dynamic`, a second length would compile the block again. Blocks of the same class share their graphs.
-        compiled: Callable[..., Any] = torch.compile(self.__wrapped__, dynamic=True)
-        return compiled
 
 
 def _run(run: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
@@ -161,16 +98,6 @@ def switched(loss: SupervisedLoss, on: bool) -> Iterator[None]:
         yield
     finally:
         loss.recompute = before
-
-
-@contextmanager
-def compiled(loss: SupervisedLoss) -> Iterator[None]:
-    """Run the blocks compiled inside a `with` block, if `loss.compile_blocks` is true."""
-    loss.compiled = loss.compile_blocks
-    try:
-        yield
-    finally:
-        loss.compiled = False
 
 
 def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]) -> None:
@@ -192,6 +119,23 @@ def check_same(family: str, with_it: Sequence[Tensor], without: Sequence[Tensor]
         )
 
 
+def use_kernels(loss: SupervisedLoss, device: torch.device) -> None:
+    """Let kernels compute the parts of the blocks for which they compute the same on the devices of all workers.
+
+    All workers must call it together. Its second call for a model does nothing.
+    """
+    if device.type != "cuda" or loss.fused is not None:
+        return
+    found = parts.find(loss, decoder_layers(loss.model))
+    dtype = next(loss.parameters()).dtype
+    every = collectives.gather([parts.problem(part, dtype, device) for part in found])
+    problems = [next(filter(None, told), None) for told in zip(*every, strict=True)]
+    loss.fused = [part for part, told in zip(found, problems, strict=True) if told is None]
+    parts.switch(loss.fused, device.type)
+    why = next(filter(None, problems), "RMSNorm, SwiGLU, RoPE")
+    logger.info(f"kernels: for {len(loss.fused)} of {len(found)} parts of the blocks ({why})")
+
+
 def place_model(
     loss: SupervisedLoss, strategy: str, device: torch.device, replicas: int = 1
 ) -> None:
@@ -204,6 +148,7 @@ def place_model(
         shard(loss, device, replicas)
     # FSDP has moved the shards of the base, but not adapters and buffers.
     loss.to(device)
+    use_kernels(loss, device)
 
 
 def shard(loss: SupervisedLoss, device: torch.device, replicas: int = 1) -> None:

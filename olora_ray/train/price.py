@@ -68,7 +68,8 @@ class Kernels(TorchDispatchMode):
         self.times = 1.0
         """Number of kernels for which each one counts in `work`."""
         self.counts: Counter[str] = Counter()
-        """Name of the operator; of products `product` or `thin product`, after the smallest of their dimensions."""
+        """Name of the operator, or of a kernel of train/parts.py; of products `product` or `thin product`, after their
+        smallest dimension."""
         self.bytes: Counter[str] = Counter()
         """Bytes that are read and written, for `product`, `thin product`, `attention` and `elementwise`."""
         self.work: dict[tuple[float, float], float] = {}
@@ -77,7 +78,8 @@ class Kernels(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         is_attention = "attn" in name or "attention" in name
-        if name in _VIEWS or not (func.namespace == "aten" or is_attention):
+        counted = func.namespace in ("aten", "olora_ray")
+        if name in _VIEWS or not (counted or is_attention):
             return result
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
@@ -97,7 +99,7 @@ class Kernels(TorchDispatchMode):
             # Two products forward and five backward, each over the causal half of the pairs.
             products = 5 if "backward" in name else 2
             operations = 2.0 * products * given[0].numel() * self.attended
-        if func.namespace == "aten":
+        if counted:
             self.counts[name] += 1
             self.bytes[kind] += size
         kernel = (operations, float(size))

@@ -20,7 +20,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from olora_ray.adapter.layer import AdaptedExperts, AdaptedLinear, AdaptedWeight, TakenWeight
 from olora_ray.common.device import lacks_memory
-from olora_ray.common.errors import UserError, as_user_error, first_line
+from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.text import some
 from olora_ray.config.decided import AnyDecided
 from olora_ray.config.schema import Train
@@ -43,9 +43,10 @@ from olora_ray.model.packing import check_lengths, why_not_in_one_row
 from olora_ray.tokens.collate import FLAT_ATTENTION, PROMPT_ONCE, Batch, collate
 from olora_ray.tokens.plan import CHOSEN, REJECTED, Counts, Pack
 from olora_ray.train import parallel
-from olora_ray.train.loss import Differences, LightRMSNorm, SelfTest, SupervisedLoss
+from olora_ray.train.loss import Differences, SelfTest, SupervisedLoss
 from olora_ray.train.objectives.objective import objective_of
 from olora_ray.train.parallel import begin_at_root
+from olora_ray.train.parts import TOLERANCE, LightRMSNorm, plainly
 from olora_ray.train.sharded_reader import decoder_layers
 
 logger = logging.getLogger(__name__)
@@ -104,9 +105,6 @@ def one_pack(examples: Sequence[Ids]) -> Pack:
 # Parts of a model: their outputs in one run, and in a second run on the same inputs.
 
 
-TOLERANCE = {torch.float32: 2.0**-13, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
-"""Largest relative difference of an output or a gradient. In bfloat16, rounding was seen to cause a third of it; a
-softmax scale that is 10 % wrong in a trained model causes four times as much."""
 OF_ONE = 8
 """Factor by which a single adapter's gradient may differ more, because much cancels out in the gradients of some keys.
 A mistake in the code shows in all layers of the same name, which are compared together without this factor."""
@@ -636,11 +634,9 @@ def _try(
         parallel.check_same(
             type(model).__name__, list(with_it.values()), list(_gradients(adapted).values())
         )
-    if loss.compile_blocks:
-        _check_compiled(loss, adapted, batch)
     with parallel.switched(loss, on=False):
         model.set_attn_implementation(attention.own(model))
-        with _plain(model):
+        with _plain(model), plainly(loss):
             given = [_alone(loss, ids, device, backward=True)[0] for ids in examples]
         # These are the gradients to compare with: torch's own, without the backward passes written by hand.
         wanted = _gradients(adapted)
@@ -708,9 +704,8 @@ def check_pair(
     """
     model: Any = loss.model
     objective = objective_of(train)
-    with parallel.compiled(loss):
-        batch = collate([pack], name).to(device)
-        numbers = objective.each(loss, batch, sum(pack.examples(), Counts()))
+    batch = collate([pack], name).to(device)
+    numbers = objective.each(loss, batch, sum(pack.examples(), Counts()))
     margins = numbers[:, 1 + objective.more.index("margin")]
     margin = float(margins.detach().abs().max())
 
@@ -750,25 +745,6 @@ def check_pair(
             f"train.objective: with attention {name}, the gradient of a preference pair has a relative error of"
             f" {max(differences):.2g}, more than rounding explains; set model.attention: sdpa"
         )
-
-
-def _check_compiled(
-    loss: SupervisedLoss, adapted: Mapping[str, AdaptedWeight], batch: Batch
-) -> None:
-    model: Any = loss.model
-    loss(batch).backward()
-    wanted = _gradients(adapted)
-    refused = f"model.compile: set it to false; compiled, {type(model).__name__}"
-    # The compiler has many types of errors. Failed exchanges of a sharded base have them too, and may pass.
-    sharded = loss.sharded
-    with (
-        parallel.compiled(loss),
-        nullcontext() if sharded else as_user_error(f"{refused} fails", Exception),
-    ):
-        loss(batch).backward()
-    off = _relative(_gradients(adapted), wanted, list(wanted))
-    if not off <= TOLERANCE[model.dtype]:
-        raise UserError(f"{refused} has other gradients, by {off:.2g}")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from olora_ray.train.loss import LightRMSNorm, replace_rms_norms
+from olora_ray.train.parts import LightRMSNorm, replace_rms_norms
 
 
 def norm(dtype: torch.dtype) -> nn.Module:

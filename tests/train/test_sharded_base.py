@@ -19,8 +19,9 @@ from olora_ray.config.schema import Config
 from olora_ray.train.data_driven import new_factors
 from olora_ray.train.held_out import evaluate
 from olora_ray.train.loop import Trainer
-from olora_ray.train.loss import LightRMSNorm, SupervisedLoss
+from olora_ray.train.loss import SupervisedLoss
 from olora_ray.train.parallel import load_base, own_rows, place_model
+from olora_ray.train.parts import LightRMSNorm
 from tests import tiny
 from tests.crew import Crews
 from tests.families import zoo

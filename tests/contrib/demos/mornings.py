@@ -7,8 +7,9 @@ vLLM, if `make serve-test` has installed it, or a stand-in that answers by trans
 `follow` is not this machine's: the days are the last ten. Each night is checked; then the table is printed. With FOLDER
 what was done stays there, and the next call continues it, by at most so many DAYS.
 
-Not yet played to its end: the first night and one day were, with a tiny model and a scripted engine. What each night
-must do (DAYS), the settings of the training and the duration are guesses until then.
+Played until the sixth day, with SmolLM2-135M and vLLM: the first night is promoted (0.00 to 1.00 right answers). At the
+automatic rate the nights from the champion lose more on the guard than it allows, and are refused, so that this ends
+with FAILED. What each night must do (DAYS) is what is wanted, not what was seen.
 """
 
 import json
@@ -328,12 +329,12 @@ def plainly_trained(shop: Shop, date: str, start: str) -> str:
     """Train the version `start` on the corrected answers of a day as on any rows; return the adapter's folder."""
     run = Path(shop.aliases.version(start).folder)
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
-    pairs = shop.data / date / "pairs.jsonl"
-    source = f"{{path: {pairs}, fields: {{rejected: none}}}}"
+    source = "{{path: data/{date}/{held_out}pairs.jsonl, fields: {{rejected: none}}}}"
+    rows, held_out_rows = (source.format(date=date, held_out=each) for each in ("", "held_out_"))
     name = f"plain-{date}"
     if not (shop.folder / "runs" / name / "result.json").exists():
-        words = [f"run.name={name}", f"data.train=[{source}]", f"train.start={checkpoint}"]
-        words += ["data.eval=[{path: data/first/held_out_rows.jsonl}]"]
+        words = [f"run.name={name}", f"data.train=[{rows}]", f"data.eval=[{held_out_rows}]"]
+        words += [f"train.start={checkpoint}"]
         words += ["registry.model=null", "gate.guard=null", "gate.and=[]"]
         shop.call(name, "finetune", "chats.yaml", *words)
     return str(shop.folder / "runs" / name / "export" / "adapter")
