@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], object], seconds: float = 30, pause: float = 0.02) -> None:
+def until(condition: Callable[[], object], seconds: float = 120, pause: float = 0.02) -> None:
     """Poll until the condition holds; an AssertionError if it does not within so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():

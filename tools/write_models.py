@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this tree first, because another release may be installed
 
+import transformers  # noqa: E402
+
 from tests.data import template_zoo  # noqa: E402
 from tests.families import every, planted, table  # noqa: E402
 from tests.families.check import check  # noqa: E402
@@ -97,9 +99,13 @@ def main() -> int:
 EVERY = "## Every other family"
 OTHERS = """\
 All other model types in transformers' mapping of causal language models, and {seeing} models with vision. Each family's
-own config decides the sizes, so some of these models fail although published models of the family do not. In float32:
-{summary}.
+own config decides the sizes, so some of these models fail although published models of the family do not. In float32,
+with {release}: {summary}.
 """
+
+
+def release() -> str:
+    return f"transformers {transformers.__version__}"
 
 
 def _every() -> list[Row]:
@@ -114,7 +120,7 @@ def _every() -> list[Row]:
 def every_section(rows: list[Row]) -> list[str]:
     return [
         EVERY,
-        OTHERS.format(seeing=len(every.SEEING), summary=table.summary(rows)),
+        OTHERS.format(seeing=len(every.SEEING), release=release(), summary=table.summary(rows)),
         table.table(rows),
     ]
 

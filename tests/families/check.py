@@ -27,7 +27,7 @@ from olora_ray.cluster.worker import StopRequests, Worker
 from olora_ray.cluster.worker_context import SharedBase, SharedBaseContext
 from olora_ray.common.errors import UserError, first_line
 from olora_ray.common.logs import quiet_transformers
-from olora_ray.config.schema import Config
+from olora_ray.config.decided import DecidedConfig, with_values
 from olora_ray.pipeline import prepare
 from olora_ray.pipeline.base import Base, open_base
 from olora_ray.pipeline.export import export_run
@@ -59,7 +59,7 @@ class State:
     """The data that the stages of one check pass on."""
 
     folder: Path
-    config: Config
+    config: DecidedConfig
     row: Row
     base: Base = field(init=False)
     spec: TrainSpec = field(init=False)
@@ -113,7 +113,7 @@ def _ends_well(state: State, *stages: Callable[[State], None]) -> bool:
     return True
 
 
-def _config(folder: Path, precision: str) -> Config:
+def _config(folder: Path, precision: str) -> DecidedConfig:
     return tiny.decided(
         run__storage=str(folder / "runs"),
         model__name=str(folder / "model"),
@@ -143,6 +143,9 @@ def _shown(error: object, state: State) -> str:
 def _open(state: State) -> None:
     """Do what the driver does with a model before it starts anything."""
     state.base = open_base(state.config)
+    state.config = with_values(
+        state.config, DecidedConfig, {"data.packing": state.base.spec.apart is None}
+    )
     here = ClusterFacts.here(state.config.cluster)
     data = prepare.read_data(state.config, state.base)
     prepare.plan(decide(state.config, data, state.base.model, here), state.base.model)
@@ -151,8 +154,7 @@ def _open(state: State) -> None:
 def _start(state: State) -> None:
     """Run a worker up to the first step."""
     row, config, base = state.row, state.config, state.base
-    decide = getattr(base.spec, "packing", None)
-    row.packs = bool(decide(config.data.packing) if decide else config.data.packing)
+    row.packs = config.data.packing
     train: Any = tiny.ListStore(state.packs)
     held_out: Any = tiny.ListStore(HELD_OUT if row.packs else tiny.unpacked(HELD_OUT))
     state.spec = TrainSpec(

@@ -102,6 +102,13 @@ _OF_A_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 2},
     "hrm_text": {"num_layers_per_stack": 1},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "kolibri1_1": {
+        "index_layers": [1],
+        "kv_source_layers": [0, 1],
+        "index_num_heads": 2,
+        "index_topk": 8,
+        "mlp_only_layers": [0],
+    },
     "longcat_flash": {"zero_expert_num": 2},
     "ministral": {"head_dim": 16},
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v"), _MROPE),

@@ -3,7 +3,6 @@
 import pytest
 
 from tests.families import every, table
-from tests.families.variants import ALL
 from tools import write_models
 
 # One vision family, and one with a layer that no gradient reaches.
@@ -11,14 +10,14 @@ RIGHT = ("llava", "modernbert-decoder")
 QUICK = (*RIGHT, "rwkv", "musicgen", "bert")
 
 
-def test_none_is_forgotten_here_or_on_the_page() -> None:
-    known = {each.model_type for each in ALL.values()} | set(every.others())
-    assert set(every.families()) <= known
+def test_none_is_forgotten_on_the_page() -> None:
     page = (
         write_models.PAGE.read_text(encoding="utf-8")
         .split(f"{write_models.EVERY}\n")[1]
         .split("\n## ")[0]
     )
+    if write_models.release() not in page:
+        pytest.skip("another release of transformers, which may have other families")
     assert sorted(table.told(page)) == sorted(every.others())
 
 

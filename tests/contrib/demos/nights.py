@@ -165,7 +165,7 @@ OVERLAP = r"^ping: the retraining of nightly is already running \(process \d+ on
 def play(demo: Demo, fill: Callable[[], object], make_room: Callable[[], object]) -> None:
     """Play the nights."""
     data, client = demo.data, demo.aliases.client
-    quiet = r"^ping: .*(nothing changed|version \d (is the champion|stays challenger)).* \(exit code 0\)$"
+    quiet = r"^ping: .*(nothing changed|version \d (promoted|refused|moved): ).* \(exit code 0\)$"
     demo.night(
         "0 the first",
         "rows of two words and of another task",
