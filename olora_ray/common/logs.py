@@ -134,7 +134,7 @@ def quiet_transformers() -> None:
 
 
 def quiet_bitsandbytes() -> None:
-    # At its import, bitsandbytes searches the hub for a kernel, and logs that; offline, the package kernels logs it, too.
+    # At its import, bitsandbytes searches the hub for a kernel, and logs that; offline, the package kernels logs it.
     # PEFT imports bitsandbytes if it is installed, and transformers 5.25 brings kernels.
     for name in ("bitsandbytes.backends.cpu.ops", "kernels._internals.hf_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
