@@ -181,9 +181,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model on held-out rows as `olora-ray evaluate`, and return its metrics.
 
-    `model` is a run, a checkpoint, an adapter, models:/NAME@ALIAS or a base model. `data` are the rows, in the forms of
-    `finetune`; by default those that `config` names, else those of the model's run. Each of `metrics` is a function
-    from all answers, a list of {"prompt": ..., "reference": ..., "answer": ...}, to {name: number}.
+    `model` is a run, a checkpoint, an adapter, NAME@ALIAS of the registry or a base model. `data` are the rows, in the
+    forms of `finetune`; by default those that `config` names, else those of the model's run. Each of `metrics` is a
+    function from all answers, a list of {"prompt": ..., "reference": ..., "answer": ...}, to {name: number}.
 
     Examples:
         >>> rows = [{"prompt": "after 100?", "completion": "101"}]

@@ -6,8 +6,8 @@ tasks, spread over a Ray cluster.
         [--task-data FOLDER] [--limit N] [--scorer NAME] [--out FOLDER]
 
 MODEL        a base model (hub id, folder, package://PACKAGE/FILE), the folder
-             of a run, a checkpoint or an exported adapter, or
-             models:/NAME@ALIAS
+             of a run, a checkpoint or an exported adapter, or a registered
+             version, NAME@ALIAS or NAME@VERSION
 --config     the config with the held-out rows and the sections evaluation and
              cluster; default: the config of MODEL's run
 --tasks      names of lm-eval's tasks, or paper: the six tasks of the OLoRA

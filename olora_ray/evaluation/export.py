@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from olora_ray.common import node_cache, records, storage
 from olora_ray.common.errors import UserError
 from olora_ray.config import command_line
+from olora_ray.config.load import with_model
 from olora_ray.config.schema import Config
 from olora_ray.config.tables import EXPORTERS, FORMS
 from olora_ray.evaluation.chat import finished_run
@@ -88,7 +89,9 @@ def given(name: str, changes: Mapping[str, Any]) -> Iterator["Given"]:
     quiet_transformers()
     uri = models.uri_of(name)
     if uri:
-        config = targets.settings_of_version(uri, changes)
+        # A scorer in Python that the run's config names is not needed here.
+        own = targets.settings_of_version(uri, {"evaluation.scorer": None, **changes})
+        config = with_model(own, uri)
         entry = models.of_config(config)
         assert entry
         name = entry.version.name

@@ -139,6 +139,7 @@ class EvalResult:
 
 def run(request: EvalRequest) -> tuple[list[EvalResult], dict[str, Interval]]:
     """Measure the models, write the results, and return them with the intervals of the differences of two."""
+    request = replace(request, models=tuple(models.uri_of(each) or each for each in request.models))
     config = targets.settings(request.models, request.config, request.changes)
     check_request(request, config)
     folder = _folder(request)
@@ -317,8 +318,12 @@ def tracking_address(request: EvalRequest, targets: Sequence[Target]) -> str | N
     Raises UserError or TrackingUnavailable if MLflow does not answer.
     """
     configured = request.config or any(run_of(name) for name in request.models)
+    registered = any(name.startswith(models.SCHEME) for name in request.models)
     if not (
-        configured or "tracking.uri" in request.changes or os.environ.get("MLFLOW_TRACKING_URI")
+        configured
+        or registered
+        or "tracking.uri" in request.changes
+        or os.environ.get("MLFLOW_TRACKING_URI")
     ):
         return None
     uri = resolve_uri(targets[0].config)

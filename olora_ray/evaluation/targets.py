@@ -58,6 +58,8 @@ class Target:
 def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
     """Return the settings of the file, otherwise of the first model that belongs to a run, otherwise the defaults.
 
+    The first registered version belongs to the run that made it, if no other model belongs to one.
+
     Raises UserError for a wrong config, a path that does not exist, or a scorer in Python that only the run's config
     names: its code runs only if this call names it.
     """
@@ -74,24 +76,24 @@ def settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any])
 
 
 def settings_of_version(uri: str, changes: Mapping[str, Any]) -> AnyConfig:
-    """Return the settings of the run that made a registered version, with the version as model.
+    """Return the settings of the run that made a registered version.
 
-    The defaults instead if its folder has no longer that run. A scorer of the run is left out.
+    The defaults with the version as model instead, if its folder has no longer that run.
     """
-    config = settings([uri], None, changes)
+    config = command_line.loaded_for(uri, changes)
     tracking_uri = resolve_uri(config)
     version = models.resolve(uri, tracking_uri)
     folder = where_now(version.folder, config.run.storage)
     result = records.read(RunFolder(folder).result, dict[str, Any]) or {}
     if not folder or (result.get("mlflow") or {}).get("run_id") != version.run_id:
         return config
-    own = settings([folder], None, {"evaluation.scorer": None, **changes})
+    own = settings([folder], None, changes)
     here = {
         "run.storage": config.run.storage,
         "tracking.uri": tracking_uri,
         "model.trust_remote_code": config.model.trust_remote_code,  # the registry may name any folder
     }
-    return with_model(override(own, here), uri)
+    return override(own, here)
 
 
 def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]) -> AnyConfig:
@@ -118,6 +120,9 @@ def _settings(names: Sequence[str], file: str | None, changes: Mapping[str, Any]
                 f" you trust that code, add --scorer {scorer}, or name your own config with --config"
             )
         return override(own, {**moved, **NO_GATE, **changes})
+    version = next((name for name in names if name.startswith(models.SCHEME)), None)
+    if version is not None:
+        return settings_of_version(version, changes)
     return command_line.loaded_for(names[0], changes)
 
 

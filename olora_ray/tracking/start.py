@@ -175,7 +175,8 @@ def chosen_uri(given: str | None) -> str:
     if given is None and database.is_file():
         return f"sqlite:///{database.resolve()}"
     raise UserError(
-        "--tracking-uri: not set; set it to MLflow's address, or set MLFLOW_TRACKING_URI"
+        "--tracking-uri: not set, and this folder has no runs/mlflow.db yet, which the first training makes; set it to"
+        " MLflow's address, or set MLFLOW_TRACKING_URI"
     )
 
 

@@ -153,6 +153,19 @@ def test_the_registered_model_generates(
     assert text.startswith("<|user|>after 3?")
 
 
+def test_the_registered_model_is_measured_as_the_run_was(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    words = ("small@candidate", "--out", "measured")
+    project.run_script("evaluate.py", *words, cwd=folder.parent.parent, code=0)
+    measured = json.loads((folder.parent.parent / "measured" / "evaluation.json").read_text())
+    (found,) = (each["metrics"] for each in measured["models"])
+    metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    names = {name for name in metrics if name.startswith("eval/pairs/")} | {"eval/loss"}
+    assert len(names) > 1
+    for name in names:
+        assert found[name] == pytest.approx(metrics[name], rel=0.01), name
+
+
 def test_a_run_that_is_killed_ends_as_if_nothing_had_happened_with_fewer_workers_too(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
