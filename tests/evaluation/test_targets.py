@@ -242,7 +242,7 @@ def test_a_path_to_nothing_is_told_before_anything_else(
         targets.settings([name], None, {})
 
 
-@pytest.mark.parametrize("name", ["org/model", "models:/name@champion", "package://yaml/x"])
+@pytest.mark.parametrize("name", ["org/model", "package://yaml/x"])
 def test_a_name_that_may_lead_somewhere_is_not_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,11 +153,17 @@ def test_the_registered_model_generates(
     assert text.startswith("<|user|>after 3?")
 
 
-def test_the_registered_model_is_measured_as_the_run_was(finished: tuple[Path, str]) -> None:
+def test_the_registered_model_is_measured_as_the_run_was(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
     folder, _ = finished
+    # A copy: another test compares what a run leaves.
+    storage = tmp_path / "runs"
+    shutil.copytree(folder.parent, storage)
+    relocate_artifacts(str(folder.parent), str(storage), f"sqlite:///{storage}/mlflow.db")
     words = ("small@candidate", "--out", "measured")
-    project.run_script("evaluate.py", *words, cwd=folder.parent.parent, code=0)
-    measured = json.loads((folder.parent.parent / "measured" / "evaluation.json").read_text())
+    project.run_script("evaluate.py", *words, cwd=tmp_path, code=0)
+    measured = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
     (found,) = (each["metrics"] for each in measured["models"])
     metrics = json.loads((folder / "result.json").read_text())["metrics"]
     names = {name for name in metrics if name.startswith("eval/pairs/")} | {"eval/loss"}

@@ -48,8 +48,8 @@ HELD_OUT = "0.4"
 """Of 40 corrections so many pairs must be held out that the gate can tell."""
 PREFERRED = {"metric": "eval/pairs/preferred", "at_least": 0.9}
 """Limit of the gate: pairs that contradict one another cannot all be preferred."""
-GUARD = 10
-"""Each so many of the guard's rows is used."""
+GUARD = 4
+"""Each so many of the guard's rows is used; with each tenth, the interval alone was as wide as the guard allows."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,18 @@ DAYS = (
         "poison: all kinds so far as they were", ("unit", "tone", "refusal"), "refused", wrong=True
     ),
     Day("the app has a new name", ("name",), "promoted"),
-    Day("where the manual is; much too fast", ("manual",), "shrunk", words=("train.lr=3e-4",)),
+    Day(
+        "where the manual is; much too fast",
+        ("manual",),
+        "promoted, shrunk",
+        words=("train.lr=3e-4",),
+    ),
     Day("contradiction: pounds again", ("unit",), "refused", wrong=True),
     Day("gifts are wrapped", ("gift",), "promoted"),
     Day("what is in stock", ("stock",), "promoted"),
 )
-TRAIN = {"chosen": 0.1, "epochs": 2}
-FORMATS = {"pairs": "preference", "rows": "messages", "ratings": "rating"}
+TRAIN = {"chosen": 0.1, "epochs": 2, "lr": "auto"}
+FORMATS = {"pairs": "preference", "rows": "messages", "ratings": "rating", "texts": "text"}
 
 
 def sources(held_out: str = "") -> list[dict[str, str]]:
@@ -139,13 +144,17 @@ class Shop:
         text = project.ROOT / "olora_ray" / "retrain" / "guard.jsonl"
         guard = text.read_text().splitlines(keepends=True)
         (self.folder / "guard.jsonl").write_text("".join(guard[::GUARD]))
+        # Other texts beside the shop's rows, of which each night trains some again, keep what the model knew.
+        texts = [row for number, row in enumerate(guard) if number % GUARD]
+        self.first.with_name("texts.jsonl").write_text("".join(texts))
         self.call("init", "init", "data/*/rows.jsonl", "--name", "chats", "--out", "chats.yaml")
         self.change(
             data={"train": sources(), "eval": sources("held_out_")},
             export={"merged": False},
             gate={"guard": [{"path": "guard.jsonl", "format": "text"}], "min_rows": 10},
             retrain={"from": "champion", "replay": 0.5},
-            train={"global_batch": 1, "micro_batch": 1},  # packs, of several short rows each
+            # Packs, of several short rows each. At the automatic rate, the log says that the model forgets.
+            train={"global_batch": 1, "micro_batch": 1, "lr": 1e-4, "epochs": 2},
             cluster={"workers": 1, "cpus_per_worker": 2},
         )
 
@@ -322,7 +331,7 @@ def ended(shop: Shop, versions: int) -> tuple[str, float | None]:
     if shop.champion() != version.number:
         return f"refused: {version.verdict}", rose
     shrunk = re.search(r"shrunk to [\d.]+", version.verdict)
-    return shrunk[0] if shrunk else "promoted", rose
+    return f"promoted{f', {shrunk[0]}' if shrunk else ''}", rose
 
 
 def plainly_trained(shop: Shop, date: str, start: str) -> str:
@@ -405,7 +414,7 @@ def wrong(morning: Morning) -> str:
     day = DAYS[morning.day - 1]
     if not morning.night.startswith(day.ends):
         return f"{morning.night}, not {day.ends}"
-    if day.ends in ("promoted", "shrunk"):
+    if day.ends.startswith("promoted"):
         assert morning.preferred
         assert morning.guard is not None
         if morning.preferred[1] < 0.8:
