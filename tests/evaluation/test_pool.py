@@ -24,7 +24,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("project")
     make_corpus(folder / "train.jsonl", 4)
     make_corpus(folder / "eval.jsonl", 30, first=100)
-    return build(settings(folder, make_model(folder / "model"), evaluation__rows=25))
+    return build(
+        settings(
+            folder, make_model(folder / "model"), evaluation__rows=25, cluster__gpus_per_worker=0
+        )
+    )
 
 
 def measured(config: Config) -> RowResults:
