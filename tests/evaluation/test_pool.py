@@ -13,6 +13,7 @@ from olora_ray.evaluation.held_out import measure
 from olora_ray.evaluation.rows import RowResults
 from olora_ray.pipeline.base import open_base
 from olora_ray.tokens.prepare import prepare
+from tests import tiny
 from tests.pipelines.project import make_corpus, make_model, settings
 from tests.refused import refused
 
@@ -24,16 +25,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("project")
     make_corpus(folder / "train.jsonl", 4)
     make_corpus(folder / "eval.jsonl", 30, first=100)
-    return build(
-        settings(
-            folder, make_model(folder / "model"), evaluation__rows=25, cluster__gpus_per_worker=0
-        )
-    )
+    return build(settings(folder, make_model(folder / "model"), evaluation__rows=25))
 
 
 def measured(config: Config) -> RowResults:
     base = open_base(config)
-    return measure(base, None, prepare(config, base.spec, "eval"), config)[0]
+    known = tiny.decided(config)
+    return measure(base, None, prepare(known, base.spec, "eval"), known)[0]
 
 
 @pytest.mark.slow
@@ -55,9 +53,10 @@ def test_what_a_user_can_fix_comes_back_as_it_was_raised(
     ray_with: Callable[[int], None], config: Config, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ray_with(2)
+    known = tiny.decided(config)
     with refused("piece 2"):
-        held_out.map_over_actors(partial(Piece, 2), [1, 2, 3], config)
-    assert held_out.map_over_actors(partial(Piece, 2), [5, 1, 3], config) == [5, 1, 3]
+        held_out.map_over_actors(partial(Piece, 2), [1, 2, 3], known)
+    assert held_out.map_over_actors(partial(Piece, 2), [5, 1, 3], known) == [5, 1, 3]
     assert "constructor arguments" not in capfd.readouterr().err  # of Ray's C++ log
 
 
