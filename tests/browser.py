@@ -9,7 +9,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
@@ -24,9 +24,9 @@ SETTLED = """(async () => {
 class Browser:
     """One browser for many pages. It speaks the DevTools protocol over two pipes: JSON texts that end with a NUL."""
 
-    def __init__(self, commands: int, answers: int) -> None:
-        self.commands = os.fdopen(commands, "wb", buffering=0)
-        self.answers = os.fdopen(answers, "rb")
+    def __init__(self, commands: IO[bytes], answers: IO[bytes]) -> None:
+        self.commands = commands
+        self.answers = answers
         self.calls = 0
         self.page: Path | None = None
         self.session: dict[str, str] = {}
@@ -96,10 +96,11 @@ def opened() -> Iterator[Browser]:
         os.close(its_commands)
         os.close(its_answers)
         try:
-            browser = Browser(commands, answers)
-            yield browser
-            browser.session = {}
-            browser.call("Browser.close")
+            with os.fdopen(commands, "wb", buffering=0) as to, os.fdopen(answers, "rb") as back:
+                browser = Browser(to, back)
+                yield browser
+                browser.session = {}
+                browser.call("Browser.close")
         finally:
             started.kill()
             started.wait()
