@@ -131,7 +131,9 @@ class Shop:
         self.first = self.data / "first" / "rows.jsonl"
         if not self.first.exists():
             self.open()
-        self.began = self.first.stat().st_mtime - (len(DAYS) + 1) * SECONDS
+        made = self.first.stat().st_mtime
+        # At midnight (UTC): the hours that are added later must not pass into the next day.
+        self.began = made - made % SECONDS - (len(DAYS) + 1) * SECONDS
 
     def open(self) -> None:
         """Write the rows of the first model, and its config as `olora-ray init` and the team write it."""
