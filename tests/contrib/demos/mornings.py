@@ -7,9 +7,9 @@ vLLM, if `make serve-test` has installed it, or a stand-in that answers by trans
 `follow` is not this machine's: the days are the last ten. Each night is checked; then the table is printed. With FOLDER
 what was done stays there, and the next call continues it, by at most so many DAYS.
 
-Played until the sixth day, with SmolLM2-135M and vLLM: the first night is promoted (0.00 to 1.00 right answers). At the
-automatic rate the nights from the champion lose more on the guard than it allows, and are refused, so that this ends
-with FAILED. What each night must do (DAYS) is what is wanted, not what was seen.
+Played twice with SmolLM2-135M and vLLM, with two epochs, `beta: 0.1` and `chosen: 0.1`: it ended with FAILED, because
+the model lost more on the guard than the gate allows on five and on four of ten days. TRAIN has been tried on the first
+day alone. What each night must do (DAYS) is what is wanted, not what was seen.
 """
 
 import json
@@ -86,7 +86,8 @@ DAYS = (
     Day("gifts are wrapped", ("gift",), "promoted"),
     Day("what is in stock", ("stock",), "promoted"),
 )
-TRAIN = {"chosen": 0.1, "epochs": 2, "lr": "auto"}
+TRAIN = {"beta": 0.3, "chosen": 1, "epochs": 1, "lr": "auto"}
+"""On the first day this lost 0.004 nats on the guard, and the defaults of `init` with two epochs 0.011."""
 FORMATS = {"pairs": "preference", "rows": "messages", "ratings": "rating", "texts": "text"}
 
 
