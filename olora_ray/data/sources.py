@@ -355,7 +355,7 @@ def _of_split(files: list[File], path: str, where: str) -> list[File]:
         others = training
     for left_out, what in (
         ([file for file in files if _NOTES.search(names[file])], "no rows"),
-        (others, "another split by name; to use them here, add a source for them"),
+        (others, "another split by name"),
     ):
         out = set(left_out)
         kept = [file for file in files if file not in out]
@@ -364,7 +364,7 @@ def _of_split(files: list[File], path: str, where: str) -> list[File]:
         shown = [names[file][1:] for file in left_out[:3]]
         if len(left_out) > 3:
             shown.append("...")
-        say_once(f"{where}.path: ignored in {path}: {', '.join(shown)} ({what})", logging.WARNING)
+        say_once(f"{where}.path: ignored in {path}: {', '.join(shown)} ({what})")
         files = kept
     return files
 

@@ -7,9 +7,10 @@ vLLM, if `make serve-test` has installed it, or a stand-in that answers by trans
 `follow` is not this machine's: the days are the last ten. Each night is checked; then the table is printed. With FOLDER
 what was done stays there, and the next call continues it, by at most so many DAYS.
 
-Played twice with SmolLM2-135M and vLLM, with two epochs, `beta: 0.1` and `chosen: 0.1`: it ended with FAILED, because
-the model lost more on the guard than the gate allows on five and on four of ten days. TRAIN has been tried on the first
-day alone. What each night must do (DAYS) is what is wanted, not what was seen.
+Played three times with SmolLM2-135M and vLLM, it ended with FAILED. With two epochs, `beta: 0.1` and `chosen: 0.1`, the
+model lost more on the guard than the gate allows on five and on four of ten days. With TRAIN it lost at most 0.014, but
+it saw each pair once, and learned too little on days 2, 4 and 6. What each night must do (DAYS) is what is wanted, not
+what was seen.
 """
 
 import json
@@ -44,7 +45,7 @@ SECONDS = 86400
 ASKED = 40
 FIRST = 10
 """Rows of each kind from which the first model is trained."""
-HELD_OUT = "0.4"
+HELD_OUT = "0.5"
 """Of 40 corrections so many pairs must be held out that the gate can tell."""
 PREFERRED = {"metric": "eval/pairs/preferred", "at_least": 0.9}
 """Limit of the gate: pairs that contradict one another cannot all be preferred."""
@@ -88,14 +89,19 @@ DAYS = (
 )
 TRAIN = {"beta": 0.3, "chosen": 1, "epochs": 1, "lr": "auto"}
 """On the first day this lost 0.004 nats on the guard, and the defaults of `init` with two epochs 0.011."""
+PAIRS_SEEN = 3
+"""How often each pair is seen in one pass over the other texts."""
 FORMATS = {"pairs": "preference", "rows": "messages", "ratings": "rating", "texts": "text"}
 
 
-def sources(held_out: str = "") -> list[dict[str, str]]:
+def sources(held_out: str = "") -> list[dict[str, Any]]:
     """Return the sources of docs/feedback.md: files of some formats come later, or never."""
-    return [
+    found: list[dict[str, Any]] = [
         {"path": f"data/*/{held_out}{name}.jsonl", "format": each} for name, each in FORMATS.items()
     ]
+    if not held_out:
+        found[0]["weight"] = PAIRS_SEEN
+    return found
 
 
 @dataclass(frozen=True)
