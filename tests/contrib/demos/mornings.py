@@ -9,8 +9,10 @@ what was done stays there, and the next call continues it, by at most so many DA
 
 Played three times with SmolLM2-135M and vLLM, it ended with FAILED. With two epochs, `beta: 0.1` and `chosen: 0.1`, the
 model lost more on the guard than the gate allows on five and on four of ten days. With TRAIN it lost at most 0.014, but
-it saw each pair once, and learned too little on days 2, 4 and 6. With PAIRS_SEEN, played once to day 7, each ended as
-it must (docs/generated/mornings.json). What each night must do (DAYS) is what is wanted, not what was seen.
+it saw each pair once, and learned too little on days 2, 4 and 6. With PAIRS_SEEN, one play
+reached day 7, and each night ended as it must (docs/generated/mornings.json).
+
+What each night must do (DAYS) is what is wanted, not what was seen.
 """
 
 import json
