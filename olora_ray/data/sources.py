@@ -291,6 +291,7 @@ KINDS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".txt": "text",
+    ".md": "text",
 }
 _TRAINING = re.compile(r"[/._ -](train|training)(?=[/._ -]|\d|$)", re.IGNORECASE)
 _HELD_OUT = re.compile(
@@ -298,10 +299,13 @@ _HELD_OUT = re.compile(
     re.IGNORECASE,
 )
 _HELD_OUT_FIRST = re.compile(_HELD_OUT.pattern.replace("[/._ -]", "/", 1), re.IGNORECASE)
-_NOTES = re.compile(r"/(dataset_infos?\.json|(readme|licen[cs]e|notice)(\.\w+)?)$", re.IGNORECASE)
+# Markdown beside files of rows tells about them; alone, as in a folder of manuals, it is what is meant.
+_NOTES = re.compile(
+    r"/(dataset_infos?\.json|.+\.md|(readme|licen[cs]e|notice)(\.\w+)?)$", re.IGNORECASE
+)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 SUPPORTED = (
-    ".jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), .parquet,"
+    ".jsonl, .json, .csv, .tsv, .txt and .md (each also with .gz, .zst, .bz2 or .xz), .parquet,"
     " and folders of Dataset.save_to_disk"
 )
 

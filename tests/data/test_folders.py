@@ -38,7 +38,7 @@ def test_what_a_folder_has_beside_is_said_once(scheme: str, tmp_path: Path) -> N
     assert len(lines) == 1
     assert lines[0].startswith(
         f"data.train.0.path: not read in {scheme}{tmp_path}: 1 .gz.gz, 1 .parquet.gz, 1 .rar, 1 .xlsx,"
-        " 2 without suffix; supported: .jsonl, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz)"
+        " 2 without suffix; supported: .jsonl, .json, .csv, .tsv, .txt and .md (each also with .gz, .zst, .bz2 or .xz)"
     )
 
 
@@ -77,6 +77,8 @@ SPLITS: dict[str, tuple[list[str], list[str]]] = {
     "only held out": (["test.jsonl", "val.jsonl"], []),
     "other words": (["testimonials.jsonl", "developers.jsonl", "train.jsonl"], []),
     "one file": (["LICENSE.txt"], []),
+    "manuals": (["pumps.md", "valves/open.md"], []),
+    "notes": (["a.jsonl", "CHANGES.md"], ["CHANGES"]),
 }
 
 
@@ -106,7 +108,7 @@ def test_files_of_another_split_are_left_out_and_named(
     held_out = {
         file.uri.rpartition("/")[2] for file in sources.list_files(other, "data.eval.0", "")
     }
-    notes = {"README.txt", "dataset_infos.json"}
+    notes = {"README.txt", "dataset_infos.json", "CHANGES.md"}
     assert left_out - notes <= held_out
     assert "train.jsonl" not in held_out
 
