@@ -249,7 +249,7 @@ def _not_worse(
     margin = getattr(gate, field)
     holds = gain.interval.low > -margin
     if not holds:
-        text += f", but gate.{field}={margin:g} allows less"
+        text += f", but the interval must lie above -{margin:g} (gate.{field})"
     return holds, text, asdict(gain.interval)
 
 

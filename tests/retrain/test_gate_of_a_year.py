@@ -72,7 +72,7 @@ def test_thirty_small_steps_down_end_at_the_anchor() -> None:
             champion, promotions = challenger, night + 1
     assert promotions == 6
     assert champion.losses[0] == pytest.approx(1.18)
-    assert "but gate.anchor=0.2 allows less" in decision.reason
+    assert "above -0.2 (gate.anchor)" in decision.reason
 
 
 def test_a_version_that_has_forgotten_other_tasks_is_refused() -> None:
