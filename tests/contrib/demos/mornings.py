@@ -15,11 +15,14 @@ reached day 7, and each night ended as it must (docs/generated/mornings.json).
 What each night must do (DAYS) is what is wanted, not what was seen.
 """
 
+import ast
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,8 +54,8 @@ HELD_OUT = "0.5"
 """Of 40 corrections so many pairs must be held out that the gate can tell."""
 PREFERRED = {"metric": "eval/pairs/preferred", "at_least": 0.9}
 """Limit of the gate: pairs that contradict one another cannot all be preferred."""
-GUARD = 4
-"""Each so many of the guard's rows is used; with each tenth, the interval alone was as wide as the guard allows."""
+TEXTS = 600
+"""Paragraphs of Python's docstrings beside the shop's rows: each night trains some again, and keeps what it knew."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,20 @@ def sources(held_out: str = "") -> list[dict[str, Any]]:
     return found
 
 
+def docstrings() -> set[str]:
+    """Return the paragraphs of the standard library's docstrings that are as long as the guard's rows."""
+    found = set()
+    for file in Path(sysconfig.get_path("stdlib")).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+                text = " ".join(paragraph.split())
+                if 70 <= len(text) <= 260:
+                    found.add(text)
+    return found
+
+
 @dataclass(frozen=True)
 class Morning:
     day: int
@@ -152,17 +169,13 @@ class Shop:
         rows, held_out = person.first_rows(person.things(), FIRST)
         write(self.first.with_name("held_out_rows.jsonl"), held_out)
         write(self.first, rows)
-        text = project.ROOT / "olora_ray" / "retrain" / "guard.jsonl"
-        guard = text.read_text().splitlines(keepends=True)
-        (self.folder / "guard.jsonl").write_text("".join(guard[::GUARD]))
-        # Other texts beside the shop's rows, of which each night trains some again, keep what the model knew.
-        texts = [row for number, row in enumerate(guard) if number % GUARD]
-        self.first.with_name("texts.jsonl").write_text("".join(texts))
+        texts = random.Random(0).sample(sorted(docstrings()), TEXTS)
+        write(self.first.with_name("texts.jsonl"), [{"text": text} for text in texts])
         self.call("init", "init", "data/*/rows.jsonl", "--name", "chats", "--out", "chats.yaml")
         self.change(
             data={"train": sources(), "eval": sources("held_out_")},
             export={"merged": False},
-            gate={"guard": [{"path": "guard.jsonl", "format": "text"}], "min_rows": 10},
+            gate={"min_rows": 10},
             retrain={"from": "champion", "replay": 0.5},
             # Packs, of several short rows each. At the automatic rate, the log says that the model forgets.
             train={"global_batch": 1, "micro_batch": 1, "lr": 1e-4, "epochs": 2},
