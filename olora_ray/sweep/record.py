@@ -146,8 +146,11 @@ class TrialFile:
             self.record = replace(self.record, first_step=time.monotonic() - self._began)
 
     def measured(self, step: int, value: float) -> None:
-        self._take((*(point for point in self.record.curve if point[0] < step), (step, value)))
-        self._write()
+        # Rows arrive late, and again after a restart of the workers.
+        points = dict(self.record.curve)
+        if points.get(step) != value:
+            self._take(tuple(sorted((points | {step: value}).items())))
+            self._write()
 
     def compared(self, step: int, loss: float) -> None:
         self.record = replace(
@@ -162,7 +165,7 @@ class TrialFile:
     def _take(self, curve: Curve) -> None:
         values = [value for step, value in curve if step]  # at step 0 it is the base model's
         choose = min if self.mode == "min" else max
-        last = curve[-1][0] if curve else 0
+        last = max([self.record.step, *(step for step, _ in curve)])
         best = choose(values, default=None)
         self.record = replace(self.record, curve=curve, step=last, value=best)
 

@@ -20,6 +20,7 @@ from olora_ray.model import load
 from olora_ray.pipeline import fit, publish
 from olora_ray.pipeline.base import open_base
 from olora_ray.pipeline.prepare import prepare_tokens, read_data
+from olora_ray.pipeline.run_folder import by_step
 from olora_ray.sweep.record import Status, TrialFile, TrialRecord
 from olora_ray.sweep.space import Draws
 from olora_ray.sweep.spec import SweepSpec
@@ -134,8 +135,11 @@ class TrialRun:
                 self._file.keep_curve(state.step or 0)
                 result = self._fitted(spec, tracker)
             assert result.state is not None
-            for row in result.state.history:  # the rows of a training that had ended before, too
-                self._on_row(int(row["step"]), row)
+            # The rows of a training that had ended before, too, and those that the driver did not get in time.
+            rows = by_step(result.state.history)
+            tracker.metrics(rows)
+            for step, row in rows.items():
+                self._on_row(step, row)
             self._score(spec, result)
 
     def _drop_other_values(self) -> str:
@@ -173,13 +177,11 @@ class TrialRun:
         due = step == self.total or step % self.config.train.eval_every == 0
         if metric == "train/loss" and not due:
             value = None
-        if step == 0 and value is not None and not self._file.record.curve:
+        if value is not None:
             self._file.measured(step, value)
         if step <= self._reported or (value is None and step not in self._rungs):
             return
         self._reported = step
-        if value is not None:
-            self._file.measured(step, value)
         paired = None
         if step in self._rungs:
             latest = [loss for other, loss in self._losses.items() if step / 2 < other <= step]

@@ -61,15 +61,17 @@ def process(search: SweepSpec, number: int) -> Any:
 def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replaces trainings: a finished one has `result`, another one measures `losses` at their steps."""
     ended = SimpleNamespace(state=SimpleNamespace(history=[]))
-    fake = SimpleNamespace(result=ended, losses={}, tracked=[])
+    fake = SimpleNamespace(
+        ended=ended, result=ended, losses={}, tracked=[], rows={}, metric="train/loss"
+    )
 
     def tracked(spec: TrainSpec, *_: object) -> Any:
         fake.tracked.append(spec)
-        return contextlib.nullcontext(SimpleNamespace(run_id="run"))
+        return contextlib.nullcontext(SimpleNamespace(run_id="run", metrics=fake.rows.update))
 
     def train(*arguments: Any) -> Any:
         for step, loss in fake.losses.items():
-            arguments[-2](step, {"train/loss": loss})
+            arguments[-2](step, {fake.metric: loss})
         return ended
 
     monkeypatch.setattr(trials.publish, "tracked", tracked)
@@ -97,6 +99,21 @@ def test_a_trial_reports_the_training_losses_by_which_it_is_compared(
     record = read_all(str(tmp_path / "search"))[1]
     assert [step for step, _ in record.compared] == [4, 16]
     assert (record.step, record.value, record.curve) == (16, None, ())
+
+
+def test_a_trial_whose_rows_come_late_has_the_whole_curve(tmp_path: Path, training: Any) -> None:
+    """Regression: on a busy machine step 0 came after step 1, or only with the checkpoint's history, and was lost."""
+    training.result, training.metric = None, "eval/loss"
+    curve = {step: 1 - step / 10 for step in range(5)}
+    training.losses = {step: curve[step] for step in (1, 0, 4, 2)}
+    training.ended.state.history = [{"step": step, "eval/loss": curve[step]} for step in curve]
+    search = spec(tmp_path, metric="eval/loss")
+    run = TrialRun(search, 1, {"train.lr": 1e-3})
+    told = [run.next(), run.next(), run.next()]
+    assert told == [TrialLosses(1, curve[1]), TrialLosses(4, curve[4]), Ended("finished")]
+    record = read_all(search.folder)[1]
+    assert (record.curve, record.step) == (tuple(curve.items()), 4)
+    assert training.rows == {step: {"eval/loss": loss} for step, loss in curve.items()}
 
 
 @pytest.mark.parametrize("fails", [True, False])
