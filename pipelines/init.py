@@ -152,6 +152,7 @@ def main(argv: list[str]) -> str:
         f"written: {out}, with a comment on each field that you may want to change\n\nnext:",
         f"  olora-ray finetune {out} --dry-run  # shows rows, tokens and time",
         f"  olora-ray finetune {out}\n  olora-ray chat {given.run.name}",
+        f"  olora-ray retrain {out}  # with new rows: keeps the better version",
         sep="\n",
     )
     return str(out)

@@ -72,6 +72,7 @@ def test_the_config_is_one_that_an_editor_and_a_run_take(
         "finetune my_run.yaml --dry-run",
         "finetune my_run.yaml",
         "chat chats",
+        "retrain my_run.yaml",
     ]
     text = Path("my_run.yaml").read_text(encoding="utf-8")
     assert (
